@@ -1,0 +1,35 @@
+r"""Types shared by the whole package, and its symbols.
+
+Time runs from data (t = 0) to noise (t = 1); always r <= t. Everything is per example: `*data` never has a batch axis.
+
+| code | paper | meaning |
+|---|---|---|
+| `x` | $x$ | data |
+| `eps` | $\epsilon$ | noise, standard normal |
+| `z` | $z_t$ | state on the path, $z_t = \alpha_t x + \sigma_t \epsilon$ (the paper's $a_t$, $b_t$) |
+| `r`, `t` | $r$, $t$ | start and end of the interval over which the velocity is averaged |
+| `v` | $v$ | instantaneous velocity; conditional ($\dot\alpha_t x + \dot\sigma_t \epsilon$) unless said so |
+| `u` | $u$ | average velocity over [r, t] |
+| `dudt` | $du/dt$ | total derivative of u along the trajectory |
+| `condition` | $c$ | what the field is conditioned on: a PyTree, often a label |
+| `scale`, `mix` | $\omega$, $\kappa$ | guidance |
+| `power`, `offset` | $p$, $c$ | adaptive weight |
+
+Source: Mean Flows for One-step Generative Modeling, Geng, Deng, Bai, Kolter, He, 2025, arXiv 2505.13447.
+"""
+
+from typing import Any, TypeAlias
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Inexact, PyTree
+
+Scalar: TypeAlias = Float[Array, ""]
+Time: TypeAlias = Float[Array, ""]
+Condition: TypeAlias = PyTree[Any]
+"""A PyTree of arrays without batch axis (an integer label, an embedding), or None."""
+
+
+def at_least_float32(x: Inexact[Array, "*any"] | Inexact[np.ndarray, "*any"]) -> Inexact[Array, "*any"]:
+    """`x` in float32 or better. Times, targets, losses and averages never go below: in bfloat16, 1 + 1e-3 == 1."""
+    return jnp.asarray(x, jnp.promote_types(x.dtype, jnp.float32))

@@ -1,0 +1,48 @@
+r"""Fields: average velocities u(z, r, t | condition), the one thing that every method learns.
+
+$$u(z_t, r, t) = \frac{1}{t - r} \int_r^t v(z_\tau, \tau)\, d\tau \qquad (3), \qquad u(z_t, t, t) = v(z_t, t),$$
+
+so one network holds both the one-step map and the velocity of Flow Matching.
+"""
+
+import abc
+from typing import TypeVar
+
+import equinox as eqx
+import jax
+from jaxtyping import Array, Float, Key
+
+from ._custom_types import Condition, Time
+
+_Tree = TypeVar("_Tree")
+
+
+class AbstractField(eqx.Module):
+    """An average velocity. Subclass it to make any network of your own a field.
+
+    Called for one example; batches are the caller's `jax.vmap`. The call must be differentiable in forward mode with
+    respect to `z`, `r` and `t` (which rules out `jax.custom_vjp` attention kernels inside).
+    """
+
+    @abc.abstractmethod
+    def __call__(
+        self,
+        z: Float[Array, "*data"],
+        r: Time,
+        t: Time,
+        condition: Condition = None,
+        *,
+        key: Key[Array, ""] | None = None,
+    ) -> Float[Array, "*data"]:
+        """u(z, r, t | condition).
+
+        **Arguments:** `z` state at time `t`; `r <= t` times in [0, 1]; `condition` a PyTree without batch axis, or
+        None; `key` for dropout, or None to evaluate without it.
+
+        **Returns:** the average velocity over [r, t], of the shape of `z`, at least float32.
+        """
+
+
+def stopped(tree: _Tree) -> _Tree:
+    """`tree` with every inexact array behind `stop_gradient`: a field that teaches and does not learn."""
+    return jax.tree.map(lambda leaf: jax.lax.stop_gradient(leaf) if eqx.is_inexact_array(leaf) else leaf, tree)

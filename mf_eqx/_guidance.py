@@ -1,0 +1,89 @@
+r"""Classifier-free guidance inside the target (Sec. 4.2, App. B.1): guided samples at one function evaluation.
+
+The target's velocity $v_t$ is replaced, also as the tangent of the JVP, by
+
+$$\tilde v_t = \omega v_t + \kappa\, u(z_t, t, t \mid c) + (1 - \omega - \kappa)\, u(z_t, t, t) \qquad (21),$$
+
+whose fixed point is $v_{cfg} = \omega' v(z_t, t \mid c) + (1 - \omega')\, v(z_t, t)$ (13) with effective scale
+$\omega' = \omega / (1 - \kappa)$.
+"""
+
+import equinox as eqx
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from ._custom_types import Condition, Time
+
+
+class Guidance(eqx.Module):
+    r"""Guidance of the training target (Eq. 19 and 21).
+
+    **Arguments:**
+
+    - `scale`: the paper's $\omega$, > 0 ("cfg scale" elsewhere, but see `effective_scale`).
+    - `mix`: its $\kappa$, in [0, 1); 0 is Eq. 19 and saves the conditional pass on identity rows.
+    - `interval`: closed interval of t inside which guidance applies; outside it the target is plain $v_t$.
+
+    Values in use: (scale, mix, interval) B/2 and M/2 (1.0, 0.5, (0, 1)); L/2 (0.2, 0.92, (0, 0.8)); XL/2 (0.2, 0.92,
+    (0, 0.75)); XL/2+ (1.0, 0.5, (0.3, 0.8)). No guidance at all is `guidance=None`, which costs nothing.
+    """
+
+    scale: float = eqx.field(converter=float)
+    mix: float = eqx.field(default=0.0, converter=float)
+    interval: tuple[float, float] = (0.0, 1.0)
+
+    def __check_init__(self):
+        low, high = self.interval
+        if not self.scale > 0:
+            raise ValueError(f"scale must be > 0, got {self.scale}")
+        if not 0 <= self.mix < 1:
+            raise ValueError(f"mix must lie in [0, 1), got {self.mix}")
+        if not 0 <= low <= high <= 1:
+            raise ValueError(f"interval must satisfy 0 <= low <= high <= 1, got {self.interval}")
+
+    @property
+    def effective_scale(self) -> float:
+        r"""$\omega' = \omega / (1 - \kappa)$: the scale of the learned $v_{cfg}$, what other libraries call the cfg scale."""
+        return self.scale / (1 - self.mix)
+
+    def velocity(
+        self,
+        v: Float[Array, "*data"],
+        conditional: Float[Array, "*data"] | None,
+        unconditional: Float[Array, "*data"],
+        t: Time,
+    ) -> Float[Array, "*data"]:
+        r"""The guided velocity $\tilde v_t$ of Eq. 21.
+
+        **Arguments:** `v` conditional velocity of the path; `conditional` u(z, t, t | c), may be None if `mix` is 0;
+        `unconditional` u(z, t, t); `t` time. The two passes are values, already behind stop-gradient.
+
+        **Returns:** $\tilde v_t$, or `v` where t lies outside `interval`.
+        """
+        guided = self.scale * v + (1 - self.scale - self.mix) * unconditional
+        if conditional is not None:
+            guided = guided + self.mix * conditional
+        elif self.mix != 0:
+            raise ValueError(f"conditional must be given unless mix is 0, got None with mix = {self.mix}")
+        low, high = self.interval
+        return jnp.where((t >= low) & (t <= high), guided, v)
+
+
+class LabelDropout(eqx.Module):
+    """Replacement of the condition by "no label", which trains the unconditional velocity that guidance needs.
+
+    Dropped rows regress on plain v. Only r = t rows are dropped, with probability `rate` / (1 - identity share), so
+    that `rate` is the share of the whole batch; with an identity share of 1 any row is. (The authors' ImageNet code
+    drops a prefix of Binomial(B, 0.1) rows of the batch, all of them r = t rows: the same in expectation.) The null
+    condition is therefore never trained at r < t, unless the share is 1.
+
+    **Arguments:** `rate` share of all rows, 0.1 in the paper; `null` the condition that means "none" (a PyTree like one
+    example's condition; for a `DiT` the label `field.null_label`).
+    """
+
+    rate: float = eqx.field(converter=float)
+    null: Condition
+
+    def __check_init__(self):
+        if not 0 <= self.rate <= 1:
+            raise ValueError(f"rate must lie in [0, 1], got {self.rate}")

@@ -1,0 +1,50 @@
+r"""MeanFlow: the identity obtained by differentiating (t - r) u with respect to t.
+
+$$u(z_t, r, t) = v(z_t, t) - (t - r)\, \frac{d}{dt} u(z_t, r, t) \qquad (6)$$
+
+Source: Mean Flows for One-step Generative Modeling, Geng, Deng, Bai, Kolter, He, 2025, arXiv 2505.13447.
+"""
+
+from typing import ClassVar
+
+import equinox as eqx
+import jax
+from jaxtyping import Array, Float, Key
+
+from .._custom_types import Condition, Time
+from .._derivative import AbstractDerivative, FusedJVP
+from .._field import AbstractField
+from .base import AbstractIdentity, Context
+
+
+class MeanFlow(AbstractIdentity):
+    r"""The MeanFlow identity (Eq. 6, target of Eq. 11): $u - \mathrm{sg}(v - (t - r)\, du/dt)$.
+
+    The derivative is taken along the *given* velocity, conditional in training, with tangent (v, 0, 1).
+
+    **Arguments:** `tangent_r`, `tangent_t` the other two parts of the tangent on (z, r, t). Only (0, 1) is right; Tab.
+    1b runs (0, 0), (1, 0) and (1, 1) to show it. `derivative` the engine that computes du/dt.
+    """
+
+    tangent_r: float = eqx.field(default=0.0, converter=float)
+    tangent_t: float = eqx.field(default=1.0, converter=float)
+    derivative: AbstractDerivative = FusedJVP()
+
+    needs_boundary: ClassVar[bool] = False
+    uses_velocity: ClassVar[bool] = True
+
+    def residual(
+        self,
+        field: AbstractField,
+        z: Float[Array, "*data"],
+        v: Float[Array, "*data"],
+        r: Time,
+        t: Time,
+        condition: Condition,
+        *,
+        key: Key[Array, ""] | None,
+        context: Context | None = None,
+    ) -> Float[Array, "*data"]:
+        tangent = (v, self.tangent_r, self.tangent_t)
+        u, dudt = self.derivative(field, z, r, t, condition, tangent=tangent, key=key)
+        return u - jax.lax.stop_gradient(v - (t - r) * dudt)

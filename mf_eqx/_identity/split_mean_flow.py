@@ -1,0 +1,72 @@
+r"""SplitMeanFlow: the semigroup property of average velocities, without a derivative.
+
+Additivity of the integral in (3) gives, for r <= s <= t and z_s = z_t - (t - s) u(z_t, s, t),
+
+$$(t - r)\, u(z_t, r, t) = (t - s)\, u(z_t, s, t) + (s - r)\, u(z_s, r, s).$$
+
+Source: SplitMeanFlow: Interval Splitting Consistency in Few-Step Generative Modeling, Guo, Wang, Ye, Yu, Zhang, et al.,
+2025, arXiv 2507.16884.
+"""
+
+from typing import ClassVar
+
+import jax
+import jax.random as jr
+from jaxtyping import Array, Float, Key
+
+from .._custom_types import Condition, Time
+from .._field import AbstractField, stopped
+from .._times import AbstractTimes, UniformTimes
+from .base import AbstractIdentity, Context
+
+
+def semigroup_residual(
+    field: AbstractField,
+    z: Float[Array, "*data"],
+    r: Time,
+    t: Time,
+    split: Time,
+    condition: Condition = None,
+    *,
+    key: Key[Array, ""] | None = None,
+) -> Float[Array, "*data"]:
+    r"""What is left of the semigroup property: $u(z_t, r, t) - \mathrm{sg}((1 - \lambda)\, u(z_s, r, s) + \lambda\,
+    u(z_t, s, t))$.
+
+    **Arguments:** `field`; `z` state at `t`; `r <= t` times; `split` the share $\lambda$ of the interval above s, so
+    that $s = t - \lambda (t - r)$; `condition`; `key` for dropout, the same in all three evaluations.
+    """
+    teacher = stopped(field)
+    s = t - split * (t - r)
+    upper = teacher(z, s, t, condition, key=key)
+    lower = teacher(z - (t - s) * upper, r, s, condition, key=key)
+    return field(z, r, t, condition, key=key) - jax.lax.stop_gradient((1 - split) * lower + split * upper)
+
+
+class SplitMeanFlow(AbstractIdentity):
+    """The semigroup property at a random s: learns v from the boundary rows alone, and needs no JVP.
+
+    **Arguments:** `split` distribution of the share of the interval above s; uniform in the paper.
+    """
+
+    split: AbstractTimes = UniformTimes()
+
+    needs_boundary: ClassVar[bool] = True
+    uses_velocity: ClassVar[bool] = False
+
+    def residual(
+        self,
+        field: AbstractField,
+        z: Float[Array, "*data"],
+        v: Float[Array, "*data"],
+        r: Time,
+        t: Time,
+        condition: Condition,
+        *,
+        key: Key[Array, ""] | None,
+        context: Context | None = None,
+    ) -> Float[Array, "*data"]:
+        if key is None:
+            raise ValueError("key must be given, since SplitMeanFlow draws s from it; got None")
+        split = self.split(key=jr.fold_in(key, 1)).astype(t.dtype)
+        return semigroup_residual(field, z, r, t, split, condition, key=key)

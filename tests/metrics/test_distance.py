@@ -1,0 +1,220 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import ot
+import pytest
+import scipy.stats
+
+from mf_eqx.metrics import energy_distance, sliced_wasserstein
+from mf_eqx.metrics._distance import _directions
+
+
+@pytest.fixture(autouse=True)
+def float64():
+    with jax.enable_x64(True):
+        yield
+
+
+def normal(seed: int, *shape: int):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape))
+
+
+KEY = jax.random.key(0)
+SIZES = [(7, 7), (6, 9), (40, 25), (1, 5), (8, 4)]
+
+
+# Sliced Wasserstein
+
+
+@pytest.mark.parametrize(("n", "m"), SIZES)
+def test_sliced_wasserstein_in_one_dimension_is_the_exact_wasserstein_distance(n, m):
+    a, b = normal(1, n, 1), 2 * normal(2, m, 1) + 0.3
+    exact = ot.wasserstein_1d(np.asarray(a[:, 0]), np.asarray(b[:, 0]), p=2)
+    np.testing.assert_allclose(sliced_wasserstein(a, b, projections=3, key=KEY) ** 2, exact, rtol=1e-12)
+
+
+@pytest.mark.parametrize(("n", "m"), [(40, 40), (40, 25)])
+def test_sliced_wasserstein_agrees_with_pot_along_the_same_directions(n, m):
+    a, b = normal(1, n, 3), 0.5 * normal(2, m, 3) + 1
+    directions = np.asarray(_directions(50, 3, jnp.float64, key=KEY))
+    expected = ot.sliced_wasserstein_distance(np.asarray(a), np.asarray(b), projections=directions.T, p=2)
+    np.testing.assert_allclose(sliced_wasserstein(a, b, projections=50, key=KEY), expected, rtol=1e-12)
+
+
+def test_directions_have_unit_length_and_no_preferred_axis():
+    directions = np.asarray(_directions(20_000, 3, jnp.float64, key=KEY))
+    np.testing.assert_allclose(np.linalg.norm(directions, axis=1), 1, rtol=1e-12)
+    # Entries of the mean outer product have a standard deviation of at most 0.3 / sqrt(20000) = 0.0021.
+    np.testing.assert_allclose(directions.T @ directions / 20_000, np.eye(3) / 3, atol=0.009)
+    np.testing.assert_allclose(directions.mean(axis=0), 0, atol=0.017)
+
+
+def test_repeating_every_point_changes_no_sliced_wasserstein_distance():
+    a, b = normal(1, 12, 2), normal(2, 9, 2)
+    repeated = sliced_wasserstein(jnp.repeat(a, 3, axis=0), b, key=KEY)
+    np.testing.assert_allclose(repeated, sliced_wasserstein(a, b, key=KEY), rtol=1e-12)
+
+
+def test_squared_sliced_wasserstein_of_a_shift_is_its_squared_length_over_dim():
+    a, shift = normal(1, 30, 4), jnp.array([1.0, -2.0, 0.5, 3.0])
+    squared = sliced_wasserstein(a, a + shift, projections=20_000, key=KEY) ** 2
+    # The mean of 20000 squared cosines in four dimensions has a relative standard deviation of 0.7%.
+    np.testing.assert_allclose(squared, jnp.sum(shift**2) / 4, rtol=0.03)
+
+
+def test_squared_sliced_wasserstein_of_a_scaling_is_the_projected_variance():
+    a = normal(1, 30, 2)
+    directions = _directions(16, 2, jnp.float64, key=KEY)
+    expected = jnp.mean((a @ directions.T) ** 2)
+    np.testing.assert_allclose(sliced_wasserstein(a, 2 * a, projections=16, key=KEY) ** 2, expected, rtol=1e-12)
+
+
+def test_sliced_wasserstein_depends_on_the_key_alone_among_equal_samples():
+    a, b = normal(1, 20, 3), normal(2, 20, 3)
+    first, again = (sliced_wasserstein(a, b, projections=4, key=KEY) for _ in range(2))
+    assert first == again
+    assert first != sliced_wasserstein(a, b, projections=4, key=jax.random.key(1))
+
+
+# Energy distance
+
+
+@pytest.mark.parametrize(("n", "m"), SIZES)
+def test_energy_distance_in_one_dimension_is_the_square_of_scipy(n, m):
+    a, b = normal(1, n, 1), 2 * normal(2, m, 1) + 0.3
+    root = scipy.stats.energy_distance(np.asarray(a[:, 0]), np.asarray(b[:, 0]))
+    np.testing.assert_allclose(energy_distance(a, b), root**2, rtol=1e-11)
+
+
+def test_energy_distance_is_the_v_statistic_over_all_pairs():
+    a, b = normal(1, 23, 3), normal(2, 31, 3) + 0.2
+    x, y = np.asarray(a), np.asarray(b)
+    expected = 2 * ot.dist(x, y, "euclidean").mean()
+    expected -= ot.dist(x, x, "euclidean").mean() + ot.dist(y, y, "euclidean").mean()
+    # POT expands the square, which costs half the digits for the zero distances of a point to itself.
+    np.testing.assert_allclose(energy_distance(a, b), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("differences", [1, 62, 150, 2**20])
+def test_energy_distance_does_not_depend_on_the_block_size(differences, monkeypatch):
+    a, b = normal(1, 23, 2), normal(2, 31, 2)
+    expected = scipy.spatial.distance.cdist
+    x, y = np.asarray(a), np.asarray(b)
+    expected = 2 * expected(x, y).mean() - expected(x, x).mean() - expected(y, y).mean()
+    monkeypatch.setattr("mf_eqx.metrics._distance._DIFFERENCES_PER_BLOCK", differences)
+    jax.clear_caches()
+    np.testing.assert_allclose(energy_distance(a, b), expected, rtol=1e-12)
+
+
+def test_energy_distance_of_two_points_is_twice_their_distance():
+    np.testing.assert_allclose(energy_distance(jnp.array([[0.0, 0.0]]), jnp.array([[3.0, 4.0]])), 10, rtol=1e-15)
+
+
+def test_energy_distance_of_shifted_gaussians_approaches_the_closed_form():
+    shift = 1.5
+    # X - Y is N(-shift, 2) and X - X' is N(0, 2); the mean of |N(m, s^2)| is that of a folded normal.
+    cross = scipy.stats.foldnorm.mean(shift / np.sqrt(2), scale=np.sqrt(2))
+    within = scipy.stats.foldnorm.mean(0, scale=np.sqrt(2))
+    # Equal masses at the midpoints of 2000 quantiles stand for the Gaussian; what they miss is of order 1/2000.
+    quantiles = scipy.stats.norm.ppf((np.arange(2000) + 0.5) / 2000)
+    a = jnp.asarray(quantiles)[:, None]
+    np.testing.assert_allclose(energy_distance(a, a + shift), 2 * (cross - within), rtol=2e-3)
+
+
+def test_energy_distance_of_ten_thousand_points_holds_no_matrix_of_pairs():
+    points = jax.ShapeDtypeStruct((10_000, 2), jnp.float32)
+    memory = jax.jit(energy_distance).lower(points, points).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 50e6
+
+
+def test_energy_distance_in_float32_keeps_six_digits_of_the_mean_distance():
+    a, b = normal(1, 3000, 2), normal(2, 2000, 2) + 5
+    exact = energy_distance(a, b)
+    single = energy_distance(a.astype(jnp.float32), b.astype(jnp.float32))
+    assert single.dtype == jnp.float32
+    assert abs(single - exact) < 1e-6 * 5
+
+
+# Both
+
+
+def sliced(a, b):
+    return sliced_wasserstein(a, b, projections=16, key=KEY)
+
+
+both = pytest.mark.parametrize("distance", [sliced, energy_distance], ids=["sliced", "energy"])
+
+
+@both
+def test_distance_of_a_sample_to_itself_is_zero(distance):
+    a = normal(1, 50, 3)
+    assert abs(distance(a, a)) < 1e-14
+
+
+@both
+def test_distance_of_different_samples_is_positive(distance):
+    assert distance(normal(1, 50, 3), normal(2, 50, 3)) > 1e-3
+
+
+@both
+def test_distance_is_symmetric(distance):
+    a, b = normal(1, 20, 3), normal(2, 33, 3)
+    np.testing.assert_allclose(distance(a, b), distance(b, a), rtol=1e-12)
+
+
+@both
+def test_order_of_the_points_does_not_matter(distance):
+    a, b = normal(1, 20, 3), normal(2, 33, 3)
+    shuffled = distance(a[np.random.default_rng(3).permutation(20)], b[::-1])
+    np.testing.assert_allclose(shuffled, distance(a, b), rtol=1e-12)
+
+
+@both
+def test_moving_both_samples_together_does_not_matter(distance):
+    a, b = normal(1, 20, 3), normal(2, 33, 3)
+    np.testing.assert_allclose(distance(a + 7, b + 7), distance(a, b), rtol=1e-11)
+
+
+@both
+def test_distances_scale_with_the_points(distance):
+    a, b = normal(1, 20, 3), normal(2, 33, 3)
+    np.testing.assert_allclose(distance(3 * a, 3 * b), 3 * distance(a, b), rtol=1e-12)
+
+
+@both
+def test_jit_and_eager_agree(distance):
+    a, b = normal(1, 20, 3), normal(2, 33, 3)
+    np.testing.assert_allclose(jax.jit(distance)(a, b), distance(a, b), rtol=1e-12)
+
+
+@both
+@pytest.mark.parametrize("promotion", ["standard", "strict"])
+def test_half_precision_points_are_compared_in_float32(distance, promotion):
+    a, b = normal(1, 20, 3).astype(jnp.bfloat16), normal(2, 33, 3).astype(jnp.float32)
+    expected = distance(a.astype(jnp.float32), b)
+    with jax.numpy_dtype_promotion(promotion):
+        value = distance(a, b)
+    assert value.dtype == jnp.float32
+    np.testing.assert_allclose(value, expected, rtol=1e-6)
+
+
+@both
+@pytest.mark.parametrize(
+    ("a", "b", "message"),
+    [
+        ((5,), (5, 2), r"`a` must have shape \(sample, dim\).*got shape \(5,\)"),
+        ((5, 2), (5, 2, 1), r"`b` must have shape \(sample, dim\).*got shape \(5, 2, 1\)"),
+        ((0, 2), (5, 2), r"`a` must have .*sample >= 1.*got shape \(0, 2\)"),
+        ((5, 2), (5, 0), r"`b` must have .*dim >= 1.*got shape \(5, 0\)"),
+        ((5, 2), (6, 3), r"`a` and `b` must have the same dim, got shapes \(5, 2\) and \(6, 3\)"),
+    ],
+)
+def test_wrong_shapes_are_refused(distance, a, b, message):
+    with pytest.raises(ValueError, match=message):
+        distance(jnp.zeros(a), jnp.zeros(b))
+
+
+@pytest.mark.parametrize("projections", [0, -3])
+def test_fewer_than_one_projection_is_refused(projections):
+    with pytest.raises(ValueError, match=f"`projections` must be at least 1, got {projections}"):
+        sliced_wasserstein(jnp.zeros((4, 2)), jnp.zeros((4, 2)), projections=projections, key=KEY)
