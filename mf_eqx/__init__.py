@@ -1,10 +1,12 @@
 """One-step generative modelling with average velocities: MeanFlow and its relatives, in Equinox."""
 
+from . import nn as nn
 from ._derivative import (
     AbstractDerivative as AbstractDerivative,
     FusedJVP as FusedJVP,
     total_derivative as total_derivative,
 )
+from ._ema import ExponentialAverage as ExponentialAverage
 from ._field import AbstractField as AbstractField
 from ._guidance import Guidance as Guidance, LabelDropout as LabelDropout
 from ._identity import (
@@ -21,12 +23,30 @@ from ._interpolant import (
     LinearInterpolant as LinearInterpolant,
     TrigonometricInterpolant as TrigonometricInterpolant,
 )
+from ._model import (
+    DiT as DiT,
+    DIT_B2 as DIT_B2,
+    DIT_B4 as DIT_B4,
+    DIT_L2 as DIT_L2,
+    DIT_M2 as DIT_M2,
+    DIT_S2 as DIT_S2,
+    DIT_S4 as DIT_S4,
+    DIT_XL2 as DIT_XL2,
+    DiTSize as DiTSize,
+    MLP as MLP,
+)
 from ._objective import (
     AbstractObjective as AbstractObjective,
     Batch as Batch,
     Mean as Mean,
     Metrics as Metrics,
     Objective as Objective,
+)
+from ._sample import (
+    sample as sample,
+    sample_euler as sample_euler,
+    sample_heun as sample_heun,
+    uniform_times as uniform_times,
 )
 from ._times import (
     AbstractTimes as AbstractTimes,
@@ -36,6 +56,7 @@ from ._times import (
     TimePairs as TimePairs,
     UniformTimes as UniformTimes,
 )
+from ._train import init_state as init_state, TrainState as TrainState, TrainStep as TrainStep
 from ._weight import (
     AbstractWeight as AbstractWeight,
     AdaptiveWeight as AdaptiveWeight,

@@ -43,7 +43,7 @@ class Guidance(eqx.Module):
 
     @property
     def effective_scale(self) -> float:
-        r"""$\omega' = \omega / (1 - \kappa)$: the scale of the learned $v_{cfg}$, what other libraries call the cfg scale."""
+        r"""$\omega' = \omega / (1 - \kappa)$: the scale of the learned $v_{cfg}$, elsewhere "cfg scale"."""
         return self.scale / (1 - self.mix)
 
     def velocity(

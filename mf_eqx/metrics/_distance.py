@@ -1,4 +1,4 @@
-r"""Distances between two samples $a_1 \dots a_n$ and $b_1 \dots b_m$, taken as the measures that put equal mass on each point.
+r"""Distances between two samples $a_1 \dots a_n$ and $b_1 \dots b_m$, all points of a sample having equal mass.
 
 In one dimension the optimal plan pairs equal quantiles, so with the quantile functions $F_a^{-1}$ and $F_b^{-1}$
 

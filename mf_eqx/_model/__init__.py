@@ -1,0 +1,14 @@
+"""Networks that are fields."""
+
+from .dit import (
+    DiT as DiT,
+    DIT_B2 as DIT_B2,
+    DIT_B4 as DIT_B4,
+    DIT_L2 as DIT_L2,
+    DIT_M2 as DIT_M2,
+    DIT_S2 as DIT_S2,
+    DIT_S4 as DIT_S4,
+    DIT_XL2 as DIT_XL2,
+    DiTSize as DiTSize,
+)
+from .mlp import MLP as MLP

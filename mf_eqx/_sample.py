@@ -1,0 +1,89 @@
+r"""Sampling: from noise at t = 1 to data at t = 0.
+
+A field that knows average velocities jumps over a whole interval,
+
+$$z_r = z_t - (t - r)\, u(z_t, r, t) \qquad (12),$$
+
+so one evaluation, u(eps, 0, 1), makes a sample. A field trained by Flow Matching knows only v(z, t) = u(z, t, t) and
+needs an ODE solver; Euler and Heun are the baselines. All functions are per example: batches are the caller's
+`jax.vmap`.
+"""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from ._custom_types import Condition, Time
+from ._field import AbstractField
+
+
+def uniform_times(steps: int) -> tuple[float, ...]:
+    """The grid of `steps` equal intervals from 1 to 0, steps + 1 times.
+
+    **Raises:** `ValueError` unless steps >= 1.
+    """
+    if steps < 1:
+        raise ValueError(f"steps must be >= 1, got {steps}")
+    return tuple(float(time) for time in np.linspace(1.0, 0.0, steps + 1))
+
+
+def sample(
+    field: AbstractField,
+    eps: Float[Array, "*data"],
+    condition: Condition = None,
+    *,
+    times: Sequence[float] = (1.0, 0.0),
+) -> Float[Array, "*data"]:
+    """One sample by average velocities (Alg. 2), one evaluation of the field per interval of `times`.
+
+    **Arguments:** `field`; `eps` standard normal noise of the data's shape; `condition`; `times` a strictly decreasing
+    grid in [0, 1], from 1 (noise) to 0 (data) by default; `uniform_times(n)` makes one of n steps.
+
+    **Returns:** the state at the last time, data if that is 0.
+
+    **Raises:** `ValueError` if `times` is not such a grid.
+    """
+    return _integrate(lambda z, r, t: z - (t - r) * field(z, r, t, condition), eps, times)
+
+
+def sample_euler(
+    field: AbstractField,
+    eps: Float[Array, "*data"],
+    condition: Condition = None,
+    *,
+    times: Sequence[float],
+) -> Float[Array, "*data"]:
+    """One sample of the ODE dz/dt = u(z, t, t) by Euler's method: arguments as of `sample`, one evaluation per step."""
+    return _integrate(lambda z, r, t: z - (t - r) * field(z, t, t, condition), eps, times)
+
+
+def sample_heun(
+    field: AbstractField,
+    eps: Float[Array, "*data"],
+    condition: Condition = None,
+    *,
+    times: Sequence[float],
+) -> Float[Array, "*data"]:
+    """One sample of the ODE dz/dt = u(z, t, t) by Heun's method: arguments as of `sample`, two evaluations per step."""
+
+    def step(z: Float[Array, "*data"], r: Time, t: Time) -> Float[Array, "*data"]:
+        v = field(z, t, t, condition)
+        predicted = z - (t - r) * v
+        return z - (t - r) / 2 * (v + field(predicted, r, r, condition))
+
+    return _integrate(step, eps, times)
+
+
+def _integrate(
+    step: Callable[[Float[Array, "*data"], Time, Time], Float[Array, "*data"]],
+    eps: Float[Array, "*data"],
+    times: Sequence[float],
+) -> Float[Array, "*data"]:
+    grid = np.asarray(times, np.float64)
+    if grid.ndim != 1 or len(grid) < 2 or not (np.diff(grid) < 0).all() or grid[0] > 1 or grid[-1] < 0:
+        raise ValueError(f"times must be a strictly decreasing sequence of at least two times in [0, 1], got {times}")
+    grid = jnp.asarray(grid, eps.dtype)
+    return jax.lax.scan(lambda z, pair: (step(z, *pair), None), eps, (grid[1:], grid[:-1]))[0]

@@ -1,0 +1,101 @@
+r"""The training state and its one step.
+
+    state, metrics = step(state, batch)
+
+is a pure function of its arguments: the step's key is folded from the state's key and the step number, each row's key
+from the row's index in the global batch. Nothing else is random, so a state that is saved and restored continues as if
+nothing had happened.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import optax
+from jaxtyping import Array, Int, Key, PyTree
+
+from ._ema import ExponentialAverage
+from ._field import AbstractField
+from ._identity import Context
+from ._objective import AbstractObjective, Batch, Mean, Metrics
+
+
+class TrainState(eqx.Module):
+    """Everything that training changes.
+
+    **Arguments:** `field` being learnt; `opt_state` of the optimiser; `averages` of the field, each a complete field;
+    `step` number of finished steps; `key` of the whole run, never changed.
+    """
+
+    field: AbstractField
+    opt_state: PyTree[Any]
+    averages: tuple[AbstractField, ...]
+    step: Int[Array, ""]
+    key: Key[Array, ""]
+
+
+def init_state(
+    field: AbstractField,
+    optimizer: optax.GradientTransformation,
+    averages: Sequence[ExponentialAverage] = (),
+    *,
+    key: Key[Array, ""],
+) -> TrainState:
+    """The state before the first step.
+
+    **Arguments:** `field` freshly made or trained before; `optimizer` and `averages` the same as the `TrainStep`'s;
+    `key` of the run. The arrays of `field` and `key` move into the state, which the first step donates: do not use them
+    afterwards.
+    """
+    opt_state = optimizer.init(eqx.filter(field, eqx.is_inexact_array))
+    return TrainState(field, opt_state, tuple(a.init(field) for a in averages), jnp.zeros((), jnp.int32), key)
+
+
+class TrainStep(eqx.Module):
+    """One optimisation step, jitted once, with the state's memory reused for the new state.
+
+    **Arguments:**
+
+    - `objective`: what is minimised.
+    - `optimizer`: an optax transformation.
+    - `averages`: of the parameters, updated after each step. The first is the `teacher` of the objective's context.
+    - `prepare`: None, or a function `(row, key) -> row` applied to each row of the batch on the device, before the
+      objective: augmentation, dequantisation, posterior sampling. `row` is a `Batch` without its leading axis.
+
+    **Returns** (when called with a state and a batch): the new state and the metrics, those of the objective and
+    `gradient_norm`. The old state is donated; using it again raises an error.
+    """
+
+    objective: AbstractObjective
+    optimizer: optax.GradientTransformation
+    averages: tuple[ExponentialAverage, ...] = eqx.field(default=(), converter=tuple)
+    prepare: Callable[[Batch, Key[Array, ""]], Batch] | None = None
+
+    def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        if len(state.averages) != len(self.averages):
+            raise ValueError(f"averages must be as many as the state's {len(state.averages)}, got {len(self.averages)}")
+        return _train_step((self, batch), state)
+
+
+@eqx.filter_jit(donate="all-except-first")
+def _train_step(kept: tuple[TrainStep, Batch], state: TrainState) -> tuple[TrainState, Metrics]:
+    train_step, batch = kept
+    prepare_key, objective_key = jr.split(jr.fold_in(state.key, state.step))
+    if (prepare := train_step.prepare) is not None:
+        batch = jax.vmap(lambda row: prepare(row, jr.fold_in(prepare_key, row.index)))(batch)
+    context = Context(state.step, state.averages[0] if state.averages else None)
+    (_, metrics), gradients = eqx.filter_value_and_grad(train_step.objective, has_aux=True)(
+        state.field, batch, key=objective_key, context=context
+    )
+    parameters = eqx.filter(state.field, eqx.is_inexact_array)
+    updates, opt_state = train_step.optimizer.update(gradients, state.opt_state, parameters)
+    field = eqx.apply_updates(state.field, updates)
+    step = state.step + 1
+    averages = tuple(
+        rule.update(average, field, step) for rule, average in zip(train_step.averages, state.averages, strict=True)
+    )
+    metrics["gradient_norm"] = Mean(optax.global_norm(gradients), jnp.ones(()))
+    return TrainState(field, opt_state, averages, step, state.key), metrics

@@ -1,0 +1,19 @@
+"""Building blocks for fields: plain layers that act on the last axis and pass a JVP."""
+
+from ._attention import SelfAttention as SelfAttention
+from ._embedding import (
+    ConditionEmbedding as ConditionEmbedding,
+    duration as duration,
+    end_duration as end_duration,
+    end_start as end_start,
+    end_start_duration as end_start_duration,
+    LabelEmbedding as LabelEmbedding,
+    sinusoidal_embedding as sinusoidal_embedding,
+    sinusoidal_positions as sinusoidal_positions,
+    TimePairEmbedding as TimePairEmbedding,
+    TimeVariables as TimeVariables,
+)
+from ._linear import Linear as Linear
+from ._norm import layer_norm as layer_norm, modulate as modulate
+from ._precision import cast as cast
+from ._stack import Remat as Remat, Stack as Stack

@@ -1,0 +1,35 @@
+"""A linear layer with a chosen initialisation."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax.nn.initializers import Initializer
+from jaxtyping import Array, Float, Key
+
+
+class Linear(eqx.Module):
+    """y = x W + b on the last axis, any number of leading axes.
+
+    Unlike `eqx.nn.Linear` the weight is stored as (in, out), so that tokens multiply it without a transpose, and its
+    initialisation is an argument.
+
+    **Arguments:** `in_size`, `out_size`; `init` a `jax.nn.initializers` function for the weight, Xavier-uniform by
+    default (the bias starts at zero); `key`.
+    """
+
+    weight: Float[Array, "in out"]
+    bias: Float[Array, " out"]
+
+    def __init__(
+        self,
+        in_size: int,
+        out_size: int,
+        *,
+        init: Initializer = jax.nn.initializers.xavier_uniform(),
+        key: Key[Array, ""],
+    ):
+        self.weight = init(key, (in_size, out_size), jnp.float32)
+        self.bias = jnp.zeros(out_size)
+
+    def __call__(self, x: Float[Array, "*rows in"]) -> Float[Array, "*rows out"]:
+        return x @ self.weight + self.bias
