@@ -95,7 +95,7 @@ class TimePairs(eqx.Module):
         return jnp.where(jr.bernoulli(coin_key, self.equal), t, r), t
 
 
-def as_share(share: Fraction | float | str) -> Fraction:
+def as_share(share: Fraction | float | int | str) -> Fraction:
     """`share` as a fraction with a denominator of at most 64, so that 0.3333 means 1/3.
 
     **Raises:** `ValueError` outside [0, 1].

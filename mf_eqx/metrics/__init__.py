@@ -1,6 +1,16 @@
-"""Distances between a generated sample and a sample of the truth, from the points themselves or from their moments."""
+"""Distances between a generated sample and a sample of the truth, and errors of a field."""
 
 from ._distance import energy_distance as energy_distance, sliced_wasserstein as sliced_wasserstein
+from ._field import (
+    draw_states as draw_states,
+    field_errors as field_errors,
+    FieldErrors as FieldErrors,
+    relative_error as relative_error,
+    relative_error_by_cell as relative_error_by_cell,
+    relative_identity_residual as relative_identity_residual,
+    relative_semigroup_residual as relative_semigroup_residual,
+    RelativeError as RelativeError,
+)
 from ._frechet import (
     frechet_distance as frechet_distance,
     frechet_distance_of_moments as frechet_distance_of_moments,

@@ -1,0 +1,296 @@
+"""Handwritten digits in one evaluation: a small class-conditional DiT trained from scratch by MeanFlow.
+
+The data are scikit-learn's 1,797 real digits (8x8 pixels, grey values 0 to 16; Alpaydin and Kaynak, UCI, 1998), which
+come with the package: nothing is downloaded.
+"""
+
+import dataclasses
+import itertools
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import optax
+from jaxtyping import Array, Float, install_import_hook, Int, Key
+from sklearn.datasets import load_digits
+from sklearn.metrics import pairwise_distances_argmin_min
+from sklearn.model_selection import train_test_split
+from sklearn.svm import SVC
+
+with install_import_hook(
+    "mf_eqx", "beartype.beartype"
+):  # run-time checks of shapes and types; JAXTYPING_DISABLE=1 turns them off
+    import mf_eqx as mfx
+    from mf_eqx import metrics, run
+
+CLASSES = 10
+"""Digits; the same number is the label that means "no label"."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A digits run. Times in [0, 1]; pixel values in the data's own unit, 0 to 16."""
+
+    steps: int = 2500
+    """Training steps."""
+    batch: int = 128
+    """Rows per step; a multiple of the denominator of identity_share."""
+    width: int = 96
+    """Width of the DiT's tokens, a multiple of heads and of 4."""
+    depth: int = 4
+    """Blocks of the DiT."""
+    heads: int = 4
+    """Attention heads."""
+    patch: int = 2
+    """Side of a patch in pixels; divides 8."""
+    learning_rate: float = 2e-3
+    """Peak of Adam's learning rate, after the warm-up and before the cosine decay."""
+    warmup: int = 200
+    """Steps of linear warm-up."""
+    decay: float = 0.995
+    """Decay per step of the parameter average that generates."""
+    identity_share: float = 0.25
+    """Share of rows with r < t, which carry the MeanFlow identity; in [0, 1]. 0 is Flow Matching."""
+    power: float = 0.5
+    """Adaptive weight's power p (Eq. 22)."""
+    offset: float = 0.01
+    """Adaptive weight's offset c (Eq. 22)."""
+    scale: float = 1.0
+    """Guidance scale omega (Eq. 21). With mix 0, 1 means no guidance."""
+    mix: float = 0.0
+    """Guidance mix kappa (Eq. 21), in [0, 1); the effective scale is omega / (1 - kappa)."""
+    label_dropout: float = 0.1
+    """Share of rows whose label is dropped, in [0, 1 - identity_share]."""
+    holdout: float = 0.2
+    """Share of the digits that is never trained on, in (0, 1), equal for every class."""
+    compare: bool = False
+    """Also train Flow Matching with the same network and budget."""
+    preview_every: int = 500
+    """Steps between pictures from fixed noise; 0 for none."""
+    seed: int = 0
+    """Seed of everything random."""
+
+    def __post_init__(self):
+        for name in ("steps", "preview_every", "warmup"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}")
+        if not 0 < self.holdout < 1:
+            raise ValueError(f"holdout must lie in (0, 1), got {self.holdout}")
+        if not 0 <= self.decay < 1:
+            raise ValueError(f"decay must lie in [0, 1), got {self.decay}")
+
+
+class Data(NamedTuple):
+    """Digits as the network sees them, x in [-1, 1] and channels first, with their labels."""
+
+    x: Float[np.ndarray, "rows 1 8 8"]
+    label: Int[np.ndarray, " rows"]
+
+
+class Digits(NamedTuple):
+    """All digits, and the same in two parts: what is trained on, and what never is."""
+
+    every: Data
+    train: Data
+    holdout: Data
+
+
+def load(config: Config) -> Digits:
+    """The digits, split with equal shares of every class."""
+    source = load_digits()
+    every = Data((source.images[:, None] / 8 - 1).astype(np.float32), source.target.astype(np.int32))
+    x, x_holdout, label, label_holdout = train_test_split(
+        *every, test_size=config.holdout, stratify=every.label, random_state=config.seed
+    )
+    if len(x) < config.batch:
+        raise ValueError(f"batch must be at most the {len(x)} digits that are trained on, got {config.batch}")
+    return Digits(every, Data(x, label), Data(x_holdout, label_holdout))
+
+
+def pixels(x: Float[np.ndarray, "rows 1 8 8"]) -> Float[np.ndarray, "rows 64"]:
+    """Grey values from 0 to 16, as the data have them."""
+    return np.clip(8 * (x.reshape(-1, 64).astype(np.float64) + 1), 0, 16)
+
+
+def batches(data: Data, config: Config) -> Iterator[mfx.Batch]:
+    """Whole batches, in a new order every epoch."""
+    for epoch in itertools.count():
+        order = np.random.default_rng((config.seed, epoch)).permutation(len(data.x))
+        for start in range(0, len(order) - config.batch + 1, config.batch):
+            rows = order[start : start + config.batch]
+            yield mfx.Batch(data.x[rows], data.label[rows])
+
+
+def make_objective(config: Config, identity: mfx.AbstractIdentity | None) -> mfx.Objective:
+    guided = (config.scale, config.mix) != (1, 0)
+    return mfx.Objective(
+        identity,
+        time_pairs=mfx.TimePairs(mfx.UniformTimes()),
+        boundary_times=mfx.UniformTimes() if identity is None else None,
+        identity_share=config.identity_share if identity else 0,
+        weight=mfx.AdaptiveWeight(config.power, config.offset) if config.power else mfx.ConstantWeight(),
+        guidance=mfx.Guidance(config.scale, config.mix) if guided else None,
+        label_dropout=mfx.LabelDropout(config.label_dropout, CLASSES),
+    )
+
+
+def train(config: Config, objective: mfx.Objective, data: Data, directory: run.RunDirectory) -> mfx.AbstractField:
+    """The averaged field after `config.steps` steps; metrics and previews from fixed noise go to `directory`."""
+    field_key, run_key = jr.split(jr.key(config.seed))
+    size = mfx.DiTSize(config.depth, config.width, config.heads, config.patch)
+    field = mfx.DiT((1, 8, 8), size, labels=CLASSES, unroll=True, key=field_key)
+    rate, steps = config.learning_rate, max(config.steps, config.warmup + 1)
+    optimizer = optax.adam(optax.warmup_cosine_decay_schedule(0, rate, config.warmup, steps, rate / 100))
+    step = mfx.TrainStep(objective, optimizer, [mfx.ExponentialAverage(config.decay)])
+    state = mfx.init_state(field, optimizer, step.averages, key=run_key)
+    with run.Progress(config.steps, shown=("loss", "boundary_error", "identity_error")) as progress:
+        for number, batch in zip(range(1, config.steps + 1), batches(data, config), strict=False):
+            state, metrics = step(state, batch)
+            progress.update(number, metrics)
+            if number % 50 == 0:
+                directory.log(number, metrics)
+            if config.preview_every and number % config.preview_every == 0:
+                save_samples(state.averages[0], directory.path(f"preview_{number:05}.png"), rows=2)
+    return state.averages[0]
+
+
+@eqx.filter_jit
+def generate(
+    field: mfx.AbstractField,
+    sampler: Callable,
+    label: Int[Array, " rows"],
+    times: tuple[float, ...],
+    key: Key[Array, ""],
+) -> Float[Array, "rows 1 8 8"]:
+    """One digit per label, from the same noise for every field, sampler and grid of times."""
+    eps = jr.normal(key, (label.size, 1, 8, 8))
+    return jax.vmap(lambda eps, label: sampler(field, eps, label, times=times))(eps, label)
+
+
+def save_samples(field: mfx.AbstractField, path: Path, rows: int) -> None:
+    """A grid of digits made in one evaluation, a column per class."""
+    x = generate(field, mfx.sample, jnp.tile(jnp.arange(CLASSES), rows), (1.0, 0.0), jr.key(0))
+    title = "one evaluation of the network per digit"
+    run.save_image_grid(path, x.reshape(rows, CLASSES, 1, 8, 8), -1, 1, column_labels="0123456789", title=title)
+
+
+class Judge:
+    """Everything a generated set is held against; fitted to the data once."""
+
+    def __init__(self, digits: Digits):
+        self.every = pixels(digits.every.x)
+        self.holdout = pixels(digits.holdout.x)
+        self.reader = SVC(C=10, gamma=0.001).fit(pixels(digits.train.x), digits.train.label)
+        self.train, _ = train_test_split(  # as many as are held out, so that chance is 50%
+            pixels(digits.train.x), train_size=len(self.holdout), stratify=digits.train.label, random_state=0
+        )
+
+    def frechet(self, x: Float[np.ndarray, "rows 64"]) -> float:
+        return metrics.frechet_distance(x, self.every)
+
+    def read(self, x: Float[np.ndarray, "rows 64"], label: Int[np.ndarray, " rows"]) -> list[float]:
+        """Of each class, the share of digits in which the classifier reads the wanted one."""
+        correct = self.reader.predict(x) == label
+        return [float(correct[label == digit].mean()) for digit in range(CLASSES)]
+
+    def nearer_to_training(self, x: Float[np.ndarray, "rows 64"]) -> float:
+        """The share of digits that lie nearer to a training digit than to any held-out one."""
+        (_, train), (_, holdout) = (pairwise_distances_argmin_min(x, y) for y in (self.train, self.holdout))
+        return float((train < holdout).mean())
+
+
+class Result(NamedTuple):
+    """One row of the table: what was judged, made in how many evaluations per digit."""
+
+    what: str
+    evaluations: int | None = None
+    frechet: float | None = None
+    read: list[float] | None = None
+    nearer_to_training: float | None = None
+
+
+def references(digits: Digits, judge: Judge, seed: int) -> list[Result]:
+    """What real digits score: the noise floor of the distance, and how well the classifier reads what it never saw."""
+    orders = [np.random.default_rng((seed, split)).permutation(len(judge.every)) for split in range(10)]
+    halves = [metrics.frechet_distance(*np.array_split(judge.every[order], 2)) for order in orders]
+    train = metrics.frechet_distance(pixels(digits.train.x), judge.holdout)
+    return [
+        Result("data: two random halves", frechet=float(np.mean(halves))),
+        Result("data: training against hold-out", frechet=train),
+        Result("data: hold-out", read=judge.read(judge.holdout, digits.holdout.label)),
+    ]
+
+
+def judged(what: str, field: mfx.AbstractField, sampler: Callable, steps: int, digits: Digits, judge: Judge) -> Result:
+    """A generated set with the data's own labels, against all data."""
+    label = digits.every.label
+    x = pixels(np.asarray(generate(field, sampler, jnp.asarray(label), mfx.uniform_times(steps), jr.key(1))))
+    return Result(what, steps, judge.frechet(x), judge.read(x, label), judge.nearer_to_training(x))
+
+
+def report(results: list[Result]) -> str:
+    """Both tables as text."""
+
+    def percent(share: float | None) -> str:
+        return "-" if share is None else f"{100 * share:.1f}%"
+
+    summary = [
+        (
+            row.what,
+            row.evaluations,
+            row.frechet,
+            percent(row.read and np.mean(row.read)),
+            percent(row.nearer_to_training),
+        )
+        for row in results
+    ]
+    classes = [(row.what, row.evaluations, *map(percent, row.read)) for row in results if row.read]
+    headers = ("", "evaluations", "Frechet distance", "read correctly", "nearer to training (chance 50%)")
+    by_class = run.table(classes, ("", "evaluations", *"0123456789"))
+    return f"{run.table(summary, headers)}\n\nRead correctly, by class:\n\n{by_class}"
+
+
+def main(config: Config) -> None:
+    """Train on handwritten digits, then judge what the network generates in one evaluation."""
+    began = time.perf_counter()
+    digits = load(config)
+    objectives: dict[str, tuple[mfx.Objective, Callable, tuple[int, ...]]]
+    objectives = {"MeanFlow": (make_objective(config, mfx.MeanFlow()), mfx.sample, (1, 2, 4))}
+    if config.compare:
+        objectives["Flow Matching"] = (make_objective(config, None), mfx.sample_euler, (1, 4, 32))
+    directory = run.RunDirectory.create(config)
+    judge = Judge(digits)
+    results = references(digits, judge, config.seed)
+    for name, (objective, sampler, evaluations) in objectives.items():
+        scale = objective.guidance.effective_scale if objective.guidance else 1.0
+        print(
+            f"{name}: {config.steps} steps, effective guidance scale {scale:g}, files in {directory.root}", flush=True
+        )
+        part = run.RunDirectory(directory.root / name.lower().replace(" ", "_"))
+        field = train(config, objective, digits.train, part)
+        results += [judged(name, field, sampler, steps, digits, judge) for steps in evaluations]
+        save_samples(field, part.path("samples.png"), rows=10)
+        if records := part.records():
+            run.save_curves(part.path("curves.png"), records)
+    text = f"{report(results)}\n\n{time.perf_counter() - began:.0f} seconds in all."
+    directory.path("results.md").write_text(text + "\n")
+    directory.path("results.json").write_text(json.dumps([row._asdict() for row in results], indent=2) + "\n")
+    print(text)
+
+
+if __name__ == "__main__":
+    run.main(
+        main,
+        {
+            "unguided": ("plain MeanFlow: the data's whole variety", Config()),
+            "guided": ("effective guidance scale 2: sharper and narrower", Config(scale=1.0, mix=0.5)),
+        },
+        description=__doc__,
+    )

@@ -1,0 +1,30 @@
+r"""Exact fields: distributions whose velocity is known in closed form, and their average velocities.
+
+    AbstractDistribution ------ MarginalVelocity ------ AverageVelocity
+    (GaussianMixture, PointSet)      |                   (an AbstractField)
+                              GuidedVelocity
+
+A distribution knows its marginal velocity (1) on any interpolant; `MarginalVelocity` fixes the interpolant and makes
+it a function v(z, t | condition); `GuidedVelocity` combines two of its values into $v_{cfg}$ (13); `AverageVelocity`
+integrates any such function into u(z, r, t | condition) by solving an ordinary differential equation, and is a field
+like every network:
+
+    mixture = exact.GaussianMixture(mean, std, label=label)
+    v = exact.MarginalVelocity(mixture, LinearInterpolant())
+    u = exact.AverageVelocity(exact.GuidedVelocity(v, scale=2.0))
+    u(z, r, t, jnp.asarray(3))
+
+`GaussianAverageVelocity` and `PointMassAverageVelocity` are two fields whose u is itself in closed form: the anchors of
+everything above.
+
+Imported explicitly (`from mf_eqx import exact`), because it loads diffrax.
+"""
+
+from ._average_velocity import AverageVelocity as AverageVelocity
+from ._base import AbstractDistribution as AbstractDistribution, Velocity as Velocity
+from ._gaussian import GaussianAverageVelocity as GaussianAverageVelocity
+from ._gaussian_mixture import GaussianMixture as GaussianMixture
+from ._guided_velocity import GuidedVelocity as GuidedVelocity
+from ._marginal_velocity import MarginalVelocity as MarginalVelocity
+from ._point_mass import PointMassAverageVelocity as PointMassAverageVelocity
+from ._point_set import PointSet as PointSet

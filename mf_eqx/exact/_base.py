@@ -1,0 +1,53 @@
+r"""What the exact velocities are made of: a distribution of data, and the type of a velocity.
+
+On a path $z_t = \alpha_t x + \sigma_t \epsilon$ the marginal velocity is a combination of two posterior means,
+
+$$v(z, t) = E[v_t \mid z_t = z] = \dot\alpha_t\, E[x \mid z] + \dot\sigma_t\, E[\epsilon \mid z] \qquad (1),$$
+
+and whoever knows $E[x \mid z]$ knows the other: $E[\epsilon \mid z] = (z - \alpha_t E[x \mid z]) / \sigma_t$.
+"""
+
+import abc
+from collections.abc import Callable
+from typing import TypeAlias
+
+import equinox as eqx
+import jax
+import numpy as np
+from jaxtyping import Array, Float, Key
+
+from .._custom_types import Condition, Time
+from .._interpolant import AbstractInterpolant
+
+Velocity: TypeAlias = Callable[[Float[Array, "*data"], Time, Condition], Float[Array, "*data"]]
+"""An instantaneous velocity v(z, t, condition): a Module of this room, or any function."""
+
+
+class AbstractDistribution(eqx.Module):
+    """A distribution of data whose marginal velocity is known in closed form."""
+
+    @abc.abstractmethod
+    def velocity(
+        self, interpolant: AbstractInterpolant, z: Float[Array, "*data"], t: Time, condition: Condition = None
+    ) -> Float[Array, "*data"]:
+        r"""The marginal velocity $E[v_t \mid z_t = z, c]$ (Eq. 1).
+
+        **Arguments:** `interpolant` the path; `z` state at time `t`; `condition` what the data are conditioned on, or
+        None for all of them.
+
+        **Returns:** the velocity, of the shape of `z`.
+        """
+
+    @abc.abstractmethod
+    def sample(self, *, key: Key[Array, ""], condition: Condition = None) -> Float[Array, "*data"]:
+        """One point of data, given `condition` or, if it is None, of the whole distribution."""
+
+
+def check_positive(name: str, values: Float[Array, " component"]) -> None:
+    """Raises a `ValueError` unless all `values` are > 0 and finite. Values that jit traces are not known, and pass."""
+    try:
+        known = np.asarray(values)
+    except jax.errors.TracerArrayConversionError:
+        return
+    if not np.all(np.isfinite(known) & (known > 0)):
+        raise ValueError(f"{name} must be > 0 and finite, got {known}")

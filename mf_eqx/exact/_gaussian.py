@@ -1,0 +1,53 @@
+r"""One Gaussian: the only smooth distribution whose average velocity is elementary.
+
+On the straight path the marginals are Gaussian too, and the flow moves their quantiles:
+
+$$\Phi_{t \to r}(z) = (1 - r)\, m + \frac{\sigma_r}{\sigma_t} \big(z - (1 - t)\, m\big), \qquad
+\sigma_t^2 = (1 - t)^2 s^2 + t^2.$$
+
+In $u = (z - \Phi_{t \to r}(z)) / (t - r)$ the divisor cancels, because $\sigma_t^2 - \sigma_r^2 = (t - r)\,
+\big((t + r) - s^2 (2 - t - r)\big)$:
+
+$$u(z, r, t) = \frac{(t + r) - s^2 (2 - t - r)}{\sigma_t (\sigma_t + \sigma_r)} \big(z - (1 - t)\, m\big) - m.$$
+"""
+
+import equinox as eqx
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key
+
+from .._custom_types import Condition, Time
+from .._field import AbstractField
+
+
+class GaussianAverageVelocity(AbstractField):
+    """The average velocity of data N(m, s² I) on `LinearInterpolant`; it ignores the condition.
+
+    No division by t - r: at r = t it is v itself, smooth in all arguments.
+
+    **Arguments:** `mean` m; `std` s > 0, in the unit of the data.
+
+    **Raises:** `ValueError` if `std` is not positive.
+    """
+
+    mean: Float[Array, "*data"] = eqx.field(converter=jnp.asarray)
+    std: float = eqx.field(converter=float)
+
+    def __check_init__(self):
+        if not self.std > 0:
+            raise ValueError(f"std must be > 0, got {self.std}")
+
+    def __call__(
+        self,
+        z: Float[Array, "*data"],
+        r: Time,
+        t: Time,
+        condition: Condition = None,
+        *,
+        key: Key[Array, ""] | None = None,
+    ) -> Float[Array, "*data"]:
+        at_r, at_t = self._scale(r), self._scale(t)
+        slope = ((t + r) - self.std**2 * (2 - t - r)) / (at_t * (at_t + at_r))
+        return slope * (z - (1 - t) * self.mean) - self.mean
+
+    def _scale(self, t: Time) -> Time:
+        return jnp.sqrt((1 - t) ** 2 * self.std**2 + t**2)

@@ -1,0 +1,127 @@
+r"""Gaussian mixtures: any shape of data, smooth everywhere, with the marginal velocity in closed form.
+
+Given component k with mean $m_k$ and standard deviation $s_k$, state and noise are jointly Gaussian:
+
+$$z_t \mid k \sim N(\alpha_t m_k, S_k^2 I), \quad S_k^2 = \alpha_t^2 s_k^2 + \sigma_t^2, \qquad
+E[v_t \mid z, k] = \dot\alpha_t m_k + \frac{\dot\alpha_t \alpha_t s_k^2 + \dot\sigma_t \sigma_t}{S_k^2}
+(z - \alpha_t m_k),$$
+
+and the marginal velocity is their mean under the posterior $p(k \mid z) \propto w_k N(z; \alpha_t m_k, S_k^2 I)$. As
+$S_k > 0$ at every t in [0, 1], so are all its derivatives finite there.
+
+A toy data set of any shape is a mixture too: some hundred points of the shape, each blurred by a small std.
+"""
+
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+from jax.scipy.special import logsumexp
+from jaxtyping import Array, Float, Int, Key
+
+from .._custom_types import Condition, Scalar, Time
+from .._interpolant import AbstractInterpolant
+from ._base import AbstractDistribution, check_positive
+
+
+class GaussianMixture(AbstractDistribution):
+    r"""A mixture of isotropic Gaussians $\sum_k w_k N(m_k, s_k^2 I)$, with labels or without.
+
+    **Arguments:**
+
+    - `mean`: the means $m_k$, one component per row.
+    - `std`: the standard deviations $s_k$ > 0, in the unit of the data; one for all, or one per component.
+    - `weight`: the shares $w_k$ > 0, relative to each other (any sum will do); equal by default.
+    - `label`: an integer for each component, or None. Several components may share a label; a label is what `condition`
+      then means. A condition that no component carries has no velocity: the result is NaN.
+
+    **Raises:** `ValueError` if shapes do not fit, or if a standard deviation or weight is not positive and finite.
+    """
+
+    mean: Float[Array, "component *data"]
+    std: Float[Array, " component"]
+    weight: Float[Array, " component"]
+    label: Int[Array, " component"] | None
+
+    def __init__(
+        self,
+        mean: Float[Array | np.ndarray, "component *data"],
+        std: float | Float[Array | np.ndarray, ""] | Float[Array | np.ndarray, " component"],
+        weight: Float[Array | np.ndarray, " component"] | None = None,
+        label: Int[Array | np.ndarray, " component"] | None = None,
+    ):
+        self.mean = jnp.asarray(mean)
+        components = self.mean.shape[:1]
+        std = jnp.asarray(std, self.mean.dtype)
+        self.std = jnp.broadcast_to(std, components) if std.ndim == 0 else std
+        self.weight = jnp.asarray(np.ones(components) if weight is None else weight, self.mean.dtype)
+        self.label = None if label is None else jnp.asarray(label)
+
+    def __check_init__(self):
+        components = self.mean.shape[:1]
+        if components in ((), (0,)):
+            raise ValueError(f"mean must have at least one component along its first axis, got shape {self.mean.shape}")
+        for name, value in (("std", self.std), ("weight", self.weight), ("label", self.label)):
+            if value is not None and value.shape != components:
+                raise ValueError(f"{name} must have one value per component, {components}, got shape {value.shape}")
+        check_positive("std", self.std)
+        check_positive("weight", self.weight)
+
+    def velocity(
+        self, interpolant: AbstractInterpolant, z: Float[Array, "*data"], t: Time, condition: Condition = None
+    ) -> Float[Array, "*data"]:
+        alpha, sigma, alpha_rate, sigma_rate = interpolant.rates(t)
+        variance = (alpha * self.std) ** 2 + sigma**2
+        offset = z - alpha * self.mean
+        slope = (alpha_rate * alpha * self.std**2 + sigma_rate * sigma) / variance
+        posterior = jax.nn.softmax(self._log_weight(condition) + _log_normal(offset, variance))
+        return alpha_rate * _sum(posterior, self.mean) + _sum(posterior * slope, offset)
+
+    def sample(self, *, key: Key[Array, ""], condition: Condition = None) -> Float[Array, "*data"]:
+        return self._draw(key, condition)[0]
+
+    def labelled_sample(
+        self, *, key: Key[Array, ""], condition: Condition = None
+    ) -> tuple[Float[Array, "*data"], Int[Array, ""]]:
+        """One point of data with the label of its component; equal keys give the point that `sample` gives.
+
+        **Raises:** `ValueError` if the components carry no labels.
+        """
+        x, component = self._draw(key, condition)
+        return x, self._labels()[component]
+
+    def log_density(self, x: Float[Array, "*data"], condition: Condition = None) -> Scalar:
+        r"""The logarithm of the density of data, $\log \sum_k w_k N(x; m_k, s_k^2 I)$, over the components that carry
+        the label `condition`, or all of them."""
+        log_weight = self._log_weight(condition)
+        joint = log_weight + _log_normal(x - self.mean, self.std**2)
+        return logsumexp(joint) - logsumexp(log_weight) - x.size / 2 * jnp.log(2 * jnp.pi)
+
+    def _draw(self, key: Key[Array, ""], condition: Condition) -> tuple[Float[Array, "*data"], Int[Array, ""]]:
+        component_key, noise_key = jr.split(key)
+        component = jr.categorical(component_key, self._log_weight(condition))
+        noise = jr.normal(noise_key, self.mean.shape[1:], self.mean.dtype)
+        return self.mean[component] + self.std[component] * noise, component
+
+    def _labels(self) -> Int[Array, " component"]:
+        if self.label is None:
+            raise ValueError("label must be given to the mixture for conditions and labelled samples, got None")
+        return self.label
+
+    def _log_weight(self, condition: Condition) -> Float[Array, " component"]:
+        """Unnormalised: of the components that do not carry the label, minus infinity."""
+        log_weight = jnp.log(self.weight)
+        return log_weight if condition is None else jnp.where(self._labels() == condition, log_weight, -jnp.inf)
+
+
+def _sum(factor: Float[Array, " component"], terms: Float[Array, "component *data"]) -> Float[Array, "*data"]:
+    return jnp.tensordot(factor, terms, 1, precision="highest")  # accelerators round the factors by default
+
+
+def _log_normal(
+    offset: Float[Array, "component *data"], variance: Float[Array, " component"]
+) -> Float[Array, " component"]:
+    r"""Of each component, up to the constant $-\frac d2 \log 2\pi$."""
+    dim = offset[0].size
+    square = jnp.sum(offset.reshape(-1, dim) ** 2, axis=1)
+    return -square / (2 * variance) - dim / 2 * jnp.log(variance)

@@ -1,0 +1,26 @@
+r"""The velocity of classifier-free guidance: what a guided target teaches (Sec. 4.2), known exactly."""
+
+import equinox as eqx
+from jaxtyping import Array, Float
+
+from .._custom_types import Condition, Time
+from ._base import Velocity
+
+
+class GuidedVelocity(eqx.Module):
+    r"""The guided velocity (Eq. 13),
+
+    $$v_{cfg}(z, t \mid c) = \omega'\, v(z, t \mid c) + (1 - \omega')\, v(z, t).$$
+
+    Without a condition both terms agree and it is plain v(z, t), as for rows whose label was dropped.
+
+    **Arguments:** `velocity` called as (z, t, condition), with condition None for the unconditional one; `scale` the
+    *effective* $\omega'$, that is `Guidance.effective_scale`; 1 is no guidance.
+    """
+
+    velocity: Velocity
+    scale: float = eqx.field(converter=float)
+
+    def __call__(self, z: Float[Array, "*data"], t: Time, condition: Condition = None) -> Float[Array, "*data"]:
+        """v_cfg(z, t | condition)."""
+        return self.scale * self.velocity(z, t, condition) + (1 - self.scale) * self.velocity(z, t, None)

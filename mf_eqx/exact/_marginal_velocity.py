@@ -1,0 +1,22 @@
+r"""The marginal velocity of a distribution along one path, as a function of state and time."""
+
+import equinox as eqx
+from jaxtyping import Array, Float
+
+from .._custom_types import Condition, Time
+from .._interpolant import AbstractInterpolant, LinearInterpolant
+from ._base import AbstractDistribution
+
+
+class MarginalVelocity(eqx.Module):
+    r"""$v(z, t \mid c) = E[v_t \mid z_t = z, c]$ (Eq. 1), what Flow Matching learns.
+
+    **Arguments:** `distribution` of the data; `interpolant` the path, the paper's straight one by default.
+    """
+
+    distribution: AbstractDistribution
+    interpolant: AbstractInterpolant = LinearInterpolant()
+
+    def __call__(self, z: Float[Array, "*data"], t: Time, condition: Condition = None) -> Float[Array, "*data"]:
+        """v(z, t | condition); without a condition, of the whole distribution."""
+        return self.distribution.velocity(self.interpolant, z, t, condition)

@@ -1,0 +1,32 @@
+r"""A point mass: every trajectory of the straight path runs along one line at one speed, so u = v."""
+
+import equinox as eqx
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key
+
+from .._custom_types import Condition, Time
+from .._field import AbstractField
+
+
+class PointMassAverageVelocity(AbstractField):
+    r"""The average velocity of data at one point $x_0$, on `LinearInterpolant`,
+
+    $$u(z, r, t) = v(z, t) = (z - x_0) / t,$$
+
+    for t > 0; r may be 0. It ignores the condition.
+
+    **Arguments:** `point` $x_0$.
+    """
+
+    point: Float[Array, "*data"] = eqx.field(converter=jnp.asarray)
+
+    def __call__(
+        self,
+        z: Float[Array, "*data"],
+        r: Time,
+        t: Time,
+        condition: Condition = None,
+        *,
+        key: Key[Array, ""] | None = None,
+    ) -> Float[Array, "*data"]:
+        return (z - self.point) / t

@@ -1,0 +1,290 @@
+r"""Metrics of fields: how far a field is from the truth, and how far from being an average velocity at all.
+
+Against a known average velocity $u^*$ (a field of `mf_eqx.exact`) the error is
+
+$$\frac{E |u - u^*|^2}{E |u^*|^2},$$
+
+with states $z_t$ of the true marginal (`draw_states`). Its parts add up over rows, so it also exists by cells of (r,
+t): a field can be right near r = t, where Flow Matching teaches it, and wrong at (0, 1), where one-step sampling reads
+it.
+
+Without a known truth there are still the equations that every average velocity satisfies. Their residuals, relative to
+the size of the velocity, say how consistent a field is with itself, though not with the data.
+
+All functions take rows (a leading batch axis), compile themselves, and evaluate fields without dropout.
+"""
+
+from collections.abc import Callable, Sequence
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+from jaxtyping import Array, Float, Int, Key, PyTree, Shaped
+
+from .._custom_types import at_least_float32, Condition, Scalar, Time
+from .._field import AbstractField
+from .._identity import AbstractIdentity, Context, semigroup_residual
+from .._interpolant import AbstractInterpolant
+from .._times import TimePairs
+
+
+class RelativeError(eqx.Module):
+    """A relative error as sums over rows, so that those of several sets of rows add up.
+
+    **Arguments:** `error` sum of |u - u*|²; `truth` sum of |u*|²; `count` of rows.
+    """
+
+    error: Float[Array, "*cells"]
+    truth: Float[Array, "*cells"]
+    count: Int[Array, "*cells"]
+
+    def __add__(self, other: "RelativeError") -> "RelativeError":
+        return jax.tree.map(jnp.add, self, other)
+
+    @property
+    def value(self) -> Float[Array, "*cells"]:
+        """E|u - u*|² / E|u*|²; NaN where there is no row."""
+        return self.error / self.truth
+
+
+class FieldErrors(eqx.Module):
+    """What a table says about a field.
+
+    **Arguments:** `overall` over the drawn pairs (r, t); `diagonal` at (t, t), what Flow Matching learns; `one_step` at
+    (0, 1), what one-step sampling reads; `cells` like `overall`, by cells of r and t.
+    """
+
+    overall: RelativeError
+    diagonal: RelativeError
+    one_step: RelativeError
+    cells: RelativeError
+
+
+@eqx.filter_jit
+def draw_states(
+    sample: Callable[..., Float[Array, "*data"]],
+    interpolant: AbstractInterpolant,
+    time_pairs: TimePairs,
+    rows: int,
+    condition: PyTree[Shaped[Array, "rows ..."]] = None,
+    *,
+    key: Key[Array, ""],
+) -> tuple[Float[Array, "rows *data"], Float[Array, " rows"], Float[Array, " rows"]]:
+    r"""States of the true marginal, $z_t = \alpha_t x + \sigma_t \epsilon$, with their pairs r <= t.
+
+    **Arguments:** `sample` draws one example of the data: `sample(key=...)`, and with conditions `sample(key=...,
+    condition=...)`, such as `GaussianMixture(...).sample` of `mf_eqx.exact`; `interpolant` the path; `time_pairs` the
+    distribution of (r, t); `rows` how many; `condition` one for each row, or None; `key`.
+
+    **Returns:** `(z, r, t)`, each with a leading axis of `rows`, in the dtype of the data.
+
+    **Raises:** `ValueError` unless rows >= 1.
+    """
+    if rows < 1:
+        raise ValueError(f"rows must be >= 1, got {rows}")
+
+    def draw(key: Key[Array, ""], condition: Condition) -> tuple[Float[Array, "*data"], Time, Time]:
+        x_key, eps_key, times_key = jr.split(key, 3)
+        x = sample(key=x_key) if condition is None else sample(key=x_key, condition=condition)
+        r, t = (time.astype(x.dtype) for time in time_pairs(key=times_key))
+        z, _ = interpolant.state_and_velocity(x, jr.normal(eps_key, x.shape, x.dtype), t)
+        return z, r, t
+
+    return jax.vmap(draw)(jr.split(key, rows), condition)
+
+
+@eqx.filter_jit
+def relative_error(
+    field: AbstractField,
+    truth: AbstractField,
+    z: Float[Array, "rows *data"],
+    r: Float[Array, " rows"],
+    t: Float[Array, " rows"],
+    condition: PyTree[Shaped[Array, "rows ..."]] = None,
+) -> RelativeError:
+    r"""The relative error of a field, $E|u - u^*|^2 / E|u^*|^2$, where both are evaluated at (z, r, t, condition).
+
+    **Arguments:** `field`; `truth` the average velocity $u^*$; `z` states at `t`, usually from `draw_states`; `r <= t`;
+    `condition` one for each row, or None.
+
+    **Returns:** one number as a `RelativeError`.
+    """
+    error, size = _squares(field, truth, z, r, t, condition)
+    return RelativeError(jnp.sum(error), jnp.sum(size), jnp.asarray(len(error), jnp.int32))
+
+
+@eqx.filter_jit
+def relative_error_by_cell(
+    field: AbstractField,
+    truth: AbstractField,
+    z: Float[Array, "rows *data"],
+    r: Float[Array, " rows"],
+    t: Float[Array, " rows"],
+    condition: PyTree[Shaped[Array, "rows ..."]] = None,
+    *,
+    edges: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0),
+) -> RelativeError:
+    """The relative error of a field in each cell of a grid over (r, t).
+
+    **Arguments:** as of `relative_error`; `edges` of the cells along either axis, strictly increasing. A cell holds its
+    lower edge, the last one its upper edge too; rows outside all cells do not count.
+
+    **Returns:** a `RelativeError` of shape (cells of r, cells of t). Cells with r > t hold no row, hence NaN as value.
+
+    **Raises:** `ValueError` if `edges` are fewer than two or not strictly increasing.
+    """
+    bounds = np.asarray(edges, np.float64)
+    if bounds.ndim != 1 or len(bounds) < 2 or not (np.diff(bounds) > 0).all():
+        raise ValueError(f"edges must be at least two strictly increasing numbers, got {edges}")
+    cells = len(bounds) - 1
+    row, column = _cell(r, bounds), _cell(t, bounds)
+    index = jnp.where((row < cells) & (column < cells), cells * row + column, cells**2)
+
+    def total(values: Shaped[Array, " rows"]) -> Shaped[Array, "cells cells"]:
+        # Not a product with one-hot rows: a value that is not finite must spoil its own cell only.
+        return jax.ops.segment_sum(values, index, cells**2).reshape(cells, cells)
+
+    error, size = _squares(field, truth, z, r, t, condition)
+    return RelativeError(total(error), total(size), total(jnp.ones_like(index, jnp.int32)))
+
+
+@eqx.filter_jit
+def field_errors(
+    field: AbstractField,
+    truth: AbstractField,
+    sample: Callable[..., Float[Array, "*data"]],
+    interpolant: AbstractInterpolant,
+    time_pairs: TimePairs,
+    rows: int,
+    condition: PyTree[Shaped[Array, "rows ..."]] = None,
+    *,
+    edges: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0),
+    key: Key[Array, ""],
+) -> FieldErrors:
+    """The relative errors of a field that one wants in a table, from rows drawn here.
+
+    **Arguments:** `field`; `truth`; `sample`, `interpolant`, `time_pairs`, `rows`, `condition` as of `draw_states`;
+    `edges` as of `relative_error_by_cell`; `key`: compare fields under one key.
+
+    **Returns:** a `FieldErrors`. The diagonal uses the drawn states and t; (0, 1) uses fresh noise, as many rows of it.
+    """
+    states_key, noise_key = jr.split(key)
+    z, r, t = draw_states(sample, interpolant, time_pairs, rows, condition, key=states_key)
+    eps = jr.normal(noise_key, z.shape, z.dtype)
+    return FieldErrors(
+        overall=relative_error(field, truth, z, r, t, condition),
+        diagonal=relative_error(field, truth, z, t, t, condition),
+        one_step=relative_error(field, truth, eps, jnp.zeros_like(r), jnp.ones_like(t), condition),
+        cells=relative_error_by_cell(field, truth, z, r, t, condition, edges=edges),
+    )
+
+
+@eqx.filter_jit
+def relative_identity_residual(
+    identity: AbstractIdentity,
+    field: AbstractField,
+    z: Float[Array, "rows *data"],
+    v: Float[Array, "rows *data"],
+    r: Float[Array, " rows"],
+    t: Float[Array, " rows"],
+    condition: PyTree[Shaped[Array, "rows ..."]] = None,
+    *,
+    context: Context | None = None,
+    key: Key[Array, ""] | None = None,
+) -> Scalar:
+    r"""The root-mean-square residual of an identity, relative to the given velocities.
+
+    $$\Big( \frac{\sum_i |\mathrm{residual}_i|^2}{\sum_i |v_i|^2} \Big)^{1/2},$$
+
+    the sums being over rows and dimensions. The truth has none if `v` is the *marginal* velocity; with a conditional
+    one the residual of an identity that contains v is its noise.
+
+    **Arguments:** `identity`; `field`; `z` states at `t`; `v` their velocities; `r <= t`; `condition` one for each row,
+    or None; `context` for identities that want one; `key` for those that draw (`SplitMeanFlow`), else None.
+
+    **Returns:** the ratio, 0 for an average velocity.
+    """
+    keys = None if key is None else jr.split(key, len(z))
+    quiet = _WithoutDropout(field)
+
+    def residual(z, v, r, t, condition, key):
+        return identity.residual(quiet, z, v, r, t, condition, key=key, context=context)
+
+    return _root_ratio(jax.vmap(residual)(z, v, r, t, condition, keys), v)
+
+
+@eqx.filter_jit
+def relative_semigroup_residual(
+    field: AbstractField,
+    z: Float[Array, "rows *data"],
+    r: Float[Array, " rows"],
+    t: Float[Array, " rows"],
+    condition: PyTree[Shaped[Array, "rows ..."]] = None,
+    *,
+    split: float | Float[Array, " rows"] = 0.5,
+) -> Scalar:
+    r"""The root-mean-square residual of the semigroup property (`mf_eqx.semigroup_residual`), relative to the field.
+
+    $$\Big( \frac{\sum_i |u(z_i, r_i, t_i) - (1 - \lambda_i)\, u(z_{s_i}, r_i, s_i) - \lambda_i\, u(z_i, s_i, t_i)|^2}
+    {\sum_i |u(z_i, r_i, t_i)|^2} \Big)^{1/2}$$
+
+    Needs no velocity and no truth: it says whether n steps land where one step lands. A field that is zero on all rows
+    has none (NaN).
+
+    **Arguments:** `field`; `z` states at `t`; `r <= t`; `condition` one for each row, or None; `split` the share
+    $\lambda$ of the interval above s, one for all rows or one for each; 1/2 compares one step with two equal ones.
+
+    **Returns:** the ratio, 0 for an average velocity.
+    """
+    shares = jnp.broadcast_to(jnp.asarray(split, t.dtype), t.shape)
+    residuals = jax.vmap(lambda z, r, t, split, c: semigroup_residual(field, z, r, t, split, c))
+    return _root_ratio(residuals(z, r, t, shares, condition), jax.vmap(field)(z, r, t, condition))
+
+
+class _WithoutDropout(AbstractField):
+    """`field` evaluated without a key, whatever key an identity passes on."""
+
+    field: AbstractField
+
+    def __call__(
+        self,
+        z: Float[Array, "*data"],
+        r: Time,
+        t: Time,
+        condition: Condition = None,
+        *,
+        key: Key[Array, ""] | None = None,
+    ) -> Float[Array, "*data"]:
+        return self.field(z, r, t, condition)
+
+
+def _squares(
+    field: AbstractField,
+    truth: AbstractField,
+    z: Float[Array, "rows *data"],
+    r: Float[Array, " rows"],
+    t: Float[Array, " rows"],
+    condition: PyTree[Shaped[Array, "rows ..."]],
+) -> tuple[Float[Array, " rows"], Float[Array, " rows"]]:
+    """|u - u*|² and |u*|² of each row."""
+
+    def square(z: Float[Array, "*data"], r: Time, t: Time, condition: Condition) -> tuple[Scalar, Scalar]:
+        exact = at_least_float32(truth(z, r, t, condition))
+        return jnp.sum((field(z, r, t, condition) - exact) ** 2), jnp.sum(exact**2)
+
+    return jax.vmap(square)(z, r, t, condition)
+
+
+def _cell(times: Float[Array, " rows"], bounds: Float[np.ndarray, " edges"]) -> Int[Array, " rows"]:
+    """The cell of each time; the number of cells for a time outside of them."""
+    edges = jnp.asarray(bounds, times.dtype)
+    cells = len(bounds) - 1
+    cell = jnp.searchsorted(edges, times, side="right") - 1
+    cell = jnp.where(times == edges[-1], cells - 1, cell)
+    return jnp.where(cell < 0, cells, cell)
+
+
+def _root_ratio(residual: Float[Array, "rows *data"], size: Float[Array, "rows *data"]) -> Scalar:
+    return jnp.sqrt(jnp.sum(at_least_float32(residual) ** 2) / jnp.sum(at_least_float32(size) ** 2))

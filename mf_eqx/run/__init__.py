@@ -1,0 +1,35 @@
+"""What every run needs, once: a command line, a directory, a progress line, tables and pictures.
+
+    config flags -> main -> your function -> RunDirectory   config.json, metrics.jsonl, any other file
+                                          -> Progress       one line on stderr
+                                          -> table          final results as text
+                                          -> save_image_grid, save_curves
+
+A script is one function of one frozen dataclass; `main` does the rest, and ends bad input in one line:
+
+    from mf_eqx import run
+
+    def train(config: Config) -> None:
+        directory = run.RunDirectory.create(config)
+        with run.Progress(config.steps) as progress:
+            for step in range(1, config.steps + 1):
+                state, metrics = train_step(state, next(batches))
+                progress.update(step, metrics)
+                if step % 50 == 0:
+                    directory.log(step, metrics)
+
+    if __name__ == "__main__":
+        run.main(train, {"plain": ("no guidance", Config()), "guided": ("scale 2", Config(scale=2.0))})
+
+Imported explicitly (`from mf_eqx import run`). The command line needs tyro and the pictures matplotlib, both in the
+extra `experiments`; they are loaded where they are used, and their absence says what to install.
+"""
+
+from ._cli import main as main
+from ._curves import save_curves as save_curves
+from ._directory import RunDirectory as RunDirectory
+from ._optional import MissingDependency as MissingDependency, optional as optional
+from ._picture import save_image_grid as save_image_grid
+from ._progress import Progress as Progress
+from ._table import table as table
+from ._values import fetch as fetch

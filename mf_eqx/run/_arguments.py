@@ -1,0 +1,124 @@
+"""From command-line arguments to a configuration, by tyro, with every refusal as one exception."""
+
+import argparse
+import contextlib
+import dataclasses
+import difflib
+import io
+import itertools
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, TypeVar
+
+from ._optional import optional
+
+_Config = TypeVar("_Config")
+
+
+class BadArguments(ValueError):
+    """Command-line arguments that make no configuration."""
+
+
+def parse(choices: Mapping[str, tuple[str, _Config]], program: str, description: str, argv: list[str]) -> _Config:
+    """The configuration. Bad ones raise `BadArguments`. There is a flag `--preset` if there are two choices or more."""
+    with optional("tyro"):
+        import tyro
+    name = _preset_name(choices, argv)
+    arguments = _arguments(choices, name)
+    try:
+        with _errors_as_exceptions():
+            parsed, unknown = tyro.cli(
+                arguments,
+                prog=program,
+                description=_describe(choices, description),
+                args=argv,
+                return_unknown_args=True,
+            )
+    except ValueError as error:
+        raise BadArguments(_name_flag(str(error), choices[name][1])) from error
+    if unknown:
+        raise BadArguments(_unknown_argument(unknown[0].partition("=")[0], choices, choices[name][1]))
+    return parsed.config
+
+
+def _preset_name(choices: Mapping[str, Any], argv: list[str]) -> str:
+    """The preset that is asked for. Needed before everything else is parsed, since it holds the defaults."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--preset", nargs="?")
+    name = parser.parse_known_args(argv)[0].preset
+    if name is None or len(choices) == 1:  # also for bad uses of the flag, which the parser proper reports
+        return next(iter(choices))
+    if name not in choices:
+        raise BadArguments(f"--preset must be one of {', '.join(choices)}; got {name!r}")
+    return name
+
+
+def _arguments(choices: Mapping[str, tuple[str, Any]], name: str) -> type[Any]:
+    """The class that is parsed: a preset's name and its configuration, the latter's fields without a prefix."""
+    import tyro
+
+    config = choices[name][1]
+    preset = tyro.conf.arg(metavar="NAME", help="Preset to start from, listed above; other flags override its values.")
+    fields: list[tuple[str, Any, Any]] = [("config", Annotated[type(config), tyro.conf.arg(name="")], config)]
+    if len(choices) > 1:
+        fields.insert(0, ("preset", Annotated[str, preset], name))
+    return dataclasses.make_dataclass("Arguments", fields)
+
+
+def _describe(choices: Mapping[str, tuple[str, Any]], description: str) -> str:
+    if len(choices) == 1:
+        return description
+    width = max(map(len, choices))
+    lines = [f"  {name:<{width}}  {about}" for name, (about, _) in choices.items()]
+    return "\n".join([description, "", "presets:", *lines])
+
+
+@contextlib.contextmanager
+def _errors_as_exceptions() -> Iterator[None]:
+    """tyro draws a box on stderr and exits: raise `ValueError` with the first paragraph in the box instead."""
+    stderr = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(stderr):
+            yield
+    except SystemExit as error:
+        if not error.code:
+            raise
+        raise ValueError(_first_paragraph(stderr.getvalue())) from None
+    else:
+        sys.stderr.write(stderr.getvalue())
+
+
+def _first_paragraph(box: str) -> str:
+    """`--steps: invalid ...` from a box, which is drawn by lines or, where these cannot be encoded, by hyphens."""
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", box).strip().splitlines()[1:]  # the first is the title
+    texts = [line.strip("│ ") for line in lines]
+    blocks = [
+        list(block) for is_text, block in itertools.groupby(texts, lambda t: bool(re.search(r"\w", t))) if is_text
+    ]
+    return re.sub(r"^Error parsing (config\.)?", "", " ".join(blocks[0])) if blocks else box
+
+
+def _name_flag(message: str, config: Any) -> str:
+    """A message that starts with the name of a field, with that written as the flag."""
+    subject = message.partition(" ")[0].strip("`'")
+    if subject in (field.name for field in dataclasses.fields(config)):
+        return "--" + subject.replace("_", "-") + message[message.find(" ") :]
+    return message
+
+
+def _unknown_argument(token: str, choices: Mapping[str, Any], config: Any) -> str:
+    known = {flag: flag for flag in _flags(config)}
+    if len(choices) > 1:
+        known |= {"--preset": "--preset"} | {name: f"--preset {name}" for name in choices}
+    near = difflib.get_close_matches(token, known, n=1)
+    return f"unknown argument {token}" + (f", did you mean {known[near[0]]}?" if near else "; --help lists all")
+
+
+def _flags(config: Any, prefix: str = "--") -> Iterator[str]:
+    for field in dataclasses.fields(config):
+        flag, value = prefix + field.name.replace("_", "-"), getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from _flags(value, flag + ".")
+        else:
+            yield flag

@@ -1,0 +1,83 @@
+"""The command line of a script: a typed configuration in, one line out when the input is bad.
+
+Exit codes: 0 done, 2 bad input, 130 interrupted; 1 with a traceback is a bug.
+
+Bad input is what the parser or the configuration's own checks refuse and, once the script's function runs, a
+`ValueError` that this package or the script itself raises, a file that cannot be opened, or a missing optional package.
+A `ValueError` from anywhere else (an array library, say) was not foreseen by a check of ours, and keeps its traceback.
+"""
+
+import inspect
+import os
+import sys
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from ._arguments import BadArguments, parse
+from ._optional import MissingDependency
+
+_Config = TypeVar("_Config")
+_Result = TypeVar("_Result")
+
+_TRACEBACK = "MF_EQX_TRACEBACK"
+
+
+def main(
+    function: Callable[[_Config], _Result],
+    presets: _Config | Mapping[str, tuple[str, _Config]],
+    *,
+    description: str | None = None,
+    argv: Sequence[str] | None = None,
+) -> _Result:
+    """Call `function` with the configuration that the command line asks for.
+
+    Every field of the configuration is a flag (`--peak-rate 1e-3`; `--compare` and `--no-compare` for a bool), its
+    docstring the help. `--preset NAME` says which preset the other flags override; `--preset NAME --help` shows its
+    values.
+
+    **Arguments:**
+
+    - `function`: what the script does.
+    - `presets`: a frozen dataclass with its defaults, or several by name, each with a line that describes it; the first
+      is the default. Its `__post_init__` checks values by `ValueError("steps must be >= 0, got -3")`; a field's name in
+      front is shown as its flag.
+    - `description`: shown by `--help`, by default the docstring of `function`.
+    - `argv`: arguments without the program's name, by default those of the process.
+
+    **Returns:** what `function` returns.
+
+    **Raises:** `SystemExit`: 0 after `--help`; 2 after bad input, with one line on stderr that names argument, rule and
+    value; 130 if interrupted. With MF_EQX_TRACEBACK=1 in the environment, all errors keep their traceback.
+    """
+    program = Path(sys.argv[0]).name
+    choices = presets if isinstance(presets, Mapping) else {"default": ("", presets)}
+    about = description or inspect.getdoc(function) or ""
+    try:
+        return function(parse(choices, program, about, list(sys.argv[1:] if argv is None else argv)))
+    except (Exception, KeyboardInterrupt) as error:
+        code, message = _ending(error, function.__module__)
+        if code == 1 or os.environ.get(_TRACEBACK, "0") not in ("", "0"):
+            raise
+        print(program + ": " + " ".join(message.split()), file=sys.stderr)
+        raise SystemExit(code) from None
+
+
+def _ending(error: BaseException, script: str) -> tuple[int, str]:
+    """Exit code and message for an error; 1 for a bug."""
+    if isinstance(error, KeyboardInterrupt):
+        return 130, "interrupted"
+    if isinstance(error, BadArguments | MissingDependency):
+        return 2, f"error: {error}"
+    unreadable = isinstance(error, OSError) and error.filename is not None
+    if unreadable or (isinstance(error, ValueError) and _is_raised_by_us(error, script)):
+        return 2, f"error: {error} ({_TRACEBACK}=1 shows where)"
+    return 1, ""
+
+
+def _is_raised_by_us(error: BaseException, script: str) -> bool:
+    """Whether the statement that raised stands in this package or in the script."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    module = frame.f_globals.get("__name__", "")
+    return module == script or module.partition(".")[0] == __name__.partition(".")[0]

@@ -1,0 +1,100 @@
+"""Curves of logged metrics."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+from jaxtyping import Float
+
+from ._optional import optional
+
+Record: TypeAlias = Mapping[str, Any]
+
+
+def save_curves(
+    path: str | Path,
+    records: Sequence[Record] | Mapping[str, Sequence[Record]],
+    names: Sequence[str] | None = None,
+    *,
+    title: str | None = None,
+) -> None:
+    """Save the curves of metrics against the step as PNG, one panel per metric.
+
+    Logged values are drawn faintly, their running mean over a twentieth of the curve boldly. Positive metrics that span
+    more than a factor of ten get a logarithmic axis.
+
+    **Arguments:**
+
+    - `path`: of the file.
+    - `records`: as returned by `RunDirectory.records`; or several such lists by name, to compare runs.
+    - `names`: of the metrics; by default all. A metric in bins gives one curve per bin.
+    - `title`: a text above everything.
+
+    **Raises:** `ValueError` if there are no records, or a name is in none of them.
+    """
+    with optional("matplotlib"):
+        from matplotlib.figure import Figure
+
+    runs = dict(records) if isinstance(records, Mapping) else {"": records}
+    known = list(dict.fromkeys(name for run in runs.values() for record in run for name in record if name != "step"))
+    names = known if names is None else names
+    if not known or not names:
+        raise ValueError(
+            f"records must hold at least one metric, got {sum(map(len, runs.values()))} records without any"
+        )
+    if missing := [name for name in names if name not in known]:
+        raise ValueError(f"names must be among {', '.join(known)}; got {', '.join(missing)}")
+    columns = len(names) if len(names) <= 3 else math.ceil(math.sqrt(len(names)))
+    rows = math.ceil(len(names) / columns)
+    figure = Figure(figsize=(4.2 * columns, 3.0 * rows), dpi=100, layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).flat
+    for name, panel in zip(names, panels, strict=False):
+        _draw(panel, name, runs)
+    for panel in panels[len(names) :]:
+        panel.remove()
+    if title is not None:
+        figure.suptitle(title)
+    figure.savefig(path, format="png")
+
+
+def _draw(panel: Any, name: str, runs: Mapping[str, Sequence[Record]]) -> None:
+    shown = []
+    for run, records in runs.items():
+        steps, values = _series(records, name)
+        for i, curve in enumerate(values.T):
+            label = " ".join(filter(None, [run, f"bin {i}" if values.shape[1] > 1 else ""]))
+            (faint,) = panel.plot(steps, curve, alpha=0.25, linewidth=1)
+            panel.plot(steps, _running_mean(curve), color=faint.get_color(), label=label)
+            shown.append(curve[np.isfinite(curve)])
+    panel.set(title=name, xlabel="step")
+    panel.grid(alpha=0.3)
+    if _spans_decades(np.concatenate(shown)):
+        panel.set_yscale("log")
+    if len(shown) > 1:
+        panel.legend(fontsize="small")
+
+
+def _series(
+    records: Sequence[Record], name: str
+) -> tuple[Float[np.ndarray, " record"], Float[np.ndarray, "record curve"]]:
+    """Steps and values of a metric where it was logged; null is NaN."""
+    pairs = [(record["step"], np.ravel(record[name]).astype(float)) for record in records if name in record]
+    steps = np.array([step for step, _ in pairs], float)
+    return steps, np.stack([value for _, value in pairs]) if pairs else np.zeros((0, 1))
+
+
+def _running_mean(values: Float[np.ndarray, " record"]) -> Float[np.ndarray, " record"]:
+    """Mean over a centred window of a twentieth of all values, of those that are finite and inside the curve."""
+    window = np.ones(max(1, values.size // 20) | 1)
+    if values.size < window.size:
+        return values
+    finite = np.isfinite(values)
+    total = np.convolve(np.where(finite, values, 0), window, mode="same")
+    count = np.convolve(finite, window, mode="same")
+    return np.divide(total, count, out=np.full(values.shape, np.nan), where=finite)
+
+
+def _spans_decades(values: Float[np.ndarray, " value"]) -> bool:
+    return values.size > 0 and 0 < 10 * float(values.min()) < float(values.max())

@@ -1,0 +1,146 @@
+"""The directory of one run: what was run, with what, and what came out.
+
+runs/<script>/<name>/config.json     configuration, command, versions, device, commit
+                     metrics.jsonl   one JSON object per line, each with its step
+                     ...             pictures, results, whatever else `path` is asked for
+"""
+
+import dataclasses
+import importlib.metadata
+import json
+import math
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from jaxtyping import ArrayLike
+
+from .._objective import Mean
+from ._values import fetch
+
+
+@dataclasses.dataclass(frozen=True)
+class RunDirectory:
+    """The files of one run. Make a new one by `RunDirectory.create`; the constructor only opens.
+
+    **Arguments:** `root` the directory.
+    """
+
+    root: Path
+
+    @classmethod
+    def create(
+        cls, config: Any, name: str | None = None, *, root: str | Path = "runs", script: str | None = None
+    ) -> "RunDirectory":
+        """A new directory `root/script/name` with its `config.json`.
+
+        **Arguments:** `config` of the run, a dataclass; `name` of the run, the time of day by default; `root` of all
+        runs; `script` the name of the running script by default.
+
+        **Raises:** `ValueError` if `name` does not stay below `root/script`, or names anything but a new or empty
+        directory. Nothing is changed then.
+        """
+        parent = Path(root) / (Path(sys.argv[0]).stem if script is None else script)
+        directory = cls(_new_by_time(parent) if name is None else _new_by_name(parent, name))
+        text = json.dumps(_as_json({"config": config, **_provenance()}), indent=2)
+        directory.path("config.json").write_text(text + "\n", encoding="utf-8")
+        return directory
+
+    def path(self, name: str) -> Path:
+        """The path of the file `name`, with its parent directories made: `path("previews/000500.png")`."""
+        path = self.root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return path
+
+    def log(self, step: int, metrics: Mapping[str, Mean | ArrayLike]) -> None:
+        """Append a line to `metrics.jsonl`. It is in the file when this returns.
+
+        **Arguments:** `step` number of finished steps; `metrics` of the last one, as returned by `TrainStep`, or plain
+        numbers. They are fetched, which waits for the device: log every so many steps. Numbers that are not finite
+        become null.
+        """
+        record = {"step": int(step), **{name: _or_null(value) for name, value in fetch(metrics).items()}}
+        with self.path("metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record, allow_nan=False) + "\n")
+
+    def records(self) -> list[dict[str, Any]]:
+        """All that was logged. A last line that was cut off by a crash is left out."""
+        path = self.root / "metrics.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def _new_by_name(parent: Path, name: str) -> Path:
+    relative = Path(name)
+    if relative.is_absolute() or ".." in relative.parts or not relative.parts:
+        raise ValueError(f"name must be a path below {parent}, got {name!r}")
+    path = parent / relative
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise ValueError(
+            f"name must be that of a new run, got {name!r}, but {path} has files: take another or remove it"
+        )
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def _new_by_time(parent: Path) -> Path:
+    parent.mkdir(parents=True, exist_ok=True)
+    name, copy = time.strftime("%Y-%m-%d_%H-%M-%S"), 1
+    while True:  # two runs may start within one second
+        path = parent / (name if copy == 1 else f"{name}_{copy}")
+        try:
+            path.mkdir()
+        except FileExistsError:
+            copy += 1
+        else:
+            return path
+
+
+def _provenance() -> dict[str, Any]:
+    devices = jax.devices()
+    return {
+        "command": sys.argv,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "versions": _versions(),
+        "device": {"platform": devices[0].platform, "kind": devices[0].device_kind, "count": len(devices)},
+        "commit": _commit(Path(sys.argv[0]).parent),
+    }
+
+
+def _versions() -> dict[str, str]:
+    package = __name__.partition(".")[0]  # its own word counts: a checkout that is not installed has no metadata
+    others = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "equinox", "optax", "numpy")}
+    return {"python": platform.python_version(), package: sys.modules[package].__version__, **others}
+
+
+def _commit(directory: Path) -> str | None:
+    """The commit of the script, with `-dirty` after changes; None outside git."""
+    command = ["git", "-C", str(directory), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, check=True, text=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _as_json(value: Any) -> Any:
+    """`value` with everything that JSON cannot hold written as text."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: _as_json(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(name): _as_json(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_as_json(item) for item in value]
+    if value is None or isinstance(value, bool | int | str) or (isinstance(value, float) and math.isfinite(value)):
+        return value
+    return str(value)
+
+
+def _or_null(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_or_null(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,139 @@
+"""The progress line of a run.
+
+Metrics live on the device, and fetching one waits for the step that computes it. So a step only leaves its metrics
+here, and they are fetched when a line is due; the rate is taken right after, when the device has caught up. The first
+step is waited for, because it compiles: the rate starts behind it.
+"""
+
+import shutil
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from types import TracebackType
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+from jaxtyping import ArrayLike
+
+from .._objective import Mean
+from ._values import fetch, short
+
+
+@runtime_checkable
+class Stream(Protocol):
+    """What a text stream must be able to do."""
+
+    def write(self, text: str, /) -> Any: ...
+    def flush(self) -> Any: ...
+    def isatty(self) -> bool: ...
+
+
+class Progress:
+    """A line with step, rate, elapsed time, time left and metrics: updated in place on a terminal, printed every so
+    often elsewhere.
+
+        with Progress(steps) as progress:
+            for step in range(1, steps + 1):
+                state, metrics = train_step(state, batch)
+                progress.update(step, metrics)
+
+    **Arguments:**
+
+    - `total`: the number of the last step.
+    - `shown`: names of the metrics to show, those of them that are given; by default all single numbers.
+    - `every`: seconds between lines; by default 0.5 on a terminal, else 10.
+    - `stream`: where to write, by default stderr, so that stdout holds results only.
+    - `clock`: seconds since any fixed time.
+
+    **Raises:** `ValueError` if `total` is negative or `every` is not positive.
+    """
+
+    def __init__(
+        self,
+        total: int,
+        *,
+        shown: Sequence[str] | None = None,
+        every: int | float | None = None,
+        stream: Stream | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+    ):
+        if total < 0:
+            raise ValueError(f"total must be >= 0, got {total}")
+        if every is not None and not every > 0:
+            raise ValueError(f"every must be > 0, got {every}")
+        self._total, self._shown, self._clock = total, shown, clock
+        self._stream = sys.stderr if stream is None else stream
+        self._in_place = self._stream.isatty()
+        self._every = every or (0.5 if self._in_place else 10.0)
+        self._began = self._displayed = clock()
+        self._first: tuple[int, float] | None = None
+        self._pending: tuple[int, Mapping[str, Mean | ArrayLike]] | None = None
+
+    def __enter__(self) -> "Progress":
+        self._began = self._displayed = self._clock()
+        if self._total > 0:
+            self._write(f"0/{self._total}  compiling the first step")
+        return self
+
+    def update(self, step: int, metrics: Mapping[str, Mean | ArrayLike]) -> None:
+        """Report a finished step. Cheap: nothing is fetched unless a line is due.
+
+        **Arguments:** `step` its number, from 1; `metrics` as for `RunDirectory.log`.
+        """
+        self._pending = (step, metrics)
+        if self._first is None:
+            jax.block_until_ready(dict(metrics))
+            self._first = (step, self._clock())
+            self._display()
+        elif self._clock() - self._displayed >= self._every:
+            self._display()
+
+    def note(self, text: str) -> None:
+        """Print `text` on a line of its own, above the progress line."""
+        self._stream.write(f"\r\x1b[K{text}\n" if self._in_place else f"{text}\n")
+        self._stream.flush()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        # After an error the device may be the culprit: fetch nothing, but leave the line as it stands.
+        if error is None:
+            self._display()
+        if self._in_place:
+            self._stream.write("\n")
+            self._stream.flush()
+
+    def _display(self) -> None:
+        if self._pending is None:
+            return
+        (step, metrics), self._pending = self._pending, None
+        values = fetch(metrics if self._shown is None else {k: metrics[k] for k in self._shown if k in metrics})
+        self._displayed = self._clock()
+        numbers = [f"{name} {short(value)}" for name, value in values.items() if not isinstance(value, list)]
+        self._write("  ".join([self._position(step), *self._times(step), *numbers]))
+
+    def _position(self, step: int) -> str:
+        return f"{step:>{len(str(self._total))}}/{self._total}  {100 * step // max(self._total, 1):>3}%"
+
+    def _times(self, step: int) -> list[str]:
+        elapsed = f"{_duration(self._displayed - self._began)} elapsed"
+        assert self._first is not None
+        first, when = self._first
+        if step <= first or self._displayed <= when:
+            return [elapsed]
+        rate = (step - first) / (self._displayed - when)
+        return [f"{short(rate)} steps/s", elapsed, f"{_duration((self._total - step) / rate)} left"]
+
+    def _write(self, line: str) -> None:
+        if self._in_place:
+            line = "\r" + line[: shutil.get_terminal_size().columns - 1] + "\x1b[K"
+        else:
+            line += "\n"
+        self._stream.write(line)
+        self._stream.flush()
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(max(round(seconds), 0), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -1,0 +1,18 @@
+"""What all tests share: runtime type checking of the package, and float64 where a test asks for it."""
+
+import importlib.util
+
+import jax
+import pytest
+from jaxtyping import install_import_hook
+
+# Before anything imports mf_eqx. Off with JAXTYPING_DISABLE=1, or where beartype is not installed.
+if importlib.util.find_spec("beartype") is not None:
+    install_import_hook("mf_eqx", "beartype.beartype")
+
+
+@pytest.fixture
+def x64():
+    """Float64 for one test; arrays must be created inside it."""
+    with jax.enable_x64(True):
+        yield

@@ -1,0 +1,181 @@
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+import scipy.stats
+from jaxtyping import TypeCheckError
+
+from mf_eqx import LinearInterpolant, TrigonometricInterpolant
+from mf_eqx.exact import GaussianMixture
+
+PATHS = (LinearInterpolant(), TrigonometricInterpolant())
+Z, T = np.array([0.4, -0.7]), np.array(0.6)
+LINE = (np.array([[-1.5], [0.2], [1.0]]), np.array([0.3, 0.5, 0.2]), np.array([0.5, 0.2, 0.3]), np.array([0, 1, 0]))
+PLANE = (
+    np.array([[-1.5, 0.0], [0.5, 1.0], [1.0, -1.0]]),
+    np.array([0.3, 0.5, 0.4]),
+    np.array([0.5, 0.2, 0.3]),
+    np.array([7, 4, 7]),
+)
+
+pytestmark = pytest.mark.usefixtures("x64")
+
+
+@eqx.filter_jit
+def velocity(mixture, path, z, t, condition=None):
+    return mixture.velocity(path, jnp.asarray(z), jnp.asarray(t), condition)
+
+
+@eqx.filter_jit
+def log_density(mixture, x, condition=None):
+    return mixture.log_density(jnp.asarray(x), condition)
+
+
+@eqx.filter_jit
+def labelled_samples(mixture, seed, number, condition=None):
+    keys = jr.split(jr.key(seed), number)
+    return jax.vmap(lambda key: mixture.labelled_sample(key=key, condition=condition))(keys)
+
+
+def test_arrays_stay_float64():
+    assert GaussianMixture(*PLANE).mean.dtype == jnp.float64
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("label", [None, 0, 1])
+@pytest.mark.parametrize("t", [0.1, 0.5, 0.95])
+def test_velocity_equals_the_quadrature_of_the_conditional_velocity(path, label, t):
+    mixture = GaussianMixture(*LINE)
+    x = np.linspace(-12, 12, 40_001)
+    alpha, sigma, alpha_rate, sigma_rate = (float(rate) for rate in path.rates(jnp.asarray(t)))
+    own = [k for k in range(3) if label in (None, LINE[3][k])]
+    density = sum(LINE[2][k] * scipy.stats.norm.pdf(x, LINE[0][k, 0], LINE[1][k]) for k in own)
+    for z in (-1.4, 0.3, 2.0):
+        eps = (z - alpha * x) / sigma
+        likelihood = density * scipy.stats.norm.pdf(eps)
+        expected = np.sum(likelihood * (alpha_rate * x + sigma_rate * eps)) / np.sum(likelihood)
+        np.testing.assert_allclose(velocity(mixture, path, np.array([z]), np.array(t), label)[0], expected, 1e-9)
+
+
+def test_velocity_at_time_0_is_minus_the_state_on_the_straight_path():
+    np.testing.assert_allclose(velocity(GaussianMixture(*PLANE), PATHS[0], Z, np.array(0.0)), -Z, 1e-14)
+
+
+def test_velocity_at_time_1_is_the_state_minus_the_mean_on_the_straight_path():
+    expected = Z - PLANE[2] @ PLANE[0]
+    np.testing.assert_allclose(velocity(GaussianMixture(*PLANE), PATHS[0], Z, np.array(1.0)), expected, 1e-14)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_jvp_of_the_velocity_equals_finite_differences(path):
+    mixture, step = GaussianMixture(*PLANE), 1e-5
+
+    @jax.jit
+    @jax.vmap
+    def both(t):
+        def along(s):
+            return mixture.velocity(path, Z + s * jnp.array([0.3, 1.0]), t + s)
+
+        _, tangent = jax.jvp(along, (jnp.asarray(0.0),), (jnp.asarray(1.0),))
+        return tangent, (along(jnp.asarray(step)) - along(jnp.asarray(-step))) / (2 * step)
+
+    tangent, difference = both(jnp.array([0.0, 1e-3, 0.4, 1.0]))
+    np.testing.assert_allclose(tangent, difference, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_narrow_components_stay_finite_in_float32_far_from_the_data(path):
+    with jax.enable_x64(False):
+        mixture = GaussianMixture(PLANE[0].astype(np.float32), 0.01)
+        z, t = jnp.array([40.0, -30.0]), jnp.array([0.0, 1e-6, 1.0])
+        along = jax.vmap(lambda t: jax.jvp(lambda z, t: mixture.velocity(path, z, t), (z, t), (z, jnp.ones_like(t))))
+        v, dv = jax.jit(along)(t)
+    assert v.dtype == jnp.float32
+    assert np.isfinite(v).all() and np.isfinite(dv).all()
+
+
+def test_condition_selects_the_components_that_carry_the_label():
+    mixture = GaussianMixture(*PLANE)
+    part = GaussianMixture(*(values[[0, 2]] for values in PLANE[:3]))
+    label = jnp.asarray(7)  # traced inside
+    np.testing.assert_allclose(velocity(mixture, PATHS[0], Z, T, label), velocity(part, PATHS[0], Z, T), 1e-14)
+    np.testing.assert_allclose(log_density(mixture, Z, label), log_density(part, Z), 1e-14)
+
+
+def test_condition_that_no_component_carries_gives_nan():
+    assert np.isnan(velocity(GaussianMixture(*PLANE), PATHS[0], Z, T, jnp.asarray(5))).all()
+
+
+def test_image_shaped_data_equal_the_flattened_data():
+    mean = np.random.default_rng(0).standard_normal((4, 12))
+    flat, image = GaussianMixture(mean, 0.5), GaussianMixture(mean.reshape(4, 1, 3, 4), 0.5)
+    z, key = np.linspace(-1.0, 1.0, 12), jr.key(0)
+    image_z = z.reshape(1, 3, 4)
+    image_v = velocity(image, PATHS[1], image_z, T)
+    np.testing.assert_allclose(image_v, velocity(flat, PATHS[1], z, T).reshape(1, 3, 4), 1e-13)
+    np.testing.assert_allclose(log_density(image, image_z), log_density(flat, z), 1e-14)
+    np.testing.assert_array_equal(image.sample(key=key).ravel(), flat.sample(key=key))
+
+
+def test_scalar_std_and_missing_weight_mean_equal_components():
+    short, long = GaussianMixture(PLANE[0], 0.3), GaussianMixture(PLANE[0], np.full(3, 0.3), np.full(3, 5.0))
+    np.testing.assert_allclose(velocity(short, PATHS[0], Z, T), velocity(long, PATHS[0], Z, T), 1e-14)
+    np.testing.assert_allclose(log_density(short, Z), log_density(long, Z), 1e-14)
+
+
+@pytest.mark.parametrize("label", [None, 4, 7])
+def test_samples_have_the_moments_of_the_mixture(label):
+    number = 100_000
+    x, _ = labelled_samples(GaussianMixture(*PLANE), 1, number, None if label is None else jnp.asarray(label))
+    own = [k for k in range(3) if label in (None, PLANE[3][k])]
+    mean, std, weight = PLANE[0][own], PLANE[1][own], PLANE[2][own] / PLANE[2][own].sum()
+    first = weight @ mean
+    second = np.einsum("k,ki,kj->ij", weight, mean, mean) + weight @ std**2 * np.eye(2)
+    # Standard errors are below 1.4 / sqrt(100000) = 0.0045 for the mean and 0.007 for the second moments.
+    np.testing.assert_allclose(x.mean(0), first, atol=0.02)
+    np.testing.assert_allclose(x.T @ x / number, second, atol=0.03)
+
+
+def test_label_of_a_sample_is_that_of_its_component():
+    x, label = labelled_samples(GaussianMixture(PLANE[0], 1e-3, PLANE[2], PLANE[3]), 2, 10_000)
+    nearest = np.argmin(np.linalg.norm(np.asarray(x)[:, None] - PLANE[0], axis=2), axis=1)
+    np.testing.assert_array_equal(label, PLANE[3][nearest])
+    np.testing.assert_allclose(np.bincount(nearest) / 10_000, PLANE[2], atol=0.025)  # 5 standard errors
+
+
+def test_labelled_and_plain_samples_of_one_key_agree():
+    mixture, key = GaussianMixture(*PLANE), jr.key(3)
+    np.testing.assert_array_equal(mixture.sample(key=key), mixture.labelled_sample(key=key)[0])
+
+
+def test_log_density_equals_that_of_scipy():
+    each = [scipy.stats.multivariate_normal.pdf(Z, m, s**2) for m, s in zip(PLANE[0], PLANE[1], strict=True)]
+    np.testing.assert_allclose(log_density(GaussianMixture(*PLANE), Z), np.log(PLANE[2] @ each), 1e-13)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((PLANE[0], 0.0), "std must be > 0"),
+        ((PLANE[0], np.array([0.1, np.nan, 0.1])), "std must be > 0"),
+        ((PLANE[0], 0.1, np.array([1.0, 0.0, 1.0])), "weight must be > 0"),
+        ((PLANE[0], 0.1, -np.ones(3)), "weight must be > 0"),
+        ((PLANE[0][:0], 0.1), "mean must have at least one component"),
+    ],
+)
+def test_bad_values_are_refused_by_name(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        GaussianMixture(*arguments)
+
+
+@pytest.mark.parametrize("arguments", [(np.full(2, 0.1),), (0.1, np.ones(2)), (0.1, None, np.arange(4))])
+def test_arrays_that_do_not_fit_the_means_are_refused(arguments):
+    with pytest.raises((ValueError, TypeCheckError)):  # the latter from jaxtyping, where runtime checks are on
+        GaussianMixture(PLANE[0], *arguments)
+
+
+def test_condition_without_labels_is_refused():
+    with pytest.raises(ValueError, match="label must be given"):
+        velocity(GaussianMixture(PLANE[0], 0.1), PATHS[0], Z, T, jnp.asarray(1))

@@ -1,0 +1,174 @@
+"""What holds for every identity, whatever its equation."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+
+from mf_eqx import (
+    AbstractField,
+    AbstractIdentity,
+    AbstractTimes,
+    ImprovedMeanFlow,
+    MeanFlow,
+    Shortcut,
+    SplitMeanFlow,
+)
+
+pytestmark = pytest.mark.usefixtures("x64")
+
+
+class Fixed(AbstractTimes):
+    """Always the same time."""
+
+    time: float
+
+    def __call__(self, *, key):
+        return jnp.asarray(self.time)
+
+
+IDENTITIES = [MeanFlow(), MeanFlow(1.0, 0.0), ImprovedMeanFlow(), SplitMeanFlow(), SplitMeanFlow(Fixed(0.3)), Shortcut()]
+
+
+class Network(AbstractField):
+    """tanh(A z + r b + t c + condition), plus another such term at r = t, all of it under a dropout mask."""
+
+    matrix: jax.Array
+    r_rate: jax.Array
+    t_rate: jax.Array
+    boundary: jax.Array
+
+    def __call__(self, z, r, t, condition=None, *, key=None):
+        inner = self.matrix @ z + r * self.r_rate + t * self.t_rate + (0.0 if condition is None else condition)
+        u = jnp.tanh(inner) + jnp.where(r == t, self.boundary @ z, 0.0)
+        return u if key is None else u * (1 + jr.normal(key, z.shape, z.dtype))
+
+
+class Frozen(AbstractField):
+    """A field under one dropout mask, whatever key it is given."""
+
+    field: AbstractField
+    key: jax.Array
+
+    def __call__(self, z, r, t, condition=None, *, key=None):
+        return self.field(z, r, t, condition, key=self.key)
+
+
+class Zero(AbstractField):
+    """u = 0."""
+
+    def __call__(self, z, r, t, condition=None, *, key=None):
+        return jnp.zeros_like(z)
+
+
+def network():
+    rng = np.random.default_rng(0)
+    return Network(*(jnp.asarray(rng.normal(size=shape)) for shape in ((3, 3), 3, 3, (3, 3))))
+
+
+def point():
+    return jnp.array([0.3, -1.2, 0.5]), jnp.array([1.1, 0.4, -0.6]), jnp.asarray(0.2), jnp.asarray(0.7)
+
+
+def residual(identity, field, *, v=None, condition=None, seed=3):
+    z, given, r, t = point()
+    return identity.residual(field, z, given if v is None else v, r, t, condition, key=jr.key(seed))
+
+
+def half_square(identity, field, **options):
+    return 0.5 * jnp.sum(residual(identity, field, **options) ** 2)
+
+
+@pytest.mark.parametrize("identity", IDENTITIES)
+def test_gradient_of_the_error_treats_the_target_as_a_constant(identity):
+    field, (z, _, r, t) = network(), point()
+    gradient = jax.grad(lambda field: half_square(identity, field))(field)
+    _, transpose = jax.vjp(lambda field: field(z, r, t, key=jr.key(3)), field)
+    (expected,) = transpose(residual(identity, field))
+    assert (gradient.matrix != 0).all()
+    assert eqx.tree_equal(gradient, expected, rtol=1e-13, atol=1e-14)
+
+
+@pytest.mark.parametrize("identity", IDENTITIES)
+def test_no_gradient_flows_into_the_velocity(identity):
+    field = network()
+    np.testing.assert_array_equal(jax.grad(lambda v: half_square(identity, field, v=v))(point()[1]), 0)
+
+
+@pytest.mark.parametrize("identity", IDENTITIES)
+def test_every_evaluation_gets_the_same_key(identity):
+    # The key also draws the split of SplitMeanFlow, so it stays the same here too.
+    expected = residual(identity, Frozen(network(), jr.key(3)))
+    np.testing.assert_array_equal(residual(identity, network()), expected)
+    assert (residual(identity, Frozen(network(), jr.key(4))) != expected).all()
+
+
+@pytest.mark.parametrize("identity", IDENTITIES)
+def test_every_evaluation_gets_the_condition(identity):
+    class Shifted(AbstractField):
+        field: AbstractField
+        condition: jax.Array
+
+        def __call__(self, z, r, t, condition=None, *, key=None):
+            return self.field(z, r, t, self.condition, key=key)
+
+    condition = jnp.array([0.7, -0.1, 0.4])
+    expected = residual(identity, Shifted(network(), condition))
+    np.testing.assert_array_equal(residual(identity, network(), condition=condition), expected)
+    assert (residual(identity, network()) != expected).all()
+
+
+@pytest.mark.parametrize("identity", IDENTITIES)
+def test_velocity_enters_exactly_if_the_identity_says_so(identity):
+    field, (_, v, _, _) = network(), point()
+    enters = bool((residual(identity, field, v=v) != residual(identity, field, v=2 * v)).any())
+    assert enters is identity.uses_velocity
+
+
+@pytest.mark.parametrize("identity", [identity for identity in IDENTITIES if not identity.uses_velocity])
+def test_identity_without_velocity_is_solved_by_zero_and_needs_the_boundary(identity):
+    np.testing.assert_array_equal(residual(identity, Zero()), 0)
+    assert identity.needs_boundary
+
+
+def test_improved_mean_flow_leaves_its_predicted_velocity_untrained_and_needs_the_boundary():
+    gradient = jax.grad(lambda field: half_square(ImprovedMeanFlow(), field))(network())
+    np.testing.assert_array_equal(gradient.boundary, 0)
+    moved = eqx.tree_at(lambda field: field.boundary, network(), replace_fn=lambda leaf: 2 * leaf)
+    assert (residual(ImprovedMeanFlow(), network()) != residual(ImprovedMeanFlow(), moved)).all()
+    assert ImprovedMeanFlow().needs_boundary
+
+
+def test_mean_flow_is_not_solved_by_zero_and_needs_no_boundary():
+    np.testing.assert_array_equal(residual(MeanFlow(), Zero()), -point()[1])
+    assert not MeanFlow().needs_boundary
+
+
+@pytest.mark.parametrize("identity", [identity for identity in IDENTITIES if identity.uses_velocity])
+def test_residual_at_equal_times_is_that_of_flow_matching_if_the_velocity_enters(identity):
+    field, (z, v, _, t) = network(), point()
+    found = identity.residual(field, z, v, t, t, None, key=jr.key(3))
+    np.testing.assert_allclose(found, field(z, t, t, key=jr.key(3)) - v, rtol=1e-15)
+
+
+@pytest.mark.parametrize("identity", [identity for identity in IDENTITIES if not identity.uses_velocity])
+def test_residual_at_equal_times_is_zero_if_no_velocity_enters(identity):
+    field, (z, v, _, t) = network(), point()
+    np.testing.assert_allclose(identity.residual(field, z, v, t, t, None, key=jr.key(3)), 0, rtol=0, atol=1e-15)
+
+
+@pytest.mark.parametrize("identity", IDENTITIES)
+def test_residual_is_the_same_under_jit(identity):
+    found = eqx.filter_jit(residual)(identity, network())
+    np.testing.assert_allclose(found, residual(identity, network()), rtol=0, atol=1e-14)
+
+
+def test_identity_that_states_no_facts_cannot_be_made():
+    class Silent(AbstractIdentity):
+        def residual(self, field, z, v, r, t, condition, *, key, context=None):
+            return z
+
+    with pytest.raises(TypeError, match=r"needs_boundary|uses_velocity"):
+        Silent()

@@ -1,0 +1,52 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mf_eqx import AbstractField, ImprovedMeanFlow, MeanFlow
+
+pytestmark = pytest.mark.usefixtures("x64")
+
+
+class Linear(AbstractField):
+    """u = A z + r b + t c: along dz/dt = w it changes by A w + c, and predicts the velocity A z + t (b + c)."""
+
+    matrix: jax.Array
+    r_rate: jax.Array
+    t_rate: jax.Array
+
+    def __call__(self, z, r, t, condition=None, *, key=None):
+        return self.matrix @ z + r * self.r_rate + t * self.t_rate
+
+
+def linear():
+    rng = np.random.default_rng(0)
+    return Linear(*(jnp.asarray(rng.normal(size=shape)) for shape in ((3, 3), 3, 3)))
+
+
+def point():
+    return jnp.array([0.3, -1.2, 0.5]), jnp.array([1.1, 0.4, -0.6]), jnp.asarray(0.2), jnp.asarray(0.7)
+
+
+def residual(identity, v):
+    z, _, r, t = point()
+    return identity.residual(linear(), z, v, r, t, None, key=None)
+
+
+def test_tangent_is_the_predicted_velocity():
+    field, (z, v, r, t) = linear(), point()
+    predicted = field.matrix @ z + t * (field.r_rate + field.t_rate)
+    expected = field(z, r, t) - v + (t - r) * (field.matrix @ predicted + field.t_rate)
+    np.testing.assert_allclose(residual(ImprovedMeanFlow(), v), expected, rtol=0, atol=1e-15)
+
+
+def test_regression_target_is_the_given_velocity():
+    v, change = point()[1], jnp.array([0.5, -2.0, 1.0])
+    moved = residual(ImprovedMeanFlow(), v + change) - residual(ImprovedMeanFlow(), v)
+    np.testing.assert_allclose(moved, -change, rtol=0, atol=1e-15)
+
+
+def test_where_the_field_predicts_the_given_velocity_it_is_mean_flow():
+    z, _, _, t = point()
+    v = linear()(z, t, t)
+    np.testing.assert_allclose(residual(ImprovedMeanFlow(), v), residual(MeanFlow(), v), rtol=0, atol=1e-15)

@@ -1,0 +1,114 @@
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+import scipy.special
+import scipy.stats
+
+from mf_eqx import AbstractField, AbstractTimes, LogitNormalTimes, semigroup_residual, SplitMeanFlow
+
+pytestmark = pytest.mark.usefixtures("x64")
+
+SPLITS = [0.0, 0.3, 0.5, 0.9, 1.0]
+
+
+class Fixed(AbstractTimes):
+    """Always the same time."""
+
+    time: float
+
+    def __call__(self, *, key):
+        return jnp.asarray(self.time)
+
+
+class Curved(AbstractField):
+    """Nonlinear in everything."""
+
+    matrix: jax.Array
+
+    def __call__(self, z, r, t, condition=None, *, key=None):
+        return jnp.tanh(self.matrix @ z + jnp.sin(3 * r)) + t**2 * z
+
+
+class PointMass(AbstractField):
+    """The average velocity of data at one point, (z - x) / t."""
+
+    x: jax.Array
+
+    def __call__(self, z, r, t, condition=None, *, key=None):
+        return (z - self.x) / t
+
+
+def curved():
+    return Curved(jnp.asarray(np.random.default_rng(0).normal(size=(3, 3))))
+
+
+def point():
+    return jnp.array([0.3, -1.2, 0.5]), jnp.array([1.1, 0.4, -0.6]), jnp.asarray(0.2), jnp.asarray(0.7)
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_residual_times_the_interval_is_the_papers_equation(split):
+    field, (z, v, r, t) = curved(), point()
+    s = t - split * (t - r)
+    z_s = z - (t - s) * field(z, s, t)
+    expected = (t - r) * field(z, r, t) - (t - s) * field(z, s, t) - (s - r) * field(z_s, r, s)
+    found = SplitMeanFlow(Fixed(split)).residual(field, z, v, r, t, None, key=jr.key(0))
+    np.testing.assert_allclose((t - r) * found, expected, rtol=0, atol=1e-15)
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_identity_with_a_fixed_split_is_the_public_semigroup_residual(split):
+    field, (z, v, r, t) = curved(), point()
+    found = SplitMeanFlow(Fixed(split)).residual(field, z, v, r, t, None, key=jr.key(0))
+    np.testing.assert_array_equal(found, semigroup_residual(field, z, r, t, jnp.asarray(split)))
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_data_at_one_point_leave_no_residual(split):
+    z, v, r, t = point()
+    field = PointMass(jnp.array([2.0, -1.0, 0.5]))
+    found = SplitMeanFlow(Fixed(split)).residual(field, z, v, r, t, None, key=jr.key(0))
+    np.testing.assert_allclose(found, 0, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize(
+    ("identity", "cdf"),
+    [
+        (SplitMeanFlow(), lambda share: share),
+        (SplitMeanFlow(LogitNormalTimes(1.0, 0.5)), lambda share: scipy.stats.norm.cdf(scipy.special.logit(share), 1, 0.5)),
+    ],
+)
+def test_split_is_drawn_from_its_distribution_for_each_key(identity, cdf):
+    class Start(AbstractField):
+        """1 where r > 0, else 0: on [0, 1] the residual is minus the share of the interval above s."""
+
+        def __call__(self, z, r, t, condition=None, *, key=None):
+            return jnp.where(r > 0, jnp.ones_like(z), 0.0)
+
+    z, zero, one = jnp.zeros(()), jnp.asarray(0.0), jnp.asarray(1.0)
+    keys = jr.split(jr.key(0), 5000)
+    shares = -jax.vmap(lambda key: identity.residual(Start(), z, z, zero, one, None, key=key))(keys)
+    # Kolmogorov-Smirnov statistic that the right distribution exceeds with probability 1e-3.
+    assert scipy.stats.kstest(np.asarray(shares), cdf).statistic < np.sqrt(np.log(2 / 1e-3) / (2 * 5000))
+
+
+def test_split_is_not_drawn_from_the_key_of_the_dropout_mask():
+    class Noise(AbstractField):
+        """A field that draws a uniform number from its key, as a split would."""
+
+        def __call__(self, z, r, t, condition=None, *, key=None):
+            return jnp.where(r > 0, jnp.full_like(z, jr.uniform(key)), 0.0)
+
+    z, zero, one = jnp.zeros(()), jnp.asarray(0.0), jnp.asarray(1.0)
+    keys = jr.split(jr.key(0), 2000)
+    noise = jax.vmap(jr.uniform)(keys)
+    found = jax.vmap(lambda key: SplitMeanFlow().residual(Noise(), z, z, zero, one, None, key=key))(keys)
+    assert abs(np.corrcoef(-found / noise, noise)[0, 1]) < 4 / np.sqrt(2000)
+
+
+def test_missing_key_is_refused():
+    z, v, r, t = point()
+    with pytest.raises(ValueError, match="key must be given, since SplitMeanFlow draws s from it; got None"):
+        SplitMeanFlow().residual(curved(), z, v, r, t, None, key=None)

@@ -1,0 +1,300 @@
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+from fields import GaussianField, PointMassField, ScaledField
+
+from mf_eqx import (
+    AbstractField,
+    ImprovedMeanFlow,
+    LinearInterpolant,
+    MeanFlow,
+    Shortcut,
+    SplitMeanFlow,
+    TimePairs,
+    TrigonometricInterpolant,
+    UniformTimes,
+)
+from mf_eqx.metrics import (
+    draw_states,
+    field_errors,
+    relative_error,
+    relative_error_by_cell,
+    relative_identity_residual,
+    relative_semigroup_residual,
+)
+
+IDENTITIES = [MeanFlow(), ImprovedMeanFlow(), SplitMeanFlow(), Shortcut()]
+PAIRS = TimePairs(UniformTimes())
+
+
+pytestmark = pytest.mark.usefixtures("x64")
+
+
+def gaussian():
+    return GaussianField(jnp.array([1.0, -0.5]), 0.4)
+
+
+def states(truth, rows=200):
+    return draw_states(truth.sample, LinearInterpolant(), PAIRS, rows, key=jr.key(1))
+
+
+class WrongTimes(AbstractField):
+    """A field that is right at r = t and takes v(z, t) for the average elsewhere."""
+
+    truth: AbstractField
+
+    def __call__(self, z, r, t, condition=None, *, key=None):
+        return self.truth(z, t, t)
+
+
+# States
+
+
+def test_drawn_states_have_the_moments_of_the_true_marginal():
+    truth = gaussian()
+    z, r, t = draw_states(truth.sample, LinearInterpolant(), PAIRS, 20_000, key=jr.key(0))
+    std = jnp.sqrt((1 - t) ** 2 * truth.std**2 + t**2)
+    standardised = (z - (1 - t)[:, None] * truth.mean) / std[:, None]
+    assert z.shape == (20_000, 2)
+    assert bool(jnp.all((r >= 0) & (r <= t) & (t <= 1)))
+    # 20000 draws: the standard error of a mean is 0.007, of a variance 0.01.
+    np.testing.assert_allclose(standardised.mean(0), 0, atol=0.03)
+    np.testing.assert_allclose(jnp.cov(standardised.T), jnp.eye(2), atol=0.04)
+
+
+def test_drawn_states_follow_the_given_interpolant():
+    point = PointMassField(jnp.array([3.0]))
+    z, _, t = draw_states(point.sample, TrigonometricInterpolant(), PAIRS, 20_000, key=jr.key(0))
+    eps = (z[:, 0] - jnp.cos(jnp.pi / 2 * t) * 3) / jnp.sin(jnp.pi / 2 * t)
+    np.testing.assert_allclose([eps.mean(), eps.var()], [0, 1], atol=0.04)
+
+
+def test_condition_of_each_row_reaches_the_sampler():
+    def sample(*, key, condition):
+        return jnp.asarray([10.0 * condition])
+
+    label = jnp.arange(5)
+    z, _, t = draw_states(sample, LinearInterpolant(), PAIRS, 5, label, key=jr.key(0))
+    residual = (z[:, 0] - (1 - t) * 10 * label) / t
+    assert jnp.abs(residual).max() < 5  # standard normal noise; a wrong label would be off by 10 (1 - t) / t
+
+
+def test_states_keep_the_precision_of_the_data():
+    point = PointMassField(jnp.zeros(2, jnp.float32))
+    for drawn in draw_states(point.sample, LinearInterpolant(), PAIRS, 3, key=jr.key(0)):
+        assert drawn.dtype == jnp.float32
+
+
+def test_no_rows_are_refused():
+    with pytest.raises(ValueError, match="rows must be >= 1, got 0"):
+        draw_states(gaussian().sample, LinearInterpolant(), PAIRS, 0, key=jr.key(0))
+
+
+# Errors against the truth
+
+
+@pytest.mark.parametrize("truth", [gaussian, lambda: PointMassField(jnp.array([0.3, 2.0]))], ids=["gaussian", "point"])
+def test_truth_has_no_error(truth):
+    truth = truth()
+    assert relative_error(truth, truth, *states(truth)).value < 1e-30
+
+
+def test_scaled_truth_has_the_squared_excess_as_its_error_in_every_cell():
+    truth = gaussian()
+    errors = relative_error_by_cell(ScaledField(truth, 1.3), truth, *states(truth))
+    above = np.tri(4, dtype=bool).T
+    np.testing.assert_allclose(errors.value[above], 0.09, rtol=1e-12)
+    assert np.isnan(errors.value[~above]).all()  # r <= t: no row falls below the diagonal
+
+
+def test_relative_error_is_the_ratio_of_mean_squares():
+    truth, field = gaussian(), WrongTimes(gaussian())
+    z, r, t = states(truth, 50)
+    u, exact = (np.stack([f(*row) for row in zip(z, r, t, strict=True)]) for f in (field, truth))
+    expected = np.mean((u - exact) ** 2) / np.mean(exact**2)
+    errors = relative_error(field, truth, z, r, t)
+    assert expected > 1e-3
+    np.testing.assert_allclose(errors.value, expected, rtol=1e-12)
+    assert errors.count == 50
+
+
+def test_each_row_counts_in_its_own_cell():
+    class One(AbstractField):
+        def __call__(self, z, r, t, condition=None, *, key=None):
+            return jnp.ones_like(z)
+
+    class Zero(AbstractField):
+        def __call__(self, z, r, t, condition=None, *, key=None):
+            return jnp.zeros_like(z) + z * 0
+
+    # Lower edges belong to the cell above them, the last upper edge to the last cell; (0.9, 1.1) lies outside.
+    r = jnp.array([0.0, 0.1, 0.5, 0.25, 1.0, 0.9, -0.1])
+    t = jnp.array([0.49, 0.5, 0.5, 1.0, 1.0, 1.1, 0.3])
+    errors = relative_error_by_cell(Zero(), One(), jnp.zeros((7, 3)), r, t, edges=(0.0, 0.25, 0.5, 1.0))
+    np.testing.assert_array_equal(errors.count, [[0, 1, 1], [0, 0, 1], [0, 0, 2]])
+    np.testing.assert_array_equal(errors.truth, 3 * errors.count)
+    np.testing.assert_array_equal(errors.error, 3 * errors.count)
+
+
+def test_value_that_is_not_finite_spoils_its_own_cell_only():
+    class Broken(AbstractField):
+        def __call__(self, z, r, t, condition=None, *, key=None):
+            return jnp.where(r > 0.5, jnp.nan, z)
+
+    z, r, t = jnp.ones((2, 1)), jnp.array([0.1, 0.6]), jnp.array([0.2, 0.9])
+    errors = relative_error_by_cell(Broken(), ScaledField(Broken(), 2.0), z, r, t, edges=(0.0, 0.5, 1.0))
+    assert errors.value[0, 0] == 0.25
+    assert jnp.isnan(errors.error[1, 1])
+
+
+def test_cells_add_up_to_the_overall_error():
+    truth, field = gaussian(), WrongTimes(gaussian())
+    drawn = states(truth)
+    overall, cells = relative_error(field, truth, *drawn), relative_error_by_cell(field, truth, *drawn)
+    for name in ("error", "truth", "count"):
+        np.testing.assert_allclose(getattr(cells, name).sum(), getattr(overall, name), rtol=1e-12)
+
+
+def test_errors_of_two_sets_of_rows_add():
+    truth, field = gaussian(), WrongTimes(gaussian())
+    drawn = states(truth)
+    halves = [relative_error(field, truth, *(x[part] for x in drawn)) for part in (slice(0, 80), slice(80, None))]
+    total, whole = halves[0] + halves[1], relative_error(field, truth, *drawn)
+    np.testing.assert_allclose(total.value, whole.value, rtol=1e-12)
+    assert total.count == whole.count == 200
+
+
+def test_condition_of_each_row_reaches_the_fields():
+    class Labelled(AbstractField):
+        def __call__(self, z, r, t, condition=None, *, key=None):
+            return z * condition
+
+    class Plain(AbstractField):
+        def __call__(self, z, r, t, condition=None, *, key=None):
+            return z * jnp.where(condition > 1, condition, condition + 1)
+
+    times = jnp.zeros(4), jnp.ones(4)
+    errors = relative_error(Plain(), Labelled(), jnp.ones((4, 1)), *times, jnp.arange(4))
+    np.testing.assert_array_equal([errors.error, errors.truth], [2, 14])
+
+
+def test_table_holds_overall_diagonal_and_one_step_errors():
+    truth = gaussian()
+    errors = field_errors(
+        WrongTimes(truth), truth, truth.sample, LinearInterpolant(), PAIRS, 500, edges=(0.0, 0.5, 1.0), key=jr.key(2)
+    )
+    assert errors.diagonal.value == 0
+    assert errors.one_step.value > errors.overall.value > 0
+    assert errors.cells.value.shape == (2, 2)
+    np.testing.assert_allclose(errors.cells.error.sum(), errors.overall.error, rtol=1e-12)
+
+
+def test_one_step_error_is_that_at_pure_noise():
+    truth = gaussian()
+    errors = field_errors(WrongTimes(truth), truth, truth.sample, LinearInterpolant(), PAIRS, 100_000, key=jr.key(2))
+    # At t = 1 the state is N(0, I): v = z - m there, and the average over [0, 1] is z (1 - s) - m.
+    expected = 2 * truth.std**2 / (2 * (1 - truth.std) ** 2 + np.sum(np.square(truth.mean)))
+    np.testing.assert_allclose(errors.one_step.value, expected, rtol=0.02)  # standard error 0.4%
+
+
+@pytest.mark.parametrize("edges", [(0.0,), (0.0, 0.5, 0.5), (1.0, 0.0)])
+def test_edges_that_do_not_increase_are_refused(edges):
+    truth = gaussian()
+    with pytest.raises(ValueError, match="edges must be at least two strictly increasing numbers, got"):
+        relative_error_by_cell(truth, truth, *states(truth, 3), edges=edges)
+
+
+def test_errors_are_the_same_inside_another_jit():
+    truth, field = gaussian(), WrongTimes(gaussian())
+    z, r, t = states(truth, 20)
+    inside = jax.jit(lambda z: relative_error(field, truth, z, r, t).value)(z)
+    np.testing.assert_allclose(inside, relative_error(field, truth, z, r, t).value, rtol=1e-12)
+
+
+# Residuals
+
+
+@pytest.mark.parametrize("identity", IDENTITIES, ids=lambda identity: type(identity).__name__)
+def test_truth_satisfies_identity_and_a_wrong_field_does_not(identity):
+    truth = gaussian()
+    z, r, t = states(truth)
+    v = jax.vmap(truth)(z, t, t)
+    right = relative_identity_residual(identity, truth, z, v, r, t, key=jr.key(3))
+    wrong = relative_identity_residual(identity, WrongTimes(truth), z, v, r, t, key=jr.key(3))
+    assert right < 1e-12
+    assert wrong > 0.05
+
+
+def test_relative_residual_of_a_constant_field_has_the_closed_form():
+    class Constant(AbstractField):
+        value: jax.Array
+
+        def __call__(self, z, r, t, condition=None, *, key=None):
+            return self.value
+
+    # du/dt = 0, so the residual is u - v: (1, 2) - (4, -2) = (-3, 4) of length 5 against |v|^2 = 20.
+    z, v = jnp.zeros((6, 2)), jnp.broadcast_to(jnp.array([4.0, -2.0]), (6, 2))
+    value = relative_identity_residual(MeanFlow(), Constant(jnp.array([1.0, 2.0])), z, v, jnp.zeros(6), jnp.ones(6))
+    np.testing.assert_allclose(value, np.sqrt(25 / 20), rtol=1e-12)
+
+
+def test_wrong_tangent_leaves_a_residual_where_the_right_one_does_not():
+    truth = gaussian()
+    z, r, t = states(truth)
+    v = jax.vmap(truth)(z, t, t)
+    for tangent in ((0.0, 0.0), (1.0, 0.0), (1.0, 1.0)):
+        assert relative_identity_residual(MeanFlow(*tangent), truth, z, v, r, t) > 1e-2
+
+
+@pytest.mark.parametrize("split", [0.5, 0.2, "one for each row"])
+def test_truth_is_a_semigroup_and_a_wrong_field_is_not(split):
+    truth = gaussian()
+    z, r, t = states(truth)
+    split = jr.uniform(jr.key(5), t.shape) if isinstance(split, str) else split
+    assert relative_semigroup_residual(truth, z, r, t, split=split) < 1e-12
+    assert relative_semigroup_residual(WrongTimes(truth), z, r, t, split=split) > 0.02
+
+
+def test_midpoint_semigroup_residual_is_that_of_shortcut_models():
+    truth, field = gaussian(), WrongTimes(gaussian())
+    z, r, t = states(truth)
+    u = jax.vmap(field)(z, r, t)
+    expected = relative_identity_residual(Shortcut(), field, z, u, r, t)
+    np.testing.assert_allclose(relative_semigroup_residual(field, z, r, t), expected, rtol=1e-12)
+
+
+def test_residuals_are_those_of_the_field_without_dropout():
+    class NoisyWithKey(AbstractField):
+        truth: AbstractField
+
+        def __call__(self, z, r, t, condition=None, *, key=None):
+            u = self.truth(z, r, t)
+            return u if key is None else u + jr.normal(key, z.shape)
+
+    truth = gaussian()
+    z, r, t = states(truth)
+    v = jax.vmap(truth)(z, t, t)
+    assert relative_identity_residual(SplitMeanFlow(), NoisyWithKey(truth), z, v, r, t, key=jr.key(4)) < 1e-12
+
+
+def test_each_row_draws_its_own_split():
+    class Cubic(AbstractField):
+        def __call__(self, z, r, t, condition=None, *, key=None):
+            return z * 0 + t**3
+
+    rows = jnp.zeros((64, 1)), jnp.ones((64, 1)), jnp.zeros(64), jnp.ones(64)
+    drawn = [relative_identity_residual(SplitMeanFlow(), Cubic(), *rows, key=jr.key(seed)) for seed in (0, 1)]
+    # u = t^3 leaves 1 - ((1 - l) s^3 + l) with s = 1 - l, with l uniform in [0, 1].
+    share = (np.arange(200_000) + 0.5) / 200_000
+    expected = np.sqrt(np.mean((1 - (1 - share) ** 4 - share) ** 2))
+    np.testing.assert_allclose(drawn, expected, rtol=0.25)  # 64 rows
+    assert drawn[0] != drawn[1]
+
+
+def test_identity_that_draws_asks_for_its_key():
+    truth = gaussian()
+    z, r, t = states(truth, 3)
+    with pytest.raises(ValueError, match="key must be given, since SplitMeanFlow draws s from it"):
+        relative_identity_residual(SplitMeanFlow(), truth, z, z, r, t)

@@ -1,0 +1,309 @@
+import functools
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+from fields import refilled
+
+import mf_eqx as mfx
+from mf_eqx import nn
+
+SMALL = mfx.DiTSize(depth=2, width=16, heads=2, patch=2)
+SHAPE = (3, 4, 6)  # height and width differ, so that neither can stand for the other
+R, T, LABEL = 0.3, 0.8, 1
+
+
+@functools.cache
+def small(*, labels=4, **options):
+    with jax.enable_x64(False):
+        return refilled(mfx.DiT(SHAPE, SMALL, labels=labels, **options, key=jr.key(0)))
+
+
+def small64(**options):
+    """To be built inside float64."""
+    return nn.cast(small(dtype=jnp.float64, **options), jnp.float64)
+
+
+def inputs(rows=()):
+    """(z, r, t, label), or as many of them as `rows` says, in the default precision."""
+    z = jr.normal(jr.key(2), (*rows, *SHAPE))
+    r, t = jnp.sort(jr.uniform(jr.key(3), (2, *rows)), axis=0) if rows else (jnp.asarray(R), jnp.asarray(T))
+    return z, r, t, jnp.full(rows, LABEL)
+
+
+# An independent forward pass, written for the eye and not for speed
+
+
+def reference_linear(layer, x):
+    return x @ np.asarray(layer.weight) + np.asarray(layer.bias)
+
+
+def reference_norm(x):
+    return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6)
+
+
+def reference_silu(x):
+    return x / (1 + np.exp(-x))
+
+
+def reference_gelu(x):
+    return 0.5 * x * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+
+
+def reference_attention(layer, x):
+    tokens, width = x.shape
+    size = width // layer.heads
+    query, key, value = np.split(reference_linear(layer.qkv, x), 3, axis=1)
+    mixed = np.zeros_like(x)
+    for head in range(layer.heads):
+        part = slice(head * size, (head + 1) * size)
+        for i in range(tokens):
+            weights = np.exp([query[i, part] @ key[j, part] / np.sqrt(size) for j in range(tokens)])
+            mixed[i, part] = sum(w * value[j, part] for j, w in enumerate(weights / weights.sum()))
+    return reference_linear(layer.out, mixed)
+
+
+def reference_position(row, column, width):
+    frequencies = 10_000.0 ** (-np.arange(width // 4) / (width // 4))
+    halves = [(np.sin(place * frequencies), np.cos(place * frequencies)) for place in (column, row)]
+    return np.concatenate([part for half in halves for part in half])
+
+
+def reference_times(embedding, r, t):
+    total = 0
+    for value, hidden, out in zip((t, t - r), embedding.hidden, embedding.out, strict=True):
+        angles = value * 10_000.0 ** (-np.arange(128) / 128)
+        sinusoid = np.concatenate([np.cos(angles), np.sin(angles)])
+        total = total + reference_linear(out, reference_silu(reference_linear(hidden, sinusoid)))
+    return total
+
+
+def reference_dit(field, z, r, t, label):
+    """Peebles and Xie 2023, one token and one head at a time."""
+    (channels, height, width), p = z.shape, field.patch
+    c = reference_times(field.embedding.times, r, t) + np.asarray(field.embedding.label.table)[label]
+    c = reference_silu(c)
+    places = [(row, column) for row in range(height // p) for column in range(width // p)]
+    x = []
+    for row, column in places:
+        pixels = [(i, j, k) for i in range(p) for j in range(p) for k in range(channels)]
+        patch = np.array([z[k, row * p + i, column * p + j] for i, j, k in pixels])
+        x.append(reference_linear(field.patches, patch) + reference_position(row, column, c.size))
+    x = np.stack(x)
+    for i in range(SMALL.depth):
+        block = jax.tree.map(lambda leaf, i=i: leaf[i] if eqx.is_array(leaf) else leaf, field.stack.blocks)
+        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = np.split(reference_linear(block.modulation, c), 6)
+        x = x + gate_1 * reference_attention(block.attention, (1 + scale_1) * reference_norm(x) + shift_1)
+        hidden = reference_gelu(reference_linear(block.hidden, (1 + scale_2) * reference_norm(x) + shift_2))
+        x = x + gate_2 * reference_linear(block.out, hidden)
+    shift, scale = np.split(reference_linear(field.modulation, c), 2)
+    values = reference_linear(field.out, (1 + scale) * reference_norm(x) + shift)
+    image = np.zeros(z.shape)
+    for (row, column), patch in zip(places, values, strict=True):
+        for i in range(p):
+            for j in range(p):
+                image[:, row * p + i, column * p + j] = patch.reshape(p, p, channels)[i, j]
+    return image
+
+
+def test_forward_pass_equals_an_independent_one(x64):
+    field = small64()
+    z, r, t, label = inputs()
+    expected = reference_dit(field, np.asarray(z), R, T, LABEL)
+    # Positions are stored in float32.
+    np.testing.assert_allclose(field(z, r, t, label), expected, rtol=1e-5, atol=1e-6)
+    assert np.abs(expected).max() > 0.1
+
+
+# Size and start
+
+
+@pytest.mark.parametrize(
+    ("size", "parameters"),
+    [
+        (mfx.DIT_S4, 33_142_336),
+        (mfx.DIT_S2, 33_105_424),
+        (mfx.DIT_B4, 131_165_248),
+        (mfx.DIT_B2, 131_091_472),
+        (mfx.DIT_M2, 308_019_216),
+        (mfx.DIT_L2, 459_137_040),
+        (mfx.DIT_XL2, 676_440_592),
+    ],
+    ids=["S/4", "S/2", "B/4", "B/2", "M/2", "L/2", "XL/2"],
+)
+def test_presets_have_exactly_the_parameters_of_the_paper(size, parameters):
+    field = eqx.filter_eval_shape(lambda key: mfx.DiT((4, 32, 32), size, labels=1000, key=key), jr.key(0))
+    assert sum(leaf.size for leaf in jax.tree.leaves(field)) == parameters
+
+
+def test_fresh_field_outputs_zero():
+    field = mfx.DiT(SHAPE, SMALL, labels=4, key=jr.key(0))
+    np.testing.assert_array_equal(field(*inputs()), np.zeros(SHAPE))
+
+
+def test_only_modulations_the_last_layer_and_biases_start_at_zero():
+    field = mfx.DiT(SHAPE, SMALL, labels=4, key=jr.key(0))
+    leaves = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(field)}
+    zero = {path for path, leaf in leaves.items() if not leaf.any()}
+    biases = {path for path in leaves if path.endswith(".bias")}
+    assert zero == biases | {".stack.blocks.modulation.weight", ".modulation.weight", ".out.weight"}
+
+
+def test_unconditional_field_takes_no_label():
+    field = small(labels=None)
+    z, r, t, _ = inputs()
+    assert field.embedding.label is None
+    assert field(z, r, t).shape == SHAPE
+
+
+@pytest.mark.parametrize("variables", [nn.end_start, nn.end_duration, nn.end_start_duration, nn.duration])
+def test_every_embedding_of_table_1c_can_be_chosen(variables):
+    field = small(time_variables=variables)
+    z, r, t, label = inputs()
+    assert bool((field(z, r, t, label) != field(z, r + 0.1, t, label)).any())
+    assert len(field.embedding.times.hidden) == len(variables(r, t))
+
+
+def test_label_and_null_label_change_the_output():
+    field = small()
+    z, r, t, _ = inputs()
+    outputs = [field(z, r, t, jnp.asarray(label)) for label in (0, 3, field.null_label)]
+    assert field.null_label == 4
+    for i in range(3):
+        assert bool((outputs[i] != outputs[i - 1]).any())
+
+
+# Derivatives
+
+
+def test_scan_unrolled_and_remat_agree_in_values_and_gradients(x64):
+    rows = inputs((2,))
+
+    @eqx.filter_jit
+    def everything(field):
+        def loss(field):
+            u, dudt = jax.vmap(lambda z, r, t, label: mfx.total_derivative(field, z, z, r, t, label))(*rows)
+            return jnp.mean(jnp.sin(u)), (u, dudt)
+
+        (_, values), gradient = eqx.filter_value_and_grad(loss, has_aux=True)(field)
+        return values, jax.tree.leaves(gradient)
+
+    expected = jax.tree.leaves(everything(small64()))
+    for form in ({"unroll": True}, {"remat": True}, {"remat": True, "unroll": True}):
+        for result, leaf in zip(jax.tree.leaves(everything(small64(**form))), expected, strict=True):
+            np.testing.assert_allclose(result, leaf, rtol=1e-9, atol=1e-12)
+
+
+def test_total_derivative_equals_central_finite_differences(x64):
+    field = eqx.filter_jit(small64())
+    z, r, t, label = inputs()
+    v = jr.normal(jr.key(4), SHAPE)
+    u, dudt = mfx.total_derivative(small64(), z, v, r, t, label)
+    step = 1e-5
+    difference = (field(z + step * v, r, t + step, label) - field(z - step * v, r, t - step, label)) / (2 * step)
+    np.testing.assert_allclose(dudt, difference, rtol=1e-7, atol=1e-8)
+    np.testing.assert_allclose(u, field(z, r, t, label), rtol=1e-12)
+    assert float(jnp.abs(dudt).max()) > 0.1
+
+
+def test_derivative_in_r_equals_central_finite_differences(x64):
+    field = eqx.filter_jit(small64())
+    z, r, t, label = inputs()
+    _, derivative = jax.jvp(lambda r: small64()(z, r, t, label), (r,), (jnp.ones(()),))
+    difference = (field(z, r + 1e-5, t, label) - field(z, r - 1e-5, t, label)) / 2e-5
+    np.testing.assert_allclose(derivative, difference, rtol=1e-6, atol=1e-9)
+    assert float(jnp.abs(derivative).max()) > 1e-4
+
+
+def gradients(field, dtype=jnp.float32):
+    """Gradients of a training loss with every label in the batch."""
+    label = jnp.arange(16) % 4
+    batch = mfx.Batch(jr.normal(jr.key(5), (16, *SHAPE), dtype), label)
+    objective = mfx.Objective(label_dropout=mfx.LabelDropout(0.4, field.null_label))
+    return eqx.filter_jit(eqx.filter_grad(lambda field: objective(field, batch, key=jr.key(6))[0]))(field)
+
+
+def test_every_parameter_gets_a_finite_gradient_that_is_not_zero(x64):
+    found = gradients(small64(), jnp.float64)
+    # A bias of the keys shifts all logits of a query alike, which the softmax takes away again.
+    bias = found.stack.blocks.attention.qkv.bias
+    keys = bias[:, SMALL.width : 2 * SMALL.width]
+    assert float(jnp.abs(keys).max()) < 1e-12 * float(jnp.abs(bias).max())
+    found = eqx.tree_at(lambda g: g.stack.blocks.attention.qkv.bias, found, bias.at[:, 16:32].set(1))
+    for path, leaf in jax.tree_util.tree_leaves_with_path(found):
+        assert bool(jnp.isfinite(leaf).all() & (leaf != 0).all()), jax.tree_util.keystr(path)
+
+
+# Precision
+
+
+def test_bfloat16_compute_leaves_the_output_and_the_gradients_in_float32():
+    field = small(dtype=jnp.bfloat16)
+    z, r, t, label = inputs()
+    u, dudt = mfx.total_derivative(field, z, z, r, t, label)
+    assert u.dtype == dudt.dtype == jnp.float32
+    for leaf in jax.tree.leaves(eqx.filter(field, eqx.is_inexact_array)) + jax.tree.leaves(gradients(field)):
+        assert leaf.dtype == jnp.float32
+
+
+def test_bfloat16_compute_computes_its_products_in_bfloat16_and_the_times_in_float32():
+    field = small(dtype=jnp.bfloat16)
+    products = str(jax.make_jaxpr(lambda *inputs: field(*inputs))(*inputs())).split("\n")
+    products = [line.split(":")[1].split("=")[0].strip() for line in products if "dot_general" in line]
+    wide = [result for result in products if result.startswith("f32")]
+    # In float32: two products for each of the two time variables, and the logits of attention.
+    assert len(wide) == 5 and len(products) - len(wide) >= 6
+    assert field.embedding(*(jnp.asarray(x) for x in (R, T, LABEL))).dtype == jnp.float32
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(jnp.float32, 1e-5), (jnp.bfloat16, 0.02)], ids=["float32", "bfloat16"])
+def test_derivative_in_low_precision_is_accurate(x64, dtype, bound):
+    size = mfx.DiTSize(depth=4, width=64, heads=4, patch=2)
+
+    def derivatives(compute, parameters):
+        field = mfx.DiT((4, 8, 8), size, dtype=compute, key=jr.key(0))
+        field = nn.cast(refilled(nn.cast(field, jnp.float32)), parameters)
+        z, v = jr.normal(jr.key(2), (2, 32, 4, 8, 8), jnp.float32).astype(parameters)
+        r, t = jnp.sort(jr.uniform(jr.key(3), (2, 32), jnp.float32), axis=0).astype(parameters)
+        both = jax.jit(jax.vmap(lambda z, v, r, t: mfx.total_derivative(field, z, v, r, t)))(z, v, r, t)
+        return np.asarray(both[1], np.float64).reshape(32, -1)
+
+    exact = derivatives(jnp.float64, jnp.float64)
+    error = np.linalg.norm(derivatives(dtype, jnp.float32) - exact, axis=1) / np.linalg.norm(exact, axis=1)
+    assert np.median(error) <= bound
+
+
+# Errors
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 6), (3, 4, 7)])
+def test_patch_that_does_not_divide_the_image_is_refused(shape):
+    with pytest.raises(ValueError, match=r"data_shape must be divisible by the patch size 2, got \(3, "):
+        mfx.DiT(shape, SMALL, key=jr.key(0))
+
+
+def test_heads_that_do_not_divide_the_width_are_refused():
+    with pytest.raises(ValueError, match="width must be a multiple of heads, got width 16 and heads 3"):
+        mfx.DiT(SHAPE, SMALL._replace(heads=3), key=jr.key(0))
+
+
+def test_label_missing_or_given_in_vain_is_refused():
+    z, r, t, label = inputs()
+    with pytest.raises(ValueError, match="condition must be a label for a field with labels, got None"):
+        small()(z, r, t)
+    with pytest.raises(ValueError, match="condition must be None for a field without labels, got 1"):
+        small(labels=None)(z, r, t, label)
+
+
+def test_state_of_another_shape_is_refused():
+    _, r, t, label = inputs()
+    with pytest.raises(ValueError, match=r"z must have the data_shape \(3, 4, 6\), got \(3, 6, 4\)"):
+        small()(jnp.zeros((3, 6, 4)), r, t, label)
+
+
+def test_null_label_needs_labels():
+    with pytest.raises(ValueError, match="labels must be given for a null label to exist"):
+        _ = small(labels=None).null_label

@@ -1,0 +1,30 @@
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+from jax.nn.initializers import normal
+
+from mf_eqx import nn
+
+
+def test_linear_is_x_w_plus_b_on_any_leading_axes():
+    layer = nn.Linear(3, 5, key=jr.key(0))
+    weight, bias = np.asarray(layer.weight), np.arange(5.0)
+    layer = jax.tree.unflatten(jax.tree.structure(layer), [weight, bias])
+    for shape in ((3,), (4, 3), (2, 4, 3)):
+        x = jr.normal(jr.key(1), shape)
+        np.testing.assert_allclose(layer(x), np.asarray(x) @ weight + bias, rtol=1e-6)
+
+
+def test_weights_are_xavier_uniform_and_the_bias_is_zero():
+    layer = nn.Linear(300, 500, key=jr.key(0))
+    bound = np.sqrt(6 / 800)
+    assert layer.weight.shape == (300, 500)
+    assert abs(layer.weight).max() <= bound
+    np.testing.assert_allclose(layer.weight.std(), bound / np.sqrt(3), rtol=0.01)  # 150000 draws
+    np.testing.assert_array_equal(layer.bias, jnp.zeros(500))
+
+
+def test_another_initialisation_is_used_for_the_weight():
+    layer = nn.Linear(300, 500, init=normal(0.02), key=jr.key(0))
+    np.testing.assert_allclose(layer.weight.std(), 0.02, rtol=0.01)

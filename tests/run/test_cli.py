@@ -1,0 +1,257 @@
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from fractions import Fraction
+
+import equinox as eqx
+import jax.numpy as jnp
+import pytest
+
+from mf_eqx import check_batch_size, Guidance, run
+
+pytest.importorskip("tyro")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    rate: float = 1e-3
+    """Peak learning rate."""
+
+    def __post_init__(self):
+        if not self.rate > 0:
+            raise ValueError(f"rate must be > 0, got {self.rate}")
+
+
+@dataclass(frozen=True)
+class Config:
+    steps: int = 100
+    """Number of optimisation steps."""
+    batch_size: int = 32
+    """Rows per step."""
+    scale: float | None = None
+    """Guidance scale."""
+    compare: bool = False
+    """Train the baseline, too."""
+    schedule: Schedule = field(default_factory=Schedule)
+
+    def __post_init__(self):
+        if self.steps < 0:
+            raise ValueError(f"steps must be >= 0, got {self.steps}")
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size must be >= 1, got {self.batch_size}")
+
+
+PRESETS = {"plain": ("without guidance", Config()), "guided": ("guidance of scale 2", Config(scale=2.0, steps=200))}
+
+
+@pytest.fixture(autouse=True)
+def named_script(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/some/where/script.py"])
+    monkeypatch.delenv("MF_EQX_TRACEBACK", raising=False)
+
+
+def parsed(*argv: str, presets=PRESETS) -> Config:
+    return run.main(lambda config: config, presets, argv=argv)
+
+
+def help_text(capsys, *argv: str, presets=PRESETS) -> str:
+    with pytest.raises(SystemExit) as stop:
+        run.main(lambda config: config, presets, argv=[*argv, "--help"], description="What it does.")
+    assert stop.value.code == 0
+    return " ".join(capsys.readouterr().out.replace("│", " ").split())
+
+
+def refusal(capsys, *argv: str, function=lambda config: config, presets=PRESETS) -> str:
+    """The one line on stderr of a call that must exit with code 2."""
+    with pytest.raises(SystemExit) as stop:
+        run.main(function, presets, argv=argv)
+    captured = capsys.readouterr()
+    assert stop.value.code == 2
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    return captured.err.removesuffix("\n")
+
+
+def test_without_arguments_the_first_preset_runs():
+    assert parsed() == PRESETS["plain"][1]
+
+
+def test_a_preset_is_chosen_by_name():
+    assert parsed("--preset", "guided") == PRESETS["guided"][1]
+
+
+def test_flags_override_the_preset_wherever_it_stands():
+    expected = Config(scale=2.0, steps=7)
+    assert parsed("--preset", "guided", "--steps", "7") == parsed("--steps", "7", "--preset=guided") == expected
+
+
+def test_flags_reach_nested_and_boolean_fields():
+    assert parsed("--schedule.rate", "0.5", "--compare") == Config(schedule=Schedule(0.5), compare=True)
+
+
+def test_a_single_configuration_needs_no_presets():
+    assert parsed("--steps", "3", presets=Config()) == Config(steps=3)
+
+
+def test_main_returns_the_result_of_the_function():
+    assert run.main(lambda config: config.steps + 1, Config(), argv=[]) == 101
+
+
+def test_help_shows_every_field_with_its_meaning_and_default(capsys):
+    text = help_text(capsys)
+    assert "--steps INT Number of optimisation steps. (default: 100)" in text
+    assert "--batch-size INT Rows per step. (default: 32)" in text
+    assert "--scale {None}|FLOAT Guidance scale. (default: None)" in text
+    assert "--compare, --no-compare Train the baseline, too. (default: False)" in text
+    assert "--schedule.rate FLOAT Peak learning rate. (default: 0.001)" in text
+
+
+def test_help_shows_description_and_presets(capsys):
+    text = help_text(capsys)
+    assert "What it does. presets: plain without guidance guided guidance of scale 2" in text
+    assert "--preset NAME" in text
+
+
+def test_help_of_a_preset_shows_its_values(capsys):
+    assert "--steps INT Number of optimisation steps. (default: 200)" in help_text(capsys, "--preset", "guided")
+
+
+def test_help_without_presets_does_not_mention_them(capsys):
+    assert "preset" not in help_text(capsys, presets=Config())
+
+
+def test_unknown_flag_is_refused_with_the_nearest_one(capsys):
+    line = refusal(capsys, "--stepz", "3")
+    assert line == "script.py: error: unknown argument --stepz, did you mean --steps?"
+
+
+def test_unknown_nested_flag_is_refused_with_the_nearest_one(capsys):
+    line = refusal(capsys, "--schedule.rates=1")
+    assert line == "script.py: error: unknown argument --schedule.rates, did you mean --schedule.rate?"
+
+
+def test_unknown_flag_like_no_other_is_refused(capsys):
+    assert refusal(capsys, "--qqq") == "script.py: error: unknown argument --qqq; --help lists all"
+
+
+def test_preset_without_its_flag_is_refused_with_the_flag(capsys):
+    assert refusal(capsys, "guided") == "script.py: error: unknown argument guided, did you mean --preset guided?"
+
+
+def test_unknown_preset_is_refused_with_all_names(capsys):
+    line = refusal(capsys, "--preset", "guide")
+    assert line == "script.py: error: --preset must be one of plain, guided; got 'guide'"
+
+
+def test_unparsable_value_is_refused_with_flag_and_value(capsys):
+    assert refusal(capsys, "--steps", "many") == (
+        "script.py: error: --steps: invalid literal for int() with base 10: 'many'"
+    )
+
+
+@pytest.mark.parametrize("unicode", [True, False])
+def test_no_frame_of_the_parser_is_left_in_any_encoding(capsys, monkeypatch, unicode):
+    monkeypatch.setattr(type(sys.stdout), "encoding", "utf-8" if unicode else "ascii", raising=False)
+    assert refusal(capsys, "--steps", "many").endswith("error: --steps: invalid literal for int() with base 10: 'many'")
+
+
+def test_unparsable_optional_value_is_refused_in_one_line_too(capsys):
+    line = refusal(capsys, "--scale", "none")
+    assert line.startswith("script.py: error: --scale: ") and line.endswith("['none'].")
+
+
+def test_flag_without_its_value_is_refused_by_name(capsys):
+    assert "'--batch-size'" in refusal(capsys, "--batch-size")
+
+
+def test_check_of_the_configuration_is_refused_with_the_flag(capsys):
+    assert refusal(capsys, "--batch-size", "-3") == "script.py: error: --batch-size must be >= 1, got -3"
+
+
+def test_check_of_a_nested_configuration_is_refused_with_its_message(capsys):
+    line = refusal(capsys, "--schedule.rate", "-1")
+    assert line == "script.py: error: schedule: rate must be > 0, got -1.0"
+
+
+def test_value_error_of_the_script_is_one_line_with_a_hint(capsys):
+    def function(config: Config) -> None:
+        raise ValueError("labels must lie in [0, 10),\ngot 11")
+
+    line = refusal(capsys, function=function)
+    assert line == "script.py: error: labels must lie in [0, 10), got 11 (MF_EQX_TRACEBACK=1 shows where)"
+
+
+def test_value_error_of_a_module_of_the_package_is_one_line(capsys):
+    assert "scale must be > 0, got -1.0" in refusal(capsys, function=lambda config: Guidance(-1.0))
+
+
+def test_value_error_of_the_package_under_jit_is_one_line(capsys):
+    def function(config: Config) -> None:
+        eqx.filter_jit(lambda x: check_batch_size(x.size, Fraction(1, 4)))(jnp.zeros(6))
+
+    assert "got 6" in refusal(capsys, function=function)
+
+
+def test_value_error_from_elsewhere_is_a_bug_and_keeps_its_traceback():
+    with pytest.raises(ValueError, match="concatenate"):
+        run.main(lambda config: jnp.concatenate([]), Config(), argv=[])
+
+
+def test_other_errors_of_the_script_keep_their_traceback():
+    def function(config: Config) -> None:
+        raise TypeError("a bug")
+
+    with pytest.raises(TypeError, match="a bug"):
+        run.main(function, Config(), argv=[])
+
+
+def test_missing_file_is_one_line_with_its_name(capsys, tmp_path):
+    path = tmp_path / "none.npz"
+    assert str(path) in refusal(capsys, function=lambda config: path.read_bytes())
+
+
+def test_missing_package_is_one_line_with_the_extra(capsys):
+    def function(config: Config) -> None:
+        with run.optional("no_such_package"):
+            import no_such_package  # noqa: F401 # pyright: ignore[reportMissingImports]
+
+    line = refusal(capsys, function=function)
+    assert line == "script.py: error: no_such_package is not installed: pip install 'mf_eqx[experiments]'"
+
+
+def test_traceback_is_kept_on_demand(monkeypatch):
+    monkeypatch.setenv("MF_EQX_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="scale"):
+        run.main(lambda config: Guidance(-1.0), Config(), argv=[])
+
+
+def test_interrupt_is_one_line_and_code_130(capsys):
+    def function(config: Config) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as stop:
+        run.main(function, Config(), argv=[])
+    assert stop.value.code == 130
+    assert capsys.readouterr().err == "script.py: interrupted\n"
+
+
+def test_a_script_of_its_own_refuses_without_traceback(tmp_path):
+    script = tmp_path / "digits.py"
+    script.write_text(
+        "from dataclasses import dataclass\n"
+        "from mf_eqx import run\n"
+        "@dataclass(frozen=True)\n"
+        "class Config:\n"
+        "    share: float = 0.25\n"
+        "def train(config):\n"
+        "    raise ValueError(f'share must lie in [0, 1], got {config.share}')\n"
+        "if __name__ == '__main__':\n"
+        "    run.main(train, Config())\n"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    ended = subprocess.run(
+        [sys.executable, str(script), "--share", "2"], capture_output=True, text=True, env=environment
+    )
+    message = "digits.py: error: share must lie in [0, 1], got 2.0 (MF_EQX_TRACEBACK=1 shows where)\n"
+    assert (ended.returncode, ended.stdout, ended.stderr) == (2, "", message)

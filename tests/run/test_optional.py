@@ -1,0 +1,38 @@
+import os
+import subprocess
+import sys
+
+import pytest
+
+from mf_eqx import run
+
+
+def test_missing_package_names_the_extra_to_install():
+    message = r"no_such_package is not installed: pip install 'mf_eqx\[experiments\]'"
+    with pytest.raises(ImportError, match=message), run.optional("no_such_package"):
+        import no_such_package.part  # noqa: F401 # pyright: ignore[reportMissingImports]
+
+
+def test_missing_matplotlib_names_the_extra_to_install(monkeypatch, tmp_path):
+    for name in ["matplotlib", *(name for name in sys.modules if name.startswith("matplotlib."))]:
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(run.MissingDependency, match="matplotlib is not installed"):
+        run.save_curves(tmp_path / "curves.png", [{"step": 1, "loss": 1.0}])
+
+
+def test_import_that_fails_inside_another_package_passes_unchanged():
+    with pytest.raises(ModuleNotFoundError) as caught, run.optional("matplotlib"):
+        import no_such_package  # noqa: F401 # pyright: ignore[reportMissingImports]
+    assert not isinstance(caught.value, run.MissingDependency)
+
+
+def test_other_errors_pass_unchanged():
+    with pytest.raises(KeyError, match="x"), run.optional("matplotlib"):
+        raise KeyError("x")
+
+
+def test_importing_run_loads_no_optional_package():
+    code = "import sys, mf_eqx.run; print([name for name in ('matplotlib', 'tyro', 'rich') if name in sys.modules])"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True, env=environment)
+    assert ended.stdout == "[]\n"

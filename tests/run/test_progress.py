@@ -1,0 +1,137 @@
+import io
+
+import jax.numpy as jnp
+import pytest
+
+from mf_eqx import Mean, run
+from mf_eqx.run import _progress
+
+
+class Clock:
+    """Seconds that pass only on demand."""
+
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def loss(value: float = 0.25) -> dict[str, Mean]:
+    return {"loss": Mean(jnp.asarray(2 * value), jnp.asarray(2.0))}
+
+
+def train(stream: io.StringIO, steps: int, *, first: float, each: float, total: int | None = None, **options) -> str:
+    """What is written by a run whose first step takes `first` seconds, and each other one `each`."""
+    clock = Clock()
+    with run.Progress(steps if total is None else total, stream=stream, clock=clock, **options) as progress:
+        for step in range(1, steps + 1):
+            clock.now += first if step == 1 else each
+            progress.update(step, loss())
+    return stream.getvalue()
+
+
+def test_a_pipe_gets_a_line_every_so_many_seconds():
+    lines = train(io.StringIO(), 101, first=5, each=1, every=25).splitlines()
+    assert [line.split()[0] for line in lines] == ["0/101", "1/101", "26/101", "51/101", "76/101", "101/101"]
+
+
+def test_a_line_shows_position_rate_times_and_metrics():
+    line = train(io.StringIO(), 51, first=5, each=0.5, every=10, total=201).splitlines()[-1]
+    assert line == " 51/201   25%  2 steps/s  0:30 elapsed  1:15 left  loss 0.25"
+
+
+def test_time_to_compile_does_not_count_in_the_rate():
+    assert "4 steps/s" in train(io.StringIO(), 41, first=1000, each=0.25)
+
+
+def test_time_to_compile_counts_as_elapsed():
+    assert "16:50 elapsed" in train(io.StringIO(), 41, first=1000, each=0.25)
+
+
+def test_the_last_step_is_always_shown_once():
+    lines = train(io.StringIO(), 11, first=1, each=1, every=5).splitlines()
+    assert [line.split()[0] for line in lines].count("11/11") == 1
+
+
+def test_a_terminal_gets_one_line_that_is_rewritten():
+    text = train(Terminal(), 50, first=1, each=1)
+    assert text.count("\r") == 51 and text.count("\n") == 1 and text.endswith("\n")
+
+
+def test_a_narrow_terminal_never_wraps(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "30")
+    parts = train(Terminal(), 50, first=1, each=1).replace("\x1b[K", "").split("\r")
+    assert max(len(part.rstrip("\n")) for part in parts) == 29
+
+
+def test_metrics_are_fetched_only_when_a_line_is_due(monkeypatch):
+    fetched = []
+    monkeypatch.setattr(_progress, "fetch", lambda metrics: fetched.append(metrics) or {})
+    train(io.StringIO(), 101, first=1, each=1, every=50)
+    assert len(fetched) == 3
+
+
+def test_only_the_chosen_metrics_are_shown_and_missing_ones_are_not_needed():
+    stream = io.StringIO()
+    with run.Progress(1, shown=("loss", "later"), stream=stream) as progress:
+        progress.update(1, {**loss(), "gradient_norm": 3.0})
+    assert "loss 0.25" in stream.getvalue() and "gradient_norm" not in stream.getvalue()
+
+
+def test_metrics_in_bins_are_not_shown():
+    stream = io.StringIO()
+    with run.Progress(1, stream=stream) as progress:
+        progress.update(1, {**loss(), "by_gap": jnp.zeros(4)})
+    assert "loss 0.25" in stream.getvalue() and "by_gap" not in stream.getvalue()
+
+
+def test_a_loss_that_is_not_a_number_is_shown_as_such():
+    stream = io.StringIO()
+    with run.Progress(1, stream=stream) as progress:
+        progress.update(1, loss(float("nan")))
+    assert "loss nan" in stream.getvalue()
+
+
+def test_a_note_stands_on_a_line_of_its_own():
+    stream = Terminal()
+    with run.Progress(2, stream=stream) as progress:
+        progress.update(1, loss())
+        progress.note("preview saved")
+    assert "\r\x1b[Kpreview saved\n" in stream.getvalue()
+
+
+def test_after_an_error_nothing_is_fetched_and_the_line_is_ended(monkeypatch):
+    stream = Terminal()
+    with pytest.raises(RuntimeError), run.Progress(9, stream=stream, every=1e9) as progress:
+        progress.update(1, loss())
+        progress.update(2, loss())
+        monkeypatch.setattr(_progress, "fetch", lambda metrics: pytest.fail("fetched"))
+        raise RuntimeError
+    assert stream.getvalue().endswith("\n")
+
+
+def test_no_steps_at_all_write_nothing():
+    stream = io.StringIO()
+    with run.Progress(0, stream=stream):
+        pass
+    assert stream.getvalue() == ""
+
+
+def test_progress_goes_to_stderr_by_default(capsys):
+    with run.Progress(1) as progress:
+        progress.update(1, loss())
+    captured = capsys.readouterr()
+    assert captured.out == "" and "1/1" in captured.err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"), [({"total": -1}, "total.*-1"), ({"total": 1, "every": 0.0}, "every.*0")]
+)
+def test_impossible_arguments_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        run.Progress(**options)

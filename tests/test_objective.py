@@ -1,0 +1,815 @@
+"""The objective against loops over its rows, written out by hand in float64.
+
+A loop needs the numbers that the objective drew. They are read off from outside, through gradients: see `draws`.
+"""
+
+import dataclasses
+from fractions import Fraction
+from typing import ClassVar, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+import scipy.special
+import scipy.stats
+
+from mf_eqx import (
+    AbstractField,
+    AbstractIdentity,
+    AbstractTimes,
+    AbstractWeight,
+    AdaptiveWeight,
+    Batch,
+    ConstantWeight,
+    Context,
+    Guidance,
+    ImprovedMeanFlow,
+    LabelDropout,
+    LogitNormalTimes,
+    Mean,
+    MeanFlow,
+    Objective,
+    Shortcut,
+    SplitMeanFlow,
+    TimePairs,
+    TrigonometricInterpolant,
+    UniformTimes,
+)
+
+pytestmark = pytest.mark.usefixtures("x64")
+
+LABELS = 4
+SIZE = 3
+KEY_SEED = 7
+PLAIN = ConstantWeight()
+
+
+# Fields
+
+
+class Network(AbstractField):
+    """A small nonlinear field with labels, times 1 + n / 2 with n drawn from the key."""
+
+    matrix: jax.Array
+    r_rate: jax.Array
+    t_rate: jax.Array
+    table: jax.Array
+    out: jax.Array
+
+    def __call__(self, z, r, t, condition=None, *, key=None):
+        return self.at(z, r, t, condition, 0.0 if key is None else jr.normal(key))
+
+    def at(self, z, r, t, label, n):
+        """The field, given the number that its key would draw."""
+        inner = self.matrix @ z + jnp.sin(2 * r) * self.r_rate + t**2 * self.t_rate
+        inner = inner if label is None else inner + self.table[label]
+        return self.out @ jnp.tanh(inner) * (1 + n / 2)
+
+
+def network(seed=0):
+    rng = np.random.default_rng(seed)
+    shapes = ((SIZE, SIZE), SIZE, SIZE, (LABELS + 1, SIZE), (SIZE, SIZE))
+    return Network(*(jnp.asarray(rng.normal(size=shape)) for shape in shapes))
+
+
+class Zero(AbstractField):
+    """u = 0, with a parameter nevertheless."""
+
+    scale: jax.Array
+
+    def __call__(self, z, r, t, condition=None, *, key=None):
+        return self.scale * z
+
+
+class Counting(AbstractField):
+    """Counts how often it is called, which under jit is how often it is traced."""
+
+    field: AbstractField
+    calls: list = eqx.field(static=True)
+
+    def __call__(self, z, r, t, condition=None, *, key=None):
+        self.calls.append(1)
+        return self.field(z, r, t, condition, key=key)
+
+
+# Draws
+
+
+class Fixed(AbstractTimes):
+    """Always the same time."""
+
+    time: float
+
+    def __call__(self, *, key):
+        return jnp.asarray(self.time)
+
+
+class Regression(AbstractIdentity):
+    """u(z, r, t) = v: no method, but the simplest thing to ask of a row with r < t."""
+
+    needs_boundary: ClassVar[bool] = False
+    uses_velocity: ClassVar[bool] = True
+
+    def residual(self, field, z, v, r, t, condition, *, key, context=None):
+        return field(z, r, t, condition, key=key) - v
+
+
+class Probe(AbstractField):
+    """u = a_i + b_i z + c_i r + d_i t + e_i n for the row with label i, all parameters zero.
+
+    The gradient of |u - v|^2 with respect to them is -2 v, -2 v z, -2 v r, ...: it tells what was drawn.
+    """
+
+    a: jax.Array
+    b: jax.Array
+    c: jax.Array
+    d: jax.Array
+    e: jax.Array
+
+    def __call__(self, z, r, t, condition=None, *, key=None):
+        a, b, c, d, e = (leaf[condition] for leaf in (self.a, self.b, self.c, self.d, self.e))
+        return a + b * z + c * r + d * t + e * jr.normal(key)
+
+
+class Draws(NamedTuple):
+    """What each row of a batch drew; `n` from the key that its field gets. NaN where a row's label was dropped."""
+
+    v: np.ndarray
+    z: np.ndarray
+    r: np.ndarray
+    t: np.ndarray
+    n: np.ndarray
+
+
+@eqx.filter_jit
+def probe(objective, x, index, key):
+    rows, dim = x.shape
+    # One more row of parameters, for the rows whose label is dropped.
+    field = Probe(*jnp.zeros((5, rows + 1, dim)))
+    return eqx.filter_grad(lambda field: objective(field, Batch(x, jnp.arange(rows), index), key=key)[0])(field)
+
+
+def draws(objective, x, index=None, *, keep_dropout=False):
+    """What the rows of a batch with data `x` draw, in the order of the rows."""
+    label_dropout = LabelDropout(objective.label_dropout.rate, len(x)) if keep_dropout else None
+    identity = None if objective.identity is None else Regression()
+    objective = dataclasses.replace(
+        objective, identity=identity, weight=PLAIN, guidance=None, label_dropout=label_dropout
+    )
+    index = jnp.arange(len(x)) if index is None else index
+    gradient = jax.tree.map(lambda leaf: np.asarray(leaf)[:-1], probe(objective, x, index, jr.key(KEY_SEED)))
+    with np.errstate(invalid="ignore"):
+        z, r, t, n = (leaf / gradient.a for leaf in (gradient.b, gradient.c, gradient.d, gradient.e))
+    return Draws(-len(x) / 2 * gradient.a, z, r[:, 0], t[:, 0], n[:, 0])
+
+
+def data(rows, seed=1):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=(rows, SIZE)))
+
+
+def labels(rows):
+    return jnp.arange(rows) % LABELS
+
+
+# By hand
+
+
+@eqx.filter_jit
+def run(objective, field, batch, context=None):
+    """Loss, metrics and gradient."""
+    key = jr.key(KEY_SEED)
+    (loss, metrics), gradient = eqx.filter_value_and_grad(objective, has_aux=True)(
+        field, batch, key=key, context=context
+    )
+    return loss, metrics, gradient
+
+
+def constant(array):
+    return jax.lax.stop_gradient(array)
+
+
+def mean_flow_residual(field, z, v, r, t, label, n):
+    """u - sg(u_tgt), Eq. 10 and 11."""
+    u, dudt = jax.jvp(lambda z, r, t: field.at(z, r, t, label, n), (z, r, t), (v, jnp.zeros(()), jnp.ones(())))
+    return u - constant(v - (t - r) * dudt)
+
+
+def boundary_residual(field, z, v, r, t, label, n):
+    return field.at(z, t, t, label, n) - v
+
+
+def guided(field, z, v, t, label, n, scale, mix):
+    """Eq. 21, constant."""
+    u, free = (field.at(z, t, t, c, n) for c in (label, LABELS))
+    return constant(scale * v + mix * u + (1 - scale - mix) * free)
+
+
+def by_hand(residuals, weight=lambda error: 1.0):
+    """Loss and gradient of the mean over rows of sg(w(error)) error; `residuals(field)` yields one per row."""
+
+    def loss(field):
+        errors = [jnp.sum(residual**2) for residual in residuals(field)]
+        return sum(weight(constant(error)) * error for error in errors) / len(errors)
+
+    return eqx.filter_jit(eqx.filter_value_and_grad(loss))(network())
+
+
+def rows_of(drawn, condition=None):
+    """One tuple (z, v, r, t, label, n) per row."""
+    condition = [None] * len(drawn.t) if condition is None else condition
+    return [
+        tuple(map(jnp.asarray, (z, v, r, t))) + (label, n)
+        for z, v, r, t, label, n in zip(drawn.z, drawn.v, drawn.r, drawn.t, condition, drawn.n, strict=True)
+    ]
+
+
+def carries_identity(row, share):
+    return row % share.denominator < share.numerator
+
+
+def assert_same(found, expected):
+    loss, _, gradient = found
+    np.testing.assert_allclose(loss, expected[0], rtol=1e-12)
+    for leaf, by_hand in zip(jax.tree.leaves(gradient), jax.tree.leaves(expected[1]), strict=True):
+        np.testing.assert_allclose(leaf, by_hand, rtol=1e-12, atol=1e-12)
+
+
+# What is drawn
+
+MANY = 4096
+# Kolmogorov-Smirnov statistic that the right distribution exceeds with probability 1e-3.
+KS_BOUND = np.sqrt(np.log(2 / 1e-3) / (2 * MANY))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 1.0])
+def test_state_and_velocity_belong_to_one_path_with_standard_normal_noise(share):
+    objective = Objective(MeanFlow(), TrigonometricInterpolant(), identity_share=share)
+    x = data(MANY)
+    drawn = draws(objective, x)
+    angle = np.pi / 2 * drawn.t[:, None]
+    eps = np.sin(angle) * drawn.z + 2 / np.pi * np.cos(angle) * drawn.v
+    np.testing.assert_allclose(np.cos(angle) * x + np.sin(angle) * eps, drawn.z, rtol=0, atol=1e-11)
+    for component in eps.T:
+        assert scipy.stats.kstest(component, "norm").statistic < KS_BOUND
+
+
+def test_noise_depends_on_neither_the_data_nor_the_times():
+    x = data(MANY)
+    drawn = draws(Objective(identity_share=1.0), x)
+    eps = drawn.v + x
+    columns = np.column_stack([eps, x, drawn.r, drawn.t])
+    correlation = np.corrcoef(columns.T)[:SIZE, SIZE:]
+    assert np.abs(correlation).max() < 4 / np.sqrt(MANY)
+
+
+def test_identity_rows_follow_the_time_pairs():
+    drawn = draws(Objective(identity_share=1.0), data(MANY))
+    cdf = scipy.stats.norm(-0.4, 1.0).cdf
+    assert scipy.stats.kstest(scipy.special.logit(drawn.t), lambda x: cdf(x) ** 2).statistic < KS_BOUND
+    assert scipy.stats.kstest(scipy.special.logit(drawn.r), lambda x: 1 - (1 - cdf(x)) ** 2).statistic < KS_BOUND
+
+
+def test_boundary_rows_keep_the_larger_time_of_the_pair():
+    x = data(64)
+    boundary, identity = (draws(Objective(identity_share=share), x) for share in (0.0, 1.0))
+    np.testing.assert_allclose(boundary.t, identity.t, rtol=1e-14)
+    np.testing.assert_array_equal(boundary.r, boundary.t)
+    assert (identity.r < identity.t).all()
+
+
+def test_boundary_rows_follow_boundary_times_where_given():
+    drawn = draws(Objective(None, boundary_times=LogitNormalTimes(0.5, 0.7), identity_share=0.0), data(MANY))
+    assert scipy.stats.kstest(scipy.special.logit(drawn.t), scipy.stats.norm(0.5, 0.7).cdf).statistic < KS_BOUND
+    np.testing.assert_array_equal(drawn.r, drawn.t)
+
+
+def test_boundary_times_change_no_identity_row():
+    x = data(64)
+    given, default = (draws(Objective(boundary_times=times), x) for times in (Fixed(0.3), None))
+    carries = np.arange(64) % 4 < 1
+    np.testing.assert_allclose(given.t[~carries], 0.3, rtol=1e-14)
+    np.testing.assert_array_equal(given.t[carries], default.t[carries])
+    np.testing.assert_array_equal(given.r[carries], default.r[carries])
+
+
+@pytest.mark.parametrize("share", [Fraction(1, 4), Fraction(2, 3)])
+def test_the_first_rows_of_every_group_carry_the_identity(share):
+    drawn = draws(Objective(identity_share=share), data(24))
+    assert (drawn.r < drawn.t).tolist() == [carries_identity(row, share) for row in range(24)]
+
+
+def test_rows_draw_by_their_index_alone():
+    x, index = data(24), np.random.default_rng(0).permutation(24)
+    everywhere = Objective(identity_share=1.0)
+    ordered, permuted = draws(everywhere, x), draws(everywhere, x[index], jnp.asarray(index))
+    for one, other in zip(ordered, permuted, strict=True):
+        np.testing.assert_allclose(one[index], other, rtol=1e-13)
+
+
+def test_rows_of_different_index_draw_differently():
+    drawn = draws(Objective(identity_share=1.0), jnp.tile(data(1), (64, 1)))
+    for values in (drawn.v[:, 0], drawn.r, drawn.t, drawn.n):
+        assert len(np.unique(values)) == 64
+
+
+# Flow Matching
+
+
+@pytest.mark.parametrize("boundary_times", [None, UniformTimes()])
+def test_no_identity_is_textbook_flow_matching(boundary_times):
+    objective = Objective(None, boundary_times=boundary_times, identity_share=0.0, weight=PLAIN)
+    x = data(8)
+    drawn = draws(objective, x)
+    eps, t = drawn.v + x, drawn.t
+
+    def flow_matching(field):
+        loss = 0.0
+        for i in range(8):
+            z_t = (1 - t[i]) * x[i] + t[i] * eps[i]
+            v_t = eps[i] - x[i]
+            loss += jnp.sum((field.at(z_t, t[i], t[i], None, drawn.n[i]) - v_t) ** 2)
+        return loss / 8
+
+    assert_same(run(objective, network(), Batch(x)), eqx.filter_value_and_grad(flow_matching)(network()))
+
+
+def test_identity_with_share_zero_is_flow_matching():
+    batch = Batch(data(8))
+    expected, found = (run(Objective(identity, identity_share=0.0), network(), batch) for identity in (None, MeanFlow()))
+    assert eqx.tree_equal(found, expected)
+
+
+# The split
+
+
+@pytest.mark.parametrize("share", [Fraction(1, 4), Fraction(2, 3), Fraction(1)], ids=str)
+def test_split_loss_and_gradient_are_those_of_a_loop_over_the_rows(share):
+    objective = Objective(identity_share=share, weight=AdaptiveWeight(0.75, 1e-3))
+    x, condition = data(12), labels(12)
+    drawn = draws(objective, x)
+
+    def residuals(field):
+        for i, row in enumerate(rows_of(drawn, condition)):
+            yield (mean_flow_residual if carries_identity(i, share) else boundary_residual)(field, *row)
+
+    expected = by_hand(residuals, lambda error: 1 / (error + 1e-3) ** 0.75)
+    assert_same(run(objective, network(), Batch(x, condition)), expected)
+
+
+def test_share_one_with_a_coin_is_the_papers_algorithm():
+    objective = Objective(time_pairs=TimePairs(equal=0.5), identity_share=1.0, weight=AdaptiveWeight(1.0, 0.01))
+    x = data(16)
+    drawn = draws(objective, x)
+    assert 0 < (drawn.r == drawn.t).sum() < 16
+    eps, n = drawn.v + x, drawn.n
+
+    def algorithm_1(field):
+        loss = 0.0
+        for i in range(16):
+            r, t = jnp.asarray(drawn.r[i]), jnp.asarray(drawn.t[i])
+            z = (1 - t) * x[i] + t * eps[i]
+            v = eps[i] - x[i]
+
+            def fn(z, r, t, i=i):
+                return field.at(z, r, t, None, n[i])
+
+            u, dudt = jax.jvp(fn, (z, r, t), (v, jnp.zeros(()), jnp.ones(())))
+            u_tgt = v - (t - r) * dudt
+            error = jnp.sum((u - constant(u_tgt)) ** 2)
+            loss += constant(1 / (error + 0.01)) * error
+        return loss / 16
+
+    expected = eqx.filter_jit(eqx.filter_value_and_grad(algorithm_1))(network())
+    assert_same(run(objective, network(), Batch(x)), expected)
+
+
+@pytest.mark.parametrize("identity", [ImprovedMeanFlow(), SplitMeanFlow(Fixed(0.3)), Shortcut()])
+def test_every_identity_is_averaged_over_its_own_rows(identity):
+    objective = Objective(identity, identity_share=0.5, weight=PLAIN)
+    x = data(8)
+    drawn = draws(objective, x)
+
+    class Given(AbstractField):
+        """The network under the noise that a row drew."""
+
+        network: Network
+        n: float
+
+        def __call__(self, z, r, t, condition=None, *, key=None):
+            return self.network.at(z, r, t, condition, self.n)
+
+    def residuals(field):
+        for i, (z, v, r, t, label, n) in enumerate(rows_of(drawn)):
+            if carries_identity(i, Fraction(1, 2)):
+                yield identity.residual(Given(field, n), z, v, r, t, label, key=jr.key(0))
+            else:
+                yield boundary_residual(field, z, v, r, t, label, n)
+
+    assert_same(run(objective, network(), Batch(x)), by_hand(residuals))
+
+
+def test_default_identity_share_is_a_quarter():
+    assert Objective().identity_share == Fraction(1, 4)
+
+
+def test_jit_changes_nothing():
+    x = data(8)
+    batch = Batch(x, labels(8), jnp.arange(8))
+    expected = run(Objective(), network(), batch)
+    with jax.disable_jit():
+        assert_same(run(Objective(), network(), batch), (expected[0], expected[2]))
+
+
+def test_data_below_float32_are_computed_in_float32():
+    batch = Batch(data(8).astype(jnp.bfloat16))
+
+    class Precise(AbstractField):
+        scale: jax.Array
+
+        def __call__(self, z, r, t, condition=None, *, key=None):
+            assert {z.dtype, r.dtype, t.dtype} == {jnp.dtype(jnp.float32)}
+            return (self.scale * z).astype(jnp.bfloat16)
+
+    class Float32Weight(AbstractWeight):
+        def __call__(self, error):
+            assert error.dtype == jnp.float32
+            return jnp.ones_like(error)
+
+    loss, _, _ = run(Objective(weight=Float32Weight()), Precise(jnp.ones((), jnp.float32)), batch)
+    assert jnp.isfinite(loss)
+
+
+def test_context_reaches_the_identity():
+    class Scheduled(AbstractIdentity):
+        """A residual of size `step`."""
+
+        needs_boundary: ClassVar[bool] = False
+        uses_velocity: ClassVar[bool] = True
+
+        def residual(self, field, z, v, r, t, condition, *, key, context=None):
+            return context.step + 0 * field(z, r, t, condition, key=key)
+
+    objective = Objective(Scheduled(), identity_share=1.0, weight=PLAIN)
+    loss, _, _ = run(objective, network(), Batch(data(4)), Context(jnp.asarray(5)))
+    assert loss == 5**2 * SIZE
+
+
+# Metrics
+
+
+def test_raw_errors_fall_while_the_weighted_loss_stays_at_one():
+    x = 100 * data(64)
+    objective = Objective(weight=AdaptiveWeight(1.0, 0.01))
+    field = Zero(jnp.zeros(()))
+    (far, before, _), (near, after, _) = (run(objective, field, Batch(scale * x)) for scale in (1.0, 0.1))
+    np.testing.assert_allclose([far, near], 1, atol=2e-3)
+    for name in ("boundary_error", "identity_error"):
+        assert before[name].value > 50 * after[name].value
+
+
+@pytest.mark.parametrize("weight", [PLAIN, AdaptiveWeight()])
+def test_raw_errors_are_mean_squares_per_dimension_whatever_the_weight(weight):
+    x = data(16)
+    drawn = draws(Objective(), x)
+    # u = 0: both kinds of rows are left with -v.
+    _, metrics, _ = run(Objective(weight=weight), Zero(jnp.zeros(())), Batch(x))
+    carries = np.arange(16) % 4 < 1
+    np.testing.assert_allclose(metrics["identity_error"].value, np.mean(drawn.v[carries] ** 2), rtol=1e-12)
+    np.testing.assert_allclose(metrics["boundary_error"].value, np.mean(drawn.v[~carries] ** 2), rtol=1e-12)
+
+
+def test_identity_error_by_gap_sorts_rows_into_four_equal_bins():
+    x = data(128)
+    objective = Objective(time_pairs=TimePairs(UniformTimes()), identity_share=1.0)
+    drawn = draws(objective, x)
+    _, metrics, _ = run(objective, Zero(jnp.zeros(())), Batch(x))
+    bins, errors = np.floor(4 * (drawn.t - drawn.r)), np.mean(drawn.v**2, axis=1)
+    members = [errors[bins == i] for i in range(4)]
+    np.testing.assert_array_equal(metrics["identity_error_by_gap"].count, [len(part) for part in members])
+    np.testing.assert_allclose(metrics["identity_error_by_gap"].total, [part.sum() for part in members], rtol=1e-12)
+
+
+def test_the_whole_interval_lies_in_the_last_bin():
+    class Whole(AbstractTimes):
+        def __call__(self, *, key):
+            return jnp.ones(())
+
+    objective = Objective(time_pairs=TimePairs(Whole(), Fixed(0.0)), identity_share=1.0)
+    _, metrics, _ = run(objective, Zero(jnp.zeros(())), Batch(data(4)))
+    np.testing.assert_array_equal(metrics["identity_error_by_gap"].count, [0, 0, 0, 4])
+
+
+def test_loss_metric_is_the_loss():
+    loss, metrics, _ = run(Objective(), network(), Batch(data(16)))
+    assert metrics["loss"].value == loss
+
+
+@pytest.mark.parametrize(("share", "missing"), [(0.0, "identity_error"), (1.0, "boundary_error")])
+def test_rows_that_do_not_exist_have_no_metric(share, missing):
+    _, metrics, _ = run(Objective(identity_share=share), network(), Batch(data(8)))
+    assert missing not in metrics
+
+
+def test_metrics_of_micro_batches_add_up_to_those_of_the_batch():
+    x, index = data(24), jnp.arange(24)
+    _, whole, _ = run(Objective(), network(), Batch(x))
+    parts = [run(Objective(), network(), Batch(x[rows], None, index[rows]))[1] for rows in np.split(np.arange(24), 3)]
+    assert whole.keys() == parts[0].keys()
+    for name in whole:
+        added = parts[0][name] + parts[1][name] + parts[2][name]
+        np.testing.assert_allclose(added.total, whole[name].total, rtol=1e-13, atol=1e-15)
+        np.testing.assert_array_equal(added.count, whole[name].count)
+
+
+def test_gradients_of_micro_batches_average_to_that_of_the_batch():
+    x, index = data(24), jnp.arange(24)
+    loss, _, gradient = run(Objective(), network(), Batch(x))
+    parts = [run(Objective(), network(), Batch(x[rows], None, index[rows])) for rows in np.split(np.arange(24), 3)]
+    mean = jax.tree.map(lambda *leaves: sum(leaves) / 3, *((part[0], part[2]) for part in parts))
+    assert_same((loss, None, gradient), mean)
+
+
+def test_groups_of_rows_may_stand_anywhere_in_the_batch():
+    x, condition = data(24), labels(24)
+    groups = np.random.default_rng(0).permutation(6)
+    order = (4 * groups[:, None] + np.arange(4)).ravel()
+    loss, _, gradient = run(Objective(), network(), Batch(x, condition))
+    found = run(Objective(), network(), Batch(x[order], condition[order], jnp.asarray(order)))
+    assert_same(found, (loss, gradient))
+
+
+def test_sum_of_means_is_the_mean_of_all_values():
+    total = Mean(jnp.asarray(6.0), jnp.asarray(3.0)) + Mean(jnp.asarray(10.0), jnp.asarray(1.0))
+    assert total.value == 4
+
+
+def test_mean_of_nothing_is_nan():
+    assert jnp.isnan(Mean(jnp.zeros(()), jnp.zeros(())).value)
+
+
+# Dropped labels
+
+
+def dropped_rows(objective, rows):
+    return np.isnan(draws(objective, data(rows), keep_dropout=True).t)
+
+
+def test_boundary_rows_lose_their_label_so_often_that_the_rate_holds_for_the_batch():
+    objective = Objective(label_dropout=LabelDropout(0.15, LABELS))
+    dropped = dropped_rows(objective, MANY)
+    rate, boundary = 0.15 / (3 / 4), MANY * 3 // 4
+    assert abs(dropped.sum() / boundary - rate) < 4 * np.sqrt(rate * (1 - rate) / boundary)
+
+
+def test_identity_rows_keep_their_label_while_there_are_boundary_rows():
+    dropped = dropped_rows(Objective(label_dropout=LabelDropout(0.75, LABELS)), 256)
+    np.testing.assert_array_equal(dropped, np.arange(256) % 4 >= 1)
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_any_row_may_lose_its_label_where_there_is_one_kind_of_rows(share):
+    objective = Objective(identity_share=share, label_dropout=LabelDropout(0.15, LABELS))
+    dropped = dropped_rows(objective, MANY)
+    assert abs(dropped.mean() - 0.15) < 4 * np.sqrt(0.15 * 0.85 / MANY)
+
+
+def test_dropping_labels_changes_no_other_draw():
+    objective, x = Objective(label_dropout=LabelDropout(0.3, LABELS)), data(64)
+    dropping, plain = draws(objective, x, keep_dropout=True), draws(objective, x)
+    kept = ~np.isnan(dropping.t)
+    assert 0 < kept.sum() < 64
+    for some, every in zip(dropping, plain, strict=True):
+        np.testing.assert_allclose(some[kept], every[kept], rtol=1e-14)
+
+
+def test_dropped_rows_regress_the_unconditional_field_on_plain_velocity():
+    guidance = Guidance(3.0, 0.5)
+    # Every boundary row is dropped, no identity row.
+    objective = Objective(weight=PLAIN, guidance=guidance, label_dropout=LabelDropout(0.75, LABELS))
+    x, condition = data(8), labels(8)
+    drawn = draws(objective, x)
+
+    def residuals(field):
+        for i, (z, v, r, t, label, n) in enumerate(rows_of(drawn, condition)):
+            if carries_identity(i, Fraction(1, 4)):
+                yield mean_flow_residual(field, z, guided(field, z, v, t, label, n, 3.0, 0.5), r, t, label, n)
+            else:
+                yield boundary_residual(field, z, v, r, t, LABELS, n)
+
+    assert_same(run(objective, network(), Batch(x, condition)), by_hand(residuals))
+
+
+def test_dropped_identity_rows_use_plain_velocity_as_target_and_tangent():
+    objective = Objective(
+        identity_share=1.0, weight=PLAIN, guidance=Guidance(3.0, 0.5), label_dropout=LabelDropout(1.0, LABELS)
+    )
+    x, condition = data(8), labels(8)
+    drawn = draws(objective, x)
+
+    def residuals(field):
+        for z, v, r, t, _, n in rows_of(drawn):
+            yield mean_flow_residual(field, z, v, r, t, LABELS, n)
+
+    assert_same(run(objective, network(), Batch(x, condition)), by_hand(residuals))
+
+
+def test_null_condition_may_be_any_tree():
+    class Flags(AbstractField):
+        """u tells of the condition it was given."""
+
+        scale: jax.Array
+
+        def __call__(self, z, r, t, condition=None, *, key=None):
+            return self.scale * (condition["label"] + jnp.sum(condition["image"]))
+
+    x = data(8)[:, 0]
+    condition = {"label": jnp.arange(8), "image": jnp.ones((8, 2, 2))}
+    null = {"label": 100, "image": 0.5}  # broadcast to the shape and dtype of a row's condition
+    objective = Objective(
+        None, boundary_times=Fixed(1.0), identity_share=0.0, weight=PLAIN, label_dropout=LabelDropout(1.0, null)
+    )
+    loss, _, _ = run(objective, Flags(jnp.ones(())), Batch(x, condition))
+    eps = draws(objective, x[:, None]).z[:, 0]
+    # The noise of a row has the shape of its data; that of a scalar is not that of a vector of one number.
+    assert eps.shape == x.shape
+    velocity, _, _ = run(objective, Flags(jnp.zeros(())), Batch(x, condition))
+    mean = run(objective, Flags(jnp.ones(())), Batch(x, condition))[2].scale / 2
+    np.testing.assert_allclose(loss - velocity, 102.0**2 + 2 * (mean - 102.0**2), rtol=1e-12)
+
+
+# Guidance
+
+
+@pytest.mark.parametrize(
+    ("scale", "mix", "interval"), [(2.5, 0.0, (0.0, 1.0)), (1.0, 0.5, (0.0, 1.0)), (0.2, 0.9, (0.3, 0.7))]
+)
+@pytest.mark.parametrize("share", [Fraction(0), Fraction(1, 4), Fraction(1)], ids=str)
+def test_guided_targets_are_the_formula_by_hand(scale, mix, interval, share):
+    objective = Objective(
+        MeanFlow() if share else None,
+        time_pairs=TimePairs(UniformTimes()),
+        identity_share=share,
+        weight=PLAIN,
+        guidance=Guidance(scale, mix, interval),
+        label_dropout=LabelDropout(0.0, LABELS),
+    )
+    x, condition = data(16), labels(16)
+    drawn = draws(objective, x)
+    inside = (drawn.t >= interval[0]) & (drawn.t <= interval[1])
+    assert inside.all() if interval == (0.0, 1.0) else 0 < inside.sum() < 16
+
+    def residuals(field):
+        for i, (z, v, r, t, label, n) in enumerate(rows_of(drawn, condition)):
+            target = guided(field, z, v, t, label, n, scale, mix) if inside[i] else v
+            residual = mean_flow_residual if carries_identity(i, share) else boundary_residual
+            yield residual(field, z, target, r, t, label, n)
+
+    assert_same(run(objective, network(), Batch(x, condition)), by_hand(residuals))
+
+
+def test_guided_improved_mean_flow_regresses_on_the_guided_velocity():
+    objective = Objective(
+        ImprovedMeanFlow(),
+        identity_share=0.5,
+        weight=PLAIN,
+        guidance=Guidance(1.0, 0.5),
+        label_dropout=LabelDropout(0.0, LABELS),
+    )
+    x, condition = data(8), labels(8)
+    drawn = draws(objective, x)
+
+    def residuals(field):
+        for i, (z, v, r, t, label, n) in enumerate(rows_of(drawn, condition)):
+            target = guided(field, z, v, t, label, n, 1.0, 0.5)
+            if carries_identity(i, Fraction(1, 2)):
+                tangent = (constant(field.at(z, t, t, label, n)), jnp.zeros(()), jnp.ones(()))
+                u, dudt = jax.jvp(
+                    lambda z, r, t, label=label, n=n: field.at(z, r, t, label, n), (z, r, t), tangent
+                )
+                yield u - constant(target - (t - r) * dudt)
+            else:
+                yield boundary_residual(field, z, target, r, t, label, n)
+
+    assert_same(run(objective, network(), Batch(x, condition)), by_hand(residuals))
+
+
+def test_guidance_with_scale_one_and_mix_zero_is_no_guidance():
+    batch, label_dropout = Batch(data(16), labels(16)), LabelDropout(0.1, LABELS)
+    plain, guided = (
+        run(Objective(guidance=guidance, label_dropout=label_dropout), network(), batch)
+        for guidance in (None, Guidance(1.0, 0.0))
+    )
+    assert_same(guided, (plain[0], plain[2]))
+
+
+NONE = None
+BOTH = Guidance(1.0, 0.5)
+FREE = Guidance(2.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("identity", "share", "guidance", "calls"),
+    [
+        # boundary rows alone
+        (None, 0.0, NONE, 1),
+        (None, 0.0, FREE, 2),
+        (None, 0.0, BOTH, 2),
+        # identity rows alone
+        (MeanFlow(), 1.0, NONE, 1),
+        (MeanFlow(), 1.0, FREE, 2),
+        (MeanFlow(), 1.0, BOTH, 3),
+        # both kinds
+        (MeanFlow(), 0.5, NONE, 1 + 1),
+        (MeanFlow(), 0.5, FREE, 2 + 2),
+        (MeanFlow(), 0.5, BOTH, 2 + 3),
+        (ImprovedMeanFlow(), 0.5, NONE, 1 + 2),
+        (ImprovedMeanFlow(), 0.5, FREE, 2 + 3),
+        (SplitMeanFlow(), 0.5, NONE, 1 + 3),
+        (SplitMeanFlow(), 0.5, FREE, 2 + 3),
+        (SplitMeanFlow(), 0.5, BOTH, 2 + 3),
+        (Shortcut(), 0.5, NONE, 1 + 3),
+        (Shortcut(), 0.5, BOTH, 2 + 3),
+    ],
+)
+def test_no_evaluation_of_the_field_is_wasted(identity, share, guidance, calls):
+    objective = Objective(
+        identity, identity_share=share, guidance=guidance, label_dropout=LabelDropout(0.1, LABELS)
+    )
+    field = Counting(network(), [])
+    batch = Batch(data(8), labels(8))
+    jax.make_jaxpr(lambda: objective(field, batch, key=jr.key(0))[0])()
+    assert len(field.calls) == calls
+
+
+# Refusals
+
+
+@pytest.mark.parametrize("share", [-0.25, 1.25])
+def test_share_outside_the_unit_interval_is_refused(share):
+    with pytest.raises(ValueError, match=rf"identity_share must lie in \[0, 1\], got {share}"):
+        Objective(identity_share=share)
+
+
+@pytest.mark.parametrize("share", [0.25, 1.0])
+def test_share_without_an_identity_is_refused(share):
+    with pytest.raises(ValueError, match=rf"identity_share must be 0 without an identity .* got {Fraction(share)}"):
+        Objective(identity=None, identity_share=share)
+
+
+@pytest.mark.parametrize("identity", [ImprovedMeanFlow(), SplitMeanFlow(), Shortcut()])
+def test_share_one_is_refused_for_an_identity_that_needs_the_boundary(identity):
+    with pytest.raises(ValueError, match=rf"identity_share must be below 1 for {type(identity).__name__}.* got 1"):
+        Objective(identity, identity_share=1.0)
+
+
+def test_guidance_without_label_dropout_is_refused():
+    with pytest.raises(ValueError, match=r"label_dropout must be given with guidance.* got None"):
+        Objective(guidance=Guidance(2.0))
+
+
+@pytest.mark.parametrize(("share", "rate"), [(0.25, 0.8), (0.75, 0.3)])
+def test_rate_that_boundary_rows_cannot_reach_is_refused(share, rate):
+    message = rf"label_dropout.rate must be at most 1 - identity_share = {1 - Fraction(share)}, .* got {rate}"
+    with pytest.raises(ValueError, match=message):
+        Objective(identity_share=share, label_dropout=LabelDropout(rate, LABELS))
+
+
+@pytest.mark.parametrize(("share", "rate"), [(0.25, 0.75), (0.0, 1.0), (1.0, 1.0)])
+def test_rate_that_drops_every_possible_row_is_accepted(share, rate):
+    Objective(identity_share=share, label_dropout=LabelDropout(rate, LABELS))
+
+
+@pytest.mark.parametrize(("rows", "share"), [(6, 0.25), (8, 0.3333)])
+def test_batch_that_the_split_does_not_divide_is_refused(rows, share):
+    denominator = round(1 / share)
+    with pytest.raises(ValueError, match=rf"multiple of {denominator} .* = 1/{denominator}\).* got {rows}"):
+        Objective(identity_share=share)(network(), Batch(data(rows)), key=jr.key(0))
+
+
+@pytest.mark.parametrize("condition", [None, {"label": 0}])
+def test_condition_that_null_does_not_resemble_is_refused(condition):
+    batch = Batch(data(4), jax.tree.map(lambda _: jnp.zeros(4), condition))
+    objective = Objective(label_dropout=LabelDropout(0.1, LABELS))
+    structure = "None" if condition is None else r"\{'label': \*\}"
+    message = rf"condition must have the structure of label_dropout.null, PyTreeDef\(\*\); got PyTreeDef\({structure}\)"
+    with pytest.raises(ValueError, match=message):
+        objective(network(), batch, key=jr.key(0))
+
+
+@pytest.mark.parametrize(("condition", "index"), [(5, None), (None, 5), (3, 4)])
+def test_batch_of_unequal_lengths_is_refused(condition, index):
+    condition, index = (None if length is None else jnp.arange(length) for length in (condition, index))
+    with pytest.raises(ValueError, match=r"x, condition and index must share their leading batch axis, got .*\(4,\)"):
+        Batch(data(4), condition, index)
+
+
+def test_batch_without_a_batch_axis_is_refused():
+    with pytest.raises(ValueError, match=r"x, condition and index must share their leading batch axis, got \[\(\)\]"):
+        Batch(jnp.zeros(()))
+
+
+def test_rows_are_numbered_from_zero_by_default():
+    np.testing.assert_array_equal(Batch(data(4)).index, [0, 1, 2, 3])

@@ -1,0 +1,312 @@
+"""The proof: every shipped equation holds on fields whose average velocity is known, and on nothing else.
+
+The exact fields know nothing of the identities: `AverageVelocity` only integrates v, and its derivatives go through the
+solver. The v handed to an identity is the *marginal* velocity, for with a conditional one the residual is noise.
+"""
+
+import functools
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+import scipy.optimize
+import scipy.stats
+
+from mf_eqx import (
+    AbstractField,
+    Guidance,
+    ImprovedMeanFlow,
+    LinearInterpolant,
+    MeanFlow,
+    Shortcut,
+    SplitMeanFlow,
+    TrigonometricInterpolant,
+)
+from mf_eqx.exact import (
+    AverageVelocity,
+    GaussianAverageVelocity,
+    GaussianMixture,
+    GuidedVelocity,
+    MarginalVelocity,
+    PointMassAverageVelocity,
+    PointSet,
+)
+
+pytestmark = pytest.mark.usefixtures("x64")
+
+PATHS = (LinearInterpolant(), TrigonometricInterpolant())
+IDENTITIES = (MeanFlow(), ImprovedMeanFlow(), SplitMeanFlow(), Shortcut())
+MEAN = np.array([[-1.5, 0.0], [0.5, 1.0], [1.0, -1.0]])
+STD, WEIGHT, LABEL = np.array([0.3, 0.5, 0.2]), np.array([0.5, 0.2, 0.3]), np.array([0, 1, 1])
+NUMBER = 256
+
+
+def by_name(value):
+    return type(value).__name__
+
+
+def mixture():
+    return GaussianMixture(MEAN, STD, WEIGHT, LABEL)
+
+
+@functools.cache
+def marginal(path):
+    """The velocity, the field and states of the true marginal with t - r spread over (0, 1)."""
+    velocity = MarginalVelocity(mixture(), path)
+    x_key, eps_key, r_key = jr.split(jr.key(0), 3)
+    gap = (jnp.arange(NUMBER) + 0.5) / NUMBER
+    r = jr.uniform(r_key, (NUMBER,)) * (1 - gap)
+    x = jax.vmap(lambda key: mixture().sample(key=key))(jr.split(x_key, NUMBER))
+    z, _ = jax.vmap(path.state_and_velocity)(x, jr.normal(eps_key, x.shape), r + gap)
+    return velocity, AverageVelocity(velocity), (z, r, r + gap)
+
+
+@eqx.filter_jit
+def residuals(identity, field, velocity, z, r, t):
+    """Of many points at once; each row has a key of its own, as in an objective."""
+    keys = jr.split(jr.key(1), len(z))
+    return jax.vmap(
+        lambda z, r, t, key: identity.residual(field, z, velocity(z, t, None), r, t, None, key=key),
+    )(z, r, t, keys)
+
+
+@eqx.filter_jit
+def evaluate(field, z, r, t, condition=None):
+    return jax.vmap(lambda z, r, t: field(z, r, t, condition))(z, r, t)
+
+
+def largest(values):
+    """The largest magnitude, where NaN counts as infinite."""
+    return np.max(np.nan_to_num(np.abs(values), nan=np.inf))
+
+
+# Every identity on the exact field.
+
+
+@functools.cache
+def flagship(identity, path):
+    velocity, field, points = marginal(path)
+    return residuals(identity, field, velocity, *points)
+
+
+@pytest.mark.parametrize("path", PATHS, ids=by_name)
+@pytest.mark.parametrize("identity", IDENTITIES, ids=by_name)
+def test_exact_field_satisfies_identity(identity, path):
+    assert flagship(identity, path).shape == (NUMBER, 2)
+    assert largest(flagship(identity, path)) < 1e-6
+
+
+@pytest.mark.parametrize("identity", IDENTITIES, ids=by_name)
+def test_exact_field_satisfies_identity_outside_of_jit(identity):
+    velocity, field, (z, r, t) = marginal(PATHS[0])
+    for i in (NUMBER // 3, NUMBER - 1):
+        v = velocity(z[i], t[i])
+        assert largest(identity.residual(field, z[i], v, r[i], t[i], None, key=jr.key(2))) < 1e-6
+
+
+@pytest.mark.parametrize(("tangent_r", "tangent_t"), [(0.0, 0.0), (1.0, 0.0), (1.0, 1.0)])
+def test_wrong_tangent_leaves_a_residual_a_thousand_times_larger(tangent_r, tangent_t):
+    velocity, field, points = marginal(PATHS[0])
+    wrong = residuals(MeanFlow(tangent_r, tangent_t), field, velocity, *points)
+    typical = np.median(np.linalg.norm(wrong, axis=1))
+    assert typical > 1_000 * largest(flagship(MeanFlow(), PATHS[0]))  # the worst right one
+    assert typical > 1e-2
+
+
+@pytest.mark.parametrize("path", PATHS, ids=by_name)
+def test_identity_holds_with_finite_differences_along_the_trajectory(path):
+    velocity, field, (z, r, t) = marginal(path)
+    inside = (t > r + 0.02) & (t < 0.98)
+    z, r, t, step = z[inside], r[inside], t[inside], 1e-3
+
+    def moved(dt):
+        """z on its own trajectory at time t + dt: the field runs forward too."""
+        return z + dt * evaluate(field, z, t + dt, t)
+
+    u = evaluate(field, z, r, t)
+    ahead, behind = (evaluate(field, moved(dt), r, t + dt) for dt in (step, -step))
+    dudt = (ahead - behind) / (2 * step)
+    v = jax.vmap(velocity)(z, t)
+    # Truncation: step^2 / 6 times a third derivative that reaches some hundreds where trajectories part.
+    assert largest(u + (t - r)[:, None] * dudt - v) < 1e-4
+
+
+CLOSED_FORMS = (
+    (lambda: GaussianAverageVelocity(np.array([0.7, -1.2]), 0.4), 0.0),
+    (lambda: PointMassAverageVelocity(np.array([0.7, -1.2])), 0.05),
+)
+
+
+@pytest.mark.parametrize("jit", [True, False])
+@pytest.mark.parametrize("identity", IDENTITIES, ids=by_name)
+@pytest.mark.parametrize(("make", "earliest"), CLOSED_FORMS, ids=["gaussian", "point_mass"])
+def test_closed_form_field_satisfies_identity_to_rounding(make, earliest, identity, jit):
+    field, number = make(), 64 if jit else 4
+    z = jr.normal(jr.key(3), (number, 2))
+    r, t = jnp.sort(jr.uniform(jr.key(4), (2, number), minval=earliest), axis=0)
+    run = residuals if jit else residuals.__wrapped__
+    assert largest(run(identity, field, lambda z, t, _: field(z, t, t), z, r, t)) < 1e-12
+
+
+# The exact field itself, against anchors that were found another way.
+
+
+def test_average_of_one_gaussian_is_the_closed_form():
+    _, _, points = marginal(PATHS[0])
+    field = AverageVelocity(MarginalVelocity(GaussianMixture(np.array([[0.7, -1.2]]), 0.4)))
+    expected = evaluate(GaussianAverageVelocity(np.array([0.7, -1.2]), 0.4), *points)
+    assert largest(evaluate(field, *points) - expected) < 1e-9
+
+
+def test_average_of_one_point_is_the_closed_form():
+    _, _, (z, r, t) = marginal(PATHS[0])
+    r, t = (jnp.maximum(times, PointSet.earliest) for times in (r, t))
+    field = AverageVelocity(MarginalVelocity(PointSet(np.array([[0.7, -1.2]]))))
+    expected = evaluate(PointMassAverageVelocity(np.array([0.7, -1.2])), z, r, t)
+    assert largest((evaluate(field, z, r, t) - expected) * t[:, None]) < 1e-9  # u itself grows as 1 / t
+
+
+@pytest.mark.parametrize("path", PATHS, ids=by_name)
+def test_flow_in_one_dimension_is_the_quantile_map(path):
+    line = GaussianMixture(MEAN[:, :1], STD, WEIGHT)
+    z = np.linspace(-2.0, 2.0, 9)
+    r, t = np.linspace(0.0, 0.5, 9), np.linspace(1.0, 0.6, 9)
+
+    def cdf(x, time):
+        alpha, sigma, *_ = path.rates(jnp.asarray(time))
+        return WEIGHT @ scipy.stats.norm.cdf(x, alpha * MEAN[:, 0], np.sqrt((alpha * STD) ** 2 + sigma**2))
+
+    def quantile(probability, time):
+        return scipy.optimize.brentq(lambda x: cdf(x, time) - probability, -20, 20, xtol=1e-14, rtol=1e-14)
+
+    u = evaluate(AverageVelocity(MarginalVelocity(line, path)), z[:, None], r, t)
+    expected = [quantile(cdf(z[i], t[i]), r[i]) for i in range(9)]
+    np.testing.assert_allclose(z - (t - r) * u[:, 0], expected, rtol=0, atol=1e-9)
+
+
+def test_independent_coordinates_stack():
+    path = PATHS[1]
+    _, _, (z, r, t) = marginal(path)
+    first, second = MEAN[:, 0], MEAN[:, 1]
+    grid = np.stack([axis.ravel() for axis in np.meshgrid(first, second, indexing="ij")], axis=1)
+    joint = GaussianMixture(grid, 0.3, np.outer(WEIGHT, WEIGHT[::-1]).ravel())
+    parts = GaussianMixture(first[:, None], 0.3, WEIGHT), GaussianMixture(second[:, None], 0.3, WEIGHT[::-1])
+    fields = [AverageVelocity(MarginalVelocity(part, path)) for part in parts]
+    stacked = [evaluate(field, z[:, i : i + 1], r, t) for i, field in enumerate(fields)]
+    together = evaluate(AverageVelocity(MarginalVelocity(joint, path)), z, r, t)
+    assert largest(together - jnp.concatenate(stacked, axis=1)) < 1e-9
+
+
+# Guidance inside the target.
+
+
+EFFECTIVE_SCALE, CLASS = 2.5, 1
+
+
+def guided():
+    """The conditional marginal velocity, the guided one, and the exact average of the latter."""
+    velocity, _, points = marginal(PATHS[0])
+    target = GuidedVelocity(velocity, EFFECTIVE_SCALE)
+    return velocity, target, AverageVelocity(target), points
+
+
+def guided_target_minus_guided_velocity(guidance):
+    """Eq. 21, with the conditional velocity replaced by its mean given z and the label, minus Eq. 13."""
+    velocity, target, field, (z, _, t) = guided()
+    label = jnp.asarray(CLASS)
+    passes = evaluate(field, z, t, t, label), evaluate(field, z, t, t, None)
+    v, expected = (jax.vmap(lambda z, t, function=f: function(z, t, label))(z, t) for f in (velocity, target))
+    return jax.vmap(guidance.velocity)(v, *passes, t) - expected
+
+
+@pytest.mark.parametrize("mix", [0.0, 0.5, 0.9])
+def test_exact_average_of_the_guided_velocity_is_the_fixed_point_of_its_target(mix):
+    guidance = Guidance(scale=EFFECTIVE_SCALE * (1 - mix), mix=mix)
+    assert largest(guided_target_minus_guided_velocity(guidance)) < 1e-8
+
+
+@pytest.mark.parametrize("mix", [0.0, 0.5, 0.9])
+def test_another_effective_scale_has_another_fixed_point(mix):
+    guidance = Guidance(scale=(EFFECTIVE_SCALE - 1) * (1 - mix), mix=mix)
+    assert largest(guided_target_minus_guided_velocity(guidance)) > 1e-2
+
+
+def test_exact_average_of_the_guided_velocity_satisfies_identity():
+    _, target, field, points = guided()
+
+    class Labelled(AbstractField):
+        field: AbstractField
+        label: jax.Array
+
+        def __call__(self, z, r, t, condition=None, *, key=None):
+            return self.field(z, r, t, self.label)
+
+    label = jnp.asarray(CLASS)
+    left = residuals(MeanFlow(), Labelled(field, label), lambda z, t, _: target(z, t, label), *points)
+    assert largest(left) < 1e-6
+
+
+# The marginal velocity is what regression on the conditional one finds.
+
+
+@functools.cache
+def data():
+    keys = jr.split(jr.key(5), 100_000)
+    x, label = jax.jit(jax.vmap(lambda key: mixture().labelled_sample(key=key)))(keys)
+    return np.asarray(x), np.asarray(label)
+
+
+@pytest.mark.parametrize("label", [None, CLASS])
+@pytest.mark.parametrize("path", PATHS, ids=by_name)
+def test_marginal_velocity_is_the_mean_of_the_conditional_one_given_the_state(path, label):
+    x, labels = data()
+    x = x if label is None else x[labels == label]
+    for z, t in (((0.3, -0.2), 0.4), ((-0.8, 0.1), 0.6), ((0.5, 1.0), 0.9)):
+        alpha, sigma, alpha_rate, sigma_rate = (float(rate) for rate in path.rates(jnp.asarray(t)))
+        eps = (np.array(z) - alpha * x) / sigma
+        weight = np.exp(-np.sum(eps**2, axis=1) / 2)  # the density of z given x
+        weight /= weight.sum()
+        v = alpha_rate * x + sigma_rate * eps
+        mean = weight @ v
+        error = np.sqrt(weight**2 @ (v - mean) ** 2)  # standard error of a self-normalised mean
+        found = mixture().velocity(path, jnp.array(z), jnp.asarray(t), label)
+        assert (error < 0.03).all()
+        assert (np.abs(found - mean) < 4 * error).all()
+
+
+# Limits, on a smooth field that is not an average velocity of anything.
+
+
+class Smooth(AbstractField):
+    def __call__(self, z, r, t, condition=None, *, key=None):
+        return jnp.sin(2 * z[::-1] + r) * jnp.exp(-t) + z * (t - 0.5 * r**2)
+
+
+@functools.cache
+def left_at(identity, gap):
+    """Points, and the residual of `Smooth` at t - r = gap."""
+    velocity, _, (z, _, t) = marginal(PATHS[0])
+    t = 0.1 + 0.9 * t
+    return z, t, residuals(identity, Smooth(), velocity, z, t - gap, t)
+
+
+@pytest.mark.parametrize("identity", IDENTITIES[:2], ids=by_name)
+def test_residual_of_a_velocity_identity_tends_to_u_minus_v(identity):
+    velocity, *_ = marginal(PATHS[0])
+    z, t, exact = left_at(identity, 0.0)
+    boundary = evaluate(Smooth(), z, t, t) - jax.vmap(velocity)(z, t)
+    far, near = (largest(left_at(identity, gap)[2] - boundary) for gap in (1e-2, 1e-4))
+    assert largest(boundary) > 1 and far > 1e-3
+    assert near < 0.02 * far  # of first order in t - r
+    assert largest(exact - boundary) < 1e-14
+
+
+@pytest.mark.parametrize("identity", IDENTITIES[2:], ids=by_name)
+def test_residual_of_a_semigroup_identity_tends_to_zero_whatever_the_field(identity):
+    far, near = (largest(left_at(identity, gap)[2]) for gap in (1e-2, 1e-4))
+    assert far > 1e-3
+    assert near < 0.02 * far
+    assert largest(left_at(identity, 0.0)[2]) < 1e-14

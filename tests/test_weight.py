@@ -1,0 +1,59 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mf_eqx import AdaptiveWeight, ConstantWeight
+
+pytestmark = pytest.mark.usefixtures("x64")
+
+ERRORS = [0.0, 0.3, 7.0, 1e6]
+
+
+@pytest.mark.parametrize("error", ERRORS)
+def test_constant_weight_is_its_value_whatever_the_error(error):
+    assert ConstantWeight(2.5)(jnp.asarray(error)) == 2.5
+
+
+def test_constant_weight_is_one_by_default():
+    assert ConstantWeight()(jnp.asarray(3.0)) == 1
+
+
+@pytest.mark.parametrize("error", ERRORS)
+@pytest.mark.parametrize(("power", "offset"), [(1.0, 0.01), (0.75, 1e-3), (0.5, 1e-2), (2.0, 1.0)])
+def test_adaptive_weight_is_equation_22(error, power, offset):
+    weight = AdaptiveWeight(power, offset)(jnp.asarray(error))
+    np.testing.assert_allclose(weight, 1 / (error + offset) ** power, rtol=1e-14)
+
+
+def test_adaptive_weight_is_that_of_the_imagenet_experiments_by_default():
+    assert (AdaptiveWeight().power, AdaptiveWeight().offset) == (1.0, 0.01)
+
+
+@pytest.mark.parametrize("error", ERRORS)
+def test_power_zero_is_the_plain_squared_error(error):
+    assert AdaptiveWeight(power=0.0)(jnp.asarray(error)) == 1
+
+
+@pytest.mark.parametrize("weight", [ConstantWeight(2.0), AdaptiveWeight(1.0), AdaptiveWeight(0.5)])
+def test_no_gradient_passes_through_the_weight(weight):
+    error = jnp.asarray(0.7)
+    assert jax.grad(lambda error: weight(error) * error)(error) == weight(error)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+@pytest.mark.parametrize("weight", [ConstantWeight(2.0), AdaptiveWeight(0.75)])
+def test_weight_has_the_precision_of_the_error(weight, dtype):
+    assert weight(jnp.asarray(0.7, dtype)).dtype == dtype
+
+
+@pytest.mark.parametrize("power", [-0.5, float("nan")])
+def test_negative_power_is_refused(power):
+    with pytest.raises(ValueError, match=f"power must be >= 0, got {power}"):
+        AdaptiveWeight(power=power)
+
+
+@pytest.mark.parametrize("offset", [0.0, -1.0, float("nan")])
+def test_offset_that_is_not_positive_is_refused(offset):
+    with pytest.raises(ValueError, match=f"offset must be > 0, got {offset}"):
+        AdaptiveWeight(offset=offset)
