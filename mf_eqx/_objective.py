@@ -65,14 +65,14 @@ class Mean(eqx.Module):
     **Arguments:** `total` sum of the values; `count` how many there were, of the same shape.
     """
 
-    total: Float[Array, "*bins"]
-    count: Float[Array, "*bins"]
+    total: Float[ArrayLike, "*bins"]
+    count: Float[ArrayLike, "*bins"]
 
     def __add__(self, other: "Mean") -> "Mean":
         return Mean(self.total + other.total, self.count + other.count)
 
     @property
-    def value(self) -> Float[Array, "*bins"]:
+    def value(self) -> Float[ArrayLike, "*bins"]:
         """total / count; NaN where nothing was counted."""
         return self.total / self.count
 

@@ -15,7 +15,7 @@ TOLERANCE = 1e-8
 
 
 class Curved(AbstractField):
-    """Nonlinear in everything: tanh(A z + sin(3 r) a + t^2 b + c) (1 + z . z r t), plus noise z where a key is given."""
+    """Nonlinear in everything: tanh(A z + sin(3 r) a + t^2 b + c) (1 + z . z r t), plus noise z if a key is given."""
 
     matrix: jax.Array
     r_weight: jax.Array

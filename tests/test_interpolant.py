@@ -86,7 +86,12 @@ def test_trigonometric_path_keeps_unit_variance(t):
 @pytest.mark.parametrize("interpolant", INTERPOLANTS)
 def test_rates_are_both_shares_and_both_derivatives(interpolant):
     t = jnp.asarray(0.3)
-    expected = [interpolant.alpha(t), interpolant.sigma(t), jax.grad(interpolant.alpha)(t), jax.grad(interpolant.sigma)(t)]
+    expected = [
+        interpolant.alpha(t),
+        interpolant.sigma(t),
+        jax.grad(interpolant.alpha)(t),
+        jax.grad(interpolant.sigma)(t),
+    ]
     np.testing.assert_allclose(interpolant.rates(t), expected, rtol=1e-15)
 
 

@@ -180,13 +180,21 @@ def test_divisible_batch_is_accepted(batch, share, shards, accumulation):
 
 @pytest.mark.parametrize(
     ("batch", "share", "shards", "accumulation"),
-    [(6, (1, 4), 1, 1), (12, (1, 4), 2, 1), (20, (1, 4), 1, 3), (48, (2, 3), 8, 4), (7, (0, 1), 2, 1), (0, (1, 4), 1, 1)],
+    [
+        (6, (1, 4), 1, 1),
+        (12, (1, 4), 2, 1),
+        (20, (1, 4), 1, 3),
+        (48, (2, 3), 8, 4),
+        (7, (0, 1), 2, 1),
+        (0, (1, 4), 1, 1),
+    ],
 )
 def test_refused_batch_is_told_all_numbers(batch, share, shards, accumulation):
     n, k = share
     message = (
         rf"batch must be a positive multiple of {k} \(denominator of identity_share = {Fraction(n, k)}\) "
-        rf"x {shards} \(data shards\) x {accumulation} \(accumulation steps\) = {k * shards * accumulation}, got {batch}$"
+        rf"x {shards} \(data shards\) x {accumulation} \(accumulation steps\) = "
+        rf"{k * shards * accumulation}, got {batch}$"
     )
     with pytest.raises(ValueError, match=message):
         check_batch_size(batch, Fraction(n, k), shards=shards, accumulation=accumulation)

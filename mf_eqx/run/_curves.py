@@ -65,7 +65,8 @@ def _draw(panel: Any, name: str, runs: Mapping[str, Sequence[Record]]) -> None:
         steps, values = _series(records, name)
         for i, curve in enumerate(values.T):
             label = " ".join(filter(None, [run, f"bin {i}" if values.shape[1] > 1 else ""]))
-            (faint,) = panel.plot(steps, curve, alpha=0.25, linewidth=1)
+            marker = "." if len(steps) < 10 else None  # a line needs two points
+            (faint,) = panel.plot(steps, curve, alpha=0.25, linewidth=1, marker=marker)
             panel.plot(steps, _running_mean(curve), color=faint.get_color(), label=label)
             shown.append(curve[np.isfinite(curve)])
     panel.set(title=name, xlabel="step")

@@ -29,7 +29,14 @@ class Fixed(AbstractTimes):
         return jnp.asarray(self.time)
 
 
-IDENTITIES = [MeanFlow(), MeanFlow(1.0, 0.0), ImprovedMeanFlow(), SplitMeanFlow(), SplitMeanFlow(Fixed(0.3)), Shortcut()]
+IDENTITIES = [
+    MeanFlow(),
+    MeanFlow(1.0, 0.0),
+    ImprovedMeanFlow(),
+    SplitMeanFlow(),
+    SplitMeanFlow(Fixed(0.3)),
+    Shortcut(),
+]
 
 
 class Network(AbstractField):

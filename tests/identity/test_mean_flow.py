@@ -75,7 +75,7 @@ def test_residual_uses_the_engine_it_is_given():
         def __call__(self, z, r, t, condition=None, *, key=None):
             return t**3 * z
 
-    z, v, r, t = point()
+    z, _, r, t = point()
     step = 0.1  # so large that its error shows: d(t^3)/dt becomes 3 t^2 + step^2, with v = 0
     identity = MeanFlow(derivative=CentralDifference(step))
     found = identity.residual(Square(), z, jnp.zeros(3), r, t, None, key=None)

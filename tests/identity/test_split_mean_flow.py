@@ -77,7 +77,10 @@ def test_data_at_one_point_leave_no_residual(split):
     ("identity", "cdf"),
     [
         (SplitMeanFlow(), lambda share: share),
-        (SplitMeanFlow(LogitNormalTimes(1.0, 0.5)), lambda share: scipy.stats.norm.cdf(scipy.special.logit(share), 1, 0.5)),
+        (
+            SplitMeanFlow(LogitNormalTimes(1.0, 0.5)),
+            lambda share: scipy.stats.norm.cdf(scipy.special.logit(share), 1, 0.5),
+        ),
     ],
 )
 def test_split_is_drawn_from_its_distribution_for_each_key(identity, cdf):
