@@ -1,6 +1,7 @@
 """The design itself: what a Module may be, who may import whom, and what an import loads."""
 
 import ast
+import functools
 import importlib
 import inspect
 import pkgutil
@@ -41,6 +42,12 @@ def sources(*folders):
     return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
 
 
+def file_of(defined):
+    """Where a class or function stands, also if a decorator wraps it."""
+    return Path(sys.modules[defined.__module__].__file__)
+
+
+@functools.cache
 def tree_of(path):
     return ast.parse(path.read_text(), str(path))
 
@@ -106,8 +113,7 @@ def parents(cls):
 
 def body(cls):
     """The class statement itself: decorators and metaclasses add nothing here."""
-    path = Path(inspect.getfile(cls))
-    (node,) = [node for node in classes(path) if node.name == cls.__name__]
+    (node,) = [node for node in classes(file_of(cls)) if node.name == cls.__name__]
     return node
 
 
@@ -245,7 +251,7 @@ def public_objects():
     for module in [mf_eqx, *(importlib.import_module(f"mf_eqx.{part}") for part in sorted(public))]:
         for name, value in vars(module).items():
             ours = getattr(value, "__module__", "").startswith("mf_eqx")
-            if not name.startswith("_") and ours and (inspect.isclass(value) or inspect.isfunction(value)):
+            if not name.startswith("_") and ours and callable(value) and hasattr(value, "__name__"):
                 yield f"{module.__name__}.{name}", value
 
 
@@ -260,7 +266,7 @@ def test_public_names_are_found():
 def test_public_name_has_a_docstring(name):
     definitions = [
         node
-        for node in ast.walk(tree_of(Path(inspect.getfile(PUBLIC[name]))))
+        for node in ast.walk(tree_of(file_of(PUBLIC[name])))
         if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name == PUBLIC[name].__name__
     ]
     assert definitions and all(map(ast.get_docstring, definitions))
