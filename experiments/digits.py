@@ -28,7 +28,7 @@ with install_import_hook(
     "mf_eqx", "beartype.beartype"
 ):  # run-time checks of shapes and types; JAXTYPING_DISABLE=1 turns them off
     import mf_eqx as mfx
-    from mf_eqx import metrics, run
+    from mf_eqx import data, metrics, run
 
 CLASSES = 10
 """Digits; the same number is the label that means "no label"."""
@@ -91,7 +91,7 @@ class Config:
         mfx.ExponentialAverage(self.decay)
 
 
-class Data(NamedTuple):
+class Rows(NamedTuple):
     """Digits as the network sees them, x in [-1, 1] and channels first, with their labels."""
 
     x: Float[np.ndarray, "rows 1 8 8"]
@@ -101,21 +101,22 @@ class Data(NamedTuple):
 class Digits(NamedTuple):
     """All digits, and the same in two parts: what is trained on, and what never is."""
 
-    every: Data
-    train: Data
-    holdout: Data
+    every: Rows
+    train: Rows
+    holdout: Rows
 
 
 def load(config: Config) -> Digits:
     """The digits, split with equal shares of every class."""
     values, target = load_digits(return_X_y=True)
-    every = Data((values.reshape(-1, 1, 8, 8) / 8 - 1).astype(np.float32), target.astype(np.int32))
+    every = Rows((values.reshape(-1, 1, 8, 8) / 8 - 1).astype(np.float32), target.astype(np.int32))
+    data.check_rows(*every, data_shape=(1, 8, 8), labels=CLASSES)
     train, holdout = train_test_split(
         np.arange(len(target)), test_size=config.holdout, stratify=target, random_state=config.seed
     )
     if len(train) < config.batch:
         raise ValueError(f"batch must be at most the {len(train)} digits that are trained on, got {config.batch}")
-    return Digits(every, *(Data(every.x[rows], every.label[rows]) for rows in (train, holdout)))
+    return Digits(every, *(Rows(every.x[rows], every.label[rows]) for rows in (train, holdout)))
 
 
 def pixels(x: Float[np.ndarray, "rows 1 8 8"]) -> Float[np.ndarray, "rows 64"]:
@@ -123,13 +124,13 @@ def pixels(x: Float[np.ndarray, "rows 1 8 8"]) -> Float[np.ndarray, "rows 64"]:
     return np.clip(8 * (x.reshape(-1, 64).astype(np.float64) + 1), 0, 16)
 
 
-def batches(data: Data, config: Config) -> Iterator[mfx.Batch]:
+def batches(rows: Rows, config: Config) -> Iterator[mfx.Batch]:
     """Whole batches, in a new order every epoch."""
     for epoch in itertools.count():
-        order = np.random.default_rng((config.seed, epoch)).permutation(len(data.x))
+        order = np.random.default_rng((config.seed, epoch)).permutation(len(rows.x))
         for start in range(0, len(order) - config.batch + 1, config.batch):
-            rows = order[start : start + config.batch]
-            yield mfx.Batch(data.x[rows], data.label[rows])
+            chosen = order[start : start + config.batch]
+            yield mfx.Batch(rows.x[chosen], rows.label[chosen])
 
 
 def make_objective(config: Config, identity: mfx.AbstractIdentity | None) -> mfx.Objective:
@@ -150,7 +151,7 @@ def make_field(config: Config, key: Key[Array, ""]) -> mfx.DiT:
     return mfx.DiT((1, 8, 8), size, labels=CLASSES, unroll=True, key=key)
 
 
-def train(config: Config, objective: mfx.Objective, data: Data, directory: run.RunDirectory) -> mfx.AbstractField:
+def train(config: Config, objective: mfx.Objective, rows: Rows, directory: run.RunDirectory) -> mfx.AbstractField:
     """The averaged field after `config.steps` steps; metrics and previews from fixed noise go to `directory`."""
     field_key, run_key = jr.split(jr.key(config.seed))
     field = make_field(config, field_key)
@@ -159,7 +160,7 @@ def train(config: Config, objective: mfx.Objective, data: Data, directory: run.R
     step = mfx.TrainStep(objective, optimizer, [mfx.ExponentialAverage(config.decay)])
     state = mfx.init_state(field, optimizer, step.averages, key=run_key)
     with run.Progress(config.steps, shown=("loss", "boundary_error", "identity_error")) as progress:
-        for number, batch in zip(range(1, config.steps + 1), batches(data, config), strict=False):
+        for number, batch in zip(range(1, config.steps + 1), batches(rows, config), strict=False):
             state, metrics = step(state, batch)
             progress.update(number, metrics)
             if number % 50 == 0:

@@ -113,8 +113,8 @@ class Objective(AbstractObjective):
     - `identity`: the equation for r < t, or None.
     - `interpolant`: the path.
     - `time_pairs`: the distribution of (r, t). On r = t rows, t is the larger time of the pair (as in the authors'
-      ImageNet code)
-    - `boundary_times`: unless this distribution is given for them; plain Flow Matching wants it given.
+      ImageNet code), unless `boundary_times` is given.
+    - `boundary_times`: a distribution of t for the r = t rows; plain Flow Matching wants it given.
     - `identity_share`: the share of rows that carry the identity ("ratio of r != t", Tab. 1a), a fraction n/k with k <=
       64; the batch must be a multiple of k. 1/4 in the ImageNet experiments, 3/4 for CIFAR-10.
     - `weight`: from an example's error to its weight.
@@ -180,6 +180,9 @@ class Objective(AbstractObjective):
 
     def _check(self, batch: Batch) -> None:
         check_batch_size(batch.index.shape[0], self.identity_share)
+        dtype = getattr(batch.x, "dtype", None)
+        if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+            raise ValueError(f"x must be one floating-point array here (TrainStep.prepare can make it so), got {dtype}")
         if self.label_dropout is not None:
             given, null = (jax.tree.structure(tree) for tree in (batch.condition, self.label_dropout.null))
             if given != null:
@@ -226,6 +229,8 @@ class Objective(AbstractObjective):
 
     def _boundary_residual(self, field: AbstractField, row: _Row) -> Float[Array, "*data"]:
         u = at_least_float32(field(row.z, row.t, row.t, row.condition, key=row.key))
+        if u.shape != row.z.shape:
+            raise ValueError(f"field must return the shape of z, {row.z.shape}, got {u.shape}")
         return u - self._guided(field, row, jax.lax.stop_gradient(u))
 
     def _identity_residual(self, field: AbstractField, row: _Row, context: Context | None) -> Float[Array, "*data"]:

@@ -12,7 +12,6 @@ import optax
 import mf_eqx as mfx
 from mf_eqx.metrics import energy_distance
 
-
 STEPS = 500
 
 
@@ -80,12 +79,11 @@ def test_training_with_it_makes_a_one_step_sampler():
 
     before = distance(state.field)
     errors = []
-    import time
-    w=time.time()
     for i in range(STEPS):
         state, metrics = step(state, mfx.Batch(mixture(256, jr.fold_in(jr.key(4), i))))
         errors.append(metrics["boundary_error"])
     early, late = (sum(part[1:], start=part[0]).value for part in (errors[:20], errors[-100:]))
-    print(time.time()-w, before, distance(state.field), early, late)
-    assert distance(state.field) < before / 10
+    # Over four seeds the distance fell from 0.31 to 0.012 .. 0.028; Flow Matching alone raises it to 1.4.
+    assert distance(state.field) < before / 6
+    # From 2.7 .. 2.8 to 1.8, most of which is the variance of the conditional velocity.
     assert late < 0.8 * early

@@ -32,10 +32,10 @@ class AverageVelocity(AbstractField):
 
     - `velocity`: called as (z, t, condition) for one example: a `MarginalVelocity`, a `GuidedVelocity`, any function. A
       Module is better than a lambda outside of jit, where each new lambda is compiled anew.
-    - `rtol`, `atol`: tolerances of the adaptive steps. At 1e-10 identities are left with about 1e-9; at 1e-8 with 1e-6.
-      `atol` bounds the error of u in its own unit and must be > 0, because the solution starts at zero.
-    - `solver`: a diffrax solver with an error estimate. `Dopri8` needs half the work of `Tsit5` at 1e-10; at 1e-5, in
-      float32, `Tsit5` is as good.
+    - `rtol`, `atol`: tolerances of the adaptive steps. At 1e-10 identities are left with some 1e-9 at worst, at 1e-8
+      with some 1e-7. `atol` has the unit of u, and must be > 0 because the solution starts at zero.
+    - `solver`: a diffrax solver with an error estimate. At 1e-10 `Dopri8` takes half the steps of `Tsit5`, a bit less
+      time, and leaves a typical residual five times smaller.
     - `max_steps`: a solve that needs more raises a runtime error. It takes tens of steps; thousands mean that v is
       singular in [r, t], such as a `PointSet` at r = 0.
 

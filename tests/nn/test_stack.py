@@ -62,6 +62,14 @@ def test_unrolling_and_remat_change_neither_values_nor_derivatives(x64, form):
         np.testing.assert_allclose(result, expected, rtol=1e-12, atol=1e-14)
 
 
+def test_jit_does_not_take_an_unrolled_stack_for_a_scanned_one():
+    # True == 1 in Python, and jit looks programs up by equality of what is static.
+    run_jitted = eqx.filter_jit(run)
+    scanned, unrolled = (run_jitted.lower(stack(unroll=n), jnp.ones(6)).as_text() for n in (1, True))
+    assert "while" in scanned
+    assert "while" not in unrolled
+
+
 def temporary_bytes(**form):
     built = nn.Stack(lambda key: Block(nn.Linear(64, 64, key=key)), 32, **form, key=jr.key(0))
     gradient = eqx.filter_jit(eqx.filter_grad(lambda stack, x: jnp.sum(run(stack, x))))

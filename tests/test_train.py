@@ -1,0 +1,317 @@
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import optax
+import pytest
+
+import mf_eqx as mfx
+
+ROWS, DIM = 8, 3
+OPTIMIZER = optax.adam(1e-2)
+AVERAGES = (mfx.ExponentialAverage(0.9), mfx.ExponentialAverage(0.5, interval=2))
+
+
+class Affine(mfx.AbstractField):
+    """The smallest field that depends on everything."""
+
+    weight: jax.Array
+    rates: jax.Array
+
+    def __call__(self, z, r, t, condition=None, *, key=None):
+        return self.weight @ z + self.rates[0] * r + self.rates[1] * t
+
+
+class Probe(mfx.AbstractObjective):
+    """Mean squared output on the data themselves; reports what it was given, and counts how often it is traced."""
+
+    traces: list = eqx.field(static=True, default_factory=list)
+
+    def __hash__(self):
+        return id(self)
+
+    def __eq__(self, other):
+        return self is other
+
+    def __call__(self, field, batch, *, key, context=None):
+        self.traces.append(None)
+        time = jnp.ones(())
+        losses = jax.vmap(lambda x: jnp.sum(field(x, time, time) ** 2))(batch.x)
+        loss = jnp.mean(losses)
+        seen = {"loss": loss, "draw": jr.uniform(key), "step": context.step.astype(float)}
+        seen["x"] = batch.x
+        seen["teacher"] = jnp.zeros(()) if context.teacher is None else context.teacher.weight
+        return loss, {name: mfx.Mean(value, jnp.ones_like(value)) for name, value in seen.items()}
+
+
+def field():
+    return Affine(jr.normal(jr.key(0), (DIM, DIM)), jnp.array([0.5, -1.0]))
+
+
+def state(averages=AVERAGES, *, seed=1):
+    return mfx.init_state(field(), OPTIMIZER, averages, key=jr.key(seed))
+
+
+def batch(seed=2):
+    return mfx.Batch(jr.normal(jr.key(seed), (ROWS, DIM)))
+
+
+def leaves(tree):
+    return [np.asarray(jr.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x) for x in arrays(tree)]
+
+
+def arrays(tree):
+    return jax.tree.leaves(eqx.filter(tree, eqx.is_array))
+
+
+# What a step does
+
+
+def test_step_follows_the_optimizer_along_the_gradient():
+    step = mfx.TrainStep(Probe(), OPTIMIZER)
+    expected, opt_state = field(), OPTIMIZER.init(field())
+    current = state(())
+    for seed in range(3):
+        gradient = jax.grad(lambda f, seed=seed: Probe()(f, batch(seed), key=jr.key(0), context=CONTEXT)[0])(expected)
+        updates, opt_state = OPTIMIZER.update(gradient, opt_state, expected)
+        expected = optax.apply_updates(expected, updates)
+        current, metrics = step(current, batch(seed))
+        norm = np.sqrt(sum(np.sum(np.square(leaf)) for leaf in leaves(gradient)))
+        np.testing.assert_allclose(metrics["gradient_norm"].value, norm, rtol=1e-5)
+    for result, leaf in zip(leaves(current.field), leaves(expected), strict=True):
+        np.testing.assert_allclose(result, leaf, rtol=1e-5)
+    assert current.step == 3
+
+
+CONTEXT = mfx.Context(jnp.zeros((), jnp.int32))
+
+
+def test_averages_follow_the_parameters():
+    step = mfx.TrainStep(Probe(), OPTIMIZER, AVERAGES)
+    current = state()
+    fast, slow = (np.asarray(average.weight) for average in current.averages)
+    for number in (1, 2, 3, 4):
+        current, _ = step(current, batch(number))
+        fast = 0.9 * fast + 0.1 * np.asarray(current.field.weight)
+        if number % 2 == 0:
+            slow = 0.25 * slow + 0.75 * np.asarray(current.field.weight)
+        np.testing.assert_allclose(current.averages[0].weight, fast, rtol=1e-5)
+        np.testing.assert_allclose(current.averages[1].weight, slow, rtol=1e-5)
+
+
+def test_objective_is_given_the_step_and_the_first_average_as_teacher():
+    step = mfx.TrainStep(Probe(), OPTIMIZER, AVERAGES)
+    current, teacher = state(), np.asarray(field().weight)
+    for number in range(3):
+        current, metrics = step(current, batch())
+        assert metrics["step"].value == number
+        np.testing.assert_array_equal(metrics["teacher"].value, teacher)
+        teacher = np.asarray(current.averages[0].weight)
+
+
+def test_without_averages_there_is_no_teacher():
+    _, metrics = mfx.TrainStep(Probe(), OPTIMIZER)(state(()), batch())
+    assert metrics["teacher"].value == 0
+
+
+def test_steps_reduce_the_raw_error_of_an_objective():
+    objective = mfx.Objective(weight=mfx.ConstantWeight())
+    step, current, errors = mfx.TrainStep(objective, OPTIMIZER), state(()), []
+    for number in range(200):
+        current, metrics = step(current, mfx.Batch(jnp.zeros((ROWS, DIM))))
+        errors.append(float(metrics["boundary_error"].value))
+    assert np.mean(errors[-50:]) < 0.5 * np.mean(errors[:50])
+
+
+# One trace, donated memory
+
+
+def test_step_is_traced_once():
+    objective = Probe()
+    step, current = mfx.TrainStep(objective, OPTIMIZER, AVERAGES), state()
+    for seed in range(4):
+        current, _ = step(current, batch(seed))
+    assert len(objective.traces) == 1
+
+
+def test_equal_step_built_again_is_not_traced_again():
+    objective = Probe()
+    current, _ = mfx.TrainStep(objective, OPTIMIZER, AVERAGES)(state(), batch())
+    mfx.TrainStep(objective, OPTIMIZER, (mfx.ExponentialAverage(0.9), AVERAGES[1]))(current, batch())
+    assert len(objective.traces) == 1
+
+
+def test_every_buffer_of_the_old_state_is_donated():
+    old = state()
+    mfx.TrainStep(Probe(), OPTIMIZER, AVERAGES)(old, batch())
+    assert all(leaf.is_deleted() for leaf in arrays(old))
+
+
+def test_old_state_raises_when_used_again():
+    step, old = mfx.TrainStep(Probe(), OPTIMIZER, AVERAGES), state()
+    step(old, batch())
+    with pytest.raises((RuntimeError, ValueError), match="deleted or donated"):
+        step(old, batch())
+
+
+def test_batch_is_not_donated():
+    rows = batch()
+    rows = mfx.Batch(rows.x, jnp.arange(ROWS), jnp.arange(ROWS))
+    mfx.TrainStep(Probe(), OPTIMIZER, AVERAGES)(state(), rows)
+    assert not any(leaf.is_deleted() for leaf in arrays(rows))
+    assert bool(jnp.isfinite(rows.x).all())
+
+
+def test_numbers_inside_the_step_are_not_donated():
+    class Scaled(mfx.AbstractObjective):
+        scale: jax.Array
+
+        def __call__(self, field, batch, *, key, context=None):
+            loss = self.scale * jnp.mean(field.weight**2)
+            return loss, {"loss": mfx.Mean(loss, jnp.ones(()))}
+
+    step, current = mfx.TrainStep(Scaled(jnp.asarray(2.0)), OPTIMIZER, AVERAGES), state()
+    for _ in range(2):
+        current, _ = step(current, batch())
+    assert not step.objective.scale.is_deleted()
+
+
+# Randomness
+
+
+def test_same_state_and_batch_give_bitwise_the_same_result():
+    objective = mfx.Objective()
+    step = mfx.TrainStep(objective, OPTIMIZER, AVERAGES)
+    runs = [step(state(), batch()) for _ in range(2)]
+    for first, again in zip(*map(leaves, runs), strict=True):
+        np.testing.assert_array_equal(first, again)
+
+
+def test_restored_state_continues_as_if_nothing_had_happened():
+    step, current = mfx.TrainStep(mfx.Objective(), OPTIMIZER, AVERAGES), state()
+    for number in range(4):
+        if number == 2:
+            saved = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True) if eqx.is_array(leaf) else leaf, current)
+        current, _ = step(current, batch(number))
+    for number in (2, 3):
+        saved, _ = step(saved, batch(number))
+    for result, expected in zip(leaves(saved), leaves(current), strict=True):
+        np.testing.assert_array_equal(result, expected)
+
+
+def test_randomness_of_a_step_comes_from_the_run_and_the_number_of_the_step():
+    def draws(seed, steps):
+        step, current, found = mfx.TrainStep(Probe(), OPTIMIZER), state((), seed=seed), []
+        for _ in range(steps):
+            current, metrics = step(current, batch())
+            found.append(float(metrics["draw"].value))
+        return found
+
+    first = draws(1, 3)
+    assert len({*first, *draws(2, 3)}) == 6
+    later = eqx.tree_at(lambda s: s.step, state((), seed=1), jnp.asarray(2, jnp.int32))
+    _, metrics = mfx.TrainStep(Probe(), OPTIMIZER)(later, batch())
+    assert metrics["draw"].value == first[2]
+
+
+def test_key_of_the_run_is_never_changed():
+    current, _ = mfx.TrainStep(Probe(), OPTIMIZER)(state((), seed=5), batch())
+    assert current.key == jr.key(5)
+
+
+# Preparation of rows
+
+
+def test_prepare_is_applied_to_each_row():
+    def prepare(row, key):
+        return eqx.tree_at(lambda row: row.x, row, row.x / 255)
+
+    raw = mfx.Batch(np.arange(ROWS * DIM, dtype=np.uint8).reshape(ROWS, DIM))
+    _, metrics = mfx.TrainStep(Probe(), OPTIMIZER, prepare=prepare)(state(()), raw)
+    np.testing.assert_allclose(metrics["x"].value, raw.x / 255, rtol=1e-6)
+
+
+def prepare_noise(row, key):
+    return eqx.tree_at(lambda row: row.x, row, jr.normal(key, row.x.shape))
+
+
+def prepared(rows, current=None):
+    step = mfx.TrainStep(Probe(), OPTIMIZER, prepare=prepare_noise)
+    current, metrics = step(state(()) if current is None else current, rows)
+    return current, np.asarray(metrics["x"].value)
+
+
+def test_every_row_and_every_step_is_prepared_with_a_key_of_its_own():
+    current, first = prepared(batch())
+    _, second = prepared(batch(), current)
+    assert len(np.unique(np.concatenate([first, second])[:, 0])) == 2 * ROWS
+
+
+def test_key_of_a_row_follows_its_index_wherever_it_stands():
+    order = np.random.default_rng(0).permutation(ROWS).astype(np.int32)
+    _, expected = prepared(batch())
+    _, shuffled = prepared(mfx.Batch(batch().x[order], index=order))
+    np.testing.assert_array_equal(shuffled, expected[order])
+
+
+def test_preparation_and_objective_draw_from_different_keys():
+    draw = prepared(batch())[1]
+    _, metrics = mfx.TrainStep(Probe(), OPTIMIZER)(state(()), batch())
+    step_key = jr.fold_in(jr.key(1), 0)
+    assert metrics["draw"].value != draw.ravel()[0]
+    assert metrics["draw"].value not in (jr.uniform(step_key), jr.uniform(jr.key(1)))
+
+
+# Errors
+
+
+def test_averages_that_do_not_match_the_state_are_refused():
+    step = mfx.TrainStep(Probe(), OPTIMIZER, AVERAGES)
+    with pytest.raises(ValueError, match="averages must be as many as the state's 1, got 2"):
+        step(state(AVERAGES[:1]), batch())
+
+
+def test_batch_that_the_split_does_not_divide_is_refused():
+    with pytest.raises(ValueError, match=r"batch must be a positive multiple of 4 .* = 4, got 6"):
+        mfx.TrainStep(mfx.Objective(), OPTIMIZER)(state(()), mfx.Batch(jnp.zeros((6, DIM))))
+
+
+# Several devices
+
+
+@pytest.fixture(scope="module")
+def on_devices():
+    tests = pathlib.Path(__file__).parent
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    path = os.pathsep.join([str(tests), str(tests.parent), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": path}
+    result = subprocess.run(
+        [sys.executable, tests / "train_on_devices.py"], env=environment, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def test_training_gives_the_same_numbers_on_one_and_eight_devices(on_devices):
+    assert on_devices["float32"] <= 1e-6
+    assert on_devices["float64"] <= 1e-14
+
+
+def test_compiled_step_on_eight_devices_has_one_all_reduce_and_no_other_collective(on_devices):
+    found = on_devices["unrolled"]
+    assert found.pop("all-reduce") == 1
+    assert not any(found.values()), found
+
+
+def test_scanned_step_on_eight_devices_has_no_collective_but_all_reduces(on_devices):
+    found = on_devices["scanned"]
+    # The partitioner sums a block's gradient inside the backward loop: one more for each of the two kinds of rows.
+    assert 1 <= found.pop("all-reduce") <= 3
+    assert not any(found.values()), found
