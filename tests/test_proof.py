@@ -52,16 +52,22 @@ def mixture():
     return GaussianMixture(MEAN, STD, WEIGHT, LABEL)
 
 
-@functools.cache
-def marginal(path):
-    """The velocity, the field and states of the true marginal with t - r spread over (0, 1)."""
-    velocity = MarginalVelocity(mixture(), path)
+@eqx.filter_jit
+def draw(path):
+    """States of the true marginal and times, with t - r spread over (0, 1)."""
     x_key, eps_key, r_key = jr.split(jr.key(0), 3)
     gap = (jnp.arange(NUMBER) + 0.5) / NUMBER
     r = jr.uniform(r_key, (NUMBER,)) * (1 - gap)
     x = jax.vmap(lambda key: mixture().sample(key=key))(jr.split(x_key, NUMBER))
     z, _ = jax.vmap(path.state_and_velocity)(x, jr.normal(eps_key, x.shape), r + gap)
-    return velocity, AverageVelocity(velocity), (z, r, r + gap)
+    return z, r, r + gap
+
+
+@functools.cache
+def marginal(path):
+    """The marginal velocity, its exact average, and the points (z, r, t)."""
+    velocity = MarginalVelocity(mixture(), path)
+    return velocity, AverageVelocity(velocity), draw(path)
 
 
 @eqx.filter_jit
@@ -76,6 +82,11 @@ def residuals(identity, field, velocity, z, r, t):
 @eqx.filter_jit
 def evaluate(field, z, r, t, condition=None):
     return jax.vmap(lambda z, r, t: field(z, r, t, condition))(z, r, t)
+
+
+@eqx.filter_jit
+def velocities(velocity, z, t, condition=None):
+    return jax.vmap(lambda z, t: velocity(z, t, condition))(z, t)
 
 
 def largest(values):
@@ -124,9 +135,8 @@ def test_wrong_tangent_leaves_a_residual_a_thousand_times_larger(tangent_r, tang
     assert typical > 1e-2
 
 
-@pytest.mark.parametrize("path", PATHS, ids=by_name)
-def test_identity_holds_with_finite_differences_along_the_trajectory(path):
-    velocity, field, (z, r, t) = marginal(path)
+def test_identity_holds_with_finite_differences_along_the_trajectory():
+    velocity, field, (z, r, t) = marginal(PATHS[0])
     inside = (t > r + 0.02) & (t < 0.98)
     z, r, t, step = z[inside], r[inside], t[inside], 1e-4
 
@@ -137,7 +147,7 @@ def test_identity_holds_with_finite_differences_along_the_trajectory(path):
     u = evaluate(field, z, r, t)
     ahead, behind = (evaluate(field, moved(dt), r, t + dt) for dt in (step, -step))
     dudt = (ahead - behind) / (2 * step)
-    v = jax.vmap(velocity)(z, t)
+    v = velocities(velocity, z, t)
     # Truncation: step^2 / 6 times a third derivative that reaches some hundreds where trajectories part. Smaller steps
     # would show the solver's error, 1e-10 / step.
     assert largest(u + (t - r)[:, None] * dudt - v) < 5e-6
@@ -149,15 +159,13 @@ CLOSED_FORMS = (
 )
 
 
-@pytest.mark.parametrize("jit", [True, False])
 @pytest.mark.parametrize("identity", IDENTITIES, ids=by_name)
 @pytest.mark.parametrize(("make", "earliest"), CLOSED_FORMS, ids=["gaussian", "point_mass"])
-def test_closed_form_field_satisfies_identity_to_rounding(make, earliest, identity, jit):
-    field, number = make(), 64 if jit else 4
-    z = jr.normal(jr.key(3), (number, 2))
-    r, t = jnp.sort(jr.uniform(jr.key(4), (2, number), minval=earliest), axis=0)
-    run = residuals if jit else residuals.__wrapped__
-    assert largest(run(identity, field, lambda z, t, _: field(z, t, t), z, r, t)) < 1e-12
+def test_closed_form_field_satisfies_identity_to_rounding(make, earliest, identity):
+    field = make()
+    z = jr.normal(jr.key(3), (NUMBER, 2))
+    r, t = jnp.sort(jr.uniform(jr.key(4), (2, NUMBER), minval=earliest), axis=0)
+    assert largest(residuals(identity, field, lambda z, t, _: field(z, t, t), z, r, t)) < 1e-12
 
 
 # The exact field itself, against anchors that were found another way.
@@ -227,7 +235,7 @@ def guided_target_minus_guided_velocity(guidance):
     velocity, target, field, (z, _, t) = guided()
     label = jnp.asarray(CLASS)
     passes = evaluate(field, z, t, t, label), evaluate(field, z, t, t, None)
-    v, expected = (jax.vmap(lambda z, t, function=f: function(z, t, label))(z, t) for f in (velocity, target))
+    v, expected = velocities(velocity, z, t, label), velocities(target, z, t, label)
     return jax.vmap(guidance.velocity)(v, *passes, t) - expected
 
 
@@ -306,7 +314,7 @@ def left_at(identity, gap):
 def test_residual_of_a_velocity_identity_tends_to_u_minus_v(identity):
     velocity, *_ = marginal(PATHS[0])
     z, t, exact = left_at(identity, 0.0)
-    boundary = evaluate(Smooth(), z, t, t) - jax.vmap(velocity)(z, t)
+    boundary = evaluate(Smooth(), z, t, t) - velocities(velocity, z, t)
     far, near = (largest(left_at(identity, gap)[2] - boundary) for gap in (1e-2, 1e-4))
     assert largest(boundary) > 1 and far > 1e-3
     assert near < 0.02 * far  # of first order in t - r

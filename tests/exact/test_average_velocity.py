@@ -170,11 +170,11 @@ def test_solve_that_needs_too_many_steps_raises():
         jax.block_until_ready(AverageVelocity(velocity(), max_steps=3)(z[0], r[0], t[0]))
 
 
-def test_a_thousand_points_with_derivative_take_less_than_15_seconds():
+def test_a_thousand_points_with_derivative_take_15_seconds_of_two_cores_at_most():
     angle = np.linspace(0, 2 * np.pi, 8, endpoint=False)
     v = MarginalVelocity(GaussianMixture(2 * np.stack([np.cos(angle), np.sin(angle)], axis=1), 0.3))
     inputs = points(1000)
-    start = time.perf_counter()
+    start = time.process_time()  # of all threads, so that a busy machine does not fail the test
     pair = jax.jit(jax.vmap(lambda z, r, t: total_derivative(AverageVelocity(v), z, v(z, t), r, t)))(*inputs)
     jax.block_until_ready(pair)
-    assert time.perf_counter() - start < 15  # compiling included; about 2 on two cores
+    assert time.process_time() - start < 2 * 15  # compiling included; about 2 on an idle machine

@@ -1,0 +1,175 @@
+import diffrax
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+from fields import GaussianField, PointMassField
+
+import mf_eqx as mfx
+from mf_eqx import exact
+
+pytestmark = pytest.mark.usefixtures("x64")
+
+SAMPLERS = [mfx.sample, mfx.sample_euler, mfx.sample_heun]
+GRIDS = [(1.0, 0.0), (1.0, 0.4, 0.0), (1.0, 0.75, 0.5, 0.1, 0.0)]
+
+
+def gaussian():
+    return GaussianField(jnp.array([1.0, -0.5]), 0.4)
+
+
+def noise(*shape):
+    return jr.normal(jr.key(0), shape or (2,))
+
+
+class Labelled(mfx.AbstractField):
+    """A point mass for each label, one in each of two parts of the state."""
+
+    def __call__(self, z, r, t, condition=None, *, key=None):
+        assert key is None  # a sampler must not switch dropout on
+        return (z - condition) / t
+
+
+# Grids
+
+
+def test_uniform_times_run_from_one_to_zero():
+    assert mfx.uniform_times(1) == (1.0, 0.0)
+    np.testing.assert_allclose(mfx.uniform_times(5), [1, 0.8, 0.6, 0.4, 0.2, 0], atol=1e-15)
+
+
+@pytest.mark.parametrize("steps", [0, -1])
+def test_uniform_times_need_a_step(steps):
+    with pytest.raises(ValueError, match=f"steps must be >= 1, got {steps}"):
+        mfx.uniform_times(steps)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize(
+    "times", [(1.0,), (), (0.0, 1.0), (1.0, 0.5, 0.5, 0.0), (1.5, 0.0), (1.0, -0.1), (1.0, float("nan"), 0.0)]
+)
+def test_grids_that_do_not_decrease_within_zero_and_one_are_refused(sampler, times):
+    with pytest.raises(ValueError, match="times must be a strictly decreasing sequence of at least two times in "):
+        sampler(gaussian(), noise(), times=times)
+
+
+# Average velocities
+
+
+def test_one_step_is_the_noise_minus_the_field():
+    field, eps = gaussian(), noise()
+    np.testing.assert_array_equal(mfx.sample(field, eps), eps - field(eps, jnp.zeros(()), jnp.ones(())))
+
+
+@pytest.mark.parametrize("times", GRIDS)
+def test_any_number_of_steps_with_an_exact_field_lands_on_the_exact_flow(times):
+    field, eps = gaussian(), noise()
+    np.testing.assert_allclose(mfx.sample(field, eps, times=times), field.flow(eps, 0, 1), rtol=1e-13)
+
+
+def test_a_part_of_the_way_lands_on_the_flow_of_that_part():
+    field, z = gaussian(), noise()
+    np.testing.assert_allclose(mfx.sample(field, z, times=(0.9, 0.6, 0.3)), field.flow(z, 0.3, 0.9), rtol=1e-13)
+
+
+def test_samples_of_one_gaussian_have_its_moments():
+    field = gaussian()
+    x = jax.vmap(lambda eps: mfx.sample(field, eps))(noise(20_000, 2))
+    # 20000 draws: the standard error of a mean is 0.003, of a standard deviation 0.002.
+    np.testing.assert_allclose(x.mean(0), field.mean, atol=0.012)
+    np.testing.assert_allclose(x.std(0), field.std, atol=0.008)
+
+
+def test_steps_with_an_integrated_field_land_where_a_differential_equation_solver_does():
+    mixture = exact.GaussianMixture(jnp.array([[-1.0, 0.0], [1.0, 0.5], [0.0, -1.0]]), 0.3)
+    velocity = exact.MarginalVelocity(mixture)
+    field, eps = exact.AverageVelocity(velocity), noise(8, 2)
+
+    def solve(eps):
+        term = diffrax.ODETerm(lambda t, z, args: velocity(z, jnp.asarray(t)))
+        controller = diffrax.PIDController(rtol=1e-11, atol=1e-11)
+        ys = diffrax.diffeqsolve(term, diffrax.Tsit5(), 1.0, 0.0, -0.01, eps, stepsize_controller=controller).ys
+        return ys[0]
+
+    expected = jax.vmap(solve)(eps)
+    for times in GRIDS[::2]:
+        samples = jax.jit(jax.vmap(lambda eps, times=times: mfx.sample(field, eps, times=times)))(eps)
+        np.testing.assert_allclose(samples, expected, atol=1e-8)
+
+
+# Instantaneous velocities
+
+
+def errors(sampler, steps):
+    field, eps = gaussian(), noise()
+    exact_end = field.flow(eps, 0, 1)
+    return [float(jnp.abs(sampler(field, eps, times=mfx.uniform_times(n)) - exact_end).max()) for n in steps]
+
+
+@pytest.mark.parametrize(("sampler", "order"), [(mfx.sample_euler, 1), (mfx.sample_heun, 2)])
+def test_solver_converges_with_its_order(sampler, order):
+    coarse, fine = errors(sampler, (200, 400))
+    np.testing.assert_allclose(np.log2(coarse / fine), order, atol=0.05)
+    assert fine > 1e-8  # not yet rounding
+
+
+def test_euler_is_one_evaluation_per_step():
+    field, eps = gaussian(), noise()
+    z, times = eps, (1.0, 0.6, 0.0)
+    for t, r in zip(times[:-1], times[1:], strict=True):
+        z = z - (t - r) * field(z, jnp.asarray(t), jnp.asarray(t))
+    np.testing.assert_allclose(mfx.sample_euler(field, eps, times=times), z, rtol=1e-14)
+
+
+def test_heun_averages_the_slopes_at_both_ends():
+    field, eps = gaussian(), noise()
+    first = field(eps, jnp.asarray(0.9), jnp.asarray(0.9))
+    second = field(eps - 0.5 * first, jnp.asarray(0.4), jnp.asarray(0.4))
+    expected = eps - 0.25 * (first + second)
+    np.testing.assert_allclose(mfx.sample_heun(field, eps, times=(0.9, 0.4)), expected, rtol=1e-14)
+
+
+@pytest.mark.parametrize("sampler", [mfx.sample_euler, mfx.sample_heun])
+def test_solvers_ask_only_for_the_instantaneous_velocity(sampler):
+    class Diagonal(mfx.AbstractField):
+        def __call__(self, z, r, t, condition=None, *, key=None):
+            return jnp.where(r == t, z, jnp.nan)
+
+    assert bool(jnp.isfinite(sampler(Diagonal(), noise(), times=mfx.uniform_times(3))).all())
+
+
+# All of them
+
+
+@pytest.mark.parametrize("sampler", [mfx.sample, mfx.sample_euler])
+def test_condition_reaches_the_field(sampler):
+    labels = jnp.array([[1.0, 2.0], [-3.0, 0.0]])
+    x = jax.vmap(lambda eps, label: sampler(Labelled(), eps, label, times=mfx.uniform_times(3)))(noise(2, 2), labels)
+    np.testing.assert_allclose(x, labels, atol=1e-14)  # straight trajectories: no solver errs
+
+
+def test_point_mass_is_reached_in_one_step():
+    field = PointMassField(jnp.array([0.3, -2.0]))
+    np.testing.assert_allclose(mfx.sample(field, noise()), field.point, rtol=1e-14)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_jit_and_eager_agree(sampler):
+    field, eps = gaussian(), noise()
+    jitted = jax.jit(lambda eps: sampler(field, eps, times=(1.0, 0.5, 0.0)))(eps)
+    np.testing.assert_allclose(jitted, sampler(field, eps, times=(1.0, 0.5, 0.0)), rtol=1e-14)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_samples_keep_the_precision_of_the_noise(sampler):
+    field = GaussianField(jnp.zeros(2, jnp.float32), 0.4)
+    assert sampler(field, noise().astype(jnp.float32), times=(1.0, 0.5, 0.0)).dtype == jnp.float32
+
+
+def test_program_does_not_grow_with_the_number_of_steps():
+    def lines(steps):
+        sample = jax.jit(lambda eps: mfx.sample(gaussian(), eps, times=mfx.uniform_times(steps)))
+        return sample.lower(noise()).as_text().count("\n")
+
+    assert lines(50) == lines(2)
