@@ -97,5 +97,5 @@ def _train_step(kept: tuple[TrainStep, Batch], state: TrainState) -> tuple[Train
     averages = tuple(
         rule.update(average, field, step) for rule, average in zip(train_step.averages, state.averages, strict=True)
     )
-    metrics["gradient_norm"] = Mean(optax.global_norm(gradients), jnp.ones(()))
+    metrics["gradient_norm"] = Mean(optax.tree.norm(gradients), jnp.ones(()))
     return TrainState(field, opt_state, averages, step, state.key), metrics

@@ -258,9 +258,12 @@ def test_state_and_velocity_belong_to_one_path_with_standard_normal_noise(share)
         assert scipy.stats.kstest(component, "norm").statistic < KS_BOUND
 
 
-def test_noise_depends_on_neither_the_data_nor_the_times():
+@pytest.mark.parametrize(
+    "objective", [Objective(identity_share=1.0), Objective(None, boundary_times=UniformTimes(), identity_share=0.0)]
+)
+def test_noise_depends_on_neither_the_data_nor_the_times(objective):
     x = data(MANY)
-    drawn = draws(Objective(identity_share=1.0), x)
+    drawn = draws(objective, x)
     columns = np.column_stack([drawn.v + x, x, drawn.r, drawn.t])
     assert np.abs(np.corrcoef(columns.T)[:SIZE, SIZE:]).max() < 4 / np.sqrt(MANY)
 
@@ -625,13 +628,14 @@ def test_null_condition_may_be_any_tree_that_broadcasts_to_a_condition():
         scale: jax.Array
 
         def __call__(self, z, r, t, condition=None, *, key=None):
+            assert condition["label"].dtype == jnp.int32
             return jnp.full_like(z, self.scale * (condition["label"] + jnp.sum(condition["image"])))
 
     field, x = Tree(jnp.ones(())), data(4)
     plain = Objective(None, identity_share=0.0, weight=PLAIN)
-    dropping = dataclasses.replace(plain, label_dropout=LabelDropout(1.0, {"label": 100, "image": 0.5}))
-    given = {"label": jnp.arange(4), "image": jnp.ones((4, 2, 2))}
-    null = {"label": jnp.full(4, 100), "image": jnp.full((4, 2, 2), 0.5)}
+    dropping = dataclasses.replace(plain, label_dropout=LabelDropout(1.0, {"label": np.int64(100), "image": 0.5}))
+    given = {"label": jnp.arange(4, dtype=jnp.int32), "image": jnp.ones((4, 2, 2))}
+    null = {"label": jnp.full(4, 100, jnp.int32), "image": jnp.full((4, 2, 2), 0.5)}
     loss, _, gradient = run(plain, field, batch(x, null))
     assert_same(run(dropping, field, batch(x, given)), (loss, gradient))
 
@@ -687,6 +691,25 @@ def test_guided_improved_mean_flow_regresses_on_the_guided_velocity():
                 yield u - constant(target - (t - r) * dudt)
             else:
                 yield boundary_residual(field, z, target, r, t, label, n)
+
+    assert_same(run(objective, network(), batch(x, condition)), by_hand(residuals))
+
+
+def test_guided_velocity_is_a_constant_for_every_identity():
+    # `Regression` does not stop the velocity's gradient, as a user's identity might not.
+    objective = Objective(
+        Regression(),
+        identity_share=1.0,
+        weight=PLAIN,
+        guidance=Guidance(1.0, 0.5),
+        label_dropout=LabelDropout(0.0, LABELS),
+    )
+    x, condition = data(4), labels(4)
+    drawn = draws(objective, x)
+
+    def residuals(field):
+        for z, v, r, t, label, n in rows_of(drawn, condition):
+            yield field.at(z, r, t, label, n) - guided(field, z, v, t, label, n, 1.0, 0.5)
 
     assert_same(run(objective, network(), batch(x, condition)), by_hand(residuals))
 

@@ -116,10 +116,10 @@ def test_solver_converges_with_its_order(sampler, order):
 
 def test_euler_is_one_evaluation_per_step():
     field, eps = gaussian(), noise()
-    z, times = eps, (1.0, 0.6, 0.0)
-    for t, r in zip(times[:-1], times[1:], strict=True):
+    z = eps
+    for t, r in ((1.0, 0.6), (0.6, 0.0)):
         z = z - (t - r) * field(z, jnp.asarray(t), jnp.asarray(t))
-    np.testing.assert_allclose(mfx.sample_euler(field, eps, times=times), z, rtol=1e-14)
+    np.testing.assert_allclose(mfx.sample_euler(field, eps, times=(1.0, 0.6, 0.0)), z, rtol=1e-14)
 
 
 def test_heun_averages_the_slopes_at_both_ends():

@@ -124,7 +124,7 @@ def test_without_averages_there_is_no_teacher():
 def test_steps_reduce_the_raw_error_of_an_objective():
     objective = mfx.Objective(weight=mfx.ConstantWeight())
     step, current, errors = mfx.TrainStep(objective, OPTIMIZER), state(()), []
-    for number in range(200):
+    for _ in range(200):
         current, metrics = step(current, mfx.Batch(jnp.zeros((ROWS, DIM))))
         errors.append(float(metrics["boundary_error"].value))
     assert np.mean(errors[-50:]) < 0.5 * np.mean(errors[:50])
