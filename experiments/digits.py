@@ -163,7 +163,7 @@ def train(config: Config, objective: mfx.Objective, rows: Rows, directory: run.R
         for number, batch in zip(range(1, config.steps + 1), batches(rows, config), strict=False):
             state, metrics = step(state, batch)
             progress.update(number, metrics)
-            if number % 50 == 0:
+            if number % 50 == 0 or number == config.steps:
                 directory.log(number, metrics)
             if config.preview_every and number % config.preview_every == 0:
                 save_samples(state.averages[0], directory.path(f"preview_{number:05}.png"), rows=2)
@@ -288,12 +288,10 @@ def main(config: Config) -> None:
     print(text)
 
 
+PRESETS = {
+    "unguided": ("plain MeanFlow: the whole variety of the data", Config()),
+    "guided": ("effective guidance scale 2: sharper and narrower", Config(scale=1.0, mix=0.5)),
+}
+
 if __name__ == "__main__":
-    run.main(
-        main,
-        {
-            "unguided": ("plain MeanFlow: the data's whole variety", Config()),
-            "guided": ("effective guidance scale 2: sharper and narrower", Config(scale=1.0, mix=0.5)),
-        },
-        description=__doc__,
-    )
+    run.main(main, PRESETS, description=__doc__)

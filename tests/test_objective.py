@@ -818,6 +818,25 @@ def test_condition_that_null_does_not_resemble_is_refused(condition):
         objective(network(), rows, key=jr.key(0))
 
 
+@pytest.mark.parametrize(
+    ("x", "got"), [(jnp.zeros((4, SIZE), jnp.uint8), "uint8"), ({"image": jnp.zeros((4, SIZE))}, "None")]
+)
+def test_data_that_are_no_array_of_floats_are_refused(x, got):
+    with pytest.raises(ValueError, match=rf"x must be one floating-point array here .* got {got}"):
+        Objective()(network(), Batch(x, None, jnp.arange(4)), key=jr.key(0))
+
+
+def test_field_that_does_not_return_the_shape_of_its_state_is_refused():
+    class Sum(AbstractField):
+        """Would broadcast, silently, to a wrong loss."""
+
+        def __call__(self, z, r, t, condition=None, *, key=None):
+            return jnp.sum(z)
+
+    with pytest.raises(ValueError, match=r"field must return the shape of z, \(3,\), got \(\)"):
+        Objective()(Sum(), batch(data(4)), key=jr.key(0))
+
+
 @pytest.fixture
 def unchecked():
     """Without runtime type checking, which would refuse a wrong length first."""

@@ -1,0 +1,113 @@
+"""The digits script from its command line, with a network and a budget that only show that everything runs."""
+
+import importlib.util
+import json
+import pathlib
+import re
+
+import numpy as np
+import pytest
+
+from mf_eqx import run
+
+SCRIPT = pathlib.Path(__file__).parents[2] / "experiments" / "digits.py"
+SMALL = [
+    "--steps",
+    "6",
+    "--batch",
+    "16",
+    "--width",
+    "8",
+    "--depth",
+    "1",
+    "--heads",
+    "2",
+    "--preview-every",
+    "3",
+    "--warmup",
+    "2",
+]
+
+
+@pytest.fixture(scope="module")
+def digits():
+    for package in ("tyro", "matplotlib", "sklearn"):
+        pytest.importorskip(package)
+    spec = importlib.util.spec_from_file_location("digits", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def finished(digits, tmp_path_factory):
+    """The directory of a finished run with guidance and the comparison, and what it printed."""
+    root = tmp_path_factory.mktemp("digits")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        run.main(digits.main, digits.PRESETS, argv=["--preset", "guided", "--compare", *SMALL])
+    (directory,) = (root / "runs").glob("*/*")
+    return directory
+
+
+def test_a_run_leaves_config_metrics_pictures_and_results(finished):
+    assert (finished / "config.json").exists()
+    for method in ("meanflow", "flow_matching"):
+        for name in ("metrics.jsonl", "preview_00003.png", "preview_00006.png", "samples.png", "curves.png"):
+            assert (finished / method / name).stat().st_size > 0
+
+
+def test_results_have_references_and_every_number_of_evaluations(finished):
+    rows = json.loads((finished / "results.json").read_text())
+    assert [row["evaluations"] for row in rows] == [None, None, None, 1, 2, 4, 1, 4, 32]
+    assert all(np.isfinite(row["frechet"]) for row in rows if row["evaluations"])
+    assert all(len(row["read"]) == 10 for row in rows if row["evaluations"])
+    assert "Frechet" in (finished / "results.md").read_text()
+
+
+def test_classifier_reads_digits_that_it_never_saw(finished):
+    (holdout,) = (row for row in json.loads((finished / "results.json").read_text()) if row["what"] == "data: hold-out")
+    assert np.mean(holdout["read"]) > 0.95
+
+
+def test_noise_floor_is_that_of_the_data(finished):
+    halves = json.loads((finished / "results.json").read_text())[0]
+    assert 10 < halves["frechet"] < 25
+
+
+def test_splits_are_disjoint_and_stratified(digits):
+    split = digits.load(digits.Config())
+    rows = {name: {row.tobytes() for row in getattr(split, name).x} for name in ("train", "holdout")}
+    assert not rows["train"] & rows["holdout"]
+    shares = np.bincount(split.holdout.label) / np.bincount(split.every.label)
+    np.testing.assert_allclose(shares, 0.2, atol=0.005)
+
+
+def test_pixels_undo_the_scaling_of_the_data(digits):
+    every = digits.load(digits.Config()).every
+    pixels = digits.pixels(every.x)
+    assert (pixels.min(), pixels.max()) == (0, 16)
+    np.testing.assert_array_equal(pixels, np.round(pixels))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--steps -3", "--steps must be >= 0, got -3"),
+        ("--batch 130", "--batch must be a positive multiple of"),
+        ("--batch 2000", "batch must be at most the 1437 digits that are trained on, got 2000"),
+        ("--identity-share 1.5", r"--identity-share must lie in \[0, 1\], got 1.5"),
+        ("--heads 5", "--width must be a multiple of heads"),
+        ("--holdout 0", r"--holdout must lie in \(0, 1\), got 0.0"),
+        ("--mix 1", r"--mix must lie in \[0, 1\), got 1.0"),
+        ("--stepz 3", "unknown argument --stepz, did you mean --steps"),
+    ],
+)
+def test_bad_input_ends_in_one_line(digits, arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        run.main(digits.main, digits.PRESETS, argv=arguments.split())
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert ended.value.code == 2
+    assert re.search(message, line), line
+    assert not list(tmp_path.iterdir())
