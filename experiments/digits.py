@@ -38,9 +38,9 @@ CLASSES = 10
 class Config:
     """A digits run. Times in [0, 1]; pixel values in the data's own unit, 0 to 16."""
 
-    steps: int = 2500
+    steps: int = 6000
     """Training steps."""
-    batch: int = 128
+    batch: int = 64
     """Rows per step; a multiple of the denominator of identity_share."""
     width: int = 96
     """Width of the DiT's tokens, a multiple of heads and of 4."""
@@ -54,9 +54,9 @@ class Config:
     """Peak of Adam's learning rate, after the warm-up and before the cosine decay."""
     warmup: int = 200
     """Steps of linear warm-up."""
-    decay: float = 0.995
+    decay: float = 0.997
     """Decay per step of the parameter average that generates."""
-    identity_share: float = 0.25
+    identity_share: float = 0.5
     """Share of rows with r < t, which carry the MeanFlow identity; in [0, 1]. 0 is Flow Matching."""
     power: float = 0.5
     """Adaptive weight's power p (Eq. 22)."""
@@ -72,7 +72,7 @@ class Config:
     """Share of the digits that is never trained on, in (0, 1), equal for every class."""
     compare: bool = False
     """Also train Flow Matching with the same network and budget."""
-    preview_every: int = 500
+    preview_every: int = 1000
     """Steps between pictures from fixed noise; 0 for none."""
     seed: int = 0
     """Seed of everything random."""

@@ -840,9 +840,10 @@ def test_field_that_does_not_return_the_shape_of_its_state_is_refused():
 @pytest.fixture
 def unchecked():
     """Without runtime type checking, which would refuse a wrong length first."""
+    before = jaxtyping.config.jaxtyping_disable
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
-    jaxtyping.config.update("jaxtyping_disable", False)
+    jaxtyping.config.update("jaxtyping_disable", before)
 
 
 @pytest.mark.usefixtures("unchecked")
