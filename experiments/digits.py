@@ -190,6 +190,16 @@ def save_samples(field: mfx.AbstractField, path: Path, rows: int) -> None:
     run.save_image_grid(path, x.reshape(rows, CLASSES, 1, 8, 8), -1, 1, column_labels="0123456789", title=title)
 
 
+def save_comparison(path: Path, digits: Rows, made: dict[str, tuple[mfx.AbstractField, Callable, int]]) -> None:
+    """Twenty digits of each field, sampler and number of evaluations, from the same noise, below real ones."""
+    label = np.repeat(np.arange(CLASSES), 2)
+    rows = [digits.x[[np.flatnonzero(digits.label == c)[i % 2] for i, c in enumerate(label)]]]
+    for field, sampler, steps in made.values():
+        rows.append(np.asarray(generate(field, sampler, jnp.asarray(label), mfx.uniform_times(steps), jr.key(0))))
+    labels = {"row_labels": ["data", *made], "column_labels": list(map(str, label))}
+    run.save_image_grid(path, np.stack(rows), -1, 1, title="the same noise in every row", **labels)
+
+
 class Judge:
     """Everything a generated set is held against; fitted to the data once."""
 
@@ -270,7 +280,7 @@ def main(config: Config) -> None:
         objectives["Flow Matching"] = (make_objective(config, None), mfx.sample_euler, (1, 4, 32))
     directory = run.RunDirectory.create(config)
     judge = Judge(digits)
-    results = references(digits, judge, config.seed)
+    results, made = references(digits, judge, config.seed), {}
     for name, (objective, sampler, evaluations) in objectives.items():
         scale = objective.guidance.effective_scale if objective.guidance else 1.0
         print(
@@ -279,9 +289,11 @@ def main(config: Config) -> None:
         part = run.RunDirectory(directory.root / name.lower().replace(" ", "_"))
         field = train(config, objective, digits.train, part)
         results += [judged(name, field, sampler, steps, digits, judge) for steps in evaluations]
+        made |= {f"{name}, {steps} evaluation{'s' * (steps > 1)}": (field, sampler, steps) for steps in evaluations}
         save_samples(field, part.path("samples.png"), rows=10)
         if records := part.records():
             run.save_curves(part.path("curves.png"), records)
+    save_comparison(directory.path("comparison.png"), digits.holdout, made)
     text = f"{report(results)}\n\n{time.perf_counter() - began:.0f} seconds in all."
     directory.path("results.md").write_text(text + "\n")
     directory.path("results.json").write_text(json.dumps([row._asdict() for row in results], indent=2) + "\n")

@@ -54,6 +54,8 @@ class FusedJVP(AbstractDerivative):
             (z, r, t),
             (dz.astype(z.dtype), jnp.full_like(r, dr), jnp.full_like(t, dt)),
         )
+        if u.shape != z.shape:
+            raise ValueError(f"field must return the shape of z, {z.shape}, got {u.shape}")
         return u, jnp.zeros_like(u) if dudt is None else dudt  # None: u does not depend on z, r or t
 
 

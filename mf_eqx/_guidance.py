@@ -8,11 +8,19 @@ whose fixed point is $v_{cfg} = \omega' v(z_t, t \mid c) + (1 - \omega')\, v(z_t
 $\omega' = \omega / (1 - \kappa)$.
 """
 
+from collections.abc import Sequence
+
 import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from ._custom_types import Condition, Time
+
+
+def _interval(ends: Sequence[float | int]) -> tuple[float, float]:
+    if len(ends) != 2:
+        raise ValueError(f"interval must have two ends, got {ends}")
+    return float(ends[0]), float(ends[1])
 
 
 class Guidance(eqx.Module):
@@ -30,7 +38,7 @@ class Guidance(eqx.Module):
 
     scale: float = eqx.field(converter=float)
     mix: float = eqx.field(default=0.0, converter=float)
-    interval: tuple[float, float] = (0.0, 1.0)
+    interval: tuple[float, float] = eqx.field(default=(0.0, 1.0), converter=_interval)
 
     def __check_init__(self):
         low, high = self.interval

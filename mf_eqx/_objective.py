@@ -47,9 +47,9 @@ class Batch(eqx.Module):
 
     def __init__(
         self,
-        x: PyTree[Shaped[ArrayLike, "batch ..."]],
-        condition: PyTree[Shaped[ArrayLike, "batch ..."]] = None,
-        index: Int[Array | np.ndarray, " batch"] | None = None,
+        x: PyTree[Shaped[ArrayLike, "..."]],
+        condition: PyTree[Shaped[ArrayLike, "..."]] = None,
+        index: Int[Array | np.ndarray, "..."] | None = None,
     ):
         self.x = x
         self.condition = condition
@@ -187,6 +187,8 @@ class Objective(AbstractObjective):
             given, null = (jax.tree.structure(tree) for tree in (batch.condition, self.label_dropout.null))
             if given != null:
                 raise ValueError(f"condition must have the structure of label_dropout.null, {null}; got {given}")
+            if not jax.tree.leaves(batch.condition):
+                raise ValueError(f"condition must be given with label_dropout, got {batch.condition}")
 
     def _evaluate(
         self, residual: Callable[[_Row], Float[Array, "*data"]], batch: Batch, key: Key[Array, ""], boundary: bool
@@ -197,7 +199,7 @@ class Objective(AbstractObjective):
             drawn = self._draw(row, key, boundary)
             difference = residual(drawn)
             error = jnp.sum(difference**2)
-            return self.weight(error) * error, error / difference.size, drawn.t - drawn.r
+            return jax.lax.stop_gradient(self.weight(error)) * error, error / difference.size, drawn.t - drawn.r
 
         return jax.vmap(evaluate)(batch)
 

@@ -20,6 +20,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+import numpy as np
 from jaxtyping import Array, Key
 
 from ._custom_types import Time
@@ -98,11 +99,20 @@ class TimePairs(eqx.Module):
 def as_share(share: Fraction | float | int | str) -> Fraction:
     """`share` as a fraction with a denominator of at most 64, so that 0.3333 means 1/3.
 
-    **Raises:** `ValueError` outside [0, 1].
+    **Raises:** `ValueError` outside [0, 1], or if no such fraction is within 0.001: 0.33 is not 1/3.
     """
-    fraction = Fraction(share).limit_denominator(64)
-    if not 0 <= fraction <= 1:
+    try:
+        exact = Fraction(share)
+    except (ValueError, OverflowError, ZeroDivisionError):
+        raise ValueError(f'identity_share must be a number or a fraction such as "1/4", got {share}') from None
+    if not 0 <= exact <= 1:
         raise ValueError(f"identity_share must lie in [0, 1], got {share}")
+    fraction = exact.limit_denominator(64)
+    if abs(fraction - exact) > Fraction(1, 1000) or (fraction in (0, 1) and fraction != exact):
+        raise ValueError(
+            f"identity_share must be within 0.001 of a fraction n/k with k <= 64, and 0 or 1 exactly, got {share} "
+            f"(nearest: {fraction})"
+        )
     return fraction
 
 
@@ -135,7 +145,7 @@ def split_rows(rows: _Rows, share: Fraction) -> tuple[_Rows, _Rows]:
     n, k = share.numerator, share.denominator
 
     def part(start: int, stop: int) -> _Rows:
-        def take(leaf: Array) -> Array:
+        def take(leaf: Array | np.ndarray) -> Array | np.ndarray:
             grouped = leaf.reshape(leaf.shape[0] // k, k, *leaf.shape[1:])[:, start:stop]
             return grouped.reshape(leaf.shape[0] // k * (stop - start), *leaf.shape[1:])
 

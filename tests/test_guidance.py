@@ -97,6 +97,16 @@ def test_impossible_interval_is_refused(interval):
         Guidance(1.0, 0.0, interval)
 
 
+def test_interval_may_be_any_two_numbers():
+    assert Guidance(1.0, 0.0, [0, 1]).interval == (0.0, 1.0)
+
+
+@pytest.mark.parametrize("interval", [(0.5,), (0.0, 0.5, 1.0)])
+def test_interval_of_more_or_fewer_than_two_ends_is_refused(interval):
+    with pytest.raises(ValueError, match="interval must have two ends"):
+        Guidance(1.0, 0.0, interval)
+
+
 @pytest.mark.parametrize("rate", [-0.1, 1.1, float("nan")])
 def test_dropout_rate_that_is_no_probability_is_refused(rate):
     with pytest.raises(ValueError, match=rf"rate must lie in \[0, 1\], got {rate}"):

@@ -14,7 +14,6 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-import jaxtyping
 import numpy as np
 import pytest
 import scipy.special
@@ -161,7 +160,7 @@ def draws(objective, x, index=None, *, keep_dropout=False):
         guidance=None,
         label_dropout=label_dropout,
     )
-    _, _, gradient = run(objective, field, batch(x, jnp.arange(rows), index))
+    _, _, gradient = run(objective, field, Batch(x, jnp.arange(rows), index))
     gradient = jax.tree.map(lambda leaf: np.asarray(leaf)[:-1], gradient)
     with np.errstate(invalid="ignore"):
         z, r, t, n = (leaf / gradient.a for leaf in (gradient.b, gradient.c, gradient.d, gradient.e))
@@ -176,14 +175,10 @@ def labels(rows):
     return jnp.arange(rows) % LABELS
 
 
-def batch(x, condition=None, index=None):
-    return Batch(x, condition, jnp.arange(len(x)) if index is None else index)
-
-
-def run(objective, field, batch, context=None):
+def run(objective, field, rows, context=None):
     """Loss, metrics and gradient."""
     value_and_grad = eqx.filter_value_and_grad(objective, has_aux=True)
-    (loss, metrics), gradient = value_and_grad(field, batch, key=jr.key(KEY_SEED), context=context)
+    (loss, metrics), gradient = value_and_grad(field, rows, key=jr.key(KEY_SEED), context=context)
     return loss, metrics, gradient
 
 
@@ -337,12 +332,12 @@ def test_no_identity_is_textbook_flow_matching(boundary_times):
             loss += jnp.sum((field.at(z_t, t[i], t[i], None, drawn.n[i]) - v_t) ** 2)
         return loss / 4
 
-    assert_same(run(objective, network(), batch(x)), eqx.filter_value_and_grad(flow_matching)(network()))
+    assert_same(run(objective, network(), Batch(x)), eqx.filter_value_and_grad(flow_matching)(network()))
 
 
 def test_identity_with_share_zero_is_flow_matching():
     expected, found = (
-        run(Objective(identity, identity_share=0.0), network(), batch(data(4))) for identity in (None, MeanFlow())
+        run(Objective(identity, identity_share=0.0), network(), Batch(data(4))) for identity in (None, MeanFlow())
     )
     assert eqx.tree_equal(found, expected)
 
@@ -362,7 +357,7 @@ def test_split_loss_and_gradient_are_those_of_a_loop_over_the_rows(share):
             yield (mean_flow_residual if carries_identity(i, share) else boundary_residual)(field, *row)
 
     expected = by_hand(residuals, lambda error: 1 / (error + 1e-3) ** 0.75)
-    assert_same(run(objective, network(), batch(x, condition)), expected)
+    assert_same(run(objective, network(), Batch(x, condition)), expected)
 
 
 def test_share_one_with_a_coin_is_the_papers_algorithm():
@@ -388,7 +383,7 @@ def test_share_one_with_a_coin_is_the_papers_algorithm():
             loss += constant(1 / (error + 0.01)) * error
         return loss / 12
 
-    assert_same(run(objective, network(), batch(x)), eqx.filter_value_and_grad(algorithm_1)(network()))
+    assert_same(run(objective, network(), Batch(x)), eqx.filter_value_and_grad(algorithm_1)(network()))
 
 
 @pytest.mark.parametrize("identity", [ImprovedMeanFlow(), SplitMeanFlow(Fixed(0.3)), Shortcut()])
@@ -413,7 +408,18 @@ def test_every_identity_is_averaged_over_its_own_rows(identity):
             else:
                 yield boundary_residual(field, z, v, r, t, label, n)
 
-    assert_same(run(objective, network(), batch(x)), by_hand(residuals))
+    assert_same(run(objective, network(), Batch(x)), by_hand(residuals))
+
+
+def test_no_gradient_passes_through_a_users_weight():
+    class Careless(AbstractWeight):
+        """Eq. 22 without stop-gradient."""
+
+        def __call__(self, error):
+            return 1 / (error + 0.01)
+
+    careless, careful = (run(Objective(weight=w), network(), Batch(data(16))) for w in (Careless(), AdaptiveWeight()))
+    assert_same(careless, (careful[0], careful[2]))
 
 
 def test_default_identity_share_is_a_quarter():
@@ -421,8 +427,8 @@ def test_default_identity_share_is_a_quarter():
 
 
 def test_jit_changes_nothing():
-    loss, _, gradient = run(Objective(), network(), batch(data(16), labels(16)))
-    assert_same(eqx.filter_jit(run)(Objective(), network(), batch(data(16), labels(16))), (loss, gradient))
+    loss, _, gradient = run(Objective(), network(), Batch(data(16), labels(16)))
+    assert_same(eqx.filter_jit(run)(Objective(), network(), Batch(data(16), labels(16))), (loss, gradient))
 
 
 def test_data_below_float32_are_computed_in_float32():
@@ -438,7 +444,7 @@ def test_data_below_float32_are_computed_in_float32():
             assert error.dtype == jnp.float32
             return jnp.ones_like(error)
 
-    objective, rows = Objective(weight=Float32Weight()), batch(data(4).astype(jnp.bfloat16))
+    objective, rows = Objective(weight=Float32Weight()), Batch(data(4).astype(jnp.bfloat16))
     loss, metrics = jax.eval_shape(lambda: objective(Precise(jnp.ones((), jnp.float32)), rows, key=jr.key(0)))
     assert metrics["identity_error"].total.dtype == metrics["boundary_error"].total.dtype == jnp.float32
     assert loss.shape == ()
@@ -455,7 +461,7 @@ def test_context_reaches_the_identity():
             return context.step + 0 * field(z, r, t, condition, key=key)
 
     objective = Objective(Scheduled(), identity_share=1.0, weight=PLAIN)
-    loss, _, _ = run(objective, network(), batch(data(4)), Context(jnp.asarray(5)))
+    loss, _, _ = run(objective, network(), Batch(data(4)), Context(jnp.asarray(5)))
     assert loss == 5**2 * SIZE
 
 
@@ -464,7 +470,7 @@ def test_context_reaches_the_identity():
 
 def test_raw_errors_fall_while_the_weighted_loss_stays_at_one():
     objective, field = Objective(weight=AdaptiveWeight(1.0, 0.01)), Zero(jnp.zeros(()))
-    (far, before, _), (near, after, _) = (run(objective, field, batch(scale * data(16))) for scale in (100, 10))
+    (far, before, _), (near, after, _) = (run(objective, field, Batch(scale * data(16))) for scale in (100, 10))
     np.testing.assert_allclose([far, near], 1, atol=2e-3)
     for name in ("boundary_error", "identity_error"):
         assert before[name].value > 50 * after[name].value
@@ -475,7 +481,7 @@ def test_raw_errors_are_mean_squares_per_dimension_whatever_the_weight(weight):
     x = data(16)
     drawn = draws(Objective(), x)
     # u = 0: both kinds of rows are left with -v.
-    _, metrics, _ = run(Objective(weight=weight), Zero(jnp.zeros(())), batch(x))
+    _, metrics, _ = run(Objective(weight=weight), Zero(jnp.zeros(())), Batch(x))
     carries = np.arange(16) % 4 < 1
     np.testing.assert_allclose(metrics["identity_error"].value, np.mean(drawn.v[carries] ** 2), rtol=1e-12)
     np.testing.assert_allclose(metrics["boundary_error"].value, np.mean(drawn.v[~carries] ** 2), rtol=1e-12)
@@ -485,7 +491,7 @@ def test_identity_error_by_gap_sorts_rows_into_four_equal_bins():
     x = data(MANY)
     objective = Objective(time_pairs=TimePairs(UniformTimes()), identity_share=1.0)
     drawn = draws(objective, x)
-    _, metrics, _ = run(objective, Zero(jnp.zeros(())), batch(x))
+    _, metrics, _ = run(objective, Zero(jnp.zeros(())), Batch(x))
     bins, errors = np.floor(4 * (drawn.t - drawn.r)), np.mean(drawn.v**2, axis=1)
     members = [errors[bins == i] for i in range(4)]
     np.testing.assert_array_equal(metrics["identity_error_by_gap"].count, [len(part) for part in members])
@@ -498,29 +504,29 @@ def test_the_whole_interval_lies_in_the_last_bin():
             return jnp.ones(())
 
     objective = Objective(time_pairs=TimePairs(Whole(), Fixed(0.0)), identity_share=1.0)
-    _, metrics, _ = run(objective, Zero(jnp.zeros(())), batch(data(4)))
+    _, metrics, _ = run(objective, Zero(jnp.zeros(())), Batch(data(4)))
     np.testing.assert_array_equal(metrics["identity_error_by_gap"].count, [0, 0, 0, 4])
 
 
 def test_loss_metric_is_the_loss():
-    loss, metrics, _ = run(Objective(), network(), batch(data(16)))
+    loss, metrics, _ = run(Objective(), network(), Batch(data(16)))
     assert metrics["loss"].value == loss
 
 
 @pytest.mark.parametrize(("share", "missing"), [(0.0, "identity_error"), (1.0, "boundary_error")])
 def test_rows_that_do_not_exist_have_no_metric(share, missing):
-    _, metrics, _ = run(Objective(identity_share=share), network(), batch(data(4)))
+    _, metrics, _ = run(Objective(identity_share=share), network(), Batch(data(4)))
     assert missing not in metrics
 
 
 def micro_batches(objective, x):
     index = jnp.arange(len(x))
-    return [run(objective, network(), batch(x[rows], None, index[rows])) for rows in np.split(np.arange(len(x)), 3)]
+    return [run(objective, network(), Batch(x[rows], None, index[rows])) for rows in np.split(np.arange(len(x)), 3)]
 
 
 def test_metrics_of_micro_batches_add_up_to_those_of_the_batch():
     objective, x = Objective(identity_share=0.5), data(24)
-    _, whole, _ = run(objective, network(), batch(x))
+    _, whole, _ = run(objective, network(), Batch(x))
     (_, first, _), (_, second, _), (_, third, _) = micro_batches(objective, x)
     assert whole.keys() == first.keys()
     for name in whole:
@@ -534,15 +540,15 @@ def test_gradients_of_micro_batches_average_to_that_of_the_batch():
     mean = jax.tree.map(
         lambda *leaves: sum(leaves) / 3, *((loss, gradient) for loss, _, gradient in micro_batches(objective, x))
     )
-    assert_same(run(objective, network(), batch(x)), mean)
+    assert_same(run(objective, network(), Batch(x)), mean)
 
 
 def test_groups_of_rows_may_stand_anywhere_in_the_batch():
     objective, x, condition = Objective(identity_share=0.5), data(24), labels(24)
     groups = np.random.default_rng(0).permutation(12)
     order = (2 * groups[:, None] + np.arange(2)).ravel()
-    loss, _, gradient = run(objective, network(), batch(x, condition))
-    found = run(objective, network(), batch(x[order], condition[order], jnp.asarray(order)))
+    loss, _, gradient = run(objective, network(), Batch(x, condition))
+    found = run(objective, network(), Batch(x[order], condition[order], jnp.asarray(order)))
     assert_same(found, (loss, gradient))
 
 
@@ -604,7 +610,7 @@ def test_dropped_rows_regress_the_unconditional_field_on_plain_velocity():
             else:
                 yield boundary_residual(field, z, v, r, t, LABELS, n)
 
-    assert_same(run(objective, network(), batch(x, condition)), by_hand(residuals))
+    assert_same(run(objective, network(), Batch(x, condition)), by_hand(residuals))
 
 
 def test_dropped_identity_rows_use_plain_velocity_as_target_and_tangent():
@@ -618,7 +624,7 @@ def test_dropped_identity_rows_use_plain_velocity_as_target_and_tangent():
         for z, v, r, t, _, n in rows_of(drawn):
             yield mean_flow_residual(field, z, v, r, t, LABELS, n)
 
-    assert_same(run(objective, network(), batch(x, condition)), by_hand(residuals))
+    assert_same(run(objective, network(), Batch(x, condition)), by_hand(residuals))
 
 
 def test_null_condition_may_be_any_tree_that_broadcasts_to_a_condition():
@@ -636,8 +642,8 @@ def test_null_condition_may_be_any_tree_that_broadcasts_to_a_condition():
     dropping = dataclasses.replace(plain, label_dropout=LabelDropout(1.0, {"label": np.int64(100), "image": 0.5}))
     given = {"label": jnp.arange(4, dtype=jnp.int32), "image": jnp.ones((4, 2, 2))}
     null = {"label": jnp.full(4, 100, jnp.int32), "image": jnp.full((4, 2, 2), 0.5)}
-    loss, _, gradient = run(plain, field, batch(x, null))
-    assert_same(run(dropping, field, batch(x, given)), (loss, gradient))
+    loss, _, gradient = run(plain, field, Batch(x, null))
+    assert_same(run(dropping, field, Batch(x, given)), (loss, gradient))
 
 
 # Guidance
@@ -668,7 +674,7 @@ def test_guided_targets_are_the_formula_by_hand(scale, mix, interval, share):
             residual = mean_flow_residual if carries_identity(i, share) else boundary_residual
             yield residual(field, z, target, r, t, label, n)
 
-    assert_same(run(objective, network(), batch(x, condition)), by_hand(residuals))
+    assert_same(run(objective, network(), Batch(x, condition)), by_hand(residuals))
 
 
 def test_guided_improved_mean_flow_regresses_on_the_guided_velocity():
@@ -692,7 +698,7 @@ def test_guided_improved_mean_flow_regresses_on_the_guided_velocity():
             else:
                 yield boundary_residual(field, z, target, r, t, label, n)
 
-    assert_same(run(objective, network(), batch(x, condition)), by_hand(residuals))
+    assert_same(run(objective, network(), Batch(x, condition)), by_hand(residuals))
 
 
 def test_guided_velocity_is_a_constant_for_every_identity():
@@ -711,7 +717,7 @@ def test_guided_velocity_is_a_constant_for_every_identity():
         for z, v, r, t, label, n in rows_of(drawn, condition):
             yield field.at(z, r, t, label, n) - guided(field, z, v, t, label, n, 1.0, 0.5)
 
-    assert_same(run(objective, network(), batch(x, condition)), by_hand(residuals))
+    assert_same(run(objective, network(), Batch(x, condition)), by_hand(residuals))
 
 
 def test_guidance_with_scale_one_and_mix_zero_is_no_guidance():
@@ -719,7 +725,7 @@ def test_guidance_with_scale_one_and_mix_zero_is_no_guidance():
         run(
             Objective(identity_share=0.5, guidance=guidance, label_dropout=LabelDropout(0.1, LABELS)),
             network(),
-            batch(data(8), labels(8)),
+            Batch(data(8), labels(8)),
         )
         for guidance in (None, Guidance(1.0, 0.0))
     )
@@ -758,7 +764,7 @@ FREE = Guidance(2.0, 0.0)
 def test_no_evaluation_of_the_field_is_wasted(identity, share, guidance, calls):
     objective = Objective(identity, identity_share=share, guidance=guidance, label_dropout=LabelDropout(0.1, LABELS))
     field = Counting(network(), [])
-    rows = batch(data(8), labels(8))
+    rows = Batch(data(8), labels(8))
     jax.eval_shape(lambda: objective(field, rows, key=jr.key(0))[0])
     assert len(field.calls) == calls
 
@@ -805,12 +811,12 @@ def test_rate_that_drops_every_possible_row_is_accepted(share, rate):
 def test_batch_that_the_split_does_not_divide_is_refused(rows, share):
     denominator = round(1 / share)
     with pytest.raises(ValueError, match=rf"multiple of {denominator} .* = 1/{denominator}\).* got {rows}"):
-        Objective(identity_share=share)(network(), batch(data(rows)), key=jr.key(0))
+        Objective(identity_share=share)(network(), Batch(data(rows)), key=jr.key(0))
 
 
 @pytest.mark.parametrize("condition", [None, {"label": 0}])
 def test_condition_that_null_does_not_resemble_is_refused(condition):
-    rows = batch(data(4), jax.tree.map(lambda _: jnp.zeros(4), condition))
+    rows = Batch(data(4), jax.tree.map(lambda _: jnp.zeros(4), condition))
     objective = Objective(label_dropout=LabelDropout(0.1, LABELS))
     structure = "None" if condition is None else r"\{'label': \*\}"
     message = rf"condition must have the structure of label_dropout.null, PyTreeDef\(\*\); got PyTreeDef\({structure}\)"
@@ -826,7 +832,8 @@ def test_data_that_are_no_array_of_floats_are_refused(x, got):
         Objective()(network(), Batch(x, None, jnp.arange(4)), key=jr.key(0))
 
 
-def test_field_that_does_not_return_the_shape_of_its_state_is_refused():
+@pytest.mark.parametrize("share", [0.25, 1.0])
+def test_field_that_does_not_return_the_shape_of_its_state_is_refused(share):
     class Sum(AbstractField):
         """Would broadcast, silently, to a wrong loss."""
 
@@ -834,19 +841,15 @@ def test_field_that_does_not_return_the_shape_of_its_state_is_refused():
             return jnp.sum(z)
 
     with pytest.raises(ValueError, match=r"field must return the shape of z, \(3,\), got \(\)"):
-        Objective()(Sum(), batch(data(4)), key=jr.key(0))
+        Objective(identity_share=share)(Sum(), Batch(data(4)), key=jr.key(0))
 
 
-@pytest.fixture
-def unchecked():
-    """Without runtime type checking, which would refuse a wrong length first."""
-    before = jaxtyping.config.jaxtyping_disable
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", before)
+def test_batch_without_conditions_is_refused_where_conditions_are_dropped():
+    objective = Objective(label_dropout=LabelDropout(0.1, None))
+    with pytest.raises(ValueError, match="condition must be given with label_dropout, got None"):
+        objective(network(), Batch(data(4)), key=jr.key(0))
 
 
-@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(("condition", "index"), [(5, None), (None, 5), (3, 4)])
 def test_batch_of_unequal_lengths_is_refused(condition, index):
     condition, index = (None if length is None else jnp.arange(length) for length in (condition, index))
@@ -854,7 +857,6 @@ def test_batch_of_unequal_lengths_is_refused(condition, index):
         Batch(data(4), condition, index)
 
 
-@pytest.mark.usefixtures("unchecked")
 def test_batch_without_a_batch_axis_is_refused():
     with pytest.raises(ValueError, match=r"x, condition and index must share their leading batch axis, got \[\(\)\]"):
         Batch(jnp.zeros(()))

@@ -164,7 +164,19 @@ def test_share_is_the_fraction_that_the_float_means(given, meant):
     assert as_share(given) == Fraction(*meant)
 
 
-@pytest.mark.parametrize("share", [-0.25, 1.25, Fraction(5, 4)])
+@pytest.mark.parametrize("share", [0.004, 0.996, 0.33])
+def test_share_that_is_no_simple_fraction_is_refused(share):
+    with pytest.raises(ValueError, match=rf"identity_share must be within 0.001 of a fraction .* got {share}"):
+        as_share(share)
+
+
+@pytest.mark.parametrize("share", [float("nan"), float("inf"), "a quarter", "1/0"])
+def test_share_that_is_no_number_is_refused(share):
+    with pytest.raises(ValueError, match=rf"identity_share must be a number or a fraction .* got {share}"):
+        as_share(share)
+
+
+@pytest.mark.parametrize("share", [-0.25, -0.001, 1.001, 1.25, Fraction(5, 4)])
 def test_share_outside_the_unit_interval_is_refused(share):
     with pytest.raises(ValueError, match=rf"identity_share must lie in \[0, 1\], got {share}"):
         as_share(share)
@@ -224,6 +236,11 @@ def test_split_keeps_the_leaves_of_a_row_together(share):
     for part in split_rows(rows, share):
         assert part["x"].shape[1:] == (2, 3)
         np.testing.assert_array_equal(part["x"], rows["x"][part["label"]])
+
+
+def test_split_takes_numpy_rows():
+    identity, boundary = split_rows(np.arange(8), Fraction(1, 4))
+    assert (identity.tolist(), boundary.tolist()) == ([0, 4], [1, 2, 3, 5, 6, 7])
 
 
 @pytest.mark.parametrize("share", SHARES, ids=str)

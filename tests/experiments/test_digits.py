@@ -51,7 +51,8 @@ def finished(digits, tmp_path_factory):
 
 
 def test_a_run_leaves_config_metrics_pictures_and_results(finished):
-    assert (finished / "config.json").exists()
+    for name in ("config.json", "comparison.png"):
+        assert (finished / name).stat().st_size > 0
     for method in ("meanflow", "flow_matching"):
         for name in ("metrics.jsonl", "preview_00003.png", "preview_00006.png", "samples.png", "curves.png"):
             assert (finished / method / name).stat().st_size > 0

@@ -290,6 +290,11 @@ def test_heads_that_do_not_divide_the_width_are_refused():
         mfx.DiT(SHAPE, SMALL._replace(heads=3), key=jr.key(0))
 
 
+def test_width_without_quarters_is_refused():
+    with pytest.raises(ValueError, match=r"width must be a multiple of 4.*got 6"):
+        mfx.DiT(SHAPE, SMALL._replace(width=6), key=jr.key(0))
+
+
 def test_label_missing_or_given_in_vain_is_refused():
     z, r, t, label = inputs()
     with pytest.raises(ValueError, match="condition must be a label for a field with labels, got None"):

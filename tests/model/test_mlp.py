@@ -70,6 +70,11 @@ def test_every_parameter_gets_a_finite_gradient_that_is_not_zero(x64):
         assert bool(jnp.isfinite(leaf).all() & (leaf != 0).all()), jax.tree_util.keystr(path)
 
 
+def test_float32_field_stays_float32_where_float64_is_enabled(x64):
+    z, r, t, label = inputs()
+    assert small()(z.astype(jnp.float32), r.astype(jnp.float32), t.astype(jnp.float32), label).dtype == jnp.float32
+
+
 @pytest.mark.parametrize("variables", [nn.end_start, nn.end_duration, nn.end_start_duration, nn.duration])
 def test_every_embedding_of_table_1c_can_be_chosen(variables):
     field = small(time_variables=variables)

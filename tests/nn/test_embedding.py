@@ -85,6 +85,8 @@ def test_time_weights_have_standard_deviation_two_hundredths():
 def test_sizes_that_do_not_split_into_cosines_and_sines_are_refused(size):
     with pytest.raises(ValueError, match=f"size must be even and positive, got {size}"):
         nn.TimePairEmbedding(4, size=size, key=jr.key(0))
+    with pytest.raises(ValueError, match=f"size must be even and positive, got {size}"):
+        nn.sinusoidal_embedding(jnp.asarray(0.5), size)
 
 
 # Labels

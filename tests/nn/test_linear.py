@@ -28,3 +28,8 @@ def test_weights_are_xavier_uniform_and_the_bias_is_zero():
 def test_another_initialisation_is_used_for_the_weight():
     layer = nn.Linear(300, 500, init=normal(0.02), key=jr.key(0))
     np.testing.assert_allclose(layer.weight.std(), 0.02, rtol=0.01)
+
+
+def test_parameters_are_float32_also_where_float64_is_enabled(x64):
+    layer = nn.Linear(3, 5, key=jr.key(0))
+    assert layer.weight.dtype == layer.bias.dtype == jnp.float32

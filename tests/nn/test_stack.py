@@ -62,7 +62,7 @@ def test_unrolling_and_remat_change_neither_values_nor_derivatives(x64, form):
         np.testing.assert_allclose(result, expected, rtol=1e-12, atol=1e-14)
 
 
-def test_jit_does_not_take_an_unrolled_stack_for_a_scanned_one():
+def test_jit_does_not_take_an_unrolled_stack_for_a_scanned_one(x64):
     # True == 1 in Python, and jit looks programs up by equality of what is static.
     run_jitted = eqx.filter_jit(run)
     scanned, unrolled = (run_jitted.lower(stack(unroll=n), jnp.ones(6)).as_text() for n in (1, True))
