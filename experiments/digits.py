@@ -32,6 +32,8 @@ with install_import_hook(
 
 CLASSES = 10
 """Digits; the same number is the label that means "no label"."""
+PICTURE_KEY, JUDGED_KEY = jr.split(jr.key(2**31 - 1))
+"""Of the noise of all pictures, and of all judged sets."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +71,7 @@ class Config:
     label_dropout: float = 0.1
     """Share of rows whose label is dropped, in [0, 1 - identity_share]."""
     holdout: float = 0.2
-    """Share of the digits that is never trained on, in (0, 1), equal for every class."""
+    """Share of the digits that is never trained on, in [0.02, 0.5], equal for every class."""
     compare: bool = False
     """Also train Flow Matching with the same network and budget."""
     preview_every: int = 1000
@@ -78,15 +80,18 @@ class Config:
     """Seed of everything random."""
 
     def __post_init__(self):
-        for name in ("steps", "warmup", "preview_every"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be >= 0, got {getattr(self, name)}")
-        if not 0 < self.holdout < 1:
-            raise ValueError(f"holdout must lie in (0, 1), got {self.holdout}")
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate must be > 0, got {self.learning_rate}")
+        least = {"steps": 0, "warmup": 0, "preview_every": 0, "seed": 0, "width": 1, "depth": 1, "heads": 1, "patch": 1}
+        for name, bound in least.items():
+            if getattr(self, name) < bound:
+                raise ValueError(f"{name} must be >= {bound}, got {getattr(self, name)}")
+        if not 0.02 <= self.holdout <= 0.5:
+            raise ValueError(f"holdout must lie in [0.02, 0.5], got {self.holdout}")
+        if not 0 < self.learning_rate < 1:
+            raise ValueError(f"learning_rate must lie in (0, 1), got {self.learning_rate}")
+        if guided(self) and self.label_dropout == 0:
+            raise ValueError("label_dropout must be > 0 with guidance, which needs the unlabelled field; got 0.0")
         # What the parts themselves refuse is refused here, where a flag can be named.
-        mfx.check_batch_size(self.batch, make_objective(self, mfx.MeanFlow()).identity_share)
+        mfx.check_batch_size(self.batch, mean_flow(self).identity_share)
         eqx.filter_eval_shape(make_field, self, jr.key(0))
         mfx.ExponentialAverage(self.decay)
 
@@ -133,17 +138,41 @@ def batches(rows: Rows, config: Config) -> Iterator[mfx.Batch]:
             yield mfx.Batch(rows.x[chosen], rows.label[chosen])
 
 
-def make_objective(config: Config, identity: mfx.AbstractIdentity | None) -> mfx.Objective:
-    guided = (config.scale, config.mix) != (1, 0)
+def guided(config: Config) -> bool:
+    return (config.scale, config.mix) != (1, 0)
+
+
+def mean_flow(config: Config) -> mfx.Objective:
     return mfx.Objective(
-        identity,
+        mfx.MeanFlow(),
         time_pairs=mfx.TimePairs(mfx.UniformTimes()),
-        boundary_times=mfx.UniformTimes() if identity is None else None,
-        identity_share=config.identity_share if identity else 0,
-        weight=mfx.AdaptiveWeight(config.power, config.offset) if config.power else mfx.ConstantWeight(),
-        guidance=mfx.Guidance(config.scale, config.mix) if guided else None,
+        identity_share=config.identity_share,
+        weight=mfx.AdaptiveWeight(config.power, config.offset),
+        guidance=mfx.Guidance(config.scale, config.mix) if guided(config) else None,
         label_dropout=mfx.LabelDropout(config.label_dropout, CLASSES),
     )
+
+
+def flow_matching(config: Config) -> mfx.Objective:
+    """What `--compare` trains: the same times and guidance, without an identity and with the plain squared error."""
+    return mfx.Objective(
+        identity=None,
+        identity_share=0,
+        boundary_times=mfx.UniformTimes(),
+        weight=mfx.ConstantWeight(),
+        guidance=mfx.Guidance(config.scale, config.mix) if guided(config) else None,
+        label_dropout=mfx.LabelDropout(config.label_dropout, CLASSES),
+    )
+
+
+class Method(NamedTuple):
+    """What is trained, how it samples, and in how many evaluations; pictures show the number `shown`."""
+
+    name: str
+    objective: mfx.Objective
+    sampler: Callable
+    evaluations: tuple[int, ...]
+    shown: int
 
 
 def make_field(config: Config, key: Key[Array, ""]) -> mfx.DiT:
@@ -151,22 +180,24 @@ def make_field(config: Config, key: Key[Array, ""]) -> mfx.DiT:
     return mfx.DiT((1, 8, 8), size, labels=CLASSES, unroll=True, key=key)
 
 
-def train(config: Config, objective: mfx.Objective, rows: Rows, directory: run.RunDirectory) -> mfx.AbstractField:
+def train(config: Config, method: Method, rows: Rows, directory: run.RunDirectory) -> mfx.AbstractField:
     """The averaged field after `config.steps` steps; metrics and previews from fixed noise go to `directory`."""
     field_key, run_key = jr.split(jr.key(config.seed))
-    field = make_field(config, field_key)
     rate, steps = config.learning_rate, max(config.steps, config.warmup + 1)
     optimizer = optax.adam(optax.warmup_cosine_decay_schedule(0, rate, config.warmup, steps, rate / 100))
-    step = mfx.TrainStep(objective, optimizer, [mfx.ExponentialAverage(config.decay)])
-    state = mfx.init_state(field, optimizer, step.averages, key=run_key)
+    step = mfx.TrainStep(method.objective, optimizer, [mfx.ExponentialAverage(config.decay)])
+    state = mfx.init_state(make_field(config, field_key), optimizer, step.averages, key=run_key)
+    since = []
     with run.Progress(config.steps, shown=("loss", "boundary_error", "identity_error")) as progress:
         for number, batch in zip(range(1, config.steps + 1), batches(rows, config), strict=False):
             state, metrics = step(state, batch)
             progress.update(number, metrics)
+            since.append(metrics)
             if number % 50 == 0 or number == config.steps:
-                directory.log(number, metrics)
+                directory.log(number, mfx.total(since))
+                since = []
             if config.preview_every and number % config.preview_every == 0:
-                save_samples(state.averages[0], directory.path(f"preview_{number:05}.png"), rows=2)
+                save_samples(method, state.averages[0], directory.path(f"preview_{number:05}.png"), rows=2)
     return state.averages[0]
 
 
@@ -183,21 +214,28 @@ def generate(
     return jax.vmap(lambda eps, label: sampler(field, eps, label, times=times))(eps, label)
 
 
-def save_samples(field: mfx.AbstractField, path: Path, rows: int) -> None:
-    """A grid of digits made in one evaluation, a column per class."""
-    x = generate(field, mfx.sample, jnp.tile(jnp.arange(CLASSES), rows), (1.0, 0.0), jr.key(0))
-    title = "one evaluation of the network per digit"
+def save_samples(method: Method, field: mfx.AbstractField, path: Path, rows: int) -> None:
+    """A grid of digits, a column per class."""
+    label = jnp.tile(jnp.arange(CLASSES), rows)
+    x = generate(field, method.sampler, label, mfx.uniform_times(method.shown), PICTURE_KEY)
+    title = f"{method.name}, {evaluations(method.shown)} per digit"
     run.save_image_grid(path, x.reshape(rows, CLASSES, 1, 8, 8), -1, 1, column_labels="0123456789", title=title)
 
 
-def save_comparison(path: Path, digits: Rows, made: dict[str, tuple[mfx.AbstractField, Callable, int]]) -> None:
-    """Twenty digits of each field, sampler and number of evaluations, from the same noise, below real ones."""
+def evaluations(number: int) -> str:
+    return f"{number} evaluation{'s' if number > 1 else ''}"
+
+
+def save_comparison(path: Path, real: Rows, trained: list[tuple[Method, mfx.AbstractField]]) -> None:
+    """Twenty digits of each method at each number of evaluations, from the same noise, below real ones."""
     label = np.repeat(np.arange(CLASSES), 2)
-    rows = [digits.x[[np.flatnonzero(digits.label == c)[i % 2] for i, c in enumerate(label)]]]
-    for field, sampler, steps in made.values():
-        rows.append(np.asarray(generate(field, sampler, jnp.asarray(label), mfx.uniform_times(steps), jr.key(0))))
-    labels = {"row_labels": ["data", *made], "column_labels": list(map(str, label))}
-    run.save_image_grid(path, np.stack(rows), -1, 1, title="the same noise in every row", **labels)
+    rows = {"data": real.x[[np.flatnonzero(real.label == c)[i % 2] for i, c in enumerate(label)]]}
+    for method, field in trained:
+        for number in method.evaluations:
+            x = generate(field, method.sampler, jnp.asarray(label), mfx.uniform_times(number), PICTURE_KEY)
+            rows[f"{method.name}, {evaluations(number)}"] = np.asarray(x)
+    columns = [str(digit) for digit in label]
+    run.save_image_grid(path, np.stack([*rows.values()]), -1, 1, row_labels=[*rows], column_labels=columns)
 
 
 class Judge:
@@ -247,11 +285,12 @@ def references(digits: Digits, judge: Judge, seed: int) -> list[Result]:
     ]
 
 
-def judged(what: str, field: mfx.AbstractField, sampler: Callable, steps: int, digits: Digits, judge: Judge) -> Result:
+def judged(method: Method, field: mfx.AbstractField, number: int, digits: Digits, judge: Judge) -> Result:
     """A generated set with the data's own labels, against all data."""
     label = digits.every.label
-    x = pixels(np.asarray(generate(field, sampler, jnp.asarray(label), mfx.uniform_times(steps), jr.key(1))))
-    return Result(what, steps, judge.frechet(x), judge.read(x, label), judge.nearer_to_training(x))
+    made = generate(field, method.sampler, jnp.asarray(label), mfx.uniform_times(number), JUDGED_KEY)
+    x = pixels(np.asarray(made))
+    return Result(method.name, number, judge.frechet(x), judge.read(x, label), judge.nearer_to_training(x))
 
 
 def report(results: list[Result]) -> str:
@@ -274,30 +313,27 @@ def main(config: Config) -> None:
     """Train on handwritten digits, then judge what the network generates in one evaluation."""
     began = time.perf_counter()
     digits = load(config)
-    objectives: dict[str, tuple[mfx.Objective, Callable, tuple[int, ...]]]
-    objectives = {"MeanFlow": (make_objective(config, mfx.MeanFlow()), mfx.sample, (1, 2, 4))}
+    methods = [Method("MeanFlow", mean_flow(config), mfx.sample, (1, 2, 4), shown=1)]
     if config.compare:
-        objectives["Flow Matching"] = (make_objective(config, None), mfx.sample_euler, (1, 4, 32))
+        methods.append(Method("Flow Matching", flow_matching(config), mfx.sample_euler, (1, 4, 32), shown=32))
     directory = run.RunDirectory.create(config)
     judge = Judge(digits)
-    results, made = references(digits, judge, config.seed), {}
-    for name, (objective, sampler, evaluations) in objectives.items():
-        scale = objective.guidance.effective_scale if objective.guidance else 1.0
-        print(
-            f"{name}: {config.steps} steps, effective guidance scale {scale:g}, files in {directory.root}", flush=True
-        )
-        part = run.RunDirectory(directory.root / name.lower().replace(" ", "_"))
-        field = train(config, objective, digits.train, part)
-        results += [judged(name, field, sampler, steps, digits, judge) for steps in evaluations]
-        made |= {f"{name}, {steps} evaluation{'s' * (steps > 1)}": (field, sampler, steps) for steps in evaluations}
-        save_samples(field, part.path("samples.png"), rows=10)
+    results, trained = references(digits, judge, config.seed), []
+    for method in methods:
+        scale = method.objective.guidance.effective_scale if method.objective.guidance else 1.0
+        print(f"{method.name}: {config.steps} steps, effective guidance scale {scale:g}", flush=True)
+        part = run.RunDirectory(directory.root / method.name.lower().replace(" ", "_"))
+        field = train(config, method, digits.train, part)
+        results += [judged(method, field, number, digits, judge) for number in method.evaluations]
+        trained.append((method, field))
+        save_samples(method, field, part.path("samples.png"), rows=10)
         if records := part.records():
             run.save_curves(part.path("curves.png"), records)
-    save_comparison(directory.path("comparison.png"), digits.holdout, made)
+    save_comparison(directory.path("comparison.png"), digits.holdout, trained)
     text = f"{report(results)}\n\n{time.perf_counter() - began:.0f} seconds in all."
     directory.path("results.md").write_text(text + "\n")
     directory.path("results.json").write_text(json.dumps([row._asdict() for row in results], indent=2) + "\n")
-    print(text)
+    print(f"{text} Pictures and metrics are in {directory.root}.")
 
 
 PRESETS = {

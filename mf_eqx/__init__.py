@@ -41,6 +41,7 @@ from ._objective import (
     Mean as Mean,
     Metrics as Metrics,
     Objective as Objective,
+    total as total,
 )
 from ._sample import (
     sample as sample,

@@ -4,6 +4,8 @@ An average is a complete field, kept in float32 or better. It starts as a *copy*
 two places of a donated state is an error.
 """
 
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -36,13 +38,13 @@ class ExponentialAverage(eqx.Module):
         """The average after `step` finished steps (counted from 1), whose parameters are `field`'s."""
         share = jnp.where(step % self.interval == 0, 1 - self.decay**self.interval, 0.0)
 
-        def move(a: Array, p: Array) -> Array:
+        def move(a: Any, p: Any) -> Any:
             return a + share.astype(a.dtype) * (p - a) if eqx.is_inexact_array(a) else a
 
         return jax.tree.map(move, average, field)
 
 
-def _copy(leaf: Array) -> Array:
+def _copy(leaf: Any) -> Any:
     if not eqx.is_array(leaf):
         return leaf
     dtype = jnp.promote_types(leaf.dtype, jnp.float32) if eqx.is_inexact_array(leaf) else leaf.dtype

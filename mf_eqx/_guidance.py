@@ -30,7 +30,8 @@ class Guidance(eqx.Module):
 
     - `scale`: the paper's $\omega$, > 0 ("cfg scale" elsewhere, but see `effective_scale`).
     - `mix`: its $\kappa$, in [0, 1); 0 is Eq. 19 and saves the conditional pass on identity rows.
-    - `interval`: closed interval of t inside which guidance applies; outside it the target is plain $v_t$.
+    - `interval`: interval of t inside which guidance applies, closed at both ends as in the authors' ImageNet code;
+      outside it the target is plain $v_t$.
 
     Values in use: (scale, mix, interval) B/2 and M/2 (1.0, 0.5, (0, 1)); L/2 (0.2, 0.92, (0, 0.8)); XL/2 (0.2, 0.92,
     (0, 0.75)); XL/2+ (1.0, 0.5, (0.3, 0.8)). No guidance at all is `guidance=None`, which costs nothing.
@@ -80,17 +81,22 @@ class Guidance(eqx.Module):
 class LabelDropout(eqx.Module):
     """Replacement of the condition by "no label", which trains the unconditional velocity that guidance needs.
 
-    Dropped rows regress on plain v. Only r = t rows are dropped, with probability `rate` / (1 - identity share), so
-    that `rate` is the share of the whole batch; with an identity share of 1 any row is. (The authors' ImageNet code
-    drops a prefix of Binomial(B, 0.1) rows of the batch, all of them r = t rows: the same in expectation.) The null
-    condition is therefore never trained at r < t, unless the share is 1.
+    Dropped rows regress on plain v (the authors' ImageNet code).
 
-    **Arguments:** `rate` share of all rows, 0.1 in the paper; `null` the condition that means "none" (a PyTree like one
-    example's condition; for a `DiT` the label `field.null_label`).
+    **Arguments:**
+
+    - `rate`: share of all rows of the batch, 0.1 in the paper.
+    - `null`: the condition that means "none" (a PyTree like one example's condition; for a `DiT` the label
+      `field.null_label`).
+    - `boundary_only`: whether only r = t rows are dropped, with probability `rate` / (1 - identity share), so that the
+      null condition is never trained at r < t. True is the authors' ImageNet code, which drops a prefix of Binomial(B,
+      0.1) rows, all of them r = t rows: the same in expectation. False drops any row, as the paper's text reads. With
+      an identity share of 1 any row is dropped in either case.
     """
 
     rate: float = eqx.field(converter=float)
     null: Condition
+    boundary_only: bool = True
 
     def __check_init__(self):
         if not 0 <= self.rate <= 1:

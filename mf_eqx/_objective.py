@@ -13,7 +13,9 @@ is mixed in.
 """
 
 import abc
-from collections.abc import Callable
+import functools
+import operator
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import TypeAlias
 
@@ -38,12 +40,13 @@ class Batch(eqx.Module):
 
     **Arguments:** `x` data with a leading batch axis (channels first for images; a PyTree if `TrainStep.prepare` makes
     data of it); `condition` a PyTree with the same leading axis, or None; `index` each row's index in the global batch,
-    0, 1, ... by default (pass it when `x` is a part of a larger batch).
+    0, 1, ... by default (pass it when `x` is a part of a larger batch). With a scalar `index` it is a single row
+    without batch axis.
     """
 
-    x: PyTree[Shaped[ArrayLike, "batch ..."]]
-    condition: PyTree[Shaped[ArrayLike, "batch ..."]]
-    index: Int[Array | np.ndarray, " batch"]
+    x: PyTree[Shaped[ArrayLike, "..."]]
+    condition: PyTree[Shaped[ArrayLike, "..."]]
+    index: Int[Array | np.ndarray, "..."]
 
     def __init__(
         self,
@@ -53,6 +56,9 @@ class Batch(eqx.Module):
     ):
         self.x = x
         self.condition = condition
+        if index is not None and np.ndim(index) == 0:  # one row, as `TrainStep.prepare` sees it
+            self.index = index
+            return
         shapes = [np.shape(leaf)[:1] for leaf in jax.tree.leaves((x, condition, index))]
         if len(set(shapes)) != 1 or shapes[0] == ():
             raise ValueError(f"x, condition and index must share their leading batch axis, got {shapes}")
@@ -78,6 +84,14 @@ class Mean(eqx.Module):
 
 
 Metrics: TypeAlias = dict[str, Mean]
+
+
+def total(metrics: Sequence[Metrics]) -> Metrics:
+    """The metrics of several steps, or parts of a step, as if of one: every `Mean` over all that they count.
+
+    **Arguments:** `metrics` at least one, all with the same names.
+    """
+    return {name: functools.reduce(operator.add, (part[name] for part in metrics)) for name in metrics[0]}
 
 
 class AbstractObjective(eqx.Module):
@@ -122,7 +136,8 @@ class Objective(AbstractObjective):
     - `label_dropout`: None, or how the condition is dropped.
 
     **Metrics**, each a `Mean`: `loss` (weighted); `boundary_error` and `identity_error`, the *raw* mean squared error
-    per dimension of either kind of rows; `identity_error_by_gap`, the latter in four equal bins of t - r.
+    per dimension of rows with r = t and with r < t; `identity_error_by_gap`, the latter in four equal bins of t - r.
+    NaN where there was no row.
 
     **Raises:** `ValueError` where parts contradict each other, or, when called, if the batch is not divisible.
     """
@@ -153,30 +168,29 @@ class Objective(AbstractObjective):
 
     @property
     def _drop_probability(self) -> float:
-        """Of a row that may be dropped at all: r = t rows only, any row if there are none."""
+        """Of a row that may be dropped at all."""
         assert self.label_dropout is not None
-        return self.label_dropout.rate / (float(1 - self.identity_share) or 1.0)
+        return self.label_dropout.rate / (1.0 if self._drops_any_row else float(1 - self.identity_share))
+
+    @property
+    def _drops_any_row(self) -> bool:
+        return self.label_dropout is not None and (not self.label_dropout.boundary_only or self.identity_share == 1)
 
     def __call__(
         self, field: AbstractField, batch: Batch, *, key: Key[Array, ""], context: Context | None = None
     ) -> tuple[Scalar, Metrics]:
         self._check(batch)
-        size = batch.index.shape[0]
         identity_rows, boundary_rows = split_rows(batch, self.identity_share)
-        loss, metrics = jnp.zeros(()), {}
+        parts = []
         if self.identity_share < 1:
-            losses, errors, _ = self._evaluate(
-                lambda row: self._boundary_residual(field, row), boundary_rows, key, True
-            )
-            loss, metrics["boundary_error"] = loss + jnp.sum(losses), _mean(errors)
+            parts.append(self._evaluate(lambda row: self._boundary_residual(field, row), boundary_rows, key, True))
         if self.identity_share > 0:
-            losses, errors, gaps = self._evaluate(
-                lambda row: self._identity_residual(field, row, context), identity_rows, key, False
-            )
-            loss, metrics["identity_error"] = loss + jnp.sum(losses), _mean(errors)
-            metrics["identity_error_by_gap"] = _mean_by_gap(errors, gaps)
-        metrics["loss"] = Mean(loss, jnp.full_like(loss, size))
-        return loss / size, metrics
+            residual = functools.partial(self._identity_residual, field, context=context)
+            parts.append(self._evaluate(residual, identity_rows, key, False))
+        metrics = total(parts)
+        if self.identity_share == 0:
+            metrics = {name: metrics[name] for name in ("loss", "boundary_error")}
+        return jnp.asarray(metrics["loss"].value), metrics
 
     def _check(self, batch: Batch) -> None:
         check_batch_size(batch.index.shape[0], self.identity_share)
@@ -187,21 +201,24 @@ class Objective(AbstractObjective):
             given, null = (jax.tree.structure(tree) for tree in (batch.condition, self.label_dropout.null))
             if given != null:
                 raise ValueError(f"condition must have the structure of label_dropout.null, {null}; got {given}")
+            jax.tree.map(_check_null, self.label_dropout.null, batch.condition)
             if not jax.tree.leaves(batch.condition):
                 raise ValueError(f"condition must be given with label_dropout, got {batch.condition}")
 
     def _evaluate(
         self, residual: Callable[[_Row], Float[Array, "*data"]], batch: Batch, key: Key[Array, ""], boundary: bool
-    ) -> tuple[Float[Array, " batch"], Float[Array, " batch"], Float[Array, " batch"]]:
-        """Weighted losses, errors per dimension, and t - r of rows of one kind."""
+    ) -> Metrics:
+        """The metrics of rows of one kind."""
 
         def evaluate(row: Batch) -> tuple[Scalar, Scalar, Scalar]:
             drawn = self._draw(row, key, boundary)
             difference = residual(drawn)
             error = jnp.sum(difference**2)
-            return jax.lax.stop_gradient(self.weight(error)) * error, error / difference.size, drawn.t - drawn.r
+            loss = jax.lax.stop_gradient(self.weight(error)) * error
+            return loss, error / difference.size, drawn.t - drawn.r
 
-        return jax.vmap(evaluate)(batch)
+        losses, errors, gaps = jax.vmap(evaluate)(batch)
+        return {"loss": _mean(losses), **_errors_by_kind(errors, gaps)}
 
     def _draw(self, row: Batch, key: Key[Array, ""], boundary: bool) -> _Row:
         eps_key, times_key, drop_key, field_key = jr.split(jr.fold_in(key, row.index), 4)
@@ -210,7 +227,7 @@ class Objective(AbstractObjective):
         r, t = r.astype(x.dtype), t.astype(x.dtype)
         z, v = self.interpolant.state_and_velocity(x, jr.normal(eps_key, x.shape, x.dtype), t)
         dropped, condition = jnp.asarray(False), row.condition
-        if self.label_dropout is not None and (boundary or self.identity_share == 1):
+        if self.label_dropout is not None and (boundary or self._drops_any_row):
             dropped = jr.bernoulli(drop_key, self._drop_probability)
             condition = jax.tree.map(lambda null, c: jnp.where(dropped, null, c), self._null_like(condition), condition)
         return _Row(z, v, r, t, condition, dropped, field_key)
@@ -258,11 +275,24 @@ class Objective(AbstractObjective):
         return jnp.where(row.dropped, row.v, guided)
 
 
+def _check_null(null: ArrayLike, condition: ArrayLike) -> None:
+    kinds = [jnp.issubdtype(jnp.result_type(leaf), jnp.floating) for leaf in (null, condition)]
+    if kinds == [True, False]:
+        raise ValueError(f"label_dropout.null must be an integer like the condition, got {null}")
+
+
 def _mean(values: Float[Array, " batch"]) -> Mean:
     return Mean(jnp.sum(values), jnp.full((), values.size, values.dtype))
 
 
-def _mean_by_gap(values: Float[Array, " batch"], gaps: Float[Array, " batch"], bins: int = 4) -> Mean:
-    """Means over equal bins of t - r in [0, 1]."""
-    member = jax.nn.one_hot(jnp.minimum((gaps * bins).astype(int), bins - 1), bins, dtype=values.dtype)
-    return Mean(values @ member, jnp.sum(member, axis=0))
+def _errors_by_kind(errors: Float[Array, " batch"], gaps: Float[Array, " batch"], bins: int = 4) -> Metrics:
+    """Raw errors of rows with r = t, which identity rows may have too, and with r < t, also by equal bins of t - r."""
+    bin_of = jnp.where(gaps > 0, jnp.minimum((gaps * bins).astype(int), bins - 1), bins)
+    member = bin_of[:, None] == jnp.arange(bins + 1)
+    total = jnp.sum(jnp.where(member, errors[:, None], 0), axis=0)  # no product: a NaN must stay in its bin
+    count = jnp.sum(member, axis=0, dtype=errors.dtype)
+    return {
+        "boundary_error": Mean(total[bins], count[bins]),
+        "identity_error": Mean(jnp.sum(total[:bins]), jnp.sum(count[:bins])),
+        "identity_error_by_gap": Mean(total[:bins], count[:bins]),
+    }

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from ._custom_types import Condition, Time
+from ._custom_types import at_least_float32, Condition, Time
 from ._field import AbstractField
 
 
@@ -42,7 +42,7 @@ def sample(
     **Arguments:** `field`; `eps` standard normal noise of the data's shape; `condition`; `times` a strictly decreasing
     grid in [0, 1], from 1 (noise) to 0 (data) by default; `uniform_times(n)` makes one of n steps.
 
-    **Returns:** the state at the last time, data if that is 0.
+    **Returns:** the state at the last time, data if that is 0, in float32 or better.
 
     **Raises:** `ValueError` if `times` is not such a grid.
     """
@@ -85,5 +85,6 @@ def _integrate(
     grid = np.asarray(times, np.float64)
     if grid.ndim != 1 or len(grid) < 2 or not (np.diff(grid) < 0).all() or grid[0] > 1 or grid[-1] < 0:
         raise ValueError(f"times must be a strictly decreasing sequence of at least two times in [0, 1], got {times}")
+    eps = at_least_float32(eps)
     grid = jnp.asarray(grid, eps.dtype)
-    return jax.lax.scan(lambda z, pair: (step(z, *pair), None), eps, (grid[1:], grid[:-1]))[0]
+    return jax.lax.scan(lambda z, pair: (step(z, *pair).astype(z.dtype), None), eps, (grid[1:], grid[:-1]))[0]

@@ -47,9 +47,9 @@ def init_state(
     """The state before the first step.
 
     **Arguments:** `field` freshly made or trained before; `optimizer` and `averages` the same as the `TrainStep`'s;
-    `key` of the run. The arrays of `field` and `key` move into the state, which the first step donates: do not use them
-    afterwards.
+    `key` of the run. Both are copied, because steps donate the state.
     """
+    field, key = jax.tree.map(lambda leaf: leaf.copy() if eqx.is_array(leaf) else leaf, (field, key))
     opt_state = optimizer.init(eqx.filter(field, eqx.is_inexact_array))
     return TrainState(field, opt_state, tuple(a.init(field) for a in averages), jnp.zeros((), jnp.int32), key)
 
@@ -73,10 +73,13 @@ class TrainStep(eqx.Module):
     optimizer: optax.GradientTransformation
     averages: tuple[ExponentialAverage, ...] = eqx.field(default=(), converter=tuple)
     prepare: Callable[[Batch, Key[Array, ""]], Batch] | None = None
+    shards: int = 1
 
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         if len(state.averages) != len(self.averages):
             raise ValueError(f"averages must be as many as the state's {len(state.averages)}, got {len(self.averages)}")
+        if batch.index.shape[0] % self.shards:
+            raise ValueError(f"batch must be a multiple of shards = {self.shards}, got {batch.index.shape[0]}")
         return _train_step((self, batch), state)
 
 
@@ -87,9 +90,7 @@ def _train_step(kept: tuple[TrainStep, Batch], state: TrainState) -> tuple[Train
     if (prepare := train_step.prepare) is not None:
         batch = jax.vmap(lambda row: prepare(row, jr.fold_in(prepare_key, row.index)))(batch)
     context = Context(state.step, state.averages[0] if state.averages else None)
-    (_, metrics), gradients = eqx.filter_value_and_grad(train_step.objective, has_aux=True)(
-        state.field, batch, key=objective_key, context=context
-    )
+    metrics, gradients = _differentiate(train_step, state.field, batch, objective_key, context)
     parameters = eqx.filter(state.field, eqx.is_inexact_array)
     updates, opt_state = train_step.optimizer.update(gradients, state.opt_state, parameters)
     field = eqx.apply_updates(state.field, updates)
@@ -99,3 +100,20 @@ def _train_step(kept: tuple[TrainStep, Batch], state: TrainState) -> tuple[Train
     )
     metrics["gradient_norm"] = Mean(optax.tree.norm(gradients), jnp.ones(()))
     return TrainState(field, opt_state, averages, step, state.key), metrics
+
+
+def _differentiate(
+    train_step: TrainStep, field: AbstractField, batch: Batch, key: Key[Array, ""], context: Context
+) -> tuple[Metrics, PyTree[Any]]:
+    """Metrics and gradients of the mean over all rows.
+
+    Each shard's rows are differentiated apart and the results meet once, at the end. Otherwise the compiler sums over
+    devices wherever a gradient arises: in every turn of a backward loop, and once for each kind of rows.
+    """
+    differentiate = eqx.filter_value_and_grad(train_step.objective, has_aux=True)
+    if train_step.shards == 1:
+        (_, metrics), gradients = differentiate(field, batch, key=key, context=context)
+        return metrics, gradients
+    parts = jax.tree.map(lambda leaf: leaf.reshape(train_step.shards, -1, *leaf.shape[1:]), batch)
+    (_, metrics), gradients = jax.vmap(lambda part: differentiate(field, part, key=key, context=context))(parts)
+    return jax.tree.map(lambda m: jnp.sum(m, axis=0), metrics), jax.tree.map(lambda g: jnp.mean(g, axis=0), gradients)

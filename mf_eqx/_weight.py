@@ -27,6 +27,10 @@ class ConstantWeight(AbstractWeight):
 
     value: float = eqx.field(default=1.0, converter=float)
 
+    def __check_init__(self):
+        if not self.value > 0:
+            raise ValueError(f"value must be > 0, got {self.value}")
+
     def __call__(self, error: Scalar) -> Scalar:
         return jnp.full_like(error, self.value)
 

@@ -8,7 +8,7 @@ from jaxtyping import install_import_hook
 
 # Before anything imports mf_eqx. Off with JAXTYPING_DISABLE=1, or where beartype is not installed.
 if importlib.util.find_spec("beartype") is not None:
-    install_import_hook("mf_eqx", "beartype.beartype")
+    install_import_hook("mf_eqx", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
 
 
 @pytest.fixture

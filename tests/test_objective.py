@@ -513,10 +513,36 @@ def test_loss_metric_is_the_loss():
     assert metrics["loss"].value == loss
 
 
-@pytest.mark.parametrize(("share", "missing"), [(0.0, "identity_error"), (1.0, "boundary_error")])
-def test_rows_that_do_not_exist_have_no_metric(share, missing):
-    _, metrics, _ = run(Objective(identity_share=share), network(), Batch(data(4)))
-    assert missing not in metrics
+def test_flow_matching_has_no_metric_of_an_identity():
+    _, metrics, _ = run(Objective(identity_share=0.0), network(), Batch(data(4)))
+    assert metrics.keys() == {"loss", "boundary_error"}
+
+
+def test_rows_that_a_coin_sets_to_r_equal_t_count_as_boundary_rows():
+    x = data(MANY)
+    objective = Objective(time_pairs=TimePairs(equal=0.25), identity_share=1.0)
+    drawn = draws(objective, x)
+    _, metrics, _ = run(objective, Zero(jnp.zeros(())), Batch(x))
+    equal, errors = drawn.r == drawn.t, np.mean(drawn.v**2, axis=1)
+    np.testing.assert_allclose(metrics["boundary_error"].value, np.mean(errors[equal]), rtol=1e-12)
+    np.testing.assert_allclose(metrics["identity_error"].value, np.mean(errors[~equal]), rtol=1e-12)
+    assert np.sum(metrics["identity_error_by_gap"].count) == np.sum(~equal)
+
+
+def test_dropout_of_any_row_drops_identity_rows_too():
+    objective = Objective(identity_share=0.5, label_dropout=LabelDropout(0.3, LABELS, boundary_only=False))
+    seen = []
+
+    class Listening(AbstractField):
+        def __call__(self, z, r, t, condition=None, *, key=None):
+            jax.debug.callback(lambda r, t, c: seen.append((bool(r < t), int(c))), r, t, condition)
+            return jnp.zeros_like(z)
+
+    objective(Listening(), Batch(data(512), labels(512)), key=jr.key(0))
+    jax.effects_barrier()
+    for carries in (True, False):
+        dropped = [label == LABELS for identity, label in seen if identity == carries]
+        assert abs(np.mean(dropped) - 0.3) < 0.1
 
 
 def micro_batches(objective, x):

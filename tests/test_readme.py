@@ -39,4 +39,4 @@ def test_tree_names_everything_in_the_package():
         for path in (ROOT / "mf_eqx").iterdir()
         if path.suffix == ".py" or (path / "__init__.py").exists()
     } - {"__init__.py"}
-    assert entries == {name for name in re.findall(r"^  (\S+)", tree, re.MULTILINE)}
+    assert entries == set(re.findall(r"^  (\S+)", tree, re.MULTILINE))

@@ -173,3 +173,10 @@ def test_program_does_not_grow_with_the_number_of_steps():
         return sample.lower(noise()).as_text().count("\n")
 
     assert lines(50) == lines(2)
+
+
+def test_noise_below_float32_is_sampled_in_float32():
+    eps = jnp.ones(2, jnp.bfloat16)
+    field = GaussianField(jnp.zeros(2), 0.5)
+    x = mfx.sample(field, eps, times=(1.0, 0.5, 0.0))
+    assert x.dtype == jnp.float32

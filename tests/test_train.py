@@ -306,14 +306,14 @@ def test_training_gives_the_same_numbers_on_one_and_eight_devices(on_devices):
     assert on_devices["float64"] <= 1e-14
 
 
-def test_compiled_step_on_eight_devices_has_one_all_reduce_and_no_other_collective(on_devices):
-    found = on_devices["unrolled"]
+@pytest.mark.parametrize("form", ["unrolled", "scanned"])
+def test_step_on_eight_devices_has_one_all_reduce_and_no_other_collective(on_devices, form):
+    found = on_devices[form]
     assert found.pop("all-reduce") == 1
     assert not any(found.values()), found
 
 
-def test_scanned_step_on_eight_devices_has_no_collective_but_all_reduces(on_devices):
-    found = on_devices["scanned"]
-    # The partitioner sums a block's gradient inside the backward loop: one more for each of the two kinds of rows.
-    assert 1 <= found.pop("all-reduce") <= 3
-    assert not any(found.values()), found
+def test_batch_that_the_shards_do_not_divide_is_refused():
+    step = mfx.TrainStep(Probe(), OPTIMIZER, AVERAGES, shards=3)
+    with pytest.raises(ValueError, match="batch must be a multiple of shards = 3, got 8"):
+        step(state(), mfx.Batch(jnp.zeros((ROWS, DIM))))

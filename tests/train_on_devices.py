@@ -30,7 +30,7 @@ def make(field, devices):
     def spread(x):
         return jax.device_put(mfx.Batch(x, np.arange(ROWS) % 4), NamedSharding(mesh, PartitionSpec("data")))
 
-    return mfx.TrainStep(objective, OPTIMIZER, AVERAGES), state, spread
+    return mfx.TrainStep(objective, OPTIMIZER, AVERAGES, shards=devices), state, spread
 
 
 def train(devices, dtype, steps=5):

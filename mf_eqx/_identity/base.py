@@ -65,6 +65,7 @@ class AbstractIdentity(eqx.Module):
 
         **Arguments:** `field` to be learnt; `z` state at `t`; `v` its velocity (conditional in training, guided if the
         objective guides); `r <= t` times; `condition`; `key` one key per row and step: pass it unchanged to every
-        evaluation of `field`, so that all see the same dropout mask, and fold it for draws of your own (None only if
-        neither happens); `context`.
+        evaluation of `field`, so that all see the same dropout mask, and fold it with a large number for draws of
+        your own (`fold_in(key, i)` with a small i is `split(key, n)[i]`, which the field may use; None only if neither
+        happens); `context`.
         """

@@ -19,6 +19,8 @@ from .._field import AbstractField, stopped
 from .._times import AbstractTimes, UniformTimes
 from .base import AbstractIdentity, Context
 
+_SPLIT = 0x53504C49  # folds the key away from those that a field splits off: jr.fold_in(key, i) is jr.split(key, n)[i]
+
 
 def semigroup_residual(
     field: AbstractField,
@@ -68,5 +70,5 @@ class SplitMeanFlow(AbstractIdentity):
     ) -> Float[Array, "*data"]:
         if key is None:
             raise ValueError("key must be given, since SplitMeanFlow draws s from it; got None")
-        split = self.split(key=jr.fold_in(key, 1)).astype(t.dtype)
+        split = self.split(key=jr.fold_in(key, _SPLIT)).astype(t.dtype)
         return semigroup_residual(field, z, r, t, split, condition, key=key)

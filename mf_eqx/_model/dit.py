@@ -126,8 +126,14 @@ class DiT(AbstractField):
         key: Key[Array, ""],
     ):
         channels, height, width = data_shape
+        if min(size) < 1:
+            raise ValueError(f"size must be positive throughout, got {size}")
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise ValueError(f"dtype must be floating point, got {dtype}")
         if height % size.patch or width % size.patch:
             raise ValueError(f"data_shape must be divisible by the patch size {size.patch}, got {data_shape}")
+        if size.width % 4:
+            raise ValueError(f"width must be a multiple of 4 (sin-cos positions), got {size.width}")
         patch_key, time_key, label_key, stack_key, modulation_key, out_key = jr.split(key, 6)
         values = channels * size.patch**2
         self.patches = Linear(values, size.width, key=patch_key)

@@ -38,8 +38,8 @@ class MLP(AbstractField):
     - `labels`: number of labels, or None. The condition is then an integer label in [0, labels], `labels` being "no
       label".
     - `time_variables`: what of (r, t) is embedded, one of the functions of Tab. 1c in `mf_eqx.nn`.
-    - `time_scale`: factor on times before the sines. 1 would leave nearly all of them constant, and the paper's DiT
-      lives with that; on low-dimensional data a few oscillations over [0, 1] help.
+    - `time_scale`: factor on times before the sines, see `mf_eqx.nn.TimePairEmbedding`; 10 lets the fastest of them
+      turn by 10 radians over [0, 1].
     - `key`.
     """
 

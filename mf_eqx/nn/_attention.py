@@ -1,7 +1,8 @@
 """Self-attention that forward mode can pass.
 
 Fused kernels (cuDNN, Pallas) are `jax.custom_vjp` functions and refuse a JVP when lowered, so attention here is XLA's
-own.
+own: two products and a softmax. (`jax.nn.dot_product_attention` compiles to the same, but takes the softmax in float32
+whatever the inputs, which would leave a float64 field with float32 derivatives.)
 """
 
 import equinox as eqx
@@ -36,5 +37,8 @@ class SelfAttention(eqx.Module):
         query, key, value = (
             part.reshape(tokens, self.heads, width // self.heads) for part in jnp.split(self.qkv(x), 3, axis=-1)
         )
-        mixed = jax.nn.dot_product_attention(query, key, value, implementation="xla")
+        wide = jnp.promote_types(x.dtype, jnp.float32)
+        logits = jnp.einsum("qhd,khd->hqk", query, key, preferred_element_type=wide)
+        weights = jax.nn.softmax(logits * (width // self.heads) ** -0.5, axis=-1).astype(x.dtype)
+        mixed = jnp.einsum("hqk,khd->qhd", weights, value)
         return self.out(mixed.reshape(tokens, width))

@@ -5,6 +5,8 @@ Each choice is a function `(r, t) -> numbers`; every number gets its own sinusoi
 results are summed.
 """
 
+import functools
+import operator
 from collections.abc import Callable
 from typing import TypeAlias
 
@@ -45,8 +47,12 @@ def duration(r: Time, t: Time) -> tuple[Time, ...]:
 def sinusoidal_embedding(value: Scalar, size: int, *, max_period: float = 10_000.0) -> Float[Array, " size"]:
     r"""Cosines, then sines, of $value \cdot P^{-k / (size/2)}$ for k = 0 .. size/2 - 1, in float32 or better.
 
-    **Arguments:** `value` a time; `size` even; `max_period` the P above.
+    As in the authors' ImageNet code and in DiT. (Their CIFAR-10 code divides k by size/2 - 1 instead of size/2.)
+
+    **Arguments:** `value` a time; `size` even; `max_period` the P above, 10,000 everywhere.
     """
+    if size < 2 or size % 2:
+        raise ValueError(f"size must be even and positive, got {size}")
     half = size // 2
     frequencies = max_period ** (-np.arange(half) / half)
     angles = at_least_float32(value) * jnp.asarray(frequencies, jnp.promote_types(value.dtype, jnp.float32))
@@ -62,8 +68,8 @@ class TimePairEmbedding(eqx.Module):
 
     - `width` of the result; `size` of each sinusoidal embedding, even (256 in the paper's DiT).
     - `variables`: `end_duration` (default), `end_start`, `end_start_duration`, `duration`, or a function of your own.
-    - `time_scale`: factor on the times before the sines. 1 in the authors' MeanFlow code; 1000 in DiT and SiT, which
-      makes du/dt a hundred times less accurate.
+    - `time_scale`: factor on the times before the sines. 1 in the authors' MeanFlow code; in DiT, whose time is an
+      integer step, about 1000, which makes du/dt less accurate.
     - `init`: for the weights; normal with standard deviation 0.02 in DiT.
     """
 
@@ -97,7 +103,8 @@ class TimePairEmbedding(eqx.Module):
         def embed(value: Time, hidden: Linear, out: Linear) -> Float[Array, " width"]:
             return out(jax.nn.silu(hidden(sinusoidal_embedding(self.time_scale * value, self.size))))
 
-        return sum(map(embed, self.variables(r, t), self.hidden, self.out), jnp.zeros(()))
+        # Without a start value, which would make a float32 field float64 where that is enabled.
+        return functools.reduce(operator.add, map(embed, self.variables(r, t), self.hidden, self.out))
 
 
 class LabelEmbedding(eqx.Module):

@@ -29,7 +29,7 @@ class Linear(eqx.Module):
         key: Key[Array, ""],
     ):
         self.weight = init(key, (in_size, out_size), jnp.float32)
-        self.bias = jnp.zeros(out_size)
+        self.bias = jnp.zeros(out_size, jnp.float32)
 
     def __call__(self, x: Float[Array, "*rows in"]) -> Float[Array, "*rows out"]:
         return x @ self.weight + self.bias

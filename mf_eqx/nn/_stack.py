@@ -30,7 +30,7 @@ class Stack(eqx.Module, Generic[_Block]):
 
     blocks: _Block
     remat: Remat = eqx.field(static=True)
-    unroll: int | bool = eqx.field(static=True)
+    unroll: int = eqx.field(static=True)
 
     def __init__(
         self,
@@ -45,7 +45,8 @@ class Stack(eqx.Module, Generic[_Block]):
             raise ValueError(f"depth must be >= 1, got {depth}")
         self.blocks = eqx.filter_vmap(make_block)(jr.split(key, depth))
         self.remat = remat
-        self.unroll = unroll
+        # A number: True == 1, so that a jitted function would take an unrolled stack for a scanned one.
+        self.unroll = depth if unroll is True else 1 if unroll is False else unroll
 
     def __call__(
         self, apply: Callable[[_Block, Float[Array, "*state"]], Float[Array, "*state"]], x: Float[Array, "*state"]

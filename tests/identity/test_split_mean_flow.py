@@ -115,3 +115,23 @@ def test_missing_key_is_refused():
     z, v, r, t = point()
     with pytest.raises(ValueError, match="key must be given, since SplitMeanFlow draws s from it; got None"):
         SplitMeanFlow().residual(curved(), z, v, r, t, None, key=None)
+
+
+def test_split_does_not_use_a_key_that_the_field_may_split_off():
+    class Splitting(AbstractField):
+        """Reports the first of the numbers that a network with dropout would draw."""
+
+        def __call__(self, z, r, t, condition=None, *, key=None):
+            return z
+
+    seen = []
+
+    class Recording(AbstractTimes):
+        def __call__(self, *, key):
+            seen.append(jr.key_data(key))
+            return jnp.asarray(0.5)
+
+    key, zero = jr.key(0), jnp.zeros(())
+    SplitMeanFlow(Recording()).residual(Splitting(), jnp.zeros(2), jnp.zeros(2), zero, zero + 1, None, key=key)
+    for n in (2, 4, 64):
+        assert not any(np.array_equal(seen[0], other) for other in jr.key_data(jr.split(key, n)))
