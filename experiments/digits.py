@@ -1,5 +1,12 @@
 """Handwritten digits in one evaluation: a small class-conditional DiT trained from scratch by MeanFlow.
 
+    python experiments/digits.py                      about 4 minutes on 2 CPU cores
+    python experiments/digits.py --preset guided      about 5 minutes
+    python experiments/digits.py --compare            8 minutes, Flow Matching beside it
+
+Expect a Frechet distance of 14 to 15 at one evaluation (two random halves of the data: 17), with 98% of the digits
+read correctly; README.md beside this file has all figures.
+
 The data are scikit-learn's 1,797 real digits (8x8 pixels, grey values 0 to 16; Alpaydin and Kaynak, UCI, 1998), which
 come with the package: nothing is downloaded.
 """
@@ -24,9 +31,8 @@ from sklearn.metrics import pairwise_distances_argmin_min
 from sklearn.model_selection import train_test_split
 from sklearn.svm import SVC
 
-with install_import_hook(
-    "mf_eqx", "beartype.beartype"
-):  # run-time checks of shapes and types; JAXTYPING_DISABLE=1 turns them off
+# Shapes and types are checked while the step is traced. JAXTYPING_DISABLE=1 turns this off.
+with install_import_hook("mf_eqx", "beartype.beartype"):
     import mf_eqx as mfx
     from mf_eqx import data, metrics, run
 

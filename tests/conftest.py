@@ -3,6 +3,7 @@
 import importlib.util
 
 import jax
+import jaxtyping
 import pytest
 from jaxtyping import install_import_hook
 
@@ -16,3 +17,12 @@ def x64():
     """Float64 for one test; arrays must be created inside it."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture
+def unchecked():
+    """No runtime type checking for one test: the package's own refusal is what users without it see."""
+    before = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", before)

@@ -196,6 +196,7 @@ def test_half_precision_points_are_compared_in_float32(distance, promotion):
 
 
 @both
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
     ("a", "b", "message"),
     [

@@ -128,6 +128,7 @@ def test_float32_moments_are_accepted():
     assert abs(value) < 1e-4 * np.trace(cov)
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
     ("a", "b", "message"),
     [
@@ -148,6 +149,7 @@ def test_features_that_are_not_finite_are_refused():
         frechet_distance(np.zeros((5, 2)), b)
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
     ("change", "message"),
     [
