@@ -57,7 +57,12 @@ from ._times import (
     TimePairs as TimePairs,
     UniformTimes as UniformTimes,
 )
-from ._train import init_state as init_state, TrainState as TrainState, TrainStep as TrainStep
+from ._train import (
+    init_state as init_state,
+    scan_steps as scan_steps,
+    TrainState as TrainState,
+    TrainStep as TrainStep,
+)
 from ._weight import (
     AbstractWeight as AbstractWeight,
     AdaptiveWeight as AdaptiveWeight,

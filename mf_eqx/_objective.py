@@ -134,6 +134,9 @@ class Objective(AbstractObjective):
     - `weight`: from an example's error to its weight.
     - `guidance`: None, or how the target is guided; needs `label_dropout`, which names the null condition.
     - `label_dropout`: None, or how the condition is dropped.
+    - `velocity`: None, or a function v(z, t, condition) whose value replaces the conditional velocity $v_t$, as target
+      and as tangent: a trained Flow Matching field (distillation), or the marginal velocity itself
+      (`mf_eqx.exact.MarginalVelocity`), to see what the variance of $v_t$ costs. No gradient enters it.
 
     **Metrics**, each a `Mean`: `loss` (weighted); `boundary_error` and `identity_error`, the *raw* mean squared error
     per dimension of rows with r = t and with r < t; `identity_error_by_gap`, the latter in four equal bins of t - r.
@@ -150,6 +153,7 @@ class Objective(AbstractObjective):
     weight: AbstractWeight = AdaptiveWeight()
     guidance: Guidance | None = None
     label_dropout: LabelDropout | None = None
+    velocity: Callable[[Float[Array, "*data"], Time, Condition], Float[Array, "*data"]] | None = None
 
     def __check_init__(self):
         share = self.identity_share
@@ -230,6 +234,8 @@ class Objective(AbstractObjective):
         if self.label_dropout is not None and (boundary or self._drops_any_row):
             dropped = jr.bernoulli(drop_key, self._drop_probability)
             condition = jax.tree.map(lambda null, c: jnp.where(dropped, null, c), self._null_like(condition), condition)
+        if self.velocity is not None:
+            v = jax.lax.stop_gradient(self.velocity(z, t, condition).astype(z.dtype))
         return _Row(z, v, r, t, condition, dropped, field_key)
 
     def _draw_times(self, key: Key[Array, ""], boundary: bool) -> tuple[Time, Time]:

@@ -22,6 +22,8 @@ from ._field import AbstractField
 from ._identity import Context
 from ._objective import AbstractObjective, Batch, Mean, Metrics
 
+_DRAW = 0x44524157  # folds the key of a step's data away from those that the step itself splits off
+
 
 class TrainState(eqx.Module):
     """Everything that training changes.
@@ -83,6 +85,24 @@ class TrainStep(eqx.Module):
         return _train_step((self, batch), state)
 
 
+def scan_steps(
+    train_step: TrainStep, state: TrainState, draw: Callable[[Key[Array, ""]], Batch], steps: int
+) -> tuple[TrainState, Metrics]:
+    """Several steps as one program (`jax.lax.scan`), on batches drawn on the device: for networks so small that the
+    time between steps would count.
+
+    **Arguments:** `train_step`; `state`, donated; `draw` a function from a key to a `Batch`, a Module rather than a
+    lambda, since each new lambda is compiled anew; `steps` how many, compiled anew for each number.
+
+    **Returns:** the new state and the metrics of all steps together.
+
+    **Raises:** `ValueError` unless steps >= 1.
+    """
+    if steps < 1:
+        raise ValueError(f"steps must be >= 1, got {steps}")
+    return _scan_steps((train_step, draw, steps), state)
+
+
 @eqx.filter_jit(donate="all-except-first")
 def _train_step(kept: tuple[TrainStep, Batch], state: TrainState) -> tuple[TrainState, Metrics]:
     train_step, batch = kept
@@ -117,3 +137,20 @@ def _differentiate(
     parts = jax.tree.map(lambda leaf: leaf.reshape(train_step.shards, -1, *leaf.shape[1:]), batch)
     (_, metrics), gradients = jax.vmap(lambda part: differentiate(field, part, key=key, context=context))(parts)
     return jax.tree.map(lambda m: jnp.sum(m, axis=0), metrics), jax.tree.map(lambda g: jnp.mean(g, axis=0), gradients)
+
+
+@eqx.filter_jit(donate="all-except-first")
+def _scan_steps(
+    kept: tuple[TrainStep, Callable[[Key[Array, ""]], Batch], int], state: TrainState
+) -> tuple[TrainState, Metrics]:
+    train_step, draw, steps = kept
+    changing, fixed = eqx.partition(state, eqx.is_array)
+
+    def one(changing: TrainState, _: None) -> tuple[TrainState, Metrics]:
+        state = eqx.combine(changing, fixed)
+        batch = draw(jr.fold_in(jr.fold_in(state.key, state.step), _DRAW))
+        state, metrics = train_step(state, batch)
+        return eqx.filter(state, eqx.is_array), metrics
+
+    changing, metrics = jax.lax.scan(one, changing, length=steps)
+    return eqx.combine(changing, fixed), jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), metrics)

@@ -40,7 +40,8 @@ def trained(share):
 
 def errors(field):
     truth = exact.AverageVelocity(exact.MarginalVelocity(MIXTURE(), PATH), rtol=1e-5, atol=1e-5)
-    return metrics.field_errors(field, truth, MIXTURE().sample, PATH, PAIRS, 1000, key=jr.key(3))
+    known = metrics.field_truth(truth, MIXTURE().sample, PATH, PAIRS, 1000, key=jr.key(3))
+    return metrics.field_errors(field, known)
 
 
 def one_step_energy_distance(field):

@@ -1,8 +1,8 @@
 r"""Exact fields: distributions whose velocity is known in closed form, and their average velocities.
 
     AbstractDistribution ------ MarginalVelocity ------ AverageVelocity
-    (GaussianMixture, PointSet)      |                   (an AbstractField)
-                              GuidedVelocity
+    (GaussianMixture,                |                   (an AbstractField)
+     StackedMixture, PointSet) GuidedVelocity
 
 A distribution knows its marginal velocity (1) on any interpolant; `MarginalVelocity` fixes the interpolant and makes
 it a function v(z, t | condition); `GuidedVelocity` combines two of its values into $v_{cfg}$ (13); `AverageVelocity`
@@ -13,6 +13,9 @@ like every network:
     v = exact.MarginalVelocity(mixture, LinearInterpolant())
     u = exact.AverageVelocity(exact.GuidedVelocity(v, scale=2.0))
     u(z, r, t, jnp.asarray(3))
+
+`checkerboard`, `two_moons` and the others are toy data sets, mixtures all of them; `StackedMixture` makes independent
+copies of one, for any number of dimensions.
 
 `GaussianAverageVelocity` and `PointMassAverageVelocity` are two fields whose u is itself in closed form: the anchors of
 everything above.
@@ -28,3 +31,13 @@ from ._guided_velocity import GuidedVelocity as GuidedVelocity
 from ._marginal_velocity import MarginalVelocity as MarginalVelocity
 from ._point_mass import PointMassAverageVelocity as PointMassAverageVelocity
 from ._point_set import PointSet as PointSet
+from ._stacked_mixture import StackedMixture as StackedMixture
+from ._toys import (
+    checkerboard as checkerboard,
+    eight_gaussians as eight_gaussians,
+    pinwheel as pinwheel,
+    swiss_roll as swiss_roll,
+    three_gaussians as three_gaussians,
+    two_moons as two_moons,
+    two_spirals as two_spirals,
+)

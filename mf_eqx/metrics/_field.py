@@ -62,6 +62,31 @@ class FieldErrors(eqx.Module):
     cells: RelativeError
 
 
+class KnownRows(eqx.Module):
+    """Rows at which the truth has been evaluated.
+
+    **Arguments:** `z` states at `t`; `r <= t` times; `condition` one for each row, or None; `u` the truth there.
+    """
+
+    z: Float[Array, "rows *data"]
+    r: Float[Array, " rows"]
+    t: Float[Array, " rows"]
+    condition: PyTree[Shaped[Array, "rows ..."]]
+    u: Float[Array, "rows *data"]
+
+
+class FieldTruth(eqx.Module):
+    """The truth wherever `FieldErrors` wants it.
+
+    **Arguments:** `overall` at the drawn pairs (r, t); `diagonal` at (t, t), the marginal velocity; `one_step` at (0,
+    1).
+    """
+
+    overall: KnownRows
+    diagonal: KnownRows
+    one_step: KnownRows
+
+
 @eqx.filter_jit
 def draw_states(
     sample: Callable[..., Float[Array, "*data"]],
@@ -98,7 +123,7 @@ def draw_states(
 @eqx.filter_jit
 def relative_error(
     field: AbstractField,
-    truth: AbstractField,
+    truth: AbstractField | Float[Array, "rows *data"],
     z: Float[Array, "rows *data"],
     r: Float[Array, " rows"],
     t: Float[Array, " rows"],
@@ -106,8 +131,8 @@ def relative_error(
 ) -> RelativeError:
     r"""The relative error of a field, $E|u - u^*|^2 / E|u^*|^2$, where both are evaluated at (z, r, t, condition).
 
-    **Arguments:** `field`; `truth` the average velocity $u^*$; `z` states at `t`, usually from `draw_states`; `r <= t`;
-    `condition` one for each row, or None.
+    **Arguments:** `field`; `truth` the average velocity $u^*$, or its values in these rows; `z` states at `t`, usually
+    from `draw_states`; `r <= t`; `condition` one for each row, or None.
 
     **Returns:** one number as a `RelativeError`.
     """
@@ -118,7 +143,7 @@ def relative_error(
 @eqx.filter_jit
 def relative_error_by_cell(
     field: AbstractField,
-    truth: AbstractField,
+    truth: AbstractField | Float[Array, "rows *data"],
     z: Float[Array, "rows *data"],
     r: Float[Array, " rows"],
     t: Float[Array, " rows"],
@@ -151,8 +176,7 @@ def relative_error_by_cell(
 
 
 @eqx.filter_jit
-def field_errors(
-    field: AbstractField,
+def field_truth(
     truth: AbstractField,
     sample: Callable[..., Float[Array, "*data"]],
     interpolant: AbstractInterpolant,
@@ -160,24 +184,45 @@ def field_errors(
     rows: int,
     condition: PyTree[Shaped[Array, "rows ..."]] = None,
     *,
-    edges: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0),
     key: Key[Array, ""],
-) -> FieldErrors:
-    """The relative errors of a field that one wants in a table, from rows drawn here.
+) -> FieldTruth:
+    """The truth at rows drawn here, evaluated once for any number of fields to compare with it.
 
-    **Arguments:** `field`; `truth`; `sample`, `interpolant`, `time_pairs`, `rows`, `condition` as of `draw_states`;
-    `edges` as of `relative_error_by_cell`; `key`: compare fields under one key.
+    **Arguments:** `truth` the average velocity $u^*$; `sample`, `interpolant`, `time_pairs`, `rows`, `condition` as of
+    `draw_states`; `key`.
 
-    **Returns:** a `FieldErrors`. The diagonal uses the drawn states and t; (0, 1) uses fresh noise, as many rows of it.
+    **Returns:** a `FieldTruth`. The diagonal has the drawn states and t; (0, 1) has fresh noise, as many rows of it.
     """
     states_key, noise_key = jr.split(key)
     z, r, t = draw_states(sample, interpolant, time_pairs, rows, condition, key=states_key)
     eps = jr.normal(noise_key, z.shape, z.dtype)
+
+    def known(z: Float[Array, "rows *data"], r: Float[Array, " rows"], t: Float[Array, " rows"]) -> KnownRows:
+        # Not one vmap: every row would wait for the one whose integration takes most steps.
+        u = jax.lax.map(lambda row: truth(*row), (z, r, t, condition), batch_size=min(rows, 50))
+        return KnownRows(z, r, t, condition, u)
+
+    return FieldTruth(known(z, r, t), known(z, t, t), known(eps, jnp.zeros_like(r), jnp.ones_like(t)))
+
+
+@eqx.filter_jit
+def field_errors(
+    field: AbstractField, truth: FieldTruth, *, edges: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0)
+) -> FieldErrors:
+    """The relative errors of a field that one wants in a table.
+
+    **Arguments:** `field`; `truth` from `field_truth`; `edges` as of `relative_error_by_cell`.
+    """
+
+    def error(rows: KnownRows) -> RelativeError:
+        return relative_error(field, rows.u, rows.z, rows.r, rows.t, rows.condition)
+
+    rows = truth.overall
     return FieldErrors(
-        overall=relative_error(field, truth, z, r, t, condition),
-        diagonal=relative_error(field, truth, z, t, t, condition),
-        one_step=relative_error(field, truth, eps, jnp.zeros_like(r), jnp.ones_like(t), condition),
-        cells=relative_error_by_cell(field, truth, z, r, t, condition, edges=edges),
+        overall=error(rows),
+        diagonal=error(truth.diagonal),
+        one_step=error(truth.one_step),
+        cells=relative_error_by_cell(field, rows.u, rows.z, rows.r, rows.t, rows.condition, edges=edges),
     )
 
 
@@ -262,19 +307,22 @@ class _WithoutDropout(AbstractField):
 
 def _squares(
     field: AbstractField,
-    truth: AbstractField,
+    truth: AbstractField | Float[Array, "rows *data"],
     z: Float[Array, "rows *data"],
     r: Float[Array, " rows"],
     t: Float[Array, " rows"],
     condition: PyTree[Shaped[Array, "rows ..."]],
 ) -> tuple[Float[Array, " rows"], Float[Array, " rows"]]:
     """|u - u*|² and |u*|² of each row."""
+    exact = jax.vmap(truth)(z, r, t, condition) if isinstance(truth, AbstractField) else truth
 
-    def square(z: Float[Array, "*data"], r: Time, t: Time, condition: Condition) -> tuple[Scalar, Scalar]:
-        exact = at_least_float32(truth(z, r, t, condition))
+    def square(
+        z: Float[Array, "*data"], r: Time, t: Time, condition: Condition, exact: Float[Array, "*data"]
+    ) -> tuple[Scalar, Scalar]:
+        exact = at_least_float32(exact)
         return jnp.sum((field(z, r, t, condition) - exact) ** 2), jnp.sum(exact**2)
 
-    return jax.vmap(square)(z, r, t, condition)
+    return jax.vmap(square)(z, r, t, condition, exact)
 
 
 def _cell(times: Float[Array, " rows"], bounds: Float[np.ndarray, " edges"]) -> Int[Array, " rows"]:

@@ -1,0 +1,54 @@
+r"""Independent copies of a mixture: data of any dimension whose truth costs no more than that of one copy, per copy.
+
+$$p(x) = \prod_i p_1(x_i), \qquad v(z, t)_i = v_1(z_i, t), \qquad u(z, r, t)_i = u_1(z_i, r, t):$$
+
+independent coordinates stack, although the product of n copies of K components is a mixture of $K^n$.
+"""
+
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+from jaxtyping import Array, Float, Key
+
+from .._custom_types import Condition, Scalar, Time
+from .._interpolant import AbstractInterpolant
+from ._base import AbstractDistribution
+from ._gaussian_mixture import GaussianMixture
+
+
+class StackedMixture(AbstractDistribution):
+    """`copies` independent draws of a mixture, one after the other in one vector: 8 copies of a mixture in 2 dimensions
+    are data in 16.
+
+    **Arguments:** `mixture` of vectors; `copies` how many. A condition is that of all copies.
+
+    **Raises:** `ValueError` if the mixture is not one of vectors, or if copies < 1.
+    """
+
+    mixture: GaussianMixture
+    copies: int
+
+    def __check_init__(self):
+        if self.mixture.mean.ndim != 2:
+            raise ValueError(
+                f"mixture must be one of vectors, with mean (component, dim), got {self.mixture.mean.shape}"
+            )
+        if self.copies < 1:
+            raise ValueError(f"copies must be >= 1, got {self.copies}")
+
+    def velocity(
+        self, interpolant: AbstractInterpolant, z: Float[Array, " dim"], t: Time, condition: Condition = None
+    ) -> Float[Array, " dim"]:
+        velocity = jax.vmap(lambda part: self.mixture.velocity(interpolant, part, t, condition))
+        return velocity(self._parts(z)).reshape(z.shape)
+
+    def sample(self, *, key: Key[Array, ""], condition: Condition = None) -> Float[Array, " dim"]:
+        keys = jr.split(key, self.copies)
+        return jax.vmap(lambda key: self.mixture.sample(key=key, condition=condition))(keys).reshape(-1)
+
+    def log_density(self, x: Float[Array, " dim"], condition: Condition = None) -> Scalar:
+        """The logarithm of the density of data: the sum over the copies."""
+        return jnp.sum(jax.vmap(lambda part: self.mixture.log_density(part, condition))(self._parts(x)))
+
+    def _parts(self, x: Float[Array, " dim"]) -> Float[Array, "copies part"]:
+        return x.reshape(self.copies, -1)
