@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import scipy.special
 import scipy.stats
+from fields import GaussianField
 
 from mf_eqx import (
     AbstractField,
@@ -41,6 +42,7 @@ from mf_eqx import (
     TrigonometricInterpolant,
     UniformTimes,
 )
+from mf_eqx.exact import GaussianMixture, MarginalVelocity
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -463,6 +465,103 @@ def test_context_reaches_the_identity():
     objective = Objective(Scheduled(), identity_share=1.0, weight=PLAIN)
     loss, _, _ = run(objective, network(), Batch(data(4)), Context(jnp.asarray(5)))
     assert loss == 5**2 * SIZE
+
+
+# A known velocity
+
+
+def known_velocity(z, t, condition):
+    """Any function of all its arguments."""
+    return jnp.sin(3 * z) + t + (0.0 if condition is None else condition / 2)
+
+
+@pytest.mark.parametrize("share", [Fraction(0), Fraction(1, 2), Fraction(1)], ids=str)
+def test_known_velocity_takes_the_place_of_the_conditional_one_and_of_nothing_else(share):
+    plain = Objective(identity_share=share)
+    x = data(8 if share == Fraction(1, 2) else 4)
+    expected, found = draws(plain, x), draws(dataclasses.replace(plain, velocity=known_velocity), x)
+    for name in ("z", "r", "t", "n"):
+        np.testing.assert_allclose(getattr(found, name), getattr(expected, name), rtol=1e-12)
+    v = jax.vmap(known_velocity)(expected.z, expected.t, jnp.arange(len(x)))
+    np.testing.assert_allclose(found.v, v, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("share", [Fraction(0), Fraction(1, 2), Fraction(1)], ids=str)
+def test_known_velocity_is_target_and_tangent(share):
+    objective = Objective(identity_share=share, weight=PLAIN)
+    rows = 8 if share == Fraction(1, 2) else 4
+    x, condition = data(rows), labels(rows)
+    drawn = draws(objective, x)
+
+    def residuals(field):
+        for i, (z, _, r, t, label, n) in enumerate(rows_of(drawn, condition)):
+            residual = mean_flow_residual if carries_identity(i, share) else boundary_residual
+            yield residual(field, z, known_velocity(z, t, label), r, t, label, n)
+
+    found = run(dataclasses.replace(objective, velocity=known_velocity), network(), Batch(x, condition))
+    assert_same(found, by_hand(residuals))
+
+
+def test_velocity_equal_to_the_conditional_one_changes_nothing():
+    x = jnp.broadcast_to(data(1), (8, SIZE))  # one point of data: (z - x) / t is the only velocity there is
+    loss, _, gradient = run(Objective(identity_share=0.5), network(), Batch(x))
+    known = Objective(identity_share=0.5, velocity=lambda z, t, condition: (z - x[0]) / t)
+    assert_same(run(known, network(), Batch(x)), (loss, gradient))
+
+
+def test_exact_field_has_no_error_against_the_marginal_velocity():
+    mean, std = jnp.array([1.0, -0.5, 0.2]), 0.4
+    field, x = GaussianField(mean, std), mean + std * data(8)
+    marginal = MarginalVelocity(GaussianMixture(mean[None], std))
+    _, known, _ = run(Objective(identity_share=0.5, velocity=marginal), field, Batch(x))
+    _, conditional, _ = run(Objective(identity_share=0.5), field, Batch(x))
+    for name in ("boundary_error", "identity_error"):
+        assert known[name].value < 1e-28
+        assert conditional[name].value > 0.1  # the variance of the conditional velocity
+
+
+def test_no_gradient_enters_a_known_velocity():
+    class Teacher(eqx.Module):
+        field: Network
+
+        def __call__(self, z, t, condition):
+            return self.field(z, t, t, condition)
+
+    def loss(teacher):
+        return Objective(identity_share=0.5, velocity=teacher)(network(), Batch(data(8)), key=jr.key(0))[0]
+
+    gradient = eqx.filter_grad(loss)(Teacher(network(1)))
+    assert all((leaf == 0).all() for leaf in jax.tree.leaves(gradient))
+    assert loss(Teacher(network(1))) != loss(Teacher(network(2)))
+
+
+def test_known_velocity_of_a_dropped_row_is_that_of_the_null_condition():
+    objective = Objective(None, identity_share=0.0, weight=PLAIN)
+    x = data(4)
+    drawn = draws(objective, x)
+
+    def residuals(field):
+        for z, _, r, t, _, n in rows_of(drawn):
+            yield boundary_residual(field, z, known_velocity(z, t, LABELS), r, t, LABELS, n)
+
+    dropping = dataclasses.replace(objective, label_dropout=LabelDropout(1.0, LABELS), velocity=known_velocity)
+    assert_same(run(dropping, network(), Batch(x, labels(4))), by_hand(residuals))
+
+
+def test_guidance_takes_a_known_velocity():
+    objective = Objective(None, identity_share=0.0, weight=PLAIN)
+    x, condition = data(4), labels(4)
+    drawn = draws(objective, x)
+
+    def residuals(field):
+        for z, _, r, t, label, n in rows_of(drawn, condition):
+            target = guided(field, z, known_velocity(z, t, label), t, label, n, 2.5, 0.5)
+            yield boundary_residual(field, z, target, r, t, label, n)
+
+    guiding = dataclasses.replace(
+        objective, guidance=Guidance(2.5, 0.5), label_dropout=LabelDropout(0.0, LABELS), velocity=known_velocity
+    )
+    assert_same(run(guiding, network(), Batch(x, condition)), by_hand(residuals))
 
 
 # Metrics

@@ -13,6 +13,7 @@ import optax
 import pytest
 
 import mf_eqx as mfx
+from mf_eqx._train import _DRAW
 
 ROWS, DIM = 8, 3
 OPTIMIZER = optax.adam(1e-2)
@@ -267,6 +268,93 @@ def test_preparation_and_objective_draw_from_different_keys():
     step_key = jr.fold_in(jr.key(1), 0)
     assert metrics["draw"].value != draw.ravel()[0]
     assert metrics["draw"].value not in (jr.uniform(step_key), jr.uniform(jr.key(1)))
+
+
+# Several steps as one program
+
+
+class Draw(eqx.Module):
+    """Standard normal rows."""
+
+    def __call__(self, key):
+        return mfx.Batch(jr.normal(key, (ROWS, DIM)))
+
+
+def one_by_one(step, current, steps):
+    """The state and the metrics of all steps, taken one at a time on the batches of `scan_steps`."""
+    found = []
+    for _ in range(steps):
+        key = jr.fold_in(jr.fold_in(current.key, current.step), _DRAW)
+        current, metrics = step(current, Draw()(key))
+        found.append(metrics)
+    return current, found
+
+
+def test_scanned_steps_are_the_steps_one_by_one():
+    step = mfx.TrainStep(mfx.Objective(), OPTIMIZER, AVERAGES)
+    expected, each = one_by_one(step, state(), 5)
+    found, metrics = mfx.scan_steps(step, state(), Draw(), 5)
+    assert found.step == 5
+    # The two programs may add in another order, and Adam's quotient of two small numbers enlarges that.
+    for result, leaf in zip(leaves(found), leaves(expected), strict=True):
+        np.testing.assert_allclose(result, leaf, rtol=1e-4, atol=1e-6)
+    summed = mfx.total(each)
+    assert metrics.keys() == summed.keys()
+    for name in metrics:
+        np.testing.assert_allclose(metrics[name].total, summed[name].total, rtol=1e-4, atol=1e-6)
+        np.testing.assert_array_equal(metrics[name].count, summed[name].count)
+
+
+def test_two_chunks_of_steps_are_one_chunk():
+    step = mfx.TrainStep(mfx.Objective(None, identity_share=0.0), OPTIMIZER, AVERAGES)
+    whole, _ = mfx.scan_steps(step, state(), Draw(), 6)
+    half, _ = mfx.scan_steps(step, state(), Draw(), 3)
+    halves, _ = mfx.scan_steps(step, half, Draw(), 3)
+    # Equal bodies of a loop; only a compiler that unrolls one of the two could tell them apart.
+    for result, leaf in zip(leaves(halves), leaves(whole), strict=True):
+        np.testing.assert_allclose(result, leaf, rtol=1e-6, atol=1e-7)
+
+
+def test_metrics_of_scanned_steps_are_means_over_all_of_them():
+    _, metrics = mfx.scan_steps(mfx.TrainStep(Probe(), OPTIMIZER), state(()), Draw(), 4)
+    assert metrics["step"].value == np.mean([0, 1, 2, 3])
+    assert metrics["gradient_norm"].count == 4
+
+
+def test_every_scanned_step_draws_a_batch_of_its_own():
+    step = mfx.TrainStep(Probe(), OPTIMIZER)
+    drawn, current = [], state(())
+    for _ in range(3):
+        current, metrics = mfx.scan_steps(step, current, Draw(), 1)
+        drawn.append(np.asarray(metrics["x"].value))
+    assert len(np.unique(drawn)) == 3 * ROWS * DIM
+
+
+def test_data_are_drawn_from_another_key_than_preparation_and_objective():
+    _, metrics = mfx.scan_steps(mfx.TrainStep(Probe(), OPTIMIZER), state(()), Draw(), 1)
+    step_key = jr.fold_in(jr.key(1), 0)
+    for key in (jr.key(1), step_key, *jr.split(step_key)):
+        assert not np.isin(metrics["x"].value, jr.normal(key, (ROWS, DIM))).any()
+
+
+def test_scanned_steps_are_traced_once():
+    objective = Probe()
+    step, current = mfx.TrainStep(objective, OPTIMIZER, AVERAGES), state()
+    for _ in range(3):
+        current, _ = mfx.scan_steps(step, current, Draw(), 2)
+    assert len(objective.traces) == 1
+
+
+def test_scanned_steps_donate_the_old_state():
+    old = state()
+    mfx.scan_steps(mfx.TrainStep(Probe(), OPTIMIZER, AVERAGES), old, Draw(), 2)
+    assert all(leaf.is_deleted() for leaf in arrays(old))
+
+
+@pytest.mark.parametrize("steps", [0, -1])
+def test_fewer_than_one_scanned_step_is_refused(steps):
+    with pytest.raises(ValueError, match=f"steps must be >= 1, got {steps}"):
+        mfx.scan_steps(mfx.TrainStep(Probe(), OPTIMIZER), state(()), Draw(), steps)
 
 
 # Errors

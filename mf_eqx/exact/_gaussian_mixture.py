@@ -33,7 +33,8 @@ class GaussianMixture(AbstractDistribution):
     - `std`: the standard deviations $s_k$ > 0, in the unit of the data; one for all, or one per component.
     - `weight`: the shares $w_k$ > 0, relative to each other (any sum will do); equal by default.
     - `label`: an integer for each component, or None. Several components may share a label; a label is what `condition`
-      then means. A condition that no component carries has no velocity: the result is NaN.
+      then means. A condition that no component carries has no velocity (the result is NaN) and no samples (those of
+      the last component are returned): check labels on the host.
 
     **Raises:** `ValueError` if shapes do not fit, or if a standard deviation or weight is not positive and finite.
     """
@@ -100,7 +101,9 @@ class GaussianMixture(AbstractDistribution):
     def _draw(self, key: Key[Array, ""], condition: Condition) -> tuple[Float[Array, "*data"], Int[Array, ""]]:
         component_key, noise_key = jr.split(key)
         weight = self.weight if condition is None else jnp.where(self._labels() == condition, self.weight, 0)
-        bounds = jnp.cumsum(weight)  # a draw by bisection: no Gumbel number for each of several hundred components
+        # A draw by bisection: no Gumbel number for each of several hundred components. Parallel sums round differently
+        # at either side of a weight of zero, which must keep its width of zero.
+        bounds = jax.lax.cummax(jnp.where(weight > 0, jnp.cumsum(weight), 0))
         component = jnp.searchsorted(bounds, jr.uniform(component_key, (), bounds.dtype) * bounds[-1], side="right")
         noise = jr.normal(noise_key, self.mean.shape[1:], self.mean.dtype)
         return self.mean[component] + self.std[component] * noise, component

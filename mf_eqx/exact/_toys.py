@@ -4,7 +4,7 @@ A point set would not do: its v is singular at t = 0, and its flow ends in the p
 shape is some 512 points of it, each blurred by a small standard deviation: smooth, with the exact density, velocity and
 samples from one object.
 
-All of them lie within about 1.5 of the origin, so that unit noise covers them. Every component carries the label of its
+All of them lie within about 2 of the origin, so that unit noise covers them. Every component carries the label of its
 part of the shape (a moon, an arm, a cell of the board), for conditions and for counting modes.
 
 The points are quantiles, not draws: a data set is the same on every machine, and has no noise of its own.
@@ -67,7 +67,7 @@ def checkerboard(std: float = 0.05, *, points: int = 512) -> GaussianMixture:
 def swiss_roll(std: float = 0.05, *, points: int = 512) -> GaussianMixture:
     r"""The spiral $\theta (\cos\theta, \sin\theta) / 10$ with $\theta$ uniform in $[1.5 \pi, 4.5 \pi]$, one label:
     the first and last coordinate of scikit-learn's `make_swiss_roll`, divided by 10."""
-    angle = 1.5 * np.pi * (1 + 2 * _quantiles(points))
+    angle = 1.5 * np.pi * (1 + 2 * _quantiles(_part(points, 1)))
     return _mixture([_polar(angle / 10, angle)], std)
 
 

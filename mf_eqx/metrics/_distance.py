@@ -181,11 +181,9 @@ def _distance(difference: Float[Array, "sample dim"]) -> Float[Array, " sample"]
 
 
 def _kernel(halvings: int, difference: Float[Array, "sample dim"]) -> Float[Array, " sample"]:
-    value = mean = jnp.exp(-jnp.sum(difference**2, axis=1) / 2)
-    for _ in range(halvings):
-        value = value**4  # half the bandwidth is four times the exponent
-        mean = mean + value
-    return mean / (halvings + 1)
+    factor = 4.0 ** np.arange(halvings + 1)  # half the bandwidth is four times the exponent
+    exponent = -jnp.sum(difference**2, axis=1)[:, None] / 2 * jnp.asarray(factor, difference.dtype)
+    return jnp.mean(jnp.exp(exponent), axis=1)
 
 
 @eqx.filter_jit

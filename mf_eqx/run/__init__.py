@@ -1,9 +1,11 @@
 """What every run needs, once: a command line, a directory, a progress line, tables and pictures.
 
     config flags -> main -> your function -> RunDirectory   config.json, metrics.jsonl, any other file
+                                          -> Ledger         results of finished cells
                                           -> Progress       one line on stderr
+                                          -> in_parallel    many small trainings, one per thread
                                           -> table          final results as text
-                                          -> save_image_grid, save_curves
+                                          -> save_image_grid, save_curves, save_point_grid, save_flows, save_heat_maps
 
 A script is one function of one frozen dataclass; `main` does the rest, and ends bad input in one line:
 
@@ -28,8 +30,16 @@ extra `experiments`; they are loaded where they are used, and their absence says
 from ._cli import main as main
 from ._curves import save_curves as save_curves
 from ._directory import RunDirectory as RunDirectory
+from ._ledger import Ledger as Ledger
 from ._optional import MissingDependency as MissingDependency, optional as optional
+from ._parallel import in_parallel as in_parallel, scan_in_chunks as scan_in_chunks
 from ._picture import save_image_grid as save_image_grid
+from ._plane import (
+    Flow as Flow,
+    save_flows as save_flows,
+    save_heat_maps as save_heat_maps,
+    save_point_grid as save_point_grid,
+)
 from ._progress import Progress as Progress
 from ._table import table as table
 from ._values import fetch as fetch

@@ -47,7 +47,7 @@ class RunDirectory:
         """
         parent = Path(root) / (Path(sys.argv[0]).stem if script is None else script)
         directory = cls(_new_by_time(parent) if name is None else _new_by_name(parent, name))
-        text = json.dumps(_as_json({"config": config, **_provenance()}), indent=2)
+        text = json.dumps(as_json({"config": config, **_provenance()}), indent=2)
         directory.path("config.json").write_text(text + "\n", encoding="utf-8")
         return directory
 
@@ -108,7 +108,7 @@ def _provenance() -> dict[str, Any]:
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "versions": _versions(),
         "device": {"platform": devices[0].platform, "kind": devices[0].device_kind, "count": len(devices)},
-        "commit": _commit(Path(sys.argv[0]).parent),
+        "commit": commit(Path(sys.argv[0]).parent),
     }
 
 
@@ -118,7 +118,7 @@ def _versions() -> dict[str, str]:
     return {"python": platform.python_version(), package: sys.modules[package].__version__, **others}
 
 
-def _commit(directory: Path) -> str | None:
+def commit(directory: Path) -> str | None:
     """The commit of the script, with `-dirty` after changes; None outside git."""
     command = ["git", "-C", str(directory), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
@@ -127,14 +127,14 @@ def _commit(directory: Path) -> str | None:
         return None
 
 
-def _as_json(value: Any) -> Any:
+def as_json(value: Any) -> Any:
     """`value` with everything that JSON cannot hold written as text."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: _as_json(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        return {field.name: as_json(getattr(value, field.name)) for field in dataclasses.fields(value)}
     if isinstance(value, Mapping):
-        return {str(name): _as_json(item) for name, item in value.items()}
+        return {str(name): as_json(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_as_json(item) for item in value]
+        return [as_json(item) for item in value]
     if value is None or isinstance(value, bool | int | str) or (isinstance(value, float) and math.isfinite(value)):
         return value
     return str(value)

@@ -7,6 +7,7 @@ step is waited for, because it compiles: the rate starts behind it.
 
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
@@ -36,6 +37,8 @@ class Progress:
             for step in range(1, steps + 1):
                 state, metrics = train_step(state, batch)
                 progress.update(step, metrics)
+
+    Threads may share one.
 
     **Arguments:**
 
@@ -68,6 +71,7 @@ class Progress:
         self._began = self._displayed = clock()
         self._first: tuple[int, float] | None = None
         self._pending: tuple[int, Mapping[str, Mean | ArrayLike]] | None = None
+        self._lock = threading.RLock()
 
     def __enter__(self) -> "Progress":
         self._began = self._displayed = self._clock()
@@ -80,18 +84,20 @@ class Progress:
 
         **Arguments:** `step` its number, from 1; `metrics` as for `RunDirectory.log`.
         """
-        self._pending = (step, metrics)
-        if self._first is None:
-            jax.block_until_ready(dict(metrics))
-            self._first = (step, self._clock())
-            self._display()
-        elif self._clock() - self._displayed >= self._every:
-            self._display()
+        with self._lock:
+            self._pending = (step, metrics)
+            if self._first is None:
+                jax.block_until_ready(dict(metrics))
+                self._first = (step, self._clock())
+                self._display()
+            elif self._clock() - self._displayed >= self._every:
+                self._display()
 
     def note(self, text: str) -> None:
         """Print `text` on a line of its own, above the progress line."""
-        self._stream.write(f"\r\x1b[K{text}\n" if self._in_place else f"{text}\n")
-        self._stream.flush()
+        with self._lock:
+            self._stream.write(f"\r\x1b[K{text}\n" if self._in_place else f"{text}\n")
+            self._stream.flush()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None

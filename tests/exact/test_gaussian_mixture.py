@@ -145,6 +145,48 @@ def test_label_of_a_sample_is_that_of_its_component():
     np.testing.assert_allclose(np.bincount(nearest) / 10_000, PLANE[2], atol=0.025)  # 5 standard errors
 
 
+def many(dtype=np.float64):
+    """256 components of unequal weight, with labels 0 to 7 in no order except that 0 comes first and 7 last."""
+    rng = np.random.default_rng(0)
+    label = np.concatenate([[0], rng.integers(0, 8, 254), [7]])
+    mean, weight = np.arange(256)[:, None].astype(dtype), rng.uniform(0.1, 2.0, 256).astype(dtype)
+    return GaussianMixture(mean, 1e-3, weight, label)
+
+
+def test_components_are_drawn_by_their_weights_whatever_their_sum():
+    number, mixture = 100_000, many()
+    x, _ = labelled_samples(mixture, 4, number)
+    counts = np.bincount(np.rint(x[:, 0]).astype(int), minlength=256)
+    expected = number * np.asarray(mixture.weight / mixture.weight.sum())
+    # 255 degrees of freedom; the right weights exceed this with probability 1e-3. The smallest expected count is 40.
+    assert np.sum((counts - expected) ** 2 / expected) < scipy.stats.chi2(255).isf(1e-3)
+
+
+@pytest.mark.parametrize("label", [0, 3, 7])
+@pytest.mark.parametrize("x64", [True, False], ids=["float64", "float32"])
+def test_condition_never_draws_a_component_of_another_label(label, x64):
+    with jax.enable_x64(x64):
+        mixture = many(np.float64 if x64 else np.float32)
+        x, found = labelled_samples(mixture, 5, 100_000, jnp.asarray(label))
+    drawn = np.unique(np.rint(x[:, 0]).astype(int))
+    assert (np.asarray(found) == label).all()
+    np.testing.assert_array_equal(drawn, np.flatnonzero(np.asarray(mixture.label) == label))  # nor misses one
+
+
+@pytest.mark.parametrize("uniform", [0.0, 1 - np.finfo(np.float64).eps], ids=["least", "greatest"])
+def test_extreme_draws_stay_within_the_components_of_the_condition(uniform, monkeypatch):
+    monkeypatch.setattr(jr, "uniform", lambda key, shape, dtype: jnp.full(shape, uniform, dtype))
+    for label in range(8):
+        assert many().labelled_sample(key=jr.key(0), condition=jnp.asarray(label))[1] == label
+
+
+def test_conditions_of_a_single_component_at_either_end_draw_that_component():
+    mixture = GaussianMixture(np.arange(3.0)[:, None], 1e-3, np.array([1.0, 5.0, 2.0]), np.arange(3))
+    for label in range(3):
+        x, _ = labelled_samples(mixture, 6, 1000, jnp.asarray(label))
+        np.testing.assert_array_equal(np.rint(x), np.full((1000, 1), label))
+
+
 def test_labelled_and_plain_samples_of_one_key_agree():
     mixture, key = GaussianMixture(*PLANE), jr.key(3)
     np.testing.assert_array_equal(mixture.sample(key=key), mixture.labelled_sample(key=key)[0])

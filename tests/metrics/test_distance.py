@@ -6,8 +6,8 @@ import pytest
 import scipy.spatial
 import scipy.stats
 
-from mf_eqx.metrics import energy_distance, sliced_wasserstein
-from mf_eqx.metrics._distance import _directions, _mean_distance
+from mf_eqx.metrics import energy_distance, maximum_mean_discrepancy, sliced_wasserstein
+from mf_eqx.metrics._distance import _directions, _distance, _mean_of_pairs
 
 
 @pytest.fixture(autouse=True)
@@ -100,7 +100,7 @@ def test_energy_distance_is_the_v_statistic_over_all_pairs():
 def test_mean_distance_over_blocks_of_rows_is_that_of_the_full_matrix(n, m):
     a, b = normal(1, n, 2), normal(2, m, 2)
     expected = scipy.spatial.distance.cdist(np.asarray(a), np.asarray(b)).mean()
-    np.testing.assert_allclose(_mean_distance(a, b), expected, rtol=1e-12)
+    np.testing.assert_allclose(_mean_of_pairs(_distance, a, b), expected, rtol=1e-12)
 
 
 def test_energy_distance_of_two_points_is_twice_their_distance():
@@ -132,59 +132,133 @@ def test_energy_distance_in_float32_keeps_six_digits_of_the_mean_distance():
     assert abs(single - exact) < 1e-6 * 5
 
 
-# Both
+# Maximum mean discrepancy
+
+
+def kernel(squared_distance, bandwidth=1.0, halvings=3):
+    widths = bandwidth / 2.0 ** np.arange(halvings + 1)
+    return np.mean([np.exp(-squared_distance / (2 * width**2)) for width in widths], axis=0)
+
+
+def mean_kernel_of_gaussians(shift, variance, bandwidth=1.0, halvings=3):
+    """E k(x, y) in one dimension where x - y is N(shift, variance)."""
+    total = variance + (bandwidth / 2.0 ** np.arange(halvings + 1)) ** 2
+    return np.mean(np.sqrt((total - variance) / total) * np.exp(-(shift**2) / (2 * total)))
+
+
+@pytest.mark.parametrize(("bandwidth", "halvings"), [(1.0, 0), (1.0, 3), (0.3, 1), (5.0, 4)])
+def test_maximum_mean_discrepancy_is_the_v_statistic_over_all_pairs(bandwidth, halvings):
+    a, b = normal(1, 23, 3), normal(2, 31, 3) + 0.2
+
+    def mean(x, y):
+        return kernel(scipy.spatial.distance.cdist(x, y, "sqeuclidean"), bandwidth, halvings).mean()
+
+    expected = mean(a, a) + mean(b, b) - 2 * mean(a, b)
+    found = maximum_mean_discrepancy(a, b, bandwidth=bandwidth, halvings=halvings)
+    np.testing.assert_allclose(found, expected, rtol=1e-11)
+
+
+def test_default_kernels_of_maximum_mean_discrepancy_go_from_1_to_an_eighth():
+    a, b = normal(1, 23, 3), normal(2, 31, 3)
+    expected = maximum_mean_discrepancy(a, b, bandwidth=1.0, halvings=3)
+    np.testing.assert_array_equal(maximum_mean_discrepancy(a, b), expected)
+
+
+@pytest.mark.parametrize("halvings", [0, 3])
+def test_maximum_mean_discrepancy_of_two_gaussians_approaches_the_closed_form(halvings):
+    shift, std = 0.5, 2.0
+    within = [mean_kernel_of_gaussians(0.0, 2 * s**2, halvings=halvings) for s in (1.0, std)]
+    expected = sum(within) - 2 * mean_kernel_of_gaussians(shift, 1 + std**2, halvings=halvings)
+    # Equal masses at the midpoints of 2000 quantiles stand for the Gaussian; what they miss is of order 1/2000.
+    a = jnp.asarray(scipy.stats.norm.ppf((np.arange(2000) + 0.5) / 2000))[:, None]
+    np.testing.assert_allclose(maximum_mean_discrepancy(a, shift + std * a, halvings=halvings), expected, rtol=2e-3)
+
+
+def test_maximum_mean_discrepancy_of_samples_of_one_gaussian_is_on_average_that_of_its_docstring():
+    n, m, runs = 40, 60, 400
+    found = jax.vmap(maximum_mean_discrepancy)(normal(1, runs, n, 1), normal(2, runs, m, 1))
+    expected = (1 / n + 1 / m) * (1 - mean_kernel_of_gaussians(0.0, 2.0))
+    np.testing.assert_allclose(found.mean(), expected, atol=4 * found.std() / np.sqrt(runs))
+    assert found.std() / np.sqrt(runs) < 0.03 * expected
+
+
+def test_maximum_mean_discrepancy_of_two_distant_points_is_two():
+    a, b = jnp.zeros((3, 2)), jnp.full((5, 2), 50.0)
+    np.testing.assert_allclose(maximum_mean_discrepancy(a, b), 2, rtol=1e-15)
+
+
+def test_bandwidth_of_maximum_mean_discrepancy_scales_with_the_points():
+    a, b = normal(1, 20, 3), normal(2, 33, 3)
+    expected = maximum_mean_discrepancy(a, b, bandwidth=0.7)
+    np.testing.assert_allclose(maximum_mean_discrepancy(3 * a, 3 * b, bandwidth=2.1), expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("bandwidth", [0.0, -1.0, np.nan])
+def test_bandwidth_that_is_not_positive_is_refused(bandwidth):
+    with pytest.raises(ValueError, match=f"`bandwidth` must be > 0, got {bandwidth}"):
+        maximum_mean_discrepancy(jnp.zeros((4, 2)), jnp.zeros((4, 2)), bandwidth=bandwidth)
+
+
+def test_negative_number_of_halvings_is_refused():
+    with pytest.raises(ValueError, match="`halvings` must be >= 0, got -1"):
+        maximum_mean_discrepancy(jnp.zeros((4, 2)), jnp.zeros((4, 2)), halvings=-1)
+
+
+# All
 
 
 def sliced(a, b):
     return sliced_wasserstein(a, b, projections=16, key=KEY)
 
 
-both = pytest.mark.parametrize("distance", [sliced, energy_distance], ids=["sliced", "energy"])
+every = pytest.mark.parametrize(
+    "distance", [sliced, energy_distance, maximum_mean_discrepancy], ids=["sliced", "energy", "kernel"]
+)
 
 
-@both
+@every
 def test_distance_of_a_sample_to_itself_is_zero(distance):
     a = normal(1, 50, 3)
     assert abs(distance(a, a)) < 1e-14
 
 
-@both
+@every
 def test_distance_of_different_samples_is_positive(distance):
     assert distance(normal(1, 50, 3), normal(2, 50, 3)) > 1e-3
 
 
-@both
+@every
 def test_distance_is_symmetric(distance):
     a, b = normal(1, 20, 3), normal(2, 33, 3)
     np.testing.assert_allclose(distance(a, b), distance(b, a), rtol=1e-12)
 
 
-@both
+@every
 def test_order_of_the_points_does_not_matter(distance):
     a, b = normal(1, 20, 3), normal(2, 33, 3)
     shuffled = distance(a[np.random.default_rng(3).permutation(20)], b[::-1])
     np.testing.assert_allclose(shuffled, distance(a, b), rtol=1e-12)
 
 
-@both
+@every
 def test_moving_both_samples_together_does_not_matter(distance):
     a, b = normal(1, 20, 3), normal(2, 33, 3)
     np.testing.assert_allclose(distance(a + 7, b + 7), distance(a, b), rtol=1e-11)
 
 
-@both
+@pytest.mark.parametrize("distance", [sliced, energy_distance], ids=["sliced", "energy"])
 def test_distances_scale_with_the_points(distance):
     a, b = normal(1, 20, 3), normal(2, 33, 3)
     np.testing.assert_allclose(distance(3 * a, 3 * b), 3 * distance(a, b), rtol=1e-12)
 
 
-@both
+@every
 def test_jit_and_eager_agree(distance):
     a, b = normal(1, 20, 3), normal(2, 33, 3)
     np.testing.assert_allclose(jax.jit(distance)(a, b), distance(a, b), rtol=1e-12)
 
 
-@both
+@every
 @pytest.mark.parametrize("promotion", ["standard", "strict"])
 def test_half_precision_points_are_compared_in_float32(distance, promotion):
     a, b = normal(1, 20, 3).astype(jnp.bfloat16), normal(2, 33, 3).astype(jnp.float32)
@@ -195,7 +269,7 @@ def test_half_precision_points_are_compared_in_float32(distance, promotion):
     np.testing.assert_allclose(value, expected, rtol=1e-6)
 
 
-@both
+@every
 @pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
     ("a", "b", "message"),

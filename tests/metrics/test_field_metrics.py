@@ -214,6 +214,75 @@ def test_errors_are_the_same_inside_another_jit():
     np.testing.assert_allclose(inside, relative_error(field, truth, z, r, t).value, rtol=1e-12)
 
 
+# The truth, evaluated once
+
+
+def known(truth, rows=120):
+    """120 rows are two batches of 50 and a rest."""
+    return field_truth(truth, truth.sample, LinearInterpolant(), PAIRS, rows, key=jr.key(2))
+
+
+def test_known_rows_hold_the_truth_at_their_states_and_times():
+    truth = gaussian()
+    found = known(truth)
+    for rows in (found.overall, found.diagonal, found.one_step):
+        expected = jax.vmap(truth)(rows.z, rows.r, rows.t)
+        assert rows.z.shape == (120, 2)
+        np.testing.assert_allclose(rows.u, expected, rtol=1e-12, atol=1e-14)
+
+
+def test_known_rows_have_drawn_pairs_equal_times_and_the_whole_interval():
+    found = known(gaussian())
+    assert bool(jnp.all(found.overall.r < found.overall.t))
+    np.testing.assert_array_equal(found.diagonal.z, found.overall.z)
+    np.testing.assert_array_equal([found.diagonal.r, found.diagonal.t], [found.overall.t, found.overall.t])
+    np.testing.assert_array_equal([found.one_step.r, found.one_step.t], [np.zeros(120), np.ones(120)])
+
+
+def test_states_at_the_start_of_one_step_are_fresh_noise():
+    found = known(gaussian(), 20_000)
+    # Standard errors are 0.007 for the mean and 0.01 for the variance.
+    np.testing.assert_allclose(found.one_step.z.mean(0), 0, atol=0.03)
+    np.testing.assert_allclose(jnp.cov(found.one_step.z.T), jnp.eye(2), atol=0.04)
+    eps = (found.overall.z - (1 - found.overall.t)[:, None] * jnp.array([1.0, -0.5])) / found.overall.t[:, None]
+    assert np.abs(np.corrcoef(found.one_step.z.T, eps.T)[:2, 2:]).max() < 0.04
+
+
+def test_condition_of_each_row_reaches_the_truth():
+    class Labelled(AbstractField):
+        def __call__(self, z, r, t, condition=None, *, key=None):
+            return z * condition
+
+        def sample(self, *, key, condition):
+            return jr.normal(key, (2,))
+
+    truth, label = Labelled(), jnp.arange(60)
+    found = field_truth(truth, truth.sample, LinearInterpolant(), PAIRS, 60, label, key=jr.key(2))
+    for rows in (found.overall, found.diagonal, found.one_step):
+        np.testing.assert_array_equal(rows.condition, label)
+        np.testing.assert_allclose(rows.u, rows.z * label[:, None], rtol=1e-14)
+
+
+@pytest.mark.parametrize("error", [relative_error, relative_error_by_cell])
+def test_values_in_place_of_the_truth_give_the_same_numbers(error):
+    truth, field = gaussian(), WrongTimes(gaussian())
+    z, r, t = states(truth)
+    expected, found = (error(field, given, z, r, t) for given in (truth, jax.vmap(truth)(z, r, t)))
+    for name in ("error", "truth", "count"):
+        np.testing.assert_allclose(getattr(found, name), getattr(expected, name), rtol=1e-12)
+
+
+def test_table_is_made_of_the_errors_at_the_known_rows():
+    truth, field = gaussian(), WrongTimes(gaussian())
+    rows = known(truth)
+    errors = field_errors(field, rows)
+    for name in ("overall", "diagonal", "one_step"):
+        part = getattr(rows, name)
+        expected = relative_error(field, truth, part.z, part.r, part.t)
+        np.testing.assert_allclose(getattr(errors, name).error, expected.error, rtol=1e-12, atol=1e-25)
+        np.testing.assert_allclose(getattr(errors, name).truth, expected.truth, rtol=1e-12)
+
+
 # Residuals
 
 

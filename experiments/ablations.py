@@ -1,0 +1,383 @@
+"""The ablations of the MeanFlow paper (Tab. 1a to 1f and Tab. 5) as trends, on data that everyone has.
+
+    python experiments/ablations.py                      all tables on eight Gaussians
+    python experiments/ablations.py --only 1a 1b         two of them
+    python experiments/ablations.py --data digits --only 1a
+
+Every cell is one training from one seed. Finished cells are kept in runs/ablations/<data>/cells.jsonl, and a cell that
+is there is not trained again: an interrupted command goes on where it was, tables share their cells, and more seeds add
+to those that exist.
+
+The paper's column is FID at 250 times this budget, on ImageNet: what can agree is the order. README.md beside this file
+says where it does and where it does not.
+"""
+
+import dataclasses
+import functools
+import os
+import time
+from collections.abc import Callable, Generator, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import digits
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import optax
+from jaxtyping import Array, Float, install_import_hook, Int, Key
+
+# Shapes and types are checked while the step is traced. JAXTYPING_DISABLE=1 turns this off.
+with install_import_hook("mf_eqx", "beartype.beartype"):
+    import mf_eqx as mfx
+    from mf_eqx import exact, metrics, run
+
+EMBEDDINGS = {
+    "(t, r)": mfx.nn.end_start,
+    "(t, t - r)": mfx.nn.end_duration,
+    "(t, r, t - r)": mfx.nn.end_start_duration,
+    "t - r": mfx.nn.duration,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """One cell but for its seed; the defaults are the centre from which tables vary one thing each."""
+
+    share: float = 0.25
+    tangent: tuple[float, float] = (0.0, 1.0)
+    embedding: str = "(t, t - r)"
+    times: tuple[float, float] | None = None  # mean and standard deviation of the logit, or uniform
+    power: float = 0.0
+    scale: float = 1.0
+    mix: float = 0.0
+
+
+class Table(NamedTuple):
+    """A table of the paper: what it varies, and its FID for each value."""
+
+    title: str
+    cells: dict[str, tuple[Setting, float]]
+
+
+def guided(mix: float, effective: float = 2.0) -> Setting:
+    return Setting(scale=round(effective * (1 - mix), 6), mix=mix)
+
+
+TABLES = {
+    "1a": Table(
+        "share of rows with r < t",
+        {f"{s:.0%}": (Setting(share=s), f) for s, f in [(0, 328.91), (0.25, 61.06), (0.5, 63.14), (1, 67.32)]},
+    ),
+    "1b": Table(
+        "tangent on (z, r, t)",
+        {
+            f"(v, {r}, {t})": (Setting(tangent=(r, t)), f)
+            for r, t, f in [(0, 1, 61.06), (0, 0, 268.06), (1, 0, 329.22), (1, 1, 137.96)]
+        },
+    ),
+    "1c": Table(
+        "embedded times",
+        {e: (Setting(embedding=e), f) for e, f in zip(EMBEDDINGS, [61.75, 61.06, 63.98, 63.13], strict=True)},
+    ),
+    "1d": Table(
+        "distribution of times",
+        {
+            "uniform" if p is None else f"lognorm{p}": (Setting(times=p), f)
+            for p, f in [
+                (None, 65.90),
+                ((-0.2, 1.0), 63.83),
+                ((-0.2, 1.2), 64.72),
+                ((-0.4, 1.0), 61.06),
+                ((-0.4, 1.2), 61.79),
+            ]
+        },
+    ),
+    "1e": Table(
+        "power p of the adaptive weight",
+        {
+            f"{p:g}": (Setting(power=p), f)
+            for p, f in [(0.0, 79.75), (0.5, 63.98), (1.0, 61.06), (1.5, 66.57), (2.0, 69.19)]
+        },
+    ),
+    "1f": Table(
+        "guidance scale omega, kappa 0",
+        {
+            f"{w:g}": (Setting(scale=w), f)
+            for w, f in [(1.0, 61.06), (1.5, 33.33), (2.0, 20.15), (3.0, 15.53), (5.0, 20.75)]
+        },
+    ),
+    "5": Table(
+        "guidance mix kappa at effective scale 2",
+        {f"{k:g}": (guided(k), f) for k, f in [(0.0, 20.15), (0.5, 19.15), (0.8, 19.10), (0.9, 18.63), (0.95, 19.17)]},
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A run of ablations."""
+
+    data: Literal["eight_gaussians", "digits"] = "eight_gaussians"
+    """eight_gaussians: four classes of two opposite Gaussians each, an MLP, distance to the truth known. digits: a DiT,
+    Frechet distance."""
+    only: tuple[str, ...] = tuple(TABLES)
+    """Tables: 1a (share), 1b (tangent), 1c (embedding), 1d (times), 1e (p), 1f (omega), 5 (kappa)."""
+    seeds: int = 2
+    """Trainings of each cell, from seeds 0, 1, ..."""
+    steps: int | None = None
+    """Training steps of a cell, by default 4000 for eight_gaussians, 1500 for digits."""
+    workers: int = max(1, min(os.cpu_count() or 1, 8))
+    """Trainings at a time."""
+    directory: Path = Path("runs/ablations")
+    """Where cells, tables and pictures are kept, in a directory per data set."""
+
+    def __post_init__(self):
+        if unknown := [name for name in self.only if name not in TABLES]:
+            raise ValueError(f"only must be among {', '.join(TABLES)}; got {', '.join(unknown)}")
+        if not self.only:
+            raise ValueError(f"only must be at least one of {', '.join(TABLES)}; got none")
+        for name, bound in {"seeds": 1, "workers": 1}.items():
+            if getattr(self, name) < bound:
+                raise ValueError(f"{name} must be >= {bound}, got {getattr(self, name)}")
+        if self.steps is not None and self.steps < 1:
+            raise ValueError(f"steps must be >= 1, got {self.steps}")
+
+
+class Recipe(NamedTuple):
+    """What is trained on a data set, and how a field is judged."""
+
+    labels: int
+    make_field: Callable[[mfx.nn.TimeVariables, Key[Array, ""]], mfx.AbstractField]
+    draw: Callable[[Key[Array, ""]], mfx.Batch]
+    judge: Callable[[mfx.AbstractField, Setting], dict[str, float]]
+    distance: str
+    steps: int
+    learning_rate: float
+    decay: float
+
+
+class DrawMixture(eqx.Module):
+    """Batches of fresh labelled data."""
+
+    mixture: exact.GaussianMixture
+
+    def __call__(self, key: Key[Array, ""]) -> mfx.Batch:
+        return mfx.Batch(*jax.vmap(lambda key: self.mixture.labelled_sample(key=key))(jr.split(key, 256)))
+
+
+class DrawRows(eqx.Module):
+    """Batches of rows drawn from a data set, with replacement."""
+
+    x: Float[Array, "rows 1 8 8"]
+    label: Int[Array, " rows"]
+
+    def __call__(self, key: Key[Array, ""]) -> mfx.Batch:
+        chosen = jr.randint(key, (64,), 0, len(self.x))
+        return mfx.Batch(self.x[chosen], self.label[chosen])
+
+
+CLASSES, ROWS, PATH = 4, 2000, mfx.LinearInterpolant()
+PAIRS = mfx.TimePairs(mfx.UniformTimes())
+TRUTH_KEY, DATA_KEY, NOISE_KEY = jr.split(jr.key(2**31 - 1), 3)
+
+
+def eight_gaussians() -> Recipe:
+    mixture = exact.eight_gaussians()
+    mixture = exact.GaussianMixture(mixture.mean, mixture.std, label=jnp.arange(8) % CLASSES)
+    condition = jnp.arange(CLASSES).repeat(ROWS // CLASSES)
+
+    @functools.cache
+    def truth(scale: float) -> tuple[metrics.FieldTruth, Float[Array, "rows 2"]]:
+        """Of the guided field, and one-step samples of it."""
+        velocity = exact.GuidedVelocity(exact.MarginalVelocity(mixture, PATH), scale)
+        field = exact.AverageVelocity(velocity, rtol=1e-5, atol=1e-5)
+        known = metrics.field_truth(field, mixture.sample, PATH, PAIRS, ROWS, condition, key=TRUTH_KEY)
+        return known, known.one_step.z - known.one_step.u
+
+    keys = jr.split(DATA_KEY, ROWS)
+    data = jax.vmap(lambda key, label: mixture.sample(key=key, condition=label))(keys, condition)
+
+    def by_class(x: Float[Array, "rows 2"], y: Float[Array, "rows 2"]) -> float:
+        """Energy distance to the samples of the same class, its mean over classes."""
+        pairs = [(x[condition == label], y[condition == label]) for label in range(CLASSES)]
+        return float(np.mean([metrics.energy_distance(*pair) for pair in pairs]))
+
+    def judge(field: mfx.AbstractField, setting: Setting) -> dict[str, float]:
+        known, exact_samples = truth(round(setting.scale / (1 - setting.mix), 6))
+        errors = metrics.field_errors(field, known)
+        x = one_step(field, jr.normal(NOISE_KEY, (ROWS, 2)), condition)
+        return {
+            "distance": by_class(x, data),
+            "distance to the guided truth": by_class(x, exact_samples),
+            "error of u": float(errors.overall.value),
+            "error of u at (0, 1)": float(errors.one_step.value),
+        }
+
+    def make_field(variables: mfx.nn.TimeVariables, key: Key[Array, ""]) -> mfx.AbstractField:
+        return mfx.MLP(2, width=96, depth=3, labels=CLASSES, time_variables=variables, key=key)
+
+    distance = "energy distance of one-step samples to the data, per class"
+    return Recipe(CLASSES, make_field, DrawMixture(mixture), judge, distance, 4000, 2e-3, 0.995)
+
+
+def handwritten_digits() -> Recipe:
+    config = digits.Config()
+    data = digits.load(config)
+    judge_of = digits.Judge(data)
+    label = jnp.asarray(data.every.label)
+
+    def judge(field: mfx.AbstractField, setting: Setting) -> dict[str, float]:
+        x = digits.pixels(np.asarray(one_step(field, jr.normal(NOISE_KEY, (len(label), 1, 8, 8)), label)))
+        read = float(np.mean(judge_of.read(x, data.every.label)))
+        return {"distance": judge_of.frechet(x), "read correctly": read}
+
+    def make_field(variables: mfx.nn.TimeVariables, key: Key[Array, ""]) -> mfx.AbstractField:
+        size = mfx.DiTSize(config.depth, config.width, config.heads, config.patch)
+        return mfx.DiT((1, 8, 8), size, labels=digits.CLASSES, time_variables=variables, unroll=True, key=key)
+
+    draw = DrawRows(jnp.asarray(data.train.x), jnp.asarray(data.train.label))
+    distance = "Frechet distance of one-step samples, grey values squared"
+    return Recipe(digits.CLASSES, make_field, draw, judge, distance, 1500, config.learning_rate, config.decay)
+
+
+RECIPES = {"eight_gaussians": eight_gaussians, "digits": handwritten_digits}
+
+
+@eqx.filter_jit
+def one_step(
+    field: mfx.AbstractField, eps: Float[Array, "rows *data"], label: Int[Array, " rows"]
+) -> Float[Array, "rows *data"]:
+    return jax.vmap(lambda eps, label: mfx.sample(field, eps, label))(eps, label)
+
+
+def objective(setting: Setting, labels: int) -> mfx.Objective:
+    identity = mfx.MeanFlow(*setting.tangent)
+    times = mfx.UniformTimes() if setting.times is None else mfx.LogitNormalTimes(*setting.times)
+    return mfx.Objective(
+        identity if setting.share else None,
+        time_pairs=mfx.TimePairs(times),
+        identity_share=setting.share,
+        weight=mfx.AdaptiveWeight(setting.power),
+        guidance=None if (setting.scale, setting.mix) == (1, 0) else mfx.Guidance(setting.scale, setting.mix),
+        label_dropout=mfx.LabelDropout(0.1, labels),
+    )
+
+
+@functools.cache
+def train_step(setting: Setting, labels: int, rate: float, decay: float, steps: int) -> mfx.TrainStep:
+    warmup = 100
+    schedule = optax.warmup_cosine_decay_schedule(0, rate, warmup, max(steps, warmup + 1), rate / 100)
+    return mfx.TrainStep(objective(setting, labels), optax.adam(schedule), [mfx.ExponentialAverage(decay)])
+
+
+def train(recipe: Recipe, setting: Setting, steps: int, seed: int) -> Generator[Any, None, dict[str, float]]:
+    """The figures of one cell, after reports of its steps."""
+    field_key, run_key = jr.split(jr.key(seed))
+    step = train_step(setting, recipe.labels, recipe.learning_rate, recipe.decay, steps)
+    field = recipe.make_field(EMBEDDINGS[setting.embedding], field_key)
+    state = mfx.init_state(field, step.optimizer, step.averages, key=run_key)
+    state = yield from run.scan_in_chunks(step, state, recipe.draw, steps)
+    return recipe.judge(state.averages[0], setting)
+
+
+def report(config: Config, recipe: Recipe, ledger: run.Ledger, steps: int) -> tuple[str, dict[str, Any]]:
+    """Tables as text, and the distances behind them: by table, by value, of every seed."""
+    parts, distances = [], {}
+    for name in config.only:
+        table, rows, names = TABLES[name], [], ()
+        distances[name] = {}
+        for value, (setting, fid) in table.cells.items():
+            results = [ledger[key_of(config, setting, steps, seed)] for seed in range(config.seeds)]
+            names = tuple(results[0])
+            figures = np.array([list(result.values()) for result in results]).T
+            rows.append((value, fid, *(f"{np.mean(f):.3g} ± {np.ptp(f) / 2:.1g}" for f in figures)))
+            distances[name][value] = [result["distance"] for result in results]
+        ours = [float(np.mean(values)) for values in distances[name].values()]
+        papers = [fid for _, fid in table.cells.values()]
+        headers = (table.title, "paper's FID", *names)
+        parts.append(f"## Tab. {name}: {table.title}\n\n{run.table(rows, headers)}\n\n{agreement(ours, papers)}")
+    about = f"distance: {recipe.distance}. Mean ± half the range of {config.seeds} seeds; {steps} steps."
+    return "\n\n".join([about, *parts]), distances
+
+
+def agreement(ours: Sequence[float], papers: Sequence[float]) -> str:
+    """How many of all pairs of cells are in the paper's order."""
+    pairs = [(i, j) for i in range(len(ours)) for j in range(i)]
+    agree = sum((ours[i] < ours[j]) == (papers[i] < papers[j]) for i, j in pairs)
+    return f"{agree} of {len(pairs)} pairs of rows are in the paper's order."
+
+
+def save_figure(path: Path, config: Config, recipe: Recipe, distances: dict[str, Any]) -> None:
+    """One panel per table: our distance with every seed, the paper's FID beside it."""
+    with run.optional("matplotlib"):
+        from matplotlib.figure import Figure
+    columns = min(4, len(distances))
+    rows = -(-len(distances) // columns)
+    figure = Figure(figsize=(3.6 * columns, 3.1 * rows), dpi=100, layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).flat
+    for (name, cells), panel in zip(distances.items(), panels, strict=False):
+        place = np.arange(len(cells))
+        for i, values in enumerate(cells.values()):
+            panel.plot([i] * len(values), values, "o", color="C0", markersize=4, alpha=0.6)
+        panel.plot(place, [np.mean(values) for values in cells.values()], color="C0")
+        panel.set(title=f"Tab. {name}: {TABLES[name].title}", yscale="log")
+        panel.set_xticks(place, list(cells), rotation=25, fontsize=7)
+        panel.title.set_fontsize(9)
+        panel.tick_params(axis="y", colors="C0", which="both", labelsize=7)
+        paper = panel.twinx()
+        paper.plot(place, [fid for _, fid in TABLES[name].cells.values()], "s--", color="C1", markersize=4)
+        paper.set_yscale("log")
+        paper.tick_params(axis="y", colors="C1", which="both", labelsize=7)
+    for panel in list(panels):
+        panel.remove()
+    figure.suptitle(f"blue: {recipe.distance}, every seed; orange: FID of the paper")
+    figure.savefig(path, format="png")
+
+
+def describe(setting: Setting) -> str:
+    """What is not as in the centre."""
+    values = dataclasses.asdict(setting)
+    changed = [
+        f"{name} {values[name]}" for name, centre in dataclasses.asdict(Setting()).items() if values[name] != centre
+    ]
+    return ", ".join(changed) or "centre"
+
+
+def key_of(config: Config, setting: Setting, steps: int, seed: int) -> dict[str, Any]:
+    """What a finished cell is found by."""
+    return {"data": config.data, "setting": setting, "steps": steps, "seed": seed}
+
+
+def main(config: Config) -> None:
+    """Train the cells that are missing, then write tables and a figure."""
+    began = time.perf_counter()
+    directory = run.RunDirectory(config.directory / config.data)
+    ledger = run.Ledger(directory.path("cells.jsonl"))
+    recipe = RECIPES[config.data]()
+    steps = recipe.steps if config.steps is None else config.steps
+    wanted = {
+        (setting, seed): key_of(config, setting, steps, seed)
+        for seed in range(config.seeds)
+        for name in config.only
+        for setting, _ in TABLES[name].cells.values()
+    }
+    missing = [cell for cell, key in wanted.items() if key not in ledger]
+    kept = len(wanted) - len(missing)
+    print(f"{len(wanted)} cells of {steps} steps, {kept} of them finished before (see {directory.root})", flush=True)
+    with run.Progress(steps * len(missing), shown=("boundary_error", "identity_error")) as progress:
+        for (setting, seed), result in run.in_parallel(
+            lambda cell: train(recipe, cell[0], steps, cell[1]), missing, workers=config.workers, progress=progress
+        ):
+            ledger.put(wanted[setting, seed], result)
+            progress.note(f"{describe(setting)}, seed {seed}: distance {result['distance']:.4g}")
+    text, distances = report(config, recipe, ledger, steps)
+    save_figure(directory.path("ablations.png"), config, recipe, distances)
+    directory.path("results.md").write_text(text + "\n", encoding="utf-8")
+    print(f"{text}\n\n{time.perf_counter() - began:.0f} seconds. results.md and ablations.png are in {directory.root}.")
+
+
+if __name__ == "__main__":
+    run.main(main, Config(), description=__doc__)

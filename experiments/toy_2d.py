@@ -1,0 +1,417 @@
+"""Does an objective learn the true average velocity, and does it sample? Toy data in two dimensions, exact truth.
+
+    python experiments/toy_2d.py                                 2 data sets x 5 methods x 2 seeds
+    python experiments/toy_2d.py --quick                         under a minute
+    python experiments/toy_2d.py --data two_moons pinwheel --methods MeanFlow Exact WrongTangent
+    python experiments/toy_2d.py --preset long                   one MeanFlow, trained for an hour
+
+A data set is a Gaussian mixture, so its velocity v is known in closed form and its average velocity u by integration.
+Every method is held against that truth, and its samples against the density. README.md beside this file has figures.
+"""
+
+import dataclasses
+import functools
+import json
+import os
+import time
+from collections.abc import Callable, Generator, Sequence
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import optax
+from jaxtyping import Array, Float, install_import_hook, Key
+
+# Shapes and types are checked while the step is traced. JAXTYPING_DISABLE=1 turns this off.
+with install_import_hook("mf_eqx", "beartype.beartype"):
+    import mf_eqx as mfx
+    from mf_eqx import exact, metrics, run
+
+DATA: dict[str, Callable[[], exact.GaussianMixture]] = {
+    "eight_gaussians": exact.eight_gaussians,
+    "three_gaussians": exact.three_gaussians,
+    "two_moons": exact.two_moons,
+    "checkerboard": exact.checkerboard,
+    "sharp_checkerboard": lambda: exact.checkerboard(1 / 64, points=2048),
+    "swiss_roll": exact.swiss_roll,
+    "pinwheel": exact.pinwheel,
+    "two_spirals": exact.two_spirals,
+}
+IDENTITIES: dict[str, mfx.AbstractIdentity | None] = {
+    "FlowMatching": None,
+    # Every identity of the package that can be made without arguments, later ones too.
+    **{
+        name: member()
+        for name, member in vars(mfx).items()
+        if isinstance(member, type) and issubclass(member, mfx.AbstractIdentity) and not name.startswith("Abstract")
+    },
+}
+METHODS = [*IDENTITIES, "WrongTangent", "Exact"]
+EVALUATIONS = (1, 2, 4, 8)
+EDGES = tuple(np.linspace(0, 1, 9).tolist())
+PATH = mfx.LinearInterpolant()
+PAIRS = mfx.TimePairs(mfx.UniformTimes())
+TRUTH_KEY, DATA_KEY, FLOOR_KEY, NOISE_KEY, SLICE_KEY = jr.split(jr.key(2**31 - 1), 5)
+"""Of everything that is judged: the same for all methods and seeds."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A toy run: every data set with every method and seed."""
+
+    data: tuple[str, ...] = ("eight_gaussians", "checkerboard")
+    """Data sets: eight_gaussians, three_gaussians, two_moons, checkerboard, sharp_checkerboard, swiss_roll, pinwheel,
+    two_spirals."""
+    methods: tuple[str, ...] = (*IDENTITIES, "Exact")
+    """Methods: FlowMatching, the identities of mf_eqx by name, WrongTangent (MeanFlow with the tangent (v, 0, 0), which
+    is wrong), Exact (the true field, put through the same table)."""
+    seeds: int = 2
+    """Trainings of each, from seeds 0, 1, ..."""
+    steps: int = 5000
+    """Training steps."""
+    batch: int = 256
+    """Rows per step, drawn anew each time; a multiple of the denominator of identity_share."""
+    width: int = 128
+    """Width of the MLP."""
+    depth: int = 3
+    """Residual blocks of the MLP, two layers each."""
+    learning_rate: float = 2e-3
+    """Peak of Adam's learning rate, after 100 steps of warm-up and before the cosine decay."""
+    decay: float = 0.995
+    """Decay per step of the parameter average that is judged."""
+    identity_share: float = 0.5
+    """Share of rows with r < t, which carry the identity; Flow Matching has none."""
+    power: float = 0.0
+    """Adaptive weight's power p (Eq. 22). The paper's 1 biases the field: see weight_bias.py."""
+    offset: float = 0.01
+    """Adaptive weight's offset c (Eq. 22)."""
+    marginal: bool = False
+    """Regress on the exact marginal velocity instead of the conditional one, which no real data set allows."""
+    copies: int = 1
+    """Independent copies of the data set side by side: data in 2 x copies dimensions."""
+    samples: int = 4000
+    """Generated samples that are judged, and real ones that they are held against."""
+    rows: int = 2000
+    """Rows (z, r, t) at which fields are held against the truth."""
+    workers: int = max(1, min(os.cpu_count() or 1, 8))
+    """Trainings at a time."""
+    quick: bool = False
+    """Only the first data set, one seed, 1000 steps, 2000 samples and 500 rows, unless less is asked for."""
+
+    def __post_init__(self):
+        for name, known in (("data", DATA), ("methods", METHODS)):
+            if unknown := [item for item in getattr(self, name) if item not in known]:
+                raise ValueError(f"{name} must be among {', '.join(known)}; got {', '.join(unknown)}")
+            if not getattr(self, name):
+                raise ValueError(f"{name} must be at least one of {', '.join(known)}; got none")
+        least = {"seeds": 1, "steps": 1, "width": 1, "depth": 1, "copies": 1, "samples": 10, "rows": 10, "workers": 1}
+        for name, bound in least.items():
+            if getattr(self, name) < bound:
+                raise ValueError(f"{name} must be >= {bound}, got {getattr(self, name)}")
+        if not 0 < self.learning_rate < 1:
+            raise ValueError(f"learning_rate must lie in (0, 1), got {self.learning_rate}")
+        for method in self.methods:
+            train_step(self, method)
+            mfx.check_batch_size(self.batch, objective(self, method).identity_share)
+
+
+def shrunk(config: Config) -> Config:
+    """What `--quick` runs."""
+    most = {"seeds": 1, "steps": 1000, "samples": 2000, "rows": 500}
+    return dataclasses.replace(
+        config, data=config.data[:1], **{name: min(bound, getattr(config, name)) for name, bound in most.items()}
+    )
+
+
+def objective(config: Config, method: str) -> mfx.Objective:
+    """The method's objective, on uniform times; without its velocity, which depends on the data."""
+    identity = mfx.MeanFlow(tangent_t=0) if method == "WrongTangent" else IDENTITIES.get(method)
+    return mfx.Objective(
+        identity,
+        time_pairs=PAIRS,
+        boundary_times=mfx.UniformTimes(),
+        identity_share=config.identity_share if identity else 0,
+        weight=mfx.AdaptiveWeight(config.power, config.offset),
+    )
+
+
+@functools.cache
+def train_step(config: Config, method: str) -> mfx.TrainStep:
+    rate, warmup = config.learning_rate, 100
+    schedule = optax.warmup_cosine_decay_schedule(0, rate, warmup, max(config.steps, warmup + 1), rate / 100)
+    return mfx.TrainStep(objective(config, method), optax.adam(schedule), [mfx.ExponentialAverage(config.decay)])
+
+
+class Instantaneous(mfx.AbstractField):
+    """What Flow Matching knows, u(z, r, t) = v(z, t): sampling by it is Euler's method."""
+
+    field: mfx.AbstractField
+
+    def __call__(self, z, r, t, condition=None, *, key=None):
+        return self.field(z, t, t, condition, key=key)
+
+
+class Draw(eqx.Module):
+    """Batches of fresh data."""
+
+    distribution: exact.AbstractDistribution
+    batch: int
+
+    def __call__(self, key: Key[Array, ""]) -> mfx.Batch:
+        return mfx.Batch(draw(self.distribution, self.batch, key))
+
+
+def draw(distribution: exact.AbstractDistribution, number: int, key: Key[Array, ""]) -> Float[Array, "rows dim"]:
+    return jax.vmap(lambda key: distribution.sample(key=key))(jr.split(key, number))
+
+
+class Problem(NamedTuple):
+    """A data set with everything that methods are held against."""
+
+    name: str
+    mixture: exact.GaussianMixture
+    distribution: exact.AbstractDistribution
+    truth: exact.AverageVelocity
+    known: metrics.FieldTruth
+    data: Float[Array, "samples dim"]
+    limit: float
+
+
+def make_problem(config: Config, name: str) -> Problem:
+    mixture = DATA[name]()
+    distribution = exact.StackedMixture(mixture, config.copies) if config.copies > 1 else mixture
+    # The best that float32 can do, and a thousand times less than the error of any network here.
+    truth = exact.AverageVelocity(exact.MarginalVelocity(distribution, PATH), rtol=1e-5, atol=1e-5)
+    known = metrics.field_truth(truth, distribution.sample, PATH, PAIRS, config.rows, key=TRUTH_KEY)
+    data = eqx.filter_jit(draw)(distribution, config.samples, DATA_KEY)
+    limit = 1.05 * float(jnp.max(jnp.abs(mixture.mean)) + 3 * jnp.max(mixture.std))
+    return Problem(name, mixture, distribution, truth, known, data, limit)
+
+
+def train(config: Config, problem: Problem, method: str, seed: int) -> Generator[Any, None, mfx.AbstractField]:
+    """The averaged field, after reports of its steps."""
+    field_key, run_key = jr.split(jr.key(seed))
+    step = train_step(config, method)
+    if config.marginal:
+        step = eqx.tree_at(
+            lambda step: step.objective.velocity, step, problem.truth.velocity, is_leaf=lambda leaf: leaf is None
+        )
+    field = mfx.MLP(2 * config.copies, width=config.width, depth=config.depth, key=field_key)
+    state = mfx.init_state(field, step.optimizer, step.averages, key=run_key)
+    state = yield from run.scan_in_chunks(step, state, Draw(problem.distribution, config.batch), config.steps)
+    return Instantaneous(state.averages[0]) if method == "FlowMatching" else state.averages[0]
+
+
+@eqx.filter_jit
+def generate(field: mfx.AbstractField, eps: Float[Array, "rows dim"], number: int) -> Float[Array, "rows dim"]:
+    # An exact field integrates: in one vmap every row would wait for the slowest.
+    rows = 50 if isinstance(field, exact.AverageVelocity) else len(eps)
+    times = mfx.uniform_times(number)
+    return jax.lax.map(lambda eps: mfx.sample(field, eps, times=times), eps, batch_size=min(rows, len(eps)))
+
+
+class Quality(NamedTuple):
+    """How near samples are to the data; all but the coverage are 0 at best, up to the noise of finite samples."""
+
+    sliced_wasserstein: float
+    energy_distance: float
+    mmd: float
+    mode_coverage: float
+    total_variation: float
+
+
+def quality(problem: Problem, x: Float[Array, "rows dim"]) -> Quality:
+    mixture, limit, pairs = problem.mixture, problem.limit, x.reshape(-1, 2)  # copies are samples of one mixture
+    return Quality(
+        float(metrics.sliced_wasserstein(x, problem.data, key=SLICE_KEY)),
+        float(metrics.energy_distance(x, problem.data)),
+        float(metrics.maximum_mean_discrepancy(x, problem.data)),
+        float(metrics.mode_coverage(pairs, mixture.mean, mixture.std, mixture.weight, mixture.label)),
+        float(metrics.total_variation(pairs, mixture.log_density, low=(-limit, -limit), high=(limit, limit))),
+    )
+
+
+class Accuracy(NamedTuple):
+    """How near a field is to the truth: E|u - u*|² / E|u*|² in three places, and root-mean-square residuals of the
+    equations, relative to the velocity."""
+
+    overall: float
+    diagonal: float
+    one_step: float
+    identity: float
+    semigroup: float
+
+
+class Result(NamedTuple):
+    """One field, judged."""
+
+    data: str
+    method: str
+    seed: int
+    accuracy: Accuracy
+    quality: tuple[Quality, ...]
+    cells: metrics.RelativeError
+    samples: tuple[Float[Array, "rows dim"], ...]
+    field: mfx.AbstractField
+
+
+def judge(config: Config, problem: Problem, method: str, seed: int, field: mfx.AbstractField) -> Result:
+    rows = problem.known.overall
+    errors = metrics.field_errors(field, problem.known, edges=EDGES)
+    v = problem.known.diagonal.u
+    accuracy = Accuracy(
+        float(errors.overall.value),
+        float(errors.diagonal.value),
+        float(errors.one_step.value),
+        float(metrics.relative_identity_residual(mfx.MeanFlow(), field, rows.z, v, rows.r, rows.t)),
+        float(metrics.relative_semigroup_residual(field, rows.z, rows.r, rows.t)),
+    )
+    eps = jr.normal(NOISE_KEY, problem.data.shape)
+    samples = tuple(generate(field, eps, number) for number in EVALUATIONS)
+    judged = tuple(quality(problem, x) for x in samples)
+    return Result(problem.name, method, seed, accuracy, judged, errors.cells, samples, field)
+
+
+def one_cell(config: Config, cell: tuple[Problem, str, int]) -> Generator[Any, None, Result]:
+    problem, method, seed = cell
+    field = problem.truth if method == "Exact" else (yield from train(config, problem, method, seed))
+    return judge(config, problem, method, seed, field)
+
+
+def tables(config: Config, problem: Problem, results: Sequence[Result]) -> str:
+    """The figures of one data set: means over seeds, then their spread."""
+    floor = quality(problem, eqx.filter_jit(draw)(problem.distribution, config.samples, FLOOR_KEY))
+    headers = ("", "evaluations", "error of u", "r = t", "(0, 1)", "identity", "semigroup")
+    headers += ("sliced W2", "energy", "MMD²", "modes", "TV")
+
+    def lines(combine: Callable[[Any], Any]) -> list[tuple]:
+        rows = []
+        for method in config.methods:
+            runs = [result for result in results if result.method == method]
+            accuracy = combine([result.accuracy for result in runs])
+            for i, number in enumerate(EVALUATIONS):
+                of_field = accuracy if i == 0 else [None] * len(Accuracy._fields)
+                rows.append((method if i == 0 else "", number, *of_field, *combine([run.quality[i] for run in runs])))
+        return rows
+
+    means = lines(lambda values: [float(value) for value in np.mean(values, axis=0)])
+    means.append(("two samples of the data", None, *[None] * len(Accuracy._fields), *floor))
+    text = f"## {problem.name}\n\n{run.table(means, headers)}"
+    if config.seeds > 1:
+        spread = lines(lambda v: [f"{x:.0%}" for x in (np.max(v, axis=0) - np.min(v, axis=0)) / np.mean(v, axis=0)])
+        text += f"\n\nSpread over {config.seeds} seeds, (largest - smallest) / mean:\n\n{run.table(spread, headers)}"
+    return text
+
+
+def save_pictures(config: Config, problem: Problem, results: Sequence[Result], directory: run.RunDirectory) -> None:
+    """Samples, errors over (r, t), and flows; samples and flows of the first seed."""
+    first = {result.method: result for result in results if result.seed == 0}
+    shown = {"data": (problem.data[:, :2],) * len(EVALUATIONS)}
+    shown |= {method: [x[:, :2] for x in result.samples] for method, result in first.items()}
+    counts = [f"{number} evaluation{'s' if number > 1 else ''}" for number in EVALUATIONS]
+    path = directory.path(f"{problem.name}_samples.png")
+    run.save_point_grid(path, shown, counts, limit=problem.limit, title=f"{problem.name}: samples from the same noise")
+    maps = {}
+    for method in first.keys() - {"Exact"}:
+        cells = [result.cells for result in results if result.method == method]
+        maps[method] = functools.reduce(metrics.RelativeError.__add__, cells).value
+    if maps:
+        run.save_heat_maps(
+            directory.path(f"{problem.name}_errors.png"),
+            {method: maps[method] for method in config.methods if method in maps},
+            EDGES,
+            row_label="r",
+            column_label="t",
+            value_label="E|u - u*|² / E|u*|²",
+            title=f"{problem.name}: error of the average velocity by cells of (r, t)",
+        )
+    if config.copies == 1:
+        fields = {"truth": problem.truth} | {m: result.field for m, result in first.items() if m != "Exact"}
+        flows = {name: flow(field, problem.limit) for name, field in fields.items()}
+        columns = [f"-u(z, 0, {t}), towards the data" for t in FLOW_TIMES]
+        run.save_flows(directory.path(f"{problem.name}_flows.png"), flows, columns, limit=problem.limit + 0.5)
+
+
+FLOW_TIMES = (0.5, 0.7, 1.0)
+
+
+@eqx.filter_jit
+def flow(field: mfx.AbstractField, limit: float) -> run.Flow:
+    """Where the field says that noise passes by, z_r = z_1 - (1 - r) u(z_1, r, 1), and -u(z, 0, t) on a grid."""
+    eps = jr.normal(NOISE_KEY, (40, 2))
+    times = jnp.linspace(1, 0, 41)
+    paths = jax.vmap(lambda z: jax.vmap(lambda r: z - (1 - r) * field(z, r, jnp.ones(())))(times))(eps)
+    axis = jnp.linspace(-limit, limit, 13)
+    points = jnp.stack(jnp.meshgrid(axis, axis), axis=-1).reshape(-1, 2)
+    arrows = jax.vmap(lambda t: jax.vmap(lambda z: -field(z, jnp.zeros(()), t))(points))(jnp.asarray(FLOW_TIMES))
+    return run.Flow(paths, points, arrows)
+
+
+def as_record(result: Result) -> dict[str, Any]:
+    """A result as JSON holds it."""
+    return {
+        "data": result.data,
+        "method": result.method,
+        "seed": result.seed,
+        **result.accuracy._asdict(),
+        "quality": [{"evaluations": n, **q._asdict()} for n, q in zip(EVALUATIONS, result.quality, strict=True)],
+        "error_by_cell": np.asarray(result.cells.value).tolist(),
+    }
+
+
+def main(config: Config) -> None:
+    """Train every method on every data set, and hold it against the truth."""
+    began = time.perf_counter()
+    config = shrunk(config) if config.quick else config
+    directory = run.RunDirectory.create(config)
+    problems = []
+    for name in config.data:
+        print(f"{name}: integrating the truth at {3 * config.rows} points", flush=True)
+        problems.append(make_problem(config, name))
+    # Seeds outside: those of one method compile the same program.
+    cells = [(p, m, s) for s in range(config.seeds) for p in problems for m in config.methods if m != "Exact" or s == 0]
+    results = []
+    total = config.steps * sum(method != "Exact" for _, method, _ in cells)
+    with run.Progress(total, shown=("boundary_error", "identity_error")) as progress:
+        cell = functools.partial(one_cell, config)
+        for (problem, method, seed), result in run.in_parallel(cell, cells, workers=config.workers, progress=progress):
+            results.append(result)
+            error, distance = result.accuracy, result.quality[0].sliced_wasserstein
+            progress.note(
+                f"{problem.name} {method} seed {seed}: error of u {error.overall:.3g}, at (0, 1) {error.one_step:.3g}; "
+                f"sliced W2 at one evaluation {distance:.3g}"
+            )
+    parts = []
+    for problem in problems:
+        of_problem = [result for result in results if result.data == problem.name]
+        parts.append(tables(config, problem, of_problem))
+        save_pictures(config, problem, of_problem, directory)
+    text = "\n\n".join([*parts, f"{time.perf_counter() - began:.0f} seconds in all."])
+    directory.path("results.md").write_text(text + "\n", encoding="utf-8")
+    records = [as_record(result) for result in results]
+    directory.path("results.json").write_text(json.dumps(records, indent=2) + "\n", encoding="utf-8")
+    print(f"{text} Pictures, results.md and results.json are in {directory.root}.")
+
+
+PRESETS = {
+    "default": ("two data sets, all methods, two seeds", Config()),
+    "long": (
+        "one MeanFlow on the checkerboard, as good as an hour makes it",
+        Config(
+            data=("checkerboard",),
+            methods=("MeanFlow", "Exact"),
+            seeds=1,
+            steps=60000,
+            batch=1024,
+            width=256,
+            decay=0.9995,
+            samples=10000,
+        ),
+    ),
+}
+
+if __name__ == "__main__":
+    run.main(main, PRESETS, description=__doc__)

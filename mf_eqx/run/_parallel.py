@@ -1,0 +1,92 @@
+"""Many small trainings side by side.
+
+XLA leaves most of a small program to one core, so several of them, one per thread, fill a machine that one cannot.
+"""
+
+import concurrent.futures
+import math
+import threading
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from typing import TypeVar
+
+import jax
+from jaxtyping import Array, ArrayLike, Key
+
+from .._objective import Batch, Mean, Metrics
+from .._train import scan_steps, TrainState, TrainStep
+from ._progress import Progress
+
+_Task = TypeVar("_Task")
+_Result = TypeVar("_Result")
+
+
+def scan_in_chunks(
+    train_step: TrainStep,
+    state: TrainState,
+    draw: Callable[[Key[Array, ""]], Batch],
+    steps: int,
+    *,
+    most: int = 250,
+) -> Generator[tuple[int, Metrics], None, TrainState]:
+    """A training by `mf_eqx.scan_steps` in parts, which yields `(steps, metrics)` after each: a task of `in_parallel`.
+
+    **Arguments:** `train_step`, `state`, `draw` as of `scan_steps`; `steps` in all; `most` at once.
+
+    **Returns:** (`state = yield from scan_in_chunks(...)`) the last state.
+    """
+    # Equal parts but for the last: each other number of steps compiles a program of its own.
+    size = math.ceil(steps / math.ceil(steps / most)) if steps else 1
+    for start in range(0, steps, size):
+        number = min(size, steps - start)
+        state, metrics = scan_steps(train_step, state, draw, number)
+        yield number, jax.block_until_ready(metrics)
+    return state
+
+
+def in_parallel(
+    function: Callable[[_Task], Generator[tuple[int, Mapping[str, Mean | ArrayLike]], None, _Result]],
+    tasks: Sequence[_Task],
+    *,
+    workers: int,
+    progress: Progress,
+) -> Iterator[tuple[_Task, _Result]]:
+    """The tasks with their results, as they are finished by so many threads.
+
+    An error in one task, or an interruption, ends the others after what they do at the moment.
+
+    **Arguments:**
+
+    - `function`: from a task to a generator that yields `(steps, metrics)` whenever it has done some steps, and returns
+      the result. Between two yields it cannot be stopped: yield every second or so.
+    - `tasks`: started in this order. Put tasks that compile the same program apart, or two threads compile it at once.
+    - `workers`: the number of threads.
+    - `progress`: counts the steps of all tasks.
+
+    **Raises:** `ValueError` unless workers >= 1; any error of a task.
+    """
+    if workers < 1:
+        raise ValueError(f"workers must be >= 1, got {workers}")
+    stop, lock = threading.Event(), threading.Lock()
+    finished = 0
+
+    def work(task: _Task) -> _Result:
+        nonlocal finished
+        parts = function(task)
+        while not stop.is_set():
+            try:
+                steps, metrics = next(parts)
+            except StopIteration as end:
+                return end.value
+            with lock:
+                finished += steps
+                progress.update(finished, metrics)
+        raise concurrent.futures.CancelledError
+
+    pool = concurrent.futures.ThreadPoolExecutor(workers)
+    futures = {pool.submit(work, task): task for task in tasks}
+    try:
+        for future in concurrent.futures.as_completed(futures):
+            yield futures[future], future.result()
+    finally:
+        stop.set()
+        pool.shutdown(cancel_futures=True)

@@ -1,0 +1,151 @@
+"""Pictures of two-dimensional data: samples, errors over (r, t), and the flow with its average velocities."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Array, Float
+
+from ._optional import optional
+
+_SIDE = 2.2
+_DPI = 100
+
+
+def save_point_grid(
+    path: str | Path,
+    points: Mapping[str, Sequence[Float[Array | np.ndarray, "_ 2"]]],
+    columns: Sequence[str],
+    *,
+    limit: float,
+    title: str | None = None,
+) -> None:
+    """Save a grid of scatter plots as PNG, all on the same axes.
+
+    **Arguments:** `path` of the file; `points` of each row by its name, one sample per column; `columns` their titles;
+    `limit` of both axes, from -limit to limit: points outside are not drawn, but their share is written in the panel;
+    `title` above everything.
+
+    **Raises:** `ValueError` if a row has another number of samples than there are columns, or limit <= 0.
+    """
+    _check(points, columns, limit)
+    figure, panels = _panels(len(points), len(columns), title)
+    for (name, row), line in zip(points.items(), panels, strict=True):
+        for column, sample, panel in zip(columns, row, line, strict=True):
+            sample = np.asarray(sample)
+            panel.scatter(*sample.T, s=1.5, alpha=min(1.0, 2500 / max(len(sample), 1)), color="black", linewidths=0)
+            outside = 1 - np.mean(np.all(np.abs(sample) <= limit, axis=1))
+            if outside > 0.001:
+                panel.text(0.02, 0.02, f"{outside:.1%} outside", transform=panel.transAxes, fontsize=7, color="C3")
+            _frame(panel, limit)
+            _label(panel, name, column)
+    figure.savefig(path, format="png")
+
+
+class Flow(NamedTuple):
+    """What `save_flows` draws of one field.
+
+    **Arguments:** `paths` states along trajectories, from noise to data; `points` where arrows start; `arrows` one set
+    per column, the vectors at `points`.
+    """
+
+    paths: Float[Array | np.ndarray, "path time 2"]
+    points: Float[Array | np.ndarray, "point 2"]
+    arrows: Float[Array | np.ndarray, "column point 2"]
+
+
+def save_flows(
+    path: str | Path, flows: Mapping[str, Flow], columns: Sequence[str], *, limit: float, title: str | None = None
+) -> None:
+    """Save trajectories and vector fields as PNG: a row per field, the trajectories first, as in Fig. 3 of the paper.
+
+    The first field's trajectories are drawn in grey beneath those of the others, to compare. An arrow's length is that
+    of its vector, on one scale in the whole picture.
+
+    **Arguments:** `path` of the file; `flows` by name, the true one first; `columns` titles of the sets of arrows;
+    `limit` of both axes; `title` above everything.
+
+    **Raises:** `ValueError` if a flow has another number of sets of arrows than there are columns, or limit <= 0.
+    """
+    _check({name: list(flow.arrows) for name, flow in flows.items()}, columns, limit)
+    titles = ("trajectories", *columns)
+    figure, panels = _panels(len(flows), len(titles), title)
+    true_paths = next(iter(flows.values())).paths
+    for (name, flow), line in zip(flows.items(), panels, strict=True):
+        for drawn, colour, width in ((true_paths, "0.75", 2.5), (flow.paths, "C0", 0.8)):
+            for states in np.asarray(drawn):
+                line[0].plot(*states.T, color=colour, linewidth=width)
+        line[0].scatter(*np.asarray(flow.paths)[:, -1].T, s=6, color="C3", zorder=3)
+        for arrows, panel in zip(np.asarray(flow.arrows), line[1:], strict=True):
+            length = np.linalg.norm(arrows, axis=1)
+            # A unit vector is a tenth of the panel.
+            panel.quiver(*np.asarray(flow.points).T, *arrows.T, length, scale=10, width=0.006, cmap="viridis_r")
+        for column, panel in zip(titles, line, strict=True):
+            _frame(panel, limit)
+            _label(panel, name, column)
+    figure.savefig(path, format="png")
+
+
+def save_heat_maps(
+    path: str | Path,
+    maps: Mapping[str, Float[Array | np.ndarray, "rows columns"]],
+    edges: Sequence[float],
+    *,
+    row_label: str,
+    column_label: str,
+    value_label: str,
+    title: str | None = None,
+) -> None:
+    """Save heat maps as PNG on one logarithmic colour scale: an error by cells of (r, t) for every method, say.
+
+    **Arguments:** `path` of the file; `maps` by name, values > 0, NaN for empty cells; `edges` of the cells along both
+    axes; `row_label`, `column_label` of the axes, `value_label` of the colours; `title` above everything.
+
+    **Raises:** `ValueError` if no map holds a positive number.
+    """
+    values = {name: np.asarray(map) for name, map in maps.items()}
+    positive = np.concatenate([map[np.isfinite(map) & (map > 0)] for map in values.values()] or [np.zeros(0)])
+    if positive.size == 0:
+        raise ValueError("maps must hold at least one positive number, got none")
+    with optional("matplotlib"):
+        from matplotlib.colors import LogNorm
+    figure, ((*panels,),) = _panels(1, len(values), title, side=2.8)
+    norm = LogNorm(positive.min(), max(positive.max(), 1.01 * positive.min()))
+    image = None
+    for (name, map), panel in zip(values.items(), panels, strict=True):
+        image = panel.pcolormesh(edges, edges, map, norm=norm, cmap="magma_r")
+        panel.set(title=name, xlabel=column_label, ylabel=row_label if panel is panels[0] else None, aspect="equal")
+    figure.colorbar(image, ax=panels, label=value_label)
+    figure.savefig(path, format="png")
+
+
+def _check(rows: Mapping[str, Sequence[Any]], columns: Sequence[str], limit: float) -> None:
+    for name, row in rows.items():
+        if len(row) != len(columns):
+            raise ValueError(f"columns must be {len(row)} titles as in the row {name!r}, got {len(columns)}")
+    if not limit > 0:
+        raise ValueError(f"limit must be > 0, got {limit}")
+
+
+def _panels(rows: int, columns: int, title: str | None, *, side: float = _SIDE) -> tuple[Any, Any]:
+    with optional("matplotlib"):
+        from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(side * columns + 0.6, side * rows + 0.6), dpi=_DPI, layout="constrained")
+    if title is not None:
+        figure.suptitle(title)
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def _frame(panel: Any, limit: float) -> None:
+    panel.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal", xticks=[], yticks=[])
+
+
+def _label(panel: Any, name: str, column: str) -> None:
+    """Titles above the first row, names left of the first column."""
+    place = panel.get_subplotspec()
+    if place.is_first_row():
+        panel.set_title(column, fontsize=9)
+    if place.is_first_col():
+        panel.set_ylabel(name, fontsize=9)
