@@ -14,6 +14,7 @@ like every network:
     u = exact.AverageVelocity(exact.GuidedVelocity(v, scale=2.0))
     u(z, r, t, jnp.asarray(3))
 
+`WeightedVelocity` is what Flow Matching learns under an adaptive weight instead of v: its bias, without a network.
 `checkerboard`, `two_moons` and the others are toy data sets, mixtures all of them; `StackedMixture` makes independent
 copies of one, for any number of dimensions.
 
@@ -41,3 +42,4 @@ from ._toys import (
     two_moons as two_moons,
     two_spirals as two_spirals,
 )
+from ._weighted_velocity import WeightedVelocity as WeightedVelocity

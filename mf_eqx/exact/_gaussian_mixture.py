@@ -71,12 +71,25 @@ class GaussianMixture(AbstractDistribution):
     def velocity(
         self, interpolant: AbstractInterpolant, z: Float[Array, "*data"], t: Time, condition: Condition = None
     ) -> Float[Array, "*data"]:
+        velocity, _, mass = self.posterior(interpolant, z, t, condition)
+        return jnp.tensordot(mass, velocity, 1, precision="highest")  # accelerators round the factors by default
+
+    def posterior(
+        self, interpolant: AbstractInterpolant, z: Float[Array, "*data"], t: Time, condition: Condition = None
+    ) -> tuple[Float[Array, "component *data"], Float[Array, " component"], Float[Array, " component"]]:
+        r"""The distribution of the conditional velocity $v_t$ given $z_t = z$, a mixture as well.
+
+        **Returns:** for each component the mean of $v_t$, its standard deviation in every direction,
+        $|\dot\alpha_t \sigma_t - \dot\sigma_t \alpha_t|\, s_k / S_k$, and its posterior mass.
+        """
         alpha, sigma, alpha_rate, sigma_rate = interpolant.rates(t)
         variance = (alpha * self.std) ** 2 + sigma**2
         offset = z - alpha * self.mean
         slope = (alpha_rate * alpha * self.std**2 + sigma_rate * sigma) / variance
-        posterior = jax.nn.softmax(self._log_weight(condition) + _log_normal(offset, variance))
-        return alpha_rate * _sum(posterior, self.mean) + _sum(posterior * slope, offset)
+        mass = jax.nn.softmax(self._log_weight(condition) + _log_normal(offset, variance))
+        mean = alpha_rate * self.mean + slope.reshape(-1, *[1] * z.ndim) * offset
+        std = jnp.abs(alpha_rate * sigma - sigma_rate * alpha) * self.std / jnp.sqrt(variance)
+        return mean, std, mass
 
     def sample(self, *, key: Key[Array, ""], condition: Condition = None) -> Float[Array, "*data"]:
         return self._draw(key, condition)[0]
@@ -117,10 +130,6 @@ class GaussianMixture(AbstractDistribution):
         """Unnormalised: of the components that do not carry the label, minus infinity."""
         log_weight = jnp.log(self.weight)
         return log_weight if condition is None else jnp.where(self._labels() == condition, log_weight, -jnp.inf)
-
-
-def _sum(factor: Float[Array, " component"], terms: Float[Array, "component *data"]) -> Float[Array, "*data"]:
-    return jnp.tensordot(factor, terms, 1, precision="highest")  # accelerators round the factors by default
 
 
 def _log_normal(

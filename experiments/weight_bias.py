@@ -1,0 +1,178 @@
+"""What the adaptive weight (Eq. 22) does to the field: its bias, exactly and in trained networks.
+
+    python experiments/weight_bias.py
+
+With a power p > 0 even Flow Matching does not learn the mean of the conditional velocities but something nearer to
+their mode, and MeanFlow integrates that. Three fields for every p and offset c:
+
+- the exact flow of the weighted regression (`exact.WeightedVelocity`): the bias alone, without a network;
+- a MeanFlow trained as usual, on conditional velocities: bias and training error;
+- the same trained on the exact marginal velocity, whose mean is its mode: training error alone.
+
+README.md beside this file has the figures.
+"""
+
+import dataclasses
+import functools
+import json
+import time
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import toy_2d
+from jaxtyping import install_import_hook
+
+# Shapes and types are checked while the step is traced. JAXTYPING_DISABLE=1 turns this off.
+with install_import_hook("mf_eqx", "beartype.beartype"):
+    import mf_eqx as mfx
+    from mf_eqx import exact, run
+
+EXACT, CONDITIONAL, MARGINAL = "exact flow", "MeanFlow, conditional target", "MeanFlow, marginal target"
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A study of the weight."""
+
+    data: str = "eight_gaussians"
+    """Data set, one of toy_2d.py's."""
+    powers: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
+    """Powers p."""
+    offsets: tuple[float, ...] = (0.01, 1.0)
+    """Offsets c, in squared units of the data, summed over both dimensions."""
+    seeds: int = 2
+    """Trainings of each."""
+    steps: int = 4000
+    """Training steps."""
+    samples: int = 2000
+    """Samples that are judged."""
+    rows: int = 1000
+    """Rows (z, r, t) at which fields are held against the truth."""
+    workers: int = toy_2d.Config.workers
+    """Trainings at a time."""
+
+    def __post_init__(self):
+        for name in ("powers", "offsets"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} must be at least one number, got none")
+        for cell in cells(self):
+            toy_config(self, cell)
+
+
+class Cell(NamedTuple):
+    """What is judged."""
+
+    kind: str
+    power: float
+    offset: float
+    seed: int
+
+
+def cells(config: Config) -> list[Cell]:
+    """Seeds outside: those of one setting compile the same program."""
+    weights = [(p, c) for p in config.powers for c in (config.offsets if p else config.offsets[:1])]
+    kinds = {EXACT: 1, CONDITIONAL: config.seeds, MARGINAL: config.seeds}
+    return [Cell(k, *w, seed) for seed in range(config.seeds) for k, n in kinds.items() if seed < n for w in weights]
+
+
+def toy_config(config: Config, cell: Cell) -> toy_2d.Config:
+    return toy_2d.Config(
+        data=(config.data,),
+        methods=("MeanFlow",),
+        seeds=config.seeds,
+        steps=config.steps,
+        samples=config.samples,
+        rows=config.rows,
+        workers=config.workers,
+        power=cell.power,
+        offset=cell.offset,
+        marginal=cell.kind == MARGINAL,
+    )
+
+
+def judged(config: Config, problem: toy_2d.Problem, cell: Cell) -> Generator[Any, None, toy_2d.Result]:
+    toy = toy_config(config, cell)
+    if cell.kind == EXACT:
+        weight = mfx.AdaptiveWeight(cell.power, cell.offset)
+        # Its error is the iteration's, far above that of the solver.
+        field = exact.AverageVelocity(exact.WeightedVelocity(problem.mixture, weight), rtol=1e-3, atol=1e-3)
+    else:
+        field = yield from toy_2d.train(toy, problem, "MeanFlow", cell.seed)
+    return toy_2d.judge(toy, problem, cell.kind, cell.seed, field, evaluations=(1,))
+
+
+def figures(result: toy_2d.Result) -> dict[str, float]:
+    """What is compared."""
+    accuracy, quality = result.accuracy, result.quality[0]
+    return {
+        "error of v": accuracy.diagonal,
+        "error of u": accuracy.overall,
+        "error at (0, 1)": accuracy.one_step,
+        "sliced W2": quality.sliced_wasserstein,
+        "energy distance": quality.energy_distance,
+        "modes": quality.mode_coverage,
+    }
+
+
+def save_figure(path: Path, results: dict[Cell, toy_2d.Result]) -> None:
+    """Errors and distances against p: colours are kinds, lines are offsets, points are seeds."""
+    with run.optional("matplotlib"):
+        from matplotlib.figure import Figure
+    names = ("error of v", "error of u", "sliced W2", "energy distance")
+    figure = Figure(figsize=(3.6 * len(names), 3.6), dpi=100, layout="constrained")
+    offsets = sorted({cell.offset for cell in results})
+    powers = sorted({cell.power for cell in results})
+    for name, panel in zip(names, figure.subplots(1, len(names)), strict=True):
+        for kind, colour in ((EXACT, "black"), (CONDITIONAL, "C0"), (MARGINAL, "C1")):
+            for offset, line in zip(offsets, ("-", "--", ":", "-."), strict=False):
+                chosen = {c: figures(r)[name] for c, r in results.items() if c.kind == kind}
+                chosen = {c: value for c, value in chosen.items() if c.offset == offset or c.power == 0}
+                values = [[value for c, value in chosen.items() if c.power == p] for p in powers]
+                # The exact flow at p = 0 is the truth: no error, nothing to draw on a logarithmic axis.
+                points = [(p, v) for p, many in zip(powers, values, strict=True) for v in many if v > 1e-6]
+                panel.plot(*zip(*points, strict=True), ".", color=colour)
+                means = [(p, np.mean(many)) for p, many in zip(powers, values, strict=True) if min(many) > 1e-6]
+                panel.plot(*zip(*means, strict=True), line, color=colour, label=f"{kind}, c = {offset:g}")
+        panel.set(title=name, xlabel="power p", yscale="log")
+        panel.grid(alpha=0.3)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize="small")
+    figure.savefig(path, format="png")
+
+
+def main(config: Config) -> None:
+    """Hold weighted regressions against the truth."""
+    began = time.perf_counter()
+    directory = run.RunDirectory.create(config)
+    wanted = cells(config)
+    problem = toy_2d.make_problem(toy_config(config, wanted[0]), config.data)
+    results = {}
+    trained = sum(cell.kind != EXACT for cell in wanted)
+    with run.Progress(config.steps * trained, shown=("boundary_error", "identity_error")) as progress:
+        work = functools.partial(judged, config, problem)
+        for cell, result in run.in_parallel(work, wanted, workers=config.workers, progress=progress):
+            results[cell] = result
+            shown = {name: f"{value:.3g}" for name, value in figures(result).items()}
+            progress.note(f"p {cell.power:g}, c {cell.offset:g}, {cell.kind}, seed {cell.seed}: {shown}")
+    rows = []
+    for kind, power, offset in dict.fromkeys(cell[:3] for cell in wanted if cell.seed == 0):
+        of_seeds = [figures(result) for cell, result in results.items() if cell[:3] == (kind, power, offset)]
+        rows.append((kind, power, offset, *(float(np.mean([f[name] for f in of_seeds])) for name in of_seeds[0])))
+    headers = ("field", "p", "c", *figures(next(iter(results.values()))))
+    text = f"Mean of {config.seeds} seeds, one evaluation.\n\n{run.table(rows, headers)}"
+    directory.path("results.md").write_text(text + "\n", encoding="utf-8")
+    records = [{**cell._asdict(), **figures(result)} for cell, result in results.items()]
+    directory.path("results.json").write_text(json.dumps(records, indent=2) + "\n", encoding="utf-8")
+    save_figure(directory.path("weight_bias.png"), results)
+    shown = {
+        kind: [results[c].samples[0] for c in wanted if c[0] == kind and c.seed == 0 and c.offset == config.offsets[0]]
+        for kind in (EXACT, CONDITIONAL, MARGINAL)
+    }
+    columns = [f"p = {power:g}" for power in config.powers]
+    run.save_point_grid(directory.path("samples.png"), shown, columns, limit=problem.limit)
+    print(f"{text}\n\n{time.perf_counter() - began:.0f} seconds. Pictures and results are in {directory.root}.")
+
+
+if __name__ == "__main__":
+    run.main(main, Config(), description=__doc__)
