@@ -69,13 +69,13 @@ def guided(mix: float, effective: float = 2.0) -> Setting:
 TABLES = {
     "1a": Table(
         "share of rows with r < t",
-        {f"{s:.0%}": (Setting(share=s), f) for s, f in [(0, 328.91), (0.25, 61.06), (0.5, 63.14), (1, 67.32)]},
+        {f"{s:.0%}": (Setting(share=s), f) for s, f in [(0.0, 328.91), (0.25, 61.06), (0.5, 63.14), (1.0, 67.32)]},
     ),
     "1b": Table(
         "tangent on (z, r, t)",
         {
-            f"(v, {r}, {t})": (Setting(tangent=(r, t)), f)
-            for r, t, f in [(0, 1, 61.06), (0, 0, 268.06), (1, 0, 329.22), (1, 1, 137.96)]
+            f"(v, {r:g}, {t:g})": (Setting(tangent=(r, t)), f)
+            for r, t, f in [(0.0, 1.0, 61.06), (0.0, 0.0, 268.06), (1.0, 0.0, 329.22), (1.0, 1.0, 137.96)]
         },
     ),
     "1c": Table(
