@@ -80,6 +80,8 @@ class Config:
     """Residual blocks of the MLP, two layers each."""
     learning_rate: float = 2e-3
     """Peak of Adam's learning rate, after 100 steps of warm-up and before the cosine decay."""
+    clip: float = 1.0
+    """Largest norm of a gradient; a larger one is scaled down to it. Without it single steps can ruin a long run."""
     decay: float = 0.995
     """Decay per step of the parameter average that is judged."""
     identity_share: float = 0.5
@@ -119,6 +121,8 @@ class Config:
         for name, bound in least.items():
             if getattr(self, name) < bound:
                 raise ValueError(f"{name} must be >= {bound}, got {getattr(self, name)}")
+        if not self.clip > 0:
+            raise ValueError(f"clip must be > 0, got {self.clip}")
         if not 0 < self.learning_rate < 1:
             raise ValueError(f"learning_rate must lie in (0, 1), got {self.learning_rate}")
         for method in self.methods:
@@ -150,7 +154,8 @@ def objective(config: Config, method: str) -> mfx.Objective:
 def train_step(config: Config, method: str) -> mfx.TrainStep:
     rate, warmup = config.learning_rate, 100
     schedule = optax.warmup_cosine_decay_schedule(0, rate, warmup, max(config.steps, warmup + 1), rate / 100)
-    return mfx.TrainStep(objective(config, method), optax.adam(schedule), [mfx.ExponentialAverage(config.decay)])
+    optimizer = optax.chain(optax.clip_by_global_norm(config.clip), optax.adam(schedule))
+    return mfx.TrainStep(objective(config, method), optimizer, [mfx.ExponentialAverage(config.decay)])
 
 
 class Instantaneous(mfx.AbstractField):
@@ -439,9 +444,10 @@ PRESETS = {
             data=("checkerboard",),
             methods=("ImprovedMeanFlow", "Exact"),
             seeds=1,
-            steps=120000,
+            steps=100000,
             batch=512,
             width=256,
+            learning_rate=1e-3,
             decay=0.9995,
             samples=10000,
             large_samples=500000,
