@@ -1,0 +1,118 @@
+"""The ablations from their command line: resumable cell by cell, and the trends of Tab. 1a and 1b."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+
+from mf_eqx import run
+
+
+@pytest.fixture(scope="module")
+def ablations(experiment):
+    return experiment("ablations")
+
+
+def cells(directory):
+    return [json.loads(line) for line in (directory / "eight_gaussians" / "cells.jsonl").read_text().splitlines()]
+
+
+def start(ablations, directory, arguments):
+    run.main(ablations.main, ablations.Config(), argv=[*arguments.split(), "--directory", str(directory)])
+
+
+@pytest.fixture(scope="module")
+def finished(ablations, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("ablations")
+    start(ablations, directory, "--only 1a --seeds 1 --steps 30")
+    return directory
+
+
+def test_a_run_leaves_cells_a_table_and_a_figure(finished):
+    assert len(cells(finished)) == 4
+    text = (finished / "eight_gaussians" / "results.md").read_text()
+    assert "Tab. 1a" in text and "328.9" in text
+    assert (finished / "eight_gaussians" / "ablations.png").stat().st_size > 0
+
+
+def test_finished_cells_are_not_trained_again(ablations, finished, capsys):
+    before = cells(finished)
+    start(ablations, finished, "--only 1a --seeds 1 --steps 30")
+    assert cells(finished) == before
+    assert "4 of them finished before" in capsys.readouterr().out
+
+
+def test_a_lost_cell_is_trained_again_with_the_same_result(ablations, finished):
+    before = cells(finished)
+    path = finished / "eight_gaussians" / "cells.jsonl"
+    path.write_text("".join(line + "\n" for line in path.read_text().splitlines()[:-1]))
+    start(ablations, finished, "--only 1a --seeds 1 --steps 30")
+    after = cells(finished)
+    assert after[-1]["settings"] == before[-1]["settings"]
+    np.testing.assert_allclose(after[-1]["result"]["distance"], before[-1]["result"]["distance"], rtol=1e-5)
+
+
+def test_tables_share_the_cell_in_the_centre(ablations):
+    for name in ("1a", "1b", "1c", "1d", "1e", "1f"):
+        assert ablations.Setting() in [setting for setting, _ in ablations.TABLES[name].cells.values()], name
+
+
+def test_settings_that_are_equal_are_one_key(ablations):
+    keys = {}
+    for table in ablations.TABLES.values():
+        for setting, _ in table.cells.values():
+            key = json.dumps(ablations.key_of(ablations.Config(), setting, 1, 0), default=repr)
+            assert keys.setdefault(setting, key) == key
+
+
+def test_table_5_keeps_the_effective_scale(ablations):
+    import mf_eqx as mfx
+
+    for setting, _ in ablations.TABLES["5"].cells.values():
+        np.testing.assert_allclose(mfx.Guidance(setting.scale, setting.mix).effective_scale, 2, rtol=1e-5)
+
+
+def test_agreement_counts_pairs_in_the_same_order(ablations):
+    assert ablations.agreement([1.0, 2.0, 3.0], [10.0, 30.0, 20.0]).startswith("2 of 3 pairs")
+
+
+def test_digits_have_a_recipe_of_the_same_kind(ablations):
+    recipe = ablations.handwritten_digits()
+    import jax.random as jr
+
+    batch = recipe.draw(jr.key(0))
+    assert batch.x.shape[1:] == (1, 8, 8) and batch.x.shape[0] == batch.condition.shape[0]
+    figures = recipe.judge(recipe.make_field(ablations.EMBEDDINGS["(t, r)"], jr.key(1)), ablations.Setting())
+    assert np.isfinite(list(figures.values())).all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--only 1z", "--only must be among 1a, .*; got 1z"),
+        ("--seeds 0", "--seeds must be >= 1, got 0"),
+        ("--steps 0", "--steps must be >= 1, got 0"),
+        ("--data cifar", "data"),
+    ],
+)
+def test_bad_input_ends_in_one_line(ablations, arguments, message, capsys, tmp_path):
+    with pytest.raises(SystemExit) as ended:
+        start(ablations, tmp_path, arguments)
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert ended.value.code == 2
+    assert re.search(message, line), line
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow  # seven cells and two seeds at the default budget: about four minutes on two cores
+def test_trends_of_tables_1a_and_1b(ablations, tmp_path):
+    start(ablations, tmp_path, "--only 1a 1b")
+    distance = {}
+    for cell in cells(tmp_path):
+        setting = cell["settings"]["setting"]
+        distance.setdefault((setting["share"], *setting["tangent"]), []).append(cell["result"]["distance"])
+    right = max(distance[0.25, 0.0, 1.0])  # the worst seed of the right one, the best of the wrong ones
+    assert min(distance[0.0, 0.0, 1.0]) > 3 * right  # seen: 68 times
+    for tangent in [(0.0, 0.0), (1.0, 0.0), (1.0, 1.0)]:
+        assert min(distance[0.25, *tangent]) > 3 * right, tangent  # seen: 28, 45 and 12 times
