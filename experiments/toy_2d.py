@@ -273,14 +273,7 @@ class Result(NamedTuple):
     field: mfx.AbstractField
 
 
-def judge(
-    config: Config,
-    problem: Problem,
-    method: str,
-    seed: int,
-    field: mfx.AbstractField,
-    evaluations: Sequence[int] = EVALUATIONS,
-) -> Result:
+def judge(config: Config, problem: Problem, method: str, seed: int, field: mfx.AbstractField) -> Result:
     rows = problem.known.overall
     errors = metrics.field_errors(field, problem.known, edges=EDGES)
     v = problem.known.diagonal.u
@@ -292,7 +285,7 @@ def judge(
         float(metrics.relative_semigroup_residual(field, rows.z, rows.r, rows.t)),
     )
     eps = jr.normal(NOISE_KEY, problem.data.shape)
-    samples = tuple(generate(field, eps, number) for number in evaluations)
+    samples = tuple(generate(field, eps, number) for number in EVALUATIONS)
     judged = tuple(quality(problem, x) for x in samples)
     large = None
     if not isinstance(field, exact.AverageVelocity):  # it would integrate for minutes

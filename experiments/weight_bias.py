@@ -20,14 +20,15 @@ from collections.abc import Generator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax.random as jr
 import numpy as np
 import toy_2d
-from jaxtyping import install_import_hook
+from jaxtyping import Array, Float, install_import_hook
 
 # Shapes and types are checked while the step is traced. JAXTYPING_DISABLE=1 turns this off.
 with install_import_hook("mf_eqx", "beartype.beartype"):
     import mf_eqx as mfx
-    from mf_eqx import exact, run
+    from mf_eqx import exact, metrics, run
 
 EXACT, CONDITIONAL, MARGINAL = "exact flow", "MeanFlow, conditional target", "MeanFlow, marginal target"
 
@@ -92,31 +93,35 @@ def toy_config(config: Config, cell: Cell) -> toy_2d.Config:
     )
 
 
-def judged(config: Config, problem: toy_2d.Problem, cell: Cell) -> Generator[Any, None, toy_2d.Result]:
-    toy = toy_config(config, cell)
+class Result(NamedTuple):
+    """One field, held against the truth; samples by one evaluation."""
+
+    figures: dict[str, float]
+    samples: Float[Array, "rows dim"]
+
+
+def judged(config: Config, problem: toy_2d.Problem, cell: Cell) -> Generator[Any, None, Result]:
     if cell.kind == EXACT:
         weight = mfx.AdaptiveWeight(cell.power, cell.offset)
         # Its error is the iteration's, far above that of the solver.
         field = exact.AverageVelocity(exact.WeightedVelocity(problem.mixture, weight), rtol=1e-3, atol=1e-3)
     else:
-        field = yield from toy_2d.train(toy, problem, "MeanFlow", cell.seed)
-    return toy_2d.judge(toy, problem, cell.kind, cell.seed, field, evaluations=(1,))
-
-
-def figures(result: toy_2d.Result) -> dict[str, float]:
-    """What is compared."""
-    accuracy, quality = result.accuracy, result.quality[0]
-    return {
-        "error of v": accuracy.diagonal,
-        "error of u": accuracy.overall,
-        "error at (0, 1)": accuracy.one_step,
+        field = yield from toy_2d.train(toy_config(config, cell), problem, "MeanFlow", cell.seed)
+    errors = metrics.field_errors(field, problem.known)
+    samples = toy_2d.generate(field, jr.normal(toy_2d.NOISE_KEY, problem.data.shape), 1)
+    quality = toy_2d.quality(problem, samples)
+    figures = {
+        "error of v": float(errors.diagonal.value),
+        "error of u": float(errors.overall.value),
+        "error at (0, 1)": float(errors.one_step.value),
         "sliced W2": quality.sliced_wasserstein,
         "energy distance": quality.energy_distance,
         "modes": quality.mode_coverage,
     }
+    return Result(figures, samples)
 
 
-def save_figure(path: Path, results: dict[Cell, toy_2d.Result]) -> None:
+def save_figure(path: Path, results: dict[Cell, Result]) -> None:
     """Errors and distances against p: colours are kinds, lines are offsets, points are seeds."""
     with run.optional("matplotlib"):
         from matplotlib.figure import Figure
@@ -127,7 +132,7 @@ def save_figure(path: Path, results: dict[Cell, toy_2d.Result]) -> None:
     for name, panel in zip(names, figure.subplots(1, len(names)), strict=True):
         for kind, colour in ((EXACT, "black"), (CONDITIONAL, "C0"), (MARGINAL, "C1")):
             for offset, line in zip(offsets, ("-", "--", ":", "-."), strict=False):
-                chosen = {c: figures(r)[name] for c, r in results.items() if c.kind == kind}
+                chosen = {c: r.figures[name] for c, r in results.items() if c.kind == kind}
                 chosen = {c: value for c, value in chosen.items() if c.offset == offset or c.power == 0}
                 values = [[value for c, value in chosen.items() if c.power == p] for p in powers]
                 # The exact flow at p = 0 is the truth: no error, nothing to draw on a logarithmic axis.
@@ -153,20 +158,20 @@ def main(config: Config) -> None:
         work = functools.partial(judged, config, problem)
         for cell, result in run.in_parallel(work, wanted, workers=config.workers, progress=progress):
             results[cell] = result
-            shown = {name: f"{value:.3g}" for name, value in figures(result).items()}
+            shown = {name: f"{value:.3g}" for name, value in result.figures.items()}
             progress.note(f"p {cell.power:g}, c {cell.offset:g}, {cell.kind}, seed {cell.seed}: {shown}")
     rows = []
     for kind, power, offset in dict.fromkeys(cell[:3] for cell in wanted if cell.seed == 0):
-        of_seeds = [figures(result) for cell, result in results.items() if cell[:3] == (kind, power, offset)]
+        of_seeds = [result.figures for cell, result in results.items() if cell[:3] == (kind, power, offset)]
         rows.append((kind, power, offset, *(float(np.mean([f[name] for f in of_seeds])) for name in of_seeds[0])))
-    headers = ("field", "p", "c", *figures(next(iter(results.values()))))
+    headers = ("field", "p", "c", *next(iter(results.values())).figures)
     text = f"Mean of {config.seeds} seeds, one evaluation.\n\n{run.table(rows, headers)}"
     directory.path("results.md").write_text(text + "\n", encoding="utf-8")
-    records = [{**cell._asdict(), **figures(result)} for cell, result in results.items()]
+    records = [{**cell._asdict(), **result.figures} for cell, result in results.items()]
     directory.path("results.json").write_text(json.dumps(records, indent=2) + "\n", encoding="utf-8")
     save_figure(directory.path("weight_bias.png"), results)
     shown = {
-        kind: [results[c].samples[0] for c in wanted if c[0] == kind and c.seed == 0 and c.offset == config.offsets[0]]
+        kind: [results[c].samples for c in wanted if c[0] == kind and c.seed == 0 and c.offset == config.offsets[0]]
         for kind in (EXACT, CONDITIONAL, MARGINAL)
     }
     columns = [f"p = {power:g}" for power in config.powers]

@@ -15,7 +15,10 @@ class Ledger:
     A result is found again by *all* of its settings: another number of steps is another key. It is found whatever the
     commit, which is written beside it; `commits` says which ones they were.
 
-    **Arguments:** `path` of the file, read now if it exists; a last line that was cut off by a crash is left out.
+    **Arguments:** `path` of the file, read now if it exists. A last line that was cut off by a crash is left out, and
+    removed by the next `put`.
+
+    **Raises:** `ValueError` if any other line is not one of a ledger.
     """
 
     def __init__(self, path: str | Path):
@@ -23,15 +26,20 @@ class Ledger:
         self._commit = commit(Path(sys.argv[0]).parent)
         self._results: dict[str, Any] = {}
         self._commits: dict[str, str | None] = {}
-        if self._path.exists():
-            text = self._path.read_text(encoding="utf-8")
-            for line in text.splitlines(keepends=True):
-                if line.endswith("\n"):
-                    record = json.loads(line)
-                    self._results[_text(record["settings"])] = record["result"]
-                    self._commits[_text(record["settings"])] = record["commit"]
-            if not text.endswith("\n"):
-                self._path.write_text(text[: text.rfind("\n") + 1], encoding="utf-8")
+        self._size = 0  # of the file, without a line that was cut off
+        data = self._path.read_bytes() if self._path.exists() else b""
+        for number, line in enumerate(data.splitlines(keepends=True), start=1):
+            if line.endswith(b"\n"):
+                self._read(number, line)
+                self._size += len(line)
+
+    def _read(self, number: int, line: bytes) -> None:
+        try:
+            record = json.loads(line)
+            key, result, at = _text(record["settings"]), record["result"], record["commit"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{self._path}, line {number}, must be a result of a ledger: {error}") from error
+        self._results[key], self._commits[key] = result, at
 
     def __contains__(self, settings: Any) -> bool:
         return _text(settings) in self._results
@@ -47,12 +55,16 @@ class Ledger:
     def put(self, settings: Any, result: Mapping[str, Any]) -> None:
         """Keep a result. It is in the file when this returns.
 
-        **Arguments:** `settings` a dataclass or anything else that JSON can hold; `result` plain numbers, lists, texts.
+        **Arguments:** `settings` a dataclass or anything else that JSON can hold: numbers, texts, lists of them, but no
+        Modules, whose class would be lost; `result` plain numbers, lists, texts.
         """
         record = {"settings": as_json(settings), "result": dict(result), "commit": self._commit}
+        line = (json.dumps(record) + "\n").encode()
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        with self._path.open("ab") as file:
+            file.truncate(self._size)
+            file.write(line)
+        self._size += len(line)
         self._results[_text(settings)] = record["result"]
         self._commits[_text(settings)] = self._commit
 

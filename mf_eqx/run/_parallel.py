@@ -4,6 +4,7 @@ XLA leaves most of a small program to one core, so several of them, one per thre
 """
 
 import concurrent.futures
+import contextlib
 import math
 import threading
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -33,7 +34,11 @@ def scan_in_chunks(
     **Arguments:** `train_step`, `state`, `draw` as of `scan_steps`; `steps` in all; `most` at once.
 
     **Returns:** (`state = yield from scan_in_chunks(...)`) the last state.
+
+    **Raises:** `ValueError` unless steps >= 0 and most >= 1.
     """
+    if steps < 0 or most < 1:
+        raise ValueError(f"steps must be >= 0 and most >= 1, got {steps} and {most}")
     # Equal parts but for the last: each other number of steps compiles a program of its own.
     size = math.ceil(steps / math.ceil(steps / most)) if steps else 1
     for start in range(0, steps, size):
@@ -71,22 +76,28 @@ def in_parallel(
 
     def work(task: _Task) -> _Result:
         nonlocal finished
-        parts = function(task)
-        while not stop.is_set():
-            try:
-                steps, metrics = next(parts)
-            except StopIteration as end:
-                return end.value
-            with lock:
-                finished += steps
-                progress.update(finished, metrics)
+        try:
+            with contextlib.closing(function(task)) as parts:
+                while not stop.is_set():
+                    try:
+                        steps, metrics = next(parts)
+                    except StopIteration as end:
+                        return end.value
+                    with lock:
+                        finished += steps
+                        progress.update(finished, metrics)
+        except BaseException:
+            stop.set()
+            raise
         raise concurrent.futures.CancelledError
 
     pool = concurrent.futures.ThreadPoolExecutor(workers)
-    futures = {pool.submit(work, task): task for task in tasks}
     try:
+        futures = {pool.submit(work, task): task for task in tasks}
         for future in concurrent.futures.as_completed(futures):
-            yield futures[future], future.result()
+            # What was stopped because of an error may come before the error.
+            with contextlib.suppress(concurrent.futures.CancelledError):
+                yield futures[future], future.result()
     finally:
         stop.set()
         pool.shutdown(cancel_futures=True)

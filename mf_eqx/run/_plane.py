@@ -35,7 +35,7 @@ def save_point_grid(
         for column, sample, panel in zip(columns, row, line, strict=True):
             sample = np.asarray(sample)
             panel.scatter(*sample.T, s=1.5, alpha=min(1.0, 2500 / max(len(sample), 1)), color="black", linewidths=0)
-            outside = 1 - np.mean(np.all(np.abs(sample) <= limit, axis=1))
+            outside = np.mean(~np.all(np.abs(sample) <= limit, axis=1)) if len(sample) else 0
             if outside > 0.001:
                 panel.text(0.02, 0.02, f"{outside:.1%} outside", transform=panel.transAxes, fontsize=7, color="C3")
             _frame(panel, limit)
@@ -90,7 +90,7 @@ def save_flows(
 def save_heat_maps(
     path: str | Path,
     maps: Mapping[str, Float[Array | np.ndarray, "rows columns"]],
-    edges: Sequence[float],
+    edges: Sequence[float] | Float[np.ndarray, " edges"],
     *,
     row_label: str,
     column_label: str,
@@ -121,6 +121,8 @@ def save_heat_maps(
 
 
 def _check(rows: Mapping[str, Sequence[Any]], columns: Sequence[str], limit: float) -> None:
+    if not rows:
+        raise ValueError("there must be at least one row, got none")
     for name, row in rows.items():
         if len(row) != len(columns):
             raise ValueError(f"columns must be {len(row)} titles as in the row {name!r}, got {len(columns)}")

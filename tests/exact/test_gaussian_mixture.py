@@ -68,6 +68,72 @@ def test_velocity_at_time_1_is_the_state_minus_the_mean_on_the_straight_path():
     np.testing.assert_allclose(velocity(GaussianMixture(*PLANE), PATHS[0], Z, np.array(1.0)), expected, 1e-14)
 
 
+@eqx.filter_jit
+def compiled_posterior(mixture, path, z, t, condition):
+    return mixture.posterior(path, z, t, condition)
+
+
+def posterior(mixture, path, z, t, label=None):
+    condition = None if label is None else jnp.asarray(label)  # an array: one program for all labels
+    return compiled_posterior(mixture, path, jnp.asarray(z), jnp.asarray(t), condition)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("t", [0.0, 0.3, 1.0])
+def test_posterior_of_one_gaussian_is_the_conditional_of_the_joint_gaussian(path, t):
+    center, scale = np.array([0.5, -0.2]), 0.7
+    mean, std, mass = posterior(GaussianMixture(center[None], scale), path, Z, t)
+    # One coordinate of (v, z) is Gaussian with these rows on (x, eps); conditioned by the Schur complement.
+    alpha, sigma, alpha_rate, sigma_rate = (float(rate) for rate in path.rates(jnp.asarray(t)))
+    rows = np.array([[alpha_rate, sigma_rate], [alpha, sigma]])
+    covariance = rows @ np.diag([scale**2, 1.0]) @ rows.T
+    gain = covariance[0, 1] / covariance[1, 1]
+    np.testing.assert_allclose(mean[0], alpha_rate * center + gain * (Z - alpha * center), 1e-13)
+    np.testing.assert_allclose(std[0] ** 2, covariance[0, 0] - gain * covariance[0, 1], 1e-13)
+    assert mass == 1
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("label", [None, 7])
+@pytest.mark.parametrize("t", [0.3, 0.8])
+def test_posterior_has_the_mean_and_covariance_of_a_quadrature_over_the_data(path, label, t):
+    # Data from -4 to 4 hold all but 1e-9 of it, and the sum over a smooth density converges exponentially.
+    x = np.stack(np.meshgrid(*[np.linspace(-4, 4, 321)] * 2), axis=-1).reshape(-1, 2)
+    own = [k for k in range(3) if label in (None, PLANE[3][k])]
+    density = sum(PLANE[2][k] * scipy.stats.multivariate_normal.pdf(x, PLANE[0][k], PLANE[1][k] ** 2) for k in own)
+    alpha, sigma, alpha_rate, sigma_rate = (float(rate) for rate in path.rates(jnp.asarray(t)))
+    eps = (Z - alpha * x) / sigma
+    share = density * np.exp(-np.sum(eps**2, axis=1) / 2)
+    share /= share.sum()
+    v = alpha_rate * x + sigma_rate * eps
+    mean, std, mass = posterior(GaussianMixture(*PLANE), path, Z, t, label)
+    second = np.einsum("k,ki,kj->ij", mass, mean, mean) + mass @ std**2 * np.eye(2)
+    np.testing.assert_allclose(mass @ mean, share @ v, 1e-8)
+    np.testing.assert_allclose(second, np.einsum("n,ni,nj->ij", share, v, v), 1e-8)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("label", [None, 4, 7])
+@pytest.mark.parametrize("t", [0.0, 0.4, 1.0])
+def test_masses_of_the_posterior_sum_to_one_over_the_components_of_the_condition(path, label, t):
+    mass = posterior(GaussianMixture(*PLANE), path, Z, t, label)[2]
+    np.testing.assert_allclose(mass.sum(), 1, 1e-14)
+    np.testing.assert_array_equal(mass > 0, [label in (None, own) for own in PLANE[3]])
+
+
+def test_mean_of_the_posterior_is_the_velocity():
+    *center, z = np.random.default_rng(0).standard_normal((4, 1, 3, 4))
+    mixture = GaussianMixture(np.stack(center), PLANE[1], PLANE[2])
+    mean, _, mass = posterior(mixture, PATHS[1], z, T)
+    np.testing.assert_allclose(np.tensordot(mass, mean, 1), velocity(mixture, PATHS[1], z, T), 1e-13)
+
+
+def test_posterior_knows_the_data_at_time_0_and_the_noise_at_time_1():
+    mixture = GaussianMixture(*PLANE)
+    np.testing.assert_allclose(posterior(mixture, PATHS[0], Z, 0.0)[1], np.ones(3), 1e-14)
+    np.testing.assert_allclose(posterior(mixture, PATHS[0], Z, 1.0)[1], PLANE[1], 1e-14)
+
+
 @pytest.mark.parametrize("path", PATHS)
 def test_jvp_of_the_velocity_equals_finite_differences(path):
     mixture, step = GaussianMixture(*PLANE), 1e-5

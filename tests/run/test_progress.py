@@ -1,4 +1,8 @@
+import concurrent.futures
 import io
+import itertools
+import re
+import time
 
 import jax.numpy as jnp
 import pytest
@@ -120,6 +124,40 @@ def test_no_steps_at_all_write_nothing():
     with run.Progress(0, stream=stream):
         pass
     assert stream.getvalue() == ""
+
+
+class Slow(io.StringIO):
+    """Lets other threads run between two characters."""
+
+    def write(self, text):
+        for character in text:
+            super().write(character)
+            time.sleep(0)
+        return len(text)
+
+
+def test_threads_share_the_lines_without_losing_or_mixing_any():
+    threads, updates = 4, 25
+    total, stream = threads * updates, Slow()
+    with run.Progress(total, stream=stream, every=0.5, clock=itertools.count().__next__) as progress:  # always due
+
+        def report(thread):
+            for step in range(thread * updates + 1, (thread + 1) * updates + 1):
+                progress.update(step, {"loss": float(step)})
+                progress.note(f"note {step}")
+
+        with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+            list(pool.map(report, range(threads)))
+    _, *lines = stream.getvalue().splitlines()
+    notes = [int(line.removeprefix("note ")) for line in lines if line.startswith("note ")]
+    shown = [
+        re.fullmatch(rf" *(\d+)/{total} .* elapsed .*loss (\d+)", line)
+        for line in lines
+        if not line.startswith("note ")
+    ]
+    assert sorted(notes) == list(range(1, total + 1))
+    assert sorted(int(line[1]) for line in shown) == list(range(1, total + 1))
+    assert all(line[1] == line[2] for line in shown)
 
 
 def test_progress_goes_to_stderr_by_default(capsys):
