@@ -73,8 +73,10 @@ def test_table_5_keeps_the_effective_scale(ablations):
         np.testing.assert_allclose(mfx.Guidance(setting.scale, setting.mix).effective_scale, 2, rtol=1e-5)
 
 
-def test_agreement_counts_pairs_in_the_same_order(ablations):
-    assert ablations.agreement([1.0, 2.0, 3.0], [10.0, 30.0, 20.0]).startswith("2 of 3 pairs")
+def test_agreement_counts_pairs_whose_seeds_do_not_overlap(ablations):
+    text = ablations.agreement([[1.0, 1.1], [2.0, 2.1], [2.05, 3.0]], [10.0, 30.0, 20.0])
+    assert text == "Of 3 pairs of rows, 2 are in the paper's order, 0 in the opposite one; in 1 the seeds overlap."
+    assert "1 in the opposite one" in ablations.agreement([[1.0], [2.0]], [20.0, 10.0])
 
 
 def test_digits_have_a_recipe_of_the_same_kind(ablations):
