@@ -299,9 +299,8 @@ def report(config: Config, recipe: Recipe, ledger: run.Ledger, steps: int) -> tu
             distances[name][value] = [result["distance"] for result in results]
         papers = [fid for _, fid in table.cells.values()]
         headers = (table.title, "paper's FID", *names)
-        parts.append(
-            f"## Tab. {name}: {table.title}\n\n{run.table(rows, headers)}\n\n{agreement(list(distances[name].values()), papers)}"
-        )
+        orders = agreement(list(distances[name].values()), papers)
+        parts.append(f"## Tab. {name}: {table.title}\n\n{run.table(rows, headers)}\n\n{orders}")
     about = f"distance: {recipe.distance}. Mean ± half the range of {config.seeds} seeds; {steps} steps."
     return "\n\n".join([about, *parts]), distances
 
