@@ -52,6 +52,7 @@ IDENTITIES: dict[str, mfx.AbstractIdentity | None] = {
 METHODS = [*IDENTITIES, "WrongTangent", "Exact"]
 EVALUATIONS = (1, 2, 4, 8)
 EDGES = tuple(np.linspace(0, 1, 9).tolist())
+FLOW_TIMES = (0.5, 0.7, 1.0)
 PATH = mfx.LinearInterpolant()
 JUDGED_PAIRS = mfx.TimePairs(mfx.UniformTimes())
 TRUTH_KEY, DATA_KEY, FLOOR_KEY, NOISE_KEY, SLICE_KEY, LARGE_KEY = jr.split(jr.key(2**31 - 1), 6)
@@ -365,9 +366,6 @@ def save_pictures(config: Config, problem: Problem, results: Sequence[Result], d
         flows = {name: flow(field, problem.limit) for name, field in fields.items()}
         columns = [f"-u(z, 0, {t}), towards the data" for t in FLOW_TIMES]
         run.save_flows(directory.path(f"{problem.name}_flows.png"), flows, columns, limit=problem.limit + 0.5)
-
-
-FLOW_TIMES = (0.5, 0.7, 1.0)
 
 
 @eqx.filter_jit
