@@ -13,7 +13,6 @@ come with the package: nothing is downloaded.
 
 import dataclasses
 import itertools
-import json
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -337,8 +336,7 @@ def main(config: Config) -> None:
             run.save_curves(part.path("curves.png"), records)
     save_comparison(directory.path("comparison.png"), digits.holdout, trained)
     text = f"{report(results)}\n\n{time.perf_counter() - began:.0f} seconds in all."
-    directory.path("results.md").write_text(text + "\n")
-    directory.path("results.json").write_text(json.dumps([row._asdict() for row in results], indent=2) + "\n")
+    directory.save_results(text, [row._asdict() for row in results])
     print(f"{text} Pictures and metrics are in {directory.root}.")
 
 

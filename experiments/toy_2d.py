@@ -11,10 +11,11 @@ Every method is held against that truth, and its samples against the density. RE
 
 import dataclasses
 import functools
-import json
+import importlib
+import inspect
 import os
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -40,14 +41,22 @@ DATA: dict[str, Callable[[], exact.GaussianMixture]] = {
     "pinwheel": exact.pinwheel,
     "two_spirals": exact.two_spirals,
 }
+
+
+def identities(names: Mapping[str, Any]) -> dict[str, mfx.AbstractIdentity]:
+    """Every identity among `names` that can be made without arguments."""
+    found = {}
+    for name, member in names.items():
+        if isinstance(member, type) and issubclass(member, mfx.AbstractIdentity) and not inspect.isabstract(member):
+            parameters = inspect.signature(member).parameters.values()
+            if all(parameter.default is not parameter.empty for parameter in parameters):
+                found[name] = member()
+    return found
+
+
 IDENTITIES: dict[str, mfx.AbstractIdentity | None] = {
     "FlowMatching": None,
-    # Every identity of the package that can be made without arguments, later ones too.
-    **{
-        name: member()
-        for name, member in vars(mfx).items()
-        if isinstance(member, type) and issubclass(member, mfx.AbstractIdentity) and not name.startswith("Abstract")
-    },
+    **identities(vars(mfx)),
 }
 METHODS = [*IDENTITIES, "WrongTangent", "Exact"]
 EVALUATIONS = (1, 2, 4, 8)
@@ -117,6 +126,8 @@ class Config:
                 raise ValueError(f"{name} must be among {', '.join(known)}; got {', '.join(unknown)}")
             if not getattr(self, name):
                 raise ValueError(f"{name} must be at least one of {', '.join(known)}; got none")
+            if len(set(getattr(self, name))) < len(getattr(self, name)):
+                raise ValueError(f"{name} must differ from each other, got {', '.join(getattr(self, name))}")
         least = {"seeds": 1, "steps": 1, "width": 1, "depth": 1, "copies": 1, "samples": 10, "rows": 10, "workers": 1}
         least["large_samples"] = 10
         for name, bound in least.items():
@@ -308,10 +319,11 @@ def one_cell(config: Config, cell: tuple[Problem, str, int]) -> Generator[Any, N
 
 def tables(config: Config, problem: Problem, results: Sequence[Result]) -> str:
     """The figures of one data set: means over seeds, then their spread."""
-    floor = quality(problem, draw(problem.distribution, config.samples, FLOOR_KEY))
+    keys = jr.split(FLOOR_KEY, 5)
+    floors = [quality(problem, draw(problem.distribution, config.samples, key)) for key in keys]
     large_floor = large_distance(config, problem, draw(problem.distribution, config.large_samples, FLOOR_KEY))
     headers = ("", "evaluations", "error of u", "r = t", "(0, 1)", "identity", "semigroup")
-    headers += (f"W2 of {config.large_samples}", "sliced W2", "energy", "MMD²", "modes", "TV")
+    headers += (f"sliced W2 of {config.large_samples}", f"of {config.samples}", "energy", "MMD²", "modes", "TV")
 
     def lines(combine: Callable[[Any], Any], methods: Sequence[str]) -> list[tuple]:
         rows = []
@@ -330,7 +342,7 @@ def tables(config: Config, problem: Problem, results: Sequence[Result]) -> str:
         return rows
 
     means = lines(lambda values: [float(value) for value in np.mean(values, axis=0)], config.methods)
-    means.append(("two samples of the data", *[None] * 6, large_floor, *floor))
+    means.append(("samples of the data", *[None] * 6, large_floor, *np.mean(floors, axis=0).tolist()))
     text = f"## {problem.name}\n\n{run.table(means, headers)}"
     if config.seeds > 1:
         learned = [method for method in config.methods if method != "Exact"]
@@ -351,10 +363,11 @@ def save_pictures(config: Config, problem: Problem, results: Sequence[Result], d
     for method in first.keys() - {"Exact"}:
         cells = [result.cells for result in results if result.method == method]
         maps[method] = functools.reduce(metrics.RelativeError.__add__, cells).value
-    if maps:
+    shown = {method: maps[method] for method in config.methods if np.any(np.asarray(maps.get(method, 0)) > 0)}
+    if shown:
         run.save_heat_maps(
             directory.path(f"{problem.name}_errors.png"),
-            {method: maps[method] for method in config.methods if method in maps},
+            shown,
             EDGES,
             row_label="r",
             column_label="t",
@@ -396,6 +409,8 @@ def as_record(result: Result) -> dict[str, Any]:
 def main(config: Config) -> None:
     """Train every method on every data set, and hold it against the truth."""
     began = time.perf_counter()
+    with run.optional("matplotlib"):  # now rather than after the trainings
+        importlib.import_module("matplotlib")
     config = shrunk(config) if config.quick else config
     directory = run.RunDirectory.create(config)
     problems = []
@@ -415,15 +430,12 @@ def main(config: Config) -> None:
                 f"{problem.name} {method} seed {seed}: error of u {error.overall:.3g}, at (0, 1) {error.one_step:.3g}; "
                 f"sliced W2 at one evaluation {distance:.3g}"
             )
-    parts = []
-    for problem in problems:
-        of_problem = [result for result in results if result.data == problem.name]
-        parts.append(tables(config, problem, of_problem))
-        save_pictures(config, problem, of_problem, directory)
+    judged = {p.name: [result for result in results if result.data == p.name] for p in problems}
+    parts = [tables(config, problem, judged[problem.name]) for problem in problems]
     text = "\n\n".join([*parts, f"{time.perf_counter() - began:.0f} seconds in all."])
-    directory.path("results.md").write_text(text + "\n", encoding="utf-8")
-    records = [as_record(result) for result in results]
-    directory.path("results.json").write_text(json.dumps(records, indent=2) + "\n", encoding="utf-8")
+    directory.save_results(text, [as_record(result) for result in results])
+    for problem in problems:
+        save_pictures(config, problem, judged[problem.name], directory)
     print(f"{text} Pictures, results.md and results.json are in {directory.root}.")
 
 
@@ -439,7 +451,8 @@ PRESETS = {
             batch=512,
             width=256,
             learning_rate=1e-3,
-            # Constant up to errors of about 100, so that no row can pull harder than a few others together.
+            # Constant up to errors of about 100, so that no row can pull harder than a few others together. It scales
+            # the loss by 1/100, and with it what `clip` means.
             power=1.0,
             offset=100.0,
             decay=0.9995,

@@ -2,11 +2,13 @@
 
     python experiments/weight_bias.py
 
-With a power p > 0 even Flow Matching does not learn the mean of the conditional velocities but something nearer to
-their mode, and MeanFlow integrates that. Three fields for every p and offset c:
+With a power p > 0 Flow Matching does not learn the mean of the conditional velocities but something nearer to their
+mode, and so do the r = t rows of every objective. Three fields for every p and offset c:
 
-- the exact flow of the weighted regression (`exact.WeightedVelocity`): the bias alone, without a network;
-- a MeanFlow trained as usual, on conditional velocities: bias and training error;
+- the flow of the weighted velocity (`exact.WeightedVelocity`), which Flow Matching would learn from unlimited data: no
+  network, no training;
+- a MeanFlow trained as usual, on conditional velocities. At r = t it learns the weighted velocity as well; its rows
+  with r < t have other noise, (I - (t - r) du/dz) (v_t - v), and another bias;
 - the same trained on the exact marginal velocity, whose mean is its mode: training error alone.
 
 README.md beside this file has the figures.
@@ -14,7 +16,6 @@ README.md beside this file has the figures.
 
 import dataclasses
 import functools
-import json
 import time
 from collections.abc import Generator
 from pathlib import Path
@@ -30,7 +31,8 @@ with install_import_hook("mf_eqx", "beartype.beartype"):
     import mf_eqx as mfx
     from mf_eqx import exact, metrics, run
 
-EXACT, CONDITIONAL, MARGINAL = "exact flow", "MeanFlow, conditional target", "MeanFlow, marginal target"
+EXACT, CONDITIONAL, MARGINAL = "flow of the weighted v", "MeanFlow, conditional target", "MeanFlow, marginal target"
+LINES = ("-", "--", ":", "-.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +60,14 @@ class Config:
         for name in ("powers", "offsets"):
             if not getattr(self, name):
                 raise ValueError(f"{name} must be at least one number, got none")
+        if wrong := [power for power in self.powers if power and not 0.2 <= power <= 2]:
+            raise ValueError(f"powers must be 0 or lie in [0.2, 2], got {wrong[0]}")
+        if wrong := [offset for offset in self.offsets if not offset > 0]:
+            raise ValueError(f"offsets must be > 0, got {wrong[0]}")
+        if len(self.offsets) > len(LINES):
+            raise ValueError(f"offsets must be at most {len(LINES)}, got {len(self.offsets)}")
+        if self.seeds < 1:
+            raise ValueError(f"seeds must be >= 1, got {self.seeds}")
         for cell in cells(self):
             toy_config(self, cell)
 
@@ -131,15 +141,16 @@ def save_figure(path: Path, results: dict[Cell, Result]) -> None:
     powers = sorted({cell.power for cell in results})
     for name, panel in zip(names, figure.subplots(1, len(names)), strict=True):
         for kind, colour in ((EXACT, "black"), (CONDITIONAL, "C0"), (MARGINAL, "C1")):
-            for offset, line in zip(offsets, ("-", "--", ":", "-."), strict=False):
+            for offset, line in zip(offsets, LINES, strict=False):
                 chosen = {c: r.figures[name] for c, r in results.items() if c.kind == kind}
                 chosen = {c: value for c, value in chosen.items() if c.offset == offset or c.power == 0}
                 values = [[value for c, value in chosen.items() if c.power == p] for p in powers]
-                # The exact flow at p = 0 is the truth: no error, nothing to draw on a logarithmic axis.
-                points = [(p, v) for p, many in zip(powers, values, strict=True) for v in many if v > 1e-6]
-                panel.plot(*zip(*points, strict=True), ".", color=colour)
-                means = [(p, np.mean(many)) for p, many in zip(powers, values, strict=True) if min(many) > 1e-6]
-                panel.plot(*zip(*means, strict=True), line, color=colour, label=f"{kind}, c = {offset:g}")
+                # Without a weight it is the true flow: no error, nothing to draw on a logarithmic axis.
+                points = np.array([(p, v) for p, many in zip(powers, values, strict=True) for v in many if v > 1e-4])
+                means = [(p, np.mean(many)) for p, many in zip(powers, values, strict=True) if min(many) > 1e-4]
+                if means:
+                    panel.plot(*points.T, ".", color=colour)
+                    panel.plot(*np.array(means).T, line, color=colour, label=f"{kind}, c = {offset:g}")
         panel.set(title=name, xlabel="power p", yscale="log")
         panel.grid(alpha=0.3)
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize="small")
@@ -166,9 +177,7 @@ def main(config: Config) -> None:
         rows.append((kind, power, offset, *(float(np.mean([f[name] for f in of_seeds])) for name in of_seeds[0])))
     headers = ("field", "p", "c", *next(iter(results.values())).figures)
     text = f"Mean of {config.seeds} seeds, one evaluation.\n\n{run.table(rows, headers)}"
-    directory.path("results.md").write_text(text + "\n", encoding="utf-8")
-    records = [{**cell._asdict(), **result.figures} for cell, result in results.items()]
-    directory.path("results.json").write_text(json.dumps(records, indent=2) + "\n", encoding="utf-8")
+    directory.save_results(text, [{**cell._asdict(), **result.figures} for cell, result in results.items()])
     save_figure(directory.path("weight_bias.png"), results)
     shown = {
         kind: [results[c].samples for c in wanted if c[0] == kind and c.seed == 0 and c.offset == config.offsets[0]]

@@ -137,7 +137,7 @@ class Objective(AbstractObjective):
     - `velocity`: None, or a function v(z, t, condition) whose value replaces the conditional velocity $v_t$, as target
       and as tangent: a trained Flow Matching field (distillation), or the marginal velocity itself
       (`mf_eqx.exact.MarginalVelocity`), to see what the variance of $v_t$ costs. No gradient enters it. Rows whose
-      condition was dropped ask it for the null condition.
+      condition was dropped ask it for the null condition, which a mixture does not know (NaN): wrap it.
 
     **Metrics**, each a `Mean`: `loss` (weighted); `boundary_error` and `identity_error`, the *raw* mean squared error
     per dimension of rows with r = t and with r < t; `identity_error_by_gap`, the latter in four equal bins of t - r.
@@ -237,6 +237,8 @@ class Objective(AbstractObjective):
             condition = jax.tree.map(lambda null, c: jnp.where(dropped, null, c), self._null_like(condition), condition)
         if self.velocity is not None:
             v = jax.lax.stop_gradient(self.velocity(z, t, condition).astype(z.dtype))
+            if v.shape != z.shape:
+                raise ValueError(f"velocity must return the shape of z, {z.shape}, got {v.shape}")
         return _Row(z, v, r, t, condition, dropped, field_key)
 
     def _draw_times(self, key: Key[Array, ""], boundary: bool) -> tuple[Time, Time]:

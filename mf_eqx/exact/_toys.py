@@ -7,7 +7,9 @@ samples from one object.
 All of them lie within about 2 of the origin, so that unit noise covers them. Every component carries the label of its
 part of the shape (a moon, an arm, a cell of the board), for conditions and for counting modes.
 
-The points are quantiles, not draws: a data set is the same on every machine, and has no noise of its own.
+The points are quantiles or grids, not draws: a data set is the same on every machine, and has no noise of its own.
+Everywhere `std` is the blur and `points` the number of components in all; both raise `ValueError` where they make no
+mixture: `std` must be > 0, `points` a positive multiple of the number of parts.
 """
 
 import jax.numpy as jnp
@@ -37,10 +39,7 @@ def three_gaussians() -> GaussianMixture:
 
 
 def two_moons(std: float = 0.05, *, points: int = 512) -> GaussianMixture:
-    """Two interleaved half circles of radius 1, labels 0 (upper) and 1 (lower): scikit-learn's `make_moons`, centred.
-
-    **Arguments:** `std` of the blur; `points` in all, even.
-    """
+    """Two interleaved half circles of radius 1, labels 0 (upper) and 1 (lower): scikit-learn's moons, centred."""
     angle = np.linspace(0, np.pi, _part(points, 2))
     upper = _polar(1.0, angle)
     return _mixture([upper - [0.5, 0.25], [0.5, 0.25] - upper], std)
@@ -77,7 +76,7 @@ def pinwheel(std: float = 0.05, *, points: int = 510) -> GaussianMixture:
     The shape is that of Composing graphical models with neural networks for structured representations and fast
     inference, Johnson, Duvenaud, Wiltschko, Datta, Adams, 2016, arXiv 1603.06277.
 
-    **Arguments:** `std` of the blur, and with it the width of an arm; `points` in all, a multiple of 5.
+    `std` is also the width of an arm.
     """
     radius = 1 + 0.3 * np.asarray(norm.ppf(_quantiles(_part(points, 5))), np.float64)
     return _mixture([_polar(radius, 2 * np.pi * arm / 5 + np.exp(radius) / 4) for arm in range(5)], std)
@@ -85,10 +84,7 @@ def pinwheel(std: float = 0.05, *, points: int = 510) -> GaussianMixture:
 
 def two_spirals(std: float = 0.05, *, points: int = 512) -> GaussianMixture:
     r"""Two arms of one and a half turns, the one the other turned by 180 degrees, labels 0 and 1: $\theta (\cos\theta,
-    \sin\theta) / 2 \pi$ with $\theta = 3 \pi \sqrt q$, q uniform, which spreads the mass about evenly along the arm.
-
-    **Arguments:** `std` of the blur; `points` in all, even.
-    """
+    \sin\theta) / 2 \pi$ with $\theta = 3 \pi \sqrt q$, q uniform, which spreads the mass about evenly along the arm."""
     angle = 3 * np.pi * np.sqrt(_quantiles(_part(points, 2)))
     arm = _polar(angle / (2 * np.pi), angle)
     return _mixture([arm, -arm], std)

@@ -19,7 +19,6 @@ from jaxtyping import Array, Float, Int
 from .._custom_types import at_least_float32, Scalar
 
 
-@eqx.filter_jit
 def mode_coverage(
     x: Float[Array, "sample dim"],
     mean: Float[Array, "component dim"],
@@ -43,7 +42,7 @@ def mode_coverage(
 
     **Returns:** a number in [0, 1].
 
-    **Raises:** `ValueError` if `radius` is not positive.
+    **Raises:** `ValueError` if shapes do not fit, a label is out of range, or `radius` is not positive.
 
     **Reference:** modes and high-quality samples within three standard deviations as in VEEGAN, Srivastava, Valkov,
     Russell, Gutmann and Sutton, 2017; there a mode counts from one sample on, here by its mass.
@@ -51,7 +50,24 @@ def mode_coverage(
     if not radius > 0:
         raise ValueError(f"`radius` must be > 0, got {radius}.")
     components = len(mean)
-    mode = jnp.arange(components) if label is None else jnp.asarray(label)
+    if np.ndim(x) != 2 or len(x) < 1 or np.shape(x)[1:] != np.shape(mean)[1:]:
+        raise ValueError(f"`x` must have shape (sample, {np.shape(mean)[-1]}) as `mean`, got {np.shape(x)}.")
+    mode = np.arange(components) if label is None else np.asarray(label)
+    if mode.min() < 0 or mode.max() >= components:
+        raise ValueError(f"`label` must lie in [0, {components}), got {mode.min()} to {mode.max()}.")
+    return _mode_coverage(at_least_float32(x), mean, std, weight, jnp.asarray(mode), jnp.asarray(radius, std.dtype))
+
+
+@jax.jit
+def _mode_coverage(
+    x: Float[Array, "sample dim"],
+    mean: Float[Array, "component dim"],
+    std: Float[Array, " component"],
+    weight: Float[Array, " component"],
+    mode: Int[Array, " component"],
+    radius: Scalar,
+) -> Scalar:
+    components = len(mean)
 
     def nearest(point: Float[Array, " dim"]) -> Int[Array, ""]:
         distance = jnp.linalg.norm(point - mean, axis=1) / std
@@ -59,7 +75,7 @@ def mode_coverage(
         return jnp.where(distance[best] <= radius, mode[best], components)
 
     # A mode's number is below that of components; what is no mode's falls on the place behind the last.
-    found = jax.lax.map(nearest, at_least_float32(x), batch_size=min(len(x), 1000))
+    found = jax.lax.map(nearest, x, batch_size=min(len(x), 1000))
     share = jnp.bincount(found, length=components + 1)[:components] / len(x)
     expected = jax.ops.segment_sum(weight / jnp.sum(weight), mode, components)
     return jnp.sum(jnp.minimum(share, expected))
@@ -96,6 +112,7 @@ def total_variation(
         raise ValueError(f"`low` and `high` must be {dim} numbers each, with low < high, got {low} and {high}.")
     if bins < 1 or nodes < 1:
         raise ValueError(f"`bins` and `nodes` must be at least 1, got {bins} and {nodes}.")
+    x = at_least_float32(x)
     points, volume = _midpoints(*corners, bins * nodes)
     density = _densities(log_density, jnp.asarray(points, x.dtype)).reshape((bins, nodes) * dim)
     expected = volume * jnp.sum(density, axis=tuple(range(1, 2 * dim, 2))).reshape(-1)

@@ -13,7 +13,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,16 @@ class RunDirectory:
         path = self.root / "metrics.jsonl"
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
         return [json.loads(line) for line in lines if line.endswith("\n")]
+
+    def save_results(self, text: str, records: Sequence[Mapping[str, Any]]) -> None:
+        """Write `results.md` and `results.json`: the same for people and for programs.
+
+        **Arguments:** `text` Markdown; `records` plain numbers, texts, lists and dictionaries of them. Numbers that are
+        not finite become null.
+        """
+        self.path("results.md").write_text(text.rstrip("\n") + "\n", encoding="utf-8")
+        plain = json.dumps(_or_null(list(records)), indent=2, allow_nan=False)
+        self.path("results.json").write_text(plain + "\n", encoding="utf-8")
 
 
 def _new_by_name(parent: Path, name: str) -> Path:
@@ -141,6 +151,8 @@ def as_json(value: Any) -> Any:
 
 
 def _or_null(value: Any) -> Any:
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return [_or_null(item) for item in value]
+    if isinstance(value, Mapping):
+        return {name: _or_null(item) for name, item in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,10 +1,11 @@
 """Results of many small runs, kept as they come: a script that is started again does only what is missing."""
 
 import json
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from ._directory import as_json, commit
 
@@ -13,7 +14,9 @@ class Ledger:
     """Results by their settings, in a file of one JSON object per line.
 
     A result is found again by *all* of its settings: another number of steps is another key. It is found whatever the
-    commit, which is written beside it; `commits` says which ones they were.
+    commit, which is written beside it (`commit` says which).
+
+    Several processes may add to one file; each finds what was there when it started, and its own.
 
     **Arguments:** `path` of the file, read now if it exists. A last line that was cut off by a crash is left out, and
     removed by the next `put`.
@@ -26,12 +29,10 @@ class Ledger:
         self._commit = commit(Path(sys.argv[0]).parent)
         self._results: dict[str, Any] = {}
         self._commits: dict[str, str | None] = {}
-        self._size = 0  # of the file, without a line that was cut off
         data = self._path.read_bytes() if self._path.exists() else b""
         for number, line in enumerate(data.splitlines(keepends=True), start=1):
             if line.endswith(b"\n"):
                 self._read(number, line)
-                self._size += len(line)
 
     def _read(self, number: int, line: bytes) -> None:
         try:
@@ -47,10 +48,9 @@ class Ledger:
     def __getitem__(self, settings: Any) -> Any:
         return self._results[_text(settings)]
 
-    @property
-    def commits(self) -> set[str | None]:
-        """Of all results that are kept."""
-        return set(self._commits.values())
+    def commit(self, settings: Any) -> str | None:
+        """The commit that a result was made at; None outside git."""
+        return self._commits[_text(settings)]
 
     def put(self, settings: Any, result: Mapping[str, Any]) -> None:
         """Keep a result. It is in the file when this returns.
@@ -61,12 +61,19 @@ class Ledger:
         record = {"settings": as_json(settings), "result": dict(result), "commit": self._commit}
         line = (json.dumps(record) + "\n").encode()
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        with self._path.open("ab") as file:
-            file.truncate(self._size)
+        with self._path.open("a+b") as file:
+            self._drop_cut_off_line(file)
             file.write(line)
-        self._size += len(line)
         self._results[_text(settings)] = record["result"]
         self._commits[_text(settings)] = self._commit
+
+    def _drop_cut_off_line(self, file: BinaryIO) -> None:
+        """Leave the file as it is, but for a last line that a crash cut off."""
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(size - 1, 0))
+        if file.read(1) not in (b"", b"\n"):
+            file.seek(0)
+            file.truncate(file.read().rfind(b"\n") + 1)
 
 
 def _text(settings: Any) -> str:

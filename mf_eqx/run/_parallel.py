@@ -35,7 +35,7 @@ def scan_in_chunks(
 
     **Returns:** (`state = yield from scan_in_chunks(...)`) the last state.
 
-    **Raises:** `ValueError` unless steps >= 0 and most >= 1.
+    **Raises:** `ValueError` unless steps >= 0 and most >= 1, when it is first advanced.
     """
     if steps < 0 or most < 1:
         raise ValueError(f"steps must be >= 0 and most >= 1, got {steps} and {most}")

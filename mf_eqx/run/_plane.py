@@ -60,8 +60,8 @@ def save_flows(
 ) -> None:
     """Save trajectories and vector fields as PNG: a row per field, the trajectories first, as in Fig. 3 of the paper.
 
-    The first field's trajectories are drawn in grey beneath those of the others, to compare. An arrow's length is that
-    of its vector, on one scale in the whole picture.
+    The first field's trajectories are drawn in grey beneath those of the others, to compare. An arrow's length and
+    colour are those of its vector, on one scale in the whole picture.
 
     **Arguments:** `path` of the file; `flows` by name, the true one first; `columns` titles of the sets of arrows;
     `limit` of both axes; `title` above everything.
@@ -72,6 +72,7 @@ def save_flows(
     titles = ("trajectories", *columns)
     figure, panels = _panels(len(flows), len(titles), title)
     true_paths = next(iter(flows.values())).paths
+    longest = float(np.max(np.linalg.norm(next(iter(flows.values())).arrows, axis=-1), initial=1e-9))
     for (name, flow), line in zip(flows.items(), panels, strict=True):
         for drawn, colour, width in ((true_paths, "0.75", 2.5), (flow.paths, "C0", 0.8)):
             for states in np.asarray(drawn):
@@ -80,7 +81,15 @@ def save_flows(
         for arrows, panel in zip(np.asarray(flow.arrows), line[1:], strict=True):
             length = np.linalg.norm(arrows, axis=1)
             # A unit vector is a tenth of the panel.
-            panel.quiver(*np.asarray(flow.points).T, *arrows.T, length, scale=10, width=0.006, cmap="viridis_r")
+            panel.quiver(
+                *np.asarray(flow.points).T,
+                *arrows.T,
+                length,
+                scale=10,
+                width=0.006,
+                cmap="viridis_r",
+                clim=(0, longest),
+            )
         for column, panel in zip(titles, line, strict=True):
             _frame(panel, limit)
             _label(panel, name, column)
@@ -95,9 +104,12 @@ def save_heat_maps(
     row_label: str,
     column_label: str,
     value_label: str,
+    highest: float = 10.0,
     title: str | None = None,
 ) -> None:
     """Save heat maps as PNG on one logarithmic colour scale: an error by cells of (r, t) for every method, say.
+
+    Values above `highest` share its colour, so that one method that diverged does not make all others look alike.
 
     **Arguments:** `path` of the file; `maps` by name, values > 0, NaN for empty cells; `edges` of the cells along both
     axes; `row_label`, `column_label` of the axes, `value_label` of the colours; `title` above everything.
@@ -111,7 +123,8 @@ def save_heat_maps(
     with optional("matplotlib"):
         from matplotlib.colors import LogNorm
     figure, ((*panels,),) = _panels(1, len(values), title, side=2.8)
-    norm = LogNorm(positive.min(), max(positive.max(), 1.01 * positive.min()))
+    low = float(positive.min())
+    norm = LogNorm(low, max(min(float(positive.max()), highest), 1.01 * low))
     image = None
     for (name, map), panel in zip(values.items(), panels, strict=True):
         image = panel.pcolormesh(edges, edges, map, norm=norm, cmap="magma_r")

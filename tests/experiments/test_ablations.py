@@ -1,12 +1,14 @@
 """The ablations from their command line: resumable cell by cell, and the trends of Tab. 1a and 1b."""
 
+import dataclasses
 import json
 import re
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mf_eqx import run
+from mf_eqx import exact, run
 
 
 @pytest.fixture(scope="module")
@@ -59,11 +61,39 @@ def test_tables_share_the_cell_in_the_centre(ablations):
 
 
 def test_settings_that_are_equal_are_one_key(ablations):
-    keys = {}
+    texts = {}
     for table in ablations.TABLES.values():
         for setting, _ in table.cells.values():
-            key = json.dumps(ablations.key_of(ablations.Config(), setting, 1, 0), default=repr)
-            assert keys.setdefault(setting, key) == key
+            text = json.dumps(dataclasses.asdict(setting))  # 0 and 0.0 are equal but not the same key
+            assert texts.setdefault(setting, text) == text
+
+
+def test_another_recipe_is_another_key(ablations):
+    keys = [
+        ablations.key_of(ablations.Config(), ablations.eight_gaussians(steps), ablations.Setting(), 0)
+        for steps in (1, 2)
+    ]
+    assert keys[0] != keys[1]
+    assert {"batch", "width", "learning_rate", "decay", "clip", "label_dropout"} <= set(keys[0])
+
+
+def test_tables_of_earlier_calls_stay_in_the_files(ablations, finished):
+    start(ablations, finished, "--only 1b --seeds 1 --steps 30")
+    text = (finished / "eight_gaussians" / "results.md").read_text()
+    assert "Tab. 1a" in text and "Tab. 1b" in text and "Tab. 1c" not in text
+
+
+def test_exact_guided_field_is_judged_right(ablations):
+    mixture = exact.eight_gaussians()
+    mixture = exact.GaussianMixture(mixture.mean, mixture.std, label=jnp.arange(8) % 4)
+    velocity = exact.GuidedVelocity(exact.MarginalVelocity(mixture), 2.0)
+    field = exact.AverageVelocity(velocity, rtol=1e-5, atol=1e-5)
+    judge = ablations.eight_gaussians().judge
+    right, wrong = judge(field, ablations.guided(0.5)), judge(field, ablations.Setting())
+    assert right["error of u"] < 1e-6
+    # Finite samples: 500 per class from other noise, and data that are not guided.
+    assert right["distance to the guided truth"] < 0.01 < wrong["distance to the guided truth"]
+    assert wrong["error of u"] > 0.01
 
 
 def test_table_5_keeps_the_effective_scale(ablations):
@@ -77,6 +107,11 @@ def test_agreement_counts_pairs_whose_seeds_do_not_overlap(ablations):
     text = ablations.agreement([[1.0, 1.1], [2.0, 2.1], [2.05, 3.0]], [10.0, 30.0, 20.0])
     assert text == "Of 3 pairs of rows, 2 are in the paper's order, 0 in the opposite one; in 1 the seeds overlap."
     assert "1 in the opposite one" in ablations.agreement([[1.0], [2.0]], [20.0, 10.0])
+
+
+def test_rows_that_diverged_are_counted_apart(ablations):
+    text = ablations.agreement([[1.0], [float("nan")], [3.0]], [10.0, 20.0, 30.0])
+    assert text.startswith("Of 1 pairs of rows, 1 are in the paper's order") and text.endswith("diverged: 1.")
 
 
 def test_digits_have_a_recipe_of_the_same_kind(ablations):

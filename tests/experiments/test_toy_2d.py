@@ -49,7 +49,7 @@ def test_exact_field_has_no_error(rows):
 
 
 def test_exact_field_scores_the_noise_floor_at_any_number_of_evaluations(toy_2d, rows, finished):
-    (floor,) = re.findall(r"\| two samples of the data(.*)\|", (finished / "results.md").read_text())
+    (floor,) = re.findall(r"\| samples of the data(.*)\|", (finished / "results.md").read_text())
     floor = [float(cell) for cell in floor.split("|")[-len(toy_2d.Quality._fields) :]]
     for quality in rows["Exact"]["quality"]:
         for name, value in zip(toy_2d.Quality._fields, floor, strict=True):
@@ -78,15 +78,28 @@ def test_error_is_shown_by_cells_of_both_times(toy_2d, rows):
     assert np.isfinite(cells[0, -1])
 
 
-def test_every_identity_of_the_package_is_a_method(toy_2d):
-    assert set(toy_2d.Config().methods) == {
-        "FlowMatching",
-        "MeanFlow",
-        "ImprovedMeanFlow",
-        "SplitMeanFlow",
-        "Shortcut",
-        "Exact",
-    }
+def test_every_identity_is_a_method_and_later_ones_appear_by_themselves(toy_2d):
+    import mf_eqx as mfx
+
+    class Later(mfx.AbstractIdentity):
+        needs_boundary = True
+        uses_velocity = False
+
+        def residual(self, field, z, v, r, t, condition, *, key, context=None):
+            return z
+
+    class Unfinished(mfx.AbstractIdentity):
+        strength: float
+        needs_boundary = True
+        uses_velocity = False
+
+        def residual(self, field, z, v, r, t, condition, *, key, context=None):
+            return z
+
+    names = {**vars(mfx), "Later": Later, "Unfinished": Unfinished}
+    known = {"MeanFlow", "ImprovedMeanFlow", "SplitMeanFlow", "Shortcut"}
+    assert set(toy_2d.identities(names)) == known | {"Later"}
+    assert set(toy_2d.Config().methods) == known | {"FlowMatching", "Exact"}
 
 
 def test_flow_matching_samples_by_euler(toy_2d):
@@ -124,6 +137,7 @@ def test_quick_is_no_larger_than_what_is_asked_for(toy_2d):
     [
         ("--data moons", "--data must be among eight_gaussians, .*; got moons"),
         ("--methods meanflow", "--methods must be among FlowMatching, .*; got meanflow"),
+        ("--methods Exact Exact", "--methods must differ from each other, got Exact, Exact"),
         ("--steps 0", "--steps must be >= 1, got 0"),
         ("--batch 7", "--batch must be a positive multiple of"),
         ("--identity-share 1", "--identity-share must be below 1 for ImprovedMeanFlow"),

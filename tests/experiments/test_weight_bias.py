@@ -1,6 +1,7 @@
-"""The study of the weight from its command line: the exact bias grows with p, and training agrees with it in kind."""
+"""The study of the weight from its command line: what it leaves, and that the power alone biases the exact flow."""
 
 import json
+import re
 
 import pytest
 
@@ -39,3 +40,21 @@ def test_targets_are_compared_at_every_weight(weight_bias):
     cells = weight_bias.cells(weight_bias.Config(powers=(0.0, 1.0), offsets=(0.01, 1.0), seeds=2))
     kinds = [weight_bias.EXACT, weight_bias.CONDITIONAL, weight_bias.MARGINAL]
     assert [sum(cell.kind == kind for cell in cells) for kind in kinds] == [3, 6, 6]  # p = 0 has no offset
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--seeds 0", "--seeds must be >= 1, got 0"),
+        ("--powers -1", "--powers must be 0 or lie in"),
+        ("--offsets 0", "--offsets must be > 0, got 0.0"),
+        ("--data moons", "--data must be among"),
+    ],
+)
+def test_bad_input_ends_in_one_line(weight_bias, arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        run.main(weight_bias.main, weight_bias.Config(), argv=arguments.split())
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert ended.value.code == 2
+    assert re.search(message, line), line

@@ -244,3 +244,28 @@ def test_corners_that_span_no_box_are_refused(low, high):
 def test_fewer_than_one_cell_or_node_is_refused(bins, nodes):
     with pytest.raises(ValueError, match=f"`bins` and `nodes` must be at least 1, got {bins} and {nodes}"):
         total_variation(jnp.zeros((3, 1)), flat_log_density, low=[0], high=[1], bins=bins, nodes=nodes)
+
+
+@pytest.mark.parametrize(
+    ("x", "label", "message"),
+    [
+        (np.zeros((5, 1)), None, r"`x` must have shape \(sample, 2\)"),
+        (np.zeros((0, 2)), None, r"`x` must have shape \(sample, 2\)"),
+        (np.zeros((5, 2)), np.array([0, 2]), r"`label` must lie in \[0, 2\), got 0 to 2"),
+        (np.zeros((5, 2)), np.array([-1, 0]), r"`label` must lie in \[0, 2\), got -1 to 0"),
+    ],
+)
+@pytest.mark.usefixtures("unchecked")
+def test_samples_and_labels_that_do_not_fit_the_modes_are_refused(x, label, message):
+    with pytest.raises(ValueError, match=message):
+        mode_coverage(jnp.asarray(x), jnp.zeros((2, 2)), jnp.ones(2), jnp.ones(2), label)
+
+
+def test_low_precision_samples_are_held_against_an_exact_grid():
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2000, 2)), jnp.float32)
+    coarse = x.astype(jnp.bfloat16)
+
+    def distance(x):
+        return total_variation(x, lambda x: -jnp.sum(x**2) / 2 - jnp.log(2 * jnp.pi), low=(-4, -4), high=(4, 4), bins=8)
+
+    np.testing.assert_allclose(distance(coarse), distance(coarse.astype(jnp.float32)), rtol=1e-6)

@@ -161,3 +161,10 @@ def test_record_that_was_cut_off_is_left_out(tmp_path):
 
 def test_a_run_that_logged_nothing_has_no_records(tmp_path):
     assert create(tmp_path).records() == []
+
+
+def test_results_are_markdown_and_strict_json(tmp_path):
+    directory = run.RunDirectory(tmp_path)
+    directory.save_results("# A table", [{"a": 1.5, "b": [float("nan"), {"c": float("inf")}]}])
+    assert (tmp_path / "results.md").read_text() == "# A table\n"
+    assert json.loads((tmp_path / "results.json").read_text()) == [{"a": 1.5, "b": [None, {"c": None}]}]
