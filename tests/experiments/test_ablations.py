@@ -150,6 +150,6 @@ def test_trends_of_tables_1a_and_1b(ablations, tmp_path):
         setting = cell["settings"]["setting"]
         distance.setdefault((setting["share"], *setting["tangent"]), []).append(cell["result"]["distance"])
     right = max(distance[0.25, 0.0, 1.0])  # the worst seed of the right one, the best of the wrong ones
-    assert min(distance[0.0, 0.0, 1.0]) > 3 * right  # seen: 68 times
+    assert min(distance[0.0, 0.0, 1.0]) > 3 * right  # seen: 71 times
     for tangent in [(0.0, 0.0), (1.0, 0.0), (1.0, 1.0)]:
-        assert min(distance[0.25, *tangent]) > 3 * right, tangent  # seen: 28, 45 and 12 times
+        assert min(distance[0.25, *tangent]) > 3 * right, tangent  # seen: 28, 37 and 19 times
