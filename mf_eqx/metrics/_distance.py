@@ -15,6 +15,7 @@ None is meant as a loss: the derivative of a root at zero makes their gradients 
 """
 
 import functools
+import operator
 from collections.abc import Callable
 
 import equinox as eqx
@@ -181,9 +182,11 @@ def _distance(difference: Float[Array, "sample dim"]) -> Float[Array, " sample"]
 
 
 def _kernel(halvings: int, difference: Float[Array, "sample dim"]) -> Float[Array, " sample"]:
-    factor = 4.0 ** np.arange(halvings + 1)  # half the bandwidth is four times the exponent
-    exponent = -jnp.sum(difference**2, axis=1)[:, None] / 2 * jnp.asarray(factor, difference.dtype)
-    return jnp.mean(jnp.exp(exponent), axis=1)
+    half_square = jnp.sum(difference**2, axis=1) / 2
+    kernels = (
+        jnp.exp(-(4.0**i) * half_square) for i in range(halvings + 1)
+    )  # half the bandwidth, 4 times the exponent
+    return functools.reduce(operator.add, kernels) / (halvings + 1)
 
 
 @eqx.filter_jit
