@@ -118,7 +118,7 @@ class Config:
     workers: int = max(1, min(os.cpu_count() or 1, 8))
     """Trainings at a time."""
     quick: bool = False
-    """Only the first data set and one seed; at most 800 steps, 1000 samples (5000 of the large), 500 rows."""
+    """Only the first data set and one seed; at most 600 steps, 1000 samples (5000 of the large), 500 rows."""
 
     def __post_init__(self):
         for name, known in (("data", DATA), ("methods", METHODS)):
@@ -144,7 +144,7 @@ class Config:
 
 def shrunk(config: Config) -> Config:
     """What `--quick` runs."""
-    most = {"seeds": 1, "steps": 800, "samples": 1000, "large_samples": 5000, "rows": 500}
+    most = {"seeds": 1, "steps": 600, "samples": 1000, "large_samples": 5000, "rows": 500}
     return dataclasses.replace(
         config, data=config.data[:1], **{name: min(bound, getattr(config, name)) for name, bound in most.items()}
     )
