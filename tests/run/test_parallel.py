@@ -205,7 +205,16 @@ def test_leaving_the_loop_early_stops_the_running_tasks_and_starts_no_others(lea
     assert sorted(log.ended) == sorted(log.started)  # the tasks' own `finally` has run
 
 
+@pytest.fixture
+def interruptible():
+    """As a script is; the processes of a parallel test run ignore interruptions."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="sends a signal as POSIX systems do")
+@pytest.mark.usefixtures("interruptible")
 def test_interruption_while_all_tasks_run_stops_them():
     log = Log(before=0)
 
