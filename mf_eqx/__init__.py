@@ -3,7 +3,9 @@
 from . import nn as nn
 from ._derivative import (
     AbstractDerivative as AbstractDerivative,
+    CentralDifference as CentralDifference,
     FusedJVP as FusedJVP,
+    StoppedJVP as StoppedJVP,
     total_derivative as total_derivative,
 )
 from ._ema import ExponentialAverage as ExponentialAverage

@@ -3,17 +3,32 @@ r"""The total derivative du/dt along a trajectory (Eq. 8), and the engines that 
 $$\frac{d}{dt} u(z_t, r, t) = v \cdot \partial_z u + \partial_t u,$$
 
 a Jacobian-vector product of u at (z, r, t) with tangent (v, 0, 1). An engine is an object handed to an identity; it
-decides how the product is taken, the identity decides what for.
+decides how the product is taken, the identity decides what for. Cost on top of u with its gradient, in forward passes F
+of the rows that carry an identity, and what du/dt is:
+
+    FusedJVP             1.0 F   exact; u is its primal output, so nothing is computed twice
+    StoppedJVP           2.0 F   exact; u comes from a pass of its own, which forward mode never sees
+    CentralDifference    2.0 F   an approximation, for fields that forward mode cannot pass
+
+(the tangent pass costs a little more than F, by the share of the attention's products). While an engine differentiates,
+it replaces each `mf_eqx.nn.AbstractAttention` in the field by its `forward_mode()`.
+
+A du/dt that was computed without a way back to the parameters carries no gradient. Asking for one raises an error:
+training on zeros instead would look like training.
 """
 
 import abc
+from collections.abc import Iterator
+from typing import Any
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from ._custom_types import Condition, Time
-from ._field import AbstractField
+from ._field import AbstractField, stopped
+from .nn import AbstractAttention, StoppedTangent
 
 
 class AbstractDerivative(eqx.Module):
@@ -35,7 +50,12 @@ class AbstractDerivative(eqx.Module):
 
 
 class FusedJVP(AbstractDerivative):
-    """One `eqx.filter_jvp`: its primal output is the loss's own forward pass, so u is never computed twice."""
+    """One `eqx.filter_jvp`: its primal output is the loss's own forward pass, so u is never computed twice.
+
+    du/dt carries a gradient, unless the field's attention is a fused kernel.
+
+    **Raises** (when called): `ValueError` if a `jax.custom_vjp` function stands between (z, r, t) and u.
+    """
 
     def __call__(
         self,
@@ -48,15 +68,75 @@ class FusedJVP(AbstractDerivative):
         tangent: tuple[Float[Array, "*data"], float, float],
         key: Key[Array, ""] | None,
     ) -> tuple[Float[Array, "*data"], Float[Array, "*data"]]:
-        dz, dr, dt = tangent
-        u, dudt = eqx.filter_jvp(
-            lambda z, r, t: field(z, r, t, condition, key=key),
-            (z, r, t),
-            (dz.astype(z.dtype), jnp.full_like(r, dr), jnp.full_like(t, dt)),
-        )
-        if u.shape != z.shape:
-            raise ValueError(f"field must return the shape of z, {z.shape}, got {u.shape}")
-        return u, jnp.zeros_like(u) if dudt is None else dudt  # None: u does not depend on z, r or t
+        field = _in_forward_mode(field)
+        u, dudt = _jvp(field, z, r, t, condition, tangent, key)
+        return u, _refuse_gradient(dudt, u) if _has_stopped_tangent(field) else dudt
+
+
+class StoppedJVP(AbstractDerivative):
+    """u by a forward pass of its own, du/dt by a JVP of the field behind stop-gradient.
+
+    One forward pass more than `FusedJVP`; in exchange reverse mode never meets forward mode, and u and its gradient
+    come from the plain field, fused kernels included. A gradient through du/dt raises `ValueError`.
+
+    **Raises** (when called): as `FusedJVP`.
+    """
+
+    def __call__(
+        self,
+        field: AbstractField,
+        z: Float[Array, "*data"],
+        r: Time,
+        t: Time,
+        condition: Condition,
+        *,
+        tangent: tuple[Float[Array, "*data"], float, float],
+        key: Key[Array, ""] | None,
+    ) -> tuple[Float[Array, "*data"], Float[Array, "*data"]]:
+        u = field(z, r, t, condition, key=key)
+        teacher = _in_forward_mode(stopped(field))
+        _, dudt = _jvp(teacher, *stopped((z, r, t, condition, tangent)), key)
+        return u, _refuse_gradient(dudt, u)
+
+
+class CentralDifference(AbstractDerivative):
+    r"""du/dt without a JVP: $(u_{+} - u_{-}) / 2\epsilon$ with $u_{\pm} = u((z, r, t) \pm \epsilon\, (dz, dr, dt))$.
+
+    For fields that forward mode cannot pass. The error is of order $\epsilon^2$ plus the rounding of u over $\epsilon$,
+    which leaves float32 about four digits at best and bfloat16 none. The field is evaluated up to $\epsilon$ beyond [0,
+    1], and at $t - \epsilon < r$ where t - r is smaller. A gradient through du/dt raises `ValueError`.
+
+    **Arguments:** `step` the $\epsilon$ above, in units of time.
+
+    **Raises:** `ValueError` unless step > 0; when called, if the field computes in less than float32.
+    """
+
+    step: float = eqx.field(default=5e-3, converter=float)
+
+    def __check_init__(self):
+        if not self.step > 0:
+            raise ValueError(f"step must be > 0, got {self.step}")
+
+    def __call__(
+        self,
+        field: AbstractField,
+        z: Float[Array, "*data"],
+        r: Time,
+        t: Time,
+        condition: Condition,
+        *,
+        tangent: tuple[Float[Array, "*data"], float, float],
+        key: Key[Array, ""] | None,
+    ) -> tuple[Float[Array, "*data"], Float[Array, "*data"]]:
+        u = _checked(field(z, r, t, condition, key=key), z)
+        teacher, (z, r, t, condition) = stopped((field, (z, r, t, condition)))
+        dz, dr, dt = stopped(tangent)
+
+        def moved(step: float) -> Float[Array, "*data"]:
+            return teacher(z + step * dz.astype(z.dtype), r + step * dr, t + step * dt, condition, key=key)
+
+        _refuse_low_precision(moved)
+        return u, _refuse_gradient((moved(self.step) - moved(-self.step)) / (2 * self.step), u)
 
 
 def total_derivative(
@@ -77,3 +157,92 @@ def total_derivative(
     **Returns:** the pair `(u, dudt)`.
     """
     return FusedJVP()(field, z, r, t, condition, tangent=(v, 0.0, 1.0), key=key)
+
+
+def _jvp(
+    field: AbstractField,
+    z: Float[Array, "*data"],
+    r: Time,
+    t: Time,
+    condition: Condition,
+    tangent: tuple[Float[Array, "*data"], float, float],
+    key: Key[Array, ""] | None,
+) -> tuple[Float[Array, "*data"], Float[Array, "*data"]]:
+    dz, dr, dt = tangent
+    primals, tangents = (z, r, t), (dz.astype(z.dtype), jnp.full_like(r, dr), jnp.full_like(t, dt))
+
+    def differentiate(primals: Any, tangents: Any) -> tuple[Float[Array, "*data"], Float[Array, "*data"] | None]:
+        return eqx.filter_jvp(lambda z, r, t: field(z, r, t, condition, key=key), primals, tangents)
+
+    _refuse_custom_vjp(differentiate, primals, tangents)
+    u, dudt = differentiate(primals, tangents)
+    return _checked(u, z), jnp.zeros_like(u) if dudt is None else dudt  # None: u does not depend on z, r or t
+
+
+def _checked(u: Float[Array, "..."], z: Float[Array, "*data"]) -> Float[Array, "*data"]:
+    if u.shape != z.shape:
+        raise ValueError(f"field must return the shape of z, {z.shape}, got {u.shape}")
+    return u
+
+
+def _is_attention(node: object) -> bool:
+    return isinstance(node, AbstractAttention)
+
+
+def _in_forward_mode(field: AbstractField) -> AbstractField:
+    """`field` with every attention in the form that a JVP passes."""
+    return jax.tree.map(lambda node: node.forward_mode() if _is_attention(node) else node, field, is_leaf=_is_attention)
+
+
+def _has_stopped_tangent(field: AbstractField) -> bool:
+    return any(isinstance(node, StoppedTangent) for node in jax.tree.leaves(field, is_leaf=_is_attention))
+
+
+@jax.custom_vjp
+def _refuse_gradient(dudt: Float[Array, "*data"], u: Float[Array, "*data"]) -> Float[Array, "*data"]:
+    """`dudt`, which has no way back to the parameters but by u, here: who asks for its gradient gets an error.
+
+    Behind `stop_gradient` nobody asks.
+    """
+    return dudt
+
+
+def _refuse(_: None, __: Any) -> Any:
+    raise ValueError(
+        "du/dt must be behind stop_gradient here, since this engine or its attention stops it and its gradient would be "
+        "zero. To learn through du/dt use FusedJVP and XLAAttention"
+    )
+
+
+_refuse_gradient.defvjp(lambda dudt, u: (dudt, None), _refuse)
+
+
+def _refuse_custom_vjp(differentiate: Any, *inputs: Any) -> None:
+    """Say it while tracing, with the remedy: JAX would say it when lowering."""
+    jaxpr = jax.make_jaxpr(differentiate)(*inputs).jaxpr
+    if any(equation.primitive.name == "custom_lin" for equation in _equations(jaxpr)):
+        raise ValueError(
+            "field must be differentiable in forward mode, got a jax.custom_vjp function between (z, r, t) and u. If it "
+            "is a fused attention kernel, make it an mf_eqx.nn.AbstractAttention, which engines replace; "
+            "CentralDifference needs no forward mode"
+        )
+
+
+def _refuse_low_precision(function: Any) -> None:
+    jaxpr = jax.make_jaxpr(function)(0.0).jaxpr
+    dtypes = {variable.aval.dtype for equation in _equations(jaxpr) for variable in equation.outvars}
+    low = [d.name for d in dtypes if jnp.issubdtype(d, jnp.floating) and jnp.finfo(d).bits < 32]
+    if low:
+        raise ValueError(
+            f"field must compute in float32 or better for a finite difference, got {', '.join(sorted(low))}"
+        )
+
+
+def _equations(jaxpr: Any) -> Iterator[Any]:
+    """All equations of a program, those of its loops and calls too."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for value in jax.tree.leaves(tuple(equation.params.values()), is_leaf=lambda v: hasattr(v, "eqns")):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from _equations(inner)

@@ -21,7 +21,7 @@ class AbstractField(eqx.Module):
     """An average velocity. Subclass it to make any network of your own a field.
 
     Called for one example; batches are the caller's `jax.vmap`. The call must be differentiable in forward mode with
-    respect to `z`, `r` and `t` (which rules out `jax.custom_vjp` attention kernels inside).
+    respect to `z`, `r` and `t`; a fused attention kernel, which is not, must be an `mf_eqx.nn.AbstractAttention`.
     """
 
     @abc.abstractmethod

@@ -25,6 +25,7 @@ from jaxtyping import Array, Float, Int, Key
 from .._custom_types import Time
 from .._field import AbstractField
 from ..nn import (
+    AbstractAttention,
     cast,
     ConditionEmbedding,
     end_duration,
@@ -38,6 +39,7 @@ from ..nn import (
     Stack,
     TimePairEmbedding,
     TimeVariables,
+    XLAAttention,
 )
 
 
@@ -67,9 +69,9 @@ class DiTBlock(eqx.Module):
     out: Linear
     modulation: Linear
 
-    def __init__(self, width: int, heads: int, *, key: Key[Array, ""]):
+    def __init__(self, width: int, heads: int, *, attention: AbstractAttention = XLAAttention(), key: Key[Array, ""]):
         attention_key, hidden_key, out_key, modulation_key = jr.split(key, 4)
-        self.attention = SelfAttention(width, heads, key=attention_key)
+        self.attention = SelfAttention(width, heads, attention=attention, key=attention_key)
         self.hidden = Linear(width, 4 * width, key=hidden_key)
         self.out = Linear(4 * width, width, key=out_key)
         self.modulation = Linear(width, 6 * width, init=zeros, key=modulation_key)
@@ -96,6 +98,8 @@ class DiT(AbstractField):
     - `time_scale`: factor on times before the sines, see `mf_eqx.nn.TimePairEmbedding`.
     - `dtype`: compute precision of the blocks, float32 or bfloat16 (float64 for tests). Parameters, times and their
       embedding, and the result stay float32 or better.
+    - `attention`: how queries meet keys: `mf_eqx.nn.XLAAttention` by default, `mf_eqx.nn.CudnnAttention` on NVIDIA GPUs
+      with dtype bfloat16, or a kernel of your own.
     - `remat`, `unroll`: memory against time and compile time, see `mf_eqx.nn.Stack`.
     - `key`.
 
@@ -121,6 +125,7 @@ class DiT(AbstractField):
         time_variables: TimeVariables = end_duration,
         time_scale: float = 1.0,
         dtype: DTypeLike = jnp.float32,
+        attention: AbstractAttention = XLAAttention(),
         remat: Remat = False,
         unroll: int | bool = 1,
         key: Key[Array, ""],
@@ -142,7 +147,7 @@ class DiT(AbstractField):
             None if labels is None else LabelEmbedding(labels, size.width, key=label_key),
         )
         self.stack = Stack(
-            lambda key: DiTBlock(size.width, size.heads, key=key),
+            lambda key: DiTBlock(size.width, size.heads, attention=attention, key=key),
             size.depth,
             remat=remat,
             unroll=unroll,

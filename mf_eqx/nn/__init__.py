@@ -1,6 +1,12 @@
 """Building blocks for fields: plain layers that act on the last axis and pass a JVP."""
 
-from ._attention import SelfAttention as SelfAttention
+from ._attention import (
+    AbstractAttention as AbstractAttention,
+    CudnnAttention as CudnnAttention,
+    SelfAttention as SelfAttention,
+    StoppedTangent as StoppedTangent,
+    XLAAttention as XLAAttention,
+)
 from ._embedding import (
     ConditionEmbedding as ConditionEmbedding,
     duration as duration,
