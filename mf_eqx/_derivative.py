@@ -209,7 +209,7 @@ def _refuse_gradient(dudt: Float[Array, "*data"], u: Float[Array, "*data"]) -> F
 
 def _refuse(_: None, __: Any) -> Any:
     raise ValueError(
-        "du/dt must be behind stop_gradient here, since this engine or its attention stops it and its gradient would be "
+        "du/dt must be behind stop_gradient here: this engine, or its attention, stops it, and its gradient would be "
         "zero. To learn through du/dt use FusedJVP and XLAAttention"
     )
 
@@ -222,9 +222,9 @@ def _refuse_custom_vjp(differentiate: Any, *inputs: Any) -> None:
     jaxpr = jax.make_jaxpr(differentiate)(*inputs).jaxpr
     if any(equation.primitive.name == "custom_lin" for equation in _equations(jaxpr)):
         raise ValueError(
-            "field must be differentiable in forward mode, got a jax.custom_vjp function between (z, r, t) and u. If it "
-            "is a fused attention kernel, make it an mf_eqx.nn.AbstractAttention, which engines replace; "
-            "CentralDifference needs no forward mode"
+            "field must be differentiable in forward mode, got a jax.custom_vjp function between (z, r, t) and u. A "
+            "fused attention kernel must be an mf_eqx.nn.AbstractAttention, which engines replace; for anything else "
+            "there is CentralDifference"
         )
 
 
