@@ -6,6 +6,7 @@
                                           -> in_parallel    many small trainings, one per thread
                                           -> table          final results as text
                                           -> save_image_grid, save_curves, save_point_grid, save_flows, save_heat_maps
+                                          -> compile_program, time_interleaved   what it costs
 
 A script is one function of one frozen dataclass; `main` does the rest, and ends bad input in one line:
 
@@ -40,6 +41,13 @@ from ._plane import (
     save_heat_maps as save_heat_maps,
     save_point_grid as save_point_grid,
 )
+from ._program import (
+    compile_program as compile_program,
+    Cost as Cost,
+    product_flops as product_flops,
+    Program as Program,
+)
 from ._progress import Progress as Progress
 from ._table import table as table
+from ._timing import matmul_peak as matmul_peak, time_interleaved as time_interleaved, Times as Times
 from ._values import fetch as fetch

@@ -1,0 +1,144 @@
+"""Compiled programs with what they cost: seconds to compile, memory, operations."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Generic, TypeVar
+
+import equinox as eqx
+import jax
+import numpy as np
+from jaxtyping import PyTree
+
+_Result = TypeVar("_Result")
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """What XLA says about a compiled program, and how long it took to get there.
+
+    Bytes are those of one device. On XLA:CPU `flops` and `bytes_accessed` count the body of a loop once.
+    """
+
+    trace_seconds: float
+    """From Python to a JAX program."""
+    lower_seconds: float
+    """From there to StableHLO."""
+    compile_seconds: float
+    """From there to machine code."""
+    program_lines: int
+    """Length of the StableHLO text."""
+    argument_bytes: int
+    output_bytes: int
+    donated_bytes: int
+    """Arguments whose memory outputs reuse."""
+    temporary_bytes: int
+    """Memory for intermediate results."""
+    flops: float
+    """Floating-point operations."""
+    bytes_accessed: float
+    """Memory traffic, counted at the borders of fused loops."""
+
+
+class Program(Generic[_Result]):
+    """A function compiled for given shapes; call it with such inputs, as often as you like. `cost` says what it costs.
+
+    Made by `compile_program`.
+    """
+
+    def __init__(self, executable: Any, cost: Cost, assemble: Callable[[Any], _Result]):
+        self._executable, self.cost, self._assemble = executable, cost, assemble
+
+    def __call__(self, *inputs: PyTree[Any]) -> _Result:
+        return self._assemble(self._executable(*eqx.partition(inputs, eqx.is_array)[0]))
+
+
+def compile_program(
+    function: Callable[..., _Result],
+    *inputs: PyTree[Any],
+    donate: Sequence[int] = (),
+    options: dict[str, str | bool] | None = None,
+) -> Program[_Result]:
+    """Compile a function without running it.
+
+    **Arguments:** `function` of PyTrees, not jitted (a jitted one inside loses its donations; `donate` them here);
+    `inputs` whose leaves are arrays, or `jax.ShapeDtypeStruct`s in their place, so that nothing has to be allocated,
+    all else being constant; `donate` positions of inputs whose memory the outputs may reuse; `options` of XLA.
+    """
+    dynamic, static = eqx.partition(inputs, _has_shape)
+    constant = None
+
+    def arrays_to_arrays(*dynamic: Any) -> Any:
+        nonlocal constant
+        results, constant = eqx.partition(function(*eqx.combine(dynamic, static)), eqx.is_array)
+        return results
+
+    began = time.perf_counter()
+    traced = jax.jit(arrays_to_arrays, donate_argnums=tuple(donate)).trace(*dynamic)
+    after_trace = time.perf_counter()
+    lowered = traced.lower()
+    after_lower = time.perf_counter()
+    compiled = lowered.compile(compiler_options=options)
+    ended = time.perf_counter()
+    operations, memory = compiled.cost_analysis() or {}, compiled.memory_analysis()
+    assert memory is not None
+    cost = Cost(
+        trace_seconds=after_trace - began,
+        lower_seconds=after_lower - after_trace,
+        compile_seconds=ended - after_lower,
+        program_lines=lowered.as_text().count("\n"),
+        argument_bytes=memory.argument_size_in_bytes,
+        output_bytes=memory.output_size_in_bytes,
+        donated_bytes=memory.alias_size_in_bytes,
+        temporary_bytes=memory.temp_size_in_bytes,
+        flops=operations.get("flops", float("nan")),
+        bytes_accessed=operations.get("bytes accessed", float("nan")),
+    )
+    return Program(compiled, cost, lambda results: eqx.combine(results, constant))
+
+
+def product_flops(function: Callable[..., Any], *inputs: PyTree[Any]) -> int:
+    """Floating-point operations of all matrix products and convolutions of a function, two per multiply-add, loops
+    counted as often as they turn. As written: nothing is left out that a compiler would find to be unused.
+
+    **Arguments:** as of `compile_program`. **Raises:** `ValueError` for a loop without a fixed number of turns.
+    """
+    dynamic, static = eqx.partition(inputs, _has_shape)
+
+    def arrays_only(*dynamic: Any) -> Any:
+        return eqx.filter(function(*eqx.combine(dynamic, static)), eqx.is_array)
+
+    return _product_flops(jax.make_jaxpr(arrays_only)(*dynamic).jaxpr)
+
+
+def _has_shape(leaf: Any) -> bool:
+    return eqx.is_array(leaf) or isinstance(leaf, jax.ShapeDtypeStruct)
+
+
+def _product_flops(jaxpr: Any) -> int:
+    return sum(_flops_of_equation(equation) for equation in jaxpr.eqns)
+
+
+def _flops_of_equation(equation: Any) -> int:
+    name, parameters = equation.primitive.name, equation.params
+    if name == "dot_general":
+        (contracted, _), _ = parameters["dimension_numbers"]
+        inner = np.prod([equation.invars[0].aval.shape[axis] for axis in contracted], dtype=int)
+        return 2 * int(inner) * equation.outvars[0].aval.size
+    if name == "conv_general_dilated":
+        kernel, (out_axis, *_) = equation.invars[1].aval, parameters["dimension_numbers"].rhs_spec
+        return 2 * (kernel.size // kernel.shape[out_axis]) * equation.outvars[0].aval.size
+    inner = [_product_flops(program) for program in _programs(parameters)]
+    if name == "scan":
+        return parameters["length"] * sum(inner)
+    if name == "while" and sum(inner):
+        raise ValueError("function must have loops of a fixed number of turns only, got a while loop with products")
+    return max(inner, default=0) if name == "cond" else sum(inner)
+
+
+def _programs(parameters: dict[str, Any]) -> Iterator[Any]:
+    """The programs that an equation calls."""
+    for value in jax.tree.leaves(tuple(parameters.values()), is_leaf=lambda leaf: hasattr(leaf, "eqns")):
+        program = getattr(value, "jaxpr", value)
+        if hasattr(program, "eqns"):
+            yield program
