@@ -1,4 +1,7 @@
-"""Fields that tests share: two in closed form, and fresh networks made to depend on all their parameters."""
+"""Fields that tests share: two in closed form, and fresh networks made to depend on all their parameters; a stand-in for
+a fused attention kernel; and a jit for networks that are compiled once and run once."""
+
+import functools
 
 import equinox as eqx
 import jax
@@ -6,7 +9,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 
-from mf_eqx import AbstractField
+from mf_eqx import AbstractField, nn
 
 
 class GaussianField(AbstractField):
@@ -68,3 +71,67 @@ def refilled(field, seed=0):
         return jnp.asarray(0.1 * draws.standard_normal(leaf.shape), leaf.dtype)
 
     return jax.tree.map(refill, field)
+
+
+def _weights(query, key):
+    wide = jnp.promote_types(query.dtype, jnp.float32)
+    logits = jnp.einsum("qhd,khd->hqk", query.astype(wide), key.astype(wide)) / np.sqrt(query.shape[-1])
+    raised = jnp.exp(logits - logits.max(-1, keepdims=True))
+    return raised / raised.sum(-1, keepdims=True)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _fused(value_factor, gradient_factor, query, key, value):
+    return value_factor * jnp.einsum("hqk,khd->qhd", _weights(query, key), value).astype(value.dtype)
+
+
+def _fused_forward(value_factor, gradient_factor, *inputs):
+    return _fused(value_factor, gradient_factor, *inputs), inputs
+
+
+def _fused_backward(value_factor, gradient_factor, inputs, cotangent):
+    query, key, value = inputs
+    weights, scale = _weights(query, key), gradient_factor / np.sqrt(query.shape[-1])
+    dweights = jnp.einsum("qhd,khd->hqk", cotangent, value)
+    dlogits = weights * (dweights - jnp.sum(weights * dweights, axis=-1, keepdims=True))
+    gradients = (
+        scale * jnp.einsum("hqk,khd->qhd", dlogits, key),
+        scale * jnp.einsum("hqk,qhd->khd", dlogits, query),
+        gradient_factor * jnp.einsum("hqk,qhd->khd", weights, cotangent),
+    )
+    return tuple(gradient.astype(leaf.dtype) for gradient, leaf in zip(gradients, inputs, strict=True))
+
+
+_fused.defvjp(_fused_forward, _fused_backward)
+
+
+class FusedAttention(nn.AbstractAttention):
+    """Attention as a fused kernel presents it: forward mode is refused, the backward pass is written by hand.
+
+    It is right if both factors are 1. Another `value_factor` makes its value recognisable, another `gradient_factor`
+    its backward pass, which knows nothing of the former.
+    """
+
+    value_factor: float = eqx.field(default=1.0, static=True)
+    gradient_factor: float = eqx.field(default=1.0, static=True)
+
+    def __call__(self, query, key, value):
+        return _fused(self.value_factor, self.gradient_factor, query, key, value)
+
+    def forward_mode(self):
+        return nn.StoppedTangent(self)
+
+
+@functools.cache
+def _quick_options():
+    options = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+    try:
+        jax.jit(lambda: 0, compiler_options=options)()
+    except RuntimeError:  # an XLA that does not know them
+        return None
+    return options
+
+
+def quick_jit(function):
+    """`jax.jit` that compiles several times faster, without optimisation: for programs that run once."""
+    return jax.jit(function, compiler_options=_quick_options())

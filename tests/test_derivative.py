@@ -1,17 +1,32 @@
+import functools
+import itertools
+from collections.abc import Callable
+
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
 import scipy.linalg
+from fields import FusedAttention, quick_jit
 
-from mf_eqx import AbstractField, FusedJVP, total_derivative
+import mf_eqx as mfx
+from mf_eqx import AbstractField, CentralDifference, FusedJVP, MeanFlow, nn, StoppedJVP, total_derivative
 
 pytestmark = pytest.mark.usefixtures("x64")
 
 STEP = 1e-5
 # Central differences with this step: truncation STEP^2 / 6 times a third derivative below 500, rounding near 1e-11.
 TOLERANCE = 1e-8
+
+# The last one's step differs from STEP, so that no test compares it with itself.
+ENGINES = [FusedJVP(), StoppedJVP(), CentralDifference(5e-6)]
+JVP_ENGINES = ENGINES[:2]
+
+
+def every(engines):
+    return pytest.mark.parametrize("engine", engines, ids=lambda engine: type(engine).__name__)
 
 
 class Curved(AbstractField):
@@ -41,6 +56,18 @@ def direction():
     return jnp.array([1.1, 0.4, -0.6])
 
 
+class Given(AbstractField):
+    """A function of (z, r, t, condition) as a field."""
+
+    function: Callable = eqx.field(static=True)
+
+    def __call__(self, z, r, t, condition=None, *, key=None):
+        return self.function(z, r, t, condition)
+
+
+# Values
+
+
 @pytest.mark.parametrize("condition", [None, (0.3, -0.2, 0.9)])
 @pytest.mark.parametrize("seed", [None, 1])
 def test_total_derivative_is_the_finite_difference_along_the_trajectory(condition, seed):
@@ -57,16 +84,33 @@ def test_total_derivative_is_the_finite_difference_along_the_trajectory(conditio
     np.testing.assert_allclose(dudt, expected, rtol=0, atol=TOLERANCE)
 
 
+@every(ENGINES)
 @pytest.mark.parametrize(("dr", "dt"), [(0.0, 1.0), (0.0, 0.0), (1.0, 0.0), (1.0, 1.0), (-0.5, 2.0)])
-def test_engine_differentiates_in_the_direction_it_is_given(dr, dt):
+def test_engine_differentiates_in_the_direction_it_is_given(engine, dr, dt):
     field, (z, r, t), dz = curved(), point(), direction()
 
     def moved(step):
         return field(z + step * dz, r + step * dr, t + step * dt)
 
-    _, derivative = FusedJVP()(field, z, r, t, None, tangent=(dz, dr, dt), key=None)
+    _, derivative = engine(field, z, r, t, None, tangent=(dz, dr, dt), key=None)
     expected = (moved(STEP) - moved(-STEP)) / (2 * STEP)
     np.testing.assert_allclose(derivative, expected, rtol=0, atol=TOLERANCE)
+
+
+@every(ENGINES)
+@pytest.mark.parametrize("condition", [None, (0.3, -0.2, 0.9)])
+@pytest.mark.parametrize("seed", [None, 1])
+def test_engine_hands_condition_and_key_to_every_evaluation(engine, condition, seed):
+    field, (z, r, t), dz = curved(), point(), direction()
+    condition = None if condition is None else jnp.asarray(condition)
+    key = None if seed is None else jr.key(seed)
+
+    def moved(step):
+        return field(z + step * dz, r, t + step, condition, key=key)
+
+    u, dudt = engine(field, z, r, t, condition, tangent=(dz, 0.0, 1.0), key=key)
+    np.testing.assert_array_equal(u, moved(0))
+    np.testing.assert_allclose(dudt, (moved(STEP) - moved(-STEP)) / (2 * STEP), rtol=0, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("seed", [None, 1])
@@ -108,9 +152,10 @@ class Stateless(AbstractField):
         return jnp.full_like(z, 3 * r + t**2)
 
 
-def test_derivative_of_a_field_that_depends_on_nothing_is_zero():
+@every(ENGINES)
+def test_derivative_of_a_field_that_depends_on_nothing_is_zero(engine):
     (z, r, t), value = point(), jnp.array([1.0, 2.0, 3.0])
-    u, dudt = total_derivative(Constant(value), z, direction(), r, t)
+    u, dudt = engine(Constant(value), z, r, t, None, tangent=(direction(), 0.0, 1.0), key=None)
     np.testing.assert_array_equal(u, value)
     np.testing.assert_array_equal(dudt, jnp.zeros(3))
 
@@ -133,7 +178,288 @@ def test_field_without_state_changes_only_with_t():
     np.testing.assert_allclose(dudt, jnp.full(3, 2 * t), rtol=1e-15)
 
 
-def test_velocity_of_another_precision_is_cast_to_that_of_the_state():
+@every(ENGINES)
+def test_velocity_of_another_precision_is_cast_to_that_of_the_state(engine):
     z, r, t = (value.astype(jnp.float32) for value in point())
-    u, dudt = total_derivative(Timeless(), z, direction(), r, t)
+    u, dudt = engine(Timeless(), z, r, t, None, tangent=(direction(), 0.0, 1.0), key=None)
     assert (u.dtype, dudt.dtype) == (jnp.float32, jnp.float32)
+
+
+@every(ENGINES)
+@pytest.mark.parametrize("result", [lambda z: z[:2], lambda z: z[None], lambda z: jnp.sum(z)], ids=["(2)", "(1,3)", "()"])
+def test_field_of_another_shape_than_the_state_is_refused(engine, result):
+    z, r, t = point()
+    with pytest.raises(ValueError, match=r"field must return the shape of z, \(3,\), got"):
+        engine(Given(lambda z, *_: result(z)), z, r, t, None, tangent=(direction(), 0.0, 1.0), key=None)
+
+
+class Tripled(mfx.AbstractDerivative):
+    """An engine of a user's own: three times the derivative of another."""
+
+    engine: mfx.AbstractDerivative
+
+    def __call__(self, field, z, r, t, condition, *, tangent, key):
+        u, dudt = self.engine(field, z, r, t, condition, tangent=tangent, key=key)
+        return u, 3 * dudt
+
+
+@pytest.mark.parametrize("identity", [mfx.MeanFlow, mfx.ImprovedMeanFlow])
+def test_identity_takes_its_derivative_from_an_engine_of_the_user(identity):
+    field, (z, r, t), v = curved(), point(), direction()
+    found = identity(derivative=Tripled(mfx.StoppedJVP())).residual(field, z, v, r, t, None, key=None)
+    along = v if identity is mfx.MeanFlow else field(z, t, t)
+    u, dudt = mfx.total_derivative(field, z, along, r, t)
+    np.testing.assert_allclose(found, u - v + (t - r) * 3 * dudt, rtol=1e-13)
+
+
+# Central differences
+
+
+def test_error_of_a_central_difference_falls_with_the_square_of_its_step():
+    field, (z, r, t) = curved(), point()
+    _, exact = total_derivative(field, z, direction(), r, t)
+
+    def error(step):
+        tangent = (direction(), 0.0, 1.0)
+        _, dudt = CentralDifference(step)(field, z, r, t, None, tangent=tangent, key=None)
+        return np.linalg.norm(dudt - exact)
+
+    np.testing.assert_allclose(error(2e-3) / error(1e-3), 4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("step", [0.0, -1e-3, float("nan")])
+def test_step_that_is_not_positive_is_refused(step):
+    with pytest.raises(ValueError, match=f"step must be > 0, got {step}"):
+        CentralDifference(step)
+
+
+def test_default_step_leaves_about_four_digits_in_float32():
+    field, (z, r, t), v = nn.cast(curved(), jnp.float32), *nn.cast((point(), direction()), jnp.float32)
+    _, dudt = CentralDifference()(field, z, r, t, None, tangent=(v, 0.0, 1.0), key=None)
+    _, exact = total_derivative(field, z, v, r, t)
+    assert dudt.dtype == jnp.float32
+    assert np.linalg.norm(dudt - exact) < 3e-4 * np.linalg.norm(exact)
+
+
+def low(dtype):
+    """z in `dtype` somewhere inside the field, as a network does that computes in it."""
+
+    def scanned(z, r, t, condition):
+        return jax.lax.scan(lambda x, _: (jnp.sin(x.astype(dtype)).astype(x.dtype), None), z, None, length=2)[0]
+
+    return {"open": lambda z, *_: jnp.sin(z.astype(dtype)).astype(z.dtype), "scanned": scanned}
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("form", ["open", "scanned"])
+@pytest.mark.parametrize("rows", [False, True], ids=["one", "vmap"])
+def test_central_difference_refuses_less_than_float32(dtype, form, rows):
+    _, r, t = point()
+
+    def evaluate(z):
+        return CentralDifference()(Given(low(dtype)[form]), z, r, t, None, tangent=(z, 0.0, 1.0), key=None)
+
+    name = jnp.dtype(dtype).name
+    with pytest.raises(ValueError, match=f"field must compute in float32 or better for a finite difference, got {name}"):
+        jax.eval_shape(jax.vmap(evaluate), jnp.ones((2, 3))) if rows else jax.eval_shape(evaluate, jnp.ones(3))
+
+
+# Gradients
+
+
+def flat(tree):
+    return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])
+
+
+@functools.cache
+def residual_gradient(engine):
+    """Of the squared MeanFlow residual of the curved field."""
+    (z, r, t), v = point(), direction()
+
+    def loss(field):
+        return jnp.sum(MeanFlow(derivative=engine).residual(field, z, v, r, t, jnp.ones(3), key=jr.key(1)) ** 2)
+
+    return flat(quick_jit(jax.grad(loss))(curved()))
+
+
+def test_gradient_of_the_residual_is_the_same_with_a_stopped_jvp():
+    np.testing.assert_allclose(residual_gradient(StoppedJVP()), residual_gradient(FusedJVP()), rtol=1e-12, atol=1e-12)
+
+
+def test_gradient_of_the_residual_with_a_central_difference_is_off_by_no_more_than_the_difference():
+    (z, r, t), v, engine = point(), direction(), CentralDifference(1e-3)
+
+    def off():
+        tangent = (v, 0.0, 1.0)
+        pairs = [e(curved(), z, r, t, jnp.ones(3), tangent=tangent, key=jr.key(1)) for e in (engine, FusedJVP())]
+        return np.linalg.norm(pairs[0][1] - pairs[1][1])
+
+    jacobian = jax.jacobian(lambda field: field(z, r, t, jnp.ones(3)))(curved())
+    # The gradient is 2 J^T residual, and the residual is off by (t - r) times the error of du/dt.
+    bound = 2 * np.linalg.norm(flat(jacobian)) * (t - r) * off()
+    error = np.linalg.norm(residual_gradient(engine) - residual_gradient(FusedJVP()))
+    assert 0 < error <= bound < 1e-3 * np.linalg.norm(residual_gradient(FusedJVP()))
+
+
+def test_gradient_through_the_derivative_is_the_finite_difference_in_the_parameters():
+    field, (z, r, t), v = curved(), point(), direction()
+    rng = np.random.default_rng(1)
+    change = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape)), field)
+
+    def loss(field):
+        return jnp.sum(jnp.sin(total_derivative(field, z, v, r, t)[1]))
+
+    gradient = quick_jit(jax.grad(loss))(field)
+    up, down = (quick_jit(loss)(jax.tree.map(lambda leaf, d, s=s: leaf + s * d, field, change)) for s in (STEP, -STEP))
+    np.testing.assert_allclose(flat(gradient) @ flat(change), (up - down) / (2 * STEP), rtol=1e-7)
+
+
+class Attentive(AbstractField):
+    """Attention over the three components of z, alone or in a stack."""
+
+    layer: nn.SelfAttention | nn.Stack
+    form: str = eqx.field(static=True)
+
+    def __init__(self, form, attention):
+        def make(key):
+            return nn.SelfAttention(2, 1, attention=attention, key=key)
+
+        self.form = form
+        self.layer = make(jr.key(0)) if form == "alone" else nn.Stack(make, 2, remat=form == "remat", key=jr.key(0))
+
+    def __call__(self, z, r, t, condition=None, *, key=None):
+        x = jnp.stack([z + r, z * t], axis=1)
+        x = self.layer(x) if self.form == "alone" else self.layer(lambda layer, x: layer(x), x)
+        return x[:, 0]
+
+
+def gradient_in(mode, engine, attention, form, how):
+    """The gradient of a loss of u and `how(dudt)`, evaluated in one of several ways."""
+    _, r, t = point()
+
+    def loss(field, z):
+        u, dudt = engine(field, z, r, t, None, tangent=(jnp.cos(z), 0.0, 1.0), key=None)
+        return jnp.sum(u + how(dudt))
+
+    def mean(field, rows):
+        return jnp.mean(jax.vmap(loss, in_axes=(None, 0))(field, rows))
+
+    field, z = Attentive(form, attention), point()[0]
+    if mode == "eager":
+        return jax.grad(loss)(field, z)
+    if mode == "jit":
+        return jax.eval_shape(jax.jit(jax.grad(loss)), field, z)
+    return jax.eval_shape(jax.grad(mean), field, jnp.stack([z, 2 * z]))
+
+
+STOPPING = [
+    pytest.param(StoppedJVP(), nn.XLAAttention(), id="StoppedJVP"),
+    pytest.param(CentralDifference(), nn.XLAAttention(), id="CentralDifference"),
+    pytest.param(FusedJVP(), FusedAttention(), id="FusedJVP of a fused kernel"),
+    pytest.param(StoppedJVP(), FusedAttention(), id="StoppedJVP of a fused kernel"),
+]
+# Eager evaluation compiles every operation, so that one form must do.
+WAYS = [
+    pytest.param(mode, form, id=f"{mode} {form}")
+    for mode, form in [("eager", "alone"), *itertools.product(("jit", "vmap"), ("alone", "scan", "remat"))]
+]
+
+
+@pytest.mark.parametrize(("engine", "attention"), STOPPING)
+@pytest.mark.parametrize(("mode", "form"), WAYS)
+def test_gradient_through_a_stopped_derivative_is_refused(engine, attention, mode, form):
+    with pytest.raises(ValueError, match=r"du/dt must be behind stop_gradient here.*use FusedJVP and XLAAttention"):
+        gradient_in(mode, engine, attention, form, lambda dudt: dudt)
+
+
+@pytest.mark.parametrize(("engine", "attention"), STOPPING)
+@pytest.mark.parametrize(("mode", "form"), WAYS)
+def test_stopped_derivative_behind_stop_gradient_is_accepted(engine, attention, mode, form):
+    gradient = gradient_in(mode, engine, attention, form, jax.lax.stop_gradient)
+    assert jax.tree.structure(gradient) == jax.tree.structure(Attentive(form, attention))
+
+
+@pytest.mark.parametrize(("mode", "form"), WAYS)
+def test_gradient_through_the_derivative_of_a_plain_field_is_accepted(mode, form):
+    gradient = gradient_in(mode, FusedJVP(), nn.XLAAttention(), form, lambda dudt: dudt)
+    assert jax.tree.structure(gradient) == jax.tree.structure(Attentive(form, nn.XLAAttention()))
+
+
+# Functions that forward mode cannot pass
+
+
+@jax.custom_vjp
+def opaque(x):
+    """sin(x), with a backward pass of its own."""
+    return jnp.sin(x)
+
+
+opaque.defvjp(lambda x: (jnp.sin(x), x), lambda x, cotangent: (cotangent * jnp.cos(x),))
+
+
+def scanned(step, z):
+    return jax.lax.scan(lambda x, _: (step(x), None), z, None, length=2)[0]
+
+
+# Each takes the function and is a field.
+IN_THE_WAY = {
+    "of z": lambda f, z, r, t, c: f(z),
+    "of r": lambda f, z, r, t, c: z * f(r),
+    "of t": lambda f, z, r, t, c: z * f(t),
+    "in jit": lambda f, z, r, t, c: jax.jit(f)(z),
+    "in vmap": lambda f, z, r, t, c: jax.vmap(f)(z),
+    "in cond": lambda f, z, r, t, c: jax.lax.cond(t > r, f, lambda z: z, z),
+    "in scan": lambda f, z, r, t, c: scanned(f, z),
+    "in checkpoint in scan": lambda f, z, r, t, c: scanned(jax.checkpoint(f), z),
+}
+ASIDE = {
+    "of the condition": lambda f, z, r, t, c: z * t * f(c),
+    "of the condition, in scan": lambda f, z, r, t, c: scanned(lambda x: x * t * f(c), z),
+    "of the condition, in checkpoint in scan": lambda f, z, r, t, c: scanned(jax.checkpoint(lambda x: x * t * f(c)), z),
+    "of a stopped z": lambda f, z, r, t, c: z * t * f(jax.lax.stop_gradient(z)),
+}
+
+
+def evaluation(engine, form, function, rows):
+    """(z, condition) -> (u, dudt) of a field with `function` in it, for one row or for two."""
+    _, r, t = point()
+
+    def evaluate(z, c):
+        field = Given(functools.partial(form, function))
+        return engine(field, z, r, t, c, tangent=(direction(), 0.0, 1.0), key=None)
+
+    return jax.vmap(evaluate) if rows else evaluate
+
+
+def state_and_condition(rows):
+    z, c = point()[0], jnp.array([0.4, 1.0, -0.3])
+    return (jnp.stack([z, 2 * z]), jnp.stack([c, -c])) if rows else (z, c)
+
+
+@every(JVP_ENGINES)
+@pytest.mark.parametrize("form", IN_THE_WAY)
+@pytest.mark.parametrize("rows", [False, True], ids=["one", "vmap"])
+def test_custom_vjp_in_the_way_of_a_jvp_is_refused_while_tracing(engine, form, rows):
+    remedy = r"forward mode, got a jax.custom_vjp.*mf_eqx.nn.AbstractAttention.*CentralDifference"
+    with pytest.raises(ValueError, match=remedy):
+        jax.eval_shape(evaluation(engine, IN_THE_WAY[form], opaque, rows), *state_and_condition(rows))
+
+
+@every(JVP_ENGINES)
+@pytest.mark.parametrize("form", ASIDE)
+@pytest.mark.parametrize("rows", [False, True], ids=["one", "vmap"])
+def test_custom_vjp_that_does_not_meet_the_jvp_is_accepted(engine, form, rows):
+    found, expected = (
+        quick_jit(evaluation(engine, ASIDE[form], function, rows))(*state_and_condition(rows))
+        for function in (opaque, jnp.sin)
+    )
+    np.testing.assert_allclose(found, expected, rtol=1e-14)
+
+
+@pytest.mark.parametrize("form", IN_THE_WAY)
+@pytest.mark.parametrize("rows", [False, True], ids=["one", "vmap"])
+def test_central_difference_passes_a_custom_vjp(form, rows):
+    values = state_and_condition(rows)
+    found = quick_jit(evaluation(CentralDifference(STEP), IN_THE_WAY[form], opaque, rows))(*values)
+    exact = quick_jit(evaluation(FusedJVP(), IN_THE_WAY[form], jnp.sin, rows))(*values)
+    np.testing.assert_allclose(found, exact, rtol=0, atol=TOLERANCE)

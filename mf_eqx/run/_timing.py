@@ -84,7 +84,7 @@ def time_interleaved(
     return {name: Times(*np.array(pairs).T) for name, pairs in seconds.items()}
 
 
-def matmul_peak(dtype: DTypeLike, *, size: int | None = None, rounds: int = 7) -> float:
+def matmul_peak(dtype: DTypeLike, *, size: int | None = None, rounds: int = 15) -> float:
     """The most floating-point operations per second that square matrix products reach here: what utilisation is
     measured against. (float32 on recent NVIDIA GPUs is what `jax.default_matmul_precision` says, TF32 by default.)
 

@@ -1,0 +1,165 @@
+"""How long until the first step? Trace, lower and compile a MeanFlow step, against depth, scanned and unrolled.
+
+    python benchmarks/compile_time.py --quick                  small networks, about a minute on 2 CPU cores
+    python benchmarks/compile_time.py                          B/4 and XL/2, also with remat
+    python benchmarks/compile_time.py --model XL/2 --form scan
+
+Nothing is run and no parameters are allocated: networks are shapes, so that XL/2 compiles on any machine. Each program
+is compiled `repeats` times, programs in turn, without JAX's persistent cache; the first compilation of the process pays
+for imports and is not counted. "lines" is the length of the lowered program, which for a scanned network does not grow
+with depth; "temporary" is XLA's memory for intermediate results, "state" what a step donates to the next.
+
+README.md beside this file has figures.
+"""
+
+import dataclasses
+import gc
+import importlib
+import itertools
+import math
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+from jvp_overhead import (
+    DTYPES,
+    FLOW_MATCHING,
+    FORMS,
+    make_state,
+    make_step,
+    REMATS,
+    Setting,
+    SHAPE,
+    SIZES,
+    VARIANTS,
+)
+
+import mf_eqx as mfx
+from mf_eqx import run
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Programs to compile: the product of model, form, remat and variant."""
+
+    model: tuple[str, ...] = ("B/4", "XL/2")
+    """Networks: tiny, S/4, S/2, B/4, B/2, M/2, L/2, XL/2."""
+    form: tuple[str, ...] = ("scan", "unroll")
+    """scan (one compiled block) or unroll (no loop)."""
+    remat: tuple[str, ...] = ("none",)
+    """none, products, full."""
+    variant: tuple[str, ...] = (FLOW_MATCHING, "MeanFlow", "guided")
+    """Steps, by the names of jvp_overhead.py."""
+    batch: int = 16
+    """Rows per step, a multiple of 4."""
+    dtype: str = "float32"
+    """Compute precision, float32 or bfloat16."""
+    repeats: int = 3
+    """Compilations of each program."""
+    quick: bool = False
+    """Take tiny and S/4, scanned and unrolled, MeanFlow alone, once each."""
+    name: str | None = None
+    """Name of the run below runs/compile_time/; by default the time of day."""
+
+    def __post_init__(self):
+        known = {"model": SIZES, "form": FORMS, "remat": REMATS, "variant": VARIANTS}
+        for name, allowed in known.items():
+            if not (values := getattr(self, name)):
+                raise ValueError(f"{name} must be at least one of {', '.join(allowed)}; got none")
+            if wrong := [value for value in values if value not in allowed]:
+                raise ValueError(f"{name} must be among {', '.join(allowed)}; got {wrong[0]}")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype must be among {', '.join(DTYPES)}; got {self.dtype}")
+        if self.batch < 4 or self.batch % 4:
+            raise ValueError(f"batch must be a positive multiple of 4, got {self.batch}")
+        if self.repeats < 1:
+            raise ValueError(f"repeats must be >= 1, got {self.repeats}")
+
+
+class Cell(NamedTuple):
+    """One program."""
+
+    model: str
+    form: str
+    remat: str
+    variant: str
+
+
+def compile_cell(config: Config, cell: Cell) -> run.Cost:
+    setting = Setting(cell.model, config.batch, config.dtype, cell.form, cell.remat, "xla")
+    state = eqx.filter_eval_shape(lambda key: make_state(setting, key=key), jr.key(0))
+    rows = jax.ShapeDtypeStruct((config.batch, *SHAPE), jnp.float32)
+    labels = jax.ShapeDtypeStruct((config.batch,), jnp.int32)
+    step = make_step(VARIANTS[cell.variant].objective)
+
+    def take(state: mfx.TrainState, x: jax.Array, label: jax.Array) -> Any:
+        return step(state, mfx.Batch(x, label))
+
+    jax.clear_caches()  # or the second time would trace nothing
+    return run.compile_program(take, state, rows, labels, donate=(0,)).cost
+
+
+def save_figure(path: Path, costs: dict[Cell, list[run.Cost]]) -> None:
+    """A bar per program, in three parts."""
+    with run.optional("matplotlib"):
+        from matplotlib.figure import Figure
+    figure = Figure(figsize=(9, 0.4 * len(costs) + 1.2), dpi=100, layout="constrained")
+    panel, left = figure.subplots(), np.zeros(len(costs))
+    for part in ("trace", "lower", "compile"):
+        width = np.array([np.median([getattr(c, f"{part}_seconds") for c in many]) for many in costs.values()])
+        panel.barh(range(len(costs)), width, left=left, label=part)
+        left += width
+    panel.set_yticks(range(len(costs)), [label(cell) for cell in costs])
+    panel.invert_yaxis()
+    panel.set(xlabel="seconds (median)", title="until the first step")
+    panel.legend()
+    panel.grid(axis="x", alpha=0.3)
+    figure.savefig(path, format="png")
+
+
+def label(cell: Cell) -> str:
+    remat = "" if cell.remat == "none" else f", remat {cell.remat}"
+    return f"{cell.model}, {cell.form}{remat}, {cell.variant}"
+
+
+def main(config: Config) -> None:
+    """Compile training steps."""
+    began = time.perf_counter()
+    with run.optional("matplotlib"):
+        importlib.import_module("matplotlib")
+    if config.quick:
+        config = dataclasses.replace(config, model=("tiny", "S/4"), variant=("MeanFlow",), repeats=1)
+    directory = run.RunDirectory.create(config, config.name)
+    cells = [Cell(*values) for values in itertools.product(config.model, config.form, config.remat, config.variant)]
+    costs: dict[Cell, list[run.Cost]] = {cell: [] for cell in cells}
+    with run.Progress(1 + len(cells) * config.repeats) as progress:
+        compile_cell(config, Cell("tiny", "scan", "none", FLOW_MATCHING))
+        progress.update(1, {})
+        for i, cell in enumerate(cells * config.repeats):
+            costs[cell].append(compile_cell(config, cell))
+            progress.update(i + 2, {"seconds": costs[cell][-1].compile_seconds})
+            gc.collect()
+    headers = ("step", "trace s", "lower s", "compile s", "sum", "lines", "temporary MB", "state MB", "donated")
+    rows = []
+    for cell, many in costs.items():
+        seconds = [float(np.median([getattr(c, f"{p}_seconds") for c in many])) for p in ("trace", "lower", "compile")]
+        cost, batch_bytes = many[0], 4 * config.batch * (math.prod(SHAPE) + 1)
+        state_bytes = cost.argument_bytes - batch_bytes
+        numbers = [f"{value:.2f}" for value in (*seconds, sum(seconds))]
+        megabytes = [f"{value / 1e6:.0f}" for value in (cost.temporary_bytes, state_bytes)]
+        donated = f"{100 * cost.donated_bytes / state_bytes:.2f}%"
+        rows.append((label(cell), *numbers, cost.program_lines, *megabytes, donated))
+    text = run.table(rows, headers)
+    records = [{**cell._asdict(), **dataclasses.asdict(cost)} for cell, many in costs.items() for cost in many]
+    directory.save_results(text, records)
+    save_figure(directory.path("compile_time.png"), costs)
+    print(f"{text}\n\n{time.perf_counter() - began:.0f} seconds. Picture and results are in {directory.root}.")
+
+
+if __name__ == "__main__":
+    run.main(main, Config(), description=__doc__)
