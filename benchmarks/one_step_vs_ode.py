@@ -1,0 +1,306 @@
+"""Where does one step win? Average velocities against ODE solvers on the learnt v, by evaluations and by seconds.
+
+    python benchmarks/one_step_vs_ode.py --quick     short trainings, about two minutes on 2 CPU cores
+    python benchmarks/one_step_vs_ode.py             the trainings of toy_2d.py and digits.py, about 15 minutes
+
+On a 2-D toy set (whose exact field is known, for the floor of the distance) and on handwritten digits, two networks are
+trained with one architecture and budget: MeanFlow, which knows u(z, r, t) and v(z, t) = u(z, t, t), and Flow Matching,
+which knows v alone. From the same noise:
+
+- u in 1, 2, 4 steps of the MeanFlow network;
+- Euler, Heun (2 evaluations per step) and diffrax's adaptive Bosh3 and Tsit5 on v of either network.
+
+Distances are those of the experiments: sliced Wasserstein-2 on the toy set, Frechet distance in raw pixels on digits.
+Evaluations are per sample; an adaptive solver's are the mean over samples, of all it tried, 3 (Bosh3) or 6 (Tsit5) per
+step and 3 at the start. Seconds are for all samples in one batch, all samplers timed in rounds of changing order; in a
+batch every sample waits for the slowest, as on any accelerator.
+
+README.md beside this file has figures.
+"""
+
+import dataclasses
+import functools
+import importlib
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import diffrax
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "experiments"))
+import digits
+import toy_2d
+
+import mf_eqx as mfx
+from mf_eqx import run
+
+FIXED = {"Euler": (mfx.sample_euler, 1), "Heun": (mfx.sample_heun, 2)}  # with evaluations per step
+ADAPTIVE = {"Bosh3": (diffrax.Bosh3(), 3), "Tsit5": (diffrax.Tsit5(), 6)}  # with evaluations per step
+AVERAGE = "u of MeanFlow"
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A comparison of samplers."""
+
+    data: tuple[str, ...] = ("checkerboard", "digits")
+    """digits, and toy sets by the names of toy_2d.py."""
+    toy_steps: int = toy_2d.Config.steps
+    """Training steps on a toy set."""
+    digits_steps: int = digits.Config.steps
+    """Training steps on digits."""
+    samples: int = 4000
+    """Generated samples of a toy set; of digits there are as many as in the data."""
+    euler: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
+    """Numbers of Euler steps."""
+    heun: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
+    """Numbers of Heun steps, two evaluations each."""
+    tolerances: tuple[float, ...] = (1e-1, 1e-2, 1e-3, 1e-4)
+    """Relative and absolute tolerances of the adaptive solvers."""
+    rounds: int = 5
+    """Rounds that are timed."""
+    seed: int = 0
+    """Of the trainings."""
+    quick: bool = False
+    """Train 600 steps on the toy set and 300 on digits, sample 1000, and try fewer samplers."""
+    name: str | None = None
+    """Name of the run below runs/one_step_vs_ode/; by default the time of day."""
+
+    def __post_init__(self):
+        known = ("digits", *toy_2d.DATA)
+        if not self.data:
+            raise ValueError(f"data must be at least one of {', '.join(known)}; got none")
+        if wrong := [name for name in self.data if name not in known]:
+            raise ValueError(f"data must be among {', '.join(known)}; got {wrong[0]}")
+        for name in ("euler", "heun", "tolerances"):
+            if not getattr(self, name) or not min(getattr(self, name)) > 0:
+                raise ValueError(f"{name} must be positive numbers, got {getattr(self, name)}")
+        least = {"toy_steps": 1, "digits_steps": 1, "samples": 10, "rounds": 1, "seed": 0}
+        for name, bound in least.items():
+            if getattr(self, name) < bound:
+                raise ValueError(f"{name} must be >= {bound}, got {getattr(self, name)}")
+
+
+# Samplers
+
+
+class Sampler(NamedTuple):
+    """A way from noise to samples: `generate(eps, condition)` returns them and the evaluations per sample."""
+
+    family: str
+    setting: str
+    generate: Callable[[jax.Array, Any], tuple[jax.Array, jax.Array]]
+
+    def __str__(self) -> str:
+        return f"{self.family}, {self.setting}"
+
+
+def fixed(
+    family: str, field: mfx.AbstractField, sampler: Callable[..., jax.Array], steps: int, per_step: int
+) -> Sampler:
+    @eqx.filter_jit
+    def generate(eps: jax.Array, condition: Any) -> tuple[jax.Array, jax.Array]:
+        one = functools.partial(sampler, field, times=mfx.uniform_times(steps))
+        return jax.vmap(one)(eps, condition), jnp.asarray(steps * per_step)
+
+    return Sampler(family, f"{steps} step{'s' * (steps > 1)}", generate)
+
+
+def adaptive(family: str, field: mfx.AbstractField, name: str, tolerance: float) -> Sampler:
+    solver, per_step = ADAPTIVE[name]
+    control = diffrax.PIDController(rtol=tolerance, atol=tolerance)
+
+    def one(eps: jax.Array, condition: Any) -> tuple[jax.Array, jax.Array]:
+        def velocity(t: Any, z: jax.Array, _: None) -> jax.Array:
+            return field(z, t, t, condition)
+
+        solved = diffrax.diffeqsolve(
+            diffrax.ODETerm(velocity), solver, 1.0, 0.0, None, eps, stepsize_controller=control, max_steps=1000
+        )
+        assert solved.ys is not None
+        return solved.ys[-1], 3 + per_step * solved.stats["num_steps"]
+
+    @eqx.filter_jit
+    def generate(eps: jax.Array, condition: Any) -> tuple[jax.Array, jax.Array]:
+        x, evaluations = jax.vmap(one)(eps, condition)
+        return x, jnp.mean(evaluations)
+
+    return Sampler(family, f"tolerance {tolerance:g}", generate)
+
+
+def samplers(config: Config, fields: dict[str, mfx.AbstractField]) -> list[Sampler]:
+    """Of the average velocity, then of v of every network."""
+    found = [fixed(AVERAGE, fields["MeanFlow"], mfx.sample, steps, 1) for steps in (1, 2, 4)]
+    for network, field in fields.items():
+        for name, (sampler, per_step) in FIXED.items():
+            counts = config.euler if name == "Euler" else config.heun
+            found += [fixed(f"{name} on v of {network}", field, sampler, steps, per_step) for steps in counts]
+        for name in ADAPTIVE:
+            found += [adaptive(f"{name} on v of {network}", field, name, tol) for tol in config.tolerances]
+    return found
+
+
+# Problems
+
+
+class Problem(NamedTuple):
+    """Two trained networks, noise, and how samples are judged."""
+
+    name: str
+    fields: dict[str, mfx.AbstractField]
+    eps: jax.Array
+    condition: Any
+    distance: Callable[[jax.Array], float]
+    distance_name: str
+    floor: float
+    floor_name: str
+
+
+def toy_problem(config: Config, name: str) -> Problem:
+    toy = toy_2d.Config(data=(name,), steps=config.toy_steps, samples=config.samples, rows=10)
+    problem, fields = toy_2d.make_problem(toy, name), {}
+    with run.Progress(2 * toy.steps, shown=("boundary_error", "identity_error")) as progress:
+        methods = {"MeanFlow": "MeanFlow", "Flow Matching": "FlowMatching"}
+        work = functools.partial(toy_2d.train, toy, problem, seed=config.seed)
+        for method, field in run.in_parallel(work, list(methods.values()), workers=1, progress=progress):
+            fields[next(label for label, m in methods.items() if m == method)] = field
+    eps = jr.normal(toy_2d.NOISE_KEY, problem.data.shape)
+
+    def distance(x: jax.Array) -> float:
+        return toy_2d.quality(problem, x).sliced_wasserstein
+
+    floor = distance(toy_2d.generate(problem.truth, eps, 1))
+    return Problem(name, fields, eps, None, distance, "sliced W2", floor, "exact average velocity, 1 step")
+
+
+def digits_problem(config: Config, directory: run.RunDirectory) -> Problem:
+    settings = digits.Config(steps=config.digits_steps, seed=config.seed, preview_every=0)
+    rows = digits.load(settings)
+    judge, fields = digits.Judge(rows), {}
+    for name, objective in (("MeanFlow", digits.mean_flow), ("Flow Matching", digits.flow_matching)):
+        method = digits.Method(name, objective(settings), mfx.sample, (1,), shown=1)
+        part = run.RunDirectory(directory.root / name.lower().replace(" ", "_"))
+        fields[name] = digits.train(settings, method, rows.train, part)
+    eps = jr.normal(digits.JUDGED_KEY, rows.every.x.shape)
+
+    def distance(x: jax.Array) -> float:
+        return judge.frechet(digits.pixels(np.asarray(x)))
+
+    floor = digits.references(rows, judge, config.seed)[0].frechet
+    assert floor is not None
+    label = jnp.asarray(rows.every.label)
+    return Problem("digits", fields, eps, label, distance, "Frechet distance", floor, "two random halves of the data")
+
+
+# Judging
+
+
+class Point(NamedTuple):
+    """One sampler on one problem."""
+
+    data: str
+    family: str
+    setting: str
+    evaluations: float
+    seconds: float
+    spread: float
+    distance: float
+
+
+def judge(config: Config, problem: Problem) -> list[Point]:
+    wanted = samplers(config, problem.fields)
+    made = {str(s): s.generate(problem.eps, problem.condition) for s in wanted}
+    calls = {str(s): functools.partial(s.generate, problem.eps, problem.condition) for s in wanted}
+    with run.Progress(len(wanted) * (config.rounds + 1)) as progress:
+        times = run.time_interleaved(calls, config.rounds, progress=progress)
+    points = []
+    for sampler in wanted:
+        (x, evaluations), measured = made[str(sampler)], times[str(sampler)]
+        seen = (float(evaluations), measured.median, measured.spread, problem.distance(x))
+        points.append(Point(problem.name, sampler.family, sampler.setting, *seen))
+    return points
+
+
+def verdict(points: list[Point]) -> str:
+    """What the cheapest solver needs to be as near to the data as the average velocity."""
+    lines = []
+    for point in (p for p in points if p.family == AVERAGE):
+        rivals = [p for p in points if p.family != AVERAGE and p.distance <= point.distance]
+        text = f"u in {point.setting} ({point.distance:.3g}): "
+        if not rivals:
+            lines.append(text + "no solver on v of either network comes as near.")
+            continue
+        fewest, fastest = min(rivals, key=lambda p: p.evaluations), min(rivals, key=lambda p: p.seconds)
+        lines.append(
+            f"{text}{fewest.family} needs {fewest.evaluations / point.evaluations:.3g} times the evaluations "
+            f"({fewest.evaluations:.3g}), {fastest.family} {fastest.seconds / point.seconds:.3g} times the seconds."
+        )
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def describe(problem: Problem, points: list[Point]) -> str:
+    rows = [
+        (p.family, p.setting, f"{p.evaluations:.4g}", f"{p.seconds:.4f}", f"{100 * p.spread:.0f}%", f"{p.distance:.3g}")
+        for p in points
+    ]
+    table = run.table(rows, ("sampler", "", "evaluations", "seconds", "spread", problem.distance_name))
+    count = len(problem.eps)
+    floor = f"Floor ({problem.floor_name}): {problem.floor:.3g}. {count} samples."
+    return f"**{problem.name}**\n\n{table}\n\n{floor}\n\n{verdict(points)}"
+
+
+def save_figure(path: Path, judged: list[tuple[Problem, list[Point]]]) -> None:
+    """Per problem: distance against evaluations and against seconds, a line per family."""
+    with run.optional("matplotlib"):
+        from matplotlib.figure import Figure
+    figure = Figure(figsize=(12, 4.4 * len(judged)), dpi=100, layout="constrained")
+    panels = figure.subplots(len(judged), 2, squeeze=False)
+    for row, (problem, points) in zip(panels, judged, strict=True):
+        for panel, unit in zip(row, ("evaluations", "seconds"), strict=True):
+            for family in dict.fromkeys(p.family for p in points):
+                line = [(getattr(p, unit), p.distance) for p in points if p.family == family]
+                style = "--" if family.endswith("Flow Matching") else "-"
+                bold = {"linewidth": 3, "color": "black"} if family == AVERAGE else {"color": colour(family)}
+                panel.plot(*zip(*line, strict=True), marker=".", linestyle=style, label=family, **bold)
+            panel.axhline(problem.floor, color="grey", linestyle=":", label=problem.floor_name)
+            panel.set(xscale="log", yscale="log", xlabel=unit, ylabel=problem.distance_name, title=problem.name)
+            panel.grid(alpha=0.3, which="both")
+        row[1].legend(fontsize="x-small")
+    figure.savefig(path, format="png")
+
+
+def colour(family: str) -> str:
+    return f"C{[*FIXED, *ADAPTIVE].index(family.partition(' ')[0])}"
+
+
+def main(config: Config) -> None:
+    """Compare samplers."""
+    began = time.perf_counter()
+    with run.optional("matplotlib"):  # now rather than after the trainings
+        importlib.import_module("matplotlib")
+    if config.quick:
+        fewer = {"euler": (1, 4, 16), "heun": (1, 4, 16), "tolerances": (1e-1, 1e-3), "rounds": 3}
+        config = dataclasses.replace(config, toy_steps=600, digits_steps=300, samples=1000, **fewer)
+    directory = run.RunDirectory.create(config, config.name)
+    judged, texts = [], []
+    for name in config.data:
+        print(f"{name}: training two networks", flush=True)
+        problem = digits_problem(config, directory) if name == "digits" else toy_problem(config, name)
+        print(f"{name}: sampling", flush=True)
+        judged.append((problem, judge(config, problem)))
+        texts.append(describe(*judged[-1]))
+        directory.save_results("\n\n".join(texts), [point._asdict() for _, points in judged for point in points])
+    save_figure(directory.path("one_step_vs_ode.png"), judged)
+    print("\n\n".join(texts))
+    print(f"\n{time.perf_counter() - began:.0f} seconds. Picture and results are in {directory.root}.")
+
+
+if __name__ == "__main__":
+    run.main(main, Config(), description=__doc__)
