@@ -24,9 +24,9 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Key, PyTree
 
-from ._custom_types import Condition, Time
+from ._custom_types import Condition, Scalar, Time
 from ._field import AbstractField, stopped
 from .nn import AbstractAttention, StoppedTangent
 
@@ -70,7 +70,7 @@ class FusedJVP(AbstractDerivative):
     ) -> tuple[Float[Array, "*data"], Float[Array, "*data"]]:
         field = _in_forward_mode(field)
         u, dudt = _jvp(field, z, r, t, condition, tangent, key)
-        return u, _refuse_gradient(dudt, u) if _has_stopped_tangent(field) else dudt
+        return u, _refuse_gradient(dudt, (u, z, r, t, tangent[0])) if _has_stopped_tangent(field) else dudt
 
 
 class StoppedJVP(AbstractDerivative):
@@ -96,7 +96,7 @@ class StoppedJVP(AbstractDerivative):
         u = field(z, r, t, condition, key=key)
         teacher = _in_forward_mode(stopped(field))
         _, dudt = _jvp(teacher, *stopped((z, r, t, condition, tangent)), key)
-        return u, _refuse_gradient(dudt, u)
+        return u, _refuse_gradient(dudt, (u, z, r, t, tangent[0]))
 
 
 class CentralDifference(AbstractDerivative):
@@ -129,14 +129,14 @@ class CentralDifference(AbstractDerivative):
         key: Key[Array, ""] | None,
     ) -> tuple[Float[Array, "*data"], Float[Array, "*data"]]:
         u = _checked(field(z, r, t, condition, key=key), z)
-        teacher, (z, r, t, condition) = stopped((field, (z, r, t, condition)))
-        dz, dr, dt = stopped(tangent)
+        origins = (u, z, r, t, tangent[0])
+        teacher, (z, r, t, condition), (dz, dr, dt) = stopped((field, (z, r, t, condition), tangent))
 
-        def moved(step: float) -> Float[Array, "*data"]:
+        def moved(step: float | Scalar) -> Float[Array, "*data"]:
             return teacher(z + step * dz.astype(z.dtype), r + step * dr, t + step * dt, condition, key=key)
 
         _refuse_low_precision(moved)
-        return u, _refuse_gradient((moved(self.step) - moved(-self.step)) / (2 * self.step), u)
+        return u, _refuse_gradient((moved(self.step) - moved(-self.step)) / (2 * self.step), origins)
 
 
 def total_derivative(
@@ -199,10 +199,10 @@ def _has_stopped_tangent(field: AbstractField) -> bool:
 
 
 @jax.custom_vjp
-def _refuse_gradient(dudt: Float[Array, "*data"], u: Float[Array, "*data"]) -> Float[Array, "*data"]:
-    """`dudt`, which has no way back to the parameters but by u, here: who asks for its gradient gets an error.
+def _refuse_gradient(dudt: Float[Array, "*data"], origins: PyTree[Array]) -> Float[Array, "*data"]:
+    """`dudt`, which has no way back to what it was computed from: who asks for its gradient gets an error.
 
-    Behind `stop_gradient` nobody asks.
+    The `origins`, on which it depends in truth, make JAX notice. Behind `stop_gradient` nobody asks.
     """
     return dudt
 
@@ -214,7 +214,7 @@ def _refuse(_: None, __: Any) -> Any:
     )
 
 
-_refuse_gradient.defvjp(lambda dudt, u: (dudt, None), _refuse)
+_refuse_gradient.defvjp(lambda dudt, origins: (dudt, None), _refuse)
 
 
 def _refuse_custom_vjp(differentiate: Any, *inputs: Any) -> None:

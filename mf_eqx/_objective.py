@@ -184,18 +184,19 @@ class Objective(AbstractObjective):
     def __call__(
         self, field: AbstractField, batch: Batch, *, key: Key[Array, ""], context: Context | None = None
     ) -> tuple[Scalar, Metrics]:
+        metrics = total([part(field, rows, key=key, context=context)[1] for part, rows in self.parts(batch)])
+        return jnp.asarray(metrics["loss"].value), metrics
+
+    def parts(self, batch: Batch) -> list[tuple[AbstractObjective, Batch]]:
+        """The rows of each kind, r = t first, with an objective for them alone: the loss is the mean over all rows, so
+        losses, gradients and metrics may be computed one part after the other.
+
+        **Raises:** `ValueError` if the batch does not fit.
+        """
         self._check(batch)
         identity_rows, boundary_rows = split_rows(batch, self.identity_share)
-        parts = []
-        if self.identity_share < 1:
-            parts.append(self._evaluate(lambda row: self._boundary_residual(field, row), boundary_rows, key, True))
-        if self.identity_share > 0:
-            residual = functools.partial(self._identity_residual, field, context=context)
-            parts.append(self._evaluate(residual, identity_rows, key, False))
-        metrics = total(parts)
-        if self.identity_share == 0:
-            metrics = {name: metrics[name] for name in ("loss", "boundary_error")}
-        return jnp.asarray(metrics["loss"].value), metrics
+        parts = [(_Part(self, boundary=True), boundary_rows), (_Part(self, boundary=False), identity_rows)]
+        return [(part, rows) for part, rows in parts if rows.index.shape[0]]
 
     def _check(self, batch: Batch) -> None:
         check_batch_size(batch.index.shape[0], self.identity_share)
@@ -211,19 +212,23 @@ class Objective(AbstractObjective):
                 raise ValueError(f"condition must be given with label_dropout, got {batch.condition}")
 
     def _evaluate(
-        self, residual: Callable[[_Row], Float[Array, "*data"]], batch: Batch, key: Key[Array, ""], boundary: bool
+        self, field: AbstractField, batch: Batch, boundary: bool, key: Key[Array, ""], context: Context | None
     ) -> Metrics:
         """The metrics of rows of one kind."""
 
         def evaluate(row: Batch) -> tuple[Scalar, Scalar, Scalar]:
             drawn = self._draw(row, key, boundary)
-            difference = residual(drawn)
+            if boundary:
+                difference = self._boundary_residual(field, drawn)
+            else:
+                difference = self._identity_residual(field, drawn, context)
             error = jnp.sum(difference**2)
             loss = jax.lax.stop_gradient(self.weight(error)) * error
             return loss, error / difference.size, drawn.t - drawn.r
 
         losses, errors, gaps = jax.vmap(evaluate)(batch)
-        return {"loss": _mean(losses), **_errors_by_kind(errors, gaps)}
+        metrics = {"loss": _mean(losses), **_errors_by_kind(errors, gaps)}
+        return metrics if self.identity_share > 0 else {name: metrics[name] for name in ("loss", "boundary_error")}
 
     def _draw(self, row: Batch, key: Key[Array, ""], boundary: bool) -> _Row:
         eps_key, times_key, drop_key, field_key = jr.split(jr.fold_in(key, row.index), 4)
@@ -282,6 +287,19 @@ class Objective(AbstractObjective):
         unconditional = at_least_float32(stopped(field)(row.z, row.t, row.t, null, key=row.key))
         guided = self.guidance.velocity(row.v, conditional, unconditional, row.t)
         return jnp.where(row.dropped, row.v, guided)
+
+
+class _Part(AbstractObjective):
+    """The rows of one kind."""
+
+    objective: Objective
+    boundary: bool
+
+    def __call__(
+        self, field: AbstractField, batch: Batch, *, key: Key[Array, ""], context: Context | None = None
+    ) -> tuple[Scalar, Metrics]:
+        metrics = self.objective._evaluate(field, batch, self.boundary, key, context)
+        return jnp.asarray(metrics["loss"].value), metrics
 
 
 def _check_null(null: ArrayLike, condition: ArrayLike) -> None:

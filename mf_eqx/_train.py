@@ -7,6 +7,7 @@ from the row's index in the global batch. Nothing else is random, so a state tha
 nothing had happened.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,7 +21,7 @@ from jaxtyping import Array, Int, Key, PyTree
 from ._ema import ExponentialAverage
 from ._field import AbstractField
 from ._identity import Context
-from ._objective import AbstractObjective, Batch, Mean, Metrics
+from ._objective import AbstractObjective, Batch, Mean, Metrics, Objective
 
 _DRAW = 0x44524157  # folds the key of a step's data away from those that the step itself splits off
 
@@ -130,13 +131,36 @@ def _differentiate(
     Each shard's rows are differentiated apart and the results meet once, at the end. Otherwise the compiler sums over
     devices wherever a gradient arises: in every turn of a backward loop, and once for each kind of rows.
     """
-    differentiate = eqx.filter_value_and_grad(train_step.objective, has_aux=True)
     if train_step.shards == 1:
-        (_, metrics), gradients = differentiate(field, batch, key=key, context=context)
-        return metrics, gradients
-    parts = jax.tree.map(lambda leaf: leaf.reshape(train_step.shards, -1, *leaf.shape[1:]), batch)
-    (_, metrics), gradients = jax.vmap(lambda part: differentiate(field, part, key=key, context=context))(parts)
+        return _differentiate_shard(train_step.objective, field, batch, key, context)
+    shards = jax.tree.map(lambda leaf: leaf.reshape(train_step.shards, -1, *leaf.shape[1:]), batch)
+    metrics, gradients = jax.vmap(lambda shard: _differentiate_shard(train_step.objective, field, shard, key, context))(
+        shards
+    )
     return jax.tree.map(lambda m: jnp.sum(m, axis=0), metrics), jax.tree.map(lambda g: jnp.mean(g, axis=0), gradients)
+
+
+def _differentiate_shard(
+    objective: AbstractObjective, field: AbstractField, batch: Batch, key: Key[Array, ""], context: Context
+) -> tuple[Metrics, PyTree[Any]]:
+    """One kind of rows after the other. Differentiated as one sum, both would hold their intermediate results at once:
+    the loop is what keeps the compiler from putting their forward passes first."""
+    parts = objective.parts(batch) if isinstance(objective, Objective) else [(objective, batch)]
+
+    def differentiate(part: AbstractObjective, rows: Batch) -> tuple[Metrics, PyTree[Any]]:
+        (_, metrics), gradients = eqx.filter_value_and_grad(part, has_aux=True)(field, rows, key=key, context=context)
+        share = rows.index.shape[0] / batch.index.shape[0]
+        return metrics, jax.tree.map(lambda g: share * g, gradients)
+
+    kinds = [functools.partial(differentiate, *part) for part in parts]
+    if len(kinds) == 1:
+        return kinds[0]()
+
+    def add(sums: Any, kind: Int[Array, ""]) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, sums, jax.lax.switch(kind, kinds)), None
+
+    nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(kinds[0]))
+    return jax.lax.scan(add, nothing, jnp.arange(len(kinds)))[0]
 
 
 @eqx.filter_jit(donate="all-except-first")

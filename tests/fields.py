@@ -1,5 +1,5 @@
-"""Fields that tests share: two in closed form, and fresh networks made to depend on all their parameters; a stand-in for
-a fused attention kernel; and a jit for networks that are compiled once and run once."""
+"""What tests share beside fixtures: fields in closed form, fresh networks made to depend on all their parameters, a
+stand-in for a fused attention kernel, and a jit for programs that run once."""
 
 import functools
 

@@ -1,5 +1,6 @@
 import functools
 import itertools
+import re
 from collections.abc import Callable
 
 import equinox as eqx
@@ -186,11 +187,12 @@ def test_velocity_of_another_precision_is_cast_to_that_of_the_state(engine):
 
 
 @every(ENGINES)
-@pytest.mark.parametrize("result", [lambda z: z[:2], lambda z: z[None], lambda z: jnp.sum(z)], ids=["(2)", "(1,3)", "()"])
-def test_field_of_another_shape_than_the_state_is_refused(engine, result):
+@pytest.mark.parametrize("shape", [(2,), (1, 3), ()], ids=str)
+def test_field_of_another_shape_than_the_state_is_refused(engine, shape):
     z, r, t = point()
-    with pytest.raises(ValueError, match=r"field must return the shape of z, \(3,\), got"):
-        engine(Given(lambda z, *_: result(z)), z, r, t, None, tangent=(direction(), 0.0, 1.0), key=None)
+    refusal = re.escape(f"field must return the shape of z, (3,), got {shape}")
+    with pytest.raises(ValueError, match=refusal):
+        engine(Given(lambda z, *_: jnp.full(shape, z[0])), z, r, t, None, tangent=(direction(), 0.0, 1.0), key=None)
 
 
 class Tripled(mfx.AbstractDerivative):
@@ -260,7 +262,9 @@ def test_central_difference_refuses_less_than_float32(dtype, form, rows):
         return CentralDifference()(Given(low(dtype)[form]), z, r, t, None, tangent=(z, 0.0, 1.0), key=None)
 
     name = jnp.dtype(dtype).name
-    with pytest.raises(ValueError, match=f"field must compute in float32 or better for a finite difference, got {name}"):
+    with pytest.raises(
+        ValueError, match=f"field must compute in float32 or better for a finite difference, got {name}"
+    ):
         jax.eval_shape(jax.vmap(evaluate), jnp.ones((2, 3))) if rows else jax.eval_shape(evaluate, jnp.ones(3))
 
 

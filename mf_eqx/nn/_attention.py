@@ -16,6 +16,7 @@ All other evaluations of the field keep the plain kernel.
 """
 
 import abc
+from collections.abc import Sequence
 
 import equinox as eqx
 import jax
@@ -90,10 +91,10 @@ class CudnnAttention(AbstractAttention):
 
 
 class StoppedTangent(AbstractAttention):
-    """A pair: value and gradient by `kernel`, tangent by formula, with no gradient through the tangent.
+    """A pair: value and gradient by `kernel`, tangent by formula, in which queries, keys and values are constants.
 
-    Engines make it and see to it that a gradient through du/dt raises. On its own, a gradient through its tangent is
-    zero.
+    So a gradient through the tangent would be incomplete. Engines use the pair, and see to it that a gradient through
+    du/dt raises instead.
 
     **Arguments:** `kernel` the attention that forward mode cannot pass.
     """
@@ -107,7 +108,7 @@ class StoppedTangent(AbstractAttention):
         value: Float[Array, "tokens heads size"],
     ) -> Float[Array, "tokens heads size"]:
         attention = jax.custom_jvp(self.kernel)
-        attention.defjvp(lambda primals, tangents: (self.kernel(*primals), _tangent(*primals, *tangents)))
+        attention.defjvp(lambda primals, tangents: (self.kernel(*primals), _tangent(primals, tangents)))
         return attention(query, key, value)
 
     def forward_mode(self) -> AbstractAttention:
@@ -133,9 +134,12 @@ def _mix(
     return jnp.einsum("hqk,khd->qhd", weights, value)
 
 
-def _tangent(*inputs: Float[Array, "tokens heads size"]) -> Float[Array, "tokens heads size"]:
-    """The formula of the module's docstring."""
-    query, key, value, dquery, dkey, dvalue = map(jax.lax.stop_gradient, inputs)
+def _tangent(
+    primals: Sequence[Float[Array, "tokens heads size"]], tangents: Sequence[Float[Array, "tokens heads size"]]
+) -> Float[Array, "tokens heads size"]:
+    """The formula of the module's docstring, at constant primals."""
+    query, key, value = map(jax.lax.stop_gradient, primals)
+    dquery, dkey, dvalue = tangents
     weights = jax.nn.softmax(_logits(query, key), axis=-1)
     dlogits = _logits(dquery, key) + _logits(query, dkey)
     dweights = weights * (dlogits - jnp.sum(weights * dlogits, axis=-1, keepdims=True))

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from fields import refilled
+from fields import FusedAttention, quick_jit, refilled
 
 import mf_eqx as mfx
 from mf_eqx import nn
@@ -182,7 +182,7 @@ def test_label_and_null_label_change_the_output():
 def test_scan_unrolled_and_remat_agree_in_values_and_gradients(x64):
     rows = inputs((2,))
 
-    @eqx.filter_jit
+    @quick_jit
     def everything(field):
         def loss(field):
             u, dudt = jax.vmap(lambda z, r, t, label: mfx.total_derivative(field, z, z, r, t, label))(*rows)
@@ -227,7 +227,7 @@ def gradients(field, dtype=jnp.float32):
 
 
 def test_every_parameter_gets_a_finite_gradient_that_is_not_zero(x64):
-    found = eqx.filter_jit(gradients)(small64(), jnp.float64)
+    found = quick_jit(functools.partial(gradients, dtype=jnp.float64))(small64())
     # A bias of the keys shifts all logits of a query alike, which the softmax takes away again.
     bias = found.stack.blocks.attention.qkv.bias
     keys = bias[:, SMALL.width : 2 * SMALL.width]
@@ -235,6 +235,121 @@ def test_every_parameter_gets_a_finite_gradient_that_is_not_zero(x64):
     found = eqx.tree_at(lambda g: g.stack.blocks.attention.qkv.bias, found, bias.at[:, 16:32].set(1))
     for path, leaf in jax.tree_util.tree_leaves_with_path(found):
         assert bool(jnp.isfinite(leaf).all() & (leaf != 0).all()), jax.tree_util.keystr(path)
+
+
+# Engines and attention
+
+
+GUIDED = mfx.Guidance(0.7, mix=0.2)  # with a pass for the condition and one without it
+
+
+@functools.cache
+def training_gradient(*, engine=mfx.FusedJVP(), attention=nn.XLAAttention(), guidance=None, **form):
+    """As one vector: of four rows with the identity, or, if guided, of one such row and three with r = t."""
+    field = small64(attention=attention, **form)
+    objective = mfx.Objective(
+        mfx.MeanFlow(derivative=engine),
+        identity_share=1 if guidance is None else "1/4",
+        guidance=guidance,
+        label_dropout=mfx.LabelDropout(0.1, field.null_label),
+    )
+    batch = mfx.Batch(jr.normal(jr.key(5), (4, *SHAPE), jnp.float64), jnp.arange(4))
+    gradient = quick_jit(jax.grad(lambda field: objective(field, batch, key=jr.key(6))[0]))(field)
+    return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(gradient)])
+
+
+def test_stopped_jvp_gives_the_training_gradient_of_the_fused_one(x64):
+    expected = training_gradient()
+    np.testing.assert_allclose(training_gradient(engine=mfx.StoppedJVP()), expected, rtol=1e-12, atol=1e-12)
+    assert np.linalg.norm(expected) > 0.1
+
+
+def test_central_difference_gives_the_training_gradient_up_to_the_square_of_its_step(x64):
+    expected = training_gradient()
+    error = np.linalg.norm(training_gradient(engine=mfx.CentralDifference(1e-4)) - expected)
+    assert error < 1e-6 * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize(
+    ("guidance", "form"),
+    [(None, {}), (GUIDED, {}), (None, {"unroll": True}), (None, {"remat": True})],
+    ids=["scanned", "scanned, guided", "unrolled", "remat"],
+)
+def test_training_gradient_with_a_fused_kernel_is_that_with_xla_attention(x64, guidance, form):
+    found = training_gradient(attention=FusedAttention(), guidance=guidance, **form)
+    np.testing.assert_allclose(found, training_gradient(guidance=guidance), rtol=1e-12, atol=1e-12)
+
+
+class Doubled(nn.AbstractAttention):
+    """Recognisable: twice the attention."""
+
+    def __call__(self, query, key, value):
+        return 2 * nn.XLAAttention()(query, key, value)
+
+    def forward_mode(self):
+        return self
+
+
+class TwoFaced(nn.AbstractAttention):
+    """Plain attention, which becomes twice itself in forward mode."""
+
+    def __call__(self, query, key, value):
+        return nn.XLAAttention()(query, key, value)
+
+    def forward_mode(self):
+        return Doubled()
+
+
+class Pair(mfx.AbstractDerivative):
+    """u of one field and du/dt of another, whatever field it is given."""
+
+    value: mfx.AbstractField
+    derivative: mfx.AbstractField
+
+    def __call__(self, field, z, r, t, condition, *, tangent, key):
+        u = self.value(z, r, t, condition, key=key)
+        return u, mfx.FusedJVP()(self.derivative, z, r, t, condition, tangent=tangent, key=key)[1]
+
+
+def faces():
+    """One field, with attention that is plain, that is doubled, and that has both faces."""
+    return tuple(small64(attention=attention) for attention in (nn.XLAAttention(), Doubled(), TwoFaced()))
+
+
+def test_engine_replaces_the_attention_only_where_it_differentiates(x64):
+    z, r, t, label = inputs()
+
+    @quick_jit
+    def compare(plain, doubled, two_faced):
+        def evaluate(engine, field):
+            return engine(field, z, r, t, label, tangent=(jnp.cos(z), 0.0, 1.0), key=None)
+
+        found = [evaluate(e, two_faced) for e in (mfx.FusedJVP(), mfx.StoppedJVP(), mfx.CentralDifference(1e-4))]
+        return found, [evaluate(mfx.FusedJVP(), field) for field in (plain, doubled)]
+
+    (fused, stopped, central), (plain, doubled) = compare(*faces())
+    assert np.linalg.norm(plain[0] - doubled[0]) > 0.01 and np.linalg.norm(plain[1] - doubled[1]) > 0.01
+    np.testing.assert_allclose(fused, doubled, rtol=1e-12)
+    np.testing.assert_allclose(stopped, (plain[0], doubled[1]), rtol=1e-12)
+    np.testing.assert_allclose(central[0], plain[0], rtol=1e-12)
+    np.testing.assert_allclose(central[1], plain[1], atol=1e-6)
+
+
+def test_boundary_rows_teachers_and_guidance_keep_the_plain_attention(x64):
+    batch = mfx.Batch(jr.normal(jr.key(5), (4, *SHAPE)), jnp.arange(4))
+    dropout = mfx.LabelDropout(0.1, small().null_label)
+
+    def errors(field, engine):
+        # The predicted velocity of the improved identity is a pass that teaches, too.
+        identity = mfx.ImprovedMeanFlow(derivative=engine)
+        _, metrics = mfx.Objective(identity, guidance=GUIDED, label_dropout=dropout)(field, batch, key=jr.key(6))
+        return metrics["boundary_error"].value, metrics["identity_error"].value
+
+    @quick_jit
+    def compare(plain, doubled, two_faced):
+        return errors(two_faced, mfx.FusedJVP()), errors(plain, Pair(doubled, doubled))
+
+    np.testing.assert_allclose(*compare(*faces()), rtol=1e-12)
 
 
 # Precision
