@@ -30,9 +30,8 @@ from ..nn import (
     ConditionEmbedding,
     end_duration,
     LabelEmbedding,
-    layer_norm,
     Linear,
-    modulate,
+    modulated_norm,
     Remat,
     SelfAttention,
     sinusoidal_positions,
@@ -61,6 +60,12 @@ DIT_L2 = DiTSize(depth=24, width=1024, heads=16, patch=2)
 DIT_XL2 = DiTSize(depth=28, width=1152, heads=16, patch=2)
 
 
+@jax.checkpoint
+def _gelu(x: Float[Array, "tokens width"]) -> Float[Array, "tokens width"]:
+    """GELU, tanh-approximate, of which the backward pass keeps the argument instead of every intermediate."""
+    return jax.nn.gelu(x, approximate=True)
+
+
 class DiTBlock(eqx.Module):
     """One adaLN-Zero block: attention, then an MLP of ratio 4 with tanh-approximate GELU."""
 
@@ -80,9 +85,8 @@ class DiTBlock(eqx.Module):
         self, x: Float[Array, "tokens width"], condition: Float[Array, " width"]
     ) -> Float[Array, "tokens width"]:
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = jnp.split(self.modulation(condition), 6)
-        x = x + gate_1 * self.attention(modulate(layer_norm(x), shift_1, scale_1))
-        hidden = jax.nn.gelu(self.hidden(modulate(layer_norm(x), shift_2, scale_2)), approximate=True)
-        return x + gate_2 * self.out(hidden)
+        x = x + gate_1 * self.attention(modulated_norm(x, shift_1, scale_1))
+        return x + gate_2 * self.out(_gelu(self.hidden(modulated_norm(x, shift_2, scale_2))))
 
 
 class DiT(AbstractField):
@@ -178,7 +182,7 @@ class DiT(AbstractField):
         c = jax.nn.silu(self.embedding(r, t, condition)).astype(self.dtype)
         tokens = self.stack(lambda block, x: cast(block, self.dtype)(x, c), self._tokens(z.astype(self.dtype)))
         shift, scale = jnp.split(cast(self.modulation, self.dtype)(c), 2)
-        tokens = cast(self.out, self.dtype)(modulate(layer_norm(tokens), shift, scale))
+        tokens = cast(self.out, self.dtype)(modulated_norm(tokens, shift, scale))
         return self._image(tokens).astype(jnp.promote_types(z.dtype, jnp.float32))
 
     def _grid(self) -> tuple[int, int]:

@@ -20,6 +20,6 @@ from ._embedding import (
     TimeVariables as TimeVariables,
 )
 from ._linear import Linear as Linear
-from ._norm import layer_norm as layer_norm, modulate as modulate
+from ._norm import layer_norm as layer_norm, modulate as modulate, modulated_norm as modulated_norm
 from ._precision import cast as cast
 from ._stack import Remat as Remat, Stack as Stack

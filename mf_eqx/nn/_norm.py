@@ -20,3 +20,14 @@ def modulate(
 ) -> Float[Array, "*rows width"]:
     """Adaptive layer norm's second half, (1 + scale) x + shift (Peebles and Xie 2023, arXiv 2212.09748)."""
     return (1 + scale) * x + shift
+
+
+@jax.checkpoint
+def modulated_norm(
+    x: Float[Array, "*rows width"], shift: Float[Array, " width"], scale: Float[Array, " width"]
+) -> Float[Array, "*rows width"]:
+    """`modulate(layer_norm(x), shift, scale)`, of which the backward pass keeps nothing but the arguments.
+
+    Writing and reading what lies between takes longer than computing it again.
+    """
+    return modulate(layer_norm(x), shift, scale)

@@ -1,3 +1,4 @@
+import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
@@ -27,3 +28,10 @@ def test_statistics_of_bfloat16_rows_are_taken_in_float32():
 def test_modulate_scales_around_one_and_shifts():
     x, shift, scale = jnp.ones((3, 2)), jnp.array([1.0, 0.0]), jnp.array([0.0, 2.0])
     np.testing.assert_array_equal(nn.modulate(x, shift, scale), [[2, 3]] * 3)
+
+
+def test_modulated_norm_is_both_and_keeps_only_its_arguments():
+    x, shift, scale = jr.normal(jr.key(0), (3, 4)), jr.normal(jr.key(1), (4,)), jr.normal(jr.key(2), (4,))
+    value, backward = jax.vjp(nn.modulated_norm, x, shift, scale)
+    np.testing.assert_array_equal(value, nn.modulate(nn.layer_norm(x), shift, scale))
+    assert sum(leaf.size for leaf in jax.tree.leaves(backward)) <= x.size + shift.size + scale.size
