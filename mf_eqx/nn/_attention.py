@@ -125,7 +125,23 @@ def _logits(
 def _weights(
     query: Float[Array, "queries heads size"], key: Float[Array, "keys heads size"]
 ) -> Float[Array, "heads queries keys"]:
-    return jax.nn.softmax(_logits(query, key), axis=-1).astype(query.dtype)
+    return _softmax(_logits(query, key)).astype(query.dtype)
+
+
+@jax.custom_jvp
+def _softmax(logits: Float[Array, "heads queries keys"]) -> Float[Array, "heads queries keys"]:
+    """Over the keys. The rule keeps only the result for the backward pass; JAX's own default keeps the exponentials
+    and their sums too."""
+    return jax.nn.softmax(logits, axis=-1)
+
+
+@_softmax.defjvp
+def _softmax_jvp(
+    primals: tuple[Float[Array, "heads queries keys"]], tangents: tuple[Float[Array, "heads queries keys"]]
+) -> tuple[Float[Array, "heads queries keys"], Float[Array, "heads queries keys"]]:
+    weights = _softmax(*primals)
+    change = weights * tangents[0]
+    return weights, change - weights * jnp.sum(change, axis=-1, keepdims=True)
 
 
 def _mix(

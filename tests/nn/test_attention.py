@@ -10,6 +10,7 @@ from fields import FusedAttention, quick_jit, refilled
 
 import mf_eqx as mfx
 from mf_eqx import nn
+from mf_eqx.nn._attention import _weights
 
 
 def reference_mix(query, key, value):
@@ -278,3 +279,18 @@ def test_meanflow_gradient_with_cudnn_attention_is_as_near_to_float32_as_with_xl
         exact = meanflow_gradient(nn.XLAAttention(), jnp.float32)
     found, usual = (meanflow_gradient(a, jnp.bfloat16) for a in (nn.CudnnAttention(), nn.XLAAttention()))
     assert no_worse(found, usual, exact)
+
+
+def test_weights_have_the_derivatives_of_softmax_and_keep_only_themselves(x64):
+    query, key = jr.normal(jr.key(0), (2, 5, 3, 4))
+
+    def plain(query):
+        return jax.nn.softmax(jnp.einsum("qhd,khd->hqk", query, key) / 2, axis=-1)
+
+    def weights(query):
+        return _weights(query, key)
+
+    for derivative in (jax.jacfwd, jax.jacrev, lambda f: jax.jacrev(jax.jacfwd(f))):
+        np.testing.assert_allclose(derivative(weights)(query), derivative(plain)(query), rtol=1e-10, atol=1e-12)
+    kept = jax.tree.leaves(jax.vjp(weights, query)[1])
+    assert sum(leaf.size == 3 * 5 * 5 for leaf in kept) == 1
