@@ -18,12 +18,13 @@ training on zeros instead would look like training.
 """
 
 import abc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jax.extend.core import jaxpr_as_fun
 from jaxtyping import Array, Float, Key, PyTree
 
 from ._custom_types import Condition, Scalar, Time
@@ -132,11 +133,12 @@ class CentralDifference(AbstractDerivative):
         origins = (u, z, r, t, tangent[0])
         teacher, (z, r, t, condition), (dz, dr, dt) = stopped((field, (z, r, t, condition), tangent))
 
-        def moved(step: float | Scalar) -> Float[Array, "*data"]:
+        def moved(step: Scalar) -> Float[Array, "*data"]:
             return teacher(z + step * dz.astype(z.dtype), r + step * dr, t + step * dt, condition, key=key)
 
-        _refuse_low_precision(moved)
-        return u, _refuse_gradient((moved(self.step) - moved(-self.step)) / (2 * self.step), origins)
+        at = _traced(moved, _refuse_low_precision, jnp.zeros((), z.dtype))
+        after, before = (at(jnp.asarray(step, z.dtype)) for step in (self.step, -self.step))
+        return u, _refuse_gradient((after - before) / (2 * self.step), origins)
 
 
 def total_derivative(
@@ -174,8 +176,7 @@ def _jvp(
     def differentiate(primals: Any, tangents: Any) -> tuple[Float[Array, "*data"], Float[Array, "*data"] | None]:
         return eqx.filter_jvp(lambda z, r, t: field(z, r, t, condition, key=key), primals, tangents)
 
-    _refuse_custom_vjp(differentiate, primals, tangents)
-    u, dudt = differentiate(primals, tangents)
+    u, dudt = _traced(differentiate, _refuse_custom_vjp, primals, tangents)(primals, tangents)
     return _checked(u, z), jnp.zeros_like(u) if dudt is None else dudt  # None: u does not depend on z, r or t
 
 
@@ -217,10 +218,20 @@ def _refuse(_: None, __: Any) -> Any:
 _refuse_gradient.defvjp(lambda dudt, origins: (dudt, None), _refuse)
 
 
-def _refuse_custom_vjp(differentiate: Any, *inputs: Any) -> None:
+def _traced(function: Callable[..., Any], check: Callable[[Iterable[Any]], None], *inputs: Any) -> Callable[..., Any]:
+    """`function`, after a look at the equations of its program; traced once, however often it is called."""
+    program, shapes = jax.make_jaxpr(function, return_shape=True)(*inputs)
+    check(_equations(program.jaxpr))
+
+    def run(*inputs: Any) -> Any:
+        return jax.tree.unflatten(jax.tree.structure(shapes), jaxpr_as_fun(program)(*jax.tree.leaves(inputs)))
+
+    return run
+
+
+def _refuse_custom_vjp(equations: Iterable[Any]) -> None:
     """Say it while tracing, with the remedy: JAX would say it when lowering."""
-    jaxpr = jax.make_jaxpr(differentiate)(*inputs).jaxpr
-    if any(equation.primitive.name == "custom_lin" for equation in _equations(jaxpr)):
+    if any(equation.primitive.name == "custom_lin" for equation in equations):
         raise ValueError(
             "field must be differentiable in forward mode, got a jax.custom_vjp function between (z, r, t) and u. A "
             "fused attention kernel must be an mf_eqx.nn.AbstractAttention, which engines replace; for anything else "
@@ -228,9 +239,8 @@ def _refuse_custom_vjp(differentiate: Any, *inputs: Any) -> None:
         )
 
 
-def _refuse_low_precision(function: Any) -> None:
-    jaxpr = jax.make_jaxpr(function)(0.0).jaxpr
-    dtypes = {variable.aval.dtype for equation in _equations(jaxpr) for variable in equation.outvars}
+def _refuse_low_precision(equations: Iterable[Any]) -> None:
+    dtypes = {variable.aval.dtype for equation in equations for variable in equation.outvars}
     low = [d.name for d in dtypes if jnp.issubdtype(d, jnp.floating) and jnp.finfo(d).bits < 32]
     if low:
         raise ValueError(

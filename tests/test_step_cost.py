@@ -1,0 +1,100 @@
+"""What a training step of the paper's networks costs, as far as XLA says without running it: memory and program size.
+
+Nothing is allocated: networks, states and batches are shapes. `test_flops.py` beside this file counts operations.
+"""
+
+import functools
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import optax
+import pytest
+
+import mf_eqx as mfx
+from mf_eqx import run
+
+SHAPE, LABELS = (4, 32, 32), 1000
+DROPOUT = mfx.LabelDropout(0.1, LABELS)
+OBJECTIVES = {
+    "Flow Matching": mfx.Objective(identity=None, identity_share=0, label_dropout=DROPOUT),
+    "MeanFlow": mfx.Objective(label_dropout=DROPOUT),
+    "guided": mfx.Objective(guidance=mfx.Guidance(1.0, 0.5), label_dropout=DROPOUT),
+}
+PARAMETERS = 4 * 131_165_248  # bytes of B/4
+# Not run: leave out the slow part of compiling, which comes after memory has been assigned.
+FAST = {"xla_backend_optimization_level": "0", "xla_llvm_disable_expensive_passes": True}
+
+
+def step_and_inputs(name, size, batch, **options):
+    """A training step with Adam and one average, and the shapes of what it takes."""
+    step = mfx.TrainStep(OBJECTIVES[name], optax.adam(1e-4), [mfx.ExponentialAverage(0.9999)])
+
+    def make(key):
+        field = mfx.DiT(SHAPE, size, labels=LABELS, **options, key=key)
+        return mfx.init_state(field, step.optimizer, step.averages, key=key)
+
+    rows = jax.ShapeDtypeStruct((batch, *SHAPE), jnp.float32), jax.ShapeDtypeStruct((batch,), jnp.int32)
+    return lambda state, x, label: step(state, mfx.Batch(x, label)), (eqx.filter_eval_shape(make, jr.key(0)), *rows)
+
+
+@functools.cache
+def cost(name, batch, **options):
+    step, inputs = step_and_inputs(name, mfx.DIT_B4, batch, **options)
+    return run.compile_program(step, *inputs, donate=(0,), options=FAST).cost
+
+
+@pytest.mark.parametrize("name", ["MeanFlow", "guided"])
+def test_tangents_and_the_split_cost_no_memory(name):
+    # Kinds of rows are differentiated one after the other, so that it is less: three quarters of the rows at a time.
+    assert cost(name, 256).temporary_bytes <= 0.85 * cost("Flow Matching", 256).temporary_bytes
+
+
+@pytest.mark.parametrize("name", ["MeanFlow", "guided"])
+def test_a_small_batch_costs_at_most_one_more_copy_of_the_parameters(name):
+    assert cost(name, 16).temporary_bytes <= cost("Flow Matching", 16).temporary_bytes + PARAMETERS
+
+
+def kept(**options):
+    """Numbers held per token, feature and block, of which a network of 12 blocks has 64 x 768 in each."""
+    more = cost("Flow Matching", 256, **options).temporary_bytes - cost("Flow Matching", 16, **options).temporary_bytes
+    return more / (4 * 240 * 12 * 64 * 768)
+
+
+def test_backward_pass_keeps_little_beyond_the_factors_of_products():
+    # Those are 15: inputs of qkv and out (1 each), both products of attention (3, weights 1), hidden (1) and out (4 and
+    # the 4 that GELU is differentiated at). Beyond: the block's input, what gates multiply, one turn's own values.
+    assert kept() <= 22
+
+
+def test_remat_keeps_a_sixth():
+    assert kept(remat=True) <= 22 / 6
+
+
+def test_remat_of_all_but_products_lies_between():
+    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    full, some, none = (cost("Flow Matching", 256, remat=remat).temporary_bytes for remat in (True, policy, False))
+    assert full < some < none
+
+
+def test_every_buffer_of_the_state_is_donated():
+    (state, *_) = step_and_inputs("MeanFlow", mfx.DIT_B4, 256)[1]
+    numbers = [leaf for leaf in jax.tree.leaves(state) if hasattr(leaf, "dtype")]
+    keys = [leaf for leaf in numbers if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)]
+    plain = sum(leaf.size * leaf.dtype.itemsize for leaf in numbers if leaf not in keys)
+    assert cost("MeanFlow", 256).donated_bytes == plain + 8 * len(keys)
+
+
+def test_program_of_the_largest_network_is_as_long_as_that_of_a_small_one():
+    def lines(size):
+        step, (state, *rows) = step_and_inputs("MeanFlow", size, 16)
+        arrays, rest = eqx.partition((state, *rows), lambda leaf: hasattr(leaf, "dtype"))
+        return (
+            jax.jit(lambda arrays: eqx.filter(step(*eqx.combine(arrays, rest)), eqx.is_array))
+            .lower(arrays)
+            .as_text()
+            .count("\n")
+        )
+
+    assert lines(mfx.DIT_XL2) <= 1.05 * lines(mfx.DIT_B4)
