@@ -12,8 +12,8 @@ which knows v alone. From the same noise:
 
 Distances are those of the experiments: sliced Wasserstein-2 on the toy set, Frechet distance in raw pixels on digits.
 Evaluations are per sample; an adaptive solver's are the mean over samples, of all it tried, 3 (Bosh3) or 6 (Tsit5) per
-step and 3 at the start. Seconds are for `timed` samples in one batch, all samplers timed in rounds of changing order; in
-a batch every sample waits for the slowest, as on any accelerator.
+step and 3 at the start. Seconds are for `timed` samples in one batch, all samplers timed in rounds of changing order;
+in a batch every sample waits for the slowest, as on any accelerator.
 
 README.md beside this file has figures.
 """
