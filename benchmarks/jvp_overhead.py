@@ -262,15 +262,25 @@ def xla_flops(model: str, name: str, rows: int = 16) -> float:
 
     def count(depth: int) -> float:
         x, label = jax.ShapeDtypeStruct((rows, *SHAPE), jnp.float32), jax.ShapeDtypeStruct((rows,), jnp.int32)
-        # Counted, not run: leave out the slow part of compiling, which comes after the passes that remove work.
-        fast = {"xla_backend_optimization_level": "0", "xla_llvm_disable_expensive_passes": True}
         inputs = (shapes_of(setting, depth), x, label, jr.key(0))
-        return run.compile_program(gradient, *inputs, options=fast).cost.flops
+        return run.compile_program(gradient, *inputs, options=quick_options()).cost.flops
 
     depth = SIZES[model].depth
     with jax.default_device(jax.devices("cpu")[0]):
         two = count(2)
         return two if depth == 2 else two + (depth - 2) * (two - count(1))
+
+
+@functools.cache
+def quick_options() -> dict[str, str | bool] | None:
+    """XLA's, for a program that is counted and never run: without the slow part of compiling, which comes after the
+    passes that remove work."""
+    options: dict[str, str | bool] = {"xla_backend_optimization_level": "0", "xla_cpu_use_fusion_emitters": False}
+    try:
+        run.compile_program(lambda: jnp.zeros(()), options=options)
+    except jax.errors.JaxRuntimeError:  # an XLA that does not know them
+        return None
+    return options
 
 
 def shapes_of(setting: Setting, depth: int | None = None) -> mfx.AbstractField:

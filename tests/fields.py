@@ -123,8 +123,9 @@ class FusedAttention(nn.AbstractAttention):
 
 
 @functools.cache
-def _quick_options():
-    options = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+def quick_options():
+    """XLA's, for compiling several times faster without optimisation. What is counted or assigned before stays."""
+    options = {"xla_backend_optimization_level": "0", "xla_cpu_use_fusion_emitters": False}
     try:
         jax.jit(lambda: 0, compiler_options=options)()
     except RuntimeError:  # an XLA that does not know them
@@ -134,4 +135,4 @@ def _quick_options():
 
 def quick_jit(function):
     """`jax.jit` that compiles several times faster, without optimisation: for programs that run once."""
-    return jax.jit(function, compiler_options=_quick_options())
+    return jax.jit(function, compiler_options=quick_options())

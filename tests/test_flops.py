@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
+from fields import quick_options
 
 import mf_eqx as mfx
 
@@ -44,9 +45,7 @@ def flops(objective, width=256):
         return eqx.filter_value_and_grad(lambda field: objective(field, batch, key=key), has_aux=True)(field)
 
     lowered = gradient.lower(field, jnp.zeros((BATCH, *SHAPE)), jnp.zeros(BATCH, jnp.int32), jr.key(0)).lowered
-    # It is counted, not run: leave out the slow part of compiling, which comes after the passes that remove work.
-    fast = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-    return lowered.compile(compiler_options=fast).cost_analysis()["flops"]
+    return lowered.compile(compiler_options=quick_options()).cost_analysis()["flops"]
 
 
 def ratio(objective, width=256):

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import optax
 import pytest
+from fields import quick_options
 
 import mf_eqx as mfx
 from mf_eqx import run
@@ -23,8 +24,6 @@ OBJECTIVES = {
     "guided": mfx.Objective(guidance=mfx.Guidance(1.0, 0.5), label_dropout=DROPOUT),
 }
 PARAMETERS = 4 * 131_165_248  # bytes of B/4
-# Not run: leave out the slow part of compiling, which comes after memory has been assigned.
-FAST = {"xla_backend_optimization_level": "0", "xla_llvm_disable_expensive_passes": True}
 
 
 def step_and_inputs(name, size, batch, **options):
@@ -42,7 +41,7 @@ def step_and_inputs(name, size, batch, **options):
 @functools.cache
 def cost(name, batch, **options):
     step, inputs = step_and_inputs(name, mfx.DIT_B4, batch, **options)
-    return run.compile_program(step, *inputs, donate=(0,), options=FAST).cost
+    return run.compile_program(step, *inputs, donate=(0,), options=quick_options()).cost
 
 
 @pytest.mark.parametrize("name", ["MeanFlow", "guided"])
