@@ -67,6 +67,7 @@ class TrainStep(eqx.Module):
     - `averages`: of the parameters, updated after each step. The first is the `teacher` of the objective's context.
     - `prepare`: None, or a function `(row, key) -> row` applied to each row of the batch on the device, before the
       objective: augmentation, dequantisation, posterior sampling. `row` is a `Batch` without its leading axis.
+    - `shards`: devices that share the batch; each one's rows are differentiated apart, and meet in one all-reduce.
 
     **Returns** (when called with a state and a batch): the new state and the metrics, those of the objective and
     `gradient_norm`. The old state is donated; using it again raises an error.
