@@ -134,6 +134,7 @@ def main(config: Config) -> None:
         importlib.import_module("matplotlib")
     if config.quick:
         config = dataclasses.replace(config, model=("tiny", "S/4"), variant=("MeanFlow",), repeats=1)
+    jax.config.update("jax_enable_compilation_cache", False)
     directory = run.RunDirectory.create(config, config.name)
     cells = [Cell(*values) for values in itertools.product(config.model, config.form, config.remat, config.variant)]
     costs: dict[Cell, list[run.Cost]] = {cell: [] for cell in cells}

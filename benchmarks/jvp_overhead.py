@@ -12,7 +12,8 @@ with all other axes at the base, so that two axes of three values are five setti
 An overhead in percent means nothing without what the step does with the machine: a step that waits most of its time
 hides any JVP. So beside times there are the operations, by formula and as XLA counts them; the utilisation of what
 matrix products reach on the same machine; and the fit time = c + k x operations over the variants, where c is the fixed
-cost of a step (optimiser, dispatch, small kernels) and k the price of an operation.
+cost of a step (optimiser, dispatch, small kernels) and k the price of an operation. (XLA counts loss and gradient
+without loops and remat, in float32; the formula counts the step that is timed.)
 
 README.md beside this file has figures.
 """
@@ -90,13 +91,13 @@ QUARTER, EVERY = Fraction(1, 4), Fraction(1)
 FLOW_MATCHING = "Flow Matching"
 VARIANTS = {
     FLOW_MATCHING: Variant(objective(None, Fraction(0)), lambda T, s: 3),
-    "MeanFlow, every row": Variant(objective(mfx.MeanFlow(), EVERY), lambda T, s: 3 + T),
+    "MeanFlow on every row": Variant(objective(mfx.MeanFlow(), EVERY), lambda T, s: 3 + T),
     "MeanFlow": Variant(objective(mfx.MeanFlow(), QUARTER), lambda T, s: 3 + s * T),
     "stopped JVP": Variant(objective(mfx.MeanFlow(derivative=mfx.StoppedJVP()), QUARTER), lambda T, s: 3 + s * (1 + T)),
     "finite difference": Variant(
         objective(mfx.MeanFlow(derivative=mfx.CentralDifference()), QUARTER), lambda T, s: 3 + 2 * s
     ),
-    "guided, every row": Variant(objective(mfx.MeanFlow(), EVERY, guided=True), lambda T, s: 3 + T + 2),
+    "guided on every row": Variant(objective(mfx.MeanFlow(), EVERY, guided=True), lambda T, s: 3 + T + 2),
     "guided": Variant(objective(mfx.MeanFlow(), QUARTER, guided=True), lambda T, s: 3 + s * T + 1 + s),
     "ImprovedMeanFlow": Variant(objective(mfx.ImprovedMeanFlow(), QUARTER), lambda T, s: 3 + s * T + s),
     "SplitMeanFlow": Variant(objective(mfx.SplitMeanFlow(), QUARTER), lambda T, s: 3 + 2 * s),
@@ -130,7 +131,7 @@ class Config:
     count: bool = True
     """Have XLA count operations, on small unrolled programs compiled for the CPU."""
     quick: bool = False
-    """Take the small model, whatever else is asked for."""
+    """Take the small model at batch 16 and the first value of all other axes, whatever else is asked for."""
     name: str | None = None
     """Name of the run below runs/jvp_overhead/; by default the time of day."""
 
@@ -145,13 +146,18 @@ class Config:
         }
         for name, allowed in known.items():
             if not (values := getattr(self, name)):
-                raise ValueError(f"{name} must be at least one of {', '.join(allowed)}; got none")
+                raise ValueError(f"{name} must be at least one of {', '.join(map(repr, allowed))}; got none")
             if wrong := [value for value in values if value not in allowed]:
-                raise ValueError(f"{name} must be among {', '.join(allowed)}; got {wrong[0]}")
+                raise ValueError(f"{name} must be among {', '.join(map(repr, allowed))}; got {wrong[0]!r}")
         if not self.batch or min(self.batch) < 4 or any(batch % 4 for batch in self.batch):
             raise ValueError(f"batch must be positive multiples of 4, got {self.batch}")
         if self.rounds < 1:
             raise ValueError(f"rounds must be >= 1, got {self.rounds}")
+        for setting in settings(self):
+            if setting.attention == "cudnn" and setting.dtype != "bfloat16":
+                raise ValueError(f"attention cudnn must come with dtype bfloat16, got {setting.dtype}")
+            if setting.model == "MLP" and setting[2:] != ("float32", "scan", "none", "xla"):
+                raise ValueError(f"model MLP must come with float32, scan, remat none and xla, got {setting}")
 
 
 class Setting(NamedTuple):
@@ -241,7 +247,7 @@ def count_passes(model: str) -> Passes:
 def formula_flops(setting: Setting, variant: Variant) -> float:
     """Operations of a whole step's products."""
     forward, tangent = count_passes(setting.model)
-    again = 1 if setting.remat == "full" else 0
+    again = {"none": 0, "products": tangent - 1, "full": 1}[setting.remat]  # tangent - 1: the share of attention
     return setting.batch * forward * (variant.passes(tangent, float(variant.objective.identity_share)) + again)
 
 
@@ -292,7 +298,8 @@ def shapes_of(setting: Setting, depth: int | None = None) -> mfx.AbstractField:
 
 
 class Measurement(NamedTuple):
-    """One variant in one setting. `xla_ratio` is None where it was not counted, `times` where memory was too small."""
+    """One variant in one setting. `xla_ratio` is None where it was not counted, `times` where memory was too small,
+    `peak_bytes` where the allocator says nothing or an earlier step needed as much."""
 
     setting: Setting
     name: str
@@ -309,7 +316,8 @@ def parts(config: Config, setting: Setting) -> int:
 
 
 def counted(config: Config, setting: Setting) -> bool:
-    return config.count and setting.model != "MLP"
+    """Whether XLA's count, which is of a program without remat, belongs to this setting."""
+    return config.count and setting.model != "MLP" and setting.remat == "none"
 
 
 def measure(config: Config, setting: Setting, progress: run.Progress, done: int) -> list[Measurement]:
@@ -334,11 +342,12 @@ def measure(config: Config, setting: Setting, progress: run.Progress, done: int)
         return metrics
 
     peaks = {}
-    # The allocator remembers its highest point, so that only a program which needs more than those before it shows one.
+    # The allocator remembers the process's highest point: it belongs to the step that raises it, the smallest first.
     for name in sorted(programs, key=lambda name: programs[name].cost.temporary_bytes):
         with telling_memory(progress, setting, name):
+            before = allocator_peak()
             jax.block_until_ready(take(name))
-            peaks[name] = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+            peaks[name] = after if (after := allocator_peak()) != before else None
             report(0.0)
         if name not in peaks:  # the state went with it
             state = make_state(setting, key=jr.key(0))
@@ -364,6 +373,10 @@ def measure(config: Config, setting: Setting, progress: run.Progress, done: int)
     ]
 
 
+def allocator_peak() -> int | None:
+    return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+
+
 @contextlib.contextmanager
 def telling_memory(progress: run.Progress, setting: Setting, name: str) -> Iterator[None]:
     """Say that memory is too small, and go on."""
@@ -384,12 +397,14 @@ class Fit(NamedTuple):
 
 
 def fit(measurements: list[Measurement]) -> Fit | None:
-    """None with fewer than three different numbers of operations."""
+    """None with fewer than three different numbers of operations, or if no line with a cost of either kind fits."""
     points = [(m.flops, m.times.median) for m in measurements if m.times is not None]
     if len({flops for flops, _ in points}) < 3:
         return None
     flops, seconds = np.array(points).T
     slope, fixed = np.polyfit(flops, seconds, 1)
+    if slope <= 0 or fixed < 0:
+        return None
     left = np.sum((seconds - fixed - slope * flops) ** 2) / np.sum((seconds - seconds.mean()) ** 2)
     return Fit(float(fixed), float(1 / slope), float(1 - left))
 
@@ -409,7 +424,7 @@ def as_record(m: Measurement, peak: float) -> dict[str, Any]:
         "allocator_peak_bytes": m.peak_bytes,
         "wall_seconds": None if times is None else times.wall.tolist(),
         "cpu_seconds": None if times is None else times.cpu.tolist(),
-        **({} if m.cost is None else dataclasses.asdict(m.cost)),
+        "cost": None if m.cost is None else dataclasses.asdict(m.cost),
     }
 
 
@@ -422,7 +437,19 @@ def ratio(m: Measurement, base: Measurement, clock: str) -> float | None:
 
 def tabulate(measurements: list[Measurement], peak: float) -> str:
     base = measurements[0]
-    headers = ["step", "GFLOP", "/ FM", "XLA / FM", "ms", "least", "spread", "time / FM", "CPU / FM", "of peak"]
+    headers = [
+        "step",
+        "GFLOP",
+        "/ FM",
+        "XLA / FM",
+        "ms",
+        "least",
+        "spread",
+        "CPU ms",
+        "time / FM",
+        "CPU / FM",
+        "of peak",
+    ]
     headers += ["temporary MB", "allocator MB", "trace s", "lower s", "compile s"]
     rows = []
     for m in measurements:
@@ -433,9 +460,10 @@ def tabulate(measurements: list[Measurement], peak: float) -> str:
             m.xla_ratio and f"{m.xla_ratio:.3f}",
         ]
         if m.times is None:
-            row += [None] * 6
+            row += [None] * 7
         else:
             row += [f"{1e3 * m.times.median:.1f}", f"{1e3 * m.times.least:.1f}", f"{100 * m.times.spread:.0f}%"]
+            row.append(f"{1e3 * m.times.median_cpu:.1f}")
             row += [f"{value:.2f}" if (value := ratio(m, base, c)) else None for c in ("wall", "cpu")]
             row += [f"{100 * m.flops / m.times.median / peak:.0f}%"]
         row += [m.cost and f"{m.cost.temporary_bytes / 1e6:.0f}", m.peak_bytes and f"{m.peak_bytes / 1e6:.0f}"]
@@ -501,6 +529,8 @@ def main(config: Config) -> None:
     with run.optional("matplotlib"):  # now rather than after the measurements
         importlib.import_module("matplotlib")
     config = shrunk(config) if config.quick else config
+    if "cudnn" in config.attention and jax.default_backend() != "gpu":
+        raise ValueError(f"attention must be xla without an NVIDIA GPU, got cudnn on {jax.default_backend()}")
     directory = run.RunDirectory.create(config, config.name)
     wanted = settings(config)
     groups, peaks, texts, done = [], {}, [], 0
@@ -522,7 +552,8 @@ def main(config: Config) -> None:
 
 def shrunk(config: Config) -> Config:
     """What `--quick` runs."""
-    return dataclasses.replace(config, model=("tiny",), batch=(16,))
+    base = {"dtype": ("float32",), "form": ("scan",), "remat": ("none",), "attention": ("xla",)}
+    return dataclasses.replace(config, model=("tiny",), batch=(16,), **base)
 
 
 PRESETS = {

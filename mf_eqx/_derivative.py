@@ -104,7 +104,8 @@ class CentralDifference(AbstractDerivative):
     r"""du/dt without a JVP: $(u_{+} - u_{-}) / 2\epsilon$ with $u_{\pm} = u((z, r, t) \pm \epsilon\, (dz, dr, dt))$.
 
     For fields that forward mode cannot pass. The error is of order $\epsilon^2$ plus the rounding of u over $\epsilon$,
-    which leaves float32 about four digits at best and bfloat16 none. The field is evaluated up to $\epsilon$ beyond [0,
+    which leaves float32 about four digits at best and bfloat16 none (on recent GPUs float32 products are TF32 unless
+    `jax.default_matmul_precision` says otherwise, and leave fewer). The field is evaluated up to $\epsilon$ beyond [0,
     1], and at $t - \epsilon < r$ where t - r is smaller. A gradient through du/dt raises `ValueError`.
 
     **Arguments:** `step` the $\epsilon$ above, in units of time.

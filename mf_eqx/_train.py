@@ -144,8 +144,10 @@ def _differentiate(
 def _differentiate_shard(
     objective: AbstractObjective, field: AbstractField, batch: Batch, key: Key[Array, ""], context: Context
 ) -> tuple[Metrics, PyTree[Any]]:
-    """One kind of rows after the other. Differentiated as one sum, both would hold their intermediate results at once:
-    the loop is what keeps the compiler from putting their forward passes first."""
+    """One kind of rows after the other, so that intermediate results of only one kind are held at a time.
+
+    In a loop: of a sum, the compiler would run both forward passes before either backward pass.
+    """
     parts = objective.parts(batch) if isinstance(objective, Objective) else [(objective, batch)]
 
     def differentiate(part: AbstractObjective, rows: Batch) -> tuple[Metrics, PyTree[Any]]:

@@ -94,7 +94,7 @@ class StoppedTangent(AbstractAttention):
     """A pair: value and gradient by `kernel`, tangent by formula, in which queries, keys and values are constants.
 
     So a gradient through the tangent would be incomplete. Engines use the pair, and see to it that a gradient through
-    du/dt raises instead.
+    du/dt raises instead. (Where nothing that forward mode moves reaches it, its gradient is the formula's transpose.)
 
     **Arguments:** `kernel` the attention that forward mode cannot pass.
     """

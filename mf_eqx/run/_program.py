@@ -98,8 +98,10 @@ def compile_program(
 
 
 def product_flops(function: Callable[..., Any], *inputs: PyTree[Any]) -> int:
-    """Floating-point operations of all matrix products and convolutions of a function, two per multiply-add, loops
-    counted as often as they turn. As written: nothing is left out that a compiler would find to be unused.
+    """Floating-point operations of all matrix products and convolutions of a function, two per multiply-add.
+
+    Loops count as often as they turn, branches as the dearest of them (so a `TrainStep`, a loop over branches, counts
+    too much: count the gradient of its objective). Nothing is left out that a compiler would find to be unused.
 
     **Arguments:** as of `compile_program`. **Raises:** `ValueError` for a loop without a fixed number of turns.
     """
