@@ -1,0 +1,103 @@
+"""Benchmarks as modules, and runs of them that are as small as a run can be."""
+
+import contextlib
+import functools
+import importlib
+import pathlib
+
+import equinox as eqx
+import jax
+import pytest
+from fields import quick_options
+
+import mf_eqx as mfx
+from mf_eqx import run
+
+ROOT = pathlib.Path(__file__).parents[2]
+NEEDED = {"one_step_vs_ode": ("sklearn", "beartype")}  # by the experiments that it imports
+MINUSCULE = mfx.DiTSize(depth=1, width=16, heads=2, patch=16)
+
+
+@pytest.fixture(scope="module")
+def benchmark_script():
+    """Import one by name."""
+
+    def imported(name):
+        for package in NEEDED.get(name, ()):
+            pytest.importorskip(package)
+        return importlib.import_module(name)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for folder in ("experiments", "benchmarks"):
+            patch.syspath_prepend(ROOT / folder)
+        yield imported
+
+
+@pytest.fixture(scope="module", autouse=True)
+def unoptimised():
+    """What runs once is not worth optimising. Restores what scripts change too."""
+    before = {
+        name: jax.config.values[name] for name in ("jax_disable_most_optimizations", "jax_enable_compilation_cache")
+    }
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+@pytest.fixture(scope="module")
+def quick_compilation():
+    """A context in which programs that the scripts compile by name are compiled faster still."""
+    quick = quick_options()
+
+    @contextlib.contextmanager
+    def quickly():
+        compile_program, filter_jit = run.compile_program, eqx.filter_jit
+
+        def compile_quickly(*inputs, options=None, **keywords):
+            return compile_program(*inputs, options={**(options or {}), **(quick or {})}, **keywords)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(run, "compile_program", compile_quickly)
+            patch.setattr(eqx, "filter_jit", functools.partial(filter_jit, compiler_options=quick))
+            yield
+
+    return quickly
+
+
+@pytest.fixture(scope="module")
+def resized(benchmark_script):
+    """A context in which `tiny` is minuscule, and other names of networks stand for the sizes that are given."""
+    jvp_overhead = benchmark_script("jvp_overhead")
+    counts = (jvp_overhead.count_passes, jvp_overhead.xla_flops)
+
+    @contextlib.contextmanager
+    def resize(sizes=()):
+        with pytest.MonkeyPatch.context() as patch:
+            for name, size in {"tiny": MINUSCULE, **dict(sizes)}.items():
+                patch.setitem(jvp_overhead.SIZES, name, size)
+            for count in counts:
+                count.cache_clear()
+            yield
+        for count in counts:
+            count.cache_clear()
+
+    return resize
+
+
+@pytest.fixture(scope="module")
+def finished(benchmark_script, quick_compilation, resized, tmp_path_factory):
+    """Run a script to its end with minuscule networks; returns the directory that it leaves."""
+    pytest.importorskip("matplotlib")
+
+    def finish(name, sizes=(), **config):
+        script, root = benchmark_script(name), tmp_path_factory.mktemp(name)
+        peak = functools.partial(run.matmul_peak, size=64, rounds=1)
+        with quick_compilation(), resized(sizes), pytest.MonkeyPatch.context() as patch:
+            patch.chdir(root)
+            patch.setattr(run, "matmul_peak", peak)
+            script.main(script.Config(**config))
+        (directory,) = (root / "runs").glob("*/*")
+        return directory
+
+    return finish

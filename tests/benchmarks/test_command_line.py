@@ -1,0 +1,27 @@
+"""Every benchmark from its command line."""
+
+import pytest
+
+from mf_eqx import run
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("jvp_overhead", "--preset accelerator --batch 16 6", "--batch must be positive multiples of 4, got (16, 6)"),
+        ("jvp_accuracy", "--steps 0.1 0.01 --shown-step 0.2", "--shown-step must be one of steps, got 0.2"),
+        ("compile_time", "--model XL/2 --form scan --repeats 0", "--repeats must be >= 1, got 0"),
+        ("sampling_throughput", "--evaluations 1 0", "--evaluations must be positive numbers, got (1, 0)"),
+        ("one_step_vs_ode", "--data digits --samples 9", "--samples must be >= 10, got 9"),
+    ],
+)
+def test_bad_input_ends_in_one_line(benchmark_script, name, arguments, message, capsys, tmp_path, monkeypatch):
+    pytest.importorskip("tyro")
+    script = benchmark_script(name)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        run.main(script.main, getattr(script, "PRESETS", None) or script.Config(), argv=arguments.split())
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert ended.value.code == 2
+    assert message in line
+    assert not list(tmp_path.iterdir())

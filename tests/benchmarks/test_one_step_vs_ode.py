@@ -1,0 +1,199 @@
+"""One step against ODE solvers: samplers on a field in closed form, the verdict on made-up points, and a whole run."""
+
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+from fields import GaussianField
+
+import mf_eqx as mfx
+
+ONE = "u of MeanFlow"
+
+
+@pytest.fixture(scope="module")
+def one_step_vs_ode(benchmark_script):
+    return benchmark_script("one_step_vs_ode")
+
+
+@pytest.fixture(scope="module")
+def gaussian():
+    return GaussianField(jnp.array([1.0, -2.0]), 0.5)
+
+
+class Counting(mfx.AbstractField):
+    """A field that tells the host of each evaluation."""
+
+    field: mfx.AbstractField
+    times: list
+
+    def __call__(self, z, r, t, condition=None, *, key=None):
+        jax.debug.callback(lambda t: self.times.append(float(t)), t)
+        return self.field(z, r, t, condition, key=key)
+
+
+# Samplers
+
+
+def error(sampler, field):
+    """Largest distance of samples from the ODE's solution, and evaluations."""
+    eps = jr.normal(jr.key(0), (6, 2))
+    found, evaluations = sampler.generate(eps, None)
+    expected = jax.vmap(lambda z: field.flow(z, 0.0, 1.0))(eps)
+    return float(jnp.abs(found - expected).max()), float(evaluations)
+
+
+def test_average_velocity_in_one_step_is_exact(one_step_vs_ode, gaussian):
+    sampler = one_step_vs_ode.fixed(ONE, gaussian, mfx.sample, 1, 1)
+    wrong, evaluations = error(sampler, gaussian)
+    assert wrong < 1e-5
+    assert evaluations == 1
+    assert str(sampler) == f"{ONE}, 1 step"
+
+
+@pytest.mark.parametrize(("name", "order"), [("Euler", 1), ("Heun", 2)])
+def test_fixed_steps_converge_with_their_order(one_step_vs_ode, gaussian, name, order):
+    method, per_step = one_step_vs_ode.FIXED[name]
+    few, many = (error(one_step_vs_ode.fixed(name, gaussian, method, n, per_step), gaussian)[0] for n in (16, 32))
+    assert many < 0.1
+    assert 0.8 * 2**order < few / many < 1.2 * 2**order
+
+
+@pytest.mark.parametrize(("name", "steps"), [("Euler", 3), ("Heun", 3)])
+def test_evaluations_of_fixed_steps_are_those_that_are_made(one_step_vs_ode, gaussian, name, steps):
+    method, per_step = one_step_vs_ode.FIXED[name]
+    field = Counting(gaussian, [])
+    _, evaluations = one_step_vs_ode.fixed(name, field, method, steps, per_step).generate(jnp.ones((1, 2)), None)
+    jax.effects_barrier()
+    assert len(field.times) == evaluations
+
+
+@pytest.fixture(scope="module")
+def solved(one_step_vs_ode, gaussian, quick_compilation):
+    """The error of one sample of an adaptive solver, evaluations as they are told, and those that were made."""
+
+    @functools.cache
+    def solve(name, tolerance):
+        field, eps = Counting(gaussian, []), jnp.ones((1, 2))
+        with quick_compilation():
+            found, told = one_step_vs_ode.adaptive(name, field, name, tolerance).generate(eps, None)
+        jax.effects_barrier()
+        return float(jnp.abs(found[0] - gaussian.flow(eps[0], 0.0, 1.0)).max()), float(told), len(field.times)
+
+    return solve
+
+
+@pytest.mark.parametrize("name", ["Bosh3", "Tsit5"])
+def test_adaptive_steps_are_as_exact_as_asked_for(solved, name):
+    wrong, *_ = solved(name, 1e-4)
+    assert wrong < 1e-3  # in all, where each step may be wrong by 1e-4
+
+
+def test_a_smaller_tolerance_is_more_exact_and_costs_more(solved):
+    (rough, few, _), (fine, many, _) = solved("Bosh3", 1e-2), solved("Bosh3", 1e-4)
+    assert fine < rough / 10
+    assert many > 1.5 * few
+
+
+@pytest.mark.parametrize("name", ["Bosh3", "Tsit5"])
+def test_evaluations_of_adaptive_steps_are_those_that_are_made(solved, name):
+    _, told, made = solved(name, 1e-4)
+    assert told == made
+
+
+def test_every_solver_is_tried_on_v_of_every_network(one_step_vs_ode, gaussian):
+    config = one_step_vs_ode.Config(euler=(1, 4), heun=(2,), tolerances=(0.1, 0.01))
+    names = [str(s) for s in one_step_vs_ode.samplers(config, {"MeanFlow": gaussian, "Flow Matching": gaussian})]
+    settings = {"Euler": ("1 step", "4 steps"), "Heun": ("2 steps",)}
+    settings |= dict.fromkeys(("Bosh3", "Tsit5"), ("tolerance 0.1", "tolerance 0.01"))
+    on_v = [
+        f"{solver} on v of {network}, {setting}"
+        for network in ("MeanFlow", "Flow Matching")
+        for solver, several in settings.items()
+        for setting in several
+    ]
+    expected = [f"{ONE}, 1 step", f"{ONE}, 2 steps", f"{ONE}, 4 steps", *on_v]
+    assert names == expected
+
+
+# Verdict
+
+
+def point(one_step_vs_ode, family, evaluations, seconds, distance):
+    return one_step_vs_ode.Point("toy", family, "1 step", evaluations, seconds, 0.0, distance)
+
+
+def test_verdict_names_the_cheapest_of_those_as_near_by_either_cost(one_step_vs_ode):
+    points = [
+        point(one_step_vs_ode, ONE, 1, 0.5, 0.2),
+        point(one_step_vs_ode, "Euler", 2, 0.1, 0.3),  # cheap, but not as near
+        point(one_step_vs_ode, "Heun", 8, 5.0, 0.2),
+        point(one_step_vs_ode, "Tsit5", 16, 2.0, 0.1),
+    ]
+    (line,) = one_step_vs_ode.verdict(points).splitlines()
+    assert line == ("- u in 1 step (0.2): Heun needs 8 times the evaluations (8), Tsit5 4 times the seconds.")
+
+
+def test_verdict_says_if_no_solver_comes_as_near(one_step_vs_ode):
+    points = [
+        point(one_step_vs_ode, ONE, 1, 0.5, 0.2),
+        point(one_step_vs_ode, ONE, 2, 0.5, 0.4),
+        point(one_step_vs_ode, "Euler", 2, 0.1, 0.3),
+    ]
+    near, far = one_step_vs_ode.verdict(points).splitlines()
+    assert near == "- u in 1 step (0.2): no solver on v of either network comes as near."
+    assert "Euler needs 1 times the evaluations" in far
+
+
+# A whole run
+
+
+@pytest.fixture(scope="module")
+def directory(finished):
+    small = {"toy_steps": 2, "samples": 20, "euler": (1,), "heun": (1,), "tolerances": (0.1,), "rounds": 1}
+    return finished("one_step_vs_ode", data=("three_gaussians",), **small)
+
+
+@pytest.fixture(scope="module")
+def records(directory):
+    return json.loads((directory / "results.json").read_text())
+
+
+def test_a_run_leaves_costs_and_distances_of_every_sampler(records):
+    assert len(records) == 3 + 2 * 4
+    for record in records:
+        numbers = [record[name] for name in ("evaluations", "seconds", "distance")]
+        assert np.isfinite(numbers).all()
+        assert min(numbers) > 0
+
+
+def test_a_run_leaves_a_table_with_the_exact_distance_and_a_picture(directory):
+    text = (directory / "results.md").read_text()
+    assert text.startswith("**three_gaussians**")
+    assert "(exact average velocity, 1 step): " in text
+    assert "20 samples." in text
+    assert (directory / "one_step_vs_ode.png").stat().st_size > 0
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"data": ()}, "data must be at least one of digits, .*; got none"),
+        ({"data": ("digits", "moons")}, "data must be among digits, .*; got moons"),
+        ({"euler": ()}, r"euler must be positive numbers, got \(\)"),
+        ({"heun": (1, 0)}, r"heun must be positive numbers, got \(1, 0\)"),
+        ({"tolerances": (-0.1,)}, r"tolerances must be positive numbers, got \(-0.1,\)"),
+        ({"toy_steps": 0}, "toy_steps must be >= 1, got 0"),
+        ({"digits_steps": 0}, "digits_steps must be >= 1, got 0"),
+        ({"samples": 9}, "samples must be >= 10, got 9"),
+        ({"rounds": 0}, "rounds must be >= 1, got 0"),
+        ({"seed": -1}, "seed must be >= 0, got -1"),
+    ],
+)
+def test_bad_values_are_refused_by_name(one_step_vs_ode, values, message):
+    with pytest.raises(ValueError, match=message):
+        one_step_vs_ode.Config(**values)
