@@ -1,6 +1,6 @@
 """How exact is du/dt? Every engine, precision and time scale against float64.
 
-    python benchmarks/jvp_accuracy.py               DiT-S/4, about a minute on 2 CPU cores
+    python benchmarks/jvp_accuracy.py               DiT-S/4, about three minutes on one CPU core
     python benchmarks/jvp_accuracy.py --model B/4
 
 One network with random parameters (those that start at zero are drawn too, or du/dt would be zero) is evaluated in
