@@ -265,7 +265,8 @@ def save_figure(path: Path, judged: list[tuple[Problem, list[Point]]]) -> None:
     """Per problem: distance against evaluations and against seconds, a line per family."""
     with run.optional("matplotlib"):
         from matplotlib.figure import Figure
-    figure = Figure(figsize=(12, 4.4 * len(judged)), dpi=100, layout="constrained")
+        from matplotlib.ticker import NullFormatter
+    figure = Figure(figsize=(12, 4.6 * len(judged)), dpi=100, layout="constrained")
     panels = figure.subplots(len(judged), 2, squeeze=False)
     for row, (problem, points) in zip(panels, judged, strict=True):
         for panel, unit in zip(row, ("evaluations", "seconds"), strict=True):
@@ -276,8 +277,9 @@ def save_figure(path: Path, judged: list[tuple[Problem, list[Point]]]) -> None:
                 panel.plot(*zip(*line, strict=True), marker=".", linestyle=style, label=family, **bold)
             panel.axhline(problem.floor, color="grey", linestyle=":", label=problem.floor_name)
             panel.set(xscale="log", yscale="log", xlabel=unit, ylabel=problem.distance_name, title=problem.name)
+            panel.xaxis.set_minor_formatter(NullFormatter())
             panel.grid(alpha=0.3, which="both")
-        row[1].legend(fontsize="x-small")
+        row[1].legend(fontsize="x-small", loc="center left", bbox_to_anchor=(1, 0.5))
     figure.savefig(path, format="png")
 
 
