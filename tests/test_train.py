@@ -94,6 +94,22 @@ def test_step_follows_the_optimizer_along_the_gradient():
 CONTEXT = mfx.Context(jnp.zeros((), jnp.int32))
 
 
+@pytest.mark.parametrize("share", [0.25, 0.75, 1])
+def test_kinds_of_rows_one_after_the_other_give_the_gradient_and_metrics_of_all_together(x64, share):
+    objective, rate = mfx.Objective(identity_share=share), 0.1
+    start = mfx.nn.cast(field(), jnp.float64)
+    rows = mfx.Batch(jr.normal(jr.key(2), (ROWS, DIM), jnp.float64))
+    key = jr.split(jr.fold_in(jr.key(1), 0))[1]
+    (_, metrics), gradient = eqx.filter_value_and_grad(objective, has_aux=True)(start, rows, key=key, context=CONTEXT)
+    sgd = optax.sgd(rate)
+    found, seen = mfx.TrainStep(objective, sgd)(mfx.init_state(start, sgd, key=jr.key(1)), rows)
+    for after, before, slope in zip(*map(leaves, (found.field, start, gradient)), strict=True):
+        np.testing.assert_allclose((before - after) / rate, slope, rtol=1e-12, atol=1e-12)
+    for name, mean in metrics.items():
+        np.testing.assert_allclose(seen[name].total, mean.total, rtol=1e-12)
+        np.testing.assert_array_equal(seen[name].count, mean.count)
+
+
 def test_averages_follow_the_parameters():
     step = mfx.TrainStep(Probe(), OPTIMIZER, AVERAGES)
     current = state()
