@@ -1,6 +1,6 @@
 """How long until the first step? Trace, lower and compile a MeanFlow step, against depth, scanned and unrolled.
 
-    python benchmarks/compile_time.py --quick                  small networks, about a minute on 2 CPU cores
+    python benchmarks/compile_time.py --quick                  small networks, 90 seconds on one busy CPU core
     python benchmarks/compile_time.py                          B/4 and XL/2, also with remat
     python benchmarks/compile_time.py --model XL/2 --form scan
 

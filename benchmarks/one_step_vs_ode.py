@@ -1,7 +1,7 @@
 """Where does one step win? Average velocities against ODE solvers on the learnt v, by evaluations and by seconds.
 
-    python benchmarks/one_step_vs_ode.py --quick     short trainings, about two minutes on 2 CPU cores
-    python benchmarks/one_step_vs_ode.py             the trainings of toy_2d.py and digits.py, about 15 minutes
+    python benchmarks/one_step_vs_ode.py --quick     short trainings, fewer samplers
+    python benchmarks/one_step_vs_ode.py             the trainings of toy_2d.py and digits.py
 
 On a 2-D toy set (whose exact field is known, for the floor of the distance) and on handwritten digits, two networks are
 trained with one architecture and budget: MeanFlow, which knows u(z, r, t) and v(z, t) = u(z, t, t), and Flow Matching,
