@@ -51,6 +51,7 @@ from ._sample import (
     sample_heun as sample_heun,
     uniform_times as uniform_times,
 )
+from ._sharding import Parallelism as Parallelism, Placement as Placement
 from ._times import (
     AbstractTimes as AbstractTimes,
     check_batch_size as check_batch_size,
@@ -60,6 +61,7 @@ from ._times import (
     UniformTimes as UniformTimes,
 )
 from ._train import (
+    Faults as Faults,
     init_state as init_state,
     scan_steps as scan_steps,
     TrainState as TrainState,

@@ -9,28 +9,48 @@ nothing had happened.
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from fractions import Fraction
+from typing import Any, TypeVar
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
 import optax
-from jaxtyping import Array, Int, Key, PyTree
+from jaxtyping import Array, Bool, Int, Key, PyTree
 
 from ._ema import ExponentialAverage
 from ._field import AbstractField
 from ._identity import Context
 from ._objective import AbstractObjective, Batch, Mean, Metrics, Objective
+from ._sharding import Parallelism
+from ._times import check_batch_size
+
+_Tree = TypeVar("_Tree")
 
 _DRAW = 0x44524157  # folds the key of a step's data away from those that the step itself splits off
+
+
+class Faults(eqx.Module):
+    """Steps whose loss or gradient was not finite, and which therefore changed nothing.
+
+    **Arguments:** `total` of them; `in_row` up to the last step, 0 after a good one; `last` one's number, from 1, or 0.
+    """
+
+    total: Int[Array, ""]
+    in_row: Int[Array, ""]
+    last: Int[Array, ""]
+
+    def after(self, step: Int[Array, ""], finite: Bool[Array, ""]) -> "Faults":
+        """The counters after the step of that number."""
+        return Faults(self.total + ~finite, jnp.where(finite, 0, self.in_row + 1), jnp.where(finite, self.last, step))
 
 
 class TrainState(eqx.Module):
     """Everything that training changes.
 
     **Arguments:** `field` being learnt; `opt_state` of the optimiser; `averages` of the field, each a complete field;
-    `step` number of finished steps; `key` of the whole run, never changed.
+    `step` number of finished steps; `key` of the whole run, never changed; `faults` counted so far.
     """
 
     field: AbstractField
@@ -38,6 +58,7 @@ class TrainState(eqx.Module):
     averages: tuple[AbstractField, ...]
     step: Int[Array, ""]
     key: Key[Array, ""]
+    faults: Faults
 
 
 def init_state(
@@ -54,7 +75,8 @@ def init_state(
     """
     field, key = jax.tree.map(lambda leaf: leaf.copy() if eqx.is_array(leaf) else leaf, (field, key))
     opt_state = optimizer.init(eqx.filter(field, eqx.is_inexact_array))
-    return TrainState(field, opt_state, tuple(a.init(field) for a in averages), jnp.zeros((), jnp.int32), key)
+    none = Faults(*(jnp.zeros((), jnp.int32) for _ in range(3)))
+    return TrainState(field, opt_state, tuple(a.init(field) for a in averages), jnp.zeros((), jnp.int32), key, none)
 
 
 class TrainStep(eqx.Module):
@@ -67,24 +89,42 @@ class TrainStep(eqx.Module):
     - `averages`: of the parameters, updated after each step. The first is the `teacher` of the objective's context.
     - `prepare`: None, or a function `(row, key) -> row` applied to each row of the batch on the device, before the
       objective: augmentation, dequantisation, posterior sampling. `row` is a `Batch` without its leading axis.
-    - `shards`: devices that share the batch; each one's rows are differentiated apart, and meet in one all-reduce.
+    - `accumulation`: equal parts that the rows of each device are differentiated in, one after the other: memory for
+      intermediate results falls as 1 / accumulation, results stay the same.
+    - `parallelism`: None for one device, or how state and batch are spread. Each device's rows are differentiated
+      apart, and meet in one all-reduce.
+
+    A step whose loss or gradient is not finite leaves field, optimiser and averages as they were; the step number goes
+    on, so that the next one meets other rows, and `TrainState.faults` counts.
 
     **Returns** (when called with a state and a batch): the new state and the metrics, those of the objective and
     `gradient_norm`. The old state is donated; using it again raises an error.
+
+    **Raises:** `ValueError` unless every part is a whole number of groups of rows.
     """
 
     objective: AbstractObjective
     optimizer: optax.GradientTransformation
     averages: tuple[ExponentialAverage, ...] = eqx.field(default=(), converter=tuple)
     prepare: Callable[[Batch, Key[Array, ""]], Batch] | None = None
-    shards: int = 1
+    accumulation: int = 1
+    parallelism: Parallelism | None = None
+
+    def __check_init__(self):
+        if self.accumulation < 1:
+            raise ValueError(f"accumulation must be >= 1, got {self.accumulation}")
 
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         if len(state.averages) != len(self.averages):
             raise ValueError(f"averages must be as many as the state's {len(state.averages)}, got {len(self.averages)}")
-        if batch.index.shape[0] % self.shards:
-            raise ValueError(f"batch must be a multiple of shards = {self.shards}, got {batch.index.shape[0]}")
+        self.check_batch_size(batch.index.shape[0])
         return _train_step((self, batch), state)
+
+    def check_batch_size(self, rows: int) -> None:
+        """Refuses a global batch that cannot be spread evenly: `ValueError` with the numbers."""
+        share = self.objective.identity_share if isinstance(self.objective, Objective) else Fraction(1)
+        shards = 1 if self.parallelism is None else self.parallelism.shards
+        check_batch_size(rows, share, shards=shards, accumulation=self.accumulation)
 
 
 def scan_steps(
@@ -111,8 +151,8 @@ def _train_step(kept: tuple[TrainStep, Batch], state: TrainState) -> tuple[Train
     prepare_key, objective_key = jr.split(jr.fold_in(state.key, state.step))
     if (prepare := train_step.prepare) is not None:
         batch = jax.vmap(lambda row: prepare(row, jr.fold_in(prepare_key, row.index)))(batch)
-    context = Context(state.step, state.averages[0] if state.averages else None)
-    metrics, gradients = _differentiate(train_step, state.field, batch, objective_key, context)
+    field, teacher = _gathered(train_step, (state.field, state.averages[0] if state.averages else None))
+    metrics, gradients = _differentiate(train_step, field, batch, objective_key, Context(state.step, teacher))
     parameters = eqx.filter(state.field, eqx.is_inexact_array)
     updates, opt_state = train_step.optimizer.update(gradients, state.opt_state, parameters)
     field = eqx.apply_updates(state.field, updates)
@@ -120,8 +160,27 @@ def _train_step(kept: tuple[TrainStep, Batch], state: TrainState) -> tuple[Train
     averages = tuple(
         rule.update(average, field, step) for rule, average in zip(train_step.averages, state.averages, strict=True)
     )
-    metrics["gradient_norm"] = Mean(optax.tree.norm(gradients), jnp.ones(()))
-    return TrainState(field, opt_state, averages, step, state.key), metrics
+    norm = optax.tree.norm(gradients)
+    finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"].total)
+    before = (state.field, state.opt_state, state.averages)
+    field, opt_state, averages = _choose(finite, (field, opt_state, averages), before)
+    state = TrainState(field, opt_state, averages, step, state.key, state.faults.after(step, finite))
+    return _spread(train_step, state), {**metrics, "gradient_norm": Mean(norm, jnp.ones(()))}
+
+
+def _gathered(train_step: TrainStep, tree: _Tree) -> _Tree:
+    """The same arrays, whole on every device: once a step, before anything is computed from them."""
+    return tree if train_step.parallelism is None else train_step.parallelism.gather(tree)
+
+
+def _spread(train_step: TrainStep, tree: _Tree) -> _Tree:
+    """The same arrays, each device keeping what the rule gives it."""
+    return tree if train_step.parallelism is None else train_step.parallelism.spread(tree)
+
+
+def _choose(new: Bool[Array, ""], after: PyTree[Any], before: PyTree[Any]) -> PyTree[Any]:
+    """`after` where it is `new`, else `before`."""
+    return jax.tree.map(lambda a, b: jnp.where(new, a, b) if eqx.is_array(a) else a, after, before)
 
 
 def _differentiate(
@@ -129,19 +188,51 @@ def _differentiate(
 ) -> tuple[Metrics, PyTree[Any]]:
     """Metrics and gradients of the mean over all rows.
 
-    Each shard's rows are differentiated apart and the results meet once, at the end. Otherwise the compiler sums over
+    Each device's rows are differentiated apart and the results meet once, at the end. Otherwise the compiler sums over
     devices wherever a gradient arises: in every turn of a backward loop, and once for each kind of rows.
     """
-    if train_step.shards == 1:
-        return _differentiate_shard(train_step.objective, field, batch, key, context)
-    shards = jax.tree.map(lambda leaf: leaf.reshape(train_step.shards, -1, *leaf.shape[1:]), batch)
-    metrics, gradients = jax.vmap(lambda shard: _differentiate_shard(train_step.objective, field, shard, key, context))(
-        shards
-    )
-    return jax.tree.map(lambda m: jnp.sum(m, axis=0), metrics), jax.tree.map(lambda g: jnp.mean(g, axis=0), gradients)
+
+    def differentiate(rows: Batch) -> tuple[Metrics, PyTree[Any]]:
+        return _differentiate_in_turn(train_step, field, rows, key, context)
+
+    if train_step.parallelism is None:
+        return differentiate(batch)
+    metrics, gradients = jax.vmap(differentiate)(_in_parts(batch, train_step.parallelism.shards))
+    metrics = jax.tree.map(lambda m: jnp.sum(m, axis=0), metrics)
+    return metrics, _spread(train_step, jax.tree.map(lambda g: jnp.mean(g, axis=0), gradients))
 
 
-def _differentiate_shard(
+def _in_parts(batch: Batch, parts: int) -> Batch:
+    return jax.tree.map(lambda leaf: leaf.reshape(parts, -1, *leaf.shape[1:]), batch)
+
+
+def _differentiate_in_turn(
+    train_step: TrainStep, field: AbstractField, batch: Batch, key: Key[Array, ""], context: Context
+) -> tuple[Metrics, PyTree[Any]]:
+    """One part of the rows of a device after the other."""
+    parts = train_step.accumulation
+    if parts == 1:
+        return _differentiate_kinds(train_step.objective, field, batch, key, context)
+
+    def differentiate(rows: Batch) -> tuple[Metrics, PyTree[Any]]:
+        metrics, gradients = _differentiate_kinds(train_step.objective, field, rows, key, context)
+        return metrics, jax.tree.map(lambda g: g / parts, gradients)
+
+    return _sum_over(differentiate, _in_parts(batch, parts))
+
+
+def _sum_over(function: Callable[[Any], Any], items: Any) -> Any:
+    """The sum of what the function returns for each item along the leading axis, one after the other in a loop."""
+
+    def add(sums: Any, item: Any) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, sums, function(item)), None
+
+    one = jax.tree.map(lambda leaf: leaf[0], items)
+    nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(function, one))
+    return jax.lax.scan(add, nothing, items)[0]
+
+
+def _differentiate_kinds(
     objective: AbstractObjective, field: AbstractField, batch: Batch, key: Key[Array, ""], context: Context
 ) -> tuple[Metrics, PyTree[Any]]:
     """One kind of rows after the other, so that intermediate results of only one kind are held at a time.
@@ -159,11 +250,7 @@ def _differentiate_shard(
     if len(kinds) == 1:
         return kinds[0]()
 
-    def add(sums: Any, kind: Int[Array, ""]) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, sums, jax.lax.switch(kind, kinds)), None
-
-    nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(kinds[0]))
-    return jax.lax.scan(add, nothing, jnp.arange(len(kinds)))[0]
+    return _sum_over(lambda kind: jax.lax.switch(kind, kinds), jnp.arange(len(kinds)))
 
 
 @eqx.filter_jit(donate="all-except-first")

@@ -417,7 +417,7 @@ def test_step_on_eight_devices_has_one_all_reduce_and_no_other_collective(on_dev
     assert not any(found.values()), found
 
 
-def test_batch_that_the_shards_do_not_divide_is_refused():
-    step = mfx.TrainStep(Probe(), OPTIMIZER, AVERAGES, shards=3)
-    with pytest.raises(ValueError, match="batch must be a multiple of shards = 3, got 8"):
+def test_batch_that_the_accumulation_steps_do_not_divide_is_refused():
+    step = mfx.TrainStep(Probe(), OPTIMIZER, AVERAGES, accumulation=3)
+    with pytest.raises(ValueError, match=r"x 1 \(data shards\) x 3 \(accumulation steps\) = 3, got 8"):
         step(state(), mfx.Batch(jnp.zeros((ROWS, DIM))))

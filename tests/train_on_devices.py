@@ -10,7 +10,6 @@ import jax.random as jr
 import numpy as np
 import optax
 from fields import refilled
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import mf_eqx as mfx
 
@@ -20,22 +19,21 @@ AVERAGES = (mfx.ExponentialAverage(0.9),)
 ROWS = 32
 
 
-def make(field, devices):
+def make(make_field, devices, fsdp=1):
     """Step, state on every device, and a function that spreads the rows of a batch over the devices."""
-    mesh = jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices])
-    objective = mfx.Objective(guidance=mfx.Guidance(2.0, 0.5), label_dropout=mfx.LabelDropout(0.1, field.null_label))
-    state = mfx.init_state(field, OPTIMIZER, AVERAGES, key=jr.key(1))
-    state = jax.device_put(state, NamedSharding(mesh, PartitionSpec()))
+    parallelism = mfx.Parallelism(devices // fsdp, fsdp, least_size=64, devices=jax.devices()[:devices])
+    objective = mfx.Objective(guidance=mfx.Guidance(2.0, 0.5), label_dropout=mfx.LabelDropout(0.1, 4))
+    state = parallelism.make(lambda: mfx.init_state(make_field(), OPTIMIZER, AVERAGES, key=jr.key(1)))
 
     def spread(x):
-        return jax.device_put(mfx.Batch(x, np.arange(ROWS) % 4), NamedSharding(mesh, PartitionSpec("data")))
+        return parallelism.place(mfx.Batch(x, np.arange(ROWS) % 4))
 
-    return mfx.TrainStep(objective, OPTIMIZER, AVERAGES, shards=devices), state, spread
+    return mfx.TrainStep(objective, OPTIMIZER, AVERAGES, parallelism=parallelism), state, spread
 
 
-def train(devices, dtype, steps=5):
+def train(devices, dtype, steps=5, fsdp=1):
     field = mfx.nn.cast(refilled(mfx.MLP(2, width=32, depth=2, labels=4, key=jr.key(0))), dtype)
-    step, state, spread = make(field, devices)
+    step, state, spread = make(lambda: field, devices, fsdp)
     for i in range(steps):
         state, metrics = step(state, spread(np.random.default_rng(i).standard_normal((ROWS, 2)).astype(dtype)))
     values = (state.field, state.averages, {name: mean.value for name, mean in metrics.items()})
@@ -48,11 +46,10 @@ def difference(dtype):
     return max(float(np.nanmax(np.abs(one - eight)) / np.nanmax(np.abs(one))) for one, eight in pairs)
 
 
-def collectives(**options):
+def collectives(fsdp=1, **options):
     """How often each collective stands in the compiled step."""
     size = mfx.DiTSize(depth=2, width=16, heads=2, patch=2)
-    field = mfx.DiT((1, 4, 4), size, labels=4, **options, key=jr.key(0))
-    step, state, spread = make(field, 8)
+    step, state, spread = make(lambda: mfx.DiT((1, 4, 4), size, labels=4, **options, key=jr.key(0)), 8, fsdp)
     compiled = eqx.filter_jit(step).lower(state, spread(np.zeros((ROWS, 1, 4, 4), np.float32))).compile()
     text = compiled.compiled.as_text()
     return {name: len(re.findall(rf" {name}(?:-start)?\(", text)) for name in COLLECTIVES}

@@ -1,6 +1,16 @@
-"""Data on its way in: what comes from outside is checked on the host, where it enters.
+"""Data on its way in: sources, the one pipeline, and the checks of both.
 
-Inside a jitted step nothing can be refused: a label out of range reads some row of the table, a NaN spoils everything.
+    source = data.ShardSource("cifar10")                                   or any other AbstractSource
+    stream = data.Stream(source, batch=256, seed=0, parallelism=parallelism)
+    for batch in stream.batches(start=int(state.step)):
+        state, metrics = train_step(state, batch)
+
+The step number is the whole state of a stream. Inside a jitted step nothing can be refused, since a label out of range
+reads some row of the table and a NaN spoils everything; so what comes from outside is checked on the host, where it
+enters. Imported explicitly (`from mf_eqx import data`); Grain is loaded by the first `Stream`.
 """
 
 from ._check import check_rows as check_rows
+from ._prepare import FromPixels as FromPixels, InTurn as InTurn, RandomFlip as RandomFlip
+from ._source import AbstractSource as AbstractSource, ArraySource as ArraySource, Rows as Rows
+from ._stream import Stream as Stream

@@ -1,0 +1,344 @@
+"""Checkpoints of a training state, written by Orbax and believed only after a look.
+
+directory/00000500/            the arrays of one step, complete: written under another name, then renamed
+          00000500.json        its record
+          00000500.damaged/    what stood there and was passed over, when step 500 was reached again
+
+Orbax writes arrays atomically, in the background, and reads them back onto any mesh. What it does not do is done here:
+the record has the path, shape, dtype and digest of every leaf, and is itself under a checksum. Loading first compares
+the structure, leaf by leaf, then reads, then compares digests; a step that fails is passed over for the newest good one
+before it.
+"""
+
+import contextlib
+import dataclasses
+import gc
+import hashlib
+import json
+import logging
+import shutil
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+from jax.experimental import multihost_utils
+from jaxtyping import PyTree
+
+from .._sharding import Parallelism
+from ._digest import digests, leaves
+
+_State = TypeVar("_State")
+
+_FORMAT = 1
+_DAMAGED, _DOOMED = ".damaged", ".deleted"
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that could not be written, or none that could be read; the message says which and why."""
+
+
+class _Damage(Exception):
+    """Why one step cannot be used."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored(Generic[_State]):
+    """What was loaded.
+
+    **Arguments:** `step` its number; `state`; `notes` that were saved with it; `passed_over` newer steps that could not
+    be used, each with the reason.
+    """
+
+    step: int
+    state: _State
+    notes: dict[str, Any]
+    passed_over: dict[int, str]
+
+
+class Checkpoints:
+    """The checkpoints in one directory.
+
+    **Arguments:**
+
+    - `directory`: made by the first save.
+    - `keep_last`: how many of the newest are kept.
+    - `keep_every`: steps that are multiples of it are kept for ever; None for none.
+
+    One process tree at a time may save: `run.train` locks the run's directory. All processes of a multi-process run
+    call every method together.
+
+    **Raises:** `ValueError` unless keep_last >= 1 and keep_every >= 1.
+    """
+
+    def __init__(self, directory: str | Path, *, keep_last: int = 2, keep_every: int | None = None):
+        for name, value in (("keep_last", keep_last), ("keep_every", keep_every)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be >= 1, got {value}")
+        self.directory = Path(directory).absolute()
+        self._keep_last, self._keep_every = keep_last, keep_every
+        self._pending: tuple[int, Any] | None = None
+
+    def steps(self) -> list[int]:
+        """The steps on disk, in ascending order, whether they can be read or not."""
+        if not self.directory.is_dir():
+            return []
+        return sorted(int(path.name) for path in self.directory.iterdir() if path.name.isdecimal() and path.is_dir())
+
+    def path(self, step: int) -> Path:
+        """The directory of a step."""
+        return self.directory / f"{step:08}"
+
+    def _record_path(self, step: int) -> Path:
+        return self.path(step).with_suffix(".json")
+
+    def save(self, step: int, state: PyTree[Any], notes: Mapping[str, Any] | None = None) -> None:
+        """Start to write a state. Returns when it may be donated, usually long before all is on disk.
+
+        Waits for the save before. What stands at this step already is moved aside.
+
+        **Arguments:** `step` number of finished steps; `state` any PyTree, of which arrays are written; `notes` that
+        JSON can hold, to be read by whoever loads: configuration, versions, where the data stand.
+
+        **Raises:** `CheckpointError` if this one cannot be begun or the one before could not be finished.
+        """
+        from orbax.checkpoint import v1 as ocp
+
+        self.wait()
+        arrays = leaves(state)
+        record = {"format": _FORMAT, "step": step, "leaves": _shapes(arrays), "digests": digests(state)}
+        with self._failing(step):
+            if jax.process_index() == 0:
+                self.directory.mkdir(parents=True, exist_ok=True)
+                self._move_aside(step)
+                self._record_path(step).write_text(_sealed({**record, "notes": notes or {}}), encoding="utf-8")
+            self._pending = (step, ocp.save_async(str(self.path(step)), arrays))
+
+    def wait(self) -> None:
+        """Return when the last save is on disk; then remove what is not to be kept.
+
+        **Raises:** `CheckpointError` if it failed: no space left, say.
+        """
+        if self._pending is None:
+            return
+        (step, response), self._pending = self._pending, None
+        with self._failing(step):
+            response.result()
+        if jax.process_index() == 0:
+            self._prune(step)
+
+    def load(
+        self,
+        make_state: Callable[[], _State],
+        parallelism: Parallelism | None = None,
+        *,
+        step: int | None = None,
+        check: Callable[[Mapping[str, Any]], None] | None = None,
+    ) -> Restored[_State] | None:
+        """The newest state that is what it was when it was saved; None if there never was one. Nothing is written.
+
+        **Arguments:** `make_state` as for `Parallelism.make`: only shapes are taken of what it returns, and whatever is
+        no array; `parallelism` of the state, which need not be the one that it was saved with; `step` for this one and
+        no other; `check` a function that is shown a step's notes and raises `ValueError` if they do not fit.
+
+        **Raises:** `ValueError` that names the leaves if the saved state has other ones, or others of these shapes and
+        dtypes; `CheckpointError` if there are checkpoints and none can be used.
+        """
+        wanted = eqx.filter_eval_shape(make_state)
+        passed_over: dict[int, str] = {}
+        for candidate in sorted(self.steps(), reverse=True) if step is None else [step]:
+            try:
+                state, notes = self._usable(candidate, wanted, parallelism, check)
+            except _Damage as damage:
+                passed_over[candidate] = str(damage)
+            else:
+                return Restored(candidate, state, notes, passed_over)
+        if passed_over:
+            reasons = "; ".join(f"step {number}: {reason}" for number, reason in passed_over.items())
+            raise CheckpointError(f"{self.directory}: no checkpoint can be used ({reasons})")
+        return None
+
+    def clean(self) -> None:
+        """Remove what a killed run left half written or half deleted. Only whoever may save may clean."""
+        if jax.process_index() == 0 and self.directory.is_dir():
+            for path in self.directory.iterdir():
+                if ".orbax-checkpoint-tmp" in path.name or path.name.endswith(_DOOMED):
+                    shutil.rmtree(path)
+
+    def _usable(
+        self,
+        step: int,
+        wanted: _State,
+        parallelism: Parallelism | None,
+        check: Callable[[Mapping[str, Any]], None] | None,
+    ) -> tuple[_State, dict[str, Any]]:
+        """State and notes of a step, unless something is wrong with it."""
+        record = self._record(step)
+        if check is not None:
+            check(record["notes"])
+        _compare(record["leaves"], _shapes(_abstract(wanted)), self.path(step))
+        state = _rebuilt(wanted, self._read(step, wanted, parallelism))
+        if wrong := [name for name, digest in digests(state).items() if record["digests"][name] != digest]:
+            raise _Damage(f"{_some(wrong)} not as saved, by the digest")
+        return state, record["notes"]
+
+    def _record(self, step: int) -> dict[str, Any]:
+        """What was written beside the arrays."""
+        with _damage("its record cannot be read"):
+            sealed = json.loads(self._record_path(step).read_text(encoding="utf-8"))
+            text, checksum = sealed["record"], sealed["sha256"]
+            matches = _sha256(text) == checksum
+        if not matches:
+            raise _Damage("its record does not have its checksum")
+        record = json.loads(text)
+        if record["format"] != _FORMAT:
+            raise ValueError(f"{self.path(step)}: format must be {_FORMAT}, got {record['format']}")
+        if record["step"] != step:
+            raise _Damage(f"its record is of step {record['step']}")
+        return record
+
+    def _read(self, step: int, wanted: PyTree[Any], parallelism: Parallelism | None) -> dict[str, Any]:
+        """The arrays, whatever they hold."""
+        from orbax.checkpoint import v1 as ocp
+
+        targets = {name: _target(leaf, parallelism) for name, leaf in _abstract(wanted).items()}
+        arrays, reason = {}, None
+        try:
+            with _damage("it cannot be read"), _quiet():
+                arrays = ocp.load(str(self.path(step)), targets)
+        except _Damage as damage:
+            reason = str(damage)
+        if _anywhere(reason is not None):
+            raise _Damage(reason or "another process cannot read it")
+        return arrays
+
+    @contextlib.contextmanager
+    def _failing(self, step: int) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            reason = " ".join(str(error).split())[:300]
+            raise CheckpointError(f"{self.path(step)}: step {step} could not be saved: {reason}") from error
+
+    def _prune(self, newest: int) -> None:
+        """Remove old steps. Steps after the newest save are no business of ours: they were passed over."""
+        steps = [step for step in self.steps() if step <= newest]
+        for step in steps[: -self._keep_last]:
+            if self._keep_every is None or step % self._keep_every:
+                doomed = self.path(step).with_suffix(_DOOMED)
+                self.path(step).rename(doomed)  # at once, so that half a step never looks like one
+                self._record_path(step).unlink(missing_ok=True)
+                shutil.rmtree(doomed)
+
+    def _move_aside(self, step: int) -> None:
+        if self.path(step).exists():
+            aside = self.path(step).with_suffix(_DAMAGED)
+            shutil.rmtree(aside, ignore_errors=True)
+            self.path(step).rename(aside)
+
+
+def _sealed(record: Mapping[str, Any]) -> str:
+    text = json.dumps(record)
+    return json.dumps({"record": text, "sha256": _sha256(text)})
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _anywhere(here: bool) -> bool:
+    """Whether it is so in any process: all must do the same next, or they wait for each other for ever."""
+    return bool(np.any(multihost_utils.process_allgather(np.array(here)))) if jax.process_count() > 1 else here
+
+
+@contextlib.contextmanager
+def _damage(what: str) -> Iterator[None]:
+    # Damaged files raise whatever their reader stumbles over.
+    try:
+        yield
+    except Exception as error:
+        raise _Damage(f"{what}: {type(error).__name__}: {' '.join(str(error).split())[:200]}") from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No log lines and warnings of what reads: what is wrong is said once, by us."""
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL + 1)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        gc.collect()  # asyncio logs the errors of abandoned tasks when it drops them: now, not later
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _shapes(arrays: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: [list(leaf.shape), str(leaf.dtype)] for name, leaf in arrays.items()}
+
+
+def _abstract(wanted: PyTree[Any]) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shapes of `leaves`, of a state of shapes."""
+    shapes = jax.tree.leaves_with_path(eqx.filter(wanted, _is_shape))
+    plain = {jax.tree_util.keystr(path): leaf for path, leaf in shapes}
+    return {name: jax.eval_shape(jr.key_data, leaf) if _is_key(leaf) else leaf for name, leaf in plain.items()}
+
+
+def _target(leaf: jax.ShapeDtypeStruct, parallelism: Parallelism | None) -> Any:
+    one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    sharding = one if parallelism is None else parallelism.of_shape(leaf.shape)
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _rebuilt(wanted: _State, arrays: Mapping[str, Any]) -> _State:
+    """`wanted` with arrays in place of shapes."""
+
+    def fill(path: Any, leaf: Any) -> Any:
+        if not _is_shape(leaf):
+            return leaf
+        array = arrays[jax.tree_util.keystr(path)]
+        return jr.wrap_key_data(array, impl=_implementation(leaf)) if _is_key(leaf) else array
+
+    return jax.tree_util.tree_map_with_path(fill, wanted)
+
+
+def _implementation(key: jax.ShapeDtypeStruct) -> Any:
+    """Of random keys, of which there are only shape and dtype."""
+    found = []
+    jax.eval_shape(lambda key: found.append(jr.key_impl(key)), key)
+    return found[0]
+
+
+def _is_shape(leaf: Any) -> bool:
+    return isinstance(leaf, jax.ShapeDtypeStruct)
+
+
+def _is_key(leaf: Any) -> bool:
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _compare(saved: Mapping[str, Any], wanted: Mapping[str, Any], path: Path) -> None:
+    """Refuses a state of another structure, and says what differs."""
+    missing, extra = [*(wanted.keys() - saved.keys())], [*(saved.keys() - wanted.keys())]
+    changed = [
+        f"{name} is {saved[name][1]} {tuple(saved[name][0])}, not {wanted[name][1]} {tuple(wanted[name][0])}"
+        for name in wanted.keys() & saved.keys()
+        if saved[name] != wanted[name]
+    ]
+    parts = [("lacks", missing), ("has, and the run has not,", extra), ("differs:", changed)]
+    if text := "; ".join(f"{word} {_some(sorted(names))}" for word, names in parts if names):
+        raise ValueError(f"{path}: must hold the state of this run, but it {text}")
+
+
+def _some(names: list[str], most: int = 3) -> str:
+    left = len(names) - most
+    return ", ".join(names[:most]) + (f" and {left} more" if left > 0 else "")

@@ -1,0 +1,87 @@
+"""Where rows come from: anything that has a number of rows and reads those that it is asked for."""
+
+import abc
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Int, Shaped
+
+from . import _check
+
+
+class Rows(NamedTuple):
+    """Some rows of a data set on the host.
+
+    **Arguments:** `x` data, channels first for images; `label` an integer for each row, or None.
+    """
+
+    x: Shaped[np.ndarray, "rows *data"]
+    label: Int[np.ndarray, " rows"] | None = None
+
+
+class AbstractSource(abc.ABC):
+    """A data set, read by row numbers. Threads may share one.
+
+    **Attributes:** `name` what messages call it; `row_shape` and `dtype` of one row's data; `labels` how many different
+    labels there are, from 0, or None without labels.
+    """
+
+    name: str
+    row_shape: tuple[int, ...]
+    dtype: np.dtype
+    labels: int | None
+
+    @abc.abstractmethod
+    def __len__(self) -> int:
+        """The number of rows."""
+
+    @abc.abstractmethod
+    def take(self, rows: Int[np.ndarray, " rows"]) -> Rows:
+        """The rows of these numbers, each in [0, length), in this order."""
+
+
+class ArraySource(AbstractSource):
+    """Rows in memory.
+
+    **Arguments:**
+
+    - `x`: data with a leading row axis.
+    - `label`: an integer for each row, or None.
+    - `labels`: how many there are, by default the largest and one more.
+    - `name`: what messages call it.
+
+    **Raises:** `ValueError` if there are no rows, if `label` has another length or dtype, or lies outside [0, labels).
+    """
+
+    def __init__(
+        self,
+        x: Shaped[np.ndarray, "rows *data"],
+        label: Shaped[np.ndarray, " rows"] | None = None,
+        *,
+        labels: int | None = None,
+        name: str = "arrays",
+    ):
+        if x.ndim < 1 or len(x) == 0:
+            raise ValueError(f"{name}: x must have at least one row, got shape {x.shape}")
+        if label is None and labels is not None:
+            raise ValueError(f"{name}: label must be given with labels = {labels}, got None")
+        self.name, self.x, self.row_shape, self.dtype = name, x, x.shape[1:], x.dtype
+        self.label, self.labels = label, None if label is None else check_labels(name, label, len(x), labels)
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def take(self, rows: Int[np.ndarray, " rows"]) -> Rows:
+        return Rows(self.x[rows], None if self.label is None else self.label[rows].astype(np.int32))
+
+
+def check_labels(name: str, label: Shaped[np.ndarray, "..."], rows: int, labels: int | None) -> int:
+    """How many labels there are; refuses anything but an integer in [0, labels) for each row.
+
+    **Arguments:** `name` of the file or source, in front of the message; `label`; `rows` that it must have; `labels`,
+    or None for the largest label and one more.
+    """
+    try:
+        return _check.check_labels(label, rows, labels)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
