@@ -9,3 +9,4 @@ Imported explicitly (`from mf_eqx import checkpoint`); Orbax is loaded where it 
 
 from ._checkpoints import CheckpointError as CheckpointError, Checkpoints as Checkpoints, Restored as Restored
 from ._digest import digests as digests
+from ._export import export_sampler as export_sampler, load_weights as load_weights, save_weights as save_weights

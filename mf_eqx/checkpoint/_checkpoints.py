@@ -24,14 +24,13 @@ from typing import Any, Generic, TypeVar
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
-import jax.random as jr
 import numpy as np
 from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 
 from .._sharding import Parallelism
-from ._digest import digests, leaves
+from ._digest import digests
+from ._leaves import abstract, compare, leaves, rebuilt, shapes, some
 
 _State = TypeVar("_State")
 
@@ -111,7 +110,7 @@ class Checkpoints:
 
         self.wait()
         arrays = leaves(state)
-        record = {"format": _FORMAT, "step": step, "leaves": _shapes(arrays), "digests": digests(state)}
+        record = {"format": _FORMAT, "step": step, "leaves": shapes(arrays), "digests": digests(state)}
         with self._failing(step):
             if jax.process_index() == 0:
                 self.directory.mkdir(parents=True, exist_ok=True)
@@ -181,10 +180,10 @@ class Checkpoints:
         record = self._record(step)
         if check is not None:
             check(record["notes"])
-        _compare(record["leaves"], _shapes(_abstract(wanted)), self.path(step))
-        state = _rebuilt(wanted, self._read(step, wanted, parallelism))
+        compare(record["leaves"], shapes(abstract(wanted)), self.path(step))
+        state = rebuilt(wanted, self._read(step, wanted, parallelism))
         if wrong := [name for name, digest in digests(state).items() if record["digests"][name] != digest]:
-            raise _Damage(f"{_some(wrong)} not as saved, by the digest")
+            raise _Damage(f"{some(wrong)} not as saved, by the digest")
         return state, record["notes"]
 
     def _record(self, step: int) -> dict[str, Any]:
@@ -206,7 +205,7 @@ class Checkpoints:
         """The arrays, whatever they hold."""
         from orbax.checkpoint import v1 as ocp
 
-        targets = {name: _target(leaf, parallelism) for name, leaf in _abstract(wanted).items()}
+        targets = {name: _target(leaf, parallelism) for name, leaf in abstract(wanted).items()}
         arrays, reason = {}, None
         try:
             with _damage("it cannot be read"), _quiet():
@@ -282,63 +281,7 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _shapes(arrays: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: [list(leaf.shape), str(leaf.dtype)] for name, leaf in arrays.items()}
-
-
-def _abstract(wanted: PyTree[Any]) -> dict[str, jax.ShapeDtypeStruct]:
-    """The shapes of `leaves`, of a state of shapes."""
-    shapes = jax.tree.leaves_with_path(eqx.filter(wanted, _is_shape))
-    plain = {jax.tree_util.keystr(path): leaf for path, leaf in shapes}
-    return {name: jax.eval_shape(jr.key_data, leaf) if _is_key(leaf) else leaf for name, leaf in plain.items()}
-
-
 def _target(leaf: jax.ShapeDtypeStruct, parallelism: Parallelism | None) -> Any:
     one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     sharding = one if parallelism is None else parallelism.of_shape(leaf.shape)
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-
-def _rebuilt(wanted: _State, arrays: Mapping[str, Any]) -> _State:
-    """`wanted` with arrays in place of shapes."""
-
-    def fill(path: Any, leaf: Any) -> Any:
-        if not _is_shape(leaf):
-            return leaf
-        array = arrays[jax.tree_util.keystr(path)]
-        return jr.wrap_key_data(array, impl=_implementation(leaf)) if _is_key(leaf) else array
-
-    return jax.tree_util.tree_map_with_path(fill, wanted)
-
-
-def _implementation(key: jax.ShapeDtypeStruct) -> Any:
-    """Of random keys, of which there are only shape and dtype."""
-    found = []
-    jax.eval_shape(lambda key: found.append(jr.key_impl(key)), key)
-    return found[0]
-
-
-def _is_shape(leaf: Any) -> bool:
-    return isinstance(leaf, jax.ShapeDtypeStruct)
-
-
-def _is_key(leaf: Any) -> bool:
-    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
-def _compare(saved: Mapping[str, Any], wanted: Mapping[str, Any], path: Path) -> None:
-    """Refuses a state of another structure, and says what differs."""
-    missing, extra = [*(wanted.keys() - saved.keys())], [*(saved.keys() - wanted.keys())]
-    changed = [
-        f"{name} is {saved[name][1]} {tuple(saved[name][0])}, not {wanted[name][1]} {tuple(wanted[name][0])}"
-        for name in wanted.keys() & saved.keys()
-        if saved[name] != wanted[name]
-    ]
-    parts = [("lacks", missing), ("has, and the run has not,", extra), ("differs:", changed)]
-    if text := "; ".join(f"{word} {_some(sorted(names))}" for word, names in parts if names):
-        raise ValueError(f"{path}: must hold the state of this run, but it {text}")
-
-
-def _some(names: list[str], most: int = 3) -> str:
-    left = len(names) - most
-    return ", ".join(names[:most]) + (f" and {left} more" if left > 0 else "")

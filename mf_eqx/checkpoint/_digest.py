@@ -10,13 +10,13 @@ their order, hence not on the sharding.
 import functools
 from typing import Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
-import jax.random as jr
 import numpy as np
 from jax.experimental import multihost_utils
 from jaxtyping import Array, PyTree, Shaped, UInt32
+
+from ._leaves import leaves
 
 
 def digests(tree: PyTree[Any]) -> dict[str, int]:
@@ -30,17 +30,6 @@ def digests(tree: PyTree[Any]) -> dict[str, int]:
     if jax.process_count() > 1:
         sums = multihost_utils.process_allgather(sums).sum(axis=0, dtype=np.uint32)
     return dict(zip(arrays, map(int, sums), strict=True))
-
-
-def leaves(tree: PyTree[Any]) -> dict[str, Shaped[Array, "..."]]:
-    """The arrays of a tree by their paths, random keys as plain integers."""
-    arrays = jax.tree.leaves_with_path(eqx.filter(tree, eqx.is_array))
-    return {jax.tree_util.keystr(path): as_plain(leaf) for path, leaf in arrays}
-
-
-def as_plain(leaf: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
-    """The array itself, or the integers of random keys."""
-    return jr.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
 
 
 def _parts(leaf: Shaped[Array, "..."]) -> list[UInt32[Array, ""]]:

@@ -28,11 +28,11 @@ Imported explicitly (`from mf_eqx import run`). The command line needs tyro and 
 extra `experiments`; they are loaded where they are used, and their absence says what to install.
 """
 
+from .._optional import MissingDependency as MissingDependency, optional as optional
 from ._cli import main as main
 from ._curves import save_curves as save_curves
 from ._directory import RunDirectory as RunDirectory
 from ._ledger import Ledger as Ledger
-from ._optional import MissingDependency as MissingDependency, optional as optional
 from ._parallel import in_parallel as in_parallel, scan_in_chunks as scan_in_chunks
 from ._picture import save_image_grid as save_image_grid
 from ._plane import (

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, TypeVar
 
-from ._optional import optional
+from .._optional import optional
 
 _Config = TypeVar("_Config")
 

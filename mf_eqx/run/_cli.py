@@ -15,8 +15,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+from .._optional import MissingDependency
 from ._arguments import BadArguments, parse
-from ._optional import MissingDependency
 
 _Config = TypeVar("_Config")
 _Result = TypeVar("_Result")

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from jaxtyping import Float
 
-from ._optional import optional
+from .._optional import optional
 
 Record: TypeAlias = Mapping[str, Any]
 

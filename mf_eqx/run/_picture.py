@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Array, Real, UInt8
 
-from ._optional import optional
+from .._optional import optional
 
 _DPI = 128
 _GAP = 4

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Array, Float
 
-from ._optional import optional
+from .._optional import optional
 
 _SIDE = 2.2
 _DPI = 100

@@ -1,4 +1,4 @@
-"""Packages that only scripts need, from the extra `experiments`."""
+"""Packages that not every machine has: those of the extras, and those that only some parts need."""
 
 from types import TracebackType
 
@@ -13,12 +13,15 @@ class optional:
         with optional("matplotlib"):
             from matplotlib.figure import Figure
 
-    **Arguments:** `package` its import name. **Raises:** `MissingDependency` if it is not installed. An import that
-    fails *inside* an installed package passes unchanged: that is another problem.
+    **Arguments:** `package` its import name; `extra` of mf_eqx that installs it, or None for a package by itself.
+
+    **Raises:** `MissingDependency` if it is not installed. An import that fails *inside* an installed package passes
+    unchanged: that is another problem.
     """
 
-    def __init__(self, package: str):
+    def __init__(self, package: str, extra: str | None = "experiments"):
         self.package = package
+        self.source = package if extra is None else f"'mf_eqx[{extra}]'"
 
     def __enter__(self) -> None:
         return None
@@ -28,5 +31,5 @@ class optional:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] == self.package:
-            message = f"{self.package} is not installed: pip install 'mf_eqx[experiments]'"
+            message = f"{self.package} is not installed: pip install {self.source}"
             raise MissingDependency(message, name=self.package) from error

@@ -1,0 +1,153 @@
+"""What is left of a training for those who only sample: the averaged weights, or a sampler as one file.
+
+    save_weights("ema.safetensors", state.averages[0], config={"width": 96})
+    field = load_weights("ema.safetensors", lambda config: make_field(Config(**config), jr.key(0)))
+
+    export_sampler("sampler.jaxexport", field, (3, 32, 32), condition=0, times=(1.0, 0.0))
+
+Both need the extra `export`.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .._custom_types import Condition
+from .._field import AbstractField
+from .._optional import optional
+from .._sample import sample
+from .._sharding import Parallelism
+from ._leaves import abstract, compare, leaves, rebuilt, shapes
+
+_Field = TypeVar("_Field", bound=AbstractField)
+
+_FORMAT = "mf_eqx weights 1"
+_LONGEST_HEADER = 100_000_000
+
+
+def save_weights(path: str | Path, field: AbstractField, config: Mapping[str, Any] | None = None) -> None:
+    """Write the arrays of a field as safetensors, each under its path in the field, with the configuration that the
+    field is made from. The file is whole or absent. One process writes; all must call it.
+
+    **Arguments:** `path` of the file; `field` usually an average; `config` anything that JSON can hold.
+    """
+    with optional("safetensors", extra="export"):
+        import safetensors.numpy
+    arrays = {name: _on_host(leaf) for name, leaf in leaves(field).items()}
+    if jax.process_index() == 0:
+        text = json.dumps(dict(config or {}))
+        content = {"format": _FORMAT, "config": text, "sha256": _sha256(text, arrays)}
+        _write(Path(path), safetensors.numpy.save(arrays, content))
+
+
+def load_weights(
+    path: str | Path, make_field: Callable[[dict[str, Any]], _Field], parallelism: Parallelism | None = None
+) -> _Field:
+    """The field in a file of `save_weights`.
+
+    **Arguments:** `path` of the file; `make_field` makes a field of the right structure from the configuration, of
+    which only shapes are taken and whatever is no array; `parallelism` None for one device.
+
+    **Raises:** `ValueError` that names the file and what is wrong with it: not safetensors, cut off, arrays not as
+    written, or not those of the field (with the paths that differ).
+    """
+    with optional("safetensors", extra="export"):
+        import safetensors
+        import safetensors.numpy
+    path = Path(path)
+    content = path.read_bytes()
+    try:
+        arrays = safetensors.numpy.load(content)
+        metadata = _metadata(content)
+        config = json.loads(metadata["config"])
+    except (safetensors.SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: must be a file of save_weights, but it cannot be read: {error}") from error
+    if metadata.get("sha256") != _sha256(metadata["config"], arrays):
+        raise ValueError(f"{path}: must hold the weights as written, but their sha256 differs: the file is damaged")
+    wanted = eqx.filter_eval_shape(lambda: make_field(config))
+    compare(shapes(arrays), shapes(abstract(wanted)), path)
+    return _placed(rebuilt(wanted, {name: jnp.asarray(leaf) for name, leaf in arrays.items()}), parallelism)
+
+
+def export_sampler(
+    path: str | Path,
+    field: AbstractField,
+    data_shape: tuple[int, ...],
+    condition: Condition = None,
+    *,
+    times: Sequence[float] = (1.0, 0.0),
+    platforms: Sequence[str] = ("cpu", "cuda", "tpu"),
+) -> None:
+    """Write `sample` with its weights as one compiled-anywhere program, by `jax.export`.
+
+        exported = jax.export.deserialize(pathlib.Path("sampler.jaxexport").read_bytes())
+        x = exported.call(eps, label)                     (rows, *data_shape) from noise of the same shape
+
+    needs nothing but JAX. The number of rows is free. The weights are inside the program: a few hundred MB are fine, a
+    format limit of 2 GB is not far from the largest networks.
+
+    **Arguments:** `path` of the file; `field`; `data_shape` of one row; `condition` of one row, whose structure, shapes
+    and dtypes count, or None; `times` as of `sample`; `platforms` that it may run on.
+    """
+    with optional("flatbuffers", extra="export"):
+        import flatbuffers  # noqa: F401 # pyright: ignore[reportMissingImports] # what jax.export writes with
+
+    def draw(eps: Any, *conditions: Any) -> Any:
+        return jax.vmap(lambda eps, *one: sample(field, eps, *one, times=tuple(times)))(eps, *conditions)
+
+    (rows,) = jax.export.symbolic_shape("rows")
+    conditions = () if condition is None else (condition,)
+    given = [jax.ShapeDtypeStruct((rows, *data_shape), jnp.float32)]
+    given += jax.tree.map(lambda c: jax.ShapeDtypeStruct((rows, *np.shape(c)), jnp.result_type(c)), conditions)
+    exported = jax.export.export(jax.jit(draw), platforms=list(platforms))(*given)
+    if jax.process_index() == 0:
+        _write(Path(path), bytes(exported.serialize()))
+
+
+def _metadata(content: bytes) -> dict[str, str]:
+    """What safetensors has beside its arrays: an object in the header, after eight bytes with its length."""
+    length = int.from_bytes(content[:8], "little")
+    if length > min(len(content), _LONGEST_HEADER):
+        raise ValueError(f"its header has {length} bytes")
+    return json.loads(content[8 : 8 + length])["__metadata__"]
+
+
+def _on_host(leaf: Any) -> np.ndarray:
+    from jax.experimental import multihost_utils
+
+    whole = leaf if leaf.is_fully_addressable else multihost_utils.process_allgather(leaf, tiled=True)
+    return np.asarray(whole)
+
+
+def _placed(field: _Field, parallelism: Parallelism | None) -> _Field:
+    if parallelism is None:
+        return field
+    return jax.tree.map(
+        lambda leaf, sharding: leaf if sharding is None else jax.device_put(leaf, sharding),
+        field,
+        parallelism.of_tree(field),
+        is_leaf=lambda leaf: leaf is None,
+    )
+
+
+def _sha256(config: str, arrays: Mapping[str, np.ndarray]) -> str:
+    digest = hashlib.sha256(config.encode())
+    for name in sorted(arrays):
+        array = arrays[name]
+        digest.update(f"{name} {array.dtype} {array.shape};".encode())
+        digest.update(np.ascontiguousarray(array).view(np.uint8).tobytes() if array.ndim else array.tobytes())
+    return digest.hexdigest()
+
+
+def _write(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + ".part")
+    beside.write_bytes(content)
+    beside.replace(path)

@@ -1,0 +1,82 @@
+"""A state as a flat dictionary of arrays by their paths, and back: what files hold."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+from jaxtyping import Array, PyTree, Shaped
+
+_State = TypeVar("_State")
+
+
+def leaves(tree: PyTree[Any]) -> dict[str, Shaped[Array, "..."]]:
+    """The arrays of a tree by their paths, random keys as plain integers."""
+    arrays = jax.tree.leaves_with_path(eqx.filter(tree, eqx.is_array))
+    return {jax.tree_util.keystr(path): as_plain(leaf) for path, leaf in arrays}
+
+
+def as_plain(leaf: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
+    """The array itself, or the integers of random keys."""
+    return jr.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
+
+
+def shapes(arrays: Mapping[str, Any]) -> dict[str, Any]:
+    """Shape and dtype of each, as JSON holds them."""
+    return {name: [list(leaf.shape), str(leaf.dtype)] for name, leaf in arrays.items()}
+
+
+def abstract(wanted: PyTree[Any]) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shapes of `leaves`, of a state of shapes."""
+    shapes = jax.tree.leaves_with_path(eqx.filter(wanted, _is_shape))
+    plain = {jax.tree_util.keystr(path): leaf for path, leaf in shapes}
+    return {name: jax.eval_shape(jr.key_data, leaf) if _is_key(leaf) else leaf for name, leaf in plain.items()}
+
+
+def rebuilt(wanted: _State, arrays: Mapping[str, Any]) -> _State:
+    """`wanted` with arrays in place of shapes."""
+
+    def fill(path: Any, leaf: Any) -> Any:
+        if not _is_shape(leaf):
+            return leaf
+        array = arrays[jax.tree_util.keystr(path)]
+        return jr.wrap_key_data(array, impl=_implementation(leaf)) if _is_key(leaf) else array
+
+    return jax.tree_util.tree_map_with_path(fill, wanted)
+
+
+def _implementation(key: jax.ShapeDtypeStruct) -> Any:
+    """Of random keys, of which there are only shape and dtype."""
+    found = []
+    jax.eval_shape(lambda key: found.append(jr.key_impl(key)), key)
+    return found[0]
+
+
+def _is_shape(leaf: Any) -> bool:
+    return isinstance(leaf, jax.ShapeDtypeStruct)
+
+
+def _is_key(leaf: Any) -> bool:
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def compare(saved: Mapping[str, Any], wanted: Mapping[str, Any], path: Path) -> None:
+    """Refuses the `shapes` of a file unless they are those that are wanted, and says what differs."""
+    missing, extra = [*(wanted.keys() - saved.keys())], [*(saved.keys() - wanted.keys())]
+    changed = [
+        f"{name} is {saved[name][1]} {tuple(saved[name][0])}, not {wanted[name][1]} {tuple(wanted[name][0])}"
+        for name in wanted.keys() & saved.keys()
+        if saved[name] != wanted[name]
+    ]
+    parts = [("lacks", missing), ("has, and nothing asks for,", extra), ("differs:", changed)]
+    if text := "; ".join(f"{word} {some(sorted(names))}" for word, names in parts if names):
+        raise ValueError(f"{path}: must hold the arrays that are asked for, but it {text}")
+
+
+def some(names: list[str], most: int = 3) -> str:
+    """The first few of them, and how many more there are."""
+    left = len(names) - most
+    return ", ".join(names[:most]) + (f" and {left} more" if left > 0 else "")
