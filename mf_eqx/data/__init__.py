@@ -10,7 +10,13 @@ reads some row of the table and a NaN spoils everything; so what comes from outs
 enters. Imported explicitly (`from mf_eqx import data`); Grain is loaded by the first `Stream`.
 """
 
+from ._array_record import ArrayRecordSource as ArrayRecordSource, decode_npy as decode_npy
 from ._check import check_rows as check_rows
+from ._cifar10 import read_cifar10 as read_cifar10
+from ._idx import read_idx as read_idx
+from ._image_folder import ImageFolderSource as ImageFolderSource
+from ._npy import NpySource as NpySource
 from ._prepare import FromPixels as FromPixels, InTurn as InTurn, RandomFlip as RandomFlip
+from ._shards import ShardSource as ShardSource, write_shards as write_shards
 from ._source import AbstractSource as AbstractSource, ArraySource as ArraySource, Rows as Rows
 from ._stream import Stream as Stream

@@ -1,0 +1,127 @@
+"""Real data sets into the one form that training reads: shards of plain arrays with a manifest.
+
+    python experiments/prepare_data.py --cifar10 cifar-10-binary.tar.gz --to data/cifar10
+    python experiments/prepare_data.py --cifar10 cifar-10-batches-bin --split test --to data/cifar10_test
+    python experiments/prepare_data.py --idx train-images-idx3-ubyte.gz train-labels-idx1-ubyte.gz --to data/mnist
+    python experiments/prepare_data.py --images imagenet/train --size 64 --to data/imagenet64
+    python experiments/prepare_data.py --npy x_0.npy x_1.npy --npy-label y_0.npy y_1.npy --to data/latents
+    python experiments/prepare_data.py --array-record train.array_record --labels 10 --to data/train
+    python experiments/prepare_data.py --verify data/cifar10
+
+Nothing is downloaded, extracted to disk or unpickled. Every value is checked on the way: shapes, dtypes, finite
+numbers, labels in range. The folder appears when all of it is written. Values stay as they are, bytes for images.
+"""
+
+import dataclasses
+import math
+import time
+from typing import Literal
+
+from mf_eqx import data, run
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """A conversion. Exactly one of cifar10, idx, images, npy, array_record and verify is given."""
+
+    cifar10: str | None = None
+    """CIFAR-10: its folder or its archive, binary or Python version."""
+    split: Literal["train", "test"] = "train"
+    """Which part of CIFAR-10."""
+    idx: tuple[str, ...] = ()
+    """IDX files as of MNIST: images, then labels if there are any; gzipped or not."""
+    images: str | None = None
+    """Folder with a folder of images for each class, or with images (labels: none)."""
+    size: int | None = None
+    """Side in pixels to which images are resized and cropped; with images alone."""
+    npy: tuple[str, ...] = ()
+    """Files in the format .npy with rows, in this order."""
+    npy_label: tuple[str, ...] = ()
+    """A file in the format .npy with labels for each of npy."""
+    array_record: tuple[str, ...] = ()
+    """ArrayRecord files whose records are .npy, or .npz with x and label."""
+    labels: int | None = None
+    """How many different labels there are; for idx and npy by default the largest and one more."""
+    to: str | None = None
+    """New folder for the shards."""
+    rows_per_shard: int = 4096
+    """Rows in each shard but the last."""
+    verify: str | None = None
+    """Folder of shards to compare with its manifest, byte by byte; nothing is written."""
+
+    def __post_init__(self):
+        if self.rows_per_shard < 1:
+            raise ValueError(f"rows_per_shard must be >= 1, got {self.rows_per_shard}")
+        if self.labels is not None and self.labels < 1:
+            raise ValueError(f"labels must be >= 1, got {self.labels}")
+        if self.size is not None and self.size < 1:
+            raise ValueError(f"size must be >= 1, got {self.size}")
+        if len(self.idx) > 2:
+            raise ValueError(f"idx must be a file of images and at most one of labels, got {len(self.idx)} files")
+
+
+KINDS = ("cifar10", "idx", "images", "npy", "array_record", "verify")
+"""The fields of which exactly one is given."""
+NEEDED_BY = {"size": ("images",), "npy_label": ("npy",), "labels": ("idx", "npy", "array_record"), "to": KINDS[:-1]}
+"""For which kinds a field may be given."""
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def check_flags(config: Config) -> None:
+    """Refuses no kind of source or several, and flags that say nothing of it."""
+    given = [name for name in KINDS if getattr(config, name)]
+    if len(given) != 1:
+        found = " and ".join(map(flag, given)) or "none"
+        raise ValueError(f"exactly one of {', '.join(map(flag, KINDS))} must be given, got {found}")
+    (kind,) = given
+    for name, kinds in NEEDED_BY.items():
+        if getattr(config, name) and kind not in kinds:
+            raise ValueError(f"{flag(name)} must be given with {' or '.join(map(flag, kinds))}, got {flag(kind)}")
+    for name in ["to"] * (kind != "verify") + ["size"] * (kind == "images"):
+        if not getattr(config, name):
+            raise ValueError(f"{flag(name)} must be given with {flag(kind)}, got none")
+
+
+def open_source(config: Config) -> data.AbstractSource:
+    """The source that is asked for."""
+    if config.cifar10:
+        return data.read_cifar10(config.cifar10, train=config.split == "train")
+    if config.idx:
+        return data.read_idx(*config.idx, labels=config.labels)
+    if config.images and config.size:
+        return data.ImageFolderSource(config.images, size=config.size)
+    if config.npy:
+        return data.NpySource(config.npy, config.npy_label or None, labels=config.labels)
+    return data.ArrayRecordSource(config.array_record, labels=config.labels)
+
+
+def report(source: data.AbstractSource) -> str:
+    """What a source holds, in one line."""
+    size = len(source) * math.prod(source.row_shape) * source.dtype.itemsize
+    labels = "no labels" if source.labels is None else f"{source.labels} labels"
+    return f"{len(source):,} rows of shape {source.row_shape}, {source.dtype}, {labels}, {size:,} bytes"
+
+
+def main(config: Config) -> None:
+    """Convert a data set into shards, or compare shards with their manifest."""
+    began = time.perf_counter()
+    check_flags(config)
+    source = data.ShardSource(config.verify) if config.verify else open_source(config)
+    with run.Progress(len(source)) as progress:
+
+        def update(rows: int) -> None:
+            progress.update(rows, {})
+
+        if isinstance(source, data.ShardSource):
+            source.verify(progress=update)
+        else:
+            data.write_shards(source, config.to or "", rows_per_shard=config.rows_per_shard, progress=update)
+    what = f"{config.verify}: as written," if config.verify else f"{config.to}:"
+    print(f"{what} {report(source)}, {time.perf_counter() - began:.1f} s")
+
+
+if __name__ == "__main__":
+    run.main(main, Config(), description=__doc__)

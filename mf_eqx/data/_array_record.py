@@ -1,0 +1,160 @@
+"""Arrays in ArrayRecord files, the format that Grain reads at random.
+
+A record here is what `np.save` or `np.savez` writes, so that it tells its own shape and dtype.
+"""
+
+import io
+import zipfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+from jaxtyping import Int, Shaped
+
+from .._optional import optional
+from ._file import as_paths, name_of, PathLike
+from ._npy import LONGEST_HEADER, parse_header
+from ._source import AbstractSource, Rows
+
+Record: TypeAlias = tuple[Shaped[np.ndarray, "..."], int | None]
+"""Data of one row, and its label or None."""
+
+_LARGEST_RECORD = 1 << 30
+_RANDOM_ACCESS = "readahead_buffer_size:0,max_parallelism:0"
+
+
+def decode_npy(record: bytes) -> Record:
+    """The row in a record: either one array in the format .npy, or the arrays `x` and `label` (a single integer) in the
+    format .npz.
+
+    **Raises:** `ValueError` if it is neither, or if there are other arrays, objects, or more than 1 GiB in it.
+    """
+    if record[:2] != b"PK":
+        return _load("x", record), None
+    with zipfile.ZipFile(io.BytesIO(record)) as archive:
+        names = sorted(archive.namelist())
+        if names != ["label.npy", "x.npy"]:
+            raise ValueError(f"must hold x and label, got {', '.join(names) or 'nothing'}"[:200])
+        if (size := sum(info.file_size for info in archive.infolist())) > _LARGEST_RECORD:
+            raise ValueError(f"must unpack to at most {_LARGEST_RECORD:,} bytes, got {size:,}")
+        x, label = (_load(name, archive.read(f"{name}.npy")) for name in ("x", "label"))
+    if label.shape != () or not np.issubdtype(label.dtype, np.integer):
+        raise ValueError(f"label must be a single integer, got {label.dtype} of shape {label.shape}")
+    return x, int(label)
+
+
+def _load(name: str, content: bytes) -> Shaped[np.ndarray, "..."]:
+    header = parse_header(name, content[:LONGEST_HEADER], len(content))
+    values = np.frombuffer(content, header.dtype, offset=header.offset)
+    value = values.reshape(header.shape, order="F" if header.columns_first else "C")
+    return value.astype(value.dtype.newbyteorder("="), order="C", copy=False)
+
+
+class ArrayRecordSource(AbstractSource):
+    """Rows in ArrayRecord files, one record each, one file after the other; all stay open. Every read is checked.
+
+    **Arguments:**
+
+    - `paths`: of one file or several, in the order of their rows.
+    - `decode`: from a record's bytes to the row's data and its label or None; a `ValueError` of it is passed on with
+      the file and the record in front. The first record tells shape, dtype and whether there are labels, and all others
+      are held against it when they are read.
+    - `labels`: how many different labels there are; needed if there are any, since only reading all would tell.
+
+    **Raises:** `OSError` if a file cannot be opened; `ValueError` that names file, record, what was expected and what
+    was found: no ArrayRecord file, a truncated or damaged one (it has checksums), no records, records that differ from
+    the first, labels missing, not wanted or out of range. `MissingDependency` if `array_record` is missing, which
+    comes with Grain where it can be built.
+    """
+
+    def __init__(
+        self,
+        paths: PathLike | Sequence[PathLike],
+        *,
+        decode: Callable[[bytes], Record] = decode_npy,
+        labels: int | None = None,
+    ):
+        self._paths, self._decode = as_paths("paths", paths), decode
+        self.name, self.labels = name_of(self._paths), labels
+        self._readers = [_open(path) for path in self._paths]
+        self._ends = np.cumsum([reader.num_records() for reader in self._readers])
+        x, label = self._decoded(0, 0)
+        self.row_shape, self.dtype = x.shape, x.dtype
+        if (label is None) != (labels is None):
+            held = "a label" if labels is None else "no label"
+            raise ValueError(
+                f"{self._paths[0]}: labels must be given exactly if records have one, got {labels}, {held}"
+            )
+        self._check(x, label, 0, 0)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def take(self, rows: Int[np.ndarray, " rows"]) -> Rows:
+        x, label = np.empty((len(rows), *self.row_shape), self.dtype), np.empty(len(rows), np.int32)
+        starts = np.concatenate([[0], self._ends])
+        for place, row in enumerate(rows.tolist()):
+            file = int(np.searchsorted(self._ends, row, side="right"))
+            x[place], label_here = self._row(file, row - int(starts[file]))
+            label[place] = 0 if label_here is None else label_here
+        return Rows(x, None if self.labels is None else label)
+
+    def _row(self, file: int, number: int) -> Record:
+        x, label = self._decoded(file, number)
+        self._check(x, label, file, number)
+        return x, label
+
+    def _decoded(self, file: int, number: int) -> Record:
+        try:
+            (record,) = self._readers[file].read([number])
+        except RuntimeError as error:
+            raise ValueError(f"{self._paths[file]}: record {number} must be whole, got: {_brief(error)}") from error
+        try:
+            return self._decode(record)
+        except Exception as error:  # damaged archives and headers fail in many ways
+            raise ValueError(f"{self._paths[file]}: record {number}: {_brief(error)}") from error
+
+    def _check(self, x: Shaped[np.ndarray, "..."], label: int | None, file: int, number: int) -> None:
+        where = f"{self._paths[file]}: record {number}"
+        if x.shape != self.row_shape or x.dtype != self.dtype:
+            expected = f"{self.dtype} of shape {self.row_shape} as the first record does"
+            raise ValueError(f"{where} must hold {expected}, got {x.dtype} of shape {x.shape}")
+        if (label is None) != (self.labels is None):
+            raise ValueError(
+                f"{where} must have {'no' if self.labels is None else 'a'} label as the first, got {label}"
+            )
+        if label is not None and self.labels is not None and not 0 <= label < self.labels:
+            raise ValueError(f"{where}: label must lie in [0, {self.labels - 1}], got {label}")
+
+
+def _open(path: Path) -> Any:
+    """A reader of a file that has records. What it says is otherwise lost: opening raises nothing."""
+    reader_class = _reader_class()
+    with open(path, "rb"):
+        pass
+    reader = reader_class(str(path), options=_RANDOM_ACCESS, file_reader_buffer_size=1 << 15)
+    if not reader.ok():
+        raise ValueError(f"{path}: must be a whole ArrayRecord file, got: {_reason(reader)}")
+    if reader.num_records() == 0:
+        raise ValueError(f"{path}: must have at least one record, got none")
+    return reader
+
+
+def _reader_class() -> Any:
+    with optional("array_record", extra=None):
+        from array_record.python.array_record_module import ArrayRecordReader
+    return ArrayRecordReader
+
+
+def _reason(reader: Any) -> str:
+    """Why a reader could not open its file, which only an attempt to read tells."""
+    try:
+        reader.read([0])
+    except RuntimeError as error:
+        return _brief(error)
+    return "no reason"
+
+
+def _brief(error: Exception) -> str:
+    return (str(error).partition("\n")[0] or type(error).__name__)[:300]

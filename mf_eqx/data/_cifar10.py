@@ -1,0 +1,161 @@
+"""CIFAR-10 as its authors hand it out: a folder or an archive, in the binary or in the Python version.
+
+Nothing is extracted and nothing that is pickled runs. https://www.cs.toronto.edu/~kriz/cifar.html
+
+Reference: Alex Krizhevsky, "Learning multiple layers of features from tiny images", 2009.
+"""
+
+import io
+import tarfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import UInt8
+
+from ._file import open_unpacked, PathLike, read_up_to
+from ._plain_pickle import read_plain_pickle
+from ._source import ArraySource, check_labels
+
+_LABELS = 10
+_PIXELS = 3 * 32 * 32
+_LARGEST_FILE = 1 << 26
+"""Bytes; the largest of the real ones has 31,035,704."""
+_LARGEST_ARCHIVE = 1 << 29
+"""Bytes when unpacked; the real ones have 190 million."""
+_MOST_MEMBERS = 1000
+
+
+class _Part(NamedTuple):
+    """The images of one file."""
+
+    x: UInt8[np.ndarray, "rows 3 32 32"]
+    label: UInt8[np.ndarray, " rows"]
+
+
+def read_cifar10(path: PathLike, *, train: bool = True) -> ArraySource:
+    """CIFAR-10, bytes of shape (3, 32, 32) in the order red, green, blue, with ten labels.
+
+    **Arguments:**
+
+    - `path`: a folder with data_batch_1.bin to data_batch_5.bin and test_batch.bin (the binary version), or with the
+      same names without ".bin" (the Python version); or the archive of either, gzipped or not.
+    - `train`: the training batches, or the test batch.
+
+    **Raises:** `OSError` if a file cannot be opened; `ValueError` that names the file, what was expected and what was
+    found: missing files, no whole number of records, a label outside [0, 9], pickled things that are no part of
+    CIFAR-10, damaged or swollen archives, members that are links or lie outside of the archive's folder.
+    """
+    root = Path(path)
+    stems = [f"data_batch_{number}" for number in range(1, 6)] if train else ["test_batch"]
+    binary = [f"{stem}.bin" for stem in stems]
+    contents = _read_folder(root, [*binary, *stems]) if root.is_dir() else _read_archive(root, [*binary, *stems])
+    is_binary = any(name in contents for name in binary)
+    wanted, decode = (binary, _decode_binary) if is_binary else (stems, _decode_python)
+    if not contents:
+        raise ValueError(f"{root}: must hold {_span(binary)} or {_span(stems)} of CIFAR-10, got none of them")
+    if missing := [name for name in wanted if name not in contents]:
+        raise ValueError(f"{root}: must hold {_span(wanted)} of CIFAR-10, got no {', '.join(missing)}")
+    parts = [decode(str(root / name), contents[name]) for name in wanted]
+    x, label = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    return ArraySource(x, label, labels=_LABELS, name=str(root))
+
+
+def _span(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
+
+
+def _read_folder(root: Path, names: Sequence[str]) -> dict[str, bytes]:
+    """The content of those files that are there."""
+    contents = {}
+    for path in (root / name for name in names):
+        if path.exists():
+            with open(path, "rb") as file:
+                contents[path.name] = bytes(read_up_to(file, _LARGEST_FILE + 1))
+            _check_size(str(path), len(contents[path.name]))
+    return contents
+
+
+def _check_size(name: str, size: int) -> None:
+    if size > _LARGEST_FILE:
+        raise ValueError(f"{name}: must hold at most {_LARGEST_FILE:,} bytes, got more")
+
+
+class _Limited(io.RawIOBase):
+    """A file that may not unpack to more than an archive of CIFAR-10 can."""
+
+    def __init__(self, file: io.BufferedIOBase, path: Path):
+        self._file, self._path, self._left = file, path, _LARGEST_ARCHIVE
+
+    def read(self, size: int = -1) -> bytes:
+        content = self._file.read(size)
+        self._left -= len(content)
+        if self._left < 0:
+            raise ValueError(f"{self._path}: must unpack to at most {_LARGEST_ARCHIVE:,} bytes, got more")
+        return content
+
+
+def _read_archive(path: Path, names: Sequence[str]) -> dict[str, bytes]:
+    """The content of those members that are there, read in one pass in memory."""
+    contents = {}
+    with open_unpacked(path) as file:
+        limited = _Limited(file, path)
+        try:
+            with tarfile.open(fileobj=limited, mode="r|") as archive:
+                for member in _members(archive, path):
+                    if (name := PurePosixPath(member.name).name) in names:
+                        _check_member(path, member, name, contents)
+                        extracted = archive.extractfile(member)
+                        contents[name] = extracted.read() if extracted else b""
+        except (tarfile.TarError, UnicodeError, OverflowError) as error:
+            raise ValueError(f"{path}: must be a tar archive of CIFAR-10, gzipped or not, got: {error}") from error
+        while limited.read(1 << 20):  # to the end, where gzip has its checksum
+            pass
+    return contents
+
+
+def _members(archive: tarfile.TarFile, path: Path) -> Iterator[tarfile.TarInfo]:
+    for number, member in enumerate(archive):
+        if number >= _MOST_MEMBERS:
+            raise ValueError(f"{path}: must have at most {_MOST_MEMBERS} members, got more")
+        yield member
+
+
+def _check_member(path: Path, member: tarfile.TarInfo, name: str, contents: dict[str, bytes]) -> None:
+    """Refuses a member that has the name of a batch and is something else."""
+    if not member.isreg() or member.issparse():
+        raise ValueError(f"{path}: {name} must be an ordinary file, got a link, a device or the like")
+    parts = PurePosixPath(member.name).parts
+    if ".." in parts or member.name.startswith("/"):
+        raise ValueError(f"{path}: {name} must lie inside of the archive, got {member.name!r}")
+    if name in contents:
+        raise ValueError(f"{path}: {name} must be there once, got it again")
+    _check_size(f"{path}: {name}", member.size)
+
+
+def _decode_binary(name: str, content: bytes) -> _Part:
+    """Records of a label and the pixels, plane by plane."""
+    size = 1 + _PIXELS
+    if not content or len(content) % size:
+        raise ValueError(f"{name}: must hold a whole number of records of {size:,} bytes, got {len(content):,} bytes")
+    records = np.frombuffer(content, np.uint8).reshape(-1, size)
+    check_labels(name, records[:, 0], len(records), _LABELS)
+    return _Part(records[:, 1:].reshape(-1, 3, 32, 32), records[:, 0])
+
+
+def _decode_python(name: str, content: bytes) -> _Part:
+    """A pickled dictionary with `data` of shape (rows, 3072) and a list `labels`."""
+    values = read_plain_pickle(name, content, "CIFAR-10")
+    x, label = values.get("data"), values.get("labels")
+    if not isinstance(x, np.ndarray) or x.ndim != 2 or x.shape[1] != _PIXELS or not len(x):
+        found = f"shape {x.shape}" if isinstance(x, np.ndarray) else type(x).__name__
+        raise ValueError(f"{name}: data must be an array of shape (rows, {_PIXELS}), got {found}")
+    if not isinstance(label, list) or len(label) != len(x):
+        found = len(label) if isinstance(label, list) else type(label).__name__
+        raise ValueError(f"{name}: labels must be a list of {len(x)} numbers, got {found}")
+    for row, value in enumerate(label):
+        if type(value) is not int or not 0 <= value < _LABELS:
+            found = value if type(value) is int else type(value).__name__
+            raise ValueError(f"{name}: label must be an integer in [0, {_LABELS - 1}], got {found} in row {row}")
+    return _Part(x.reshape(-1, 3, 32, 32), np.array(label, np.uint8))

@@ -1,0 +1,71 @@
+"""IDX files, the format of MNIST and its family.
+
+A file is 0, 0, a code for the dtype, the number n of axes, n big-endian 32-bit sizes, then all values in row order.
+
+Reference: Yann LeCun, Corinna Cortes and Christopher Burges, "The MNIST database of handwritten digits", 1998.
+"""
+
+import math
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Shaped
+
+from ._file import most_unpacked, open_unpacked, PathLike, read_up_to
+from ._source import ArraySource, check_labels
+
+_DTYPES = {0x08: "u1", 0x09: "i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
+_MOST_AXES = 8
+
+
+def read_idx(images: PathLike, label: PathLike | None = None, *, labels: int | None = None) -> ArraySource:
+    """Rows of IDX files, gzipped or not.
+
+    **Arguments:**
+
+    - `images`: path of the images, (rows, height, width), which become (rows, 1, height, width); other shapes with a
+      leading row axis stay as they are. Values stay as they are, too: bytes from 0 to 255 for MNIST.
+    - `label`: path of an integer for each row, or None.
+    - `labels`: how many different ones there are, by default the largest and one more.
+
+    **Raises:** `OSError` if a file cannot be opened; `ValueError` that names the file, what was expected and what was
+    found: another format, fewer or more bytes than its header announces, no rows, labels that do not fit.
+    """
+    x = _read(Path(images))
+    if x.ndim < 2:
+        raise ValueError(f"{images}: must have a row axis and others, got shape {x.shape}")
+    x = x[:, None] if x.ndim == 3 else x
+    if label is None:
+        return ArraySource(x, labels=labels, name=str(images))
+    values = _read(Path(label))
+    return ArraySource(x, values, labels=check_labels(str(label), values, len(x), labels), name=str(images))
+
+
+def _read(path: Path) -> Shaped[np.ndarray, "rows ..."]:
+    with open_unpacked(path) as file:
+        start = read_up_to(file, 4)
+        if len(start) < 4 or start[:2] != b"\0\0" or start[2] not in _DTYPES or not 1 <= start[3] <= _MOST_AXES:
+            raise ValueError(f"{path}: must start with 0, 0, a dtype and a number of axes as IDX does, got {start!r}")
+        dtype, axes = np.dtype(_DTYPES[start[2]]), start[3]
+        sizes = read_up_to(file, 4 * axes)
+        if len(sizes) < 4 * axes:
+            raise ValueError(f"{path}: must hold {4 + 4 * axes} bytes of header, got {4 + len(sizes)}")
+        shape = tuple(np.frombuffer(sizes, ">u4").tolist())
+        if min(shape) == 0:
+            raise ValueError(f"{path}: must have at least one row and nothing empty, got shape {shape}")
+        wanted = math.prod(shape) * dtype.itemsize
+        _check_bound(path, wanted, shape, dtype)
+        values = read_up_to(file, wanted + 1)
+    if len(values) != wanted:
+        found = f"{len(values):,}" if len(values) < wanted else "more"
+        raise ValueError(f"{path}: must hold {wanted:,} bytes for shape {shape} of {dtype}, got {found}")
+    return np.frombuffer(values, dtype).reshape(shape).astype(dtype.newbyteorder("="), copy=False)
+
+
+def _check_bound(path: Path, wanted: int, shape: tuple[int, ...], dtype: np.dtype) -> None:
+    """Refuses sizes that the file cannot hold even if it is packed, before anything is read for them."""
+    if (most := most_unpacked(path)) < wanted:
+        raise ValueError(
+            f"{path}: must hold {wanted:,} bytes for shape {shape} of {dtype}, got {path.stat().st_size:,}"
+            f" which unpack to {most:,} at most"
+        )

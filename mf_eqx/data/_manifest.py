@@ -1,0 +1,141 @@
+"""What a folder of shards says of itself: a JSON file with a digest over all of it.
+
+Nothing in it is believed: every field has its type and range, and the names of files are those that they must have.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+MANIFEST = "manifest.json"
+VERSION = 1
+
+_LARGEST = 1 << 26
+"""Bytes; some 200,000 shards."""
+
+
+class File(NamedTuple):
+    """What the manifest says of one file."""
+
+    name: str
+    rows: int
+    bytes: int
+    sha256: str
+
+
+class Manifest(NamedTuple):
+    """What the manifest says, in the order in which it is written; `label` is None without labels."""
+
+    version: int
+    rows: int
+    row_shape: list[int]
+    dtype: str
+    labels: int | None
+    x: list[File]
+    label: list[File] | None
+    digest: str
+
+
+def name_of_file(kind: str, number: int) -> str:
+    """Of the data (kind "x") or the labels (kind "label") of a shard."""
+    return f"{kind}_{number:05}.npy"
+
+
+def as_text(manifest: Manifest) -> str:
+    """The manifest with its digest, as JSON."""
+    return json.dumps(_plain(manifest._replace(digest=_digest(manifest))), indent=1) + "\n"
+
+
+def _plain(manifest: Manifest) -> dict[str, Any]:
+    """The manifest as JSON has it."""
+    label = None if manifest.label is None else [file._asdict() for file in manifest.label]
+    return manifest._asdict() | {"x": [file._asdict() for file in manifest.x], "label": label}
+
+
+def _digest(manifest: Manifest) -> str:
+    """SHA-256 of all the rest of the manifest, and so of all data."""
+    text = json.dumps(_plain(manifest._replace(digest="")), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def read_manifest(path: Path) -> Manifest:
+    """The manifest, with every field checked for itself."""
+    with open(path, "rb") as file:
+        content = file.read(_LARGEST + 1)
+    if len(content) > _LARGEST:
+        raise ValueError(f"{path}: must hold at most {_LARGEST:,} bytes, got more")
+    try:
+        values = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: must be JSON, got: {error}") from error
+    if isinstance(values, dict) and values.get("version", VERSION) != VERSION:
+        raise ValueError(f"{path}: version must be {VERSION}, got {_short(values['version'])}")
+    fields = _fields(str(path), values, Manifest)
+    manifest = Manifest(**fields)
+    _check_values(path, manifest)
+    manifest = manifest._replace(
+        x=_read_files(path, "x", manifest.x, None),
+        label=None if manifest.label is None else _read_files(path, "label", manifest.label, len(manifest.x)),
+    )
+    if manifest.digest != (wanted := _digest(manifest)):
+        raise ValueError(f"{path}: digest must be {wanted[:16]}... of the rest, got {_short(manifest.digest)}")
+    return manifest
+
+
+def _fields(name: str, values: Any, kind: type[Manifest] | type[File]) -> dict[str, Any]:
+    """A JSON object with exactly the fields of `kind`."""
+    if not isinstance(values, dict):
+        raise ValueError(f"{name}: must be an object, got {type(values).__name__}")
+    if missing := [field for field in kind._fields if field not in values]:
+        raise ValueError(f"{name}: must have {', '.join(kind._fields)}; got no {', '.join(missing)}")
+    if extra := [field for field in values if field not in kind._fields]:
+        raise ValueError(f"{name}: must have {', '.join(kind._fields)} alone, got {', '.join(extra)[:60]} too")
+    return values
+
+
+def _check_values(path: Path, manifest: Manifest) -> None:
+    """Types and ranges; lists of files are only lists yet."""
+    shape = manifest.row_shape
+    for name, fits, rule in (
+        ("version", _is_count(manifest.version), "an integer"),
+        ("rows", _is_count(manifest.rows), "an integer >= 1"),
+        ("row_shape", isinstance(shape, list) and all(map(_is_count, shape)), "a list of integers >= 1"),
+        ("dtype", isinstance(manifest.dtype, str), "a name"),
+        ("labels", manifest.labels is None or _is_count(manifest.labels), "an integer >= 1 or null"),
+        ("x", isinstance(manifest.x, list) and len(manifest.x) > 0, "a list of files"),
+        ("label", manifest.label is None or isinstance(manifest.label, list), "a list of files or null"),
+        ("label", (manifest.label is None) == (manifest.labels is None), "given exactly if labels is"),
+    ):
+        if not fits:
+            raise ValueError(f"{path}: {name} must be {rule}, got {_short(getattr(manifest, name))}")
+
+
+def _read_files(path: Path, kind: str, values: list[Any], wanted: int | None) -> list[File]:
+    if wanted not in (None, len(values)):
+        raise ValueError(f"{path}: {kind} must have {wanted} files as x has, got {len(values)}")
+    return [
+        _read_file(f"{path}: {kind} {number}", name_of_file(kind, number), value) for number, value in enumerate(values)
+    ]
+
+
+def _read_file(where: str, name: str, values: Any) -> File:
+    file = File(**_fields(where, values, File))
+    for field, fits, rule in (
+        ("name", file.name == name, name),  # and so no other folder
+        ("rows", _is_count(file.rows), "an integer >= 1"),
+        ("bytes", _is_count(file.bytes), "an integer >= 1"),
+        ("sha256", isinstance(file.sha256, str) and len(file.sha256) == 64, "64 hexadecimal digits"),
+    ):
+        if not fits:
+            raise ValueError(f"{where}: {field} must be {rule}, got {_short(getattr(file, field))}")
+    return file
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 1
+
+
+def _short(value: Any) -> str:
+    """A value from outside, for a message."""
+    return f"{type(value).__name__} of {len(value)}" if isinstance(value, list | dict) else repr(value)[:60]

@@ -1,0 +1,145 @@
+"""Arrays in .npy files, mapped into memory: rows are read when they are asked for."""
+
+import io
+import math
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Int, Shaped
+
+from ._file import as_paths, name_of, PathLike
+from ._source import AbstractSource, check_labels, Rows
+
+NUMBERS = "biuf"
+"""Kinds of dtypes that a .npy file keeps: truth values, integers with and without sign, floating point."""
+
+LONGEST_HEADER = 1 << 16
+"""Bytes in which a header of ours ends; NumPy itself takes no more than 10,000."""
+
+
+class NpySource(AbstractSource):
+    """Rows in one .npy file, or in several one after the other. One file stays open for each.
+
+    Only headers and labels are read at once. Whether values are finite is not known before they are read.
+
+    **Attributes:** beside those of every source, `rows_per_file`.
+
+    **Arguments:**
+
+    - `x`: the path of a file of shape (rows, *data), or several paths with the same data shape and dtype, in the order
+      of their rows.
+    - `label`: likewise integers of shape (rows,), a file for each file of `x`; or None.
+    - `labels`: how many different ones there are, by default the largest and one more.
+
+    **Raises:** `OSError` if a file cannot be opened; `ValueError` that names the file, what was expected and what was
+    found: no .npy file, objects or text in it, columns first, a length that is not that of its header, no rows, shapes
+    or dtypes that differ between files, labels that do not fit.
+    """
+
+    def __init__(
+        self,
+        x: PathLike | Sequence[PathLike],
+        label: PathLike | Sequence[PathLike] | None = None,
+        *,
+        labels: int | None = None,
+    ):
+        paths = as_paths("x", x)
+        self.name = name_of(paths)
+        self._shards = [map_npy(path) for path in paths]
+        for path, shard in zip(paths, self._shards, strict=True):
+            _check_alike(path, shard, paths[0], self._shards[0])
+        self.row_shape, self.dtype = self._shards[0].shape[1:], self._shards[0].dtype.newbyteorder("=")
+        self.rows_per_file = [len(shard) for shard in self._shards]
+        self._ends = np.cumsum(self.rows_per_file)
+        if label is None and labels is not None:
+            raise ValueError(f"{self.name}: label must be given with labels = {labels}, got None")
+        self._label, self.labels = None, None
+        if label is not None:
+            self._label, self.labels = _read_labels(as_paths("label", label), paths, self._shards, labels)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def take(self, rows: Int[np.ndarray, " rows"]) -> Rows:
+        x = np.empty((len(rows), *self.row_shape), self.dtype)
+        where = np.searchsorted(self._ends, rows, side="right")
+        for number in np.unique(where):
+            shard, chosen = self._shards[number], where == number
+            x[chosen] = shard[rows[chosen] - (self._ends[number] - len(shard))]
+        return Rows(x, None if self._label is None else self._label[rows])
+
+
+class Header(NamedTuple):
+    """What an array in the format .npy says of itself; its values start at byte `offset`."""
+
+    shape: tuple[int, ...]
+    columns_first: bool
+    dtype: np.dtype
+    offset: int
+
+
+def map_npy(path: Path) -> Shaped[np.ndarray, "rows ..."]:
+    """The array of a .npy file, read-only and not yet read. **Raises:** as for `NpySource`."""
+    with open(path, "rb") as file:
+        header = parse_header(str(path), file.read(LONGEST_HEADER), path.stat().st_size)
+    if not header.shape or min(header.shape) < 1:
+        raise ValueError(f"{path}: must have at least one row and nothing empty, got shape {header.shape}")
+    if header.columns_first and len(header.shape) > 1:
+        raise ValueError(f"{path}: must hold one row after the other (C order), got Fortran order")
+    return np.asarray(np.memmap(path, header.dtype, "r", header.offset, header.shape))
+
+
+def parse_header(name: str, start: bytes, found: int) -> Header:
+    """The header of an array of numbers that is exactly as long as it says.
+
+    **Arguments:** `name` in front of messages; `start` the first bytes, 64 KiB or all; `found` how many there are.
+
+    **Raises:** `ValueError`: no header, objects or text instead of numbers, another length.
+    """
+    header = _evaluate(name, io.BytesIO(start))
+    if header.dtype.kind not in NUMBERS:
+        raise ValueError(f"{name}: must hold integers or floating point, got {header.dtype}")
+    wanted = header.offset + math.prod(header.shape) * header.dtype.itemsize
+    if found != wanted or min(header.shape, default=0) < 0:
+        raise ValueError(
+            f"{name}: must hold {wanted:,} bytes for shape {header.shape} of {header.dtype}, got {found:,}"
+        )
+    return header
+
+
+def _evaluate(name: str, start: io.BytesIO) -> Header:
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of headers that Python 2 wrote
+            version = np.lib.format.read_magic(start)
+            # Version 3 differs by names of fields that are not Latin-1, and there are to be no fields.
+            readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+            return Header(*readers[version](start), start.tell())
+    except Exception as error:  # numpy evaluates the header as a Python literal, which fails in many ways
+        reason = f"version {error}" if isinstance(error, KeyError) else str(error).partition("\n")[0]
+        raise ValueError(f"{name}: must be an array in .npy format, got an unreadable header: {reason}") from error
+
+
+def _check_alike(path: Path, shard: np.ndarray, first_path: Path, first: np.ndarray) -> None:
+    if shard.shape[1:] != first.shape[1:]:
+        raise ValueError(
+            f"{path}: must have rows of shape {first.shape[1:]} as {first_path} has, got {shard.shape[1:]}"
+        )
+    if shard.dtype != first.dtype:
+        raise ValueError(f"{path}: must be {first.dtype} as {first_path} is, got {shard.dtype}")
+
+
+def _read_labels(
+    paths: list[Path], x_paths: list[Path], shards: list[np.ndarray], labels: int | None
+) -> tuple[Int[np.ndarray, " rows"], int]:
+    """All labels in memory, and how many different ones there are."""
+    if len(paths) != len(shards):
+        raise ValueError(f"label must be {len(shards)} files, one for each of x, got {len(paths)}")
+    parts = [map_npy(path) for path in paths]
+    for path, part, x_path, shard in zip(paths, parts, x_paths, shards, strict=True):
+        if part.shape != (len(shard),):
+            raise ValueError(f"{path}: must have shape ({len(shard)},) for the rows of {x_path}, got {part.shape}")
+    most = max(check_labels(str(path), part, len(part), labels) for path, part in zip(paths, parts, strict=True))
+    return np.concatenate([part.astype(np.int32) for part in parts]), most

@@ -1,0 +1,271 @@
+"""A data set in one form, whatever it came from: .npy files of a fixed number of rows, and a manifest.
+
+    folder/manifest.json      rows, shape, dtype, labels; name, length and SHA-256 of each file; its own digest
+    folder/x_00000.npy ...    data
+    folder/label_00000.npy    their labels, if there are any
+
+A folder is whole or not there: it is written beside its place, flushed to disk, and renamed at the end.
+"""
+
+import contextlib
+import hashlib
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from jaxtyping import Int, Shaped
+
+from ._file import PathLike
+from ._manifest import as_text, File, MANIFEST, Manifest, name_of_file, read_manifest, VERSION
+from ._npy import NpySource, NUMBERS
+from ._source import AbstractSource, check_labels, Rows
+
+_PIECE = 1 << 24
+"""Bytes that are read or written at once, roughly."""
+
+
+# Writing
+
+
+def write_shards(
+    source: AbstractSource,
+    folder: PathLike,
+    *,
+    rows_per_shard: int = 4096,
+    progress: Callable[[int], None] | None = None,
+) -> None:
+    """Write all rows of `source` into a new folder, for `ShardSource`.
+
+    Every value is checked on the way. A conversion that fails or is killed leaves no folder of this name; killed, it
+    leaves a hidden one beside it, `.<name>.<random>.partial`, that may be deleted.
+
+    **Arguments:**
+
+    - `source`: any source; its values must have a dtype that .npy files keep.
+    - `folder`: where to write; it must not be there, or be empty.
+    - `rows_per_shard`: rows of every file but the last. A `ShardSource` keeps one file open for each.
+    - `progress`: called with the number of rows written so far.
+
+    **Raises:** `ValueError` if `rows_per_shard` is less than 1, `folder` is not empty, or `source` gives rows of
+    another shape or dtype than it says, values that are not finite, or labels out of range, with the row's number.
+    `OSError` if it cannot be written.
+    """
+    if rows_per_shard < 1:
+        raise ValueError(f"rows_per_shard must be >= 1, got {rows_per_shard}")
+    if source.dtype.kind not in NUMBERS:
+        raise ValueError(f"{source.name}: dtype must be one that .npy files keep, got {source.dtype}")
+    target = Path(folder)
+    _check_free(target)
+    with _placed(target) as partial:
+        starts = range(0, len(source), rows_per_shard)
+        written = [
+            _write_shard(source, partial, number, start, min(start + rows_per_shard, len(source)), progress)
+            for number, start in enumerate(starts)
+        ]
+        _write_manifest(source, partial, written)
+
+
+def _check_free(target: Path) -> None:
+    if target.exists() and not target.is_dir():
+        raise ValueError(f"{target}: must be a new or empty folder, got a file")
+    if target.exists() and any(target.iterdir()):
+        raise ValueError(f"{target}: must be a new or empty folder, got one with files")
+
+
+@contextlib.contextmanager
+def _placed(target: Path) -> Iterator[Path]:
+    """A new folder beside `target` that gets its name at the end, and is deleted after an error."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.absolute().with_name(f".{target.absolute().name}.{secrets.token_hex(4)}.partial")
+    partial.mkdir()
+    try:
+        yield partial
+        _flush_folder(partial)
+        _check_free(target)
+        os.rename(partial, target)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    _flush_folder(target.parent)
+
+
+def _flush_folder(folder: Path) -> None:
+    """To disk with the names in it, where the system can."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _write_shard(
+    source: AbstractSource, folder: Path, number: int, start: int, stop: int, progress: Callable[[int], None] | None
+) -> tuple[File, File | None]:
+    """Rows from `start` to `stop` in a file of data and, with labels, one of labels."""
+    label = np.empty(stop - start, np.int32)
+    with _NpyFile(folder / name_of_file("x", number), source.dtype, (stop - start, *source.row_shape)) as file:
+        for first in range(start, stop, step := _rows_at_once(source)):
+            rows = np.arange(first, min(first + step, stop))
+            got = source.take(rows)
+            _check_rows(source, got, first, len(rows))
+            file.write(got.x)
+            label[rows - start] = 0 if got.label is None else got.label
+            if progress is not None:
+                progress(int(rows[-1]) + 1)
+    if source.labels is None:
+        return file.entry, None
+    with _NpyFile(folder / name_of_file("label", number), label.dtype, label.shape) as label_file:
+        label_file.write(label)
+    return file.entry, label_file.entry
+
+
+def _rows_at_once(source: AbstractSource) -> int:
+    return max(1, _PIECE // max(1, source.dtype.itemsize * int(np.prod(source.row_shape, dtype=np.int64))))
+
+
+def _check_rows(source: AbstractSource, got: Rows, first: int, rows: int) -> None:
+    x, shape = got.x, (rows, *source.row_shape)
+    if x.shape != shape or x.dtype != source.dtype:
+        expected = f"{source.dtype} of shape {shape}"
+        raise ValueError(f"{source.name}: x must be {expected} from row {first}, got {x.dtype} of shape {x.shape}")
+    if x.dtype.kind == "f":
+        finite = np.isfinite(x).reshape(rows, -1).all(axis=1)
+        if not finite.all():
+            raise ValueError(f"{source.name}: x must be finite, got NaN or infinity in row {first + np.argmin(finite)}")
+    if (got.label is None) != (source.labels is None):
+        raise ValueError(f"{source.name}: label must be given exactly if labels is, from row {first}")
+    if got.label is not None:
+        check_labels(f"{source.name}, counted from row {first}", got.label, rows, source.labels)
+
+
+class _NpyFile:
+    """A .npy file that is written piece by piece, with its length and digest taken on the way."""
+
+    def __init__(self, path: Path, dtype: np.dtype, shape: tuple[int, ...]):
+        self._path, self._dtype, self._shape = path, dtype.newbyteorder("<"), shape
+        self._hash, self._bytes = hashlib.sha256(), 0
+
+    def __enter__(self) -> "_NpyFile":
+        self._file = open(self._path, "xb")
+        header = {"descr": np.lib.format.dtype_to_descr(self._dtype), "fortran_order": False, "shape": self._shape}
+        np.lib.format.write_array_header_1_0(self, header)  # pyright: ignore[reportArgumentType]
+        return self
+
+    def write(self, content: bytes | Shaped[np.ndarray, "rows ..."]) -> None:
+        held = content if isinstance(content, bytes) else np.ascontiguousarray(content, self._dtype).tobytes()
+        self._hash.update(held)
+        self._bytes += self._file.write(held)
+
+    def __exit__(self, *error: object) -> None:
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+    @property
+    def entry(self) -> File:
+        return File(self._path.name, self._shape[0], self._bytes, self._hash.hexdigest())
+
+
+def _write_manifest(source: AbstractSource, folder: Path, written: list[tuple[File, File | None]]) -> None:
+    label = [file for _, file in written if file is not None] or None
+    shape, dtype = list(source.row_shape), source.dtype.newbyteorder("=").name
+    manifest = Manifest(VERSION, len(source), shape, dtype, source.labels, [x for x, _ in written], label, "")
+    with open(folder / MANIFEST, "x", encoding="ascii") as file:
+        file.write(as_text(manifest))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+# Reading
+
+
+class ShardSource(AbstractSource):
+    """Rows in a folder that `write_shards` made. One file stays open for each shard.
+
+    Opening compares the manifest with the length and header of each file, and checks labels; the data themselves are
+    only compared by `verify`, which reads all of them.
+
+    **Attributes:** `digest` tells the data: SHA-256 of a manifest that holds those of all files.
+
+    **Arguments:** `folder`; `verify` whether to compare all data at once.
+
+    **Raises:** `OSError` if a file cannot be opened; `ValueError` that names the file, what was expected and what was
+    found.
+    """
+
+    def __init__(self, folder: PathLike, *, verify: bool = False):
+        self._folder = Path(folder)
+        self._manifest = read_manifest(self._folder / MANIFEST)
+        x, label = ([self._folder / file.name for file in files] for files in _files(self._manifest))
+        for path, file in zip([*x, *label], [file for files in _files(self._manifest) for file in files], strict=True):
+            _check_length(path, file)
+        self._source = NpySource(x, label or None, labels=self._manifest.labels)
+        self.name, self.digest = str(self._folder), self._manifest.digest
+        self.row_shape, self.dtype, self.labels = self._source.row_shape, self._source.dtype, self._source.labels
+        self._check_counts()
+        if verify:
+            self.verify()
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def take(self, rows: Int[np.ndarray, " rows"]) -> Rows:
+        return self._source.take(rows)
+
+    def verify(self, *, progress: Callable[[int], None] | None = None) -> None:
+        """Compare all data with the manifest.
+
+        **Arguments:** `progress` is called with the number of rows compared so far, after each file of data.
+
+        **Raises:** `ValueError` that names the first file whose bytes are not those that were written.
+        """
+        x, label = _files(self._manifest)
+        for file in label:
+            _check_digest(self._folder / file.name, file)
+        done = 0
+        for file in x:
+            _check_digest(self._folder / file.name, file)
+            done += file.rows
+            if progress is not None:
+                progress(done)
+
+    def _check_counts(self) -> None:
+        """Refuses a manifest that tells otherwise than the headers of its files."""
+        path, held = self._folder / MANIFEST, self._manifest
+        for name, told, found in (
+            ("rows", held.rows, len(self)),
+            ("row_shape", held.row_shape, list(self.row_shape)),
+            ("dtype", held.dtype, self.dtype.name),
+            ("x", [file.rows for file in held.x], self._source.rows_per_file),
+        ):
+            if told != found:
+                raise ValueError(f"{path}: {name} must be {found} as in its files, got {told}"[:500])
+
+
+def _files(manifest: Manifest) -> tuple[list[File], list[File]]:
+    """Files of data, and files of labels."""
+    return manifest.x, manifest.label or []
+
+
+def _check_length(path: Path, file: File) -> None:
+    if (found := path.stat().st_size) != file.bytes:
+        raise ValueError(f"{path}: must hold {file.bytes:,} bytes as {MANIFEST} tells, got {found:,}")
+
+
+def _check_digest(path: Path, file: File) -> None:
+    with open(path, "rb") as content:
+        found = _sha256(content)
+    if found != file.sha256:
+        raise ValueError(f"{path}: must have SHA-256 {file.sha256[:16]}... as {MANIFEST} tells, got {found[:16]}...")
+
+
+def _sha256(file: BinaryIO) -> str:
+    taken = hashlib.sha256()
+    while piece := file.read(_PIECE):
+        taken.update(piece)
+    return taken.hexdigest()

@@ -1,0 +1,229 @@
+"""Images in folders are rows in a fixed order, cropped as by ADM; a broken one is refused by name."""
+
+import io
+import struct
+import sys
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from damage import flipped, flips, given, opens_or_is_refused, QUICK, read_all, st
+
+from mf_eqx._optional import MissingDependency
+from mf_eqx.data import _image_folder
+from mf_eqx.data._image_folder import ImageFolderSource
+
+Image = pytest.importorskip("PIL.Image")
+
+RANDOM = np.random.default_rng(5)
+
+
+def pixels(height=8, width=8):
+    return RANDOM.integers(0, 256, (height, width, 3), np.uint8)
+
+
+def saved(path, image, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(image).save(path, **options)
+    return image
+
+
+def one(tmp_path, size, name="a.png"):
+    """The only image of a folder."""
+    assert (tmp_path / name).exists()
+    (x,) = read_all(ImageFolderSource(tmp_path, size=size)).x
+    return x.transpose(1, 2, 0)
+
+
+def box(image):
+    """Means of 2 x 2 pixels, of columns and then of rows, rounded half up after each as Pillow does."""
+    even = image[: image.shape[0] // 2 * 2, : image.shape[1] // 2 * 2].astype(int)
+    columns = (even[:, ::2] + even[:, 1::2] + 1) // 2
+    return ((columns[::2] + columns[1::2] + 1) // 2).astype(np.uint8)
+
+
+def test_classes_are_sorted_folders(tmp_path):
+    images = {name: saved(tmp_path / name, pixels()) for name in ("dog/b.png", "cat/z.png", "dog/a/c.png", "ant/q.bmp")}
+    source = ImageFolderSource(tmp_path, size=8)
+    rows = read_all(source)
+    assert source.class_names == ["ant", "cat", "dog"] and source.labels == 3
+    assert rows.label.tolist() == [0, 1, 2, 2]
+    wanted = [images[name] for name in ("ant/q.bmp", "cat/z.png", "dog/a/c.png", "dog/b.png")]
+    np.testing.assert_array_equal(rows.x.transpose(0, 2, 3, 1), wanted)
+
+
+def test_label_belongs_to_the_folder_whatever_the_order_of_paths(tmp_path):
+    for name in ("a-b/x.png", "a/x.png"):  # "-" comes before "/", and "a" before "a-b"
+        saved(tmp_path / name, pixels())
+    source = ImageFolderSource(tmp_path, size=8)
+    assert source.class_names == ["a", "a-b"] and read_all(source).label.tolist() == [1, 0]
+
+
+def test_images_beside_each_other_have_no_labels(tmp_path):
+    images = [saved(tmp_path / name, pixels()) for name in ("a.png", "b.PNG")]
+    source = ImageFolderSource(tmp_path, size=8)
+    assert source.labels is None and source.class_names is None
+    np.testing.assert_array_equal(read_all(source).x.transpose(0, 2, 3, 1), images)
+
+
+def test_hidden_and_other_files_are_left_alone(tmp_path):
+    saved(tmp_path / "a" / "x.png", pixels())
+    for name in ("readme.txt", ".hidden.png", "a/notes.md", "a/._x.png", ".git/x.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("text")
+    assert len(ImageFolderSource(tmp_path, size=8)) == 1
+
+
+@pytest.mark.parametrize(("suffix", "options"), [("jpg", {"quality": 100}), ("webp", {"lossless": True})])
+def test_other_formats_are_decoded(suffix, options, tmp_path):
+    image = np.full((8, 8, 3), (200, 100, 50), np.uint8)
+    saved(tmp_path / f"a.{suffix}", image, **options)
+    np.testing.assert_allclose(one(tmp_path, 8, f"a.{suffix}"), image, atol=2)
+
+
+@pytest.mark.parametrize("factor", [2, 4])
+def test_large_image_is_halved_by_means(factor, tmp_path):
+    image = saved(tmp_path / "a.png", pixels(8 * factor, 8 * factor))
+    while len(image) > 8:
+        image = box(image)
+    np.testing.assert_array_equal(one(tmp_path, 8), image)
+
+
+@pytest.mark.parametrize("shape", [(8, 14), (15, 8)])
+def test_centre_of_a_long_image_is_taken(shape, tmp_path):
+    image = saved(tmp_path / "a.png", pixels(*shape))
+    top, left = ((side - 8) // 2 for side in shape)
+    np.testing.assert_array_equal(one(tmp_path, 8), image[top : top + 8, left : left + 8])
+
+
+def test_smaller_side_is_brought_to_size_by_a_bicubic_filter(tmp_path):
+    image = saved(tmp_path / "a.png", pixels(20, 30))
+    # After a halving to 10 x 15, a factor 0.8: 8 x 12.
+    wanted = np.asarray(Image.fromarray(box(image)).resize((12, 8), Image.Resampling.BICUBIC))[:, 2:10]
+    np.testing.assert_array_equal(one(tmp_path, 8), wanted)
+
+
+def test_small_image_is_enlarged(tmp_path):
+    saved(tmp_path / "a.png", np.full((3, 5, 3), 7, np.uint8))
+    np.testing.assert_array_equal(one(tmp_path, 8), np.full((8, 8, 3), 7))
+
+
+@pytest.mark.parametrize(
+    ("image", "wanted"),
+    [
+        (np.full((8, 8), 9, np.uint8), (9, 9, 9)),
+        (np.full((8, 8, 4), (1, 2, 3, 0), np.uint8), (1, 2, 3)),
+        (np.ones((8, 8), bool), (255, 255, 255)),
+    ],
+)
+def test_grey_and_transparent_images_become_rgb(image, wanted, tmp_path):
+    saved(tmp_path / "a.png", image)
+    np.testing.assert_array_equal(one(tmp_path, 8), np.broadcast_to(wanted, (8, 8, 3)))
+
+
+def test_threads_share_a_source(tmp_path):
+    for number in range(6):
+        saved(tmp_path / f"{number}.png", pixels())
+    source = ImageFolderSource(tmp_path, size=8)
+    wanted, orders = read_all(source).x, [np.random.default_rng(seed).permutation(6) for seed in range(40)]
+    with ThreadPoolExecutor(4) as threads:
+        for order, got in zip(orders, threads.map(source.take, orders), strict=True):
+            np.testing.assert_array_equal(got.x, wanted[order])
+
+
+# Refusals
+
+
+def test_missing_folder_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError) as missing:
+        ImageFolderSource(tmp_path / "none", size=8)
+    assert str(missing.value.filename) == str(tmp_path / "none")
+
+
+def test_missing_pillow_is_told(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    with pytest.raises(MissingDependency, match=r"PIL is not installed: pip install 'mf_eqx\[images\]'"):
+        ImageFolderSource(tmp_path, size=8)
+
+
+def test_no_size_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="size must be >= 1, got 0"):
+        ImageFolderSource(tmp_path, size=0)
+
+
+def test_no_images_are_refused(tmp_path):
+    (tmp_path / "readme.txt").write_text("text")
+    with pytest.raises(ValueError, match=r"must hold images, .bmp, .jpeg, .jpg, .png, .webp, or folders of them"):
+        ImageFolderSource(tmp_path, size=8)
+
+
+def test_class_without_images_is_refused(tmp_path):
+    saved(tmp_path / "a" / "x.png", pixels())
+    (tmp_path / "b" / "deep").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"/b: must hold images, .*, got none"):
+        ImageFolderSource(tmp_path, size=8)
+
+
+def test_images_beside_folders_are_refused(tmp_path):
+    saved(tmp_path / "a" / "x.png", pixels())
+    saved(tmp_path / "y.png", pixels())
+    with pytest.raises(ValueError, match=r"must hold images or folders of them, got y.png beside a"):
+        ImageFolderSource(tmp_path, size=8)
+
+
+def png(width, height, depth=8):
+    """A PNG file with nothing but a header that tells its size."""
+
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", width, height, depth, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "cannot identify image file"),
+        (b"hello", "cannot identify image file"),
+        (b"GIF89a" + bytes(100), "cannot identify image file"),
+        (png(60_000, 60_000), r"Image size \(3600000000 pixels\) exceeds limit"),
+        (png(1, 100_000), r"1 x 100000 pixels, 6,400,000 at size 8, more than 1,000,000"),
+        (png(8, 8, depth=16), "mode I;16, of more than 8 bits per channel"),
+        (png(8, 8), "image file is truncated"),
+    ],
+    ids=range(7),
+)
+def test_broken_image_is_refused_by_name(content, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(_image_folder, "_MOST_PIXELS", 1_000_000)
+    (tmp_path / "a.png").write_bytes(content)
+    source = ImageFolderSource(tmp_path, size=8)
+    with pytest.raises(ValueError, match=f"a.png: must be a whole image, got: {message}"):
+        source.take(np.array([0]))
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP", "BMP"])
+@QUICK
+@given(data=st.data())
+def test_flipped_byte_gives_an_image_or_is_refused(data, form, tmp_path_factory):
+    stream = io.BytesIO()
+    Image.fromarray(np.arange(192, dtype=np.uint8).reshape(8, 8, 3)).save(stream, form)
+    content = stream.getvalue()
+    folder = tmp_path_factory.getbasetemp() / "flipped"
+    folder.mkdir(exist_ok=True)
+    (folder / "a.png").write_bytes(flipped(content, data.draw(flips(len(content)))))
+    opens_or_is_refused(lambda: ImageFolderSource(folder, size=8))
+
+
+@QUICK
+@given(data=st.data())
+def test_truncated_image_is_whole_or_refused(data, tmp_path_factory):
+    stream, image = io.BytesIO(), np.arange(192, dtype=np.uint8).reshape(8, 8, 3)
+    Image.fromarray(image).save(stream, "PNG")
+    folder = tmp_path_factory.getbasetemp() / "truncated"
+    folder.mkdir(exist_ok=True)
+    (folder / "a.png").write_bytes(stream.getvalue()[: data.draw(st.integers(0, len(stream.getvalue()) - 1))])
+    # The last bytes are checksums and an end mark, which Pillow does not wait for.
+    if opens_or_is_refused(lambda: ImageFolderSource(folder, size=8)):
+        np.testing.assert_array_equal(one(folder, 8), image)

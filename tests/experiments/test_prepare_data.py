@@ -1,0 +1,165 @@
+"""Data sets of every kind become shards by one command; bad input ends in one line and leaves nothing."""
+
+import io
+import os
+import re
+
+import numpy as np
+import pytest
+
+from mf_eqx import data, run
+
+RANDOM = np.random.default_rng(6)
+X = RANDOM.integers(0, 256, (10, 3, 32, 32), np.uint8)
+LABEL = RANDOM.integers(0, 10, 10).astype(np.uint8)
+
+
+@pytest.fixture(scope="module")
+def prepare_data(experiment):
+    return experiment("prepare_data")
+
+
+@pytest.fixture
+def convert(prepare_data, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def convert(arguments):
+        run.main(prepare_data.main, prepare_data.Config(), argv=arguments.split())
+
+    return convert
+
+
+def save(path, *arrays):
+    for number, array in enumerate(arrays):
+        np.save(f"{path}_{number}.npy", array)
+
+
+def save_cifar10(folder):
+    os.mkdir(folder)
+    records = np.concatenate([LABEL[:, None], X.reshape(10, -1)], axis=1)
+    for number in range(5):
+        records[2 * number : 2 * number + 2].tofile(f"{folder}/data_batch_{number + 1}.bin")
+    records[:3].tofile(f"{folder}/test_batch.bin")
+
+
+def save_idx(path, array):
+    with open(path, "wb") as file:
+        file.write(bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">i4").tobytes() + array.tobytes())
+
+
+def check(folder, x, label=None):
+    source = data.ShardSource(folder, verify=True)
+    rows = source.take(np.arange(len(source)))
+    np.testing.assert_array_equal(rows.x, x)
+    np.testing.assert_array_equal(rows.label, label)
+
+
+def test_cifar10_becomes_shards(convert, capsys):
+    save_cifar10("cifar")
+    convert("--cifar10 cifar --to shards --rows-per-shard 4")
+    check("shards", X, LABEL)
+    line = r"shards: 10 rows of shape \(3, 32, 32\), uint8, 10 labels, 30,720 bytes, \d+\.\d s\n"
+    assert re.fullmatch(line, capsys.readouterr().out)
+
+
+def test_test_part_of_cifar10_becomes_shards(convert):
+    save_cifar10("cifar")
+    convert("--cifar10 cifar --split test --to shards")
+    check("shards", X[:3], LABEL[:3])
+
+
+def test_idx_becomes_shards(convert):
+    save_idx("x", X[:, 0])
+    save_idx("y", LABEL)
+    convert("--idx x y --labels 10 --to shards")
+    check("shards", X[:, :1], LABEL)
+
+
+def test_npy_becomes_shards(convert):
+    save("x", X[:4], X[4:])
+    save("y", LABEL[:4], LABEL[4:])
+    convert("--npy x_0.npy x_1.npy --npy-label y_0.npy y_1.npy --to deep/shards")
+    check("deep/shards", X, LABEL)
+
+
+def test_images_become_shards(convert):
+    image = pytest.importorskip("PIL.Image")
+    for name, x in zip("ab", X, strict=False):
+        os.makedirs(f"images/{name}")
+        image.fromarray(x.transpose(1, 2, 0)).save(f"images/{name}/x.png")
+    convert("--images images --size 32 --to shards")
+    check("shards", X[:2], [0, 1])
+
+
+def test_array_records_become_shards(convert):
+    module = pytest.importorskip("array_record.python.array_record_module")
+    writer = module.ArrayRecordWriter("rows", "group_size:1")
+    for x, label in zip(X, LABEL, strict=True):
+        stream = io.BytesIO()
+        np.savez(stream, x=x, label=label)
+        writer.write(stream.getvalue())
+    writer.close()
+    convert("--array-record rows --labels 10 --to shards")
+    check("shards", X, LABEL)
+
+
+def test_whole_shards_are_verified(convert, capsys):
+    save("x", X)
+    convert("--npy x_0.npy --to shards")
+    convert("--verify shards")
+    assert "shards: as written, 10 rows of shape (3, 32, 32), uint8, no labels" in capsys.readouterr().out
+
+
+def refused(convert, capsys, arguments):
+    """The only line on stderr, but for those of the progress."""
+    with pytest.raises(SystemExit) as ended:
+        convert(arguments)
+    assert ended.value.code == 2
+    *_, line = capsys.readouterr().err.strip().splitlines()
+    return line
+
+
+def test_changed_shards_are_refused_by_name(convert, capsys):
+    save("x", X)
+    convert("--npy x_0.npy --to shards")
+    with open("shards/x_00000.npy", "r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([X[-1, -1, -1, -1] ^ 1]))
+    assert "shards/x_00000.npy: must have SHA-256" in refused(convert, capsys, "--verify shards")
+
+
+def test_values_that_are_not_finite_leave_nothing(convert, capsys):
+    save("x", np.array([[0.0], [np.nan]]))
+    line = refused(convert, capsys, "--npy x_0.npy --to shards")
+    assert "x_0.npy: x must be finite, got NaN or infinity in row 1" in line
+    assert os.listdir() == ["x_0.npy"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--to shards", "exactly one of --cifar10, --idx, --images, --npy, --array-record, --verify must .* got none"),
+        ("--cifar10 a --npy b --to shards", "exactly one of .* must be given, got --cifar10 and --npy"),
+        ("--cifar10 a", "--to must be given with --cifar10, got none"),
+        ("--images a --to shards", "--size must be given with --images, got none"),
+        ("--cifar10 a --size 8 --to shards", "--size must be given with --images, got --cifar10"),
+        ("--idx a --npy-label b --to shards", "--npy-label must be given with --npy, got --idx"),
+        (
+            "--cifar10 a --labels 8 --to b",
+            "--labels must be given with --idx or --npy or --array-record, got --cifar10",
+        ),
+        ("--verify a --to b", "--to must be given with --cifar10 or .* got --verify"),
+        ("--idx a b c --to d", "--idx must be a file of images and at most one of labels, got 3 files"),
+        ("--npy a --rows-per-shard 0", "--rows-per-shard must be >= 1, got 0"),
+        ("--npy a --labels 0", "--labels must be >= 1, got 0"),
+        ("--images a --size 0", "--size must be >= 1, got 0"),
+        ("--cifar10 a --split all", "--split"),
+        ("--npy missing.npy --to shards", "No such file or directory: 'missing.npy'"),
+        ("--verify missing", "No such file or directory: 'missing/manifest.json'"),
+        ("--cifar10 . --to shards", "must hold data_batch_1.bin to data_batch_5.bin or"),
+        ("--images . --size 8 --to shards", "must hold images"),
+    ],
+)
+def test_bad_input_ends_in_one_line_and_leaves_nothing(arguments, message, convert, capsys):
+    assert re.search(message, refused(convert, capsys, arguments))
+    assert os.listdir() == []
