@@ -3,6 +3,9 @@
     python experiments/digits.py                      about 4 minutes on 2 CPU cores
     python experiments/digits.py --preset guided      about 5 minutes
     python experiments/digits.py --compare            8 minutes, Flow Matching beside it
+    python experiments/digits.py --dry-run            what would be trained, where, and in how much memory
+
+A run that was stopped, or killed, continues by the same command.
 
 Expect a Frechet distance of 14 to 15 at one evaluation (two random halves of the data: 17), with 98% of the digits
 read correctly; README.md beside this file has all figures.
@@ -12,9 +15,8 @@ come with the package: nothing is downloaded.
 """
 
 import dataclasses
-import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,12 +39,12 @@ with install_import_hook("mf_eqx", "beartype.beartype"):
 
 CLASSES = 10
 """Digits; the same number is the label that means "no label"."""
-PICTURE_KEY, JUDGED_KEY = jr.split(jr.key(2**31 - 1))
+PICTURE_SEED, JUDGED_SEED = 2**31 - 1, 2**31 - 2
 """Of the noise of all pictures, and of all judged sets."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(run.Settings):
     """A digits run. Times in [0, 1]; pixel values in the data's own unit, 0 to 16."""
 
     steps: int = 6000
@@ -79,13 +81,12 @@ class Config:
     """Share of the digits that is never trained on, in [0.02, 0.5], equal for every class."""
     compare: bool = False
     """Also train Flow Matching with the same network and budget."""
-    preview_every: int = 1000
-    """Steps between pictures from fixed noise; 0 for none."""
     seed: int = 0
     """Seed of everything random."""
 
     def __post_init__(self):
-        least = {"steps": 0, "warmup": 0, "preview_every": 0, "seed": 0, "width": 1, "depth": 1, "heads": 1, "patch": 1}
+        self.check()
+        least = {"steps": 0, "warmup": 0, "seed": 0, "width": 1, "depth": 1, "heads": 1, "patch": 1}
         for name, bound in least.items():
             if getattr(self, name) < bound:
                 raise ValueError(f"{name} must be >= {bound}, got {getattr(self, name)}")
@@ -101,46 +102,36 @@ class Config:
         mfx.ExponentialAverage(self.decay)
 
 
-class Rows(NamedTuple):
-    """Digits as the network sees them, x in [-1, 1] and channels first, with their labels."""
-
-    x: Float[np.ndarray, "rows 1 8 8"]
-    label: Int[np.ndarray, " rows"]
-
-
 class Digits(NamedTuple):
-    """All digits, and the same in two parts: what is trained on, and what never is."""
+    """All digits, and the same in two parts: what is trained on, and what never is. x in [-1, 1] as the network sees
+    them, channels first."""
 
-    every: Rows
-    train: Rows
-    holdout: Rows
+    every: data.ArraySource
+    train: data.ArraySource
+    holdout: data.ArraySource
 
 
 def load(config: Config) -> Digits:
     """The digits, split with equal shares of every class."""
     values, target = load_digits(return_X_y=True)
-    every = Rows((values.reshape(-1, 1, 8, 8) / 8 - 1).astype(np.float32), target.astype(np.int32))
-    data.check_rows(*every, data_shape=(1, 8, 8), labels=CLASSES)
+    x, label = (values.reshape(-1, 1, 8, 8) / 8 - 1).astype(np.float32), target.astype(np.int32)
     train, holdout = train_test_split(
-        np.arange(len(target)), test_size=config.holdout, stratify=target, random_state=config.seed
+        np.arange(len(label)), test_size=config.holdout, stratify=label, random_state=config.seed
     )
     if len(train) < config.batch:
         raise ValueError(f"batch must be at most the {len(train)} digits that are trained on, got {config.batch}")
-    return Digits(every, *(Rows(every.x[rows], every.label[rows]) for rows in (train, holdout)))
+    parts = {"digits": np.arange(len(label)), "training digits": train, "held-out digits": holdout}
+    return Digits(*(data.ArraySource(x[p], label[p], labels=CLASSES, name=name) for name, p in parts.items()))
+
+
+def label_of(source: data.ArraySource) -> Int[np.ndarray, " rows"]:
+    assert source.label is not None
+    return source.label
 
 
 def pixels(x: Float[np.ndarray, "rows 1 8 8"]) -> Float[np.ndarray, "rows 64"]:
     """Grey values from 0 to 16, as the data have them."""
     return np.clip(8 * (x.reshape(-1, 64).astype(np.float64) + 1), 0, 16)
-
-
-def batches(rows: Rows, config: Config) -> Iterator[mfx.Batch]:
-    """Whole batches, in a new order every epoch."""
-    for epoch in itertools.count():
-        order = np.random.default_rng((config.seed, epoch)).permutation(len(rows.x))
-        for start in range(0, len(order) - config.batch + 1, config.batch):
-            chosen = order[start : start + config.batch]
-            yield mfx.Batch(rows.x[chosen], rows.label[chosen])
 
 
 def guided(config: Config) -> bool:
@@ -185,25 +176,27 @@ def make_field(config: Config, key: Key[Array, ""]) -> mfx.DiT:
     return mfx.DiT((1, 8, 8), size, labels=CLASSES, unroll=True, key=key)
 
 
-def train(config: Config, method: Method, rows: Rows, directory: run.RunDirectory) -> mfx.AbstractField:
-    """The averaged field after `config.steps` steps; metrics and previews from fixed noise go to `directory`."""
+def train(
+    config: Config, method: Method, source: data.AbstractSource, directory: run.RunDirectory
+) -> mfx.AbstractField:
+    """The averaged field after `config.steps` steps."""
     field_key, run_key = jr.split(jr.key(config.seed))
     rate, steps = config.learning_rate, max(config.steps, config.warmup + 1)
     optimizer = optax.adam(optax.warmup_cosine_decay_schedule(0, rate, config.warmup, steps, rate / 100))
-    step = mfx.TrainStep(method.objective, optimizer, [mfx.ExponentialAverage(config.decay)])
-    state = mfx.init_state(make_field(config, field_key), optimizer, step.averages, key=run_key)
-    since = []
-    with run.Progress(config.steps, shown=("loss", "boundary_error", "identity_error")) as progress:
-        for number, batch in zip(range(1, config.steps + 1), batches(rows, config), strict=False):
-            state, metrics = step(state, batch)
-            progress.update(number, metrics)
-            since.append(metrics)
-            if number % 50 == 0 or number == config.steps:
-                directory.log(number, mfx.total(since))
-                since = []
-            if config.preview_every and number % config.preview_every == 0:
-                save_samples(method, state.averages[0], directory.path(f"preview_{number:05}.png"), rows=2)
-    return state.averages[0]
+    averages, parallelism = [mfx.ExponentialAverage(config.decay)], run.parallelism(config)
+    step = mfx.TrainStep(
+        method.objective, optimizer, averages, accumulation=config.accumulation, parallelism=parallelism
+    )
+    stream = data.Stream(source, config.batch, seed=config.seed, parallelism=parallelism)
+
+    def make_state() -> mfx.TrainState:
+        return mfx.init_state(make_field(config, field_key), optimizer, averages, key=run_key)
+
+    def preview(state: mfx.TrainState, path: Path) -> None:
+        save_samples(method, run.local(state.averages[0]), path, rows=2)
+
+    state = run.train(config, step, make_state, stream, directory, steps=config.steps, preview=preview)
+    return run.local(state.averages[0])
 
 
 @eqx.filter_jit
@@ -222,7 +215,7 @@ def generate(
 def save_samples(method: Method, field: mfx.AbstractField, path: Path, rows: int) -> None:
     """A grid of digits, a column per class."""
     label = jnp.tile(jnp.arange(CLASSES), rows)
-    x = generate(field, method.sampler, label, mfx.uniform_times(method.shown), PICTURE_KEY)
+    x = generate(field, method.sampler, label, mfx.uniform_times(method.shown), jr.key(PICTURE_SEED))
     title = f"{method.name}, {evaluations(method.shown)} per digit"
     run.save_image_grid(path, x.reshape(rows, CLASSES, 1, 8, 8), -1, 1, column_labels="0123456789", title=title)
 
@@ -231,13 +224,13 @@ def evaluations(number: int) -> str:
     return f"{number} evaluation{'s' if number > 1 else ''}"
 
 
-def save_comparison(path: Path, real: Rows, trained: list[tuple[Method, mfx.AbstractField]]) -> None:
+def save_comparison(path: Path, real: data.ArraySource, trained: list[tuple[Method, mfx.AbstractField]]) -> None:
     """Twenty digits of each method at each number of evaluations, from the same noise, below real ones."""
     label = np.repeat(np.arange(CLASSES), 2)
     rows = {"data": real.x[[np.flatnonzero(real.label == c)[i % 2] for i, c in enumerate(label)]]}
     for method, field in trained:
         for number in method.evaluations:
-            x = generate(field, method.sampler, jnp.asarray(label), mfx.uniform_times(number), PICTURE_KEY)
+            x = generate(field, method.sampler, jnp.asarray(label), mfx.uniform_times(number), jr.key(PICTURE_SEED))
             rows[f"{method.name}, {evaluations(number)}"] = np.asarray(x)
     columns = [str(digit) for digit in label]
     run.save_image_grid(path, np.stack([*rows.values()]), -1, 1, row_labels=[*rows], column_labels=columns)
@@ -286,14 +279,14 @@ def references(digits: Digits, judge: Judge, seed: int) -> list[Result]:
     return [
         Result("data: two random halves", frechet=float(np.mean(halves))),
         Result("data: training against hold-out", frechet=train),
-        Result("data: hold-out", read=judge.read(judge.holdout, digits.holdout.label)),
+        Result("data: hold-out", read=judge.read(judge.holdout, label_of(digits.holdout))),
     ]
 
 
 def judged(method: Method, field: mfx.AbstractField, number: int, digits: Digits, judge: Judge) -> Result:
     """A generated set with the data's own labels, against all data."""
-    label = digits.every.label
-    made = generate(field, method.sampler, jnp.asarray(label), mfx.uniform_times(number), JUDGED_KEY)
+    label = label_of(digits.every)
+    made = generate(field, method.sampler, jnp.asarray(label), mfx.uniform_times(number), jr.key(JUDGED_SEED))
     x = pixels(np.asarray(made))
     return Result(method.name, number, judge.frechet(x), judge.read(x, label), judge.nearer_to_training(x))
 
@@ -321,23 +314,26 @@ def main(config: Config) -> None:
     methods = [Method("MeanFlow", mean_flow(config), mfx.sample, (1, 2, 4), shown=1)]
     if config.compare:
         methods.append(Method("Flow Matching", flow_matching(config), mfx.sample_euler, (1, 4, 32), shown=32))
-    directory = run.RunDirectory.create(config)
-    judge = Judge(digits)
-    results, trained = references(digits, judge, config.seed), []
-    for method in methods:
-        scale = method.objective.guidance.effective_scale if method.objective.guidance else 1.0
-        print(f"{method.name}: {config.steps} steps, effective guidance scale {scale:g}", flush=True)
-        part = run.RunDirectory(directory.root / method.name.lower().replace(" ", "_"))
-        field = train(config, method, digits.train, part)
-        results += [judged(method, field, number, digits, judge) for number in method.evaluations]
-        trained.append((method, field))
-        save_samples(method, field, part.path("samples.png"), rows=10)
-        if records := part.records():
-            run.save_curves(part.path("curves.png"), records)
-    save_comparison(directory.path("comparison.png"), digits.holdout, trained)
-    text = f"{report(results)}\n\n{time.perf_counter() - began:.0f} seconds in all."
-    directory.save_results(text, [row._asdict() for row in results])
-    print(f"{text} Pictures and metrics are in {directory.root}.")
+    with run.opened(config) as directory:
+        results, trained = [], []
+        judge = Judge(digits)
+        for method in methods:
+            scale = method.objective.guidance.effective_scale if method.objective.guidance else 1.0
+            run.tell(f"{method.name}: {config.steps} steps, effective guidance scale {scale:g}")
+            part = run.RunDirectory(directory.root / method.name.lower().replace(" ", "_"))
+            field = train(config, method, digits.train, part)
+            results += [judged(method, field, number, digits, judge) for number in method.evaluations]
+            trained.append((method, field))
+            if run.is_first():
+                save_samples(method, field, part.path("samples.png"), rows=10)
+                if records := part.records():
+                    run.save_curves(part.path("curves.png"), records)
+        if run.is_first():
+            save_comparison(directory.path("comparison.png"), digits.holdout, trained)
+            results = references(digits, judge, config.seed) + results
+            text = f"{report(results)}\n\n{time.perf_counter() - began:.0f} seconds in all."
+            directory.save_results(text, [row._asdict() for row in results])
+            print(f"{text} Pictures and metrics are in {directory.root}.")
 
 
 PRESETS = {

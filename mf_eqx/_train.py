@@ -73,7 +73,8 @@ def init_state(
     **Arguments:** `field` freshly made or trained before; `optimizer` and `averages` the same as the `TrainStep`'s;
     `key` of the run. Both are copied, because steps donate the state.
     """
-    field, key = jax.tree.map(lambda leaf: leaf.copy() if eqx.is_array(leaf) else leaf, (field, key))
+    field = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True) if eqx.is_array(leaf) else leaf, field)
+    key = jr.wrap_key_data(jnp.array(jr.key_data(key), copy=True), impl=jr.key_impl(key))
     opt_state = optimizer.init(eqx.filter(field, eqx.is_inexact_array))
     none = Faults(*(jnp.zeros((), jnp.int32) for _ in range(3)))
     return TrainState(field, opt_state, tuple(a.init(field) for a in averages), jnp.zeros((), jnp.int32), key, none)

@@ -44,7 +44,7 @@ def _parts(leaf: Shaped[Array, "..."]) -> list[UInt32[Array, ""]]:
 
 @functools.partial(jax.jit, static_argnums=2)
 def _sum(
-    part: Shaped[Array, "*part"], starts: UInt32[np.ndarray, " axes"], shape: tuple[int, ...]
+    part: Shaped[Array, "*part"], starts: UInt32[Array | np.ndarray, " axes"], shape: tuple[int, ...]
 ) -> UInt32[Array, ""]:
     """The sum over a part that starts at these places of an array of that shape."""
     words = _words(part)

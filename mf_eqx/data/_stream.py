@@ -73,6 +73,11 @@ class Stream:
         """
         return self._read(self._rows(step, self._positions), self._positions)
 
+    @property
+    def sharding(self) -> jax.sharding.Sharding | None:
+        """Where rows lie on the devices; None on one device."""
+        return None if self._parallelism is None else self._parallelism.rows
+
     def rows(self, step: int) -> Int[np.ndarray, " batch"]:
         """The numbers of all rows of a step's global batch."""
         return self._rows(step, np.arange(self.batch))

@@ -1,6 +1,7 @@
 """What every run needs, once: a command line, a directory, a progress line, tables and pictures.
 
-    config flags -> main -> your function -> RunDirectory   config.json, metrics.jsonl, any other file
+    config flags -> main -> your function -> opened, RunDirectory   config.json, metrics.jsonl, any other file
+                                          -> train          the loop: resumes, logs, saves, previews
                                           -> Ledger         results of finished cells
                                           -> Progress       one line on stderr
                                           -> in_parallel    many small trainings, one per thread
@@ -8,21 +9,24 @@
                                           -> save_image_grid, save_curves, save_point_grid, save_flows, save_heat_maps
                                           -> compile_program, time_interleaved   what it costs
 
-A script is one function of one frozen dataclass; `main` does the rest, and ends bad input in one line:
+A script is one function of one frozen dataclass; `main` does the rest, and ends bad input in one line. A script that
+trains one network for long extends `Settings`, and can be killed at any moment:
 
-    from mf_eqx import run
+    from mf_eqx import data, run
 
-    def train(config: Config) -> None:
-        directory = run.RunDirectory.create(config)
-        with run.Progress(config.steps) as progress:
-            for step in range(1, config.steps + 1):
-                state, metrics = train_step(state, next(batches))
-                progress.update(step, metrics)
-                if step % 50 == 0:
-                    directory.log(step, metrics)
+    @dataclasses.dataclass(frozen=True)
+    class Config(run.Settings):
+        steps: int = 6000
+
+    def main(config: Config) -> None:
+        parallelism = run.parallelism(config)
+        step = mfx.TrainStep(objective, optimizer, accumulation=config.accumulation, parallelism=parallelism)
+        stream = data.Stream(source, batch=64, parallelism=parallelism)
+        with run.opened(config) as directory:
+            state = run.train(config, step, make_state, stream, directory, steps=config.steps)
 
     if __name__ == "__main__":
-        run.main(train, {"plain": ("no guidance", Config()), "guided": ("scale 2", Config(scale=2.0))})
+        run.main(main, Config())
 
 Imported explicitly (`from mf_eqx import run`). The command line needs tyro and the pictures matplotlib, both in the
 extra `experiments`; they are loaded where they are used, and their absence says what to install.
@@ -33,6 +37,9 @@ from ._cli import main as main
 from ._curves import save_curves as save_curves
 from ._directory import RunDirectory as RunDirectory
 from ._ledger import Ledger as Ledger
+from ._lock import InUse as InUse
+from ._loggers import Logger as Logger, TensorBoardLogger as TensorBoardLogger, WandbLogger as WandbLogger
+from ._open import opened as opened
 from ._parallel import in_parallel as in_parallel, scan_in_chunks as scan_in_chunks
 from ._picture import save_image_grid as save_image_grid
 from ._plane import (
@@ -41,13 +48,16 @@ from ._plane import (
     save_heat_maps as save_heat_maps,
     save_point_grid as save_point_grid,
 )
+from ._processes import is_first as is_first, local as local, Stopped as Stopped, tell as tell
 from ._program import (
     compile_program as compile_program,
     Cost as Cost,
     product_flops as product_flops,
     Program as Program,
 )
-from ._progress import Progress as Progress
+from ._progress import Progress as Progress, Work as Work
+from ._settings import parallelism as parallelism, Settings as Settings
 from ._table import table as table
 from ._timing import matmul_peak as matmul_peak, time_interleaved as time_interleaved, Times as Times
+from ._train import NonFinite as NonFinite, train as train
 from ._values import fetch as fetch

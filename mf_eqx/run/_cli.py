@@ -1,9 +1,11 @@
 """The command line of a script: a typed configuration in, one line out when the input is bad.
 
-Exit codes: 0 done, 2 bad input, 130 interrupted; 1 with a traceback is a bug.
+Exit codes: 0 done, 2 bad input, 3 no finite loss or gradient, 4 run directory in use, 130 and 143 stopped by SIGINT and
+SIGTERM; 1 with a traceback is a bug.
 
 Bad input is what the parser or the configuration's own checks refuse and, once the script's function runs, a
-`ValueError` that this package or the script itself raises, a file that cannot be opened, or a missing optional package.
+`ValueError` that this package or the script itself raises, a file that cannot be opened, checkpoints that cannot be
+read or written, or a missing optional package.
 A `ValueError` from anywhere else (an array library, say) was not foreseen by a check of ours, and keeps its traceback.
 """
 
@@ -16,12 +18,19 @@ from pathlib import Path
 from typing import TypeVar
 
 from .._optional import MissingDependency
+from ..checkpoint import CheckpointError
 from ._arguments import BadArguments, parse
+from ._lock import InUse
+from ._processes import connect, RefusedElsewhere, Stopped
+from ._settings import Settings
+from ._train import NonFinite
 
 _Config = TypeVar("_Config")
 _Result = TypeVar("_Result")
 
 _TRACEBACK = "MF_EQX_TRACEBACK"
+_EXPECTED = {(BadArguments, MissingDependency, CheckpointError, RefusedElsewhere): 2, (NonFinite,): 3, (InUse,): 4}
+"""Exit codes of errors whose message says all."""
 
 
 def main(
@@ -48,14 +57,19 @@ def main(
 
     **Returns:** what `function` returns.
 
+    A configuration that is a `run.Settings` also connects several processes, before anything else.
+
     **Raises:** `SystemExit`: 0 after `--help`; 2 after bad input, with one line on stderr that names argument, rule and
-    value; 130 if interrupted. With MF_EQX_TRACEBACK=1 in the environment, all errors keep their traceback.
+    value; 3, 4, 130, 143 as said above. With MF_EQX_TRACEBACK=1 in the environment, all errors keep their traceback.
     """
     program = Path(sys.argv[0]).name
     choices = presets if isinstance(presets, Mapping) else {"default": ("", presets)}
     about = description or inspect.getdoc(function) or ""
+    arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        return function(parse(choices, program, about, list(sys.argv[1:] if argv is None else argv)))
+        if any(isinstance(config, Settings) for _, config in choices.values()):
+            connect(arguments)
+        return function(parse(choices, program, about, arguments))
     except (Exception, KeyboardInterrupt) as error:
         code, message = _ending(error, function.__module__)
         if code == 1 or os.environ.get(_TRACEBACK, "0") not in ("", "0"):
@@ -68,8 +82,11 @@ def _ending(error: BaseException, script: str) -> tuple[int, str]:
     """Exit code and message for an error; 1 for a bug."""
     if isinstance(error, KeyboardInterrupt):
         return 130, "interrupted"
-    if isinstance(error, BadArguments | MissingDependency):
-        return 2, f"error: {error}"
+    if isinstance(error, Stopped):
+        return 128 + error.signal, str(error)
+    for kinds, code in _EXPECTED.items():
+        if isinstance(error, kinds):
+            return code, f"error: {error}"
     unreadable = isinstance(error, OSError) and error.filename is not None
     if unreadable or (isinstance(error, ValueError) and _is_raised_by_us(error, script)):
         return 2, f"error: {error} ({_TRACEBACK}=1 shows where)"

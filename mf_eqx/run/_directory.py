@@ -1,7 +1,9 @@
 """The directory of one run: what was run, with what, and what came out.
 
 runs/<script>/<name>/config.json     configuration, command, versions, device, commit
+                     starts.jsonl    command, versions, device, commit of each start of a run that may be continued
                      metrics.jsonl   one JSON object per line, each with its step
+                     summary.json    where the time went
                      ...             pictures, results, whatever else `path` is asked for
 """
 
@@ -51,6 +53,14 @@ class RunDirectory:
         directory.path("config.json").write_text(text + "\n", encoding="utf-8")
         return directory
 
+    def add_start(self, config: Any) -> None:
+        """Write `config.json` if there is none yet, and a line of `starts.jsonl` with command, versions and devices."""
+        start = _provenance()
+        if not (self.root / "config.json").exists():
+            _replace(self.path("config.json"), json.dumps(as_json({"config": config, **start}), indent=2) + "\n")
+        with self.path("starts.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(as_json(start)) + "\n")
+
     def path(self, name: str) -> Path:
         """The path of the file `name`, with its parent directories made: `path("previews/000500.png")`."""
         path = self.root / name
@@ -74,6 +84,28 @@ class RunDirectory:
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
         return [json.loads(line) for line in lines if line.endswith("\n")]
 
+    def drop_records_after(self, step: int) -> None:
+        """Take back what was logged after a step, and any line that was cut off: a run that continues logs it anew."""
+        path = self.root / "metrics.jsonl"
+        if path.exists():
+            kept = [record for record in self.records() if record["step"] <= step]
+            _replace(path, "".join(json.dumps(record, allow_nan=False) + "\n" for record in kept))
+
+    def add_session(self, start: int, stop: int, seconds: Mapping[str, float]) -> None:
+        """Add to `summary.json` where the time between two steps went, and sum up over all sessions.
+
+        **Arguments:** `start` and `stop` the numbers of steps finished before and after; `seconds` of each part, with
+        `steps` the productive ones and `wall` the sum. The sum over sessions lacks those that were killed.
+        """
+        path = self.root / "summary.json"
+        sessions = json.loads(path.read_text(encoding="utf-8"))["sessions"] if path.exists() else []
+        rounded = {name: round(value, 3) for name, value in seconds.items()}
+        sessions.append({"start": start, "stop": stop, "seconds": rounded})
+        sums = {name: round(sum(session["seconds"][name] for session in sessions), 3) for name in rounded}
+        goodput = sums["steps"] / sums["wall"] if sums["wall"] > 0 else None
+        summary = {"steps": stop, "goodput": goodput, "seconds": sums, "sessions": sessions}
+        _replace(path, json.dumps(summary, indent=2) + "\n")
+
     def save_results(self, text: str, records: Sequence[Mapping[str, Any]]) -> None:
         """Write `results.md` and `results.json`: the same for people and for programs.
 
@@ -83,6 +115,13 @@ class RunDirectory:
         self.path("results.md").write_text(text.rstrip("\n") + "\n", encoding="utf-8")
         plain = json.dumps(_or_null(list(records)), indent=2, allow_nan=False)
         self.path("results.json").write_text(plain + "\n", encoding="utf-8")
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file that is whole at any moment."""
+    beside = path.with_name(path.name + ".part")
+    beside.write_text(text, encoding="utf-8")
+    beside.replace(path)
 
 
 def _new_by_name(parent: Path, name: str) -> Path:

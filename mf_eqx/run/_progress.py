@@ -5,6 +5,8 @@ here, and they are fetched when a line is due; the rate is taken right after, wh
 step is waited for, because it compiles: the rate starts behind it.
 """
 
+import dataclasses
+import io
 import shutil
 import sys
 import threading
@@ -29,6 +31,25 @@ class Stream(Protocol):
     def isatty(self) -> bool: ...
 
 
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What one step does, for rates that people compare."""
+
+    rows: int
+    """Examples of a step."""
+    flops: float | None = None
+    """Floating-point operations of a step."""
+    peak: float | None = None
+    """Operations per second that the machine could do at most."""
+
+    def rates(self, steps_per_second: float) -> list[str]:
+        """Images per second and, where it is known, model FLOPs utilisation."""
+        shown = [f"{short(self.rows * steps_per_second)} img/s"]
+        if self.flops and self.peak:
+            shown.append(f"{self.flops * steps_per_second / self.peak:.1%} MFU")
+        return shown
+
+
 class Progress:
     """A line with step, rate, elapsed time, time left and metrics: updated in place on a terminal, printed every so
     often elsewhere.
@@ -43,8 +64,12 @@ class Progress:
     **Arguments:**
 
     - `total`: the number of the last step.
+    - `start`: the number of steps that were finished before.
     - `shown`: names of the metrics to show, those of them that are given; by default all single numbers.
     - `every`: seconds between lines; by default 0.5 on a terminal, else 10.
+    - `work`: of one step, to show rows per second and utilisation.
+    - `doing`: what happens before the first step is reported.
+    - `silent`: whether to write nothing.
     - `stream`: where to write, by default stderr, so that stdout holds results only.
     - `clock`: seconds since any fixed time.
 
@@ -55,8 +80,12 @@ class Progress:
         self,
         total: int,
         *,
+        start: int = 0,
         shown: Sequence[str] | None = None,
         every: int | float | None = None,
+        work: Work | None = None,
+        doing: str = "compiling the first step",
+        silent: bool = False,
         stream: Stream | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ):
@@ -65,7 +94,8 @@ class Progress:
         if every is not None and not every > 0:
             raise ValueError(f"every must be > 0, got {every}")
         self._total, self._shown, self._clock = total, shown, clock
-        self._stream = sys.stderr if stream is None else stream
+        self._start, self._work, self._doing = start, work, doing
+        self._stream = io.StringIO() if silent else sys.stderr if stream is None else stream
         self._in_place = self._stream.isatty()
         self._every = every or (0.5 if self._in_place else 10.0)
         self._began = self._displayed = clock()
@@ -75,8 +105,8 @@ class Progress:
 
     def __enter__(self) -> "Progress":
         self._began = self._displayed = self._clock()
-        if self._total > 0:
-            self._write(f"0/{self._total}  compiling the first step")
+        if self._total > self._start:
+            self._write(f"{self._start}/{self._total}  {self._doing}")
         return self
 
     def update(self, step: int, metrics: Mapping[str, Mean | ArrayLike]) -> None:
@@ -128,7 +158,8 @@ class Progress:
         if step <= first or self._displayed <= when:
             return [elapsed]
         rate = (step - first) / (self._displayed - when)
-        return [f"{short(rate)} steps/s", elapsed, f"{_duration((self._total - step) / rate)} left"]
+        rates = [] if self._work is None else self._work.rates(rate)
+        return [f"{short(rate)} steps/s", *rates, elapsed, f"{_duration((self._total - step) / rate)} left"]
 
     def _write(self, line: str) -> None:
         if self._in_place:

@@ -1,0 +1,72 @@
+"""Where metrics go besides metrics.jsonl: anything with these two methods."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+from .._optional import optional
+from ._values import Value
+
+
+@runtime_checkable
+class Logger(Protocol):
+    """A place for metrics. Values are numbers on the host, in nested lists for metrics in bins."""
+
+    def log(self, step: int, values: Mapping[str, Value]) -> None:
+        """Keep the metrics of a step."""
+        ...
+
+    def close(self) -> None:
+        """Write what is not yet written."""
+        ...
+
+
+class TensorBoardLogger:
+    """Metrics as scalars for TensorBoard; of a metric in bins, one scalar per bin. Needs the extra `tensorboard`.
+
+    **Arguments:** `folder` of the event files.
+    """
+
+    def __init__(self, folder: Path):
+        with optional("tensorboardX", extra="tensorboard"):
+            from tensorboardX import SummaryWriter
+        self._writer = SummaryWriter(str(folder))
+
+    def log(self, step: int, values: Mapping[str, Value]) -> None:
+        for name, value in flat(values).items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WandbLogger:
+    """Metrics for Weights & Biases. A run that is continued here continues there. Needs the extra `wandb`.
+
+    **Arguments:** `project`; `name` of the run; `folder` for its local files; `config` of the run.
+    """
+
+    def __init__(self, project: str, name: str, folder: Path, config: Mapping[str, Any]):
+        with optional("wandb", extra="wandb"):
+            import wandb  # pyright: ignore[reportMissingImports]
+        identity = name.replace("/", "-")
+        self._run = wandb.init(
+            project=project, name=name, id=identity, resume="allow", dir=str(folder), config=dict(config)
+        )
+
+    def log(self, step: int, values: Mapping[str, Value]) -> None:
+        self._run.log(flat(values), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def flat(values: Mapping[str, Value]) -> dict[str, float]:
+    """One number per name: `name/0`, `name/1`, ... for a metric in bins."""
+    numbers: dict[str, float] = {}
+    for name, value in values.items():
+        if isinstance(value, list):
+            numbers |= flat({f"{name}/{i}": item for i, item in enumerate(value)})
+        else:
+            numbers[name] = value
+    return numbers

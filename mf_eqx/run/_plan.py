@@ -1,0 +1,154 @@
+"""What a run will take, before it runs."""
+
+import json
+import math
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+
+from .._identity import Context
+from .._objective import Batch
+from .._sharding import arrays_of
+from .._train import TrainState, TrainStep
+from ..data import Stream
+from ._directory import as_json
+from ._program import compile_program, product_flops
+from ._progress import Work
+from ._settings import Settings
+from ._table import table
+
+_PEAK_TFLOPS = {
+    "A100": 312,
+    "H100 PCIe": 756,
+    "H100 NVL": 835,
+    "H100": 989,
+    "H200": 989,
+    "H20": 148,
+    "B200": 2250,
+    "L40S": 362,
+    "L4": 121,
+    "V100": 125,
+    "RTX 4090": 165,
+    "RTX 3090": 71,
+}
+"""Peak rates of dense products in bfloat16 (V100: float16), by the makers' data sheets."""
+
+
+def peak_flops() -> float | None:
+    """Of all devices together, per second; None where it is not known."""
+    kind = jax.devices()[0].device_kind
+    known = [name for name in _PEAK_TFLOPS if f"{name} " in f"{kind.replace('-', ' ')} "]
+    return jax.device_count() * _PEAK_TFLOPS[max(known, key=len)] * 1e12 if known else None
+
+
+def work_of_step(step: TrainStep, make_state: Callable[[], TrainState], stream: Stream) -> Work:
+    """What the progress line counts; operations only where the machine's peak is known, since that takes seconds."""
+    if (peak := peak_flops()) is None:
+        return Work(stream.batch)
+    return Work(stream.batch, flops_of_step(step, eqx.filter_eval_shape(make_state), batch_shapes(stream)), peak)
+
+
+def flops_of_step(step: TrainStep, state: TrainState, batch: Batch) -> int:
+    """Floating-point operations of the products in one step's gradient.
+
+    **Arguments:** `step`; `state` and `batch` arrays or their shapes.
+    """
+
+    def gradient(field: Any, batch: Batch, key: Any) -> Any:
+        if step.prepare is not None:
+            batch = jax.vmap(step.prepare)(batch, jr.split(key, batch.index.shape[0]))
+        context = Context(jnp.zeros((), jnp.int32), field if state.averages else None)
+        return eqx.filter_grad(lambda field: step.objective(field, batch, key=key, context=context)[0])(field)
+
+    return product_flops(gradient, state.field, batch, jax.eval_shape(lambda: jr.key(0)))
+
+
+def batch_shapes(stream: Stream) -> Batch:
+    """The shapes of a global batch."""
+
+    source, rows = stream.source, stream.batch
+
+    def make() -> Batch:
+        label = None if source.labels is None else jnp.zeros(rows, jnp.int32)
+        return Batch(jnp.zeros((rows, *source.row_shape), source.dtype), label, jnp.arange(rows, dtype=jnp.int32))
+
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=stream.sharding), jax.eval_shape(make)
+    )
+
+
+def describe(
+    config: Settings, step: TrainStep, make_state: Callable[[], TrainState], stream: Stream, steps: int
+) -> str:
+    """A text: configuration, parameters, what lies where, and memory. Compiles the step, runs nothing."""
+    state = eqx.filter_eval_shape(make_state)
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(eqx.filter(state.field, _is_inexact)))
+    device = jax.devices()[0]
+    lines = [
+        json.dumps(as_json(config), indent=2),
+        "",
+        f"{type(state.field).__name__} with {parameters:,} parameters, {steps:,} steps of {stream.batch} rows from "
+        f"{stream.source.name} ({len(stream.source):,} rows)",
+        f"{jax.device_count()} x {device.device_kind} ({device.platform}), {jax.process_count()} process(es)",
+        "",
+        *_placements(step, state),
+        "",
+        _memory(step, state, stream),
+    ]
+    return "\n".join(lines)
+
+
+def _is_inexact(leaf: Any) -> bool:
+    return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.inexact)
+
+
+def _placements(step: TrainStep, state: TrainState) -> list[str]:
+    """The table of shardings, large leaves first; leaves of one shape and place are one line."""
+    if step.parallelism is None:
+        return ["everything lies on one device"]
+    mesh = " x ".join(f"{name} {size}" for name, size in step.parallelism.mesh.shape.items())
+    groups: dict[Any, list[Any]] = {}
+    for placement in step.parallelism.table(state):
+        groups.setdefault((placement.shape, placement.dtype, placement.spec), []).append(placement)
+    ordered = sorted(groups.values(), key=lambda group: -sum(leaf.bytes_per_device for leaf in group))
+    rows = [
+        (group[0].leaf, len(group), group[0].shape, group[0].dtype, group[0].spec, size(group[0].bytes_per_device))
+        for group in ordered
+    ]
+    return [f"mesh: {mesh}", "", table(rows, ("leaf", "alike", "shape", "dtype", "spread", "bytes per device, each"))]
+
+
+def _memory(step: TrainStep, state: TrainState, stream: Stream) -> str:
+    """Bytes per device, by XLA's analysis of the compiled step."""
+    placed = state if step.parallelism is None else _with_shardings(state, step.parallelism.of_tree(state))
+    cost = compile_program(step, placed, batch_shapes(stream), donate=(0,)).cost
+    kept = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(arrays_of(state)))
+    total = cost.argument_bytes + cost.output_bytes - cost.donated_bytes + cost.temporary_bytes
+    return (
+        f"memory per device: {size(total)}, of which state and batch {size(cost.argument_bytes)}, intermediate results "
+        f"{size(cost.temporary_bytes)}; the whole state: {size(kept)}, and so each checkpoint on disk"
+    )
+
+
+def _with_shardings(tree: Any, shardings: Any) -> Any:
+    return jax.tree.map(
+        lambda leaf, sharding: (
+            leaf if sharding is None else jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+        ),
+        tree,
+        shardings,
+        is_leaf=lambda leaf: leaf is None,
+    )
+
+
+def size(count: int | float) -> str:
+    """Bytes for people."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"

@@ -1,0 +1,152 @@
+"""Several processes of one run: how they find each other, and how they agree."""
+
+import argparse
+import os
+import signal
+from collections.abc import Callable, Mapping
+from types import FrameType
+from typing import Any, TypeVar
+
+import equinox as eqx
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+_Tree = TypeVar("_Tree")
+
+_HEARTBEAT_SECONDS = 20
+_LAUNCHERS = {"SLURM": ("SLURM_NTASKS", "SLURM_STEP_NUM_TASKS"), "Open MPI": ("OMPI_COMM_WORLD_SIZE",)}
+
+
+def connect(arguments: list[str], environment: Mapping[str, str] = os.environ) -> None:
+    """Join the other processes, if there are any: by the flags --coordinator, --processes and --process, or as SLURM,
+    Open MPI or a TPU pod say. Must come before anything is computed, so flags are read here before all others are.
+
+    **Raises:** `ValueError` if some of the flags are given and others are not.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    for flag in ("--coordinator", "--processes", "--process"):
+        parser.add_argument(flag, nargs="?")
+    given = vars(parser.parse_known_args(arguments)[0])
+    if any(value is not None for value in given.values()):
+        _connect_by_flags(**given)
+    elif _is_launched(environment):
+        jax.distributed.initialize(heartbeat_timeout_seconds=_HEARTBEAT_SECONDS)
+
+
+def _connect_by_flags(coordinator: str | None, processes: str | None, process: str | None) -> None:
+    if coordinator is None or processes is None or process is None:
+        raise ValueError("coordinator, processes and process must be given together, or none of them")
+    if not (processes.isdecimal() and process.isdecimal() and int(process) < int(processes)):
+        raise ValueError(f"process must lie in [0, processes - 1], got process {process} of processes {processes}")
+    if ":" not in coordinator:
+        raise ValueError(f"coordinator must be HOST:PORT, got {coordinator!r}")
+    jax.distributed.initialize(coordinator, int(processes), int(process), heartbeat_timeout_seconds=_HEARTBEAT_SECONDS)
+
+
+def _is_launched(environment: Mapping[str, str]) -> bool:
+    """Whether a launcher has started several processes of this program."""
+    counts = [environment.get(name, "1") for names in _LAUNCHERS.values() for name in names[-1:]]
+    return any(count.isdecimal() and int(count) > 1 for count in counts) or "," in environment.get(
+        "TPU_WORKER_HOSTNAMES", ""
+    )
+
+
+def is_first() -> bool:
+    """Whether this process writes what is written once: logs, pictures, results."""
+    return jax.process_index() == 0
+
+
+def tell(text: str) -> None:
+    """A line on stdout, once for all processes."""
+    if is_first():
+        print(text, flush=True)
+
+
+def anywhere(here: bool) -> bool:
+    """Whether it is so in any process. All must ask together."""
+    return here if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.array(here)).any())
+
+
+def once(action: Callable[[], None]) -> None:
+    """Do something in the first process only; all others wait for it.
+
+    **Raises:** what the action raises, in the first process; `RefusedElsewhere` in all others.
+    """
+    error: BaseException | None = None
+    if is_first():
+        try:
+            action()
+        except Exception as raised:
+            error = raised
+    if anywhere(error is not None):
+        raise error or RefusedElsewhere("the first process could not go on; its own message says why")
+
+
+def local(tree: _Tree) -> _Tree:
+    """A tree whose arrays are whole on this process's first device, wherever they were. All processes call it together:
+    after training, to sample and to judge.
+    """
+
+    def fetch(leaf: Any) -> Any:
+        if not eqx.is_array(leaf):
+            return leaf
+        whole = leaf if leaf.is_fully_addressable else multihost_utils.process_allgather(leaf, tiled=True)
+        return jax.device_put(np.asarray(whole), jax.local_devices()[0])
+
+    return jax.tree.map(fetch, tree)
+
+
+class RefusedElsewhere(RuntimeError):
+    """What the first process refused; it says why."""
+
+
+class Stopped(Exception):
+    """A run that was told to stop and has saved its state. **Arguments:** `signal` its number; `step` last done."""
+
+    def __init__(self, signal: int, step: int):
+        super().__init__(f"stopped by {_name(signal)} after step {step}; the same command continues")
+        self.signal = signal
+
+
+class StopSignals:
+    """SIGTERM and SIGINT, kept until the step is done: a context around a training loop. A second one ends the process
+    at once.
+
+    With several processes, JAX passes a SIGTERM to any of them on to all, so that all stop after the same step; SIGINT
+    is turned into it.
+    """
+
+    def __init__(self):
+        self._received: int | None = None
+        self._before: dict[int, object] = {}
+
+    def __enter__(self) -> "StopSignals":
+        # Of several processes, JAX itself listens for SIGTERM.
+        kept = [signal.SIGINT] if jax.process_count() > 1 else [signal.SIGINT, signal.SIGTERM]
+        for number in kept:
+            self._before[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # pyright: ignore[reportArgumentType]
+
+    def _receive(self, number: int, _: FrameType | None) -> None:
+        if self._received is not None:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        self._received = number
+        if jax.process_count() > 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def after(self, step: int) -> int | None:
+        """The signal that tells to stop after this step, or None. All processes get the same answer."""
+        if jax.process_count() == 1:
+            return self._received
+        told = multihost_utils.reached_preemption_sync_point(step)
+        return (self._received or signal.SIGTERM) if told else None
+
+
+def _name(number: int) -> str:
+    return signal.Signals(number).name

@@ -1,0 +1,271 @@
+"""The training loop of every script: it can be killed at any moment and continues where it was.
+
+    with run.opened(config) as directory:
+        state = run.train(config, step, make_state, stream, directory, steps=config.steps)
+
+The same command run again finds the directory by the configuration, takes the newest good checkpoint, and goes on with
+the step after it, on the same rows and with the same random numbers: the end is the same, bit by bit, on the same
+number of devices.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import equinox as eqx
+import jax
+import numpy as np
+
+from .._objective import Batch, Mean, Metrics, total
+from .._train import Faults, TrainState, TrainStep
+from ..checkpoint import Checkpoints, Restored
+from ..data import Stream
+from ._directory import RunDirectory
+from ._loggers import Logger, TensorBoardLogger, WandbLogger
+from ._plan import describe, work_of_step
+from ._processes import is_first, once, Stopped, StopSignals, tell
+from ._progress import Progress
+from ._settings import difference, recipe, Settings
+from ._stopwatch import Stopwatch
+from ._values import fetch
+
+Preview = Callable[[TrainState, Path], None]
+"""Draws a picture of a state into a file."""
+
+
+class NonFinite(RuntimeError):
+    """A run that stopped because too many steps in a row had no finite loss and gradient."""
+
+
+def train(
+    config: Settings,
+    step: TrainStep,
+    make_state: Callable[[], TrainState],
+    stream: Stream,
+    directory: RunDirectory,
+    *,
+    steps: int,
+    preview: Preview | None = None,
+    shown: Sequence[str] = ("loss", "boundary_error", "identity_error"),
+    loggers: Sequence[Logger] = (),
+) -> TrainState:
+    """Train up to a number of steps, from the beginning or from the newest good checkpoint.
+
+    What it leaves in `directory`: `checkpoints/`, `metrics.jsonl` (a line every `config.log_every` steps, the same in
+    a run that was interrupted), `previews/`, `summary.json` (where the time went).
+
+    **Arguments:**
+
+    - `config`: its settings are used here; all else is kept with each checkpoint, and must be the same later.
+    - `step`: with `parallelism(config)` and `config.accumulation`.
+    - `make_state`: makes the state before the first step; called only to be traced.
+    - `stream`: of the batches, for the same parallelism.
+    - `directory`: from `opened`.
+    - `steps`: number of the last step; with `config.test_run`, 2 at most.
+    - `preview`: draws a picture of a state into a PNG file. Called in all processes; the first one's file is kept.
+    - `shown`: metrics of the progress line.
+    - `loggers`: where metrics go besides metrics.jsonl, TensorBoard and Weights & Biases.
+
+    **Returns:** the last state.
+
+    **Raises:** `Stopped` after SIGTERM or SIGINT, with the state saved; `NonFinite` after `config.most_faults` bad
+    steps in a row; `CheckpointError`; `ValueError` if a checkpoint is of another configuration or of other data, or if
+    something does not fit; `SystemExit` after `config.dry_run` has printed its plan.
+    """
+    config.check()
+    step.check_batch_size(stream.batch)
+    if config.test_run:
+        config, steps = dataclasses.replace(config, save_every=1, log_every=1, preview_every=1), min(steps, 2)
+    if config.dry_run:
+        tell(describe(config, step, make_state, stream, steps))
+        raise SystemExit(0)
+    with contextlib.ExitStack() as stack:
+        every = [*loggers, *_loggers(config, directory)]
+        for logger in every:
+            stack.callback(logger.close)
+        return _Training(config, step, make_state, stream, directory, steps, preview, shown, every).run()
+
+
+def _loggers(config: Settings, directory: RunDirectory) -> Iterator[Logger]:
+    if config.tensorboard and is_first():
+        yield TensorBoardLogger(directory.root / "tensorboard")
+    if config.wandb and is_first():
+        yield WandbLogger(config.wandb, str(directory.root), directory.root, recipe(config))
+
+
+class _Training:
+    """One call of `train`: what it was given, and how far it is."""
+
+    def __init__(
+        self,
+        config: Settings,
+        step: TrainStep,
+        make_state: Callable[[], TrainState],
+        stream: Stream,
+        directory: RunDirectory,
+        steps: int,
+        preview: Preview | None,
+        shown: Sequence[str],
+        loggers: Sequence[Logger],
+    ):
+        self.config, self.step, self.make_state, self.stream = config, step, make_state, stream
+        self.directory, self.steps, self.preview, self.loggers = directory, steps, preview, loggers
+        folder = directory.root / "checkpoints"
+        self.checkpoints = Checkpoints(folder, keep_last=config.keep_last, keep_every=config.keep_every or None)
+        self.notes = {"config": recipe(config), "data": stream.fingerprint(), "steps": steps}
+        self.shown = shown
+        self.watch, self.signals = Stopwatch(), StopSignals()
+        self.since: list[Metrics] = []
+        self.start = self.number = self.faults = 0
+
+    def run(self) -> TrainState:
+        with self.watch.part("start"):
+            state = self._begin()
+            work = work_of_step(self.step, self.make_state, self.stream)
+        self.progress = Progress(self.steps, start=self.start, shown=self.shown, work=work, silent=not is_first())
+        try:
+            with self.progress, self.signals:
+                for batch in self._batches():
+                    state = self._advance(state, batch)
+                self._finish_saving()
+        finally:
+            if is_first():
+                self.directory.add_session(self.start, self.number, self.watch.seconds())
+        return state
+
+    # Before the first step
+
+    def _begin(self) -> TrainState:
+        """The state to go on from."""
+        self.checkpoints.clean()
+        mesh = self.step.parallelism
+        restored = self.checkpoints.load(self.make_state, mesh, check=self._check_notes)
+        if restored is not None:
+            self._continue(restored)
+        once(lambda: self.directory.drop_records_after(self.start))
+        if restored is not None:
+            return restored.state
+        return eqx.filter_jit(self.make_state)() if mesh is None else mesh.make(self.make_state)
+
+    def _check_notes(self, notes: Mapping[str, Any]) -> None:
+        """Refuses a checkpoint of another configuration or of other data."""
+        wanted = json.loads(json.dumps(self.notes))
+        for name, what in (("config", "configuration"), ("data", "data"), ("steps", "number of steps")):
+            if found := difference(notes[name], wanted[name], name):
+                raise ValueError(f"{self.checkpoints.directory}: {what} must be that of the run so far, but {found}")
+
+    def _continue(self, restored: Restored[TrainState]) -> None:
+        for number, reason in restored.passed_over.items():
+            tell(f"{self.checkpoints.path(number)}: passed over, because {reason}")
+        done = restored.step == self.steps
+        tell(f"{self.directory.root}: {'finished' if done else 'continues after'} step {restored.step} of {self.steps}")
+        self.start = self.number = restored.step
+        self.since = _unpacked(restored.notes["pending"])
+        self.faults = int(restored.state.faults.total)
+
+    # A step
+
+    def _batches(self) -> Iterator[Batch]:
+        """What is left of the data, with the time that is spent waiting for it."""
+        batches = self.stream.batches(self.start, self.steps)
+        for _ in range(self.start, self.steps):
+            with self.watch.part("data"):
+                batch = next(batches)
+            yield batch
+
+    def _advance(self, state: TrainState, batch: Batch) -> TrainState:
+        """One step and whatever is due after it. The state usually is still being computed."""
+        with self.watch.part("compile") if self.number == self.start else contextlib.nullcontext():
+            state, metrics = self.step(state, batch)
+            self.number += 1
+            self.progress.update(self.number, metrics)  # waits for the first
+        self.since.append(metrics)
+        signal = self.signals.after(self.number)
+        if signal is not None or any(map(self._is_due, self._intervals)):
+            jax.block_until_ready(state.step)  # so that the time for steps is not taken for that of what follows
+        if self._is_due(self.config.log_every):
+            self._log()
+        if signal is not None or self._is_due(self.config.log_every):
+            self._judge(state, jax.device_get(state.faults))
+        if self._is_due(self.config.preview_every):
+            self._draw(state)
+        if signal is not None or self._is_due(self.config.save_every):
+            self._save(state)
+        if signal is not None:
+            self._finish_saving()
+            raise Stopped(signal, self.number)
+        return state
+
+    @property
+    def _intervals(self) -> tuple[int, ...]:
+        return self.config.log_every, self.config.preview_every, self.config.save_every
+
+    def _is_due(self, every: int) -> bool:
+        return every > 0 and (self.number % every == 0 or self.number == self.steps)
+
+    def _log(self) -> None:
+        """A line of metrics."""
+        with self.watch.part("log"):
+            sums = jax.device_get(total(self.since))
+            self.since = []
+            if is_first():
+                self.directory.log(self.number, sums)
+            for logger in self.loggers:
+                logger.log(self.number, fetch(sums))
+
+    def _judge(self, state: TrainState, faults: Faults) -> None:
+        """Tells of bad steps, and stops after too many in a row."""
+        counted, in_row, last = int(faults.total), int(faults.in_row), int(faults.last)
+        if counted > self.faults:
+            self.progress.note(f"no finite loss and gradient in step {last}, left out ({counted} such steps so far)")
+            self.faults = counted
+        if in_row >= self.config.most_faults:
+            self._save(state)
+            self._finish_saving()
+            path = self.checkpoints.path(self.number)
+            raise NonFinite(
+                f"{in_row} steps in a row up to step {last} had no finite loss and gradient; {path} is finite"
+            )
+
+    def _draw(self, state: TrainState) -> None:
+        if self.preview is not None:
+            with self.watch.part("preview"):
+                name = f"previews/{self.number:08}.png"
+                self.preview(state, self.directory.path(name) if is_first() else Path(os.devnull))
+
+    def _save(self, state: TrainState) -> None:
+        """Start to save, with the metrics that no line of the log has yet."""
+        with self.watch.part("save"):
+            pending = _packed(self.since)
+            self.since = _unpacked(pending)
+            self.checkpoints.save(self.number, state, {**self.notes, "pending": pending})
+
+    def _finish_saving(self) -> None:
+        with self.watch.part("save"):
+            self.checkpoints.wait()
+
+
+def _packed(metrics: Sequence[Metrics]) -> dict[str, Any]:
+    """The sum of metrics as JSON holds it: float32 passes through decimal numbers unchanged."""
+    if not metrics:
+        return {}
+    sums = jax.device_get(total(metrics))
+    return {
+        name: [np.asarray(part).tolist() for part in (mean.total, mean.count)] + [str(np.asarray(mean.total).dtype)]
+        for name, mean in sums.items()
+    }
+
+
+def _unpacked(pending: Mapping[str, Any]) -> list[Metrics]:
+    if not pending:
+        return []
+    return [
+        {
+            name: Mean(np.asarray(value, dtype), np.asarray(count, dtype))
+            for name, (value, count, dtype) in pending.items()
+        }
+    ]
