@@ -1,7 +1,7 @@
 """The command line of a script: a typed configuration in, one line out when the input is bad.
 
-Exit codes: 0 done, 2 bad input, 3 no finite loss or gradient, 4 run directory in use, 130 and 143 stopped by SIGINT and
-SIGTERM; 1 with a traceback is a bug.
+Exit codes: 0 done, 2 bad input, 3 no finite loss or gradient, 4 run directory in use, 5 another process of the
+run is gone, 130 and 143 stopped by SIGINT and SIGTERM; 1 with a traceback is a bug.
 
 Bad input is what the parser or the configuration's own checks refuse and, once the script's function runs, a
 `ValueError` that this package or the script itself raises, a file that cannot be opened, checkpoints that cannot be
@@ -21,7 +21,7 @@ from .._optional import MissingDependency
 from ..checkpoint import CheckpointError
 from ._arguments import BadArguments, parse
 from ._lock import InUse
-from ._processes import connect, RefusedElsewhere, Stopped
+from ._processes import connect, RefusedElsewhere, Separated, Stopped
 from ._settings import Settings
 from ._train import NonFinite
 
@@ -29,7 +29,12 @@ _Config = TypeVar("_Config")
 _Result = TypeVar("_Result")
 
 _TRACEBACK = "MF_EQX_TRACEBACK"
-_EXPECTED = {(BadArguments, MissingDependency, CheckpointError, RefusedElsewhere): 2, (NonFinite,): 3, (InUse,): 4}
+_EXPECTED = {
+    (BadArguments, MissingDependency, CheckpointError, RefusedElsewhere): 2,
+    (NonFinite,): 3,
+    (InUse,): 4,
+    (Separated,): 5,
+}
 """Exit codes of errors whose message says all."""
 
 
@@ -60,7 +65,7 @@ def main(
     A configuration that is a `run.Settings` also connects several processes, before anything else.
 
     **Raises:** `SystemExit`: 0 after `--help`; 2 after bad input, with one line on stderr that names argument, rule and
-    value; 3, 4, 130, 143 as said above. With MF_EQX_TRACEBACK=1 in the environment, all errors keep their traceback.
+    value; 3, 4, 5, 130, 143 as said above. With MF_EQX_TRACEBACK=1 in the environment, all errors keep their traceback.
     """
     program = Path(sys.argv[0]).name
     choices = presets if isinstance(presets, Mapping) else {"default": ("", presets)}
@@ -74,7 +79,9 @@ def main(
         code, message = _ending(error, function.__module__)
         if code == 1 or os.environ.get(_TRACEBACK, "0") not in ("", "0"):
             raise
-        print(program + ": " + " ".join(message.split()), file=sys.stderr)
+        print(program + ": " + " ".join(message.split()), file=sys.stderr, flush=True)
+        if isinstance(error, Separated):
+            os._exit(code)  # an ordinary exit would wait for the others
         raise SystemExit(code) from None
 
 

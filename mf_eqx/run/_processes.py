@@ -1,9 +1,10 @@
 """Several processes of one run: how they find each other, and how they agree."""
 
 import argparse
+import contextlib
 import os
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
 from typing import Any, TypeVar
 
@@ -99,6 +100,25 @@ def local(tree: _Tree) -> _Tree:
 
 class RefusedElsewhere(RuntimeError):
     """What the first process refused; it says why."""
+
+
+class Separated(RuntimeError):
+    """A run of several processes of which one cannot be reached any more."""
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """A context around what all processes do together. What JAX raises when one of them is gone becomes `Separated`."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise Separated(
+            f"process {jax.process_index()} of {jax.process_count()} could not go on, probably because another one has "
+            f"ended; the same command for all continues after the last checkpoint ({reason})"
+        ) from error
 
 
 class Stopped(Exception):

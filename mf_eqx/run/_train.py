@@ -27,7 +27,7 @@ from ..data import Stream
 from ._directory import RunDirectory
 from ._loggers import Logger, TensorBoardLogger, WandbLogger
 from ._plan import describe, work_of_step
-from ._processes import is_first, once, Stopped, StopSignals, tell
+from ._processes import is_first, once, Stopped, StopSignals, tell, together
 from ._progress import Progress
 from ._settings import difference, recipe, Settings
 from ._stopwatch import Stopwatch
@@ -73,8 +73,9 @@ def train(
     **Returns:** the last state.
 
     **Raises:** `Stopped` after SIGTERM or SIGINT, with the state saved; `NonFinite` after `config.most_faults` bad
-    steps in a row; `CheckpointError`; `ValueError` if a checkpoint is of another configuration or of other data, or if
-    something does not fit; `SystemExit` after `config.dry_run` has printed its plan.
+    steps in a row; `CheckpointError`; `Separated` if another process is gone; `ValueError` if a checkpoint is of
+    another configuration or of other data, or if something does not fit; `SystemExit` after `config.dry_run` has
+    printed its plan.
     """
     config.check()
     step.check_batch_size(stream.batch)
@@ -87,6 +88,7 @@ def train(
         every = [*loggers, *_loggers(config, directory)]
         for logger in every:
             stack.callback(logger.close)
+        stack.enter_context(together())
         return _Training(config, step, make_state, stream, directory, steps, preview, shown, every).run()
 
 

@@ -1,0 +1,107 @@
+"""A tiny training script, which tests run as a process: kill it, stop it, feed it bad things, start it again."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import time
+
+import equinox as eqx
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import optax
+
+import mf_eqx as mfx
+from mf_eqx import data, run
+from mf_eqx.checkpoint import digests
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(run.Settings):
+    """A tiny run."""
+
+    steps: int = 20
+    """Training steps."""
+    batch: int = 16
+    """Rows per step."""
+    width: int = 16
+    """Of the network."""
+    half: bool = False
+    """Compute in bfloat16."""
+    sgd: bool = False
+    """Instead of Adam, which hides a wrong scale of gradients."""
+    share: float = 0.5
+    """Of rows that carry the identity."""
+    bad_steps: tuple[int, ...] = ()
+    """Steps, counted from 0, whose rows become NaN on the device."""
+    pause: float = 0.0
+    """Seconds to wait after each preview."""
+
+    def __post_init__(self):
+        self.check()
+        mfx.check_batch_size(self.batch, mfx.Objective(identity_share=self.share).identity_share)
+
+
+class Half(mfx.AbstractField):
+    """A field computed in bfloat16; its parameters stay float32."""
+
+    field: mfx.AbstractField
+
+    def __call__(self, z, r, t, condition=None, *, key=None):
+        u = mfx.nn.cast(self.field, jnp.bfloat16)(z.astype(jnp.bfloat16), r, t, condition, key=key)
+        return u.astype(z.dtype)
+
+
+class Spoil(eqx.Module):
+    """NaN instead of rows that are marked."""
+
+    def __call__(self, row, key):
+        x, spoiled = row.x[:2], row.x[2] > 0
+        return mfx.Batch(jnp.where(spoiled, jnp.nan, x), row.condition, row.index)
+
+
+class Marked(data.AbstractSource):
+    """Points in the plane; the third number marks the rows of bad steps. Not shuffled, so that a step has its rows."""
+
+    def __init__(self, config):
+        rng = np.random.default_rng(0)
+        self.x = np.concatenate([rng.standard_normal((96, 2)), np.zeros((96, 1))], axis=1).astype(np.float32)
+        self.label = (np.arange(96) % 3).astype(np.int32)
+        for step in config.bad_steps:
+            self.x[(step * config.batch + np.arange(config.batch)) % 96, 2] = 1
+        self.name, self.row_shape, self.dtype, self.labels = "points", (3,), self.x.dtype, 3
+
+    def __len__(self):
+        return 96
+
+    def take(self, rows):
+        return data.Rows(self.x[rows], self.label[rows])
+
+
+def main(config):
+    """Train on points."""
+    parallelism = run.parallelism(config)
+    optimizer = optax.sgd(0.05) if config.sgd else optax.adam(1e-2)
+    averages = [mfx.ExponentialAverage(0.9)]
+    dropout = mfx.LabelDropout(0.1, 3)
+    objective = mfx.Objective(identity_share=config.share, label_dropout=dropout, guidance=mfx.Guidance(1.5, 0.0))
+    step = mfx.TrainStep(objective, optimizer, averages, Spoil(), config.accumulation, parallelism)
+
+    def make_state():
+        field = mfx.MLP(2, width=config.width, depth=1, labels=3, key=jr.key(1))
+        return mfx.init_state(Half(field) if config.half else field, optimizer, averages, key=jr.key(0))
+
+    def preview(state, path):
+        path.write_bytes(b"a picture")
+        time.sleep(config.pause)
+
+    stream = data.Stream(Marked(config), config.batch, parallelism=parallelism, shuffle=not config.bad_steps)
+    with run.opened(config, root=os.environ.get("RUNS", "runs")) as directory:
+        state = run.train(config, step, make_state, stream, directory, steps=config.steps, preview=preview)
+        found = digests(state)
+        run.tell("digest " + hashlib.sha256(json.dumps(found).encode()).hexdigest())
+
+
+if __name__ == "__main__":
+    run.main(main, Config())
