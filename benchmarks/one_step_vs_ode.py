@@ -190,7 +190,7 @@ def digits_problem(config: Config, directory: run.RunDirectory) -> Problem:
         method = digits.Method(name, objective(settings), mfx.sample, (1,), shown=1)
         part = run.RunDirectory(directory.root / name.lower().replace(" ", "_"))
         fields[name] = digits.train(settings, method, rows.train, part)
-    eps = jr.normal(digits.JUDGED_KEY, rows.every.x.shape)
+    eps = jr.normal(jr.key(digits.JUDGED_SEED), rows.every.x.shape)
 
     def distance(x: jax.Array) -> float:
         return judge.frechet(digits.pixels(np.asarray(x)))

@@ -249,7 +249,7 @@ def handwritten_digits(steps: int = 1500) -> Recipe:
 
     def judge(field: mfx.AbstractField, setting: Setting) -> dict[str, float]:
         x = digits.pixels(np.asarray(one_step(field, jr.normal(NOISE_KEY, (len(label), 1, 8, 8)), label)))
-        read = float(np.mean(judge_of.read(x, data.every.label)))
+        read = float(np.mean(judge_of.read(x, digits.label_of(data.every))))
         return {"distance": judge_of.frechet(x), "read correctly": read}
 
     def make_field(variables: mfx.nn.TimeVariables, key: Key[Array, ""]) -> mfx.AbstractField:

@@ -5,6 +5,8 @@
     python experiments/toy_2d.py --data two_moons pinwheel --methods MeanFlow Exact WrongTangent
     python experiments/toy_2d.py --preset long                   one network, trained for an hour
 
+A run that was stopped, or killed, continues by the same command.
+
 A data set is a Gaussian mixture, so its velocity v is known in closed form and its average velocity u by integration.
 Every method is held against that truth, and its samples against the density. README.md beside this file has figures.
 """
@@ -29,7 +31,7 @@ from jaxtyping import Array, Float, install_import_hook, Key
 # Shapes and types are checked while the step is traced. JAXTYPING_DISABLE=1 turns this off.
 with install_import_hook("mf_eqx", "beartype.beartype"):
     import mf_eqx as mfx
-    from mf_eqx import exact, metrics, run
+    from mf_eqx import checkpoint, exact, metrics, run
 
 DATA: dict[str, Callable[[], exact.GaussianMixture]] = {
     "eight_gaussians": exact.eight_gaussians,
@@ -119,6 +121,8 @@ class Config:
     """Trainings at a time."""
     quick: bool = False
     """Only the first data set and one seed; at most 600 steps, 1000 samples (5000 of the large), 500 rows."""
+    name: str = ""
+    """Directory of the run below runs/toy_2d; by default a digest of the configuration: the same command continues."""
 
     def __post_init__(self):
         for name, known in (("data", DATA), ("methods", METHODS)):
@@ -217,8 +221,10 @@ def make_problem(config: Config, name: str) -> Problem:
     return Problem(name, mixture, distribution, truth, known, data, limit)
 
 
-def train(config: Config, problem: Problem, method: str, seed: int) -> Generator[Any, None, mfx.AbstractField]:
-    """The averaged field, after reports of its steps."""
+def train(
+    config: Config, problem: Problem, method: str, seed: int, checkpoints: checkpoint.Checkpoints | None = None
+) -> Generator[Any, None, mfx.AbstractField]:
+    """The averaged field, after reports of its steps; continued from checkpoints if there are any."""
     field_key, run_key = jr.split(jr.key(seed))
     step = train_step(config, method)
     if config.marginal:
@@ -227,7 +233,8 @@ def train(config: Config, problem: Problem, method: str, seed: int) -> Generator
         )
     field = mfx.MLP(2 * config.copies, width=config.width, depth=config.depth, key=field_key)
     state = mfx.init_state(field, step.optimizer, step.averages, key=run_key)
-    state = yield from run.scan_in_chunks(step, state, Draw(problem.distribution, config.batch), config.steps)
+    batches = Draw(problem.distribution, config.batch)
+    state = yield from run.scan_in_chunks(step, state, batches, config.steps, checkpoints=checkpoints)
     return Instantaneous(state.averages[0]) if method == "FlowMatching" else state.averages[0]
 
 
@@ -311,9 +318,15 @@ def large_distance(config: Config, problem: Problem, x: Float[Array, "rows dim"]
     return float(metrics.sliced_wasserstein(x, data, key=SLICE_KEY))
 
 
-def one_cell(config: Config, cell: tuple[Problem, str, int]) -> Generator[Any, None, Result]:
+def one_cell(
+    config: Config, directory: run.RunDirectory, cell: tuple[Problem, str, int]
+) -> Generator[Any, None, Result]:
     problem, method, seed = cell
-    field = problem.truth if method == "Exact" else (yield from train(config, problem, method, seed))
+    if method == "Exact":
+        field = problem.truth
+    else:
+        kept = checkpoint.Checkpoints(directory.root / f"checkpoints/{problem.name}_{method}_{seed}", keep_last=1)
+        field = yield from train(config, problem, method, seed, kept)
     return judge(config, problem, method, seed, field)
 
 
@@ -412,7 +425,12 @@ def main(config: Config) -> None:
     with run.optional("matplotlib"):  # now rather than after the trainings
         importlib.import_module("matplotlib")
     config = shrunk(config) if config.quick else config
-    directory = run.RunDirectory.create(config)
+    with run.opened(config) as directory:
+        run_cells(config, directory, began)
+
+
+def run_cells(config: Config, directory: run.RunDirectory, began: float) -> None:
+    """Everything that the configuration asks for."""
     problems = []
     for name in config.data:
         print(f"{name}: integrating the truth at {3 * config.rows} points", flush=True)
@@ -422,7 +440,7 @@ def main(config: Config) -> None:
     results = []
     total = config.steps * sum(method != "Exact" for _, method, _ in cells)
     with run.Progress(total, shown=("boundary_error", "identity_error")) as progress:
-        cell = functools.partial(one_cell, config)
+        cell = functools.partial(one_cell, config, directory)
         for (problem, method, seed), result in run.in_parallel(cell, cells, workers=config.workers, progress=progress):
             results.append(result)
             error, distance = result.accuracy, result.quality[0].sliced_wasserstein

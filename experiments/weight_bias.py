@@ -29,7 +29,7 @@ from jaxtyping import Array, Float, install_import_hook
 # Shapes and types are checked while the step is traced. JAXTYPING_DISABLE=1 turns this off.
 with install_import_hook("mf_eqx", "beartype.beartype"):
     import mf_eqx as mfx
-    from mf_eqx import exact, metrics, run
+    from mf_eqx import checkpoint, exact, metrics, run
 
 EXACT, CONDITIONAL, MARGINAL = "flow of the weighted v", "MeanFlow, conditional target", "MeanFlow, marginal target"
 LINES = ("-", "--", ":", "-.")
@@ -110,13 +110,17 @@ class Result(NamedTuple):
     samples: Float[Array, "rows dim"]
 
 
-def judged(config: Config, problem: toy_2d.Problem, cell: Cell) -> Generator[Any, None, Result]:
+def judged(
+    config: Config, directory: run.RunDirectory, problem: toy_2d.Problem, cell: Cell
+) -> Generator[Any, None, Result]:
     if cell.kind == EXACT:
         weight = mfx.AdaptiveWeight(cell.power, cell.offset)
         # Its error is the iteration's, far above that of the solver.
         field = exact.AverageVelocity(exact.WeightedVelocity(problem.mixture, weight), rtol=1e-3, atol=1e-3)
     else:
-        field = yield from toy_2d.train(toy_config(config, cell), problem, "MeanFlow", cell.seed)
+        name = f"checkpoints/{cell.kind}_{cell.power:g}_{cell.offset:g}_{cell.seed}".replace(" ", "_")
+        kept = checkpoint.Checkpoints(directory.root / name, keep_last=1)
+        field = yield from toy_2d.train(toy_config(config, cell), problem, "MeanFlow", cell.seed, kept)
     errors = metrics.field_errors(field, problem.known)
     samples = toy_2d.generate(field, jr.normal(toy_2d.NOISE_KEY, problem.data.shape), 1)
     quality = toy_2d.quality(problem, samples)
@@ -160,13 +164,18 @@ def save_figure(path: Path, results: dict[Cell, Result]) -> None:
 def main(config: Config) -> None:
     """Hold weighted regressions against the truth."""
     began = time.perf_counter()
-    directory = run.RunDirectory.create(config)
+    with run.opened(config) as directory:
+        run_cells(config, directory, began)
+
+
+def run_cells(config: Config, directory: run.RunDirectory, began: float) -> None:
+    """Everything that the configuration asks for."""
     wanted = cells(config)
     problem = toy_2d.make_problem(toy_config(config, wanted[0]), config.data)
     results = {}
     trained = sum(cell.kind != EXACT for cell in wanted)
     with run.Progress(config.steps * trained, shown=("boundary_error", "identity_error")) as progress:
-        work = functools.partial(judged, config, problem)
+        work = functools.partial(judged, config, directory, problem)
         for cell, result in run.in_parallel(work, wanted, workers=config.workers, progress=progress):
             results[cell] = result
             shown = {name: f"{value:.3g}" for name, value in result.figures.items()}

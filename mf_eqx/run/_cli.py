@@ -4,11 +4,12 @@ Exit codes: 0 done, 2 bad input, 3 no finite loss or gradient, 4 run directory i
 run is gone, 130 and 143 stopped by SIGINT and SIGTERM; 1 with a traceback is a bug.
 
 Bad input is what the parser or the configuration's own checks refuse and, once the script's function runs, a
-`ValueError` that this package or the script itself raises, a file that cannot be opened, checkpoints that cannot be
+`ValueError` that this package or the script itself raises, a file that cannot be opened, a full disk, checkpoints that cannot be
 read or written, or a missing optional package.
 A `ValueError` from anywhere else (an array library, say) was not foreseen by a check of ours, and keeps its traceback.
 """
 
+import errno
 import inspect
 import os
 import sys
@@ -36,6 +37,8 @@ _EXPECTED = {
     (Separated,): 5,
 }
 """Exit codes of errors whose message says all."""
+_NO_ROOM = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS)
+"""A disk that takes no more: what writes knows no file's name."""
 
 
 def main(
@@ -94,7 +97,7 @@ def _ending(error: BaseException, script: str) -> tuple[int, str]:
     for kinds, code in _EXPECTED.items():
         if isinstance(error, kinds):
             return code, f"error: {error}"
-    unreadable = isinstance(error, OSError) and error.filename is not None
+    unreadable = isinstance(error, OSError) and (error.filename is not None or error.errno in _NO_ROOM)
     if unreadable or (isinstance(error, ValueError) and _is_raised_by_us(error, script)):
         return 2, f"error: {error} ({_TRACEBACK}=1 shows where)"
     return 1, ""

@@ -89,7 +89,9 @@ class RunDirectory:
         path = self.root / "metrics.jsonl"
         if path.exists():
             kept = [record for record in self.records() if record["step"] <= step]
-            _replace(path, "".join(json.dumps(record, allow_nan=False) + "\n" for record in kept))
+            text = "".join(json.dumps(record, allow_nan=False) + "\n" for record in kept)
+            if text != path.read_text(encoding="utf-8"):
+                _replace(path, text)
 
     def add_session(self, start: int, stop: int, seconds: Mapping[str, float]) -> None:
         """Add to `summary.json` where the time between two steps went, and sum up over all sessions.

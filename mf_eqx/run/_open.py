@@ -2,52 +2,84 @@
 
 import contextlib
 import json
+import os
 import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from ._directory import as_json, RunDirectory
 from ._lock import locked
 from ._processes import once
-from ._settings import default_name, difference, recipe, Settings
+from ._settings import default_name, difference, recipe
+
+_OF_EVERY_START = (".lock", "config.json", "starts.jsonl")
 
 
 @contextlib.contextmanager
-def opened(config: Settings, *, root: str | Path = "runs", script: str | None = None) -> Iterator[RunDirectory]:
+def opened(config: Any, *, root: str | Path = "runs", script: str | None = None) -> Iterator[RunDirectory]:
     """The directory `root/script/name` of a run, made or found, and locked while the context lasts.
 
-    With `config.test_run` it is another one beside it, begun anew; with `config.dry_run` nothing is made.
+    Its name is `config.name`, if there is one, or made of all fields that say what is learnt, so that the same command
+    finds the same directory. With `config.test_run` it is another one beside it, begun anew; with `config.dry_run`
+    nothing is made.
 
-    **Arguments:** `config`, whose `name` is by default made of all its fields that say what is learnt; `root` of all
-    runs; `script` the name of the running script by default.
+    **Arguments:** `config` a `Settings` or another dataclass; `root` of all runs; `script` the name of the running
+    script by default.
 
     **Raises:** `ValueError` if `config.name` does not stay below `root/script`, or names a run of another
     configuration, with what differs; `InUse` if another process trains there. Nothing is changed then.
     """
     parent = Path(root) / (Path(sys.argv[0]).stem if script is None else script)
-    name = Path(config.name or default_name(config))
+    given = getattr(config, "name", "")
+    name = Path(given or default_name(config))
     if name.is_absolute() or ".." in name.parts or not name.parts:
-        raise ValueError(f"name must be a path below {parent}, got {config.name!r}")
-    path = parent / (name.with_name(name.name + "-test") if config.test_run else name)
-    if config.dry_run:
+        raise ValueError(f"name must be a path below {parent}, got {given!r}")
+    is_test = getattr(config, "test_run", False)
+    path = parent / (name.with_name(name.name + "-test") if is_test else name)
+    if getattr(config, "dry_run", False):
         yield RunDirectory(path)
         return
     with contextlib.ExitStack() as stack:
-        once(lambda: _enter(stack, config, path))
+        once(lambda: _enter(stack, config, path, is_test))
         yield RunDirectory(path)
 
 
-def _enter(stack: contextlib.ExitStack, config: Settings, path: Path) -> None:
+def _enter(stack: contextlib.ExitStack, config: Any, path: Path, is_test: bool) -> None:
     """Lock the directory, in the first process; check that it is this run's, or make it so."""
     _check_kind(path)
-    if not config.test_run:
+    if not is_test:
         _check_recipe(config, path)
+    stack.enter_context(_taken_back_if_refused(path))
     path.mkdir(parents=True, exist_ok=True)
     stack.enter_context(locked(path))
-    if config.test_run:
+    if is_test:
         _empty(path)
     RunDirectory(path).add_start(config)
+
+
+@contextlib.contextmanager
+def _taken_back_if_refused(path: Path) -> Iterator[None]:
+    """A context after whose refusal, a `ValueError` before anything was trained, the directory is as it was."""
+    starts = path / "starts.jsonl"
+    was_there, before = path.exists(), _others(path)
+    size = starts.stat().st_size if starts.exists() else 0
+    try:
+        yield
+    except ValueError:
+        if _others(path) == before:
+            if was_there and starts.exists():
+                os.truncate(starts, size)
+            elif not was_there:
+                shutil.rmtree(path, ignore_errors=True)
+        raise
+
+
+def _others(path: Path) -> dict[Path, int]:
+    """All files but those that every start writes, with the time of their last change."""
+    files = [file for file in path.rglob("*") if file.is_file() and file.name not in _OF_EVERY_START]
+    return {file: file.stat().st_mtime_ns for file in files}
 
 
 def _check_kind(path: Path) -> None:
@@ -57,7 +89,7 @@ def _check_kind(path: Path) -> None:
         raise ValueError(f"name must be that of a run or new, but {path} has files and no config.json")
 
 
-def _check_recipe(config: Settings, path: Path) -> None:
+def _check_recipe(config: Any, path: Path) -> None:
     """Refuses to continue another run."""
     file = path / "config.json"
     if not file.exists():

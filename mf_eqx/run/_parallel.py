@@ -7,6 +7,7 @@ import concurrent.futures
 import contextlib
 import math
 import threading
+import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import TypeVar
 
@@ -15,6 +16,7 @@ from jaxtyping import Array, ArrayLike, Key
 
 from .._objective import Batch, Mean, Metrics
 from .._train import scan_steps, TrainState, TrainStep
+from ..checkpoint import Checkpoints
 from ._progress import Progress
 
 _Task = TypeVar("_Task")
@@ -28,10 +30,13 @@ def scan_in_chunks(
     steps: int,
     *,
     most: int = 250,
+    checkpoints: Checkpoints | None = None,
+    save_seconds: float = 30.0,
 ) -> Generator[tuple[int, Metrics], None, TrainState]:
     """A training by `mf_eqx.scan_steps` in parts, which yields `(steps, metrics)` after each: a task of `in_parallel`.
 
-    **Arguments:** `train_step`, `state`, `draw` as of `scan_steps`; `steps` in all; `most` at once.
+    **Arguments:** `train_step`, `state`, `draw` as of `scan_steps`; `steps` in all; `most` at once; `checkpoints` to
+    continue from and to keep, about every `save_seconds` and at the end: the result is the same bit by bit.
 
     **Returns:** (`state = yield from scan_in_chunks(...)`) the last state.
 
@@ -41,11 +46,26 @@ def scan_in_chunks(
         raise ValueError(f"steps must be >= 0 and most >= 1, got {steps} and {most}")
     # Equal parts but for the last: each other number of steps compiles a program of its own.
     size = math.ceil(steps / math.ceil(steps / most)) if steps else 1
-    for start in range(0, steps, size):
+    done, state = (0, state) if checkpoints is None else _newest(checkpoints, state)
+    if done:
+        yield done, {}
+    saved = time.monotonic()
+    for start in range(done, steps, size):
         number = min(size, steps - start)
         state, metrics = scan_steps(train_step, state, draw, number)
         yield number, jax.block_until_ready(metrics)
+        if checkpoints is not None and (start + number == steps or time.monotonic() - saved > save_seconds):
+            checkpoints.save(start + number, state)
+            checkpoints.wait()
+            saved = time.monotonic()
     return state
+
+
+def _newest(checkpoints: Checkpoints, state: TrainState) -> tuple[int, TrainState]:
+    """The newest good checkpoint, or the state as it is."""
+    checkpoints.clean()
+    restored = checkpoints.load(lambda: state)
+    return (0, state) if restored is None else (restored.step, restored.state)
 
 
 def in_parallel(

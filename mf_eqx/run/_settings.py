@@ -73,13 +73,13 @@ def parallelism(settings: Settings) -> Parallelism | None:
     return Parallelism(fsdp=settings.fsdp) if jax.device_count() > 1 or settings.fsdp > 1 else None
 
 
-def recipe(config: Settings) -> dict[str, Any]:
-    """The script's own fields, which a run that continues must share: a configuration without the settings."""
+def recipe(config: Any) -> dict[str, Any]:
+    """The script's own fields, which a run that continues must share: a configuration without any `Settings`."""
     common = {field.name for field in dataclasses.fields(Settings)}
     return {name: value for name, value in as_json(config).items() if name not in common}
 
 
-def default_name(config: Settings) -> str:
+def default_name(config: Any) -> str:
     """The same for the same recipe, else another."""
     return hashlib.sha256(json.dumps(recipe(config), sort_keys=True).encode()).hexdigest()[:8]
 

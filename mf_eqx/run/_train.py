@@ -135,9 +135,13 @@ class _Training:
                     state = self._advance(state, batch)
                 self._finish_saving()
         finally:
-            if is_first():
-                self.directory.add_session(self.start, self.number, self.watch.seconds())
+            with contextlib.suppress(OSError):  # a full disk is told by whatever could not be written before
+                self._summarise()
         return state
+
+    def _summarise(self) -> None:
+        if is_first():
+            self.directory.add_session(self.start, self.number, self.watch.seconds())
 
     # Before the first step
 
