@@ -1,11 +1,11 @@
 """The command line of a script: a typed configuration in, one line out when the input is bad.
 
-Exit codes: 0 done, 2 bad input, 3 no finite loss or gradient, 4 run directory in use, 5 another process of the
-run is gone, 130 and 143 stopped by SIGINT and SIGTERM; 1 with a traceback is a bug.
+Exit codes: 0 done, 2 bad input, 3 no finite loss or gradient, 4 run directory in use, 5 another process of the run is
+gone, 130 and 143 stopped by SIGINT and SIGTERM; 1 with a traceback is a bug.
 
 Bad input is what the parser or the configuration's own checks refuse and, once the script's function runs, a
-`ValueError` that this package or the script itself raises, a file that cannot be opened, a full disk, checkpoints that cannot be
-read or written, or a missing optional package.
+`ValueError` that this package or the script itself raises, a file that cannot be opened, a full disk, checkpoints that
+cannot be read or written, or a missing optional package.
 A `ValueError` from anywhere else (an array library, say) was not foreseen by a check of ours, and keeps its traceback.
 """
 
