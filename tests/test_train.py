@@ -1,8 +1,4 @@
-import json
-import os
-import pathlib
-import subprocess
-import sys
+import re
 
 import equinox as eqx
 import jax
@@ -11,6 +7,8 @@ import jax.random as jr
 import numpy as np
 import optax
 import pytest
+from devices import run_on_devices
+from fields import quick_jit
 
 import mf_eqx as mfx
 from mf_eqx._train import _DRAW
@@ -108,6 +106,24 @@ def test_kinds_of_rows_one_after_the_other_give_the_gradient_and_metrics_of_all_
     for name, mean in metrics.items():
         np.testing.assert_allclose(seen[name].total, mean.total, rtol=1e-12)
         np.testing.assert_array_equal(seen[name].count, mean.count)
+
+
+@pytest.mark.parametrize("share", [0.25, 1])
+def test_rows_in_turn_have_the_gradient_and_metrics_of_all_together(x64, share):
+    sgd, start = optax.sgd(1.0), mfx.nn.cast(field(), jnp.float64)
+    rows = mfx.Batch(jr.normal(jr.key(2), (2 * ROWS, DIM), jnp.float64))
+
+    def run(accumulation):
+        step = mfx.TrainStep(mfx.Objective(identity_share=share), sgd, accumulation=accumulation)
+        return quick_jit(step)(mfx.init_state(start, sgd, key=jr.key(1)), rows)
+
+    (whole, together), (found, in_turn) = run(1), run(4)
+    for after, expected, before in zip(*map(leaves, (found.field, whole.field, start)), strict=True):
+        np.testing.assert_allclose(before - after, before - expected, rtol=1e-12, atol=1e-12)
+    assert in_turn.keys() == together.keys()
+    for name, mean in together.items():
+        np.testing.assert_allclose(in_turn[name].total, mean.total, rtol=1e-12)
+        np.testing.assert_array_equal(in_turn[name].count, mean.count)
 
 
 def test_averages_follow_the_parameters():
@@ -241,6 +257,87 @@ def test_randomness_of_a_step_comes_from_the_run_and_the_number_of_the_step():
 def test_key_of_the_run_is_never_changed():
     current, _ = mfx.TrainStep(Probe(), OPTIMIZER)(state((), seed=5), batch())
     assert current.key == jr.key(5)
+
+
+# Faults
+
+
+class Cliff(mfx.AbstractObjective):
+    """sqrt(mean of the data) in value, but its gradient is 1 / (2 sqrt): finite and infinite at zero."""
+
+    def __call__(self, field, batch, *, key, context=None):
+        nothing = jnp.sum(field.rates - jax.lax.stop_gradient(field.rates))
+        loss = jnp.sqrt(jnp.mean(batch.x) + nothing)
+        return loss, {"loss": mfx.Mean(loss, jnp.ones(()))}
+
+
+def good():
+    return mfx.Batch(jnp.ones((ROWS, DIM)))
+
+
+def nan_row(row=5):
+    return mfx.Batch(jnp.ones((ROWS, DIM)).at[row, 1].set(jnp.nan))
+
+
+def zeros():
+    return mfx.Batch(jnp.zeros((ROWS, DIM)))
+
+
+def learnt(current):
+    """Bits of everything that a bad step must leave alone, on the host."""
+    return [leaf.tobytes() for leaf in leaves((current.field, current.opt_state, current.averages))]
+
+
+def counters(current):
+    return [int(current.faults.total), int(current.faults.in_row), int(current.faults.last), int(current.step)]
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+@pytest.mark.parametrize(("objective", "bad"), [(Probe, nan_row), (Cliff, zeros)])
+def test_bad_step_changes_no_bit_of_field_optimizer_and_averages(objective, bad, accumulation):
+    step = mfx.TrainStep(objective(), OPTIMIZER, AVERAGES, accumulation=accumulation)
+    current, _ = step(state(), good())
+    before = learnt(current)
+    current, metrics = step(current, bad())
+    assert not np.isfinite(metrics["gradient_norm"].value)
+    assert learnt(current) == before
+    assert learnt(step(current, good())[0]) != before
+
+
+def test_loss_at_the_cliff_is_finite_and_its_gradient_is_not():
+    _, metrics = mfx.TrainStep(Cliff(), OPTIMIZER)(state(()), zeros())
+    assert metrics["loss"].value == 0 and metrics["gradient_norm"].value == np.inf
+
+
+def test_loss_that_is_not_finite_is_a_fault_even_if_its_gradient_is():
+    class Lost(mfx.AbstractObjective):
+        def __call__(self, field, batch, *, key, context=None):
+            loss = jnp.sum(field.weight**2) + jnp.sum(batch.x)
+            return loss, {"loss": mfx.Mean(loss, jnp.ones(()))}
+
+    current = state()
+    before = learnt(current)
+    current, metrics = mfx.TrainStep(Lost(), OPTIMIZER, AVERAGES)(current, nan_row())
+    assert np.isfinite(metrics["gradient_norm"].value)
+    assert learnt(current) == before and counters(current) == [1, 1, 1, 1]
+
+
+def test_faults_are_counted_in_all_and_in_a_row_and_the_last_is_named():
+    step, current, seen = mfx.TrainStep(Probe(), OPTIMIZER, AVERAGES), state(), []
+    for rows in (good(), nan_row(), nan_row(0), good(), nan_row(), good()):
+        current, _ = step(current, rows)
+        seen.append(counters(current))
+    assert seen == [[0, 0, 0, 1], [1, 1, 2, 2], [2, 2, 3, 3], [2, 0, 3, 4], [3, 1, 5, 5], [3, 0, 5, 6]]
+
+
+def test_step_after_a_bad_one_is_the_step_of_its_number_from_the_state_before():
+    step = mfx.TrainStep(Probe(), OPTIMIZER)
+    current, bad = step(state(()), nan_row())
+    after, found = step(current, good())
+    late = eqx.tree_at(lambda s: s.step, state(()), jnp.asarray(1, jnp.int32))
+    expected_after, expected = step(late, good())
+    assert found["draw"].value == expected["draw"].value != bad["draw"].value
+    assert learnt(after) == learnt(expected_after)
 
 
 # Preparation of rows
@@ -392,29 +489,60 @@ def test_batch_that_the_split_does_not_divide_is_refused():
 
 @pytest.fixture(scope="module")
 def on_devices():
-    tests = pathlib.Path(__file__).parent
-    # The other two halve the time of compiling and change no pass that places collectives.
-    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-    flags = f"{os.environ.get('XLA_FLAGS', '')} {flags} --xla_llvm_disable_expensive_passes=true"
-    path = os.pathsep.join([str(tests), str(tests.parent), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": path}
-    result = subprocess.run(
-        [sys.executable, tests / "train_on_devices.py"], env=environment, capture_output=True, text=True
-    )
-    assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout.splitlines()[-1])
+    return run_on_devices("train_on_devices.py")
 
 
-def test_training_gives_the_same_numbers_on_one_and_eight_devices(on_devices):
-    assert on_devices["float32"] <= 1e-6
+LAYOUTS = (
+    "2 devices",
+    "4 devices",
+    "8 devices",
+    "2 x fsdp 4",
+    "1 x fsdp 2",
+    "4 x 16 rows in turn",
+    "2 devices, 2 x 16 rows in turn",
+)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_training_gives_the_same_numbers_however_rows_are_spread(on_devices, layout):
+    assert on_devices["layouts"][layout]["difference"] <= 1e-6
+
+
+def test_training_gives_the_same_numbers_on_one_and_eight_devices_in_float64(on_devices):
     assert on_devices["float64"] <= 1e-14
 
 
-@pytest.mark.parametrize("form", ["unrolled", "scanned"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_new_state_takes_the_place_of_the_old_one_wherever_it_lies(on_devices, layout):
+    found = on_devices["layouts"][layout]
+    assert found["kept"] == 0
+    assert found["strayed"] == []
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_bad_row_of_one_device_or_turn_changes_nothing_anywhere(on_devices, layout):
+    found = on_devices["layouts"][layout]
+    assert found["unchanged"]
+    assert found["counted"] == [1, 1, 21, 21]
+
+
+@pytest.mark.parametrize("form", ["unrolled", "scanned", "in turn"])
 def test_step_on_eight_devices_has_one_all_reduce_and_no_other_collective(on_devices, form):
     found = on_devices[form]
     assert found.pop("all-reduce") == 1
     assert not any(found.values()), found
+
+
+def test_shared_parameters_are_gathered_and_no_row_moves_between_devices(on_devices):
+    found = on_devices["shared"]
+    assert found["all-gather"] > 0
+    assert found["all-to-all"] == found["collective-permute"] == 0, found
+
+
+def test_batch_that_the_devices_do_not_divide_is_refused_with_the_numbers(on_devices):
+    rule = r"batch must be a positive multiple of 4 .* x 8 \(data shards\) x 1 \(accumulation steps\) = 32, got 40"
+    assert re.match(rule, on_devices["refused"]["40"])
+    assert on_devices["refused"]["20"] == "batch must be a multiple of the 8 devices that share it, got 20"
 
 
 def test_batch_that_the_accumulation_steps_do_not_divide_is_refused():

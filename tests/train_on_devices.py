@@ -2,6 +2,7 @@
 
 import json
 import re
+from typing import NamedTuple
 
 import equinox as eqx
 import jax
@@ -16,48 +17,133 @@ import mf_eqx as mfx
 COLLECTIVES = ("all-reduce", "all-gather", "all-to-all", "collective-permute", "reduce-scatter")
 OPTIMIZER = optax.sgd(0.1)  # not Adam, which would hide a wrong scale of the gradients
 AVERAGES = (mfx.ExponentialAverage(0.9),)
-ROWS = 32
+ROWS, STEPS = 64, 20
 
 
-def make(make_field, devices, fsdp=1):
-    """Step, state on every device, and a function that spreads the rows of a batch over the devices."""
+class Layout(NamedTuple):
+    """How the rows of one batch are spread."""
+
+    devices: int
+    fsdp: int = 1
+    accumulation: int = 1
+
+
+ONE = Layout(1)
+LAYOUTS = {
+    "2 devices": Layout(2),
+    "4 devices": Layout(4),
+    "8 devices": Layout(8),
+    "2 x fsdp 4": Layout(8, fsdp=4),
+    "1 x fsdp 2": Layout(2, fsdp=2),
+    "4 x 16 rows in turn": Layout(1, accumulation=4),
+    "2 devices, 2 x 16 rows in turn": Layout(2, accumulation=2),
+}
+
+
+def make(make_field, layout):
+    """Step, state where it belongs, and a function that spreads the rows of a batch over the devices."""
+    devices, fsdp, accumulation = layout
     parallelism = mfx.Parallelism(devices // fsdp, fsdp, least_size=64, devices=jax.devices()[:devices])
     objective = mfx.Objective(guidance=mfx.Guidance(2.0, 0.5), label_dropout=mfx.LabelDropout(0.1, 4))
     state = parallelism.make(lambda: mfx.init_state(make_field(), OPTIMIZER, AVERAGES, key=jr.key(1)))
+    step = mfx.TrainStep(objective, OPTIMIZER, AVERAGES, accumulation=accumulation, parallelism=parallelism)
 
     def spread(x):
-        return parallelism.place(mfx.Batch(x, np.arange(ROWS) % 4))
+        return parallelism.place(mfx.Batch(x, np.arange(len(x)) % 4))
 
-    return mfx.TrainStep(objective, OPTIMIZER, AVERAGES, parallelism=parallelism), state, spread
+    return step, state, spread
 
 
-def train(devices, dtype, steps=5, fsdp=1):
+def make_small(layout, dtype):
     field = mfx.nn.cast(refilled(mfx.MLP(2, width=32, depth=2, labels=4, key=jr.key(0))), dtype)
-    step, state, spread = make(lambda: field, devices, fsdp)
-    for i in range(steps):
-        state, metrics = step(state, spread(np.random.default_rng(i).standard_normal((ROWS, 2)).astype(dtype)))
+    return make(lambda: field, layout)
+
+
+def rows(seed, dtype, number=ROWS):
+    return np.random.default_rng(seed).standard_normal((number, 2)).astype(dtype)
+
+
+def arrays(tree):
+    return jax.tree.leaves_with_path(eqx.filter(tree, eqx.is_array))
+
+
+def on_host(state):
+    """Bits of everything that a bad step must leave alone."""
+    return [np.asarray(leaf).tobytes() for _, leaf in arrays((state.field, state.opt_state, state.averages))]
+
+
+def train(layout, dtype):
+    """The numbers after all steps, leaves that were not donated or not where they had been, and what a bad row did."""
+    step, state, spread = make_small(layout, dtype)
+    strayed, kept = set(), 0
+    for seed in range(STEPS):
+        before, (state, metrics) = state, step(state, spread(rows(seed, dtype)))
+        kept += sum(not leaf.is_deleted() for _, leaf in arrays(before))
+        for (path, old), (_, new) in zip(arrays(before), arrays(state), strict=True):
+            if not new.sharding.is_equivalent_to(old.sharding, old.ndim):
+                strayed.add(jax.tree_util.keystr(path))
     values = (state.field, state.averages, {name: mean.value for name, mean in metrics.items()})
-    return [np.asarray(leaf) for leaf in jax.tree.leaves(eqx.filter(values, eqx.is_inexact_array))]
+    numbers = [np.asarray(leaf) for leaf in jax.tree.leaves(eqx.filter(values, eqx.is_inexact_array))]
+
+    good, bad = on_host(state), rows(0, dtype)
+    bad[ROWS // 2 + 1] = np.nan
+    state, _ = step(state, spread(bad))
+    counted = [int(state.faults.total), int(state.faults.in_row), int(state.faults.last), int(state.step)]
+    found = {"kept": kept, "strayed": sorted(strayed), "unchanged": on_host(state) == good, "counted": counted}
+    return numbers, found
 
 
-def difference(dtype):
-    """The largest relative difference between training on one device and on eight."""
-    pairs = zip(train(1, dtype), train(8, dtype), strict=True)
-    return max(float(np.nanmax(np.abs(one - eight)) / np.nanmax(np.abs(one))) for one, eight in pairs)
+def difference(numbers, others):
+    """The largest relative difference between the numbers of two trainings, each array by its largest number."""
+    pairs = list(zip(numbers, others, strict=True))
+    if any(np.any(np.isnan(a) != np.isnan(b)) for a, b in pairs):  # NaN where nothing was counted
+        return float("inf")
+    return max(float(np.nanmax(np.abs(a - b)) / np.nanmax(np.abs(a))) for a, b in pairs)
 
 
-def collectives(fsdp=1, **options):
-    """How often each collective stands in the compiled step."""
+def layouts():
+    """How training in each layout differs from training on one device."""
+    expected, result = train(ONE, jnp.float32)[0], {}
+    for name, layout in LAYOUTS.items():
+        numbers, found = train(layout, jnp.float32)
+        result[name] = {**found, "difference": difference(expected, numbers)}
+    return result
+
+
+def make_dit(layout, **options):
     size = mfx.DiTSize(depth=2, width=16, heads=2, patch=2)
-    step, state, spread = make(lambda: mfx.DiT((1, 4, 4), size, labels=4, **options, key=jr.key(0)), 8, fsdp)
-    compiled = eqx.filter_jit(step).lower(state, spread(np.zeros((ROWS, 1, 4, 4), np.float32))).compile()
+    return make(lambda: mfx.DiT((1, 4, 4), size, labels=4, **options, key=jr.key(0)), layout)
+
+
+def collectives(made, data_shape):
+    """How often each collective stands in the compiled step."""
+    step, state, spread = made
+    compiled = eqx.filter_jit(step).lower(state, spread(np.zeros((ROWS, *data_shape), np.float32))).compile()
     text = compiled.compiled.as_text()
     return {name: len(re.findall(rf" {name}(?:-start)?\(", text)) for name in COLLECTIVES}
 
 
+def refusal(number):
+    """What is said about a batch of so many rows."""
+    step, state, spread = make_small(Layout(8, fsdp=4), jnp.float32)
+    try:
+        step(state, spread(rows(0, np.float32, number)))
+    except ValueError as error:
+        return str(error)
+    return "none"
+
+
 if __name__ == "__main__":
     assert jax.device_count() == 8
-    result = {"scanned": collectives(), "unrolled": collectives(unroll=True), "float32": difference(jnp.float32)}
+    result = {
+        "scanned": collectives(make_dit(Layout(8)), (1, 4, 4)),
+        "unrolled": collectives(make_dit(Layout(8), unroll=True), (1, 4, 4)),
+        "in turn": collectives(make_small(Layout(8, accumulation=2), jnp.float32), (2,)),
+        "shared": collectives(make_dit(Layout(8, fsdp=4)), (1, 4, 4)),
+        "layouts": layouts(),
+        "refused": {number: refusal(number) for number in (40, 20)},
+    }
     with jax.enable_x64(True):
-        result["float64"] = difference(jnp.float64)
+        wide = [train(layout, jnp.float64)[0] for layout in (ONE, LAYOUTS["8 devices"])]
+        result["float64"] = difference(*wide)
     print(json.dumps(result))

@@ -1,6 +1,7 @@
 """A tiny training script, which tests run as a process: kill it, stop it, feed it bad things, start it again."""
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -79,27 +80,50 @@ class Marked(data.AbstractSource):
         return data.Rows(self.x[rows], self.label[rows])
 
 
-def main(config):
-    """Train on points."""
-    parallelism = run.parallelism(config)
-    optimizer = optax.sgd(0.05) if config.sgd else optax.adam(1e-2)
+@functools.cache
+def parts(width, half, sgd, share, accumulation, parallelism):
+    """The step and the function that makes the first state, the same objects for the same arguments: compiled once."""
+    optimizer = optax.sgd(0.05) if sgd else optax.adam(1e-2)
     averages = [mfx.ExponentialAverage(0.9)]
-    dropout = mfx.LabelDropout(0.1, 3)
-    objective = mfx.Objective(identity_share=config.share, label_dropout=dropout, guidance=mfx.Guidance(1.5, 0.0))
-    step = mfx.TrainStep(objective, optimizer, averages, Spoil(), config.accumulation, parallelism)
+    objective = mfx.Objective(
+        identity_share=share, label_dropout=mfx.LabelDropout(0.1, 3), guidance=mfx.Guidance(1.5, 0.0)
+    )
+    step = mfx.TrainStep(objective, optimizer, averages, Spoil(), accumulation, parallelism)
 
     def make_state():
-        field = mfx.MLP(2, width=config.width, depth=1, labels=3, key=jr.key(1))
-        return mfx.init_state(Half(field) if config.half else field, optimizer, averages, key=jr.key(0))
+        field = mfx.MLP(2, width=width, depth=1, labels=3, key=jr.key(1))
+        return mfx.init_state(Half(field) if half else field, optimizer, averages, key=jr.key(0))
 
-    def preview(state, path):
+    return step, make_state
+
+
+def train(config, directory, *, source=None, preview=None, loggers=(), steps=None):
+    """The last state of a run in an open directory."""
+    parallelism = run.parallelism(config)
+    step, make_state = parts(config.width, config.half, config.sgd, config.share, config.accumulation, parallelism)
+
+    def picture(state, path):
         path.write_bytes(b"a picture")
         time.sleep(config.pause)
 
-    stream = data.Stream(Marked(config), config.batch, parallelism=parallelism, shuffle=not config.bad_steps)
+    source = Marked(config) if source is None else source
+    stream = data.Stream(source, config.batch, parallelism=parallelism, shuffle=not config.bad_steps)
+    return run.train(
+        config,
+        step,
+        make_state,
+        stream,
+        directory,
+        steps=config.steps if steps is None else steps,
+        preview=picture if preview is None else preview,
+        loggers=loggers,
+    )
+
+
+def main(config):
+    """Train on points."""
     with run.opened(config, root=os.environ.get("RUNS", "runs")) as directory:
-        state = run.train(config, step, make_state, stream, directory, steps=config.steps, preview=preview)
-        found = digests(state)
+        found = digests(train(config, directory))
         run.tell("digest " + hashlib.sha256(json.dumps(found).encode()).hexdigest())
 
 

@@ -21,7 +21,7 @@ class Logger(Protocol):
         ...
 
 
-class TensorBoardLogger:
+class TensorBoardLogger(Logger):
     """Metrics as scalars for TensorBoard; of a metric in bins, one scalar per bin. Needs the extra `tensorboard`.
 
     **Arguments:** `folder` of the event files.
@@ -40,7 +40,7 @@ class TensorBoardLogger:
         self._writer.close()
 
 
-class WandbLogger:
+class WandbLogger(Logger):
     """Metrics for Weights & Biases. A run that is continued here continues there. Needs the extra `wandb`.
 
     **Arguments:** `project`; `name` of the run; `folder` for its local files; `config` of the run.

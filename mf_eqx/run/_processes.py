@@ -125,8 +125,10 @@ class Stopped(Exception):
     """A run that was told to stop and has saved its state. **Arguments:** `signal` its number; `step` last done."""
 
     def __init__(self, signal: int, step: int):
-        super().__init__(f"stopped by {_name(signal)} after step {step}; the same command continues")
-        self.signal = signal
+        self.signal, self.step = signal, step
+
+    def __str__(self) -> str:
+        return f"stopped by {_name(self.signal)} after step {self.step}; the same command continues"
 
 
 class StopSignals:

@@ -5,27 +5,16 @@ import json
 import pathlib
 import re
 
+import jax
 import numpy as np
 import pytest
 
-from mf_eqx import run
+from mf_eqx import checkpoint, run
 
 SCRIPT = pathlib.Path(__file__).parents[2] / "experiments" / "digits.py"
 SMALL = [
-    "--steps",
-    "6",
-    "--batch",
-    "16",
-    "--width",
-    "8",
-    "--depth",
-    "1",
-    "--heads",
-    "2",
-    "--preview-every",
-    "3",
-    "--warmup",
-    "2",
+    *("--steps", "6", "--batch", "16", "--width", "8", "--depth", "1", "--heads", "2"),
+    *("--warmup", "2", "--preview-every", "3", "--save-every", "4", "--log-every", "2"),
 ]
 
 
@@ -41,21 +30,46 @@ def digits():
 
 @pytest.fixture(scope="module")
 def finished(digits, tmp_path_factory):
-    """The directory of a finished run with guidance and the comparison, and what it printed."""
+    """The directory of a finished run with guidance and the comparison."""
     root = tmp_path_factory.mktemp("digits")
+    optimised = jax.config.values["jax_disable_most_optimizations"]
+    jax.config.update("jax_disable_most_optimizations", True)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
         run.main(digits.main, digits.PRESETS, argv=["--preset", "guided", "--compare", *SMALL])
     (directory,) = (root / "runs").glob("*/*")
-    return directory
+    yield directory
+    jax.config.update("jax_disable_most_optimizations", optimised)
 
 
 def test_a_run_leaves_config_metrics_pictures_and_results(finished):
-    for name in ("config.json", "comparison.png"):
+    for name in ("config.json", "starts.jsonl", "comparison.png"):
         assert (finished / name).stat().st_size > 0
     for method in ("meanflow", "flow_matching"):
-        for name in ("metrics.jsonl", "preview_00003.png", "preview_00006.png", "samples.png", "curves.png"):
+        for name in ("metrics.jsonl", "summary.json", "samples.png", "curves.png"):
             assert (finished / method / name).stat().st_size > 0
+
+
+def test_each_method_has_checkpoints_previews_and_metrics_of_its_own(finished):
+    for method in ("meanflow", "flow_matching"):
+        assert [record["step"] for record in run.RunDirectory(finished / method).records()] == [2, 4, 6]
+        assert sorted(path.name for path in (finished / method / "previews").iterdir()) == [
+            "00000003.png",
+            "00000006.png",
+        ]
+        assert checkpoint.Checkpoints(finished / method / "checkpoints").steps() == [4, 6]
+
+
+def test_the_same_command_again_judges_the_same_networks_and_trains_nothing(finished, digits, capsys, monkeypatch):
+    def results():
+        return json.loads((finished / "results.json").read_text())
+
+    before, kept = results(), {path: path.read_bytes() for path in finished.rglob("metrics.jsonl")}
+    monkeypatch.chdir(finished.parents[2])
+    run.main(digits.main, digits.PRESETS, argv=["--preset", "guided", "--compare", *SMALL, "--save-every", "5"])
+    assert capsys.readouterr().out.count(": finished step 6 of 6") == 2
+    assert results() == before
+    assert {path: path.read_bytes() for path in finished.rglob("metrics.jsonl")} == kept
 
 
 def test_results_have_references_and_every_number_of_evaluations(finished):
@@ -103,6 +117,8 @@ def test_pixels_undo_the_scaling_of_the_data(digits):
         ("--patch 0", "--patch must be >= 1, got 0"),
         ("--label-dropout 0 --preset guided", "--label-dropout must be > 0 with guidance"),
         ("--mix 1", r"--mix must lie in \[0, 1\), got 1.0"),
+        ("--save-every 0", "--save-every must be >= 1, got 0"),
+        ("--name ../elsewhere", "name must be a path below"),
         ("--stepz 3", "unknown argument --stepz, did you mean --steps"),
     ],
 )
@@ -113,4 +129,16 @@ def test_bad_input_ends_in_one_line(digits, arguments, message, capsys, tmp_path
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert ended.value.code == 2
     assert re.search(message, line), line
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_dry_run_says_what_would_be_trained_and_makes_nothing(digits, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        run.main(digits.main, digits.PRESETS, argv=["--dry-run", *SMALL])
+    text = capsys.readouterr().out
+    assert not ended.value.code
+    assert (
+        '"width": 8' in text and "DiT with 5,836 parameters, 6 steps of 16 rows" in text and "memory per device" in text
+    )
     assert not list(tmp_path.iterdir())
