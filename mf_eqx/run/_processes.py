@@ -40,7 +40,8 @@ def _connect_by_flags(coordinator: str | None, processes: str | None, process: s
         raise ValueError("coordinator, processes and process must be given together, or none of them")
     if not (processes.isdecimal() and process.isdecimal() and int(process) < int(processes)):
         raise ValueError(f"process must lie in [0, processes - 1], got process {process} of processes {processes}")
-    if ":" not in coordinator:
+    host, _, port = coordinator.rpartition(":")
+    if not (host and port.isdecimal() and 0 < int(port) < 2**16):
         raise ValueError(f"coordinator must be HOST:PORT, got {coordinator!r}")
     jax.distributed.initialize(coordinator, int(processes), int(process), heartbeat_timeout_seconds=_HEARTBEAT_SECONDS)
 
