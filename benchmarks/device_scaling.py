@@ -18,9 +18,8 @@ import re
 import subprocess
 import sys
 import time
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import equinox as eqx
 import jax
 import jax.random as jr
 import numpy as np
@@ -77,6 +76,7 @@ class Result(NamedTuple):
     spread: float
     cpu_seconds: float
     compile_seconds: float
+    """To trace, lower and compile."""
     state_bytes: int
     """Per device."""
     temporary_bytes: int
@@ -98,23 +98,21 @@ def measure(config: Config, devices: int, fsdp: int) -> Result:
     x = rng.standard_normal((config.batch, *SHAPE)).astype(np.float32)
     batch = parallelism.place(mfx.Batch(x, rng.integers(0, LABELS, config.batch).astype(np.int32)))
     state = parallelism.make(make_state)
-    began = time.perf_counter()
-    jitted: Any = eqx.filter_jit(step)
-    compiled = jitted.lower(state, batch).compile().compiled
-    compile_seconds = time.perf_counter() - began
+    program = run.compile_program(step, state, batch, donate=(0,))
 
     def once() -> jax.Array:
         nonlocal state
-        state, _ = step(state, batch)
+        state, _ = program(state, batch)
         return state.step
 
-    times = run.time_interleaved({"step": once}, config.rounds, warm_up=2)["step"]
-    text, memory = compiled.as_text(), compiled.memory_analysis()
-    counts = {name: len(re.findall(rf" {name}(?:-start)?\(", text)) for name in COLLECTIVES}
-    placed = sum(placement.bytes_per_device for placement in parallelism.table(state))
+    times, cost = run.time_interleaved({"step": once}, config.rounds, warm_up=2)["step"], program.cost
+    counts = {name: len(re.findall(rf" {name}(?:-start)?\(", program.text)) for name in COLLECTIVES}
     found = {name: count for name, count in counts.items() if count}
-    seconds = (times.median, times.spread, times.median_cpu, compile_seconds)
-    return Result(devices, fsdp, *seconds, placed, memory.temp_size_in_bytes, found)
+    placed = sum(placement.bytes_per_device for placement in parallelism.table(state))
+    until_first = cost.trace_seconds + cost.lower_seconds + cost.compile_seconds
+    return Result(
+        devices, fsdp, times.median, times.spread, times.median_cpu, until_first, placed, cost.temporary_bytes, found
+    )
 
 
 def measure_apart(config: Config, devices: int, fsdp: int) -> Result:

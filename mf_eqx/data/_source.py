@@ -23,13 +23,15 @@ class AbstractSource(abc.ABC):
     """A data set, read by row numbers. Threads may share one.
 
     **Attributes:** `name` what messages call it; `row_shape` and `dtype` of one row's data; `labels` how many different
-    labels there are, from 0, or None without labels.
+    labels there are, from 0, or None without labels; `digest` of all data where it is known without reading them, or
+    None.
     """
 
     name: str
     row_shape: tuple[int, ...]
     dtype: np.dtype
     labels: int | None
+    digest: str | None = None
 
     @abc.abstractmethod
     def __len__(self) -> int:

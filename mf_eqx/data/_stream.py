@@ -92,7 +92,8 @@ class Stream:
         return _placed(map(self._place, host))
 
     def fingerprint(self) -> dict[str, Any]:
-        """What the data are: equal only for a stream of the same batches. Of the rows, 64 are looked at."""
+        """What the data are: different for a stream of other batches. Of the rows, 64 are looked at; all of them count
+        where the source knows a digest."""
         source = self.source
         sampled = np.unique(np.linspace(0, len(source) - 1, _SAMPLED).astype(np.int64))
         x, label = source.take(sampled)
@@ -104,6 +105,7 @@ class Stream:
             "dtype": str(source.dtype),
             "labels": source.labels,
             "sampled_rows_sha256": digest.hexdigest(),
+            "digest": source.digest,
             "batch": self.batch,
             "seed": self.seed if self.shuffle else None,
         }

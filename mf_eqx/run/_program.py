@@ -49,6 +49,11 @@ class Program(Generic[_Result]):
     def __init__(self, executable: Any, cost: Cost, assemble: Callable[[Any], _Result]):
         self._executable, self.cost, self._assemble = executable, cost, assemble
 
+    @property
+    def text(self) -> str:
+        """The compiled program as XLA prints it."""
+        return self._executable.as_text()
+
     def __call__(self, *inputs: PyTree[Any]) -> _Result:
         return self._assemble(self._executable(*eqx.partition(inputs, eqx.is_array)[0]))
 

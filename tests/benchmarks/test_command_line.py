@@ -13,6 +13,9 @@ from mf_eqx import run
         ("compile_time", "--model XL/2 --form scan --repeats 0", "--repeats must be >= 1, got 0"),
         ("sampling_throughput", "--evaluations 1 0", "--evaluations must be positive numbers, got (1, 0)"),
         ("one_step_vs_ode", "--data digits --samples 9", "--samples must be >= 10, got 9"),
+        ("loader_throughput", "--threads 0", "--threads must be >= 1, got 0"),
+        ("checkpoint_blocking", "--rounds 0", "--rounds must be >= 1, got 0"),
+        ("device_scaling", "--batch 12", "--batch must be a multiple of 4 x 2 devices, got 12"),
     ],
 )
 def test_bad_input_ends_in_one_line(benchmark_script, name, arguments, message, capsys, tmp_path, monkeypatch):
