@@ -24,7 +24,7 @@ from .._field import AbstractField
 from .._optional import optional
 from .._sample import sample
 from .._sharding import Parallelism
-from ._leaves import abstract, compare, leaves, rebuilt, shapes
+from ._leaves import abstract, compare, leaves, rebuilt, shapes, some
 
 _Field = TypeVar("_Field", bound=AbstractField)
 
@@ -37,10 +37,14 @@ def save_weights(path: str | Path, field: AbstractField, config: Mapping[str, An
     field is made from. The file is whole or absent. One process writes; all must call it.
 
     **Arguments:** `path` of the file; `field` usually an average; `config` anything that JSON can hold.
+
+    **Raises:** `ValueError` for arrays in bfloat16, which safetensors cannot read into NumPy (averages are float32).
     """
     with optional("safetensors", extra="export"):
         import safetensors.numpy
     arrays = {name: _on_host(leaf) for name, leaf in leaves(field).items()}
+    if unknown := [name for name, array in arrays.items() if array.dtype == jnp.bfloat16]:
+        raise ValueError(f"field must have no arrays in bfloat16, got {some(unknown)}: cast them to float32")
     if jax.process_index() == 0:
         text = json.dumps(dict(config or {}))
         content = {"format": _FORMAT, "config": text, "sha256": _sha256(text, arrays)}

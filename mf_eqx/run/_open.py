@@ -49,7 +49,9 @@ def opened(config: Any, *, root: str | Path = "runs", script: str | None = None)
 def _enter(stack: contextlib.ExitStack, config: Any, path: Path, is_test: bool) -> None:
     """Lock the directory, in the first process; check that it is this run's, or make it so."""
     _check_kind(path)
-    if not is_test:
+    if is_test:
+        _check_is_test(path)
+    else:
         _check_recipe(config, path)
     stack.enter_context(_taken_back_if_refused(path))
     path.mkdir(parents=True, exist_ok=True)
@@ -91,16 +93,31 @@ def _check_kind(path: Path) -> None:
 
 def _check_recipe(config: Any, path: Path) -> None:
     """Refuses to continue another run."""
+    if (saved := _saved_config(path)) is None:
+        return
+    settings = as_json(config).keys() - recipe(config).keys()
+    if found := difference({k: v for k, v in saved.items() if k not in settings}, recipe(config)):
+        raise ValueError(f"name must be that of a run with this configuration, but in {path} {found}")
+
+
+def _check_is_test(path: Path) -> None:
+    """Refuses to begin anew what is no test run."""
+    if (saved := _saved_config(path)) is not None and not saved.get("test_run"):
+        raise ValueError(f"name must leave room for a test run, but {path} has another run")
+
+
+def _saved_config(path: Path) -> dict[str, Any] | None:
+    """The configuration of the run in a directory, if there is one."""
     file = path / "config.json"
     if not file.exists():
-        return
+        return None
     try:
         saved = json.loads(file.read_text(encoding="utf-8"))["config"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file}: must be the configuration of a run, but it cannot be read: {error}") from error
-    settings = as_json(config).keys() - recipe(config).keys()
-    if found := difference({k: v for k, v in saved.items() if k not in settings}, recipe(config)):
-        raise ValueError(f"name must be that of a run with this configuration, but in {path} {found}")
+    if not isinstance(saved, dict):
+        raise ValueError(f"{file}: must be the configuration of a run, got {saved!r}"[:200])
+    return saved
 
 
 def _empty(path: Path) -> None:
