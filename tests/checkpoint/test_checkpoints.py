@@ -1,0 +1,559 @@
+"""A state that comes back is the state that was saved, or the step is passed over and says why."""
+
+import itertools
+import shutil
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import optax
+import pytest
+from devices import run_on_devices
+
+import mf_eqx as mfx
+
+pytest.importorskip("orbax.checkpoint")
+
+from mf_eqx.checkpoint import _checkpoints, CheckpointError, Checkpoints
+
+
+class State(mfx.AbstractField):
+    """Something of every kind. All bits are drawn, so that nothing is compressed, and some are no numbers. The larger
+    arrays are longer than what Orbax stores among its tables, under checksums of its own."""
+
+    weight: jax.Array
+    half: jax.Array
+    flags: jax.Array
+    key: jax.Array
+    step: jax.Array
+    name: str
+    nothing: None = None
+
+    def __init__(self, step=0, *, width=128, dtype=jnp.float32, name="first"):
+        draws = np.random.default_rng(step)
+        self.weight = jnp.asarray(np.frombuffer(draws.bytes(4 * width * 4), np.float32).reshape(width, 4), dtype)
+        self.half = jnp.asarray(np.frombuffer(draws.bytes(2 * 600), jnp.bfloat16))
+        self.flags = jnp.asarray(draws.random(7) < 0.5)
+        self.key = jr.key(step)
+        self.step = jnp.asarray(step, jnp.int32)
+        self.name = name
+
+    def __call__(self, z, r, t, condition=None, *, key=None):
+        return self.weight @ z
+
+
+class Line(mfx.AbstractField):
+    """The smallest field that learns."""
+
+    weight: jax.Array
+
+    def __call__(self, z, r, t, condition=None, *, key=None):
+        return self.weight @ z
+
+
+def plain(leaf):
+    return np.asarray(jr.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf)
+
+
+def bits(tree):
+    """Dtype, shape and bytes of each array."""
+    leaves = jax.tree.leaves_with_path(eqx.filter(tree, eqx.is_array))
+    return {jax.tree_util.keystr(path): (str(x.dtype), x.shape, plain(x).tobytes()) for path, x in leaves}
+
+
+def saved(directory, *steps, **options):
+    """Checkpoints of the state of each step."""
+    checkpoints = Checkpoints(directory, **{"keep_last": 9, **options})
+    for step in steps:
+        checkpoints.save(step, State(step), {"step": step})
+    checkpoints.wait()
+    return checkpoints
+
+
+def files(checkpoints, step):
+    """All files of a step: those of its directory, and its record."""
+    found = [path for path in checkpoints.path(step).rglob("*") if path.is_file()]
+    return sorted([*found, checkpoints.path(step).with_suffix(".json")])
+
+
+def contents(directory):
+    return {path.relative_to(directory): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
+
+
+def data_file(checkpoints, step, leaf):
+    """The file that has the bytes of an array, and where in it they begin."""
+    content = plain(leaf).tobytes()
+    ((path, place),) = [
+        (path, place) for path in files(checkpoints, step) if (place := path.read_bytes().find(content)) >= 0
+    ]
+    return path, place
+
+
+def flip(path, place, bit=0):
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1 << bit
+    path.write_bytes(content)
+
+
+def damage(checkpoints, step):
+    """One flipped bit in the weights of a step."""
+    flip(*data_file(checkpoints, step, State(step).weight))
+
+
+# What was saved
+
+
+def test_state_comes_back_bit_for_bit(tmp_path):
+    found = saved(tmp_path, 3).load(State)
+    assert bits(found.state) == bits(State(3))
+    assert (found.step, found.notes, found.passed_over) == (3, {"step": 3}, {})
+
+
+@pytest.fixture
+def x64_everywhere():
+    """In all threads, among them those that read; `x64` is for the test's own."""
+    jax.config.update("jax_enable_x64", True)
+    yield
+    jax.config.update("jax_enable_x64", False)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float64", "int8", "uint8", "uint16", "int64", "complex64"])
+def test_array_of_any_dtype_comes_back_bit_for_bit(x64_everywhere, tmp_path, dtype):
+    content = np.random.default_rng(0).bytes(24 * np.dtype(dtype).itemsize)
+    array = jnp.asarray(np.frombuffer(content, dtype).reshape(2, 3, 4))
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, [array])
+    checkpoints.wait()
+    assert bits(checkpoints.load(lambda: [jnp.zeros((2, 3, 4), dtype)]).state) == bits([array])
+
+
+def test_kind_of_random_keys_comes_back(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    keys = jr.split(jr.key(0, impl="rbg"), 3)
+    checkpoints.save(1, {"keys": keys})
+    checkpoints.wait()
+    found = checkpoints.load(lambda: {"keys": jr.split(jr.key(1, impl="rbg"), 3)}).state["keys"]
+    assert jr.key_impl(found) == jr.key_impl(keys)
+    np.testing.assert_array_equal(jr.bits(found[1]), jr.bits(keys[1]))
+
+
+def test_what_is_no_array_comes_from_the_run(tmp_path):
+    found = saved(tmp_path, 3).load(lambda: State(name="second")).state
+    assert found.name == "second" and found.nothing is None
+    np.testing.assert_array_equal(found.step, 3)
+
+
+def test_newest_step_is_loaded(tmp_path):
+    saved(tmp_path, 1, 2, 10)
+    assert Checkpoints(tmp_path).load(State).step == 10
+
+
+def test_step_that_is_asked_for_is_loaded(tmp_path):
+    found = saved(tmp_path, 1, 2, 3).load(State, step=2)
+    assert found.step == 2 and bits(found.state) == bits(State(2))
+
+
+def test_step_that_is_asked_for_and_missing_is_named(tmp_path):
+    with pytest.raises(CheckpointError, match=r"no checkpoint can be used \(step 7: its record cannot be read"):
+        saved(tmp_path, 1).load(State, step=7)
+
+
+def test_nothing_is_loaded_where_nothing_was_saved(tmp_path):
+    assert Checkpoints(tmp_path / "none").load(State) is None
+    assert Checkpoints(tmp_path).load(State) is None
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_loading_writes_nothing(tmp_path):
+    checkpoints = saved(tmp_path, 1, 2)
+    damage(checkpoints, 2)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    checkpoints.load(State)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+
+
+def test_state_may_be_donated_as_soon_as_save_returns(tmp_path):
+    checkpoints, state = Checkpoints(tmp_path), State(1)
+    checkpoints.save(1, state)
+    for leaf in jax.tree.leaves(eqx.filter(state, eqx.is_array)):
+        leaf.delete()
+    checkpoints.wait()
+    assert bits(checkpoints.load(State).state) == bits(State(1))
+
+
+def test_wait_returns_when_the_step_is_on_disk(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.wait()
+    checkpoints.save(4, State(4))
+    checkpoints.wait()
+    assert Checkpoints(tmp_path).load(State).step == 4
+    checkpoints.wait()
+
+
+def test_save_waits_for_the_save_before(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    for step in (1, 2):
+        checkpoints.save(step, State(step))
+    assert bits(Checkpoints(tmp_path).load(State, step=1).state) == bits(State(1))
+    checkpoints.wait()
+
+
+def test_restored_training_continues_as_if_nothing_had_happened(tmp_path):
+    optimizer, averages = optax.adam(1e-2), (mfx.ExponentialAverage(0.9),)
+    step = mfx.TrainStep(mfx.Objective(None, identity_share=0.0), optimizer, averages)
+
+    def make():
+        return mfx.init_state(Line(jnp.ones((2, 2))), optimizer, averages, key=jr.key(1))
+
+    def rows(number):
+        return mfx.Batch(jr.normal(jr.key(number), (4, 2)))
+
+    checkpoints, state = Checkpoints(tmp_path), make()
+    for number in range(4):
+        if number == 2:
+            checkpoints.save(2, state)
+        state, _ = step(state, rows(number))
+    checkpoints.wait()
+    found = checkpoints.load(make).state
+    for number in (2, 3):
+        found, _ = step(found, rows(number))
+    assert bits(found) == bits(state)
+
+
+# What is kept
+
+
+@pytest.mark.parametrize(
+    ("keep_last", "keep_every", "expected"),
+    [
+        (1, None, [7]),
+        (2, None, [6, 7]),
+        (9, None, [1, 2, 3, 4, 5, 6, 7]),
+        (1, 3, [3, 6, 7]),
+        (2, 2, [2, 4, 6, 7]),
+        (1, 1, [1, 2, 3, 4, 5, 6, 7]),
+    ],
+)
+def test_last_steps_are_kept_and_multiples(tmp_path, keep_last, keep_every, expected):
+    checkpoints = saved(tmp_path, *range(1, 8), keep_last=keep_last, keep_every=keep_every)
+    assert checkpoints.steps() == expected
+    names = {name for step in expected for name in (f"{step:08}", f"{step:08}.json")}
+    assert {path.name for path in tmp_path.iterdir()} == names
+
+
+def test_old_step_is_there_until_the_new_one_is_on_disk(tmp_path):
+    """Nothing of step 2 can be read before `wait`; if step 1 were gone already, a kill would leave nothing."""
+    checkpoints = saved(tmp_path, 1, keep_last=1)
+    checkpoints.save(2, State(2))
+    assert 1 in checkpoints.steps()
+    checkpoints.wait()
+    assert checkpoints.steps() == [2]
+
+
+def test_newer_step_that_was_passed_over_does_not_count_as_kept(tmp_path):
+    """Step 9 is damaged, the run continues after 2: neither 3 nor 2 may be given up in favour of 9."""
+    checkpoints = saved(tmp_path, 1, 2, 9, keep_last=3)
+    damage(checkpoints, 9)
+    again = Checkpoints(tmp_path, keep_last=2)
+    assert again.load(State).step == 2
+    again.save(3, State(3))
+    again.wait()
+    assert again.steps() == [2, 3, 9]
+    found = again.load(State)
+    assert found.step == 3 and list(found.passed_over) == [9]
+
+
+@pytest.mark.parametrize("name", ["keep_last", "keep_every"])
+def test_keeping_fewer_than_one_is_refused(tmp_path, name):
+    with pytest.raises(ValueError, match=f"{name} must be >= 1, got 0"):
+        Checkpoints(tmp_path, **{name: 0})
+
+
+# What others left there
+
+
+def test_leftovers_of_a_killed_run_are_cleaned_and_nothing_else(tmp_path):
+    checkpoints = saved(tmp_path, 1, 2)
+    before = {path.name for path in tmp_path.iterdir()}
+    for name in ("00000003.orbax-checkpoint-tmp", "00000003.orbax-checkpoint-tmp-17", "00000000.deleted"):
+        shutil.copytree(checkpoints.path(1), tmp_path / name)
+    assert checkpoints.steps() == [1, 2]
+    checkpoints.clean()
+    assert {path.name for path in tmp_path.iterdir()} == before
+    assert checkpoints.load(State).step == 2
+
+
+def test_run_that_ends_while_it_saves_leaves_the_step_before(tmp_path):
+    run_on_devices("checkpoint/fail_to_write.py", tmp_path, "killed")
+    checkpoints = Checkpoints(tmp_path)
+    assert checkpoints.steps() == [1]
+    assert any("orbax-checkpoint-tmp" in path.name for path in tmp_path.iterdir())  # or it had been too quick
+    checkpoints.clean()
+    assert {path.name for path in tmp_path.iterdir()} == {"00000001", "00000001.json", "00000002.json"}
+    checkpoints.save(2, State(2))
+    checkpoints.wait()
+    assert checkpoints.load(State).step == 2
+
+
+def test_nothing_is_cleaned_where_nothing_is(tmp_path):
+    Checkpoints(tmp_path / "none").clean()
+    assert not (tmp_path / "none").exists()
+
+
+def test_empty_directory_named_like_a_newer_step_is_passed_over(tmp_path):
+    checkpoints = saved(tmp_path, 1)
+    checkpoints.path(9).mkdir()
+    found = checkpoints.load(State)
+    assert found.step == 1
+    assert found.passed_over[9].startswith("its record cannot be read: FileNotFoundError")
+
+
+def test_other_files_and_directories_are_ignored(tmp_path):
+    checkpoints = saved(tmp_path, 1, keep_last=1)
+    for name in ("00000050", "notes.txt", "00000007.json", ".hidden"):
+        (tmp_path / name).write_text("junk")
+    for name in ("junk", "9.5", "-3", "00000060.damaged"):
+        (tmp_path / name).mkdir()
+    assert checkpoints.steps() == [1]
+    checkpoints.clean()
+    checkpoints.save(2, State(2))
+    checkpoints.wait()
+    found = checkpoints.load(State)
+    assert found.step == 2 and found.passed_over == {}
+    assert (tmp_path / "notes.txt").read_text() == "junk" and (tmp_path / "junk").is_dir()
+
+
+# What does not fit
+
+
+def refused(checkpoints, make, *parts):
+    with pytest.raises(ValueError) as refusal:
+        checkpoints.load(make)
+    for part in (str(checkpoints.path(2)), *parts):
+        assert part in str(refusal.value)
+
+
+def test_state_of_another_width_is_refused_with_the_leaf(tmp_path):
+    refused(saved(tmp_path, 1, 2), lambda: State(width=8), "differs: .weight is float32 (128, 4), not float32 (8, 4)")
+
+
+def test_state_of_another_dtype_is_refused_with_the_leaf(tmp_path):
+    make = lambda: State(dtype=jnp.bfloat16)  # noqa: E731
+    refused(saved(tmp_path, 1, 2), make, "differs: .weight is float32 (128, 4), not bfloat16 (128, 4)")
+
+
+def test_state_of_another_optimiser_is_refused_with_the_leaves(tmp_path):
+    def make(optimizer):
+        return lambda: mfx.init_state(State(), optimizer, key=jr.key(0))
+
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(2, make(optax.adam(0.1))())
+    checkpoints.wait()
+    refused(checkpoints, make(optax.sgd(0.1)), ", .opt_state[0].count, .opt_state[0].mu.half", "and 2 more")
+    refused(checkpoints, make(optax.sgd(0.1, 0.9)), "lacks .opt_state[0].trace.half", ", .opt_state[0].count")
+
+
+def test_step_that_does_not_fit_is_no_reason_to_use_an_older_one(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, State(1, width=8))
+    checkpoints.save(2, State(2))
+    checkpoints.wait()
+    refused(checkpoints, lambda: State(width=8), ".weight")
+
+
+def test_check_is_shown_the_notes_and_may_refuse(tmp_path):
+    checkpoints, seen = saved(tmp_path, 1, 2), []
+
+    def check(notes):
+        seen.append(notes)
+        raise ValueError("data are others")
+
+    with pytest.raises(ValueError, match="data are others"):
+        checkpoints.load(State, check=check)
+    assert seen == [{"step": 2}]
+    assert checkpoints.load(State, check=seen.append).step == 2
+
+
+# What is damaged
+
+
+@pytest.mark.parametrize("name", ["weight", "half"])
+def test_flipped_bit_is_noticed_and_its_leaf_named(tmp_path, name):
+    checkpoints = saved(tmp_path, 1, 2)
+    path, place = data_file(checkpoints, 2, getattr(State(2), name))
+    flip(path, place + 3, bit=5)
+    found = checkpoints.load(State)
+    assert found.step == 1 and bits(found.state) == bits(State(1))
+    assert found.passed_over == {2: f".{name} not as saved, by the digest"}
+
+
+def test_flipped_bit_in_the_record_is_noticed(tmp_path):
+    checkpoints = saved(tmp_path, 1, 2)
+    record = checkpoints.path(2).with_suffix(".json")
+    flip(record, record.read_text().index("step") + 1)
+    assert checkpoints.load(State).passed_over == {2: "its record does not have its checksum"}
+
+
+def test_record_of_another_step_is_noticed(tmp_path):
+    checkpoints = saved(tmp_path, 1, 2)
+    shutil.copy(checkpoints.path(1).with_suffix(".json"), checkpoints.path(2).with_suffix(".json"))
+    assert checkpoints.load(State).passed_over == {2: "its record is of step 1"}
+
+
+def test_arrays_of_another_step_are_noticed(tmp_path):
+    checkpoints = saved(tmp_path, 1, 2)
+    shutil.rmtree(checkpoints.path(2))
+    shutil.copytree(checkpoints.path(1), checkpoints.path(2))
+    (reason,) = checkpoints.load(State).passed_over.values()
+    assert "not as saved, by the digest" in reason
+
+
+def test_if_all_are_damaged_every_step_is_named(tmp_path):
+    checkpoints = saved(tmp_path, 1, 2, 3)
+    damage(checkpoints, 1)
+    damage(checkpoints, 3)
+    shutil.rmtree(checkpoints.path(2) / "state")
+    with pytest.raises(CheckpointError) as error:
+        checkpoints.load(State)
+    message = str(error.value)
+    assert message.startswith(f"{tmp_path}: no checkpoint can be used (step 3: .weight not as saved, by the digest; ")
+    assert "; step 2: it cannot be read: " in message and "; step 1: .weight not as saved" in message
+
+
+def test_step_that_was_passed_over_is_moved_aside_when_it_is_reached_again(tmp_path):
+    checkpoints = saved(tmp_path, 1, 2)
+    for _ in range(2):  # and what was moved aside before gives way
+        damage(checkpoints, 2)
+        broken = contents(checkpoints.path(2))
+        assert checkpoints.load(State).step == 1
+        checkpoints.save(2, State(2))
+        checkpoints.wait()
+        found = checkpoints.load(State)
+        assert found.step == 2 and found.passed_over == {} and bits(found.state) == bits(State(2))
+        assert contents(tmp_path / "00000002.damaged") == broken
+        assert checkpoints.steps() == [1, 2]
+
+
+# Damage of every kind everywhere
+
+DAMAGES = {
+    "first flip": lambda content, draws: flipped(content, draws),
+    "second flip": lambda content, draws: flipped(content, draws),
+    "half": lambda content, _: content[: len(content) // 2],
+    "zeros": lambda content, _: bytes(min(4096, len(content))) + content[4096:],
+    "deleted": lambda *_: None,
+}
+
+
+def flipped(content, draws):
+    changed = bytearray(content)
+    changed[draws.integers(len(content))] ^= 1 << int(draws.integers(8))
+    return bytes(changed)
+
+
+def outcome(checkpoints):
+    """What becomes of a load, if step 1 is good and step 2 may be damaged."""
+    found = checkpoints.load(State)
+    if bits(found.state) != bits(State(found.step)):
+        return "wrong"
+    reason = found.passed_over.get(2, "")
+    if found.step == 1:
+        return "digest" if reason.endswith("by the digest") else "unreadable" if reason else "no reason"
+    return "right" if found.passed_over == {} else "wrong step"
+
+
+def sweep(checkpoints, paths, damages):
+    """The outcomes of damages to one file at a time, which is put right again."""
+    found, draws = {}, np.random.default_rng(0)
+    for path, (name, change) in itertools.product(paths, damages):
+        content = path.read_bytes()
+        if content or name == "deleted":
+            changed = change(content, draws)
+            path.unlink() if changed is None else path.write_bytes(changed)
+            found[f"{name} {path.name}"] = outcome(checkpoints)
+            path.write_bytes(content)
+    return found
+
+
+def test_damaged_file_is_harmless_or_its_step_passed_over(tmp_path):
+    checkpoints = saved(tmp_path, 1, 2)
+    found = sweep(checkpoints, files(checkpoints, 2), DAMAGES.items())
+    assert {name: how for name, how in found.items() if how not in ("right", "digest", "unreadable")} == {}
+    assert set(found.values()) == {"right", "digest", "unreadable"}  # or the damages were too tame to show anything
+    assert len(found) > 40
+
+
+def test_sweep_finds_wrong_weights_where_digests_are_not_compared(tmp_path, monkeypatch):
+    checkpoints = saved(tmp_path, 1, 2)
+    path, _ = data_file(checkpoints, 2, State(2).weight)
+    flips = [(str(i), lambda content, draws: flipped(content, draws)) for i in range(4)]
+    assert "wrong" not in sweep(checkpoints, [path], flips).values()
+    monkeypatch.setattr(_checkpoints, "digests", lambda tree: {})
+    assert "wrong" in sweep(checkpoints, [path], flips).values()
+
+
+@pytest.mark.slow
+def test_no_flip_of_hundreds_lets_a_wrong_state_through(tmp_path):
+    """At random places of the step's bytes, so that large files get their share. Two minutes."""
+    checkpoints = saved(tmp_path, 1, 2)
+    paths, draws = files(checkpoints, 2), np.random.default_rng(1)
+    share = np.array([path.stat().st_size for path in paths])
+    chosen = [paths[i] for i in draws.choice(len(paths), 400, p=share / share.sum())]
+    found = {}
+    for number, path in enumerate(chosen):
+        found |= sweep(checkpoints, [path], [(str(number), lambda content, _: flipped(content, draws))])
+    assert {name: how for name, how in found.items() if how not in ("right", "digest", "unreadable")} == {}
+
+
+# Other devices
+
+
+@pytest.fixture(scope="module")
+def on_devices(tmp_path_factory):
+    return run_on_devices("checkpoint/restore_on_devices.py", tmp_path_factory.mktemp("restore"))
+
+
+@pytest.mark.parametrize("layout", ["1 device", "2 devices", "8 devices", "1 x fsdp 8", "4 x fsdp 2", "none"])
+def test_state_comes_back_on_other_devices_bit_for_bit_and_in_its_place(on_devices, layout):
+    assert on_devices[layout] == {"bits": True, "placed": True, "step": 2, "passed_over": {}}
+
+
+def test_damaged_part_of_one_device_is_noticed_on_all(on_devices):
+    assert on_devices["damaged"] == [1, "['large'] not as saved, by the digest"]
+
+
+# Disks that refuse
+
+
+def test_directory_that_cannot_be_made_is_refused_with_step_and_reason(tmp_path):
+    (tmp_path / "file").write_text("")
+    checkpoints = Checkpoints(tmp_path / "file" / "inside")
+    with pytest.raises(CheckpointError, match=r"inside/00000004: step 4 could not be saved: .*Not a directory"):
+        checkpoints.save(4, State(4))
+
+
+@pytest.fixture(scope="module")
+def failures(tmp_path_factory):
+    return run_on_devices("checkpoint/fail_to_write.py", tmp_path_factory.mktemp("failures"))
+
+
+def test_read_only_directory_is_refused_with_step_and_reason(failures):
+    message = failures["read-only"]["message"]
+    assert "/00000002: step 2 could not be saved: " in message and "Permission denied" in message
+
+
+def test_full_disk_is_refused_with_step_and_reason(failures):
+    message = failures["full"]["message"]
+    assert "/00000002: step 2 could not be saved: " in message and "File too large" in message
+
+
+@pytest.mark.parametrize("kind", ["read-only", "full"])
+def test_older_step_loads_where_the_newer_one_could_not_be_written(failures, kind):
+    assert failures[kind]["loaded"] == [1, True]
+
+
+@pytest.mark.parametrize("kind", ["read-only", "full"])
+def test_saving_goes_on_where_the_disk_is_well_again(failures, kind):
+    assert failures[kind]["afterwards"] == [3, True]

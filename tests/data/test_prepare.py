@@ -1,0 +1,161 @@
+"""What happens to a row on the device depends on the step and the row's index in the global batch alone."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import optax
+import pytest
+
+import mf_eqx as mfx
+from mf_eqx.data import FromPixels, InTurn, RandomFlip
+
+KEY = jr.key(0)
+
+
+def row(x, condition=None, index=0):
+    return mfx.Batch(x, condition, jnp.asarray(index))
+
+
+# Pixels
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_every_pixel_has_its_value(compiled):
+    pixels = np.arange(256, dtype=np.uint8).reshape(1, 16, 16)
+    prepare = jax.jit(FromPixels()) if compiled else FromPixels()
+    found = np.asarray(prepare(row(pixels), KEY).x)
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found, pixels / 127.5 - 1, rtol=0, atol=2.4e-7)  # two roundings of numbers up to 2
+    np.testing.assert_array_equal(np.round((found + 1) * 127.5), pixels)
+
+
+def test_pixels_keep_label_and_index():
+    found = FromPixels()(row(np.zeros((1, 2, 2), np.uint8), jnp.asarray(3), 5), KEY)
+    assert (found.condition, found.index) == (3, 5)
+
+
+# Flips
+
+IMAGE = np.arange(24.0, dtype=np.float32).reshape(2, 3, 4)
+
+
+def flipped(keys, probability=0.5):
+    """For each key, whether the image is mirrored; None for whatever is neither it nor its mirror image."""
+    found = jax.vmap(lambda key: RandomFlip(probability)(row(jnp.asarray(IMAGE)), key).x)(keys)
+    mirrored, same = ((found == image).all(axis=(1, 2, 3)) for image in (IMAGE[..., ::-1], IMAGE))
+    assert bool((mirrored ^ same).all())
+    return np.asarray(mirrored)
+
+
+@pytest.mark.parametrize("probability", [0.5, 0.2])
+def test_share_of_mirrored_images_is_the_probability(probability):
+    found = flipped(jr.split(KEY, 4096), probability)
+    assert abs(found.mean() - probability) < 4 * np.sqrt(probability * (1 - probability) / 4096)
+
+
+@pytest.mark.parametrize(("probability", "expected"), [(0.0, False), (1.0, True)])
+def test_certain_flips_are_certain(probability, expected):
+    assert (flipped(jr.split(KEY, 64), probability) == expected).all()
+
+
+def test_same_key_gives_the_same_image():
+    np.testing.assert_array_equal(flipped(jr.split(KEY, 64)), flipped(jr.split(KEY, 64)))
+
+
+def test_flip_keeps_dtype_label_and_index():
+    found = RandomFlip(1.0)(row(IMAGE.astype(np.uint8), jnp.asarray(3), 5), KEY)
+    assert (found.x.dtype, found.condition, found.index) == (np.uint8, 3, 5)
+
+
+@pytest.mark.parametrize("probability", [-0.1, 1.1, float("nan")])
+def test_what_is_no_probability_is_refused(probability):
+    with pytest.raises(ValueError, match=rf"probability must lie in \[0, 1\], got {probability}"):
+        RandomFlip(probability)
+
+
+# Parts
+
+
+class AddNoise(eqx.Module):
+    """Adds a normal draw to every value."""
+
+    def __call__(self, row, key):
+        return mfx.Batch(row.x + jr.normal(key, row.x.shape), row.condition, row.index)
+
+
+def test_parts_are_applied_in_turn():
+    def double(row, key):
+        return mfx.Batch(2 * row.x, row.condition, row.index)
+
+    pixels = np.full((1, 1, 2), 255, np.uint8)
+    assert (InTurn([FromPixels(), double])(row(pixels), KEY).x == 2).all()
+    assert (InTurn([])(row(pixels), KEY).x == pixels).all()
+
+
+def test_every_part_has_a_key_of_its_own():
+    nothing = row(jnp.zeros(3))
+    one, two = InTurn([AddNoise()])(nothing, KEY).x, InTurn([AddNoise(), AddNoise()])(nothing, KEY).x
+    assert not np.isin(two - one, one).any() and (two != 2 * one).all()
+
+
+def test_part_draws_the_same_wherever_the_parts_before_end():
+    """The second part's key does not depend on what the first draws from its own."""
+    found = [InTurn([first, AddNoise()])(row(jnp.zeros(3)), KEY).x for first in (RandomFlip(), FromPixels())]
+    np.testing.assert_allclose(found[0], found[1] + 1, rtol=1e-6)
+
+
+# Inside a step
+
+
+class Seen(mfx.AbstractObjective):
+    """Reports the rows that it was given."""
+
+    def __call__(self, field, batch, *, key, context=None):
+        loss = jnp.sum(field.weight**2)
+        return loss, {"loss": mfx.Mean(loss, jnp.ones(())), "x": mfx.Mean(batch.x, jnp.ones_like(batch.x))}
+
+
+class Weight(mfx.AbstractField):
+    """No field at all."""
+
+    weight: jax.Array
+
+    def __call__(self, z, r, t, condition=None, *, key=None):
+        return z
+
+
+def prepared(batch, step=0, accumulation=1):
+    """The rows of one step as the objective sees them."""
+    optimizer = optax.sgd(0.1)
+    train_step = mfx.TrainStep(
+        Seen(), optimizer, prepare=InTurn([FromPixels(), RandomFlip(), AddNoise()]), accumulation=accumulation
+    )
+    state = mfx.init_state(Weight(jnp.ones(2)), optimizer, key=jr.key(1))
+    state = eqx.tree_at(lambda state: state.step, state, jnp.asarray(step, jnp.int32))
+    return np.asarray(train_step(state, batch)[1]["x"].value)
+
+
+ROWS = 8
+PIXELS = np.random.default_rng(0).integers(0, 256, (ROWS, 1, 2, 3)).astype(np.uint8)
+
+
+def test_row_is_augmented_by_its_step_and_index_wherever_it_stands():
+    whole, order = prepared(mfx.Batch(PIXELS)), np.random.default_rng(1).permutation(ROWS)
+    shuffled = prepared(mfx.Batch(PIXELS[order], index=order.astype(np.int32)))
+    np.testing.assert_array_equal(shuffled, whole[order])
+    part = prepared(mfx.Batch(PIXELS[5:7], index=np.array([5, 6], np.int32)))
+    np.testing.assert_array_equal(part, whole[5:7])
+
+
+def test_rows_and_steps_are_augmented_each_in_its_own_way():
+    equal = mfx.Batch(np.broadcast_to(PIXELS[:1], PIXELS.shape))
+    found = np.concatenate([prepared(equal, step) for step in (0, 1)]).reshape(2 * ROWS, -1)
+    assert len(np.unique(found, axis=0)) == 2 * ROWS
+
+
+def test_other_pixels_of_a_row_are_augmented_in_the_same_way():
+    """Rows at the same place of the global batch at the same step get the same noise, whatever they are."""
+    black, white = (prepared(mfx.Batch(np.full_like(PIXELS, value))) for value in (0, 255))
+    np.testing.assert_allclose(white - black, 2, atol=1e-5)
