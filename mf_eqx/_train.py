@@ -32,7 +32,7 @@ _DRAW = 0x44524157  # folds the key of a step's data away from those that the st
 
 
 class Faults(eqx.Module):
-    """Steps whose loss or gradient was not finite, and which therefore changed nothing.
+    """Steps whose loss, gradient or update was not finite, and which therefore changed nothing.
 
     **Arguments:** `total` of them; `in_row` up to the last step, 0 after a good one; `last` one's number, from 1, or 0.
     """
@@ -95,8 +95,8 @@ class TrainStep(eqx.Module):
     - `parallelism`: None for one device, or how state and batch are spread. Each device's rows are differentiated
       apart, and meet in one all-reduce.
 
-    A step whose loss or gradient is not finite leaves field, optimiser and averages as they were; the step number goes
-    on, so that the next one meets other rows, and `TrainState.faults` counts.
+    A step whose loss, gradient or update is not finite leaves field, optimiser and averages as they were; the step
+    number goes on, so that the next one meets other rows, and `TrainState.faults` counts.
 
     **Returns** (when called with a state and a batch): the new state and the metrics, those of the objective and
     `gradient_norm`. The old state is donated; using it again raises an error.
@@ -162,7 +162,7 @@ def _train_step(kept: tuple[TrainStep, Batch], state: TrainState) -> tuple[Train
         rule.update(average, field, step) for rule, average in zip(train_step.averages, state.averages, strict=True)
     )
     norm = optax.tree.norm(gradients)
-    finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"].total)
+    finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"].total) & jnp.isfinite(optax.tree.norm(updates))
     before = (state.field, state.opt_state, state.averages)
     field, opt_state, averages = _choose(finite, (field, opt_state, averages), before)
     state = TrainState(field, opt_state, averages, step, state.key, state.faults.after(step, finite))

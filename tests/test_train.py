@@ -322,6 +322,15 @@ def test_loss_that_is_not_finite_is_a_fault_even_if_its_gradient_is():
     assert learnt(current) == before and counters(current) == [1, 1, 1, 1]
 
 
+def test_update_that_is_not_finite_is_a_fault_even_if_its_gradient_is():
+    overflowing = optax.chain(optax.scale(-1e38), optax.scale(1e3))
+    current = mfx.init_state(field(), overflowing, key=jr.key(1))
+    before = learnt(current)
+    current, metrics = mfx.TrainStep(Probe(), overflowing)(current, good())
+    assert np.isfinite(metrics["gradient_norm"].value)
+    assert learnt(current) == before and current.faults.total == 1
+
+
 def test_faults_are_counted_in_all_and_in_a_row_and_the_last_is_named():
     step, current, seen = mfx.TrainStep(Probe(), OPTIMIZER, AVERAGES), state(), []
     for rows in (good(), nan_row(), nan_row(0), good(), nan_row(), good()):

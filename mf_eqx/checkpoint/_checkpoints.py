@@ -17,6 +17,7 @@ import hashlib
 import json
 import logging
 import shutil
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -30,7 +31,7 @@ from jaxtyping import PyTree
 
 from .._sharding import Parallelism
 from ._digest import digests
-from ._leaves import abstract, compare, leaves, rebuilt, shapes, some
+from ._leaves import compare, leaves, plain, rebuilt, shapes, some
 
 _State = TypeVar("_State")
 
@@ -82,12 +83,14 @@ class Checkpoints:
         self.directory = Path(directory).absolute()
         self._keep_last, self._keep_every = keep_last, keep_every
         self._pending: tuple[int, Any] | None = None
+        self._passed_over: set[int] = set()
 
     def steps(self) -> list[int]:
         """The steps on disk, in ascending order, whether they can be read or not."""
         if not self.directory.is_dir():
             return []
-        return sorted(int(path.name) for path in self.directory.iterdir() if path.name.isdecimal() and path.is_dir())
+        named = [path for path in self.directory.iterdir() if path.name.isdecimal() and path.is_dir()]
+        return sorted(int(path.name) for path in named if path == self.path(int(path.name)))
 
     def path(self, step: int) -> Path:
         """The directory of a step."""
@@ -99,7 +102,7 @@ class Checkpoints:
     def save(self, step: int, state: PyTree[Any], notes: Mapping[str, Any] | None = None) -> None:
         """Start to write a state. Returns when it may be donated, usually long before all is on disk.
 
-        Waits for the save before. What stands at this step already is moved aside.
+        Waits for the save before. What stands at this step already is moved aside, and so is what `load` passed over.
 
         **Arguments:** `step` number of finished steps; `state` any PyTree, of which arrays are written; `notes` that
         JSON can hold, to be read by whoever loads: configuration, versions, where the data stand.
@@ -111,12 +114,16 @@ class Checkpoints:
         self.wait()
         arrays = leaves(state)
         record = {"format": _FORMAT, "step": step, "leaves": shapes(arrays), "digests": digests(state)}
-        with self._failing(step):
+        with self._failing(step, "saved"):
+            sealed = _sealed({**record, "notes": notes or {}})
             if jax.process_index() == 0:
                 self.directory.mkdir(parents=True, exist_ok=True)
-                self._move_aside(step)
-                self._record_path(step).write_text(_sealed({**record, "notes": notes or {}}), encoding="utf-8")
-            self._pending = (step, ocp.save_async(str(self.path(step)), arrays))
+                for gone in {step, *self._passed_over}:
+                    self._move_aside(gone)
+                self._record_path(step).write_text(sealed, encoding="utf-8")
+            self._passed_over.clear()
+            plain_arrays = {name: plain(leaf) for name, leaf in arrays.items()}
+            self._pending = (step, ocp.save_async(str(self.path(step)), plain_arrays))
 
     def wait(self) -> None:
         """Return when the last save is on disk; then remove what is not to be kept.
@@ -126,10 +133,11 @@ class Checkpoints:
         if self._pending is None:
             return
         (step, response), self._pending = self._pending, None
-        with self._failing(step):
+        with self._failing(step, "saved"):
             response.result()
         if jax.process_index() == 0:
-            self._prune(step)
+            with self._failing(step, "kept alone"):
+                self._prune(step)
 
     def load(
         self,
@@ -145,6 +153,8 @@ class Checkpoints:
         no array; `parallelism` of the state, which need not be the one that it was saved with; `step` for this one and
         no other; `check` a function that is shown a step's notes and raises `ValueError` if they do not fit.
 
+        Leaves in float64 need `jax_enable_x64` set for all threads, by `jax.config.update`.
+
         **Raises:** `ValueError` that names the leaves if the saved state has other ones, or others of these shapes and
         dtypes; `CheckpointError` if there are checkpoints and none can be used.
         """
@@ -155,6 +165,7 @@ class Checkpoints:
                 state, notes = self._usable(candidate, wanted, parallelism, check)
             except _Damage as damage:
                 passed_over[candidate] = str(damage)
+                self._passed_over.add(candidate)
             else:
                 return Restored(candidate, state, notes, passed_over)
         if passed_over:
@@ -166,8 +177,10 @@ class Checkpoints:
         """Remove what a killed run left half written or half deleted. Only whoever may save may clean."""
         if jax.process_index() == 0 and self.directory.is_dir():
             for path in self.directory.iterdir():
-                if ".orbax-checkpoint-tmp" in path.name or path.name.endswith(_DOOMED):
+                if path.is_dir() and (".orbax-checkpoint-tmp" in path.name or path.suffix == _DOOMED):
                     shutil.rmtree(path)
+                if path.suffix == ".json" and path.stem.isdecimal() and not path.with_suffix("").exists():
+                    path.unlink()
 
     def _usable(
         self,
@@ -180,7 +193,7 @@ class Checkpoints:
         record = self._record(step)
         if check is not None:
             check(record["notes"])
-        compare(record["leaves"], shapes(abstract(wanted)), self.path(step))
+        compare(record["leaves"], shapes(leaves(wanted)), self.path(step))
         state = rebuilt(wanted, self._read(step, wanted, parallelism))
         if wrong := [name for name, digest in digests(state).items() if record["digests"][name] != digest]:
             raise _Damage(f"{some(wrong)} not as saved, by the digest")
@@ -188,10 +201,12 @@ class Checkpoints:
 
     def _record(self, step: int) -> dict[str, Any]:
         """What was written beside the arrays."""
-        with _damage("its record cannot be read"):
+        try:
             sealed = json.loads(self._record_path(step).read_text(encoding="utf-8"))
             text, checksum = sealed["record"], sealed["sha256"]
             matches = _sha256(text) == checksum
+        except Exception as error:
+            raise _Damage(f"its record cannot be read: {_in_short(error)}") from error
         if not matches:
             raise _Damage("its record does not have its checksum")
         record = json.loads(text)
@@ -205,24 +220,24 @@ class Checkpoints:
         """The arrays, whatever they hold."""
         from orbax.checkpoint import v1 as ocp
 
-        targets = {name: _target(leaf, parallelism) for name, leaf in abstract(wanted).items()}
+        targets = {name: _target(plain(leaf), parallelism) for name, leaf in leaves(wanted).items()}
         arrays, reason = {}, None
-        try:
-            with _damage("it cannot be read"), _quiet():
+        with _quiet():
+            try:
                 arrays = ocp.load(str(self.path(step)), targets)
-        except _Damage as damage:
-            reason = str(damage)
+            except Exception as error:  # damaged files raise whatever their reader stumbles over
+                reason = f"it cannot be read: {_in_short(error)}"
         if _anywhere(reason is not None):
             raise _Damage(reason or "another process cannot read it")
         return arrays
 
     @contextlib.contextmanager
-    def _failing(self, step: int) -> Iterator[None]:
+    def _failing(self, step: int, what: str) -> Iterator[None]:
         try:
             yield
         except Exception as error:
             reason = " ".join(str(error).split())[:300]
-            raise CheckpointError(f"{self.path(step)}: step {step} could not be saved: {reason}") from error
+            raise CheckpointError(f"{self.path(step)}: step {step} could not be {what}: {reason}") from error
 
     def _prune(self, newest: int) -> None:
         """Remove old steps. Steps after the newest save are no business of ours: they were passed over."""
@@ -255,28 +270,25 @@ def _anywhere(here: bool) -> bool:
     return bool(np.any(multihost_utils.process_allgather(np.array(here)))) if jax.process_count() > 1 else here
 
 
-@contextlib.contextmanager
-def _damage(what: str) -> Iterator[None]:
-    # Damaged files raise whatever their reader stumbles over.
-    try:
-        yield
-    except Exception as error:
-        raise _Damage(f"{what}: {type(error).__name__}: {' '.join(str(error).split())[:200]}") from error
+def _in_short(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """No log lines and warnings of what reads: what is wrong is said once, by us."""
     loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
-    levels = [logger.level for logger in loggers]
+    levels, hook = [logger.level for logger in loggers], sys.unraisablehook
     try:
+        sys.unraisablehook = lambda _: None
         for logger in loggers:
             logger.setLevel(logging.CRITICAL + 1)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        gc.collect()  # asyncio logs the errors of abandoned tasks when it drops them: now, not later
+        gc.collect()  # asyncio tells the errors of abandoned tasks when it drops them: now, not later
+        sys.unraisablehook = hook
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
 

@@ -24,7 +24,7 @@ from .._field import AbstractField
 from .._optional import optional
 from .._sample import sample
 from .._sharding import Parallelism
-from ._leaves import abstract, compare, leaves, rebuilt, shapes, some
+from ._leaves import compare, leaves, plain, rebuilt, shapes, some
 
 _Field = TypeVar("_Field", bound=AbstractField)
 
@@ -42,7 +42,7 @@ def save_weights(path: str | Path, field: AbstractField, config: Mapping[str, An
     """
     with optional("safetensors", extra="export"):
         import safetensors.numpy
-    arrays = {name: _on_host(leaf) for name, leaf in leaves(field).items()}
+    arrays = {name: _on_host(plain(leaf)) for name, leaf in leaves(field).items()}
     if unknown := [name for name, array in arrays.items() if array.dtype == jnp.bfloat16]:
         raise ValueError(f"field must have no arrays in bfloat16, got {some(unknown)}: cast them to float32")
     if jax.process_index() == 0:
@@ -76,7 +76,7 @@ def load_weights(
     if metadata.get("sha256") != _sha256(metadata["config"], arrays):
         raise ValueError(f"{path}: must hold the weights as written, but their sha256 differs: the file is damaged")
     wanted = eqx.filter_eval_shape(lambda: make_field(config))
-    compare(shapes(arrays), shapes(abstract(wanted)), path)
+    compare(shapes(arrays), shapes({name: plain(leaf) for name, leaf in leaves(wanted).items()}), path)
     return _placed(rebuilt(wanted, {name: jnp.asarray(leaf) for name, leaf in arrays.items()}), parallelism)
 
 

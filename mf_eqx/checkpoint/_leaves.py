@@ -8,32 +8,27 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-from jaxtyping import Array, PyTree, Shaped
+from jaxtyping import PyTree
 
 _State = TypeVar("_State")
 
 
-def leaves(tree: PyTree[Any]) -> dict[str, Shaped[Array, "..."]]:
-    """The arrays of a tree by their paths, random keys as plain integers."""
-    arrays = jax.tree.leaves_with_path(eqx.filter(tree, eqx.is_array))
-    return {jax.tree_util.keystr(path): as_plain(leaf) for path, leaf in arrays}
+def leaves(tree: PyTree[Any]) -> dict[str, Any]:
+    """The arrays of a tree, or their shapes, by their paths."""
+    arrays = jax.tree.leaves_with_path(eqx.filter(tree, _is_array_or_shape))
+    return {jax.tree_util.keystr(path): leaf for path, leaf in arrays}
 
 
-def as_plain(leaf: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
-    """The array itself, or the integers of random keys."""
-    return jr.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
+def plain(leaf: Any) -> Any:
+    """The array itself, or the integers of random keys; of a shape likewise."""
+    if not _is_key(leaf):
+        return leaf
+    return jax.eval_shape(jr.key_data, leaf) if _is_shape(leaf) else jr.key_data(leaf)
 
 
-def shapes(arrays: Mapping[str, Any]) -> dict[str, Any]:
+def shapes(leaves: Mapping[str, Any]) -> dict[str, Any]:
     """Shape and dtype of each, as JSON holds them."""
-    return {name: [list(leaf.shape), str(leaf.dtype)] for name, leaf in arrays.items()}
-
-
-def abstract(wanted: PyTree[Any]) -> dict[str, jax.ShapeDtypeStruct]:
-    """The shapes of `leaves`, of a state of shapes."""
-    shapes = jax.tree.leaves_with_path(eqx.filter(wanted, _is_shape))
-    plain = {jax.tree_util.keystr(path): leaf for path, leaf in shapes}
-    return {name: jax.eval_shape(jr.key_data, leaf) if _is_key(leaf) else leaf for name, leaf in plain.items()}
+    return {name: [list(leaf.shape), str(leaf.dtype)] for name, leaf in leaves.items()}
 
 
 def rebuilt(wanted: _State, arrays: Mapping[str, Any]) -> _State:
@@ -53,6 +48,10 @@ def _implementation(key: jax.ShapeDtypeStruct) -> Any:
     found = []
     jax.eval_shape(lambda key: found.append(jr.key_impl(key)), key)
     return found[0]
+
+
+def _is_array_or_shape(leaf: Any) -> bool:
+    return eqx.is_array(leaf) or _is_shape(leaf)
 
 
 def _is_shape(leaf: Any) -> bool:

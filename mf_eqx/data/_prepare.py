@@ -33,7 +33,9 @@ class FromPixels(eqx.Module):
     """Pixels 0 to 255 as float32 in [-1, 1]: x / 127.5 - 1."""
 
     def __call__(self, row: Batch, key: Key[jax.Array, ""]) -> Batch:
-        return Batch(jnp.asarray(row.x, jnp.float32) / 127.5 - 1, row.condition, row.index)
+        # Clipped, because a compiler may multiply by 1 / 127.5, rounded, instead of dividing.
+        x = jnp.clip(jnp.asarray(row.x, jnp.float32) / 127.5 - 1, -1, 1)
+        return Batch(x, row.condition, row.index)
 
 
 class RandomFlip(eqx.Module):

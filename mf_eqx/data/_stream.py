@@ -86,6 +86,7 @@ class Stream:
         """Batches on the devices, from step `start` on, up to `stop` or for ever."""
         import grain
 
+        _check_step(start)
         steps = grain.MapDataset.range(start, sys.maxsize if stop is None else stop)
         options = grain.ReadOptions(num_threads=self._threads, prefetch_buffer_size=self._ahead)
         host = iter(steps.map(self.__getitem__).to_iter_dataset(options))
@@ -111,6 +112,7 @@ class Stream:
         }
 
     def _rows(self, step: int, positions: Int[np.ndarray, " local"]) -> Int[np.ndarray, " local"]:
+        _check_step(step)
         return np.array([self._order[step * self.batch + int(i)] for i in positions], np.int64)
 
     def _read(self, rows: Int[np.ndarray, " local"], positions: Int[np.ndarray, " local"]) -> Batch:
@@ -122,6 +124,11 @@ class Stream:
         if self._parallelism is None:
             return jax.device_put(batch)
         return self._parallelism.place(batch, self.batch)
+
+
+def _check_step(step: int) -> None:
+    if step < 0:
+        raise ValueError(f"step must be >= 0, got {step}")
 
 
 def _order(rows: int, seed: int, shuffle: bool) -> Any:

@@ -557,3 +557,59 @@ def test_older_step_loads_where_the_newer_one_could_not_be_written(failures, kin
 @pytest.mark.parametrize("kind", ["read-only", "full"])
 def test_saving_goes_on_where_the_disk_is_well_again(failures, kind):
     assert failures[kind]["afterwards"] == [3, True]
+
+
+# Found by reading and trying
+
+
+def test_damaged_step_that_was_passed_over_does_not_count_as_kept(tmp_path):
+    damage(saved(tmp_path, 10, 20), 20)
+    checkpoints = Checkpoints(tmp_path, keep_last=2)
+    assert checkpoints.load(State).step == 10
+    checkpoints.save(25, State(25))
+    checkpoints.wait()
+    damage(checkpoints, 25)
+    assert checkpoints.load(State).step == 10
+
+
+@pytest.mark.parametrize("name", ["7", "0000000007"])
+def test_directory_with_another_name_for_a_step_is_left_alone(tmp_path, name):
+    checkpoints = saved(tmp_path, 1, keep_last=1)
+    (tmp_path / name).mkdir()
+    for step in (8, 9):
+        checkpoints.save(step, State(step))
+        checkpoints.wait()
+    assert checkpoints.steps() == [9] and (tmp_path / name).is_dir()
+
+
+def test_save_that_cannot_begin_leaves_the_step_that_stood_there(tmp_path):
+    checkpoints = saved(tmp_path, 2)
+    with pytest.raises(CheckpointError, match="step 2 could not be saved"):
+        checkpoints.save(2, State(2), {"notes": object()})
+    assert checkpoints.load(State).step == 2
+
+
+def test_damaged_metadata_are_passed_over_in_silence(tmp_path, capfd):
+    checkpoints = saved(tmp_path, 1, 2)
+    file = checkpoints.path(2) / "state/array_metadatas/process_0"
+    content = file.read_bytes()
+    for length in (60, 100, 140):
+        file.write_bytes(content[:length])
+        assert checkpoints.load(State).step == 1
+    assert capfd.readouterr().err == ""
+
+
+def test_cleaning_leaves_other_files_alone_and_removes_records_without_a_step(tmp_path):
+    checkpoints = saved(tmp_path, 1)
+    for name in ("x.deleted", "00000002.json", "notes.json"):
+        (tmp_path / name).write_text("")
+    checkpoints.clean()
+    assert {path.name for path in tmp_path.iterdir()} == {"00000001", "00000001.json", "x.deleted", "notes.json"}
+
+
+def test_keys_of_another_generator_of_the_same_width_are_refused(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, [jr.key(0, impl="rbg")])
+    checkpoints.wait()
+    with pytest.raises(ValueError, match=r"differs: \[0\] is key<rbg> \(\), not key<urbg> \(\)"):
+        checkpoints.load(lambda: [jr.key(0, impl="unsafe_rbg")])

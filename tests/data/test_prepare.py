@@ -31,6 +31,11 @@ def test_every_pixel_has_its_value(compiled):
     np.testing.assert_array_equal(np.round((found + 1) * 127.5), pixels)
 
 
+def test_pixels_stay_in_range_when_compiled():
+    found = jax.jit(FromPixels())(row(np.array([0, 255], np.uint8)), KEY).x
+    assert found.tolist() == [-1, 1]
+
+
 def test_pixels_keep_label_and_index():
     found = FromPixels()(row(np.zeros((1, 2, 2), np.uint8), jnp.asarray(3), 5), KEY)
     assert (found.condition, found.index) == (3, 5)

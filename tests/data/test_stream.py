@@ -352,3 +352,9 @@ def test_batch_that_the_source_cannot_fill_is_refused(batch):
 def test_numbers_below_the_least_are_refused(name, value, least):
     with pytest.raises(ValueError, match=f"{name} must be >= {least}, got {value}"):
         stream(**{name: value})
+
+
+@pytest.mark.parametrize("read", [lambda s: s[-1], lambda s: s.rows(-1), lambda s: next(s.batches(-2))])
+def test_negative_step_is_refused(read):
+    with pytest.raises(ValueError, match="step must be >= 0, got -"):
+        read(Stream(ArraySource(np.zeros((9, 1), np.float32)), 3))
