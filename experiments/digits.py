@@ -90,6 +90,8 @@ class Config(run.Settings):
         for name, bound in least.items():
             if getattr(self, name) < bound:
                 raise ValueError(f"{name} must be >= {bound}, got {getattr(self, name)}")
+        if self.depth > 1000:
+            raise ValueError(f"depth must be at most 1000, got {self.depth}")
         if not 0.02 <= self.holdout <= 0.5:
             raise ValueError(f"holdout must lie in [0.02, 0.5], got {self.holdout}")
         if not 0 < self.learning_rate < 1:

@@ -260,9 +260,9 @@ def test_newer_step_that_was_passed_over_does_not_count_as_kept(tmp_path):
     assert again.load(State).step == 2
     again.save(3, State(3))
     again.wait()
-    assert again.steps() == [2, 3, 9]
+    assert again.steps() == [2, 3] and (tmp_path / "00000009.damaged").is_dir()
     found = again.load(State)
-    assert found.step == 3 and list(found.passed_over) == [9]
+    assert found.step == 3 and not found.passed_over
 
 
 @pytest.mark.parametrize("name", ["keep_last", "keep_every"])
@@ -291,7 +291,7 @@ def test_run_that_ends_while_it_saves_leaves_the_step_before(tmp_path):
     assert checkpoints.steps() == [1]
     assert any("orbax-checkpoint-tmp" in path.name for path in tmp_path.iterdir())  # or it had been too quick
     checkpoints.clean()
-    assert {path.name for path in tmp_path.iterdir()} == {"00000001", "00000001.json", "00000002.json"}
+    assert {path.name for path in tmp_path.iterdir()} == {"00000001", "00000001.json"}
     checkpoints.save(2, State(2))
     checkpoints.wait()
     assert checkpoints.load(State).step == 2
