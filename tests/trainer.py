@@ -36,8 +36,6 @@ class Config(run.Settings):
     """Of rows that carry the identity."""
     bad_steps: tuple[int, ...] = ()
     """Steps, counted from 0, whose rows become NaN on the device."""
-    pause: float = 0.0
-    """Seconds to wait after each preview."""
 
     def __post_init__(self):
         self.check()
@@ -47,11 +45,14 @@ class Config(run.Settings):
 class Half(mfx.AbstractField):
     """A field computed in bfloat16; its parameters stay float32."""
 
-    field: mfx.AbstractField
+    layers: eqx.nn.MLP
+
+    def __init__(self, width, *, key):
+        self.layers = eqx.nn.MLP(5, 2, width, depth=1, key=key)
 
     def __call__(self, z, r, t, condition=None, *, key=None):
-        u = mfx.nn.cast(self.field, jnp.bfloat16)(z.astype(jnp.bfloat16), r, t, condition, key=key)
-        return u.astype(z.dtype)
+        x = jnp.concatenate([z, jnp.stack([r, t, condition / 3])]).astype(jnp.bfloat16)
+        return mfx.nn.cast(self.layers, jnp.bfloat16)(x).astype(z.dtype)
 
 
 class Spoil(eqx.Module):
@@ -91,8 +92,9 @@ def parts(width, half, sgd, share, accumulation, parallelism):
     step = mfx.TrainStep(objective, optimizer, averages, Spoil(), accumulation, parallelism)
 
     def make_state():
-        field = mfx.MLP(2, width=width, depth=1, labels=3, key=jr.key(1))
-        return mfx.init_state(Half(field) if half else field, optimizer, averages, key=jr.key(0))
+        key = jr.key(1)
+        field = Half(width, key=key) if half else mfx.MLP(2, width=width, depth=1, labels=3, key=key)
+        return mfx.init_state(field, optimizer, averages, key=jr.key(0))
 
     return step, make_state
 
@@ -104,7 +106,7 @@ def train(config, directory, *, source=None, preview=None, loggers=(), steps=Non
 
     def picture(state, path):
         path.write_bytes(b"a picture")
-        time.sleep(config.pause)
+        time.sleep(float(os.environ.get("PAUSE", "0")))  # for signals to arrive at a known step
 
     source = Marked(config) if source is None else source
     stream = data.Stream(source, config.batch, parallelism=parallelism, shuffle=not config.bad_steps)

@@ -130,15 +130,3 @@ def test_bad_input_ends_in_one_line(digits, arguments, message, capsys, tmp_path
     assert ended.value.code == 2
     assert re.search(message, line), line
     assert not list(tmp_path.iterdir())
-
-
-def test_a_dry_run_says_what_would_be_trained_and_makes_nothing(digits, capsys, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as ended:
-        run.main(digits.main, digits.PRESETS, argv=["--dry-run", *SMALL])
-    text = capsys.readouterr().out
-    assert not ended.value.code
-    assert (
-        '"width": 8' in text and "DiT with 5,836 parameters, 6 steps of 16 rows" in text and "memory per device" in text
-    )
-    assert not list(tmp_path.iterdir())

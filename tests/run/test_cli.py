@@ -1,4 +1,5 @@
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -8,7 +9,9 @@ import equinox as eqx
 import jax.numpy as jnp
 import pytest
 
-from mf_eqx import check_batch_size, Guidance, run
+from mf_eqx import check_batch_size, checkpoint, Guidance, run
+from mf_eqx.run import _cli
+from mf_eqx.run._processes import RefusedElsewhere, Separated
 
 pytest.importorskip("tyro")
 
@@ -255,3 +258,60 @@ def test_a_script_of_its_own_refuses_without_traceback(tmp_path):
     )
     message = "digits.py: error: share must lie in [0, 1], got 2.0 (MF_EQX_TRACEBACK=1 shows where)\n"
     assert (ended.returncode, ended.stdout, ended.stderr) == (2, "", message)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (run.NonFinite("3 steps in a row\nwere bad"), 3, "script.py: error: 3 steps in a row were bad"),
+        (run.InUse("runs/a: is in use"), 4, "script.py: error: runs/a: is in use"),
+        (run.Stopped(signal.SIGINT, 7), 130, "script.py: stopped by SIGINT after step 7; the same command continues"),
+        (run.Stopped(signal.SIGTERM, 7), 143, "script.py: stopped by SIGTERM after step 7; the same command continues"),
+        (checkpoint.CheckpointError("step 5 could not be saved"), 2, "script.py: error: step 5 could not be saved"),
+        (RefusedElsewhere("the first could not"), 2, "script.py: error: the first could not"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else str(value)[:3],
+)
+def test_each_ending_has_its_exit_code_and_its_line(error, code, line, capsys):
+    def function(config: Config) -> None:
+        raise error
+
+    with pytest.raises(SystemExit) as stop:
+        run.main(function, Config(), argv=[])
+    assert stop.value.code == code
+    assert capsys.readouterr() == ("", line + "\n")
+
+
+def test_a_run_that_lost_a_process_exits_with_5_and_waits_for_nobody(capsys, monkeypatch):
+    def function(config: Config) -> None:
+        raise Separated("another process is gone")
+
+    codes = []
+    monkeypatch.setattr(os, "_exit", codes.append)
+    with pytest.raises(SystemExit):
+        run.main(function, Config(), argv=[])
+    assert codes == [5]
+    assert capsys.readouterr().err == "script.py: error: another process is gone\n"
+
+
+@dataclass(frozen=True)
+class Trained(run.Settings):
+    steps: int = 3
+
+
+@pytest.mark.parametrize("presets", [Trained(), {"a": ("one", Trained()), "b": ("two", Trained())}])
+def test_a_run_of_several_processes_is_joined_before_anything_else(presets, monkeypatch):
+    joined = []
+    monkeypatch.setattr(_cli, "connect", joined.append)
+    run.main(lambda config: joined.append(config), presets, argv=["--steps", "4"])
+    assert joined == [["--steps", "4"], Trained(steps=4)]
+
+
+def test_a_script_without_settings_joins_nobody(monkeypatch):
+    monkeypatch.setattr(_cli, "connect", lambda arguments: pytest.fail("joined"))
+    run.main(lambda config: config, Config(), argv=[])
+
+
+def test_flags_of_several_processes_are_refused_in_one_line(capsys):
+    line = refusal(capsys, "--processes", "2", presets=Trained())
+    assert "coordinator, processes and process must be given together, or none of them" in line

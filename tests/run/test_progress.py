@@ -173,3 +173,55 @@ def test_progress_goes_to_stderr_by_default(capsys):
 def test_impossible_arguments_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         run.Progress(**options)
+
+
+def test_a_run_that_continues_starts_from_where_it_was():
+    lines = io.StringIO()
+    with run.Progress(20, start=7, stream=lines) as progress:
+        progress.update(8, loss())
+    first, second = lines.getvalue().splitlines()
+    assert first == "7/20  compiling the first step"
+    assert second.startswith(" 8/20   40%  ")
+
+
+def test_steps_of_before_do_not_count_in_the_rate():
+    clock, lines = Clock(), io.StringIO()
+    with run.Progress(1000, start=900, stream=lines, clock=clock) as progress:
+        for step in range(901, 912):
+            clock.now += 2
+            progress.update(step, loss())
+    assert "0.5 steps/s" in lines.getvalue().splitlines()[-1]
+
+
+def test_a_finished_run_that_starts_again_writes_nothing():
+    lines = io.StringIO()
+    with run.Progress(20, start=20, stream=lines):
+        pass
+    assert lines.getvalue() == ""
+
+
+def test_what_happens_before_the_first_step_is_said():
+    lines = io.StringIO()
+    with run.Progress(3, doing="integrating the truth", stream=lines):
+        pass
+    assert lines.getvalue() == "0/3  integrating the truth\n"
+
+
+def test_rows_per_second_follow_from_the_work_of_a_step():
+    line = train(io.StringIO(), 51, first=5, each=0.5, every=10, work=run.Work(64)).splitlines()[-1]
+    assert "  2 steps/s  128 img/s  0:30 elapsed" in line and "MFU" not in line
+
+
+def test_utilisation_is_the_share_of_the_peak_that_the_steps_use():
+    work = run.Work(64, flops=3e12, peak=24e12)
+    line = train(io.StringIO(), 51, first=5, each=0.5, every=10, work=work).splitlines()[-1]
+    assert "  2 steps/s  128 img/s  25.0% MFU  0:30 elapsed" in line
+
+
+def test_a_silent_run_writes_nothing_anywhere(capsys):
+    lines = Terminal()
+    for options in ({"stream": lines}, {}):
+        with run.Progress(2, silent=True, **options) as progress:
+            progress.update(1, loss())
+            progress.note("nobody reads this")
+    assert lines.getvalue() == "" and capsys.readouterr() == ("", "")
