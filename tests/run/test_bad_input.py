@@ -1,0 +1,140 @@
+"""Any value for any field of any experiment: a configuration, or one line and exit code 2. Never a traceback."""
+
+import contextlib
+import dataclasses
+import importlib
+import io
+import pathlib
+import signal
+import sys
+
+import jax
+import pytest
+
+from mf_eqx import run
+
+for package in ("tyro", "hypothesis", "matplotlib", "sklearn", "beartype"):
+    pytest.importorskip(package)
+
+from hypothesis import given, HealthCheck, settings, strategies as st  # noqa: E402
+
+EXPERIMENTS = pathlib.Path(__file__).parents[2] / "experiments"
+SCRIPTS = ("toy_2d", "digits", "ablations", "weight_bias", "prepare_data")
+LONGEST = 10  # seconds for one command line; usual are 0.02 to 0.2
+
+
+@pytest.fixture(scope="module", autouse=True)
+def alone():
+    """Scripts can be imported, and several processes are never really joined."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(EXPERIMENTS)
+        patch.setattr(jax.distributed, "initialize", lambda *flags, **options: None)
+        patch.setattr(sys, "argv", ["script.py"])
+        patch.delenv("MF_EQX_TRACEBACK", raising=False)
+        yield
+
+
+def presets(script):
+    module = importlib.import_module(script)
+    return getattr(module, "PRESETS", None) or module.Config()
+
+
+def first(script):
+    found = presets(script)
+    return found if dataclasses.is_dataclass(found) else next(iter(found.values()))[1]
+
+
+def too_long(*_):
+    raise TimeoutError(f"longer than {LONGEST} s")
+
+
+def check(script, arguments):
+    """The configuration that comes out, or the line that refuses."""
+    out, err, found = io.StringIO(), io.StringIO(), []
+    before = signal.signal(signal.SIGALRM, too_long)
+    signal.alarm(LONGEST)
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            run.main(lambda config: found.append(config), presets(script), argv=arguments)
+    except SystemExit as ended:
+        assert ended.code == 2, (ended.code, arguments)
+        assert err.getvalue().startswith("script.py: error: ") and err.getvalue().count("\n") == 1, err.getvalue()
+        assert out.getvalue() == "" and not found
+    else:
+        assert len(found) == 1 and err.getvalue() == ""
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+    return found[0] if found else err.getvalue()
+
+
+STRANGE = [
+    *("", " ", "x", "nan", "inf", "-inf", "-1", "0", "-0.0", "1e400", "1e-400", "1e300", "1e30", "0.5", "1.5", "1_000"),
+    *(
+        "None",
+        "True",
+        "true",
+        "٣",
+        "½",
+        "1,2",
+        "a b",
+        "a\nb",
+        "--",
+        "-",
+        "---",
+        "../..",
+        "/",
+        "a/" * 2000,
+        "\x1b[31m",
+        "{}",
+    ),
+    *(str(sign * 2**bits + 1) for bits in (31, 32, 63, 64, 100) for sign in (1, -1)),
+]
+VALUES = st.one_of(
+    st.sampled_from(STRANGE),
+    st.integers().map(str),
+    st.floats().map(str),
+    st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=20),
+)
+
+
+@st.composite
+def command_lines(draw, script):
+    names = [field.name.replace("_", "-") for field in dataclasses.fields(first(script))]
+    arguments = []
+    for name in draw(st.lists(st.sampled_from(names), min_size=1, max_size=3)):
+        value = draw(VALUES)
+        arguments += draw(
+            st.sampled_from([[f"--{name}={value}"], [f"--{name}", value], [f"--{name}"], [f"--no-{name}"]])
+        )
+    return arguments
+
+
+def test_without_arguments_every_script_has_a_configuration():
+    for script in SCRIPTS[:-1]:
+        assert check(script, []) == first(script)
+
+
+def test_a_good_value_comes_out():
+    assert check("digits", ["--learning-rate", "1e-4"]).learning_rate == 1e-4
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_any_values_make_a_configuration_or_one_line(script):
+    importlib.import_module(script)
+
+    @settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @given(command_lines(script))
+    def holds(arguments):
+        check(script, arguments)
+
+    holds()
+
+
+@pytest.mark.parametrize(
+    ("script", "flag"),
+    [("digits", "--depth"), ("digits", "--width"), ("weight_bias", "--seeds"), ("toy_2d", "--depth")],
+)
+@pytest.mark.parametrize("value", [2**31, 2**63 + 1])
+def test_huge_sizes_are_judged_at_once(script, flag, value):
+    check(script, [flag, str(value)])

@@ -1,0 +1,140 @@
+import dataclasses
+import json
+
+import jax
+import pytest
+
+from mf_eqx import run
+from mf_eqx.run._settings import default_name
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(run.Settings):
+    steps: int = 10
+    rate: float = 0.1
+
+
+def opened(root, **fields):
+    return run.opened(Config(**fields), root=root, script="toys")
+
+
+def made(root, **fields):
+    """The directory of a run that was opened and left."""
+    with opened(root, **fields) as directory:
+        return directory.root
+
+
+def tree(root):
+    return {str(path.relative_to(root)): path.is_file() and path.read_bytes() for path in root.rglob("*")}
+
+
+def refused(root, **fields):
+    """The message of a refusal that must change nothing."""
+    before = tree(root)
+    with pytest.raises(ValueError) as error, opened(root, **fields):
+        pass
+    assert tree(root) == before
+    return str(error.value)
+
+
+def test_directory_is_named_after_the_recipe(tmp_path):
+    assert made(tmp_path) == tmp_path / "toys" / default_name(Config())
+
+
+def test_directory_is_named_as_asked(tmp_path):
+    assert made(tmp_path, name="sweep/a") == tmp_path / "toys" / "sweep" / "a"
+
+
+def test_same_recipe_with_other_settings_is_the_same_directory(tmp_path):
+    assert made(tmp_path) == made(tmp_path, save_every=3, fsdp=2)
+    assert made(tmp_path) != made(tmp_path, rate=0.2)
+
+
+def test_configuration_is_that_of_the_first_start_and_every_start_has_a_line(tmp_path):
+    root = made(tmp_path)
+    made(tmp_path, save_every=3)
+    assert json.loads((root / "config.json").read_text())["config"]["save_every"] == Config().save_every
+    starts = [json.loads(line) for line in (root / "starts.jsonl").read_text().splitlines()]
+    assert [start["versions"]["jax"] for start in starts] == [jax.__version__] * 2
+
+
+def test_another_recipe_of_that_name_is_refused_with_what_differs(tmp_path):
+    root = made(tmp_path, name="a")
+    assert refused(tmp_path, name="a", rate=0.2) == (
+        f"name must be that of a run with this configuration, but in {root} rate was 0.1, now 0.2"
+    )
+
+
+def test_a_directory_of_something_else_is_refused(tmp_path):
+    (tmp_path / "toys" / "a").mkdir(parents=True)
+    (tmp_path / "toys" / "a" / "precious.txt").write_text("data")
+    assert "has files and no config.json" in refused(tmp_path, name="a")
+    (tmp_path / "toys" / "a").rename(tmp_path / "toys" / "a-test")
+    assert "has files and no config.json" in refused(tmp_path, name="a", test_run=True)
+
+
+def test_a_file_in_place_of_the_directory_is_refused(tmp_path):
+    (tmp_path / "toys").mkdir()
+    (tmp_path / "toys" / "a").write_text("")
+    assert "name must be that of a directory" in refused(tmp_path, name="a")
+
+
+@pytest.mark.parametrize("name", ["../a", "/a", ".", "b/../../a"])
+def test_a_name_that_leaves_the_root_is_refused(name, tmp_path):
+    assert "name must be a path below" in refused(tmp_path, name=name)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"config": 3}', "null"])
+def test_a_configuration_that_cannot_be_read_is_refused_by_its_file(text, tmp_path):
+    file = made(tmp_path, name="a") / "config.json"
+    file.write_text(text)
+    assert str(file) in refused(tmp_path, name="a")
+
+
+def test_a_directory_that_was_left_before_its_configuration_was_written_is_used(tmp_path):
+    root = made(tmp_path)
+    (root / "config.json").unlink()
+    (root / "starts.jsonl").unlink()
+    assert made(tmp_path) == root
+    assert (root / "config.json").exists()
+
+
+def test_a_directory_in_use_is_refused_and_free_afterwards(tmp_path):
+    with opened(tmp_path) as directory:
+        before = tree(tmp_path)
+        with pytest.raises(run.InUse, match=f"{directory.root}: is in use by process"), opened(tmp_path):
+            pass
+        assert tree(tmp_path) == before
+    made(tmp_path)
+
+
+def test_a_dry_run_makes_nothing_and_minds_no_lock(tmp_path):
+    assert not made(tmp_path, dry_run=True).exists()
+    assert not list(tmp_path.iterdir())
+    with opened(tmp_path), opened(tmp_path, dry_run=True):
+        pass
+
+
+def test_a_test_run_empties_its_own_directory_and_no_other(tmp_path):
+    root = made(tmp_path, name="a")
+    (root / "metrics.jsonl").write_text("precious")
+    with opened(tmp_path, name="a", test_run=True) as directory:
+        assert directory.root == tmp_path / "toys" / "a-test"
+        directory.path("checkpoints/00000001/array").write_text("old")
+        directory.path("metrics.jsonl").write_text("old")
+    again = made(tmp_path, name="a", test_run=True, rate=0.2)  # of whatever recipe
+    assert sorted(path.name for path in again.iterdir()) == [".lock", "config.json", "starts.jsonl"]
+    assert (root / "metrics.jsonl").read_text() == "precious"
+
+
+def test_a_test_run_in_use_is_not_emptied(tmp_path):
+    with opened(tmp_path, test_run=True) as directory:
+        directory.path("metrics.jsonl").write_text("new")
+        with pytest.raises(run.InUse), opened(tmp_path, test_run=True):
+            pass
+        assert (directory.root / "metrics.jsonl").read_text() == "new"
+
+
+def test_a_run_named_like_a_test_run_is_never_emptied(tmp_path):
+    (made(tmp_path, name="a-test") / "metrics.jsonl").write_text("precious")
+    refused(tmp_path, name="a", test_run=True)

@@ -1,0 +1,98 @@
+import dataclasses
+
+import jax
+import pytest
+
+from mf_eqx import run
+from mf_eqx.run._settings import default_name, difference, recipe
+
+
+@dataclasses.dataclass(frozen=True)
+class Inner:
+    rate: float = 0.1
+    sizes: tuple[int, ...] = (1, 2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(run.Settings):
+    steps: int = 10
+    scale: float | None = None
+    inner: Inner = dataclasses.field(default_factory=Inner)
+
+
+CHANGED = {
+    "name": "a",
+    "wandb": "a",
+    "coordinator": "a:1",
+    **dict.fromkeys(["tensorboard", "dry_run", "test_run"], True),
+    **dict.fromkeys(["save_every", "keep_last", "keep_every", "log_every", "preview_every"], 7),
+    **dict.fromkeys(["most_faults", "fsdp", "accumulation", "processes", "process"], 7),
+}
+
+
+def test_recipe_is_the_scripts_own_fields():
+    assert recipe(Config()) == {"steps": 10, "scale": None, "inner": {"rate": 0.1, "sizes": [1, 2]}}
+
+
+@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(run.Settings)])
+def test_no_setting_changes_the_default_name(field):
+    changed = Config(**{field: CHANGED[field]})
+    assert changed != Config()
+    assert default_name(changed) == default_name(Config())
+
+
+@pytest.mark.parametrize(
+    "fields", [{"steps": 11}, {"scale": 0.0}, {"inner": Inner(rate=0.2)}, {"inner": Inner(sizes=(2, 1))}], ids=str
+)
+def test_every_field_of_the_recipe_changes_the_default_name(fields):
+    assert default_name(Config(**fields)) != default_name(Config())
+
+
+def test_the_default_name_never_changes():
+    assert default_name(Config()) == "ad748f37"  # runs of before must be found
+
+
+@pytest.mark.parametrize(
+    ("saved", "wanted", "message"),
+    [
+        ({"a": 1}, {"a": 1}, None),
+        ({"a": 1, "b": [1, 2]}, {"b": [1, 2], "a": 1}, None),
+        ({"a": 1}, {"a": 2}, "a was 1, now 2"),
+        ({"a": {"b": {"c": 1}}}, {"a": {"b": {"c": 2}}}, "a.b.c was 1, now 2"),
+        ({"a": 1, "b": 2}, {"a": 1}, "b is only in the old one"),
+        ({"a": {}}, {"a": {"b": None}}, "a.b is only in the new one"),
+        ({"a": [1, 2]}, {"a": [2, 1]}, "a was [1, 2], now [2, 1]"),
+        ({"a": {"b": 1}}, {"a": None}, "a was {'b': 1}, now None"),
+        ({"a": 1, "b": 1}, {"a": 2, "b": 2}, "a was 1, now 2"),
+    ],
+)
+def test_difference_is_the_first_one_with_its_path(saved, wanted, message):
+    assert difference(saved, wanted) == message
+
+
+def test_difference_of_whole_values_is_named():
+    assert difference(3, 4, "steps") == "steps was 3, now 4"
+
+
+@pytest.mark.parametrize(
+    ("field", "bound"),
+    [
+        *[(name, 1) for name in ("save_every", "keep_last", "log_every", "most_faults", "fsdp", "accumulation")],
+        *[(name, 0) for name in ("keep_every", "preview_every")],
+    ],
+)
+def test_values_below_the_least_are_refused(field, bound):
+    Config(**{field: bound}).check()
+    with pytest.raises(ValueError, match=f"^{field} must be >= {bound}, got {bound - 1}$"):
+        Config(**{field: bound - 1}).check()
+
+
+def test_one_device_needs_no_parallelism():
+    if jax.device_count() > 1:
+        pytest.skip("needs a single device")
+    assert run.parallelism(Config()) is None
+
+
+def test_fsdp_that_does_not_divide_the_devices_is_refused():
+    with pytest.raises(ValueError, match="fsdp must divide the number of devices"):
+        run.parallelism(Config(fsdp=jax.device_count() + 1))
