@@ -333,7 +333,7 @@ def main(config: Config) -> None:
         if run.is_first():
             save_comparison(directory.path("comparison.png"), digits.holdout, trained)
             results = references(digits, judge, config.seed) + results
-            text = f"{report(results)}\n\n{time.perf_counter() - began:.0f} seconds in all."
+            text = f"{report(results)}\n\n{time.perf_counter() - began:.0f} seconds in this session."
             directory.save_results(text, [row._asdict() for row in results])
             print(f"{text} Pictures and metrics are in {directory.root}.")
 

@@ -325,7 +325,7 @@ def one_cell(
     if method == "Exact":
         field = problem.truth
     else:
-        kept = checkpoint.Checkpoints(directory.root / f"checkpoints/{problem.name}_{method}_{seed}", keep_last=1)
+        kept = checkpoint.Checkpoints(directory.root / f"checkpoints/{problem.name}_{method}_{seed}")
         field = yield from train(config, problem, method, seed, kept)
     return judge(config, problem, method, seed, field)
 

@@ -119,7 +119,7 @@ def judged(
         field = exact.AverageVelocity(exact.WeightedVelocity(problem.mixture, weight), rtol=1e-3, atol=1e-3)
     else:
         name = f"checkpoints/{cell.kind}_{cell.power:g}_{cell.offset:g}_{cell.seed}".replace(" ", "_")
-        kept = checkpoint.Checkpoints(directory.root / name, keep_last=1)
+        kept = checkpoint.Checkpoints(directory.root / name)
         field = yield from toy_2d.train(toy_config(config, cell), problem, "MeanFlow", cell.seed, kept)
     errors = metrics.field_errors(field, problem.known)
     samples = toy_2d.generate(field, jr.normal(toy_2d.NOISE_KEY, problem.data.shape), 1)

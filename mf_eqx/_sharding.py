@@ -7,7 +7,9 @@ r"""How one training is spread over devices: a mesh of two axes, and one rule th
 
 Rows are spread over all devices, over both axes. Parameters, optimiser state and averages are equal on all devices of
 the axis `data`, and of a large leaf every device of the axis `fsdp` keeps one part only: "fully sharded data
-parallelism" (Zhao et al., 2023, arXiv 2304.11277). With fsdp = 1 it is plain data parallelism.
+parallelism" (Zhao et al., 2023, arXiv 2304.11277). With fsdp = 1 it is plain data parallelism. What is shared is what
+lasts from step to step: `TrainStep` gathers the parameters whole at the start of a step, not layer by layer, so that
+while it computes each device holds a copy of the parameters and one of their gradients.
 
 Nothing that is computed depends on the mesh, up to the order of sums: every random number follows from the row's index
 in the global batch.

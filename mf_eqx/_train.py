@@ -34,16 +34,20 @@ _DRAW = 0x44524157  # folds the key of a step's data away from those that the st
 class Faults(eqx.Module):
     """Steps whose loss, gradient or update was not finite, and which therefore changed nothing.
 
-    **Arguments:** `total` of them; `in_row` up to the last step, 0 after a good one; `last` one's number, from 1, or 0.
+    **Arguments:** `total` of them; `in_row` up to the last step, 0 after a good one; `most_in_row` so far; `last` one's
+    number, from 1, or 0.
     """
 
     total: Int[Array, ""]
     in_row: Int[Array, ""]
+    most_in_row: Int[Array, ""]
     last: Int[Array, ""]
 
     def after(self, step: Int[Array, ""], finite: Bool[Array, ""]) -> "Faults":
         """The counters after the step of that number."""
-        return Faults(self.total + ~finite, jnp.where(finite, 0, self.in_row + 1), jnp.where(finite, self.last, step))
+        in_row = jnp.where(finite, 0, self.in_row + 1)
+        most = jnp.maximum(self.most_in_row, in_row)
+        return Faults(self.total + ~finite, in_row, most, jnp.where(finite, self.last, step))
 
 
 class TrainState(eqx.Module):
@@ -76,7 +80,7 @@ def init_state(
     field = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True) if eqx.is_array(leaf) else leaf, field)
     key = jr.wrap_key_data(jnp.array(jr.key_data(key), copy=True), impl=jr.key_impl(key))
     opt_state = optimizer.init(eqx.filter(field, eqx.is_inexact_array))
-    none = Faults(*(jnp.zeros((), jnp.int32) for _ in range(3)))
+    none = Faults(*(jnp.zeros((), jnp.int32) for _ in range(4)))
     return TrainState(field, opt_state, tuple(a.init(field) for a in averages), jnp.zeros((), jnp.int32), key, none)
 
 

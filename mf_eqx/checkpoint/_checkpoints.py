@@ -16,8 +16,10 @@ import gc
 import hashlib
 import json
 import logging
+import os
 import shutil
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -37,6 +39,7 @@ _State = TypeVar("_State")
 
 _FORMAT = 1
 _DAMAGED, _DOOMED = ".damaged", ".deleted"
+_QUIET = threading.Lock()
 
 
 class CheckpointError(RuntimeError):
@@ -120,7 +123,10 @@ class Checkpoints:
                 self.directory.mkdir(parents=True, exist_ok=True)
                 for gone in {step, *self._passed_over}:
                     self._move_aside(gone)
-                self._record_path(step).write_text(sealed, encoding="utf-8")
+                with self._record_path(step).open("w", encoding="utf-8") as file:
+                    file.write(sealed)
+                    file.flush()
+                    os.fsync(file.fileno())
             self._passed_over.clear()
             plain_arrays = {name: plain(leaf) for name, leaf in arrays.items()}
             self._pending = (step, ocp.save_async(str(self.path(step)), plain_arrays))
@@ -160,7 +166,7 @@ class Checkpoints:
         """
         wanted = eqx.filter_eval_shape(make_state)
         passed_over: dict[int, str] = {}
-        for candidate in sorted(self.steps(), reverse=True) if step is None else [step]:
+        for candidate in reversed(_of_first(self.steps())) if step is None else [step]:
             try:
                 state, notes = self._usable(candidate, wanted, parallelism, check)
             except _Damage as damage:
@@ -170,15 +176,20 @@ class Checkpoints:
                 return Restored(candidate, state, notes, passed_over)
         if passed_over:
             reasons = "; ".join(f"step {number}: {reason}" for number, reason in passed_over.items())
-            raise CheckpointError(f"{self.directory}: no checkpoint can be used ({reasons})")
+            message = f"no checkpoint can be used ({reasons}); remove or rename this directory to begin anew"
+            raise CheckpointError(f"{self.directory}: {message}")
         return None
 
     def clean(self) -> None:
-        """Remove what a killed run left half written or half deleted. Only whoever may save may clean."""
+        """Remove what a killed run left half written or half deleted, and of what was moved aside all but the newest.
+        Only whoever may save may clean."""
         if jax.process_index() == 0 and self.directory.is_dir():
             for path in self.directory.iterdir():
                 if path.is_dir() and (".orbax-checkpoint-tmp" in path.name or path.suffix == _DOOMED):
                     shutil.rmtree(path)
+            for old in sorted(self.directory.glob(f"*{_DAMAGED}"))[:-1]:
+                shutil.rmtree(old)
+            for path in self.directory.iterdir():
                 if path.suffix == ".json" and path.stem.isdecimal() and not path.with_suffix("").exists():
                     path.unlink()
 
@@ -190,10 +201,11 @@ class Checkpoints:
         check: Callable[[Mapping[str, Any]], None] | None,
     ) -> tuple[_State, dict[str, Any]]:
         """State and notes of a step, unless something is wrong with it."""
-        record = self._record(step)
-        if check is not None:
-            check(record["notes"])
-        compare(record["leaves"], shapes(leaves(wanted)), self.path(step))
+        with _same_everywhere():
+            record = self._record(step)
+            if check is not None:
+                check(record["notes"])
+            compare(record["leaves"], shapes(leaves(wanted)), self.path(step))
         state = rebuilt(wanted, self._read(step, wanted, parallelism))
         if wrong := [name for name, digest in digests(state).items() if record["digests"][name] != digest]:
             raise _Damage(f"{some(wrong)} not as saved, by the digest")
@@ -222,13 +234,14 @@ class Checkpoints:
 
         targets = {name: _target(plain(leaf), parallelism) for name, leaf in leaves(wanted).items()}
         arrays, reason = {}, None
-        with _quiet():
-            try:
-                arrays = ocp.load(str(self.path(step)), targets)
-            except Exception as error:  # damaged files raise whatever their reader stumbles over
-                reason = f"it cannot be read: {_in_short(error)}"
-        if _anywhere(reason is not None):
-            raise _Damage(reason or "another process cannot read it")
+        with _same_everywhere():
+            with _quiet():
+                try:
+                    arrays = ocp.load(str(self.path(step)), targets)
+                except Exception as error:  # damaged files raise whatever their reader stumbles over
+                    reason = f"it cannot be read: {_in_short(error)}"
+            if reason is not None:
+                raise _Damage(reason)
         return arrays
 
     @contextlib.contextmanager
@@ -236,6 +249,8 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
+            if jax.process_count() > 1 and isinstance(error, jax.errors.JaxRuntimeError):
+                raise  # another process is gone
             reason = " ".join(str(error).split())[:300]
             raise CheckpointError(f"{self.path(step)}: step {step} could not be {what}: {reason}") from error
 
@@ -265,9 +280,36 @@ def _sha256(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _anywhere(here: bool) -> bool:
-    """Whether it is so in any process: all must do the same next, or they wait for each other for ever."""
-    return bool(np.any(multihost_utils.process_allgather(np.array(here)))) if jax.process_count() > 1 else here
+@contextlib.contextmanager
+def _same_everywhere() -> Iterator[None]:
+    """A context that fails in all processes if in one: all must do the same next, or they wait for each other for ever.
+
+    **Raises:** the error, where there was one; `_Damage` elsewhere if it was that, `ValueError` if not.
+    """
+    error: Exception | None = None
+    try:
+        yield
+    except (_Damage, ValueError) as raised:
+        error = raised
+    verdict = 0 if error is None else 1 if isinstance(error, _Damage) else 2
+    if jax.process_count() > 1:
+        verdict = int(multihost_utils.process_allgather(np.array(verdict)).max())
+    if error is not None and (verdict == 2) == isinstance(error, ValueError):
+        raise error
+    if verdict:
+        raise (
+            ValueError("another process refuses the checkpoint") if verdict == 2 else _Damage("another process says so")
+        )
+
+
+def _of_first(steps: list[int]) -> list[int]:
+    """What the first process sees: directories may look different from different machines."""
+    if jax.process_count() == 1:
+        return steps
+    number = int(multihost_utils.broadcast_one_to_all(np.array(len(steps))))
+    mine = np.zeros(number, np.int64)
+    mine[: len(steps[:number])] = steps[:number]
+    return multihost_utils.broadcast_one_to_all(mine).tolist()
 
 
 def _in_short(error: Exception) -> str:
@@ -276,7 +318,12 @@ def _in_short(error: Exception) -> str:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """No log lines and warnings of what reads: what is wrong is said once, by us."""
+    """No log lines and warnings of what reads: what is wrong is said once, by us. One thread at a time."""
+    with _QUIET:
+        yield from _quietly()
+
+
+def _quietly() -> Iterator[None]:
     loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
     levels, hook = [logger.level for logger in loggers], sys.unraisablehook
     try:

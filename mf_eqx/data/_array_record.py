@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Int, Shaped
 
 from .._optional import optional
-from ._file import as_paths, name_of, PathLike
+from ._file import as_paths, name_of, open_regular, PathLike
 from ._npy import LONGEST_HEADER, parse_header
 from ._source import AbstractSource, Rows
 
@@ -28,20 +28,43 @@ def decode_npy(record: bytes) -> Record:
     """The row in a record: either one array in the format .npy, or the arrays `x` and `label` (a single integer) in the
     format .npz.
 
-    **Raises:** `ValueError` if it is neither, or if there are other arrays, objects, or more than 1 GiB in it.
+    **Raises:** `ValueError` if it is neither or damaged, or if there are other arrays, objects or more than 1 GiB in it.
     """
     if record[:2] != b"PK":
         return _load("x", record), None
-    with zipfile.ZipFile(io.BytesIO(record)) as archive:
-        names = sorted(archive.namelist())
-        if names != ["label.npy", "x.npy"]:
-            raise ValueError(f"must hold x and label, got {', '.join(names) or 'nothing'}"[:200])
-        if (size := sum(info.file_size for info in archive.infolist())) > _LARGEST_RECORD:
-            raise ValueError(f"must unpack to at most {_LARGEST_RECORD:,} bytes, got {size:,}")
-        x, label = (_load(name, archive.read(f"{name}.npy")) for name in ("x", "label"))
+    contents = _unpack(record)
+    x, label = (_load(name, contents[f"{name}.npy"]) for name in ("x", "label"))
     if label.shape != () or not np.issubdtype(label.dtype, np.integer):
         raise ValueError(f"label must be a single integer, got {label.dtype} of shape {label.shape}")
     return x, int(label)
+
+
+def _unpack(record: bytes) -> dict[str, bytes]:
+    """The members `x.npy` and `label.npy` of an archive."""
+    try:
+        with zipfile.ZipFile(io.BytesIO(record)) as archive:
+            _check_members(archive.infolist())
+            return {info.filename: _read_member(archive, info) for info in archive.infolist()}
+    except ValueError:
+        raise
+    except Exception as error:  # damaged archives fail in many ways
+        raise ValueError(f"must be a whole .npz archive, got: {_brief(error)}") from error
+
+
+def _check_members(members: list[zipfile.ZipInfo]) -> None:
+    names = sorted(info.filename for info in members)
+    if names != ["label.npy", "x.npy"]:
+        raise ValueError(f"must hold x and label, got {', '.join(names) or 'nothing'}"[:200])
+    if (size := sum(info.file_size for info in members)) > _LARGEST_RECORD:
+        raise ValueError(f"must unpack to at most {_LARGEST_RECORD:,} bytes, got {size:,}")
+    for info in members:
+        if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # others unpack without a bound
+            raise ValueError(f"must be stored or deflated, got {info.filename} packed by method {info.compress_type}")
+
+
+def _read_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
+    with archive.open(info) as member:
+        return member.read(info.file_size + 1)  # without a size it would unpack 2 GiB at once, whatever it tells
 
 
 def _load(name: str, content: bytes) -> Shaped[np.ndarray, "..."]:
@@ -63,9 +86,9 @@ class ArrayRecordSource(AbstractSource):
     - `labels`: how many different labels there are; needed if there are any, since only reading all would tell.
 
     **Raises:** `OSError` if a file cannot be opened; `ValueError` that names file, record, what was expected and what
-    was found: no ArrayRecord file, a truncated or damaged one (it has checksums), no records, records that differ from
-    the first, labels missing, not wanted or out of range. `MissingDependency` if `array_record` is missing, which
-    comes with Grain where it can be built.
+    was found: no ordinary file, no ArrayRecord file, a truncated or damaged one (it has checksums), no records, records
+    that differ from the first, labels missing, not wanted or out of range. `MissingDependency` if `array_record` is
+    missing, which comes with Grain where it can be built.
     """
 
     def __init__(
@@ -131,7 +154,7 @@ class ArrayRecordSource(AbstractSource):
 def _open(path: Path) -> Any:
     """A reader of a file that has records. What it says is otherwise lost: opening raises nothing."""
     reader_class = _reader_class()
-    with open(path, "rb"):
+    with open_regular(path):  # the library would wait for a pipe
         pass
     reader = reader_class(str(path), options=_RANDOM_ACCESS, file_reader_buffer_size=1 << 15)
     if not reader.ok():

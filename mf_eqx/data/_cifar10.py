@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import UInt8
 
-from ._file import open_unpacked, PathLike, read_up_to
+from ._file import open_unpacked, PathLike, read_regular
 from ._plain_pickle import read_plain_pickle
 from ._source import ArraySource, check_labels
 
@@ -44,8 +44,8 @@ def read_cifar10(path: PathLike, *, train: bool = True) -> ArraySource:
     - `train`: the training batches, or the test batch.
 
     **Raises:** `OSError` if a file cannot be opened; `ValueError` that names the file, what was expected and what was
-    found: missing files, no whole number of records, a label outside [0, 9], pickled things that are no part of
-    CIFAR-10, damaged or swollen archives, members that are links or lie outside of the archive's folder.
+    found: missing files, pipes and devices, no whole number of records, a label outside [0, 9], pickled things that are
+    no part of CIFAR-10, damaged or swollen archives, members that are links or lie outside of the archive's folder.
     """
     root = Path(path)
     stems = [f"data_batch_{number}" for number in range(1, 6)] if train else ["test_batch"]
@@ -68,18 +68,7 @@ def _span(names: Sequence[str]) -> str:
 
 def _read_folder(root: Path, names: Sequence[str]) -> dict[str, bytes]:
     """The content of those files that are there."""
-    contents = {}
-    for path in (root / name for name in names):
-        if path.exists():
-            with open(path, "rb") as file:
-                contents[path.name] = bytes(read_up_to(file, _LARGEST_FILE + 1))
-            _check_size(str(path), len(contents[path.name]))
-    return contents
-
-
-def _check_size(name: str, size: int) -> None:
-    if size > _LARGEST_FILE:
-        raise ValueError(f"{name}: must hold at most {_LARGEST_FILE:,} bytes, got more")
+    return {name: read_regular(root / name, _LARGEST_FILE) for name in names if (root / name).exists()}
 
 
 class _Limited(io.RawIOBase):
@@ -99,7 +88,7 @@ class _Limited(io.RawIOBase):
 def _read_archive(path: Path, names: Sequence[str]) -> dict[str, bytes]:
     """The content of those members that are there, read in one pass in memory."""
     contents = {}
-    with open_unpacked(path) as file:
+    with open_unpacked(path, _LARGEST_ARCHIVE) as file:
         limited = _Limited(file, path)
         try:
             with tarfile.open(fileobj=limited, mode="r|") as archive:
@@ -131,7 +120,8 @@ def _check_member(path: Path, member: tarfile.TarInfo, name: str, contents: dict
         raise ValueError(f"{path}: {name} must lie inside of the archive, got {member.name!r}")
     if name in contents:
         raise ValueError(f"{path}: {name} must be there once, got it again")
-    _check_size(f"{path}: {name}", member.size)
+    if member.size > _LARGEST_FILE:
+        raise ValueError(f"{path}: {name} must hold at most {_LARGEST_FILE:,} bytes, got {member.size:,}")
 
 
 def _decode_binary(name: str, content: bytes) -> _Part:

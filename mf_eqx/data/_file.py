@@ -4,6 +4,7 @@ import contextlib
 import gzip
 import io
 import os
+import stat
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -31,12 +32,42 @@ def name_of(paths: Sequence[Path]) -> str:
 
 
 @contextlib.contextmanager
-def open_unpacked(path: Path) -> Iterator[io.BufferedIOBase]:
-    """A file's content, unpacked if the first bytes are those of gzip, whatever its name.
+def open_regular(path: Path, most: int | None = None) -> Iterator[io.BufferedReader]:
+    """An ordinary file, or a link to one. Opening never waits, as it would for who writes into a pipe.
 
-    **Raises:** `OSError` with the file's name if it cannot be opened; inside, `ValueError` if gzip data are damaged.
+    **Raises:** `OSError` with the file's name if it cannot be opened; `ValueError` if it is a pipe, a device or the
+    like, or holds more than `most` bytes.
     """
-    with open(path, "rb") as raw:
+    with open(path, "rb", opener=_open_at_once) as file:
+        found = os.fstat(file.fileno())
+        if not stat.S_ISREG(found.st_mode):
+            raise ValueError(f"{path}: must be an ordinary file, got a pipe, a device or the like")
+        if most is not None and found.st_size > most:
+            raise ValueError(f"{path}: must hold at most {most:,} bytes, got {found.st_size:,}")
+        yield file
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+
+
+def read_regular(path: Path, most: int) -> bytes:
+    """All of an ordinary file. **Raises:** as `open_regular` does."""
+    with open_regular(path, most) as file:
+        content = read_up_to(file, most + 1)
+    if len(content) > most:  # it grew, or is one of those in /proc, which tell no length
+        raise ValueError(f"{path}: must hold at most {most:,} bytes, got more")
+    return bytes(content)
+
+
+@contextlib.contextmanager
+def open_unpacked(path: Path, most: int | None = None) -> Iterator[io.BufferedIOBase]:
+    """An ordinary file's content, unpacked if the first bytes are those of gzip, whatever its name.
+
+    **Raises:** as `open_regular` does, with `most` for the bytes before unpacking; inside, `ValueError` if gzip data
+    are damaged.
+    """
+    with open_regular(path, most) as raw:
         packed = raw.read(len(_GZIP)) == _GZIP
         raw.seek(0)
         try:

@@ -18,8 +18,10 @@ _DTYPES = {0x08: "u1", 0x09: "i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: 
 _MOST_AXES = 8
 
 
-def read_idx(images: PathLike, label: PathLike | None = None, *, labels: int | None = None) -> ArraySource:
-    """Rows of IDX files, gzipped or not.
+def read_idx(
+    images: PathLike, label: PathLike | None = None, *, labels: int | None = None, most_bytes: int = 1 << 33
+) -> ArraySource:
+    """Rows of IDX files, gzipped or not, in memory.
 
     **Arguments:**
 
@@ -27,21 +29,23 @@ def read_idx(images: PathLike, label: PathLike | None = None, *, labels: int | N
       leading row axis stay as they are. Values stay as they are, too: bytes from 0 to 255 for MNIST.
     - `label`: path of an integer for each row, or None.
     - `labels`: how many different ones there are, by default the largest and one more.
+    - `most_bytes`: how many bytes the values of a file may have when unpacked, 8 GiB by default.
 
     **Raises:** `OSError` if a file cannot be opened; `ValueError` that names the file, what was expected and what was
-    found: another format, fewer or more bytes than its header announces, no rows, labels that do not fit.
+    found: no ordinary file, another format, fewer or more bytes than its header announces, more than `most_bytes`, no
+    rows, labels that do not fit.
     """
-    x = _read(Path(images))
+    x = _read(Path(images), most_bytes)
     if x.ndim < 2:
         raise ValueError(f"{images}: must have a row axis and others, got shape {x.shape}")
     x = x[:, None] if x.ndim == 3 else x
     if label is None:
         return ArraySource(x, labels=labels, name=str(images))
-    values = _read(Path(label))
+    values = _read(Path(label), most_bytes)
     return ArraySource(x, values, labels=check_labels(str(label), values, len(x), labels), name=str(images))
 
 
-def _read(path: Path) -> Shaped[np.ndarray, "rows ..."]:
+def _read(path: Path, most_bytes: int) -> Shaped[np.ndarray, "rows ..."]:
     with open_unpacked(path) as file:
         start = read_up_to(file, 4)
         if len(start) < 4 or start[:2] != b"\0\0" or start[2] not in _DTYPES or not 1 <= start[3] <= _MOST_AXES:
@@ -54,7 +58,7 @@ def _read(path: Path) -> Shaped[np.ndarray, "rows ..."]:
         if min(shape) == 0:
             raise ValueError(f"{path}: must have at least one row and nothing empty, got shape {shape}")
         wanted = math.prod(shape) * dtype.itemsize
-        _check_bound(path, wanted, shape, dtype)
+        _check_bound(path, wanted, most_bytes, f"for shape {shape} of {dtype}")
         values = read_up_to(file, wanted + 1)
     if len(values) != wanted:
         found = f"{len(values):,}" if len(values) < wanted else "more"
@@ -62,10 +66,11 @@ def _read(path: Path) -> Shaped[np.ndarray, "rows ..."]:
     return np.frombuffer(values, dtype).reshape(shape).astype(dtype.newbyteorder("="), copy=False)
 
 
-def _check_bound(path: Path, wanted: int, shape: tuple[int, ...], dtype: np.dtype) -> None:
-    """Refuses sizes that the file cannot hold even if it is packed, before anything is read for them."""
+def _check_bound(path: Path, wanted: int, most_bytes: int, what: str) -> None:
+    """Refuses, before anything is read, sizes that the file cannot hold even if it is packed, or that are too many."""
     if (most := most_unpacked(path)) < wanted:
         raise ValueError(
-            f"{path}: must hold {wanted:,} bytes for shape {shape} of {dtype}, got {path.stat().st_size:,}"
-            f" which unpack to {most:,} at most"
+            f"{path}: must hold {wanted:,} bytes {what}, got {path.stat().st_size:,} which unpack to {most:,} at most"
         )
+    if wanted > most_bytes:
+        raise ValueError(f"{path}: must hold at most {most_bytes:,} bytes, which is most_bytes, got {wanted:,} {what}")

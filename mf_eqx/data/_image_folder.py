@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Int, UInt8
 
 from .._optional import optional
-from ._file import PathLike
+from ._file import PathLike, read_regular
 from ._source import AbstractSource, Rows
 
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
@@ -20,6 +20,8 @@ _FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 _MODES = {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "CMYK", "YCbCr"}
 """Pillow's modes of 8 bits or less per channel; converting deeper ones to RGB would clip their values."""
 _MOST_PIXELS = 1 << 27
+_LARGEST_FILE = 1 << 27
+"""Bytes before decoding."""
 
 
 class ImageFolderSource(AbstractSource):
@@ -36,8 +38,8 @@ class ImageFolderSource(AbstractSource):
     **Arguments:** `root`; `size` in pixels, of both sides.
 
     **Raises:** `OSError` if a file cannot be opened; `ValueError` that names folder or file: no images, a class without
-    any, images both beside and in folders; when it is read, an image that is broken, of more than 8 bits per channel or
-    too large. `MissingDependency` if Pillow is missing.
+    any, images both beside and in folders; when it is read, an image that is no ordinary file, broken, of more than 8
+    bits per channel or too large (128 MiB, or 2^27 pixels). `MissingDependency` if Pillow is missing.
 
     Reference: Prafulla Dhariwal and Alex Nichol, "Diffusion models beat GANs on image synthesis", 2021,
     arXiv:2105.05233.
@@ -50,7 +52,7 @@ class ImageFolderSource(AbstractSource):
         self._root, self._size = Path(root), size
         self.name, self.row_shape, self.dtype = str(root), (3, size, size), np.dtype(np.uint8)
         folders = sorted(entry.name for entry in self._root.iterdir() if entry.is_dir() and _is_shown(entry.name))
-        beside = sorted(entry.name for entry in self._root.iterdir() if entry.is_file() and _is_image(entry.name))
+        beside = sorted(entry.name for entry in self._root.iterdir() if not entry.is_dir() and _is_image(entry.name))
         if folders and beside:
             raise ValueError(f"{root}: must hold images or folders of them, got {beside[0]} beside {folders[0]}")
         self.class_names = folders or None
@@ -107,7 +109,7 @@ def _pillow() -> Any:
 
 
 def _read_image(path: Path, size: int) -> UInt8[np.ndarray, "3 size size"]:
-    content = path.read_bytes()
+    content = read_regular(path, _LARGEST_FILE)
     try:
         with _pillow().open(io.BytesIO(content), formats=_FORMATS) as image:
             _check_image(image, size)

@@ -8,6 +8,8 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ._file import read_regular
+
 MANIFEST = "manifest.json"
 VERSION = 1
 
@@ -61,10 +63,7 @@ def _digest(manifest: Manifest) -> str:
 
 def read_manifest(path: Path) -> Manifest:
     """The manifest, with every field checked for itself."""
-    with open(path, "rb") as file:
-        content = file.read(_LARGEST + 1)
-    if len(content) > _LARGEST:
-        raise ValueError(f"{path}: must hold at most {_LARGEST:,} bytes, got more")
+    content = read_regular(path, _LARGEST)
     try:
         values = json.loads(content)
     except (ValueError, RecursionError) as error:

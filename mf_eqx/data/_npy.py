@@ -2,6 +2,7 @@
 
 import io
 import math
+import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int, Shaped
 
-from ._file import as_paths, name_of, PathLike
+from ._file import as_paths, name_of, open_regular, PathLike
 from ._source import AbstractSource, check_labels, Rows
 
 NUMBERS = "biuf"
@@ -18,6 +19,9 @@ NUMBERS = "biuf"
 
 LONGEST_HEADER = 1 << 16
 """Bytes in which a header of ours ends; NumPy itself takes no more than 10,000."""
+
+_MOST_AXES = 32
+_LONGEST_AXIS = (1 << 63) - 1
 
 
 class NpySource(AbstractSource):
@@ -35,8 +39,8 @@ class NpySource(AbstractSource):
     - `labels`: how many different ones there are, by default the largest and one more.
 
     **Raises:** `OSError` if a file cannot be opened; `ValueError` that names the file, what was expected and what was
-    found: no .npy file, objects or text in it, columns first, a length that is not that of its header, no rows, shapes
-    or dtypes that differ between files, labels that do not fit.
+    found: no ordinary file, no .npy file, objects or text in it, columns first, a length that is not that of its header,
+    no rows, shapes or dtypes that differ between files, labels that do not fit.
     """
 
     def __init__(
@@ -83,13 +87,13 @@ class Header(NamedTuple):
 
 def map_npy(path: Path) -> Shaped[np.ndarray, "rows ..."]:
     """The array of a .npy file, read-only and not yet read. **Raises:** as for `NpySource`."""
-    with open(path, "rb") as file:
-        header = parse_header(str(path), file.read(LONGEST_HEADER), path.stat().st_size)
-    if not header.shape or min(header.shape) < 1:
-        raise ValueError(f"{path}: must have at least one row and nothing empty, got shape {header.shape}")
-    if header.columns_first and len(header.shape) > 1:
-        raise ValueError(f"{path}: must hold one row after the other (C order), got Fortran order")
-    return np.asarray(np.memmap(path, header.dtype, "r", header.offset, header.shape))
+    with open_regular(path) as file:
+        header = parse_header(str(path), file.read(LONGEST_HEADER), os.fstat(file.fileno()).st_size)
+        if not header.shape or min(header.shape) < 1:
+            raise ValueError(f"{path}: must have at least one row and nothing empty, got shape {header.shape}")
+        if header.columns_first and len(header.shape) > 1:
+            raise ValueError(f"{path}: must hold one row after the other (C order), got Fortran order")
+        return np.asarray(np.memmap(file, header.dtype, "r", header.offset, header.shape))
 
 
 def parse_header(name: str, start: bytes, found: int) -> Header:
@@ -97,17 +101,29 @@ def parse_header(name: str, start: bytes, found: int) -> Header:
 
     **Arguments:** `name` in front of messages; `start` the first bytes, 64 KiB or all; `found` how many there are.
 
-    **Raises:** `ValueError`: no header, objects or text instead of numbers, another length.
+    **Raises:** `ValueError`: no header, objects or text instead of numbers, a shape that is none, another length.
     """
     header = _evaluate(name, io.BytesIO(start))
     if header.dtype.kind not in NUMBERS:
         raise ValueError(f"{name}: must hold integers or floating point, got {header.dtype}")
+    _check_shape(name, header.shape)
     wanted = header.offset + math.prod(header.shape) * header.dtype.itemsize
-    if found != wanted or min(header.shape, default=0) < 0:
+    if found != wanted:
         raise ValueError(
             f"{name}: must hold {wanted:,} bytes for shape {header.shape} of {header.dtype}, got {found:,}"
         )
     return header
+
+
+def _check_shape(name: str, shape: tuple[int, ...]) -> None:
+    """What NumPy lets pass in a header and then fails at: many axes, truth values, huge or negative sizes."""
+    if len(shape) > _MOST_AXES:
+        raise ValueError(f"{name}: must have at most {_MOST_AXES} axes, got {len(shape)}")
+    for size in shape:
+        if type(size) is not int or not 0 <= size <= _LONGEST_AXIS:
+            # Python does not write integers of thousands of digits.
+            found = size if size.bit_length() < 64 else f"one of {size.bit_length()} bits"
+            raise ValueError(f"{name}: shape must be integers in [0, {_LONGEST_AXIS}], got {found}")
 
 
 def _evaluate(name: str, start: io.BytesIO) -> Header:

@@ -45,6 +45,9 @@ _WHOLE_ARRAY = {"numpy.core.numeric _frombuffer", "numpy._core.numeric _frombuff
 _NAMES = {_ARRAY_CLASS, _DTYPE, _ENCODE} | _EMPTY_ARRAY | _WHOLE_ARRAY
 _MOST_STEPS = 1_000_000
 """Bounds the time. A batch of CIFAR-10 has some 50,000."""
+_MOST_COPIES = 2
+"""Bounds the memory: bytes that are made of text, or text of bytes, for each byte of the file. Honest ones make one."""
+_LONGEST_SHOWN = 60
 _BYTE_DTYPE = object()
 """What stands for the dtype uint8."""
 
@@ -55,7 +58,7 @@ def read_plain_pickle(name: str, content: bytes, what: str) -> dict[str, Any]:
     **Arguments:** `name` of the file, in front of messages; `content`; `what` the file should be, for messages.
 
     **Raises:** `ValueError` if it is no whole pickle of protocol 2 or later, or holds anything else: a name that is not
-    NumPy's mark of an array is told, and never imported.
+    NumPy's mark of an array is told, and never imported. Likewise if it would become many times as large in memory.
     """
     try:
         found = _run(content, what)
@@ -70,7 +73,7 @@ def read_plain_pickle(name: str, content: bytes, what: str) -> dict[str, Any]:
 
 def _run(content: bytes, what: str) -> Any:
     """What is on top of the stack when the program stops."""
-    machine = _Machine(what)
+    machine = _Machine(what, _MOST_COPIES * len(content))
     for number, (opcode, argument, _) in enumerate(pickletools.genops(content)):
         if number == _MOST_STEPS:
             raise _Refused(f"must hold at most {_MOST_STEPS:,} instructions, got more")
@@ -81,10 +84,10 @@ def _run(content: bytes, what: str) -> Any:
 
 
 class _Machine:
-    """The stack, what was below the marks, and the memory of values that come again."""
+    """The stack, what was below the marks, and the memory of values that come again. It may make `most` bytes."""
 
-    def __init__(self, what: str):
-        self.what = what
+    def __init__(self, what: str, most: int):
+        self.what, self.most, self.made = what, most, 0
         self.stack: list[Any] = []
         self.below: list[list[Any]] = []
         self.memory: dict[int, Any] = {}
@@ -117,9 +120,24 @@ class _Machine:
 
     def push_name(self, name: str) -> None:
         if name not in _NAMES:
-            shown = name.replace(" ", ".")
+            shown = name[:_LONGEST_SHOWN].replace(" ", ".")
             raise _Refused(f"must hold plain values alone, but names {shown}, which is no part of {self.what}")
         self.stack.append(_Name(name))
+
+    def encoded(self, text: str) -> bytes:
+        """Text in which each character is a byte."""
+        self.count(len(text))
+        return text.encode("latin-1")
+
+    def decoded(self, values: bytes) -> str:
+        self.count(len(values))
+        return values.decode("latin-1")
+
+    def count(self, size: int) -> None:
+        """Before `size` bytes are made; a call that takes three bytes in the file may copy all others."""
+        self.made += size
+        if self.made > self.most:
+            raise _Refused(f"must unpack to at most {self.most:,} bytes, got more, which is no part of {self.what}")
 
 
 def _mark(machine: _Machine, argument: Any) -> None:
@@ -167,7 +185,7 @@ def _set(machine: _Machine, values: list[Any]) -> None:
         raise TypeError("items are set in what is no dictionary")
     for key, value in zip(values[::2], values[1::2], strict=True):
         # Text alone: the hash of tuples nested a million times would overflow C's stack.
-        machine.stack[-1][key.decode("latin-1") if isinstance(key, bytes) else _text(key)] = value
+        machine.stack[-1][machine.decoded(key) if isinstance(key, bytes) else _text(key)] = value
 
 
 def _text(value: Any) -> str:
@@ -181,7 +199,9 @@ def _global(machine: _Machine, argument: str) -> None:
 
 
 def _stack_global(machine: _Machine, argument: Any) -> None:
-    machine.push_name(" ".join(map(_text, machine.pop(2))))
+    module, name = map(_text, machine.pop(2))
+    machine.count(len(module) + len(name))
+    machine.push_name(f"{module} {name}")
 
 
 def _reduce(machine: _Machine, argument: Any) -> None:
@@ -194,11 +214,11 @@ def _reduce(machine: _Machine, argument: Any) -> None:
     elif function.name in _WHOLE_ARRAY:
         value = _Array()
         data, dtype, shape, order = arguments
-        _fill(value, shape, dtype, order != "C", data)
+        _fill(machine, value, shape, dtype, order != "C", data)
     elif function.name == _DTYPE:
         value = _dtype(arguments[0])
     elif function.name == _ENCODE:  # Python 3 writes bytes so in protocol 2
-        value = _latin_1(*arguments)
+        value = _latin_1(machine, *arguments)
     else:
         raise TypeError(f"{function.name} is called")
     machine.stack.append(value)
@@ -206,15 +226,15 @@ def _reduce(machine: _Machine, argument: Any) -> None:
 
 def _dtype(code: Any) -> object:
     if code not in ("u1", b"u1"):
-        shown = repr(code) if isinstance(code, str | bytes) else type(code).__name__
-        raise _Refused(f"must hold arrays of uint8, got dtype {shown[:40]}")
+        shown = repr(code[:40]) if isinstance(code, str | bytes) else type(code).__name__
+        raise _Refused(f"must hold arrays of uint8, got dtype {shown}")
     return _BYTE_DTYPE
 
 
-def _latin_1(text: Any, encoding: Any) -> bytes:
+def _latin_1(machine: _Machine, text: Any, encoding: Any) -> bytes:
     if encoding not in ("latin1", "latin-1"):
         raise TypeError("bytes are encoded otherwise than by Latin-1")
-    return _text(text).encode("latin-1")
+    return machine.encoded(_text(text))
 
 
 def _build(machine: _Machine, argument: Any) -> None:
@@ -223,18 +243,18 @@ def _build(machine: _Machine, argument: Any) -> None:
     target = machine.stack[-1]
     if isinstance(target, _Array):
         _, shape, dtype, columns_first, data = state
-        _fill(target, shape, dtype, columns_first, data)
+        _fill(machine, target, shape, dtype, columns_first, data)
     elif target is not _BYTE_DTYPE:
         raise TypeError("state is set of what is no array")
 
 
-def _fill(array: _Array, shape: Any, dtype: Any, columns_first: Any, data: Any) -> None:
+def _fill(machine: _Machine, array: _Array, shape: Any, dtype: Any, columns_first: Any, data: Any) -> None:
     if dtype is not _BYTE_DTYPE or columns_first:
         raise _Refused("must hold arrays of uint8 in C order, got another")
     if not isinstance(shape, tuple) or not all(type(size) is int and size >= 0 for size in shape) or len(shape) > 8:
         raise TypeError("the shape of an array is none")
     # Python 2 has text for bytes, in which each character is a byte.
-    values = data.encode("latin-1") if isinstance(data, str) else data
+    values = machine.encoded(data) if isinstance(data, str) else data
     if not isinstance(values, bytes | bytearray) or len(values) != math.prod(shape):
         held = f"{len(values):,}" if isinstance(values, bytes | bytearray) else type(values).__name__
         raise _Refused(f"must hold {math.prod(shape):,} bytes for an array of shape {shape}, got {held}")

@@ -8,10 +8,12 @@ A folder is whole or not there: it is written beside its place, flushed to disk,
 """
 
 import contextlib
+import glob
 import hashlib
 import os
 import secrets
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -19,13 +21,15 @@ from typing import BinaryIO
 import numpy as np
 from jaxtyping import Int, Shaped
 
-from ._file import PathLike
+from ._file import open_regular, PathLike
 from ._manifest import as_text, File, MANIFEST, Manifest, name_of_file, read_manifest, VERSION
 from ._npy import NpySource, NUMBERS
 from ._source import AbstractSource, check_labels, Rows
 
 _PIECE = 1 << 24
 """Bytes that are read or written at once, roughly."""
+_ABANDONED = 3600
+"""Seconds without a write after which nobody works on a folder any more."""
 
 
 # Writing
@@ -41,7 +45,8 @@ def write_shards(
     """Write all rows of `source` into a new folder, for `ShardSource`.
 
     Every value is checked on the way. A conversion that fails or is killed leaves no folder of this name; killed, it
-    leaves a hidden one beside it, `.<name>.<random>.partial`, that may be deleted.
+    leaves a hidden one beside it, `.<name>.<random>.partial`, that may be deleted; the next conversion to the same
+    place does so if it is older than an hour.
 
     **Arguments:**
 
@@ -80,6 +85,7 @@ def _check_free(target: Path) -> None:
 def _placed(target: Path) -> Iterator[Path]:
     """A new folder beside `target` that gets its name at the end, and is deleted after an error."""
     target.parent.mkdir(parents=True, exist_ok=True)
+    _delete_abandoned(target.absolute())
     partial = target.absolute().with_name(f".{target.absolute().name}.{secrets.token_hex(4)}.partial")
     partial.mkdir()
     try:
@@ -91,6 +97,14 @@ def _placed(target: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
         raise
     _flush_folder(target.parent)
+
+
+def _delete_abandoned(target: Path) -> None:
+    """Deletes what killed conversions to `target` left, unless a file in it changed within the hour."""
+    for left in target.parent.glob(f".{glob.escape(target.name)}.{'[0-9a-f]' * 8}.partial"):
+        with contextlib.suppress(OSError):  # of another's folder, or one that is just deleted
+            if time.time() - max(path.stat().st_mtime for path in (left, *left.iterdir())) > _ABANDONED:
+                shutil.rmtree(left)
 
 
 def _flush_folder(folder: Path) -> None:
@@ -258,7 +272,7 @@ def _check_length(path: Path, file: File) -> None:
 
 
 def _check_digest(path: Path, file: File) -> None:
-    with open(path, "rb") as content:
+    with open_regular(path) as content:
         found = _sha256(content)
     if found != file.sha256:
         raise ValueError(f"{path}: must have SHA-256 {file.sha256[:16]}... as {MANIFEST} tells, got {found[:16]}...")

@@ -22,7 +22,7 @@ from .._optional import MissingDependency
 from ..checkpoint import CheckpointError
 from ._arguments import BadArguments, parse
 from ._lock import InUse
-from ._processes import connect, RefusedElsewhere, Separated, Stopped
+from ._processes import connect, is_one_of_several, leave, RefusedElsewhere, Separated, Stopped, together
 from ._settings import Settings
 from ._train import NonFinite
 
@@ -77,14 +77,19 @@ def main(
     try:
         if any(isinstance(config, Settings) for _, config in choices.values()):
             connect(arguments)
-        return function(parse(choices, program, about, arguments))
+        config = parse(choices, program, about, arguments)
+        with together():
+            return function(config)
     except (Exception, KeyboardInterrupt) as error:
         code, message = _ending(error, function.__module__)
         if code == 1 or os.environ.get(_TRACEBACK, "0") not in ("", "0"):
+            if is_one_of_several():
+                traceback.print_exc()
+                leave(code)
             raise
         print(program + ": " + " ".join(message.split()), file=sys.stderr, flush=True)
-        if isinstance(error, Separated):
-            os._exit(code)  # an ordinary exit would wait for the others
+        if isinstance(error, Separated) or (is_one_of_several() and not isinstance(error, Stopped | NonFinite)):
+            leave(code)
         raise SystemExit(code) from None
 
 

@@ -79,10 +79,13 @@ class RunDirectory:
             file.write(json.dumps(record, allow_nan=False) + "\n")
 
     def records(self) -> list[dict[str, Any]]:
-        """All that was logged. A last line that was cut off by a crash is left out."""
+        """All that was logged. A last line that was cut off by a crash is left out.
+
+        **Raises:** `ValueError` that names file and line for any other that is no record.
+        """
         path = self.root / "metrics.jsonl"
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-        return [json.loads(line) for line in lines if line.endswith("\n")]
+        return [_record(path, i, line) for i, line in enumerate(lines, 1) if line.endswith("\n")]
 
     def drop_records_after(self, step: int) -> None:
         """Take back what was logged after a step, and any line that was cut off: a run that continues logs it anew."""
@@ -100,10 +103,10 @@ class RunDirectory:
         `steps` the productive ones and `wall` the sum. The sum over sessions lacks those that were killed.
         """
         path = self.root / "summary.json"
-        sessions = json.loads(path.read_text(encoding="utf-8"))["sessions"] if path.exists() else []
+        sessions = _sessions(path)
         rounded = {name: round(value, 3) for name, value in seconds.items()}
         sessions.append({"start": start, "stop": stop, "seconds": rounded})
-        sums = {name: round(sum(session["seconds"][name] for session in sessions), 3) for name in rounded}
+        sums = {name: round(sum(session["seconds"].get(name, 0.0) for session in sessions), 3) for name in rounded}
         goodput = sums["steps"] / sums["wall"] if sums["wall"] > 0 else None
         summary = {"steps": stop, "goodput": goodput, "seconds": sums, "sessions": sessions}
         _replace(path, json.dumps(summary, indent=2) + "\n")
@@ -117,6 +120,27 @@ class RunDirectory:
         self.path("results.md").write_text(text.rstrip("\n") + "\n", encoding="utf-8")
         plain = json.dumps(_or_null(list(records)), indent=2, allow_nan=False)
         self.path("results.json").write_text(plain + "\n", encoding="utf-8")
+
+
+def _record(path: Path, number: int, line: str) -> dict[str, Any]:
+    """A line of a log, which must be an object with its step."""
+    try:
+        record = json.loads(line)
+        int(record["step"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path}, line {number}: must be a record with a step, but it cannot be read: {error}"
+        ) from error
+    return record
+
+
+def _sessions(path: Path) -> list[dict[str, Any]]:
+    """The sessions in a summary; none if there is none, or one that cannot be read: it is no more than a count."""
+    try:
+        sessions = json.loads(path.read_text(encoding="utf-8"))["sessions"]
+        return [session for session in sessions if isinstance(session["seconds"], dict)]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
 
 
 def _replace(path: Path, text: str) -> None:
@@ -153,10 +177,13 @@ def _new_by_time(parent: Path) -> Path:
 
 
 def _provenance() -> dict[str, Any]:
+    return {"command": sys.argv, "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **made_by()}
+
+
+def made_by() -> dict[str, Any]:
+    """What computes: versions, devices and commit."""
     devices = jax.devices()
     return {
-        "command": sys.argv,
-        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "versions": _versions(),
         "device": {"platform": devices[0].platform, "kind": devices[0].device_kind, "count": len(devices)},
         "commit": commit(Path(sys.argv[0]).parent),

@@ -1,5 +1,6 @@
 """Where metrics go besides metrics.jsonl: anything with these two methods."""
 
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -41,7 +42,8 @@ class TensorBoardLogger(Logger):
 
 
 class WandbLogger(Logger):
-    """Metrics for Weights & Biases. A run that is continued here continues there. Needs the extra `wandb`.
+    """Metrics for Weights & Biases. A run that is continued here continues there; of steps that are done again after a
+    kill it keeps what it had. Needs the extra `wandb`.
 
     **Arguments:** `project`; `name` of the run; `folder` for its local files; `config` of the run.
     """
@@ -49,9 +51,8 @@ class WandbLogger(Logger):
     def __init__(self, project: str, name: str, folder: Path, config: Mapping[str, Any]):
         with optional("wandb", extra="wandb"):
             import wandb  # pyright: ignore[reportMissingImports]
-        identity = name.replace("/", "-")
         self._run = wandb.init(
-            project=project, name=name, id=identity, resume="allow", dir=str(folder), config=dict(config)
+            project=project, name=name, id=_identity(folder), resume="allow", dir=str(folder), config=dict(config)
         )
 
     def log(self, step: int, values: Mapping[str, Value]) -> None:
@@ -59,6 +60,14 @@ class WandbLogger(Logger):
 
     def close(self) -> None:
         self._run.finish()
+
+
+def _identity(folder: Path) -> str:
+    """Of the run at Weights & Biases: drawn once, kept in its directory."""
+    file = folder / "wandb_id"
+    if not file.exists():
+        file.write_text(secrets.token_hex(8), encoding="utf-8")
+    return file.read_text(encoding="utf-8")
 
 
 def flat(values: Mapping[str, Value]) -> dict[str, float]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from ._directory import as_json, RunDirectory
 from ._lock import locked
-from ._processes import once
+from ._processes import agree, once
 from ._settings import default_name, difference, recipe
 
 _OF_EVERY_START = (".lock", "config.json", "starts.jsonl")
@@ -41,6 +41,7 @@ def opened(config: Any, *, root: str | Path = "runs", script: str | None = None)
     if getattr(config, "dry_run", False):
         yield RunDirectory(path)
         return
+    agree("config", {"path": str(path), "config": recipe(config)})
     with contextlib.ExitStack() as stack:
         once(lambda: _enter(stack, config, path, is_test))
         yield RunDirectory(path)
@@ -53,19 +54,20 @@ def _enter(stack: contextlib.ExitStack, config: Any, path: Path, is_test: bool) 
         _check_is_test(path)
     else:
         _check_recipe(config, path)
-    stack.enter_context(_taken_back_if_refused(path))
+    was_there = path.exists()
     path.mkdir(parents=True, exist_ok=True)
     stack.enter_context(locked(path))
     if is_test:
         _empty(path)
+    stack.enter_context(_taken_back_if_refused(path, was_there))
     RunDirectory(path).add_start(config)
 
 
 @contextlib.contextmanager
-def _taken_back_if_refused(path: Path) -> Iterator[None]:
+def _taken_back_if_refused(path: Path, was_there: bool) -> Iterator[None]:
     """A context after whose refusal, a `ValueError` before anything was trained, the directory is as it was."""
     starts = path / "starts.jsonl"
-    was_there, before = path.exists(), _others(path)
+    before = _others(path)
     size = starts.stat().st_size if starts.exists() else 0
     try:
         yield

@@ -18,7 +18,9 @@ from .._objective import Batch, Mean, Metrics
 from .._train import scan_steps, TrainState, TrainStep
 from ..checkpoint import Checkpoints
 from ._progress import Progress
+from ._train import NonFinite
 
+_MOST_FAULTS = 10
 _Task = TypeVar("_Task")
 _Result = TypeVar("_Result")
 
@@ -40,7 +42,8 @@ def scan_in_chunks(
 
     **Returns:** (`state = yield from scan_in_chunks(...)`) the last state.
 
-    **Raises:** `ValueError` unless steps >= 0 and most >= 1, when it is first advanced.
+    **Raises:** `ValueError` unless steps >= 0 and most >= 1, when it is first advanced; `NonFinite` where a part ends
+    with ten steps in a row that had no finite loss and gradient.
     """
     if steps < 0 or most < 1:
         raise ValueError(f"steps must be >= 0 and most >= 1, got {steps} and {most}")
@@ -54,11 +57,17 @@ def scan_in_chunks(
         number = min(size, steps - start)
         state, metrics = scan_steps(train_step, state, draw, number)
         yield number, jax.block_until_ready(metrics)
+        _check_faults(state)
         if checkpoints is not None and (start + number == steps or time.monotonic() - saved > save_seconds):
             checkpoints.save(start + number, state)
             checkpoints.wait()
             saved = time.monotonic()
     return state
+
+
+def _check_faults(state: TrainState) -> None:
+    if (bad := int(state.faults.in_row)) >= _MOST_FAULTS:
+        raise NonFinite(f"{bad} steps in a row, up to step {int(state.step)}, had no finite loss and gradient")
 
 
 def _newest(checkpoints: Checkpoints, state: TrainState) -> tuple[int, TrainState]:

@@ -49,7 +49,11 @@ def work_of_step(step: TrainStep, make_state: Callable[[], TrainState], stream: 
     """What the progress line counts; operations only where the machine's peak is known, since that takes seconds."""
     if (peak := peak_flops()) is None:
         return Work(stream.batch)
-    return Work(stream.batch, flops_of_step(step, eqx.filter_eval_shape(make_state), batch_shapes(stream)), peak)
+    try:
+        flops = flops_of_step(step, eqx.filter_eval_shape(make_state), batch_shapes(stream))
+    except ValueError:  # a loop whose turns nobody knows
+        return Work(stream.batch)
+    return Work(stream.batch, flops, peak)
 
 
 def flops_of_step(step: TrainStep, state: TrainState, batch: Batch) -> int:

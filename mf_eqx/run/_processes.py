@@ -2,11 +2,15 @@
 
 import argparse
 import contextlib
+import hashlib
+import itertools
+import json
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import equinox as eqx
 import jax
@@ -16,7 +20,10 @@ from jax.experimental import multihost_utils
 _Tree = TypeVar("_Tree")
 
 _HEARTBEAT_SECONDS = 20
-_LAUNCHERS = {"SLURM": ("SLURM_NTASKS", "SLURM_STEP_NUM_TASKS"), "Open MPI": ("OMPI_COMM_WORLD_SIZE",)}
+_LAUNCHED = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
+"""Where SLURM and Open MPI say how many processes they started."""
+_SYNC_POINTS = itertools.count()
+"""JAX wants numbers that only grow, also from one training of a process to the next."""
 
 
 def connect(arguments: list[str], environment: Mapping[str, str] = os.environ) -> None:
@@ -48,10 +55,34 @@ def _connect_by_flags(coordinator: str | None, processes: str | None, process: s
 
 def _is_launched(environment: Mapping[str, str]) -> bool:
     """Whether a launcher has started several processes of this program."""
-    counts = [environment.get(name, "1") for names in _LAUNCHERS.values() for name in names[-1:]]
-    return any(count.isdecimal() and int(count) > 1 for count in counts) or "," in environment.get(
-        "TPU_WORKER_HOSTNAMES", ""
-    )
+    counts = [environment.get(name, "1") for name in _LAUNCHED]
+    is_pod = "," in environment.get("TPU_WORKER_HOSTNAMES", "")
+    return is_pod or any(count.isdecimal() and int(count) > 1 for count in counts)
+
+
+def is_one_of_several() -> bool:
+    """Whether this process has joined others."""
+    return jax.distributed.is_initialized() and jax.process_count() > 1
+
+
+def leave(code: int) -> NoReturn:
+    """End this process at once. An ordinary exit would wait for the others, which wait for this one; now they notice,
+    and end by `Separated`."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def agree(what: str, value: Any) -> None:
+    """Refuses a run whose processes were given different things.
+
+    **Raises:** `ValueError`, in all of them.
+    """
+    if jax.process_count() > 1:
+        digest = hashlib.sha256(json.dumps(value, sort_keys=True).encode()).digest()
+        all_digests = multihost_utils.process_allgather(np.frombuffer(digest, np.uint8))
+        if different := [i for i, other in enumerate(all_digests) if not np.array_equal(other, all_digests[0])]:
+            raise ValueError(f"{what} must be the same in all processes, but process {different[0]} has another than 0")
 
 
 def is_first() -> bool:
@@ -137,7 +168,7 @@ class StopSignals:
     at once.
 
     With several processes, JAX passes a SIGTERM to any of them on to all, so that all stop after the same step; SIGINT
-    is turned into it.
+    is turned into it. JAX keeps SIGTERM to itself then: a second one does nothing, and neither does one after training.
     """
 
     def __init__(self):
@@ -163,11 +194,11 @@ class StopSignals:
         if jax.process_count() > 1:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    def after(self, step: int) -> int | None:
-        """The signal that tells to stop after this step, or None. All processes get the same answer."""
+    def received(self) -> int | None:
+        """The signal that tells to stop now, after a step, or None. All processes ask together and hear the same."""
         if jax.process_count() == 1:
             return self._received
-        told = multihost_utils.reached_preemption_sync_point(step)
+        told = multihost_utils.reached_preemption_sync_point(next(_SYNC_POINTS))
         return (self._received or signal.SIGTERM) if told else None
 
 

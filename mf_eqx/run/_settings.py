@@ -36,7 +36,8 @@ class Settings:
     preview_every: int = 1000
     """Steps between previews from fixed noise; 0 for none."""
     most_faults: int = 10
-    """Steps in a row without a finite loss and gradient after which the run stops. Each such step changes nothing."""
+    """Steps in a row without a finite loss and gradient after which the run stops, at its next line of metrics. Each
+    such step changes nothing."""
     fsdp: int = 1
     """Devices that share one copy of the parameters; divides the number of devices."""
     accumulation: int = 1
@@ -74,8 +75,9 @@ def parallelism(settings: Settings) -> Parallelism | None:
 
 
 def recipe(config: Any) -> dict[str, Any]:
-    """The script's own fields, which a run that continues must share: a configuration without any `Settings`."""
-    common = {field.name for field in dataclasses.fields(Settings)}
+    """The script's own fields, which a run that continues must share: a configuration without any `Settings`, and
+    without the number of `workers`."""
+    common = {field.name for field in dataclasses.fields(Settings)} | {"workers"}
     return {name: value for name, value in as_json(config).items() if name not in common}
 
 

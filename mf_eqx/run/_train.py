@@ -24,10 +24,10 @@ from .._objective import Batch, Mean, Metrics, total
 from .._train import Faults, TrainState, TrainStep
 from ..checkpoint import Checkpoints, Restored
 from ..data import Stream
-from ._directory import RunDirectory
+from ._directory import made_by, RunDirectory
 from ._loggers import Logger, TensorBoardLogger, WandbLogger
 from ._plan import describe, work_of_step
-from ._processes import is_first, once, Stopped, StopSignals, tell, together
+from ._processes import agree, is_first, once, Stopped, StopSignals, tell, together
 from ._progress import Progress
 from ._settings import difference, recipe, Settings
 from ._stopwatch import Stopwatch
@@ -79,6 +79,7 @@ def train(
     """
     config.check()
     step.check_batch_size(stream.batch)
+    _check_labels(step, stream)
     if config.test_run:
         config, steps = dataclasses.replace(config, save_every=1, log_every=1, preview_every=1), min(steps, 2)
     if config.dry_run:
@@ -90,6 +91,16 @@ def train(
             stack.callback(logger.close)
         stack.enter_context(together())
         return _Training(config, step, make_state, stream, directory, steps, preview, shown, every).run()
+
+
+def _check_labels(step: TrainStep, stream: Stream) -> None:
+    """Refuses data with the label that means "no label", or larger ones: a table would read some row for them."""
+    dropout = getattr(step.objective, "label_dropout", None)
+    null = None if dropout is None else dropout.null
+    if isinstance(null, int) and stream.source.labels is not None and stream.source.labels > null:
+        raise ValueError(
+            f"{stream.source.name}: labels must be at most {null}, the null label, got {stream.source.labels}"
+        )
 
 
 def _loggers(config: Settings, directory: RunDirectory) -> Iterator[Logger]:
@@ -118,29 +129,31 @@ class _Training:
         self.directory, self.steps, self.preview, self.loggers = directory, steps, preview, loggers
         folder = directory.root / "checkpoints"
         self.checkpoints = Checkpoints(folder, keep_last=config.keep_last, keep_every=config.keep_every or None)
-        self.notes = {"config": recipe(config), "data": stream.fingerprint(), "steps": steps}
+        self.notes = {"config": recipe(config), "data": stream.fingerprint(), "steps": steps, "made_by": made_by()}
         self.shown = shown
         self.watch, self.signals = Stopwatch(), StopSignals()
         self.since: list[Metrics] = []
-        self.start = self.number = self.faults = 0
+        self.start = self.number = self.faults = self.most_in_row = 0
 
     def run(self) -> TrainState:
-        with self.watch.part("start"):
-            state = self._begin()
-            work = work_of_step(self.step, self.make_state, self.stream)
-        self.progress = Progress(self.steps, start=self.start, shown=self.shown, work=work, silent=not is_first())
-        try:
-            with self.progress, self.signals:
-                for batch in self._batches():
-                    state = self._advance(state, batch)
-                self._finish_saving()
-        finally:
-            with contextlib.suppress(OSError):  # a full disk is told by whatever could not be written before
-                self._summarise()
+        with self.signals:
+            with self.watch.part("start"):
+                agree("config and data", {"notes": self.notes, "intervals": self._intervals})
+                state = self._begin()
+                work = work_of_step(self.step, self.make_state, self.stream)
+            self.progress = Progress(self.steps, start=self.start, shown=self.shown, work=work, silent=not is_first())
+            try:
+                with self.progress:
+                    for batch in self._batches():
+                        state = self._advance(state, batch)
+                    self._finish_saving()
+            finally:
+                with contextlib.suppress(OSError):  # a full disk is told by whatever could not be written before
+                    self._summarise()
         return state
 
     def _summarise(self) -> None:
-        if is_first():
+        if is_first() and self.number > self.start:
             self.directory.add_session(self.start, self.number, self.watch.seconds())
 
     # Before the first step
@@ -167,11 +180,15 @@ class _Training:
     def _continue(self, restored: Restored[TrainState]) -> None:
         for number, reason in restored.passed_over.items():
             tell(f"{self.checkpoints.path(number)}: passed over, because {reason}")
+        if changed := difference(restored.notes["made_by"], self.notes["made_by"]):
+            tell(f"{self.directory.root}: not as when it was saved: {changed}")
         done = restored.step == self.steps
         tell(f"{self.directory.root}: {'finished' if done else 'continues after'} step {restored.step} of {self.steps}")
         self.start = self.number = restored.step
         self.since = _unpacked(restored.notes["pending"])
-        self.faults = int(restored.state.faults.total)
+        self.faults, self.most_in_row = int(restored.state.faults.total), int(restored.state.faults.most_in_row)
+        if done and int(restored.state.faults.in_row) >= self.config.most_faults:
+            raise NonFinite(f"{self.directory.root}: its last steps had no finite loss, gradient or update")
 
     # A step
 
@@ -190,7 +207,7 @@ class _Training:
             self.number += 1
             self.progress.update(self.number, metrics)  # waits for the first
         self.since.append(metrics)
-        signal = self.signals.after(self.number)
+        signal = self.signals.received()
         if signal is not None or any(map(self._is_due, self._intervals)):
             jax.block_until_ready(state.step)  # so that the time for steps is not taken for that of what follows
         if self._is_due(self.config.log_every):
@@ -225,17 +242,19 @@ class _Training:
 
     def _judge(self, state: TrainState, faults: Faults) -> None:
         """Tells of bad steps, and stops after too many in a row."""
-        counted, in_row, last = int(faults.total), int(faults.in_row), int(faults.last)
+        counted, most, last = int(faults.total), int(faults.most_in_row), int(faults.last)
         if counted > self.faults:
             self.progress.note(f"no finite loss and gradient in step {last}, left out ({counted} such steps so far)")
             self.faults = counted
-        if in_row >= self.config.most_faults:
+        limit = self.config.most_faults
+        if int(faults.in_row) >= limit or most >= max(limit, self.most_in_row + 1):
             self._save(state)
             self._finish_saving()
             path = self.checkpoints.path(self.number)
             raise NonFinite(
-                f"{in_row} steps in a row up to step {last} had no finite loss and gradient; {path} is finite"
+                f"{most} steps in a row up to step {last} had no finite loss and gradient; {path} is finite"
             )
+        self.most_in_row = most
 
     def _draw(self, state: TrainState) -> None:
         if self.preview is not None:

@@ -12,7 +12,7 @@ import optax
 import pytest
 
 import mf_eqx as mfx
-from mf_eqx import run
+from mf_eqx import checkpoint, run
 from mf_eqx.run import _parallel
 
 TIMEOUT = 10.0  # seconds until a wait that never ends is a failure; none of them is ever used up by right code
@@ -295,6 +295,7 @@ def assert_same_network(found, expected):
 def no_training(unchecked, monkeypatch):
     """`scan_steps` only adds the steps to the state."""
     monkeypatch.setattr(_parallel, "scan_steps", lambda train_step, state, draw, steps: (state + steps, {}))
+    monkeypatch.setattr(_parallel, "_check_faults", lambda state: None)
 
 
 @pytest.mark.parametrize(
@@ -336,6 +337,31 @@ def test_metrics_of_the_chunks_add_up_to_those_of_one_scan():
     assert found.keys() == expected.keys()
     for name in expected:
         np.testing.assert_allclose(found[name].value, expected[name].value, rtol=1e-5)
+
+
+class Lost(eqx.Module):
+    """Batches without a finite number."""
+
+    def __call__(self, key):
+        return mfx.Batch(jnp.full((8, 2), jnp.nan))
+
+
+def test_training_that_learns_nothing_is_refused():
+    with pytest.raises(run.NonFinite, match="12 steps in a row, up to step 12, had no finite loss and gradient"):
+        drained(run.scan_in_chunks(STEP, state(), Lost(), 24, most=12))
+
+
+def test_training_continues_from_its_checkpoints_to_the_same_bits(tmp_path):
+    checkpoints = checkpoint.Checkpoints(tmp_path)
+    parts = run.scan_in_chunks(STEP, state(), Draw(), 6, most=2, checkpoints=checkpoints, save_seconds=0)
+    for _ in range(3):  # the second part is saved when the third is asked for
+        next(parts)
+    parts.close()
+    assert checkpoints.steps() == [2, 4]
+    yielded, found = drained(run.scan_in_chunks(STEP, state(), Draw(), 6, most=2, checkpoints=checkpoints))
+    assert [number for number, _ in yielded] == [4, 2]
+    _, expected = drained(run.scan_in_chunks(STEP, state(), Draw(), 6, most=2))
+    assert checkpoint.digests(found) == checkpoint.digests(expected)
 
 
 def test_no_steps_return_the_state_as_it_is():
