@@ -28,7 +28,8 @@ def decode_npy(record: bytes) -> Record:
     """The row in a record: either one array in the format .npy, or the arrays `x` and `label` (a single integer) in the
     format .npz.
 
-    **Raises:** `ValueError` if it is neither or damaged, or if there are other arrays, objects or more than 1 GiB in it.
+    **Raises:** `ValueError` if it is neither or is damaged, or if there are other arrays, objects or more than 1 GiB
+    in it.
     """
     if record[:2] != b"PK":
         return _load("x", record), None

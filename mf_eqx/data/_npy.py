@@ -39,8 +39,8 @@ class NpySource(AbstractSource):
     - `labels`: how many different ones there are, by default the largest and one more.
 
     **Raises:** `OSError` if a file cannot be opened; `ValueError` that names the file, what was expected and what was
-    found: no ordinary file, no .npy file, objects or text in it, columns first, a length that is not that of its header,
-    no rows, shapes or dtypes that differ between files, labels that do not fit.
+    found: no ordinary file, no .npy file, objects or text in it, columns first, a length that is not that of its
+    header, no rows, shapes or dtypes that differ between files, labels that do not fit.
     """
 
     def __init__(

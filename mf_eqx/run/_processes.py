@@ -10,7 +10,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import equinox as eqx
 import jax
@@ -65,7 +65,7 @@ def is_one_of_several() -> bool:
     return jax.distributed.is_initialized() and jax.process_count() > 1
 
 
-def leave(code: int) -> NoReturn:
+def leave(code: int) -> None:
     """End this process at once. An ordinary exit would wait for the others, which wait for this one; now they notice,
     and end by `Separated`."""
     sys.stdout.flush()
