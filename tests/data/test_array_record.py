@@ -3,6 +3,8 @@
 import io
 import pickle
 import sys
+import tracemalloc
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -157,6 +159,47 @@ def test_record_unlike_the_first_is_refused_by_number(record, message, tmp_path)
     source = ArrayRecordSource(written(tmp_path / "rows", [*LABELLED, record]), labels=4)
     with pytest.raises(ValueError, match=f"rows: {message}"):
         source.take(np.array([9]))
+
+
+@pytest.mark.parametrize(
+    "record", [LABELLED[0][:-30], b"PK", LABELLED[0].replace(X[0].tobytes(), bytes(24))], ids=["cut", "short", "sum"]
+)
+def test_damaged_archive_is_no_value_of_decode_npy(record):
+    with pytest.raises(ValueError, match=r"must be a whole .npz archive, got: "):
+        decode_npy(record)
+
+
+def zipped(method, told=None):
+    """An archive of 16 MiB of zeros that tells another length."""
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w", method) as archive:
+        archive.writestr("label.npy", npy(1))
+        archive.writestr("x.npy", bytes(1 << 24))
+        length = archive.getinfo("x.npy").file_size.to_bytes(4, "little")
+    return stream.getvalue().replace(length, length if told is None else told.to_bytes(4, "little"))
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        (zipped(zipfile.ZIP_DEFLATED, told=99), "must be a whole .npz archive, got: Bad CRC-32"),
+        (zipped(zipfile.ZIP_BZIP2, told=99), "must be stored or deflated, got label.npy packed by method 12"),
+    ],
+)
+def test_archive_that_swells_beyond_what_it_tells_is_refused(record, message):
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match=message):
+            decode_npy(record)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_device_in_place_of_a_file_is_refused(tmp_path):
+    (tmp_path / "rows").symlink_to("/dev/null")
+    with pytest.raises(ValueError, match="rows: must be an ordinary file, got a pipe, a device or the like"):
+        ArrayRecordSource(tmp_path / "rows")
 
 
 def test_file_of_a_bad_record_is_named(tmp_path, shards):

@@ -6,6 +6,7 @@ import os
 import pickle
 import struct
 import tarfile
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -189,8 +190,28 @@ def test_bad_binary_files_are_refused(content, message, tmp_path):
 
 def test_file_that_is_too_large_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(_cifar10, "_LARGEST_FILE", 5000)
-    with pytest.raises(ValueError, match=r"data_batch_1.bin: must hold at most 5,000 bytes, got more"):
+    with pytest.raises(ValueError, match=r"data_batch_1.bin: must hold at most 5,000 bytes, got 9,219"):
         read_cifar10(in_folder(tmp_path, files()))
+
+
+@pytest.mark.parametrize("name", ["test_batch", "test_batch.bin"])
+def test_device_in_place_of_a_file_is_refused(name, tmp_path):
+    (tmp_path / name).symlink_to("/dev/null")
+    with pytest.raises(ValueError, match=f"{name}: must be an ordinary file, got a pipe, a device or the like"):
+        read_cifar10(tmp_path, train=False)
+
+
+def test_device_in_place_of_an_archive_is_refused(tmp_path):
+    (tmp_path / "cifar.tar").symlink_to("/dev/null")
+    with pytest.raises(ValueError, match=r"cifar.tar: must be an ordinary file, got a pipe, a device or the like"):
+        read_cifar10(tmp_path / "cifar.tar")
+
+
+def test_archive_that_is_too_large_is_refused_before_it_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(_cifar10, "_LARGEST_ARCHIVE", 5000)
+    (tmp_path / "cifar.tar").write_bytes(archive_of(files()))
+    with pytest.raises(ValueError, match=r"cifar.tar: must hold at most 5,000 bytes, got \d+,\d+"):
+        read_cifar10(tmp_path / "cifar.tar")
 
 
 # Refusals of pickles
@@ -279,6 +300,39 @@ def test_pickle_of_too_many_instructions_is_refused(monkeypatch):
         read_plain_pickle("file", pickle.dumps(list(range(10)), 4), "CIFAR-10")
 
 
+LONG = b"x" * 1_000_000
+ENCODE = b"\x80\x02X" + struct.pack("<I", len(LONG)) + LONG + b"q\1c_codecs\nencode\nq\2X\6\0\0\0latin1q\3"
+BYTES = b"\x80\x03}q\0B" + struct.pack("<I", len(LONG)) + LONG + b"q\1"
+STATE = b"cnumpy\ndtype\nU\2u1\x85Rq\2J" + struct.pack("<I", len(LONG)) + b"\x85q\3"
+ARRAY = b"cnumpy.core.multiarray\n_reconstruct\n)R(K\1h\3h\2\x89h\1tb"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        pytest.param(ENCODE + b"h\2h\1h\3\x86R" * 60 + b".", id="encoded"),
+        pytest.param(BYTES + b"h\0(" + b"h\1K\0" * 60 + b"u.", id="keys"),
+        pytest.param(b"\x80\x02T" + BYTES[6:] + STATE + ARRAY * 60 + b".", id="arrays"),
+        pytest.param(BYTES[:5] + b"X" + BYTES[6:] + b"h\1h\1" * 60 + b"\x93.", id="names"),
+    ],
+)
+def test_pickle_that_copies_a_long_text_again_and_again_is_refused(content):
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match=r"file: must (unpack|hold plain values)") as refused:
+            read_plain_pickle("file", content, "CIFAR-10")
+        assert tracemalloc.get_traced_memory()[1] < 8 * len(content)
+    finally:
+        tracemalloc.stop()
+    assert len(str(refused.value)) < 300
+
+
+def test_long_name_is_told_by_its_start():
+    with pytest.raises(ValueError, match=r"file: .* names a\.x+, which is no part") as refused:
+        read_plain_pickle("file", b"\x80\x02ca\n" + LONG + b"\n.", "CIFAR-10")
+    assert len(str(refused.value)) < 300
+
+
 def test_array_of_another_length_than_its_shape_is_refused(tmp_path):
     content = python_2(X["test_batch"], LABEL["test_batch"]).replace(b"M\x03\x00M", b"M\xff\xffM")
     with pytest.raises(
@@ -356,7 +410,7 @@ def test_member_that_is_too_large_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(_cifar10, "_LARGEST_FILE", 5000)
     path = tmp_path / "cifar.tar.gz"
     path.write_bytes(packed(archive_of(files())))
-    with pytest.raises(ValueError, match=r"cifar.tar.gz: data_batch_1.bin: must hold at most 5,000 bytes, got more"):
+    with pytest.raises(ValueError, match=r"cifar.tar.gz: data_batch_1.bin must hold at most 5,000 bytes, got 9,219"):
         read_cifar10(path)
 
 

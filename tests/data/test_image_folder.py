@@ -1,8 +1,10 @@
 """Images in folders are rows in a fixed order, cropped as by ADM; a broken one is refused by name."""
 
 import io
+import os
 import struct
 import sys
+import threading
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 
@@ -201,6 +203,50 @@ def test_broken_image_is_refused_by_name(content, message, tmp_path, monkeypatch
     source = ImageFolderSource(tmp_path, size=8)
     with pytest.raises(ValueError, match=f"a.png: must be a whole image, got: {message}"):
         source.take(np.array([0]))
+
+
+def test_large_file_behind_a_link_is_refused_before_it_is_read(tmp_path):
+    with open(tmp_path / "large", "wb") as file:
+        file.truncate((1 << 27) + 1)
+    (tmp_path / "x.png").symlink_to(tmp_path / "large")
+    source = ImageFolderSource(tmp_path, size=8)
+    with pytest.raises(ValueError, match=r"x.png: must hold at most 134,217,728 bytes, got 134,217,729"):
+        source.take(np.array([0]))
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="Linux has such files")
+def test_file_that_does_not_tell_its_length_is_refused_when_it_is_too_large(tmp_path, monkeypatch):
+    monkeypatch.setattr(_image_folder, "_LARGEST_FILE", 100)
+    (tmp_path / "x.png").symlink_to("/proc/self/status")
+    source = ImageFolderSource(tmp_path, size=8)
+    with pytest.raises(ValueError, match=r"x.png: must hold at most 100 bytes, got more"):
+        source.take(np.array([0]))
+
+
+@pytest.mark.parametrize("name", ["x.png", "class/x.png"])
+def test_device_in_place_of_an_image_is_refused(name, tmp_path):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).symlink_to("/dev/null")
+    source = ImageFolderSource(tmp_path, size=8)
+    with pytest.raises(ValueError, match=r"x.png: must be an ordinary file, got a pipe, a device or the like"):
+        source.take(np.array([0]))
+
+
+@pytest.mark.parametrize("name", ["y.png", "class/y.png"])
+def test_pipe_in_place_of_an_image_is_refused_without_waiting(name, tmp_path):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    os.mkfifo(tmp_path / name)
+    source, found = ImageFolderSource(tmp_path, size=8), []
+
+    def read():
+        with pytest.raises(ValueError, match=r"y.png: must be an ordinary file, got a pipe, a device or the like"):
+            source.take(np.array([0]))
+        found.append("refused")
+
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
+    reader.join(20)
+    assert found == ["refused"]
 
 
 @pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP", "BMP"])

@@ -155,6 +155,48 @@ def test_file_of_another_format_is_refused(text, folder):
         NpySource(path)
 
 
+def with_shape(text):
+    """A file of 8 bytes behind a header with any text as the shape."""
+    header = f"{{'descr': '<f4', 'fortran_order': False, 'shape': {text}, }}\n".encode()
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header + bytes(8)
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ("(True, 2)", r"shape must be integers in \[0, 9223372036854775807\], got True"),
+        ("(2, -1)", r"shape must be integers in \[0, 9223372036854775807\], got -1"),
+        (f"(0x1{'0' * 5000},)", r"shape must be integers in \[0, 9223372036854775807\], got one of 20001 bits"),
+        (f"(1{'0' * 3000}, 1{'0' * 3000})", r"shape must be integers in .*, got one of 9966 bits"),
+        (f"({'1, ' * 100})", "must have at most 32 axes, got 100"),
+        (f"(2, {'1, ' * 32})", "must have at most 32 axes, got 33"),
+    ],
+    ids=range(6),
+)
+def test_senseless_shape_is_refused(shape, message, folder):
+    path = folder / "shape.npy"
+    path.write_bytes(with_shape(shape))
+    with pytest.raises(ValueError, match=f"shape.npy: {message}$"):
+        NpySource(path)
+
+
+def test_32_axes_are_read(folder):
+    path = folder / "axes.npy"
+    path.write_bytes(with_shape(f"(2, {'1, ' * 31})"))
+    assert NpySource(path).row_shape == (1,) * 31
+
+
+def test_device_in_place_of_a_file_is_refused(folder):
+    (folder / "device.npy").symlink_to("/dev/null")
+    with pytest.raises(ValueError, match=r"device.npy: must be an ordinary file, got a pipe, a device or the like"):
+        NpySource(folder / "device.npy")
+
+
+def test_link_to_a_file_is_followed(folder):
+    (folder / "link.npy").symlink_to(saved(folder, "linked.npy", X))
+    np.testing.assert_array_equal(read_all(NpySource(folder / "link.npy")).x, X)
+
+
 def test_shard_of_another_shape_is_refused(folder, shards):
     path = saved(folder, "shape.npy", X[:, :1])
     with pytest.raises(ValueError, match=r"shape.npy: must have rows of shape \(2, 3\) as .*x_0.npy has, got \(1, 3\)"):

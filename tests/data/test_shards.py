@@ -216,7 +216,34 @@ def test_killed_conversion_leaves_no_folder_of_the_name(signal_, left, tmp_path)
     assert len(names) == left and all(name.startswith(".s.") and name.endswith(".partial") for name in names)
 
 
+def test_conversion_deletes_what_killed_ones_to_the_same_place_left(tmp_path):
+    names = [".s.0123abcd.partial", ".s.4567abcd.partial", ".s.more.0123abcd.partial", ".t.0123abcd.partial"]
+    for name in names:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x_00000.npy").write_bytes(b"")
+        os.utime(tmp_path / name, (0, 0))
+        # The second is still written to, whatever the time of its folder.
+        os.utime(tmp_path / name / "x_00000.npy", None if name == names[1] else (0, 0))
+    write(tmp_path / "s")
+    assert sorted(os.listdir(tmp_path)) == sorted([*names[1:], "s"])
+
+
 # Reading what is no longer what was written
+
+
+def test_device_in_place_of_the_manifest_is_refused(folder):
+    (folder / "manifest.json").unlink()
+    (folder / "manifest.json").symlink_to("/dev/null")
+    with pytest.raises(ValueError, match=r"manifest.json: must be an ordinary file, got a pipe, a device or the like"):
+        ShardSource(folder)
+
+
+def test_device_that_took_the_place_of_a_file_is_refused_by_verifying(folder):
+    source = ShardSource(folder)
+    (folder / "label_00000.npy").unlink()
+    (folder / "label_00000.npy").symlink_to("/dev/null")
+    with pytest.raises(ValueError, match=r"label_00000.npy: must be an ordinary file, got a pipe"):
+        source.verify()
 
 
 def test_missing_folder_is_named(tmp_path):
