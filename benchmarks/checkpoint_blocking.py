@@ -1,7 +1,7 @@
 """How long does a checkpoint stop a training? Seconds that a save blocks, writes and loads, against the state's size.
 
-    python benchmarks/checkpoint_blocking.py --quick            10 seconds
-    python benchmarks/checkpoint_blocking.py                    up to 1.6 GB of state
+    python benchmarks/checkpoint_blocking.py --quick            33 seconds on 2 busy CPU cores
+    python benchmarks/checkpoint_blocking.py                    up to 1.6 GB of state, 113 seconds
 
 A state here is parameters, Adam's two moments and one average, all float32: 16 bytes per parameter. "blocks" is what
 `Checkpoints.save` takes before training goes on: digests on the device, the copy to the host, the start of writing;

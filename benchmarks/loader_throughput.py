@@ -1,7 +1,7 @@
 """Does a step ever wait for its data? Rows per second of every source, and the time that a training loop waits.
 
-    python benchmarks/loader_throughput.py --quick         20 seconds on 2 CPU cores
-    python benchmarks/loader_throughput.py                 CIFAR-10's size
+    python benchmarks/loader_throughput.py --quick         40 seconds on 2 busy CPU cores
+    python benchmarks/loader_throughput.py                 CIFAR-10's size, 268 seconds on one of them
 
 The rows are random pixels (3 x 32 x 32 bytes, with labels) that the script writes itself in every format; images are
 PNG files, which is the dearest way to store them. "take" reads random batches in one thread, "stream" is the whole
