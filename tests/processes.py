@@ -65,13 +65,14 @@ def trained(root, *flags, **options):
     return ended(start(root, *flags, **options))
 
 
-def start_together(root, count, *flags, **options):
-    """Processes of one run."""
+def start_together(root, count, *flags, each=None, **options):
+    """Processes of one run, each with flags of its own besides."""
     with contextlib.closing(socket.socket()) as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     several = ("--coordinator", address, "--processes", count)
-    return [start(root, *flags, *several, "--process", index, **options) for index in range(count)]
+    own = [()] * count if each is None else each
+    return [start(root, *flags, *own[i], *several, "--process", i, **options) for i in range(count)]
 
 
 def only_run(root):

@@ -72,6 +72,8 @@ class Marked(data.AbstractSource):
         self.label = (np.arange(96) % 3).astype(np.int32)
         for step in config.bad_steps:
             self.x[(step * config.batch + np.arange(config.batch)) % 96, 2] = 1
+        if broken := os.environ.get("BROKEN_ROW"):
+            self.x[int(broken)] = np.nan
         self.name, self.row_shape, self.dtype, self.labels = "points", (3,), self.x.dtype, 3
 
     def __len__(self):

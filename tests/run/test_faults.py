@@ -324,6 +324,27 @@ def test_when_one_of_two_processes_is_killed_the_other_ends_within_a_minute_and_
     assert_same(losses(tmp_path), one_device)
 
 
+@pytest.mark.slow
+def test_a_row_that_one_of_two_processes_refuses_ends_both(tmp_path, monkeypatch):
+    monkeypatch.setenv("BROKEN_ROW", "50")
+    began = time.monotonic()
+    found = [ended(process) for process in start_together(tmp_path, 2, "--steps", 20)]
+    assert sorted(process.code for process in found) in ([2, 5], [-6, 2])  # JAX aborts those whose coordinator is gone
+    assert time.monotonic() - began < 60
+    (refused,) = (process for process in found if process.code == 2)
+    assert "points: x must be finite, got NaN or infinity in row 50" in refused.told[-1]
+
+
+@pytest.mark.slow
+def test_processes_of_different_configurations_refuse_to_start(tmp_path):
+    each = [("--width", 16), ("--width", 32)]
+    found = [ended(process) for process in start_together(tmp_path, 2, "--steps", 20, each=each)]
+    assert [process.code for process in found] == [2, 2]
+    for process in found:
+        assert "config must be the same in all processes, but process 1 has another than 0" in process.told[-1]
+    assert not any(tmp_path.iterdir())
+
+
 def survivor(root, victim):
     """What becomes of one process within a minute after the other one was killed."""
     processes = start_together(root, 2, *SHARDED, pause=1.0)
