@@ -25,13 +25,14 @@ class Logger(Protocol):
 class TensorBoardLogger(Logger):
     """Metrics as scalars for TensorBoard; of a metric in bins, one scalar per bin. Needs the extra `tensorboard`.
 
-    **Arguments:** `folder` of the event files.
+    **Arguments:** `folder` of the event files; `start` number of steps that were finished before: TensorBoard forgets
+    what it was told of later ones.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, start: int = 0):
         with optional("tensorboardX", extra="tensorboard"):
             from tensorboardX import SummaryWriter
-        self._writer = SummaryWriter(str(folder))
+        self._writer = SummaryWriter(str(folder), purge_step=start + 1 if start else None)
 
     def log(self, step: int, values: Mapping[str, Value]) -> None:
         for name, value in flat(values).items():

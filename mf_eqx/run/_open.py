@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from .._optional import MissingDependency
 from ._directory import as_json, RunDirectory
 from ._lock import locked
 from ._processes import agree, once
@@ -65,13 +66,13 @@ def _enter(stack: contextlib.ExitStack, config: Any, path: Path, is_test: bool) 
 
 @contextlib.contextmanager
 def _taken_back_if_refused(path: Path, was_there: bool) -> Iterator[None]:
-    """A context after whose refusal, a `ValueError` before anything was trained, the directory is as it was."""
+    """A context after whose refusal, of bad input before anything was trained, the directory is as it was."""
     starts = path / "starts.jsonl"
     before = _others(path)
     size = starts.stat().st_size if starts.exists() else 0
     try:
         yield
-    except ValueError:
+    except (ValueError, MissingDependency):
         if _others(path) == before:
             if was_there and starts.exists():
                 os.truncate(starts, size)

@@ -85,12 +85,10 @@ def train(
     if config.dry_run:
         tell(describe(config, step, make_state, stream, steps))
         raise SystemExit(0)
-    with contextlib.ExitStack() as stack:
-        every = [*loggers, *_loggers(config, directory)]
-        for logger in every:
-            stack.callback(logger.close)
-        stack.enter_context(together())
-        return _Training(config, step, make_state, stream, directory, steps, preview, shown, every).run()
+    with together(), contextlib.ExitStack() as closing:
+        for logger in loggers:
+            closing.callback(logger.close)
+        return _Training(config, step, make_state, stream, directory, steps, preview, shown, loggers).run(closing)
 
 
 def _check_labels(step: TrainStep, stream: Stream) -> None:
@@ -103,9 +101,10 @@ def _check_labels(step: TrainStep, stream: Stream) -> None:
         )
 
 
-def _loggers(config: Settings, directory: RunDirectory) -> Iterator[Logger]:
+def _loggers(config: Settings, directory: RunDirectory, start: int) -> Iterator[Logger]:
+    """Those that flags ask for."""
     if config.tensorboard and is_first():
-        yield TensorBoardLogger(directory.root / "tensorboard")
+        yield TensorBoardLogger(directory.root / "tensorboard", start)
     if config.wandb and is_first():
         yield WandbLogger(config.wandb, str(directory.root), directory.root, recipe(config))
 
@@ -135,11 +134,15 @@ class _Training:
         self.since: list[Metrics] = []
         self.start = self.number = self.faults = self.most_in_row = 0
 
-    def run(self) -> TrainState:
+    def run(self, closing: contextlib.ExitStack) -> TrainState:
+        """The last state. Loggers that are made on the way are closed by the stack."""
         with self.signals:
             with self.watch.part("start"):
                 agree("config and data", {"notes": self.notes, "intervals": self._intervals})
                 state = self._begin()
+                for logger in _loggers(self.config, self.directory, self.start):
+                    closing.callback(logger.close)
+                    self.loggers = [*self.loggers, logger]
                 work = work_of_step(self.step, self.make_state, self.stream)
             self.progress = Progress(self.steps, start=self.start, shown=self.shown, work=work, silent=not is_first())
             try:
