@@ -395,6 +395,12 @@ def main(config: Config) -> None:
     began = time.perf_counter()
     directory = run.RunDirectory(config.directory / config.data)
     ledger = run.Ledger(directory.path("cells.jsonl"))
+    with run.locked(directory.root):
+        run_cells(config, directory, ledger, began)
+
+
+def run_cells(config: Config, directory: run.RunDirectory, ledger: run.Ledger, began: float) -> None:
+    """Train what is missing of what is asked for, and write all tables that are complete."""
     recipe = RECIPES[config.data]() if config.steps is None else RECIPES[config.data](config.steps)
     keys = {
         name: {
