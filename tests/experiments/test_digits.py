@@ -20,7 +20,7 @@ SMALL = [
 
 @pytest.fixture(scope="module")
 def digits():
-    for package in ("tyro", "matplotlib", "sklearn"):
+    for package in ("tyro", "matplotlib", "sklearn", "grain", "orbax.checkpoint"):
         pytest.importorskip(package)
     spec = importlib.util.spec_from_file_location("digits", SCRIPT)
     module = importlib.util.module_from_spec(spec)

@@ -12,7 +12,6 @@ import subprocess
 import time
 
 import numpy as np
-import psutil
 import pytest
 from processes import (
     ended,
@@ -27,7 +26,9 @@ from processes import (
     wait_for,
 )
 
-pytest.importorskip("tyro")
+for package in ("grain", "orbax.checkpoint", "tyro"):
+    pytest.importorskip(package)
+psutil = pytest.importorskip("psutil")
 
 # An interval of each kind ends where no other does.
 FLAGS = ("--steps", 20, "--log-every", 3, "--save-every", 4, "--preview-every", 5)

@@ -352,6 +352,7 @@ def test_training_that_learns_nothing_is_refused():
 
 
 def test_training_continues_from_its_checkpoints_to_the_same_bits(tmp_path):
+    pytest.importorskip("orbax.checkpoint")
     checkpoints = checkpoint.Checkpoints(tmp_path)
     parts = run.scan_in_chunks(STEP, state(), Draw(), 6, most=2, checkpoints=checkpoints, save_seconds=0)
     for _ in range(3):  # the second part is saved when the third is asked for

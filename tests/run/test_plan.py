@@ -12,6 +12,8 @@ import mf_eqx as mfx
 from mf_eqx import data
 from mf_eqx.run import _plan
 
+pytest.importorskip("grain")
+
 ROWS = 16
 
 

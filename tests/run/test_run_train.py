@@ -21,6 +21,9 @@ from fields import quick_options
 
 from mf_eqx import _train, checkpoint, run
 
+for package in ("grain", "orbax.checkpoint"):
+    pytest.importorskip(package)
+
 CONFIG = trainer.Config(steps=14, log_every=4, save_every=5, preview_every=6)  # six steps are an epoch
 
 
