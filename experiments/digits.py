@@ -1,6 +1,6 @@
 """Handwritten digits in one evaluation: a small class-conditional DiT trained from scratch by MeanFlow.
 
-    python experiments/digits.py                      about 4 minutes on 2 CPU cores
+    python experiments/digits.py                      322 seconds on 2 CPU cores
     python experiments/digits.py --preset guided      about 5 minutes
     python experiments/digits.py --compare            8 minutes, Flow Matching beside it
     python experiments/digits.py --dry-run            what would be trained, where, and in how much memory
