@@ -31,9 +31,9 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 
+from .._leaves import compare, leaves, plain, rebuilt, shapes, some
 from .._sharding import Parallelism
 from ._digest import digests
-from ._leaves import compare, leaves, plain, rebuilt, shapes, some
 
 _State = TypeVar("_State")
 

@@ -16,7 +16,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jaxtyping import Array, PyTree, Shaped, UInt32
 
-from ._leaves import leaves, plain
+from .._leaves import leaves, plain
 
 
 def digests(tree: PyTree[Any]) -> dict[str, int]:

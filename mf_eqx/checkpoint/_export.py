@@ -21,10 +21,10 @@ import numpy as np
 
 from .._custom_types import Condition
 from .._field import AbstractField
+from .._leaves import compare, leaves, plain, rebuilt, shapes, some
 from .._optional import optional
 from .._sample import sample
 from .._sharding import Parallelism
-from ._leaves import compare, leaves, plain, rebuilt, shapes, some
 
 _Field = TypeVar("_Field", bound=AbstractField)
 

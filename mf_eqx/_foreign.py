@@ -1,0 +1,104 @@
+"""Weights that other programs wrote: every tensor of a file is accounted for, and each mismatch is named as the file
+names it.
+
+A loader says for each array of a module which tensors it is made from, and how:
+
+    origins = {".conv.weight": Origin(("encoder.conv_in.weight",), (128, 3, 3, 3))}
+    network = fill(network, origins, read_safetensors(path), path)
+"""
+
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import equinox as eqx
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Shaped
+
+from ._leaves import leaves, rebuilt, some
+from ._optional import optional
+
+_Module = TypeVar("_Module")
+
+
+def _same(tensor: Shaped[np.ndarray, "..."]) -> Shaped[np.ndarray, "..."]:
+    return tensor
+
+
+class Origin(NamedTuple):
+    """Where one array of a module comes from.
+
+    `names` of the tensors in the file; `shape` of each of them; `convert` from them, in this order, to the array.
+    """
+
+    names: tuple[str, ...]
+    shape: tuple[int, ...]
+    convert: Callable[..., Shaped[np.ndarray, "..."]] = _same
+
+
+def read_safetensors(path: str | Path) -> dict[str, Shaped[np.ndarray, "..."]]:
+    """The tensors of a safetensors file by their names.
+
+    **Raises:** `OSError` if it cannot be read; `ValueError` that names it if it is no safetensors file, cut off, or
+    has tensors in a type that NumPy lacks (bfloat16).
+    """
+    with optional("safetensors", extra="export"):
+        import safetensors
+        import safetensors.numpy
+    content = Path(path).read_bytes()
+    try:
+        return safetensors.numpy.load(content)
+    except (safetensors.SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: must be a safetensors file, but it cannot be read: {error}") from error
+
+
+def fill(
+    module: _Module,
+    origins: Mapping[str, Origin],
+    tensors: Mapping[str, Shaped[np.ndarray, "..."]],
+    path: str | Path,
+    *,
+    ignored: Collection[str] = (),
+) -> _Module:
+    """`module` with the tensors of a file in place of its arrays, in the module's precision.
+
+    **Arguments:**
+
+    - `module`: with arrays, or `jax.ShapeDtypeStruct`s in their place.
+    - `origins`: one for each array of `module`, by its path (`jax.tree_util.keystr`).
+    - `tensors`, `path`: what the file holds, and its name for messages.
+    - `ignored`: names of tensors that are there and not needed.
+
+    **Raises:** `ValueError` that names tensors which are missing, which nothing asks for, which have another shape than
+    they must, or which hold no finite real numbers.
+    """
+    wanted = leaves(module)
+    assert wanted.keys() == origins.keys(), wanted.keys() ^ origins.keys()  # the loader's own mistake
+    _check(tensors, {name: origin.shape for origin in origins.values() for name in origin.names}, path, ignored)
+    arrays = {}
+    for name, leaf in wanted.items():
+        origin = origins[name]
+        array = origin.convert(*(tensors[foreign] for foreign in origin.names))
+        assert array.shape == leaf.shape, (name, array.shape, leaf.shape)
+        arrays[name] = jnp.asarray(array, leaf.dtype)
+    return rebuilt(eqx.filter_eval_shape(lambda: module), arrays)
+
+
+def _check(
+    tensors: Mapping[str, Any], wanted: Mapping[str, tuple[int, ...]], path: str | Path, ignored: Collection[str]
+) -> None:
+    held = tensors.keys() - set(ignored)
+    shared = sorted(wanted.keys() & held)
+    parts = [
+        ("lacks", [*(wanted.keys() - held)]),
+        ("has, and nothing asks for,", [*(held - wanted.keys())]),
+        ("differs:", [f"{n} is {tensors[n].shape}, not {wanted[n]}" for n in shared if tensors[n].shape != wanted[n]]),
+        ("has values that are no finite real numbers in", [n for n in shared if not _is_finite(tensors[n])]),
+    ]
+    if text := "; ".join(f"{word} {some(sorted(names))}" for word, names in parts if names):
+        raise ValueError(f"{path}: must hold the tensors of the network, but it {text}")
+
+
+def _is_finite(tensor: Shaped[np.ndarray, "..."]) -> bool:
+    return tensor.dtype.kind == "f" and bool(np.isfinite(tensor).all())
