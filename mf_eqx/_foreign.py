@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Shaped
@@ -51,6 +52,32 @@ def read_safetensors(path: str | Path) -> dict[str, Shaped[np.ndarray, "..."]]:
         return safetensors.numpy.load(content)
     except (safetensors.SafetensorError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: must be a safetensors file, but it cannot be read: {error}") from error
+
+
+def read_torch(path: str | Path) -> dict[str, Any]:
+    """What a file of `torch.save` holds, tensors as NumPy arrays, nested dictionaries as they are.
+
+    Read with `weights_only`, so that nothing in the file is executed.
+
+    **Raises:** `MissingDependency` without torch, which only this needs; `OSError` if it cannot be read; `ValueError`
+    that names it if it is no such file, cut off, or holds anything but tensors and plain values.
+    """
+    with optional("torch", extra=None):
+        import torch  # pyright: ignore[reportMissingImports]
+    try:
+        held = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # of many kinds, by torch, zipfile and the restricted unpickler
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{path}: must be a file of torch.save with tensors alone, got: {reason}") from error
+    if not isinstance(held, dict):
+        raise ValueError(f"{path}: must hold a dictionary, got {type(held).__name__}")
+    return jax.tree.map(lambda leaf: _of_torch(leaf) if isinstance(leaf, torch.Tensor) else leaf, dict(held))
+
+
+def _of_torch(tensor: Any) -> Shaped[np.ndarray, "..."]:
+    return (tensor.float() if tensor.is_floating_point() else tensor).numpy()
 
 
 def fill(
