@@ -36,6 +36,10 @@ from ._model import (
     DIT_XL2 as DIT_XL2,
     DiTSize as DiTSize,
     MLP as MLP,
+    UNet as UNet,
+    UNET_CIFAR10 as UNET_CIFAR10,
+    UNetCondition as UNetCondition,
+    UNetSize as UNetSize,
 )
 from ._objective import (
     AbstractObjective as AbstractObjective,

@@ -12,3 +12,4 @@ from .dit import (
     DiTSize as DiTSize,
 )
 from .mlp import MLP as MLP
+from .unet import UNet as UNet, UNET_CIFAR10 as UNET_CIFAR10, UNetCondition as UNetCondition, UNetSize as UNetSize

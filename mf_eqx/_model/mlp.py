@@ -2,13 +2,24 @@
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import jax.random as jr
 from jax.nn.initializers import xavier_uniform, zeros
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, Key
 
 from .._custom_types import Time
 from .._field import AbstractField
-from ..nn import ConditionEmbedding, end_duration, LabelEmbedding, Linear, Stack, TimePairEmbedding, TimeVariables
+from ..nn import (
+    cast,
+    ConditionEmbedding,
+    end_duration,
+    LabelEmbedding,
+    Linear,
+    Stack,
+    TimePairEmbedding,
+    TimeVariables,
+)
 
 
 class MLPBlock(eqx.Module):
@@ -40,13 +51,18 @@ class MLP(AbstractField):
     - `time_variables`: what of (r, t) is embedded, one of the functions of Tab. 1c in `mf_eqx.nn`.
     - `time_scale`: factor on times before the sines, see `mf_eqx.nn.TimePairEmbedding`; 10 lets the fastest of them
       turn by 10 radians over [0, 1].
+    - `dtype`: compute precision of the layers, such as bfloat16; by default that of parameters and data together.
+      Parameters, times and their embedding, and the result stay float32 or better.
     - `key`.
+
+    **Raises:** `ValueError` if `dtype` is not floating point.
     """
 
     first: Linear
     embedding: ConditionEmbedding
     stack: Stack[MLPBlock]
     out: Linear
+    dtype: DTypeLike | None = eqx.field(static=True)
 
     def __init__(
         self,
@@ -57,8 +73,11 @@ class MLP(AbstractField):
         labels: int | None = None,
         time_variables: TimeVariables = end_duration,
         time_scale: float = 10.0,
+        dtype: DTypeLike | None = None,
         key: Key[Array, ""],
     ):
+        if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
+            raise ValueError(f"dtype must be floating point, got {dtype}")
         first_key, time_key, label_key, stack_key, out_key = jr.split(key, 5)
         self.first = Linear(size, width, key=first_key)
         times = TimePairEmbedding(
@@ -69,6 +88,7 @@ class MLP(AbstractField):
         )
         self.stack = Stack(lambda key: MLPBlock(width, key=key), depth, key=stack_key)
         self.out = Linear(width, size, init=zeros, key=out_key)
+        self.dtype = None if dtype is None else jnp.dtype(dtype)
 
     @property
     def null_label(self) -> int:
@@ -84,5 +104,7 @@ class MLP(AbstractField):
         *,
         key: Key[Array, ""] | None = None,
     ) -> Float[Array, " size"]:
-        c = jax.nn.silu(self.embedding(r, t, condition))
-        return self.out(self.stack(lambda block, x: block(x, c), self.first(z)))
+        dtype = jnp.promote_types(self.out.weight.dtype, z.dtype) if self.dtype is None else self.dtype
+        c = jax.nn.silu(self.embedding(r, t, condition)).astype(dtype)
+        x = self.stack(lambda block, x: cast(block, dtype)(x, c), cast(self.first, dtype)(z.astype(dtype)))
+        return cast(self.out, dtype)(x).astype(jnp.result_type(dtype, z.dtype, jnp.float32))

@@ -11,6 +11,7 @@ enters. Imported explicitly (`from mf_eqx import data`); Grain is loaded by the 
 """
 
 from ._array_record import ArrayRecordSource as ArrayRecordSource, decode_npy as decode_npy
+from ._augment import Augmentation as Augmentation, EDMAugmentation as EDMAugmentation
 from ._check import check_rows as check_rows
 from ._cifar10 import read_cifar10 as read_cifar10
 from ._idx import read_idx as read_idx

@@ -22,4 +22,5 @@ from ._embedding import (
 from ._linear import Linear as Linear
 from ._norm import layer_norm as layer_norm, modulate as modulate, modulated_norm as modulated_norm
 from ._precision import cast as cast
+from ._resample import downsample as downsample, upsample as upsample
 from ._stack import Remat as Remat, Stack as Stack

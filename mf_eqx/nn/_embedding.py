@@ -44,17 +44,20 @@ def duration(r: Time, t: Time) -> tuple[Time, ...]:
     return (t - r,)
 
 
-def sinusoidal_embedding(value: Scalar, size: int, *, max_period: float = 10_000.0) -> Float[Array, " size"]:
+def sinusoidal_embedding(
+    value: Scalar, size: int, *, max_period: float = 10_000.0, endpoint: bool = False
+) -> Float[Array, " size"]:
     r"""Cosines, then sines, of $value \cdot P^{-k / (size/2)}$ for k = 0 .. size/2 - 1, in float32 or better.
 
-    As in the authors' ImageNet code and in DiT. (Their CIFAR-10 code divides k by size/2 - 1 instead of size/2.)
+    As in the authors' ImageNet code and in DiT.
 
-    **Arguments:** `value` a time; `size` even; `max_period` the P above, 10,000 everywhere.
+    **Arguments:** `value` a time; `size` even; `max_period` the P above, 10,000 everywhere; `endpoint` whether k is
+    divided by size/2 - 1 instead, so that the last frequency is 1 / P, as in the authors' CIFAR-10 code.
     """
     if size < 2 or size % 2:
         raise ValueError(f"size must be even and positive, got {size}")
     half = size // 2
-    frequencies = max_period ** (-np.arange(half) / half)
+    frequencies = max_period ** (-np.arange(half) / max(half - endpoint, 1))
     angles = at_least_float32(value) * jnp.asarray(frequencies, jnp.promote_types(value.dtype, jnp.float32))
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)])
 

@@ -6,7 +6,7 @@ from typing import Any, Generic, TypeAlias, TypeVar
 import equinox as eqx
 import jax
 import jax.random as jr
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Key, PyTree
 
 _Block = TypeVar("_Block", bound=eqx.Module)
 
@@ -29,6 +29,7 @@ class Stack(eqx.Module, Generic[_Block]):
     """
 
     blocks: _Block
+    depth: int = eqx.field(static=True)
     remat: Remat = eqx.field(static=True)
     unroll: int = eqx.field(static=True)
 
@@ -44,6 +45,7 @@ class Stack(eqx.Module, Generic[_Block]):
         if depth < 1:
             raise ValueError(f"depth must be >= 1, got {depth}")
         self.blocks = eqx.filter_vmap(make_block)(jr.split(key, depth))
+        self.depth = depth
         self.remat = remat
         # A number: True == 1, so that a jitted function would take an unrolled stack for a scanned one.
         self.unroll = depth if unroll is True else 1 if unroll is False else unroll
@@ -52,11 +54,30 @@ class Stack(eqx.Module, Generic[_Block]):
         self, apply: Callable[[_Block, Float[Array, "*state"]], Float[Array, "*state"]], x: Float[Array, "*state"]
     ) -> Float[Array, "*state"]:
         """`x` after all blocks; `apply(block, x)` runs one of them."""
+        return self.scan(lambda block, x, _: (apply(block, x), None), x, None)[0]
+
+    def scan(
+        self,
+        apply: Callable[[_Block, Float[Array, "..."], Any], tuple[Float[Array, "..."], PyTree[Array]]],
+        x: Float[Array, "..."],
+        inputs: PyTree[Array],
+    ) -> tuple[Float[Array, "..."], PyTree[Array]]:
+        """`x` after all blocks, and what each of them gives besides, stacked.
+
+        A stack of one block is no loop, so that it may change the shape of `x`.
+
+        **Arguments:** `apply(block, x, input)` runs one block and returns (x, output); `x`; `inputs` one for each
+        block, along the leading axis of every array in it.
+        """
         arrays, rest = eqx.partition(self.blocks, eqx.is_array)
 
-        def body(x: Float[Array, "*state"], block: Any) -> tuple[Float[Array, "*state"], None]:
-            return apply(eqx.combine(block, rest), x), None
+        def body(x: Float[Array, "..."], turn: Any) -> tuple[Float[Array, "..."], PyTree[Array]]:
+            block, one = turn
+            return apply(eqx.combine(block, rest), x, one)
 
         if self.remat is not False:
             body = jax.checkpoint(body, policy=None if self.remat is True else self.remat)
-        return jax.lax.scan(body, x, arrays, unroll=self.unroll)[0]
+        if self.depth == 1:
+            x, output = body(x, jax.tree.map(lambda leaf: leaf[0], (arrays, inputs)))
+            return x, jax.tree.map(lambda leaf: leaf[None], output)
+        return jax.lax.scan(body, x, (arrays, inputs), unroll=self.unroll)

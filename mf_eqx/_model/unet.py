@@ -1,0 +1,415 @@
+r"""The DDPM++ U-Net as a field, in the form that EDM gave it.
+
+Residual blocks work on ever smaller images and then on ever larger ones, which meet what was left on the way down:
+
+    h   = conv(silu(norm(x)))                 resampled first where the resolution changes
+    h   = conv(dropout(silu(norm(h + linear(c)))))
+    x   = (skip(x) + h) / sqrt(2)
+    x   = (x + attention(norm(x))) / sqrt(2)  in some of them
+
+c embeds the times, the label, and the label of augmentation. Blocks that are equal and follow each other are one stack:
+the 33 blocks of the CIFAR-10 network are 15 stacks.
+
+Source: Score-Based Generative Modeling through Stochastic Differential Equations, Song et al., 2021, arXiv 2011.13456
+(architecture); Elucidating the Design Space of Diffusion-Based Generative Models, Karras et al., 2022, arXiv 2206.00364
+(this form); MeanFlow paper, App. A (two times).
+"""
+
+import itertools
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+from jax.nn.initializers import Initializer, normal, variance_scaling
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int, Key
+
+from .._custom_types import Time
+from .._field import AbstractField
+from ..nn import (
+    AbstractAttention,
+    cast,
+    downsample,
+    end_duration,
+    LabelEmbedding,
+    Linear,
+    Remat,
+    SelfAttention,
+    sinusoidal_embedding,
+    Stack,
+    TimeVariables,
+    upsample,
+    XLAAttention,
+)
+
+
+class UNetSize(NamedTuple):
+    """How large a U-Net is.
+
+    `width` channels times one of `multipliers` per resolution, the image's own first and each next one half of it;
+    `blocks` per resolution going down, one more going up; `attention` at resolutions with so many rows: after every
+    block going down and the last one going up. The middle always has one.
+    """
+
+    width: int
+    multipliers: tuple[int, ...]
+    blocks: int
+    attention: tuple[int, ...]
+
+
+UNET_CIFAR10 = UNetSize(width=128, multipliers=(2, 2, 2), blocks=4, attention=(16,))
+
+
+class UNetCondition(NamedTuple):
+    """What a U-Net is conditioned on: an integer label, and numbers that tell how the image was augmented (None for
+    not at all, as when sampling)."""
+
+    label: Int[Array, ""] | None = None
+    augmentation: Float[Array, " numbers"] | None = None
+
+
+def _xavier_uniform(scale: float = 1.0, *, out_axis: int = -1, in_axis: int = -2) -> Initializer:
+    """Xavier-uniform numbers times `scale`."""
+    return variance_scaling(scale**2, "fan_avg", "uniform", in_axis=in_axis, out_axis=out_axis)
+
+
+def _convolution(inputs: int, outputs: int, kernel: int, *, scale: float = 1.0, key: Key[Array, ""]) -> eqx.nn.Conv2d:
+    """A convolution that keeps the size of the image; fans count the kernel's places, and the bias is zero."""
+    convolution = eqx.nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, key=key)
+    weight = _xavier_uniform(scale, in_axis=1, out_axis=0)(key, (outputs, inputs, kernel, kernel), jnp.float32)
+    bias = jnp.zeros((outputs, 1, 1), jnp.float32)
+    return eqx.tree_at(lambda c: (c.weight, c.bias), convolution, (weight, bias))
+
+
+def _group_norm(channels: int) -> eqx.nn.GroupNorm:
+    """Groups of at least four channels, at most 32 of them; statistics in float32."""
+    groups = min(32, channels // 4)
+    if channels % groups:
+        raise ValueError(f"width must give channels that are multiples of {groups} (group norm), got {channels}")
+    return eqx.nn.GroupNorm(groups, channels, eps=1e-6)
+
+
+_ALMOST_ZERO = 1e-5
+"""Factor on the first weights of the last layer of every branch, so that a fresh block hardly changes its input."""
+_ROOT_HALF = 0.5**0.5
+"""Keeps the variance of a sum of two."""
+
+
+class _Plan(NamedTuple):
+    """One block: channels in, how many meet them from the way down, channels out, whether attention follows, and by how
+    much the image grows: 1, or 2 or 1/2."""
+
+    inputs: int
+    met: int
+    outputs: int
+    attention: bool = False
+    factor: float = 1
+
+
+def _way_down(size: UNetSize, rows: int) -> Iterator[_Plan]:
+    channels = size.width
+    for level, multiplier in enumerate(size.multipliers):
+        if level > 0:
+            yield _Plan(channels, 0, channels, factor=0.5)
+        for _ in range(size.blocks):
+            outputs = multiplier * size.width
+            yield _Plan(channels, 0, outputs, (rows >> level) in size.attention)
+            channels = outputs
+
+
+def _way_up(size: UNetSize, rows: int) -> Iterator[_Plan]:
+    met = [size.width, *(plan.outputs for plan in _way_down(size, rows))]
+    channels = met[-1]
+    for level, multiplier in reversed(list(enumerate(size.multipliers))):
+        if level < len(size.multipliers) - 1:
+            yield _Plan(channels, 0, channels, factor=2)
+        for number in range(size.blocks + 1):
+            outputs, last = multiplier * size.width, number == size.blocks
+            yield _Plan(channels, met.pop(), outputs, last and (rows >> level) in size.attention)
+            channels = outputs
+
+
+class ImageAttention(eqx.Module):
+    """(x + attention(norm(x))) / sqrt(2), with one head over all channels of every pixel."""
+
+    norm: eqx.nn.GroupNorm
+    attention: SelfAttention
+
+    def __init__(self, channels: int, attention: AbstractAttention, *, key: Key[Array, ""]):
+        self.norm = _group_norm(channels)
+        qkv_key, out_key = jr.split(key)
+        self.attention = eqx.tree_at(
+            lambda attention: (attention.qkv.weight, attention.out.weight),
+            SelfAttention(channels, 1, attention=attention, key=key),
+            (
+                _xavier_uniform(0.2**0.5)(qkv_key, (channels, 3 * channels), jnp.float32),
+                _xavier_uniform(_ALMOST_ZERO)(out_key, (channels, channels), jnp.float32),
+            ),
+        )
+
+    def __call__(self, x: Float[Array, "channels height width"]) -> Float[Array, "channels height width"]:
+        pixels = self.norm(x).reshape(x.shape[0], -1).T
+        return (x + self.attention(pixels).T.reshape(x.shape)) * _ROOT_HALF
+
+
+class UNetBlock(eqx.Module):
+    """A residual block, of which the module's docstring has the equations."""
+
+    norm_1: eqx.nn.GroupNorm
+    conv_1: eqx.nn.Conv2d
+    condition: Linear
+    norm_2: eqx.nn.GroupNorm
+    dropout: eqx.nn.Dropout
+    conv_2: eqx.nn.Conv2d
+    skip: eqx.nn.Conv2d | None
+    attention: ImageAttention | None
+    plan: _Plan = eqx.field(static=True)
+
+    def __init__(
+        self, plan: _Plan, embedded: int, dropout: float, attention: AbstractAttention, *, key: Key[Array, ""]
+    ):
+        inputs, outputs = plan.inputs + plan.met, plan.outputs
+        conv_1_key, condition_key, conv_2_key, skip_key, attention_key = jr.split(key, 5)
+        self.norm_1 = _group_norm(inputs)
+        self.conv_1 = _convolution(inputs, outputs, 3, key=conv_1_key)
+        self.condition = Linear(embedded, outputs, key=condition_key)
+        self.norm_2 = _group_norm(outputs)
+        self.dropout = eqx.nn.Dropout(dropout)
+        self.conv_2 = _convolution(outputs, outputs, 3, scale=_ALMOST_ZERO, key=conv_2_key)
+        same = inputs == outputs and plan.factor == 1
+        self.skip = None if same else _convolution(inputs, outputs, 1, key=skip_key)
+        self.attention = ImageAttention(outputs, attention, key=attention_key) if plan.attention else None
+        self.plan = plan
+
+    def __call__(
+        self,
+        x: Float[Array, "channels height width"],
+        c: Float[Array, " embedded"],
+        key: Key[Array, ""] | None,
+        met: Float[Array, "channels3 height width"] | None = None,
+    ) -> Float[Array, "channels2 height2 width2"]:
+        x = x if met is None else jnp.concatenate([x, met])
+        h = self.conv_1(self._resampled(jax.nn.silu(self.norm_1(x))))
+        h = jax.nn.silu(self.norm_2(h + self.condition(c)[:, None, None]))
+        h = self.conv_2(self.dropout(h, key=key, inference=key is None))
+        skip = x if self.skip is None else self.skip(self._resampled(x))
+        x = (skip + h) * _ROOT_HALF
+        return x if self.attention is None else self.attention(x)
+
+    def _resampled(self, x: Float[Array, "channels height width"]) -> Float[Array, "channels height2 width2"]:
+        return x if self.plan.factor == 1 else downsample(x) if self.plan.factor < 1 else upsample(x)
+
+
+class UNetEmbedding(eqx.Module):
+    """What every block is conditioned on: sines and cosines of the times side by side, plus one vector for the label
+    and one linear in the numbers of the augmentation, through two linear layers with SiLU. Always float32 or better.
+
+    **Arguments:** `width` of the result; `labels`, `augmentation`, `variables` as of `UNet`; `key`.
+    """
+
+    label: LabelEmbedding | None
+    augmentation: Float[Array, "numbers features"] | None
+    hidden: Linear
+    out: Linear
+    variables: TimeVariables = eqx.field(static=True)
+
+    def __init__(
+        self, width: int, labels: int | None, augmentation: int, variables: TimeVariables, *, key: Key[Array, ""]
+    ):
+        features = len(variables(jnp.zeros(()), jnp.ones(()))) * width // 2
+        label_key, augmentation_key, hidden_key, out_key = jr.split(key, 4)
+        self.label = None if labels is None else LabelEmbedding(labels, features, init=normal(0.2), key=label_key)
+        numbers = (augmentation, features)
+        self.augmentation = _xavier_uniform()(augmentation_key, numbers, jnp.float32) if augmentation else None
+        self.hidden = Linear(features, width, key=hidden_key)
+        self.out = Linear(width, width, key=out_key)
+        self.variables = variables
+
+    def __call__(self, r: Time, t: Time, condition: UNetCondition) -> Float[Array, " width"]:
+        self._check(condition)
+        x = jnp.concatenate([self._embedded(value) for value in self.variables(r, t)])
+        if self.label is not None and condition.label is not None:
+            x = x + self.label(condition.label)
+        if self.augmentation is not None and condition.augmentation is not None:
+            x = x + condition.augmentation @ self.augmentation
+        return jax.nn.silu(self.out(jax.nn.silu(self.hidden(x))))
+
+    def _embedded(self, value: Time) -> Float[Array, " features"]:
+        """Sines, then cosines."""
+        size = self.out.weight.shape[0] // 2
+        return jnp.roll(sinusoidal_embedding(value, size, endpoint=True), size // 2)
+
+    def _check(self, condition: UNetCondition) -> None:
+        if (condition.label is None) != (self.label is None):
+            rule = "None for a field without labels" if self.label is None else "given for a field with labels"
+            raise ValueError(f"label must be {rule}, got {condition.label}")
+        numbers = 0 if self.augmentation is None else len(self.augmentation)
+        if condition.augmentation is not None and jnp.shape(condition.augmentation) != (numbers,):
+            raise ValueError(f"augmentation must have shape ({numbers},), got {jnp.shape(condition.augmentation)}")
+
+
+class UNet(AbstractField):
+    """A convolutional field over images, channels first. A fresh one gives almost zero.
+
+    **Arguments:**
+
+    - `data_shape`: (channels, height, width); height and width multiples of 2 for every resolution but the first.
+    - `size`: a `UNetSize`, such as `UNET_CIFAR10`, or one of your own.
+    - `labels`: number of labels, or None for an unconditional field. The condition is then an integer label in
+      [0, labels], `labels` itself being "no label" (`null_label`), alone or in a `UNetCondition`.
+    - `augmentation`: how many numbers tell of an image's augmentation (6 in the CIFAR-10 experiment); 0 for none.
+      The condition is then a `UNetCondition`, or None where there was no augmentation.
+    - `dropout`: rate within residual blocks. It needs a `key` in the call, and is off without one. The mask is the
+      same in u and in its JVP.
+    - `time_variables`: what of (r, t) is embedded, one of the functions of Tab. 1c in `mf_eqx.nn`.
+    - `dtype`: compute precision of the blocks, float32 or bfloat16 (float64 for tests). Parameters, times and their
+      embedding, and the result stay float32 or better; norms take their statistics so.
+    - `attention`: how pixels meet, see `mf_eqx.nn.AbstractAttention`.
+    - `remat`, `unroll`: memory against time and compile time, see `mf_eqx.nn.Stack`. Equal blocks are unrolled here,
+      because XLA:CPU runs convolutions inside of loops without its fast kernels (four blocks of 64 channels at 32 x 32
+      pixels, forward: 6.5 s in a loop, 0.07 s without). On other devices `unroll=1` halves the time to compile.
+    - `key`.
+
+    `UNet((3, 32, 32), UNET_CIFAR10, augmentation=6, dropout=0.2, key=key)` is the paper's network for CIFAR-10:
+    55,932,419 parameters, 55,929,347 without the augmentation's label.
+    """
+
+    embedding: UNetEmbedding
+    first: eqx.nn.Conv2d
+    down: tuple[Stack[UNetBlock], ...]
+    middle: tuple[Stack[UNetBlock], ...]
+    up: tuple[Stack[UNetBlock], ...]
+    norm: eqx.nn.GroupNorm
+    last: eqx.nn.Conv2d
+    data_shape: tuple[int, int, int] = eqx.field(static=True)
+    dtype: DTypeLike = eqx.field(static=True)
+
+    def __init__(
+        self,
+        data_shape: tuple[int, int, int],
+        size: UNetSize,
+        *,
+        labels: int | None = None,
+        augmentation: int = 0,
+        dropout: float = 0.0,
+        time_variables: TimeVariables = end_duration,
+        dtype: DTypeLike = jnp.float32,
+        attention: AbstractAttention = XLAAttention(),
+        remat: Remat = False,
+        unroll: int | bool = True,
+        key: Key[Array, ""],
+    ):
+        _check_arguments(data_shape, size, augmentation, dropout, dtype)
+        channels, rows, _ = data_shape
+        embedded = 4 * size.width
+        embedding_key, first_key, down_key, middle_key, up_key, last_key = jr.split(key, 6)
+
+        def block(plan: _Plan, key: Key[Array, ""]) -> UNetBlock:
+            return UNetBlock(plan, embedded, dropout, attention, key=key)
+
+        def stacks(plans: Iterator[_Plan], key: Key[Array, ""]) -> tuple[Stack[UNetBlock], ...]:
+            """One for each run of equal blocks."""
+            runs = [(plan, len(list(run))) for plan, run in itertools.groupby(plans)]
+            return tuple(
+                Stack(lambda key, plan=plan: block(plan, key), depth, remat=remat, unroll=unroll, key=key)
+                for (plan, depth), key in zip(runs, jr.split(key, len(runs)), strict=True)
+            )
+
+        self.embedding = UNetEmbedding(embedded, labels, augmentation, time_variables, key=embedding_key)
+        self.first = _convolution(channels, size.width, 3, key=first_key)
+        self.down = stacks(_way_down(size, rows), down_key)
+        deepest = size.multipliers[-1] * size.width
+        self.middle = stacks(iter([_Plan(deepest, 0, deepest, attention) for attention in (True, False)]), middle_key)
+        self.up = stacks(_way_up(size, rows), up_key)
+        outputs = size.multipliers[0] * size.width
+        self.norm = _group_norm(outputs)
+        self.last = _convolution(outputs, channels, 3, scale=_ALMOST_ZERO, key=last_key)
+        self.data_shape = (channels, rows, data_shape[2])
+        self.dtype = jnp.dtype(dtype)
+
+    @property
+    def null_label(self) -> int:
+        """The label that means "no label".
+
+        **Raises:** `ValueError` without labels.
+        """
+        if self.embedding.label is None:
+            raise ValueError("labels must be given for a null label to exist, got None")
+        return self.embedding.label.null_label
+
+    def __call__(
+        self,
+        z: Float[Array, "channels height width"],
+        r: Time,
+        t: Time,
+        condition: UNetCondition | Int[Array, ""] | None = None,
+        *,
+        key: Key[Array, ""] | None = None,
+    ) -> Float[Array, "channels height width"]:
+        if z.shape != self.data_shape:
+            raise ValueError(f"z must have the data_shape {self.data_shape}, got {z.shape}")
+        if not isinstance(condition, UNetCondition):
+            condition = UNetCondition(condition)
+        c = self.embedding(r, t, condition).astype(self.dtype)
+        keys = iter([None] * self._stacks if key is None else jr.split(key, self._stacks))
+
+        x = cast(self.first, self.dtype)(z.astype(self.dtype))
+        met = [x]
+        for stack in self.down:
+            x, outputs = self._through(stack, x, c, next(keys))
+            met += outputs
+        for stack in self.middle:
+            x, _ = self._through(stack, x, c, next(keys))
+        for stack in self.up:
+            meets = stack.blocks.plan.met > 0
+            x, _ = self._through(stack, x, c, next(keys), [met.pop() for _ in range(stack.depth)] if meets else None)
+        x = cast(self.last, self.dtype)(jax.nn.silu(cast(self.norm, self.dtype)(x)))
+        return x.astype(jnp.promote_types(z.dtype, jnp.float32))
+
+    @property
+    def _stacks(self) -> int:
+        return len(self.down) + len(self.middle) + len(self.up)
+
+    def _through(
+        self,
+        stack: Stack[UNetBlock],
+        x: Float[Array, "channels height width"],
+        c: Float[Array, " embedded"],
+        key: Key[Array, ""] | None,
+        met: list[Float[Array, "channels3 height width"]] | None = None,
+    ) -> tuple[Float[Array, "channels2 height2 width2"], list[Float[Array, "channels2 height2 width2"]]]:
+        """The image after a stack, and after each of its blocks; `met` are the images that meet it, one per block."""
+
+        def apply(block: UNetBlock, x: Array, turn: tuple[Array | None, Array | None]) -> tuple[Array, Array]:
+            x = cast(block, self.dtype)(x, c, *turn)
+            return x, x
+
+        keys = None if key is None else jr.split(key, stack.depth)
+        x, outputs = stack.scan(apply, x, (keys, None if met is None else jnp.stack(met)))
+        return x, list(outputs)
+
+
+def _check_arguments(
+    data_shape: tuple[int, int, int], size: UNetSize, augmentation: int, dropout: float, dtype: DTypeLike
+) -> None:
+    if size.width < 4 or size.width % 4:
+        raise ValueError(f"width must be a positive multiple of 4, got {size.width}")
+    if not size.multipliers or min(size.multipliers) < 1:
+        raise ValueError(f"multipliers must be at least one number >= 1, got {size.multipliers}")
+    if size.blocks < 1:
+        raise ValueError(f"blocks must be >= 1, got {size.blocks}")
+    rows = [data_shape[1] >> level for level in range(len(size.multipliers))]
+    if unknown := [number for number in size.attention if number not in rows]:
+        raise ValueError(f"attention must be at resolutions among {rows} rows, got {unknown}")
+    multiple = 2 ** (len(rows) - 1)
+    if data_shape[1] % multiple or data_shape[2] % multiple:
+        raise ValueError(f"data_shape must be divisible by {multiple} for {len(rows)} resolutions, got {data_shape}")
+    if augmentation < 0:
+        raise ValueError(f"augmentation must be >= 0, got {augmentation}")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout must lie in [0, 1), got {dropout}")
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"dtype must be floating point, got {dtype}")
