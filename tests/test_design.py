@@ -25,7 +25,7 @@ LAYERS = {
     3: ["_objective", "_sample", "exact", "metrics", "vae"],
     4: ["_ema", "_sharding"],
     5: ["_train"],
-    6: ["checkpoint", "data"],
+    6: ["checkpoint", "data", "released"],
     7: ["run"],
     9: ["__init__"],
 }

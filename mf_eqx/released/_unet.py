@@ -1,0 +1,137 @@
+"""The CIFAR-10 network: a state dict of torch with the names of EDM's code.
+
+    map_layer0   map_layer1   map_augment      the embedding
+    enc.32x32_conv   enc.32x32_block0 ...   enc.16x16_down   ...   dec.8x8_in0   ...   dec.16x16_up   ...
+    dec.32x32_aux_norm   dec.32x32_aux_conv
+    in each block: norm0 conv0 affine norm1 conv1 [skip] [norm2 qkv proj]
+
+Linear weights are (out, in) there, and the 3C outputs of qkv hold q, k and v of each channel side by side. Resampling
+blocks also carry their filter, which is no parameter: it must be ours.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+from jaxtyping import Shaped
+
+from .._foreign import fill, Origin
+from .._leaves import leaves
+from .._model import UNet
+
+_Shape: TypeAlias = tuple[int, ...]
+_Rule: TypeAlias = Callable[[_Shape], tuple[_Shape, Callable[[np.ndarray], np.ndarray]]]
+"""From the shape of an array of ours to the shape of theirs, and how to make ours of theirs."""
+
+_FILTER = np.outer([1, 3, 3, 1], [1, 3, 3, 1]) / 64
+
+
+def fill_unet(field: UNet, tensors: Mapping[str, Shaped[np.ndarray, "..."]], path: str | Path) -> UNet:
+    """`field` with the weights of a state dict in EDM's naming.
+
+    **Arguments:** `field` without labels, whose structure counts and not its values; `tensors` by their names, without
+    the prefix that tells which average it is (`net_ema.` and so on); `path` of the file, for messages.
+
+    **Raises:** `ValueError` that names every tensor which is missing, too many, or of another shape, and a resampling
+    filter other than (1, 3, 3, 1).
+    """
+    if field.embedding.label is not None:
+        raise ValueError("field must have no labels, as the released network has none")
+    filters = [name for name in tensors if name.endswith(".resample_filter")]
+    for name in filters:
+        if tensors[name].shape != (1, 1, 4, 4) or not np.allclose(tensors[name], _FILTER, atol=1e-6):
+            raise ValueError(f"{path}: {name} must be the filter (1, 3, 3, 1) in two dimensions, got another")
+    return fill(field, dict(_origins(field)), tensors, path, ignored=filters)
+
+
+def _same(shape: _Shape) -> tuple[_Shape, Callable[[np.ndarray], np.ndarray]]:
+    return shape, lambda array: array
+
+
+def _transposed(shape: _Shape) -> tuple[_Shape, Callable[[np.ndarray], np.ndarray]]:
+    return shape[::-1], np.transpose
+
+
+def _channels(shape: _Shape) -> tuple[_Shape, Callable[[np.ndarray], np.ndarray]]:
+    """The bias of a convolution."""
+    return shape[:1], lambda bias: bias[:, None, None]
+
+
+def _pointwise(shape: _Shape) -> tuple[_Shape, Callable[[np.ndarray], np.ndarray]]:
+    """A convolution of one pixel, which is a linear layer here."""
+    return (*shape[::-1], 1, 1), lambda weight: weight[..., 0, 0].T
+
+
+def _joint_weight(shape: _Shape) -> tuple[_Shape, Callable[[np.ndarray], np.ndarray]]:
+    return (*shape[::-1], 1, 1), lambda weight: _apart(weight[..., 0, 0]).T
+
+
+def _joint_bias(shape: _Shape) -> tuple[_Shape, Callable[[np.ndarray], np.ndarray]]:
+    return shape, _apart
+
+
+def _apart(rows: np.ndarray) -> np.ndarray:
+    """All of q, then all of k, then all of v, from rows that alternate."""
+    return rows.reshape(-1, 3, *rows.shape[1:]).swapaxes(0, 1).reshape(rows.shape)
+
+
+_BLOCK: dict[str, tuple[str, _Rule, _Rule]] = {
+    "norm_1": ("norm0", _same, _same),
+    "conv_1": ("conv0", _same, _channels),
+    "condition": ("affine", _transposed, _same),
+    "norm_2": ("norm1", _same, _same),
+    "conv_2": ("conv1", _same, _channels),
+    "skip": ("skip", _same, _channels),
+    "attention.norm": ("norm2", _same, _same),
+    "attention.attention.qkv": ("qkv", _joint_weight, _joint_bias),
+    "attention.attention.out": ("proj", _pointwise, _same),
+}
+"""Our name of a layer, theirs, and how weight and bias differ."""
+
+
+def _origins(field: UNet) -> Iterator[tuple[str, Origin]]:
+    rows, names = field.data_shape[1], _block_names(field)
+    outer: dict[str, tuple[str, _Rule, _Rule]] = {
+        "embedding.hidden": ("map_layer0", _transposed, _same),
+        "embedding.out": ("map_layer1", _transposed, _same),
+        "first": (f"enc.{rows}x{rows}_conv", _same, _channels),
+        "norm": (f"dec.{rows}x{rows}_aux_norm", _same, _same),
+        "last": (f"dec.{rows}x{rows}_aux_conv", _same, _channels),
+    }
+    for path, leaf in leaves(field).items():
+        if path == ".embedding.augmentation":
+            yield path, Origin(("map_augment.weight",), leaf.shape[::-1], np.transpose)
+            continue
+        layer, kind = path[1:].rsplit(".", 1)
+        if found := re.fullmatch(r"(\w+\[\d+\])\.blocks\.(.+)", layer):
+            theirs, *rules = _BLOCK[found[2]]
+            shape, convert = rules[kind == "bias"](leaf.shape[1:])
+            tensors = tuple(f"{block}.{theirs}.{kind}" for block in names[found[1]])
+            yield path, Origin(tensors, shape, _stacked(convert))
+        else:
+            theirs, *rules = outer[layer]
+            yield path, Origin((f"{theirs}.{kind}",), *rules[kind == "bias"](leaf.shape))
+
+
+def _stacked(convert: Callable[[np.ndarray], np.ndarray]) -> Callable[..., np.ndarray]:
+    return lambda *blocks: np.stack([convert(block) for block in blocks])
+
+
+def _block_names(field: UNet) -> dict[str, tuple[str, ...]]:
+    """Their names of the blocks in each stack of ours."""
+    rows, names = field.data_shape[1], {}
+    for part, way, stacks in (("down", "enc", field.down), ("middle", "dec", field.middle), ("up", "dec", field.up)):
+        number = 0
+        for position, stack in enumerate(stacks):
+            found = []
+            for _ in range(stack.depth):
+                if (factor := stack.blocks.plan.factor) != 1:
+                    rows, number = int(rows * factor), 0
+                    found.append(f"{way}.{rows}x{rows}_{'down' if factor < 1 else 'up'}")
+                else:
+                    found.append(f"{way}.{rows}x{rows}_{'in' if part == 'middle' else 'block'}{number}")
+                    number += 1
+            names[f"{part}[{position}]"] = tuple(found)
+    return names
