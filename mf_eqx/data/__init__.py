@@ -17,7 +17,12 @@ from ._cifar10 import read_cifar10 as read_cifar10
 from ._idx import read_idx as read_idx
 from ._image_folder import ImageFolderSource as ImageFolderSource
 from ._npy import NpySource as NpySource
-from ._prepare import FromPixels as FromPixels, InTurn as InTurn, RandomFlip as RandomFlip
+from ._prepare import (
+    FromPixels as FromPixels,
+    InTurn as InTurn,
+    RandomFlip as RandomFlip,
+    WithoutLabel as WithoutLabel,
+)
 from ._shards import ShardSource as ShardSource, write_shards as write_shards
 from ._source import AbstractSource as AbstractSource, ArraySource as ArraySource, Rows as Rows
 from ._stream import Stream as Stream

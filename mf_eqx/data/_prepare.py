@@ -29,6 +29,13 @@ class InTurn(eqx.Module):
         return row
 
 
+class WithoutLabel(eqx.Module):
+    """The row without its condition: data with labels for a field that has none."""
+
+    def __call__(self, row: Batch, key: Key[jax.Array, ""]) -> Batch:
+        return Batch(row.x, None, row.index)
+
+
 class FromPixels(eqx.Module):
     """Pixels 0 to 255 as float32 in [-1, 1]: x / 127.5 - 1."""
 
