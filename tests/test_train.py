@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 from devices import run_on_devices
-from fields import quick_jit
+from fields import quick_jit, refilled
 
 import mf_eqx as mfx
 from mf_eqx._train import _DRAW
@@ -124,6 +124,32 @@ def test_rows_in_turn_have_the_gradient_and_metrics_of_all_together(x64, share):
     for name, mean in together.items():
         np.testing.assert_allclose(in_turn[name].total, mean.total, rtol=1e-12)
         np.testing.assert_array_equal(in_turn[name].count, mean.count)
+
+
+def trained(accumulation, rows=256, steps=20):
+    """Field, average and the last step's metrics after training on a noisy circle in float32, by SGD: Adam would hide a
+    wrong scale of the gradients."""
+    sgd, averages = optax.sgd(0.1), AVERAGES[:1]
+    start = refilled(mfx.MLP(2, width=32, depth=2, key=jr.key(0)))
+    step = quick_jit(mfx.TrainStep(mfx.Objective(), sgd, averages, accumulation=accumulation))
+    current, draws = mfx.init_state(start, sgd, averages, key=jr.key(1)), np.random.default_rng(2)
+    for _ in range(steps):
+        angle = draws.uniform(0, 2 * np.pi, rows)
+        x = np.stack([np.cos(angle), np.sin(angle)], axis=1) + 0.1 * draws.standard_normal((rows, 2))
+        current, metrics = step(current, mfx.Batch(x.astype(np.float32)))
+    values = {name: mean.value for name, mean in metrics.items()}
+    return leaves(start), leaves((current.field, current.averages)), jax.tree.map(np.asarray, values)
+
+
+def test_four_times_64_rows_train_as_256_rows_do():
+    (start, whole, metrics), (_, found, in_turn) = trained(1), trained(4)
+    for result, expected in zip(found, whole, strict=True):
+        assert np.abs(result - expected).max() <= 1e-6 * np.abs(expected).max()
+    # Twenty steps of any size but theirs would be seen: every array moved by far more than that.
+    for before, expected in zip(start, whole[: len(start)], strict=True):
+        assert np.abs(expected - before).max() > 1e-3 * np.abs(expected).max()
+    for name, expected in metrics.items():
+        np.testing.assert_allclose(in_turn[name], expected, rtol=1e-6)
 
 
 def test_averages_follow_the_parameters():

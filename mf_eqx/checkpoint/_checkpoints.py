@@ -73,6 +73,13 @@ class Checkpoints:
     - `keep_last`: how many of the newest are kept.
     - `keep_every`: steps that are multiples of it are kept for ever; None for none.
 
+    What can be lost: a save is complete by a rename in the background, for which nobody has to wait, and the next one
+    begins only then. So a process that saves every k steps and is killed comes back at its last save if that was
+    complete, else at the one before. It loses less than k steps and those that it took while a state was being written;
+    2 k at most, where writing takes as long as k steps. Two things cost more: a step that is saved again, because it
+    was passed over, is moved aside first and not found until its new save is complete; and a machine that loses power
+    may spoil the newest step, too, which leaves none with keep_last = 1.
+
     One process tree at a time may save: `run.train` locks the run's directory. All processes of a multi-process run
     call every method together.
 
@@ -105,7 +112,8 @@ class Checkpoints:
     def save(self, step: int, state: PyTree[Any], notes: Mapping[str, Any] | None = None) -> None:
         """Start to write a state. Returns when it may be donated, usually long before all is on disk.
 
-        Waits for the save before. What stands at this step already is moved aside, and so is what `load` passed over.
+        Waits for the save before. What stands at this step already is moved aside first, and so is what `load` passed
+        over.
 
         **Arguments:** `step` number of finished steps; `state` any PyTree, of which arrays are written; `notes` that
         JSON can hold, to be read by whoever loads: configuration, versions, where the data stand.

@@ -10,6 +10,7 @@ Both need the extra `export`.
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -38,13 +39,14 @@ def save_weights(path: str | Path, field: AbstractField, config: Mapping[str, An
 
     **Arguments:** `path` of the file; `field` usually an average; `config` anything that JSON can hold.
 
-    **Raises:** `ValueError` for arrays in bfloat16, which safetensors cannot read into NumPy (averages are float32).
+    **Raises:** `ValueError` for arrays in bfloat16, float8 and the like, which safetensors cannot read into NumPy
+    (averages are float32). `OSError` if the file cannot be written; what stood there before still does.
     """
     with optional("safetensors", extra="export"):
         import safetensors.numpy
     arrays = {name: _on_host(plain(leaf)) for name, leaf in leaves(field).items()}
-    if unknown := [name for name, array in arrays.items() if array.dtype == jnp.bfloat16]:
-        raise ValueError(f"field must have no arrays in bfloat16, got {some(unknown)}: cast them to float32")
+    if unknown := [f"{name} in {array.dtype}" for name, array in arrays.items() if not _is_kept(array.dtype)]:
+        raise ValueError(f"field must have arrays that safetensors keeps, got {some(unknown)}: cast them to float32")
     if jax.process_index() == 0:
         text = json.dumps(dict(config or {}))
         content = {"format": _FORMAT, "config": text, "sha256": _sha256(text, arrays)}
@@ -59,22 +61,12 @@ def load_weights(
     **Arguments:** `path` of the file; `make_field` makes a field of the right structure from the configuration, of
     which only shapes are taken and whatever is no array; `parallelism` None for one device.
 
-    **Raises:** `ValueError` that names the file and what is wrong with it: not safetensors, cut off, arrays not as
-    written, or not those of the field (with the paths that differ).
+    **Raises:** `OSError` if the file cannot be read; `ValueError` that names it and what is wrong with it: not
+    safetensors, cut off, of another format, configuration or arrays not as written, or not the arrays of the field
+    (with the paths that differ).
     """
-    with optional("safetensors", extra="export"):
-        import safetensors
-        import safetensors.numpy
     path = Path(path)
-    content = path.read_bytes()
-    try:
-        arrays = safetensors.numpy.load(content)
-        metadata = _metadata(content)
-        config = json.loads(metadata["config"])
-    except (safetensors.SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: must be a file of save_weights, but it cannot be read: {error}") from error
-    if metadata.get("sha256") != _sha256(metadata["config"], arrays):
-        raise ValueError(f"{path}: must hold the weights as written, but their sha256 differs: the file is damaged")
+    config, arrays = _read(path)
     wanted = eqx.filter_eval_shape(lambda: make_field(config))
     compare(shapes(arrays), shapes({name: plain(leaf) for name, leaf in leaves(wanted).items()}), path)
     return _placed(rebuilt(wanted, {name: jnp.asarray(leaf) for name, leaf in arrays.items()}), parallelism)
@@ -95,7 +87,8 @@ def export_sampler(
         x = exported.call(eps, label)                     (rows, *data_shape) from noise of the same shape
 
     needs nothing but JAX. The number of rows is free. The weights are inside the program: a few hundred MB are fine, a
-    format limit of 2 GB is not far from the largest networks.
+    format limit of 2 GB is not far from the largest networks. Unlike the other files here it has no checksum, since
+    JAX alone reads it: where it is copied far, send its SHA-256 along.
 
     **Arguments:** `path` of the file; `field`; `data_shape` of one row; `condition` of one row, whose structure, shapes
     and dtypes count, or None; `times` as of `sample`; `platforms` that it may run on.
@@ -115,12 +108,40 @@ def export_sampler(
         _write(Path(path), bytes(exported.serialize()))
 
 
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Configuration and arrays of a file of `save_weights`, if they are what was written."""
+    with optional("safetensors", extra="export"):
+        import safetensors
+        import safetensors.numpy
+    content, rule = path.read_bytes(), f"{path}: must be a file of save_weights"
+    try:
+        arrays, metadata = safetensors.numpy.load(content), _metadata(content)
+    except (safetensors.SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{rule}, but it cannot be read: {error}") from error
+    if (found := metadata.get("format")) != _FORMAT:
+        raise ValueError(f"{rule} in the format {_FORMAT!r}, got {found!r:.60}")
+    if metadata.get("sha256") != _sha256(metadata.get("config", ""), arrays):
+        raise ValueError(f"{path}: must hold the weights as written, but their sha256 differs: the file is damaged")
+    try:
+        config = json.loads(metadata["config"])
+    except (ValueError, KeyError, RecursionError) as error:
+        raise ValueError(f"{rule}, but its configuration cannot be read: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{rule}, whose configuration is an object, got {type(config).__name__}")
+    return config, arrays
+
+
+def _is_kept(dtype: np.dtype) -> bool:
+    """Whether arrays of this dtype can be written and read: NumPy's own, not those of other packages."""
+    return dtype.isbuiltin == 1 and dtype != np.complex128
+
+
 def _metadata(content: bytes) -> dict[str, str]:
     """What safetensors has beside its arrays: an object in the header, after eight bytes with its length."""
     length = int.from_bytes(content[:8], "little")
     if length > min(len(content), _LONGEST_HEADER):
         raise ValueError(f"its header has {length} bytes")
-    return json.loads(content[8 : 8 + length])["__metadata__"]
+    return json.loads(content[8 : 8 + length])["__metadata__"] or {}
 
 
 def _on_host(leaf: Any) -> np.ndarray:
@@ -153,5 +174,12 @@ def _sha256(config: str, arrays: Mapping[str, np.ndarray]) -> str:
 def _write(path: Path, content: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(path.name + ".part")
-    beside.write_bytes(content)
-    beside.replace(path)
+    try:
+        with beside.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())  # or a machine that loses power may keep the new name without the content
+        beside.replace(path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise

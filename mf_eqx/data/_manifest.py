@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from ._file import read_regular
 
 MANIFEST = "manifest.json"
-VERSION = 1
+VERSION = 2
 
 _LARGEST = 1 << 26
 """Bytes; some 200,000 shards."""
@@ -36,11 +36,12 @@ class Manifest(NamedTuple):
     labels: int | None
     x: list[File]
     label: list[File] | None
+    crc: list[File]
     digest: str
 
 
 def name_of_file(kind: str, number: int) -> str:
-    """Of the data (kind "x") or the labels (kind "label") of a shard."""
+    """Of the data (kind "x"), the labels ("label") or the checksums ("crc") of a shard."""
     return f"{kind}_{number:05}.npy"
 
 
@@ -51,8 +52,10 @@ def as_text(manifest: Manifest) -> str:
 
 def _plain(manifest: Manifest) -> dict[str, Any]:
     """The manifest as JSON has it."""
-    label = None if manifest.label is None else [file._asdict() for file in manifest.label]
-    return manifest._asdict() | {"x": [file._asdict() for file in manifest.x], "label": label}
+    files = {"x": manifest.x, "label": manifest.label, "crc": manifest.crc}
+    return manifest._asdict() | {
+        kind: None if several is None else [file._asdict() for file in several] for kind, several in files.items()
+    }
 
 
 def _digest(manifest: Manifest) -> str:
@@ -69,13 +72,15 @@ def read_manifest(path: Path) -> Manifest:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: must be JSON, got: {error}") from error
     if isinstance(values, dict) and values.get("version", VERSION) != VERSION:
-        raise ValueError(f"{path}: version must be {VERSION}, got {_short(values['version'])}")
+        found = _short(values["version"])
+        raise ValueError(f"{path}: version must be {VERSION}, got {found}: the data must be converted again")
     fields = _fields(str(path), values, Manifest)
     manifest = Manifest(**fields)
     _check_values(path, manifest)
     manifest = manifest._replace(
         x=_read_files(path, "x", manifest.x, None),
         label=None if manifest.label is None else _read_files(path, "label", manifest.label, len(manifest.x)),
+        crc=_read_files(path, "crc", manifest.crc, len(manifest.x)),
     )
     if manifest.digest != (wanted := _digest(manifest)):
         raise ValueError(f"{path}: digest must be {wanted[:16]}... of the rest, got {_short(manifest.digest)}")
@@ -105,6 +110,7 @@ def _check_values(path: Path, manifest: Manifest) -> None:
         ("x", isinstance(manifest.x, list) and len(manifest.x) > 0, "a list of files"),
         ("label", manifest.label is None or isinstance(manifest.label, list), "a list of files or null"),
         ("label", (manifest.label is None) == (manifest.labels is None), "given exactly if labels is"),
+        ("crc", isinstance(manifest.crc, list), "a list of files"),
     ):
         if not fits:
             raise ValueError(f"{path}: {name} must be {rule}, got {_short(getattr(manifest, name))}")

@@ -3,8 +3,12 @@
     folder/manifest.json      rows, shape, dtype, labels; name, length and SHA-256 of each file; its own digest
     folder/x_00000.npy ...    data
     folder/label_00000.npy    their labels, if there are any
+    folder/crc_00000.npy      a CRC-32 for each row: `zlib.crc32(bytes of the row as in the file, label, or 0 if none)`
 
 A folder is whole or not there: it is written beside its place, flushed to disk, and renamed at the end.
+
+Disks, memory and copies change bytes in silence, and training takes whatever it gets. So no row leaves a `ShardSource`
+before its CRC-32 is compared: a change of up to 32 bits in succession is always noticed, any other but for one in 2^32.
 """
 
 import contextlib
@@ -14,16 +18,17 @@ import os
 import secrets
 import shutil
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple, NoReturn
 
 import numpy as np
-from jaxtyping import Int, Shaped
+from jaxtyping import Int, Shaped, UInt32
 
 from ._file import open_regular, PathLike
 from ._manifest import as_text, File, MANIFEST, Manifest, name_of_file, read_manifest, VERSION
-from ._npy import NpySource, NUMBERS
+from ._npy import map_npy, NpySource, NUMBERS
 from ._source import AbstractSource, check_labels, Rows
 
 _PIECE = 1 << 24
@@ -44,9 +49,9 @@ def write_shards(
 ) -> None:
     """Write all rows of `source` into a new folder, for `ShardSource`.
 
-    Every value is checked on the way. A conversion that fails or is killed leaves no folder of this name; killed, it
-    leaves a hidden one beside it, `.<name>.<random>.partial`, that may be deleted; the next conversion to the same
-    place does so if it is older than an hour.
+    Every value is checked on the way, and each row gets a checksum. A conversion that fails or is killed leaves no
+    folder of this name; killed, it leaves a hidden one beside it, `.<name>.<random>.partial`, that may be deleted; the
+    next conversion to the same place does so if it is older than an hour.
 
     **Arguments:**
 
@@ -55,14 +60,17 @@ def write_shards(
     - `rows_per_shard`: rows of every file but the last. A `ShardSource` keeps one file open for each.
     - `progress`: called with the number of rows written so far.
 
-    **Raises:** `ValueError` if `rows_per_shard` is less than 1, `folder` is not empty, or `source` gives rows of
-    another shape or dtype than it says, values that are not finite, or labels out of range, with the row's number.
-    `OSError` if it cannot be written.
+    **Raises:** `ValueError` if `rows_per_shard` is less than 1, `folder` is not empty, `source` has no rows, or gives
+    rows of another shape or dtype than it says, values that are not finite, or labels out of range, with the row's
+    number. `OSError` if it cannot be written.
     """
     if rows_per_shard < 1:
         raise ValueError(f"rows_per_shard must be >= 1, got {rows_per_shard}")
     if source.dtype.kind not in NUMBERS:
         raise ValueError(f"{source.name}: dtype must be one that .npy files keep, got {source.dtype}")
+    if len(source) < 1 or 0 in source.row_shape:
+        found = f"{len(source)} of shape {source.row_shape}"
+        raise ValueError(f"{source.name}: must have at least one row and nothing empty, got {found}")
     target = Path(folder)
     _check_free(target)
     with _placed(target) as partial:
@@ -117,11 +125,19 @@ def _flush_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
+class _Shard(NamedTuple):
+    """What the manifest says of the files of some rows."""
+
+    x: File
+    label: File | None
+    crc: File
+
+
 def _write_shard(
     source: AbstractSource, folder: Path, number: int, start: int, stop: int, progress: Callable[[int], None] | None
-) -> tuple[File, File | None]:
-    """Rows from `start` to `stop` in a file of data and, with labels, one of labels."""
-    label = np.empty(stop - start, np.int32)
+) -> _Shard:
+    """Rows from `start` to `stop` in a file of data, one of checksums and, with labels, one of labels."""
+    label, crc = np.empty(stop - start, np.int32), np.empty(stop - start, np.uint32)
     with _NpyFile(folder / name_of_file("x", number), source.dtype, (stop - start, *source.row_shape)) as file:
         for first in range(start, stop, step := _rows_at_once(source)):
             rows = np.arange(first, min(first + step, stop))
@@ -129,13 +145,25 @@ def _write_shard(
             _check_rows(source, got, first, len(rows))
             file.write(got.x)
             label[rows - start] = 0 if got.label is None else got.label
+            crc[rows - start] = _checksums(got.x, label[rows - start])
             if progress is not None:
                 progress(int(rows[-1]) + 1)
-    if source.labels is None:
-        return file.entry, None
-    with _NpyFile(folder / name_of_file("label", number), label.dtype, label.shape) as label_file:
-        label_file.write(label)
-    return file.entry, label_file.entry
+    label_file = None if source.labels is None else _write_whole(folder / name_of_file("label", number), label)
+    return _Shard(file.entry, label_file, _write_whole(folder / name_of_file("crc", number), crc))
+
+
+def _write_whole(path: Path, array: Shaped[np.ndarray, " rows"]) -> File:
+    with _NpyFile(path, array.dtype, array.shape) as file:
+        file.write(array)
+    return file.entry
+
+
+def _checksums(x: Shaped[np.ndarray, "rows *data"], label: Int[np.ndarray, " rows"]) -> UInt32[np.ndarray, " rows"]:
+    """The CRC-32 of each row as it is in a file, least significant byte first, that starts from the row's label."""
+    held = np.ascontiguousarray(x, x.dtype.newbyteorder("<"))
+    content, size = held.reshape(-1).view(np.uint8).data, held.nbytes // max(1, len(held))
+    found = [zlib.crc32(content[i * size : (i + 1) * size], start) for i, start in enumerate(label.tolist())]
+    return np.array(found, np.uint32)
 
 
 def _rows_at_once(source: AbstractSource) -> int:
@@ -185,10 +213,11 @@ class _NpyFile:
         return File(self._path.name, self._shape[0], self._bytes, self._hash.hexdigest())
 
 
-def _write_manifest(source: AbstractSource, folder: Path, written: list[tuple[File, File | None]]) -> None:
-    label = [file for _, file in written if file is not None] or None
+def _write_manifest(source: AbstractSource, folder: Path, written: list[_Shard]) -> None:
+    x, crc = [shard.x for shard in written], [shard.crc for shard in written]
+    label = [shard.label for shard in written if shard.label is not None] or None
     shape, dtype = list(source.row_shape), source.dtype.newbyteorder("=").name
-    manifest = Manifest(VERSION, len(source), shape, dtype, source.labels, [x for x, _ in written], label, "")
+    manifest = Manifest(VERSION, len(source), shape, dtype, source.labels, x, label, crc, "")
     with open(folder / MANIFEST, "x", encoding="ascii") as file:
         file.write(as_text(manifest))
         file.flush()
@@ -201,27 +230,32 @@ def _write_manifest(source: AbstractSource, folder: Path, written: list[tuple[Fi
 class ShardSource(AbstractSource):
     """Rows in a folder that `write_shards` made. One file stays open for each shard.
 
-    Opening compares the manifest with the length and header of each file, and checks labels; the data themselves are
-    only compared by `verify`, which reads all of them.
+    Opening compares the manifest with the length and header of each file of data, and with every byte of labels and
+    checksums; `take` compares each row with its checksum; `verify` reads and compares all data.
 
     **Attributes:** `digest` tells the data: SHA-256 of a manifest that holds those of all files.
 
     **Arguments:** `folder`; `verify` whether to compare all data at once.
 
     **Raises:** `OSError` if a file cannot be opened; `ValueError` that names the file, what was expected and what was
-    found.
+    found, also for a folder of an earlier version; from `take`, `ValueError` that names file and row if a row is not
+    what was written.
     """
 
     def __init__(self, folder: PathLike, *, verify: bool = False):
         self._folder = Path(folder)
         self._manifest = read_manifest(self._folder / MANIFEST)
-        x, label = ([self._folder / file.name for file in files] for files in _files(self._manifest))
-        for path, file in zip([*x, *label], [file for files in _files(self._manifest) for file in files], strict=True):
-            _check_length(path, file)
-        self._source = NpySource(x, label or None, labels=self._manifest.labels)
-        self.name, self.digest = str(self._folder), self._manifest.digest
+        held = self._manifest
+        for file in [*held.x, *_small(held)]:
+            _check_length(self._folder / file.name, file)
+        for file in _small(held):
+            _check_digest(self._folder / file.name, file)
+        x, label, crc = ([self._folder / file.name for file in files] for files in (held.x, held.label or [], held.crc))
+        self._source = NpySource(x, label or None, labels=held.labels)
+        self.name, self.digest = str(self._folder), held.digest
         self.row_shape, self.dtype, self.labels = self._source.row_shape, self._source.dtype, self._source.labels
         self._check_counts()
+        self._crc = np.concatenate([_read_checksums(path, file.rows) for path, file in zip(crc, held.x, strict=True)])
         if verify:
             self.verify()
 
@@ -229,7 +263,19 @@ class ShardSource(AbstractSource):
         return len(self._source)
 
     def take(self, rows: Int[np.ndarray, " rows"]) -> Rows:
-        return self._source.take(rows)
+        got = self._source.take(rows)
+        found = _checksums(got.x, np.zeros(len(rows), np.int32) if got.label is None else got.label)
+        if (wrong := found != self._crc[rows]).any():
+            self._refuse(int(rows[np.argmax(wrong)]), int(found[np.argmax(wrong)]))
+        return got
+
+    def _refuse(self, row: int, found: int) -> NoReturn:
+        """Says which row in which file is not what was written."""
+        ends = np.cumsum(self._source.rows_per_file)
+        number = int(np.searchsorted(ends, row, side="right"))
+        path, first = self._folder / self._manifest.x[number].name, int(ends[number]) - self._manifest.x[number].rows
+        rule = f"row {row} (row {row - first} in this file) must have CRC-32 {self._crc[row]:08x} as it was written"
+        raise ValueError(f"{path}: {rule}, got {found:08x}")
 
     def verify(self, *, progress: Callable[[int], None] | None = None) -> None:
         """Compare all data with the manifest.
@@ -238,11 +284,10 @@ class ShardSource(AbstractSource):
 
         **Raises:** `ValueError` that names the first file whose bytes are not those that were written.
         """
-        x, label = _files(self._manifest)
-        for file in label:
+        for file in _small(self._manifest):
             _check_digest(self._folder / file.name, file)
         done = 0
-        for file in x:
+        for file in self._manifest.x:
             _check_digest(self._folder / file.name, file)
             done += file.rows
             if progress is not None:
@@ -261,9 +306,16 @@ class ShardSource(AbstractSource):
                 raise ValueError(f"{path}: {name} must be {found} as in its files, got {told}"[:500])
 
 
-def _files(manifest: Manifest) -> tuple[list[File], list[File]]:
-    """Files of data, and files of labels."""
-    return manifest.x, manifest.label or []
+def _small(manifest: Manifest) -> list[File]:
+    """Files of labels and of checksums: some bytes for each row, read whole."""
+    return [*(manifest.label or []), *manifest.crc]
+
+
+def _read_checksums(path: Path, rows: int) -> UInt32[np.ndarray, " rows"]:
+    crc = map_npy(path)
+    if crc.shape != (rows,) or crc.dtype != np.dtype("<u4"):
+        raise ValueError(f"{path}: must be uint32 of shape ({rows},), got {crc.dtype} of shape {crc.shape}")
+    return np.array(crc, np.uint32)
 
 
 def _check_length(path: Path, file: File) -> None:

@@ -2,6 +2,7 @@
 
 import itertools
 import shutil
+import time
 
 import equinox as eqx
 import jax
@@ -190,6 +191,36 @@ def test_wait_returns_when_the_step_is_on_disk(tmp_path):
     checkpoints.wait()
     assert Checkpoints(tmp_path).load(State).step == 4
     checkpoints.wait()
+
+
+def test_step_is_complete_when_it_is_written_whether_anybody_waits_or_not(tmp_path):
+    """A run that is killed between two saves has the first of them, although it never asked whether it was done."""
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(4, State(4))
+    until = time.monotonic() + 60
+    while not checkpoints.path(4).exists() and time.monotonic() < until:
+        time.sleep(0.02)
+    found = Checkpoints(tmp_path).load(State)
+    assert found.step == 4 and bits(found.state) == bits(State(4))
+    checkpoints.wait()
+
+
+def test_state_of_the_step_before_is_found_while_a_step_is_saved_again(tmp_path, monkeypatch):
+    """That is what a kill in this moment leaves: the old one stands aside, the new one is not complete."""
+    from orbax.checkpoint import v1 as ocp
+
+    checkpoints, seen, begin = saved(tmp_path, 1, 2), [], ocp.save_async
+
+    def look(*arguments):
+        found = Checkpoints(tmp_path).load(State)
+        seen.append((found.step, bits(found.state) == bits(State(1)), (tmp_path / "00000002.damaged").is_dir()))
+        return begin(*arguments)
+
+    monkeypatch.setattr(ocp, "save_async", look)
+    checkpoints.save(2, State(7))
+    checkpoints.wait()
+    assert seen == [(1, True, True)]
+    assert bits(checkpoints.load(State).state) == bits(State(7))
 
 
 def test_save_waits_for_the_save_before(tmp_path):

@@ -2,7 +2,6 @@
 
 import json
 import os
-import pathlib
 import subprocess
 import sys
 
@@ -17,6 +16,7 @@ from fields import refilled
 
 import mf_eqx as mfx
 from mf_eqx import checkpoint, run
+from mf_eqx.checkpoint import _export
 
 pytest.importorskip("safetensors")
 
@@ -81,13 +81,18 @@ class Kinds(mfx.AbstractField):
         return z
 
 
-BFLOAT16 = pytest.param("bfloat16", marks=pytest.mark.xfail(reason="safetensors.numpy reads none", strict=True))
-
-
-@pytest.mark.parametrize("dtype", ["float32", BFLOAT16, "float16", "int32", "uint8", "bool"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "int32", "uint8", "uint16", "bool", "complex64"])
 def test_arrays_of_every_kind_come_back(dtype, tmp_path):
     checkpoint.save_weights(tmp_path / "kinds", Kinds(dtype))
     assert_equal(checkpoint.load_weights(tmp_path / "kinds", lambda config: Kinds(dtype)), Kinds(dtype))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float8_e4m3fn", "float8_e5m2", "int4"])
+def test_arrays_that_could_not_be_read_again_are_not_written(dtype, tmp_path):
+    message = rf"field must have arrays that safetensors keeps, got .leaves\[0\] in {dtype}, .* and 2 more: cast them"
+    with pytest.raises(ValueError, match=message):
+        checkpoint.save_weights(tmp_path / "kinds", Kinds(dtype))
+    assert not list(tmp_path.iterdir())
 
 
 def test_weights_load_onto_devices_as_the_rule_says(tmp_path):
@@ -164,6 +169,46 @@ def test_a_file_of_another_program_is_refused(tmp_path):
         checkpoint.load_weights(tmp_path / "other", make_field)
 
 
+def forged(path, arrays, **metadata):
+    """A file with these words beside its arrays, and the digest that belongs to them."""
+    import safetensors.numpy
+
+    text = metadata.get("config", "")
+    content = {"format": "mf_eqx weights 1", "sha256": _export._sha256(text, arrays)} | metadata
+    path.write_bytes(safetensors.numpy.save(arrays, {name: word for name, word in content.items() if word is not None}))
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ({"config": "{}", "format": "mf_eqx weights 2"}, r"in the format 'mf_eqx weights 1', got 'mf_eqx weights 2'"),
+        ({"config": "{}", "format": None}, "in the format 'mf_eqx weights 1', got None"),
+        ({"config": "{}", "format": "9" * 999}, f"in the format 'mf_eqx weights 1', got '{'9' * 59}$"),
+        ({"config": "{}", "sha256": None}, "sha256 differs"),
+        ({}, "but its configuration cannot be read: 'config'"),
+        ({"config": "{"}, "but its configuration cannot be read: Expecting"),
+        ({"config": "[" * 100_000}, "but its configuration cannot be read: .*recursion"),
+        ({"config": '{"a":' * 100_000}, "but its configuration cannot be read: .*recursion"),
+        ({"config": "1" * 10_000}, "but its configuration cannot be read: Exceeds the limit"),
+        ({"config": "[1]"}, "whose configuration is an object, got list"),
+    ],
+    ids=range(10),
+)
+def test_a_file_of_another_format_or_configuration_is_refused(metadata, message, tmp_path):
+    forged(tmp_path / "forged", {"a": np.zeros(3, np.float32)}, **metadata)
+    with pytest.raises(ValueError, match=f"forged: must .*{message}"):
+        checkpoint.load_weights(tmp_path / "forged", make_field)
+
+
+@pytest.mark.parametrize(
+    "header", [b"{}", b'{"__metadata__":null}', b'{"__metadata__":' + b"[" * 100_000, b"[" * 100_000]
+)
+def test_a_header_of_nothing_or_of_endless_depth_is_refused(header, tmp_path):
+    (tmp_path / "forged").write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(ValueError, match="forged: must be a file of save_weights"):
+        checkpoint.load_weights(tmp_path / "forged", make_field)
+
+
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"none\.safetensors"):
         checkpoint.load_weights(tmp_path / "none.safetensors", make_field)
@@ -172,13 +217,28 @@ def test_a_missing_file_is_named(tmp_path):
 def test_a_failed_save_leaves_the_file_before_as_it_was(path, field, monkeypatch):
     before = path.read_bytes()
 
-    def fail(self, content):
+    def fail(descriptor):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(pathlib.Path, "write_bytes", fail)
+    monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(OSError, match="No space left"):
         checkpoint.save_weights(path, field, {})
     assert path.read_bytes() == before
+    assert [entry.name for entry in path.parent.iterdir()] == [path.name]
+
+
+def test_what_is_written_is_on_disk_before_it_gets_its_name(path, field, monkeypatch):
+    """Or a machine that loses power may keep the name of a file without its content."""
+    size, synced, fsync = path.stat().st_size, [], os.fsync
+    path.unlink()
+
+    def look(descriptor):
+        fsync(descriptor)
+        synced.append((os.fstat(descriptor).st_size, path.exists()))
+
+    monkeypatch.setattr(os, "fsync", look)
+    checkpoint.save_weights(path, field, CONFIG)
+    assert synced == [(size, False)] and path.stat().st_size == size
 
 
 def test_a_configuration_that_json_cannot_hold_leaves_nothing(field, tmp_path):

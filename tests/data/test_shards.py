@@ -1,8 +1,10 @@
 """Shards hold what the source held, are whole or not there, and tell when they are no longer what was written."""
 
+import functools
 import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,8 +13,10 @@ import time
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import trainer
 from damage import flipped, flips, given, opens_or_is_refused, QUICK, read_all, st
 
+from mf_eqx import data, run
 from mf_eqx.data import _shards
 from mf_eqx.data._shards import ShardSource, write_shards
 from mf_eqx.data._source import ArraySource
@@ -99,13 +103,13 @@ def test_files_are_plain_npy(folder):
 def test_manifest_tells_every_file(folder):
     manifest = json.loads((folder / "manifest.json").read_text())
     assert {name: manifest[name] for name in ("version", "rows", "row_shape", "dtype", "labels")} == {
-        "version": 1,
+        "version": 2,
         "rows": 11,
         "row_shape": [2, 3],
         "dtype": "float32",
         "labels": 4,
     }
-    files = manifest["x"] + manifest["label"]
+    files = manifest["x"] + manifest["label"] + manifest["crc"]
     assert sorted(file["name"] for file in files) == sorted(set(os.listdir(folder)) - {"manifest.json"})
     for file in files:
         content = (folder / file["name"]).read_bytes()
@@ -153,6 +157,24 @@ def test_file_in_place_of_the_folder_is_refused(tmp_path):
     (tmp_path / "mine").write_text("text")
     with pytest.raises(ValueError, match="mine: must be a new or empty folder, got a file"):
         write(tmp_path / "mine")
+
+
+class Fewer(ArraySource):
+    """Says that it has fewer rows than it has, or others."""
+
+    def __init__(self, length, row_shape):
+        ArraySource.__init__(self, X, LABEL)
+        self.length, self.row_shape = length, row_shape
+
+    def __len__(self):
+        return self.length
+
+
+@pytest.mark.parametrize(("length", "row_shape"), [(0, (2, 3)), (11, (2, 0))])
+def test_source_of_nothing_is_refused(length, row_shape, tmp_path):
+    with pytest.raises(ValueError, match="arrays: must have at least one row and nothing empty, got "):
+        write_shards(Fewer(length, row_shape), tmp_path / "s")
+    assert os.listdir(tmp_path) == []
 
 
 def test_shards_of_no_rows_are_refused(tmp_path):
@@ -266,16 +288,42 @@ def test_file_of_another_length_is_refused(folder):
         ShardSource(folder)
 
 
-@pytest.mark.parametrize("name", ["x_00002.npy", "label_00000.npy"])
-def test_changed_data_are_refused_by_verifying(name, folder):
-    path = folder / name
-    content = path.read_bytes()
-    path.write_bytes(flipped(content, (len(content) - 4, 1)))
+def flip(path, flip):
+    path.write_bytes(flipped(path.read_bytes(), flip))
+
+
+def test_changed_data_are_refused_by_verifying(folder):
+    flip(folder / "x_00002.npy", (-4, 1))
     source = ShardSource(folder)
-    with pytest.raises(ValueError, match=f"{name}: must have SHA-256 .* as manifest.json tells, got "):
+    with pytest.raises(ValueError, match=r"x_00002.npy: must have SHA-256 .* as manifest.json tells, got "):
         source.verify()
-    with pytest.raises(ValueError, match=f"{name}: must have SHA-256"):
+    with pytest.raises(ValueError, match=r"x_00002.npy: must have SHA-256"):
         ShardSource(folder, verify=True)
+
+
+@pytest.mark.parametrize("name", ["label_00000.npy", "crc_00001.npy"])
+def test_changed_labels_and_checksums_are_refused_by_opening(name, folder):
+    flip(folder / name, (-4, 1))
+    with pytest.raises(ValueError, match=f"{name}: must have SHA-256 .* as manifest.json tells, got "):
+        ShardSource(folder)
+
+
+@pytest.mark.parametrize("name", ["x_00001.npy", "label_00001.npy", "crc_00002.npy"])
+def test_file_that_changed_after_opening_is_refused_by_verifying(name, folder):
+    source = ShardSource(folder)
+    flip(folder / name, (-4, 1))
+    with pytest.raises(ValueError, match=f"{name}: must have SHA-256"):
+        source.verify()
+
+
+def test_file_that_holds_something_else_than_checksums_is_refused(folder):
+    """The manifest agrees with the file; the data are those of another program."""
+    np.save(folder / "crc_00000.npy", np.zeros((2, 2), "<i4"))
+    content = (folder / "crc_00000.npy").read_bytes()
+    sha256 = hashlib.sha256(content).hexdigest()
+    changed_manifest(folder, lambda m: m["crc"][0].update(bytes=len(content), sha256=sha256))
+    with pytest.raises(ValueError, match=r"crc_00000.npy: must be uint32 of shape \(4,\), got int32 of shape \(2, 2\)"):
+        ShardSource(folder)
 
 
 @pytest.mark.parametrize(
@@ -287,8 +335,8 @@ def test_changed_data_are_refused_by_verifying(name, folder):
         (b"[" * 100_000, "must be JSON, got: "),
         (b"1" * 10_000, "must be JSON, got: "),
         (b"[]", "must be an object, got list"),
-        (b"{}", "must have version, rows, .*; got no version, rows, row_shape, dtype, labels, x, label, digest"),
-        (b'{"version": 2, "more": 1}', "version must be 1, got 2"),
+        (b"{}", "must have version, rows, .*; got no version, rows, row_shape, dtype, labels, x, label, crc, digest"),
+        (b'{"version": 1, "more": 1}', "version must be 2, got 1: the data must be converted again"),
     ],
 )
 def test_manifest_that_is_none_is_refused(content, message, folder):
@@ -316,6 +364,9 @@ def test_manifest_that_is_none_is_refused(content, message, folder):
         (lambda m: m.update(labels="4"), "labels must be an integer >= 1 or null, got '4'"),
         (lambda m: m.update(x=[]), "x must be a list of files, got list of 0"),
         (lambda m: m["label"].pop(), "label must have 3 files as x has, got 2"),
+        (lambda m: m["crc"].pop(), "crc must have 3 files as x has, got 2"),
+        (lambda m: m.update(crc=None), "crc must be a list of files, got None"),
+        (lambda m: m["crc"][1].update(name="x_00001.npy"), "crc 1: name must be crc_00001.npy, got 'x_00001.npy'"),
         (lambda m: m["x"].append(3), "x 3: must be an object, got int"),
         (lambda m: m["x"][1].pop("bytes"), "x 1: must have name, rows, bytes, sha256; got no bytes"),
         (lambda m: m["x"][1].update(name="../x_00001.npy"), r"x 1: name must be x_00001.npy, got '../x_00001.npy'"),
@@ -339,15 +390,127 @@ def test_number_of_labels_that_was_changed_is_refused_by_the_digest(folder):
         ShardSource(folder)
 
 
-@pytest.mark.parametrize("name", ["manifest.json", "x_00001.npy", "label_00001.npy"])
+NAMES = [f"{kind}_0000{number}.npy" for kind in ("x", "label", "crc") for number in range(3)]
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "x_00001.npy", "label_00001.npy", "crc_00001.npy"])
 @QUICK
-@given(data=st.data())
-def test_flipped_byte_is_refused_by_verifying(data, name, whole, tmp_path_factory):
+@given(draws=st.data())
+def test_flipped_byte_is_refused_by_verifying(draws, name, whole, tmp_path_factory):
     folder = tmp_path_factory.getbasetemp() / "flipped"
     folder.mkdir(exist_ok=True)
-    flip = data.draw(flips(len(whole[name])))
+    flip = draws.draw(flips(len(whole[name])))
     for file, content in whole.items():
         (folder / file).write_bytes(flipped(content, flip) if file == name else content)
     if opens_or_is_refused(lambda: ShardSource(folder, verify=True)):
         # Space between the words of a manifest may change, nothing else.
         assert json.loads((folder / name).read_text()) == json.loads(whole[name])
+
+
+# Rows that are no longer what was written
+
+
+def crc32(content, start):
+    """By the definition, bit by bit: the polynomial 0x04C11DB7, least significant bit first."""
+    register = start ^ 0xFFFFFFFF
+    for byte in content:
+        register ^= byte
+        for _ in range(8):
+            register = register >> 1 ^ (0xEDB88320 if register & 1 else 0)
+    return register ^ 0xFFFFFFFF
+
+
+@pytest.mark.parametrize("label", [LABEL, None])
+@pytest.mark.parametrize("dtype", ["u1", ">f4", "f2"])
+def test_checksums_are_those_of_the_bytes_in_the_file_and_the_label(dtype, label, tmp_path):
+    assert crc32(b"123456789", 0) == 0xCBF43926  # the check value of the catalogues of CRCs
+    x = (10 * np.abs(X)).astype(dtype)
+    folder = write(tmp_path / "s", x, label, None if label is None else 4)
+    size, labels = 6 * x.itemsize, np.zeros(11, int) if label is None else label
+    content = b"".join((folder / f"x_0000{number}.npy").read_bytes()[-rows * size :] for number, rows in ROWS)
+    found = np.concatenate([np.load(folder / f"crc_0000{number}.npy") for number, _ in ROWS])
+    assert found.dtype == np.dtype("<u4")
+    assert found.tolist() == [crc32(content[i * size : (i + 1) * size], int(labels[i])) for i in range(11)]
+
+
+ROWS = ((0, 4), (1, 4), (2, 3))
+"""Shards and their rows."""
+
+
+@pytest.mark.parametrize(("name", "place", "row", "within"), [("x_00001.npy", 2, 6, 2), ("x_00000.npy", 0, 0, 0)])
+def test_changed_row_is_refused_by_file_and_number_when_it_is_read(name, place, row, within, folder):
+    flip(folder / name, (len((folder / name).read_bytes()) - (4 - place) * X[0].nbytes, 16))
+    source = ShardSource(folder)
+    others = np.delete(np.arange(11), row)
+    np.testing.assert_array_equal(source.take(others).x, X[others])
+    rule = rf"{name}: row {row} \(row {within} in this file\) must have CRC-32 [0-9a-f]{{8}} as it was written, got "
+    with pytest.raises(ValueError, match=rule):
+        source.take(np.array([10, row, 3]))
+
+
+def test_row_that_changes_after_opening_is_refused(folder):
+    source = ShardSource(folder)
+    assert read_all(source).label.tolist() == LABEL.tolist()
+    with open(folder / "x_00002.npy", "r+b") as file:  # in place, as a disk does it
+        file.seek(-1, os.SEEK_END)
+        file.write(b"\0")
+    with pytest.raises(ValueError, match=r"x_00002.npy: row 10 \(row 2 in this file\) must have CRC-32"):
+        source.take(np.array([10]))
+
+
+def test_rows_in_the_place_of_others_are_refused(folder):
+    """Two good rows, each where the other was."""
+    path = folder / "x_00000.npy"
+    content, size = path.read_bytes(), X[0].nbytes
+    start = len(content) - 4 * size
+    swapped = content[start + size : start + 2 * size] + content[start : start + size]
+    path.write_bytes(content[:start] + swapped + content[start + 2 * size :])
+    with pytest.raises(ValueError, match=r"x_00000.npy: row 0 \(row 0 in this file\) must have CRC-32"):
+        read_all(ShardSource(folder))
+
+
+def test_no_rows_are_taken_without_a_complaint(folder):
+    assert ShardSource(folder).take(np.arange(0)).x.shape == (0, 2, 3)
+
+
+@pytest.mark.parametrize("name", ["manifest.json", *NAMES])
+@QUICK
+@given(draws=st.data())
+def test_flipped_byte_anywhere_never_gives_other_rows(draws, name, whole, tmp_path_factory):
+    folder = tmp_path_factory.getbasetemp() / "flipped_anywhere"
+    folder.mkdir(exist_ok=True)
+    for file, content in whole.items():
+        if not (folder / file).exists():
+            (folder / file).write_bytes(content)
+    flip = draws.draw(flips(len(whole[name])))
+    try:
+        (folder / name).write_bytes(flipped(whole[name], flip))
+        rows = read_all(ShardSource(folder))
+    except ValueError as error:
+        assert str(error).startswith(f"{folder}{os.sep}"), error
+    else:
+        assert (rows.x.tobytes(), rows.label.tobytes()) == (X.tobytes(), LABEL.astype(np.int32).tobytes())
+    finally:
+        (folder / name).write_bytes(whole[name])
+
+
+def test_training_on_a_changed_row_ends_with_one_line_that_names_it(tmp_path, capsys):
+    pytest.importorskip("grain")
+    pytest.importorskip("tyro")
+    config = trainer.Config(steps=20)
+    source = trainer.Marked(config)
+    write_shards(source, tmp_path / "s", rows_per_shard=40)
+    path = tmp_path / "s" / "x_00001.npy"
+    flip(path, (len(path.read_bytes()) - 40 * 12 + 10 * 12, 1))
+    data.Stream(ShardSource(tmp_path / "s"), 16).fingerprint()  # does not see it: the thread that reads ahead does
+    with pytest.raises(SystemExit) as ended:
+        run.main(functools.partial(train, folder=tmp_path), config, argv=[])
+    assert ended.value.code == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error: " in line]
+    assert re.search(r"error: .*s/x_00001.npy: row 50 \(row 10 in this file\) must have CRC-32", line), line
+
+
+def train(config, folder):
+    """Train on the points in a folder of shards."""
+    with run.opened(config, root=folder / "runs", script="trainer") as directory:
+        trainer.train(config, directory, source=ShardSource(folder / "s"))

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from fields import refilled
+from fields import quick_jit, refilled
 
 import mf_eqx as mfx
 from mf_eqx import nn
@@ -98,3 +98,56 @@ def test_label_missing_or_given_in_vain_is_refused():
         small()(z, r, t)
     with pytest.raises(ValueError, match="condition must be None for a field without labels, got 1"):
         small(labels=None)(z, r, t, label)
+
+
+# Precision
+
+
+def test_bfloat16_compute_leaves_parameters_output_derivative_and_gradients_in_float32():
+    field = small(dtype=jnp.bfloat16)
+    z, r, t, label = inputs()
+    u, dudt = quick_jit(mfx.total_derivative)(field, z, z, r, t, label)
+    gradients = quick_jit(jax.grad(lambda field: jnp.sum(field(z, r, t, label) ** 2)))(field)
+    for leaf in jax.tree.leaves((field, u, dudt, gradients)):
+        assert leaf.dtype == jnp.float32 and bool(jnp.isfinite(leaf).all())
+
+
+def test_bfloat16_compute_computes_its_products_in_bfloat16_and_the_times_in_float32():
+    products = str(jax.make_jaxpr(lambda *inputs: small(dtype=jnp.bfloat16)(*inputs))(*inputs())).split("\n")
+    results = [line.split(":")[1].split("[")[0] for line in products if "dot_general" in line]
+    # Two for each of the two time variables; then the first layer, three of a block and the last.
+    assert sorted(results) == ["bf16"] * 5 + ["f32"] * 4
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(jnp.float32, 1e-5), (jnp.bfloat16, 0.02)], ids=["float32", "bfloat16"])
+def test_output_and_derivative_in_low_precision_are_near_those_in_float64(x64, dtype, bound):
+    def both(compute, parameters):
+        field = nn.cast(refilled(mfx.MLP(2, width=64, depth=3, dtype=compute, key=jr.key(0))), parameters)
+        z, v = jr.normal(jr.key(2), (2, 64, 2), jnp.float32).astype(parameters)
+        r, t = jnp.sort(jr.uniform(jr.key(3), (2, 64), jnp.float32), axis=0).astype(parameters)
+        found = quick_jit(jax.vmap(lambda z, v, r, t: mfx.total_derivative(field, z, v, r, t)))(z, v, r, t)
+        return np.asarray(found, np.float64)
+
+    exact = both(None, jnp.float64)
+    error = np.linalg.norm(both(dtype, jnp.float32) - exact, axis=-1) / np.linalg.norm(exact, axis=-1)
+    assert (np.median(error, axis=1) <= bound).all()
+
+
+@pytest.mark.parametrize("dtype", [None, jnp.float32, jnp.bfloat16])
+def test_float64_data_give_float64_whatever_the_compute_precision(x64, dtype):
+    z, r, t, label = inputs()
+    assert z.dtype == jnp.float64
+    assert small(dtype=dtype)(z, r, t, label).dtype == jnp.float64
+
+
+def test_field_cast_to_bfloat16_as_a_whole_still_gives_float32():
+    z, r, t, label = inputs()
+    u = nn.cast(small(), jnp.bfloat16)(z.astype(jnp.bfloat16), r, t, label)
+    assert u.dtype == jnp.float32
+    np.testing.assert_allclose(u, small()(z, r, t, label), rtol=0.05, atol=0.02)
+
+
+@pytest.mark.parametrize("dtype", [jnp.int32, bool])
+def test_dtype_that_is_not_floating_point_is_refused(dtype):
+    with pytest.raises(ValueError, match="dtype must be floating point, got "):
+        small(dtype=dtype)

@@ -1,0 +1,192 @@
+"""Encoder, decoder, and the two small convolutions between them."""
+
+from typing import NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Key
+
+from .._custom_types import at_least_float32
+from ..nn import cast
+from ._blocks import conv, DownLevel, Middle, norm, UpLevel
+
+SCALE = 0.18215
+"""What latents of `SD_VAE` are multiplied with to have a standard deviation of about 1 (Rombach et al. 2022, App. G).
+No method of the tokenizer applies it. Other weights of the same size may want another one, as their config.json says
+(`scaling_factor`)."""
+
+_COLOURS = 3
+_LEAST, _MOST = -30.0, 20.0
+
+
+class AutoencoderSize(NamedTuple):
+    """How large a tokenizer is: `widths` of its levels, each half the resolution of the one before; residual `blocks`
+    per level going down, one more going up; channels of a `latent`; `groups` of the normalisations."""
+
+    widths: tuple[int, ...]
+    blocks: int
+    latent: int
+    groups: int
+
+
+SD_VAE = AutoencoderSize(widths=(128, 256, 512, 512), blocks=2, latent=4, groups=32)
+"""The tokenizer of Stable Diffusion 1 and 2, such as sd-vae-ft-mse: 83,653,863 parameters."""
+
+
+class Moments(eqx.Module):
+    r"""The posterior of an image, $q(z | x) = N(\mu, \operatorname{diag} \sigma^2)$, without a scale factor.
+
+    **Arguments:** `mean` $\mu$ and `std` $\sigma$, each (latent, height, width).
+    """
+
+    mean: Float[Array, "latent height width"]
+    std: Float[Array, "latent height width"]
+
+    def sample(self, *, key: Key[Array, ""]) -> Float[Array, "latent height width"]:
+        r"""A latent, $\mu + \sigma \epsilon$ with $\epsilon$ standard normal."""
+        return self.mean + self.std * jr.normal(key, self.mean.shape, self.mean.dtype)
+
+
+class Encoder(eqx.Module):
+    """An image to two numbers per channel of the latent."""
+
+    conv_in: eqx.nn.Conv2d
+    down: tuple[DownLevel, ...]
+    middle: Middle
+    norm: eqx.nn.GroupNorm
+    conv_out: eqx.nn.Conv2d
+
+    def __init__(self, size: AutoencoderSize, *, key: Key[Array, ""]):
+        in_key, down_key, middle_key, out_key = jr.split(key, 4)
+        first, last = size.widths[0], size.widths[-1]
+        keys = jr.split(down_key, len(size.widths))
+        self.conv_in = conv(_COLOURS, first, key=in_key)
+        self.down = tuple(
+            DownLevel(before, width, size.blocks, size.groups, shrink=i + 1 < len(keys), key=keys[i])
+            for i, (before, width) in enumerate(zip((first, *size.widths), size.widths, strict=False))
+        )
+        self.middle = Middle(last, size.groups, key=middle_key)
+        self.norm = norm(last, size.groups)
+        self.conv_out = conv(last, 2 * size.latent, key=out_key)
+
+    def __call__(self, x: Float[Array, "3 height width"]) -> Float[Array, "moments lower narrower"]:
+        x = self.conv_in(x)
+        for level in self.down:
+            x = level(x)
+        return self.conv_out(jax.nn.silu(self.norm(self.middle(x))))
+
+
+class Decoder(eqx.Module):
+    """A latent to an image."""
+
+    conv_in: eqx.nn.Conv2d
+    middle: Middle
+    up: tuple[UpLevel, ...]
+    norm: eqx.nn.GroupNorm
+    conv_out: eqx.nn.Conv2d
+
+    def __init__(self, size: AutoencoderSize, *, key: Key[Array, ""]):
+        in_key, middle_key, up_key, out_key = jr.split(key, 4)
+        widths = size.widths[::-1]
+        keys = jr.split(up_key, len(widths))
+        self.conv_in = conv(size.latent, widths[0], key=in_key)
+        self.middle = Middle(widths[0], size.groups, key=middle_key)
+        self.up = tuple(
+            UpLevel(before, width, size.blocks + 1, size.groups, enlarge=i + 1 < len(keys), key=keys[i])
+            for i, (before, width) in enumerate(zip((widths[0], *widths), widths, strict=False))
+        )
+        self.norm = norm(widths[-1], size.groups)
+        self.conv_out = conv(widths[-1], _COLOURS, key=out_key)
+
+    def __call__(self, latent: Float[Array, "latent height width"]) -> Float[Array, "3 higher wider"]:
+        x = self.middle(self.conv_in(latent))
+        for level in self.up:
+            x = level(x)
+        return self.conv_out(jax.nn.silu(self.norm(x)))
+
+
+class Autoencoder(eqx.Module):
+    r"""The tokenizer of latent diffusion: an image (3, height, width) in [-1, 1] to the moments of its latent (latent,
+    height / 8, width / 8) and back. (2^(levels - 1) instead of 8 for other sizes.)
+
+    **Arguments:**
+
+    - `size`: an `AutoencoderSize`, such as `SD_VAE`, or one of your own.
+    - `dtype`: compute precision, float32 or bfloat16 (float64 for tests). Parameters, the statistics of norms, moments
+      and images stay float32 or better.
+    - `key`: for random weights, good for rehearsals alone; `load_autoencoder` reads trained ones. (Drawing them costs
+      some seconds of compilation, less than half of it with a key of `impl="rbg"`.)
+
+    A batch is `jax.vmap`, and its memory grows with every image: with `SD_VAE` and 256 x 256 pixels in float32 by about
+    225 MiB while decoding and 130 to 250 while encoding (XLA on the CPU; 620 and 270 GFLOP). So large batches go in
+    pieces:
+
+        @eqx.filter_jit
+        def decode(tokenizer, latents):
+            return jax.lax.map(tokenizer.decode, latents / vae.SCALE, batch_size=16)
+
+    On GPUs float32 convolutions run in TF32 unless `jax.default_matmul_precision("highest")` is set, as they do in
+    torch.
+    """
+
+    encoder: Encoder
+    to_moments: eqx.nn.Conv2d
+    from_latent: eqx.nn.Conv2d
+    decoder: Decoder
+    size: AutoencoderSize = eqx.field(static=True)
+    dtype: DTypeLike = eqx.field(static=True)
+
+    def __init__(self, size: AutoencoderSize, *, dtype: DTypeLike = jnp.float32, key: Key[Array, ""]):
+        if not size.widths or min(*size.widths, size.blocks, size.latent, size.groups) < 1:
+            raise ValueError(f"size must be positive throughout, got {size}")
+        if any(width % size.groups for width in size.widths):
+            raise ValueError(f"widths must be multiples of the {size.groups} groups, got {size.widths}")
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise ValueError(f"dtype must be floating point, got {dtype}")
+        encoder_key, moments_key, latent_key, decoder_key = jr.split(key, 4)
+        self.encoder = Encoder(size, key=encoder_key)
+        self.to_moments = conv(2 * size.latent, 2 * size.latent, kernel=1, key=moments_key)
+        self.from_latent = conv(size.latent, size.latent, kernel=1, key=latent_key)
+        self.decoder = Decoder(size, key=decoder_key)
+        self.size = size
+        self.dtype = jnp.dtype(dtype)
+
+    @property
+    def factor(self) -> int:
+        """How many pixels a place of the latent has on each side: 8 for `SD_VAE`."""
+        return 2 ** (len(self.size.widths) - 1)
+
+    def encode(self, x: Float[Array, "colours height width"]) -> Moments:
+        r"""The posterior of an image: $\mu$ and $\log \sigma^2$, the latter clipped to [-30, 20].
+
+        **Arguments:** `x` (3, height, width) in [-1, 1], height and width multiples of `factor`.
+
+        **Raises:** `ValueError` for another shape, or for pixels as integers.
+        """
+        if x.ndim != 3 or x.shape[0] != _COLOURS or x.shape[1] % self.factor or x.shape[2] % self.factor:
+            raise ValueError(
+                f"x must be ({_COLOURS}, height, width) with height and width divisible by {self.factor}, got {x.shape}"
+            )
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise ValueError(f"x must be floating point, in [-1, 1], got {x.dtype}")
+        given = x.astype(self.dtype)
+        moments = cast(self.to_moments, self.dtype)(cast(self.encoder, self.dtype)(given))
+        mean, log_variance = jnp.split(moments.astype(at_least_float32(x).dtype), 2)
+        return Moments(mean, jnp.exp(0.5 * jnp.clip(log_variance, _LEAST, _MOST)))
+
+    def decode(self, latent: Float[Array, "latent height width"]) -> Float[Array, "3 higher wider"]:
+        """The image of a latent, about in [-1, 1] but not clipped.
+
+        **Arguments:** `latent` of any height and width, without a scale factor: what was multiplied with `SCALE` must
+        be divided by it.
+
+        **Raises:** `ValueError` for another number of channels.
+        """
+        if latent.ndim != 3 or latent.shape[0] != self.size.latent:
+            raise ValueError(f"latent must be ({self.size.latent}, height, width), got {latent.shape}")
+        given = latent.astype(self.dtype)
+        x = cast(self.decoder, self.dtype)(cast(self.from_latent, self.dtype)(given))
+        return x.astype(jnp.promote_types(latent.dtype, jnp.float32))
