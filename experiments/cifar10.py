@@ -191,6 +191,7 @@ def main(config: Config) -> None:
         prepare(config),
         accumulation=config.accumulation,
         parallelism=parallelism,
+        unroll=jax.default_backend() == "cpu",  # convolutions in loops are slow there
     )
     source = open_source(config.data)
     stream = data.Stream(source, config.batch, seed=config.seed, parallelism=parallelism)
@@ -225,9 +226,9 @@ TINY = Config(
     steps=1500,
     batch=32,
     width=16,
-    multipliers=(1, 2, 2),
+    multipliers=(2, 2),
     blocks=1,
-    attention=(8,),
+    attention=(16,),
     dropout=0.0,
     learning_rate=2e-3,
     warmup=100,

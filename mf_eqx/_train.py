@@ -98,6 +98,9 @@ class TrainStep(eqx.Module):
       intermediate results falls as 1 / accumulation, results stay the same.
     - `parallelism`: None for one device, or how state and batch are spread. Each device's rows are differentiated
       apart, and meet in one all-reduce.
+    - `unroll`: False to differentiate one kind of rows (r < t, r = t) after the other in a loop, which holds the
+      intermediate results of one of them at a time. True for no loop: for convolutions on CPUs, which XLA runs without
+      its fast kernels inside of loops (jax-ml/jax, issue 12868).
 
     A step whose loss, gradient or update is not finite leaves field, optimiser and averages as they were; the step
     number goes on, so that the next one meets other rows, and `TrainState.faults` counts.
@@ -114,6 +117,7 @@ class TrainStep(eqx.Module):
     prepare: Callable[[Batch, Key[Array, ""]], Batch] | None = None
     accumulation: int = 1
     parallelism: Parallelism | None = None
+    unroll: bool = False
 
     def __check_init__(self):
         if self.accumulation < 1:
@@ -217,10 +221,10 @@ def _differentiate_in_turn(
     """One part of the rows of a device after the other."""
     parts = train_step.accumulation
     if parts == 1:
-        return _differentiate_kinds(train_step.objective, field, batch, key, context)
+        return _differentiate_kinds(train_step, field, batch, key, context)
 
     def differentiate(rows: Batch) -> tuple[Metrics, PyTree[Any]]:
-        metrics, gradients = _differentiate_kinds(train_step.objective, field, rows, key, context)
+        metrics, gradients = _differentiate_kinds(train_step, field, rows, key, context)
         return metrics, jax.tree.map(lambda g: g / parts, gradients)
 
     return _sum_over(differentiate, _in_parts(batch, parts))
@@ -238,12 +242,13 @@ def _sum_over(function: Callable[[Any], Any], items: Any) -> Any:
 
 
 def _differentiate_kinds(
-    objective: AbstractObjective, field: AbstractField, batch: Batch, key: Key[Array, ""], context: Context
+    train_step: TrainStep, field: AbstractField, batch: Batch, key: Key[Array, ""], context: Context
 ) -> tuple[Metrics, PyTree[Any]]:
     """One kind of rows after the other, so that intermediate results of only one kind are held at a time.
 
     In a loop: of a sum, the compiler would run both forward passes before either backward pass.
     """
+    objective = train_step.objective
     parts = objective.parts(batch) if isinstance(objective, Objective) else [(objective, batch)]
 
     def differentiate(part: AbstractObjective, rows: Batch) -> tuple[Metrics, PyTree[Any]]:
@@ -254,7 +259,8 @@ def _differentiate_kinds(
     kinds = [functools.partial(differentiate, *part) for part in parts]
     if len(kinds) == 1:
         return kinds[0]()
-
+    if train_step.unroll:
+        return functools.reduce(functools.partial(jax.tree.map, jnp.add), (kind() for kind in kinds))
     return _sum_over(lambda kind: jax.lax.switch(kind, kinds), jnp.arange(len(kinds)))
 
 

@@ -34,6 +34,7 @@ from ..nn import (
     cast,
     downsample,
     end_duration,
+    GroupNorm,
     LabelEmbedding,
     Linear,
     Remat,
@@ -84,12 +85,12 @@ def _convolution(inputs: int, outputs: int, kernel: int, *, scale: float = 1.0, 
     return eqx.tree_at(lambda c: (c.weight, c.bias), convolution, (weight, bias))
 
 
-def _group_norm(channels: int) -> eqx.nn.GroupNorm:
+def _group_norm(channels: int) -> GroupNorm:
     """Groups of at least four channels, at most 32 of them; statistics in float32."""
     groups = min(32, channels // 4)
     if channels % groups:
         raise ValueError(f"width must give channels that are multiples of {groups} (group norm), got {channels}")
-    return eqx.nn.GroupNorm(groups, channels, eps=1e-6)
+    return GroupNorm(groups, channels)
 
 
 _ALMOST_ZERO = 1e-5
@@ -135,7 +136,7 @@ def _way_up(size: UNetSize, rows: int) -> Iterator[_Plan]:
 class ImageAttention(eqx.Module):
     """(x + attention(norm(x))) / sqrt(2), with one head over all channels of every pixel."""
 
-    norm: eqx.nn.GroupNorm
+    norm: GroupNorm
     attention: SelfAttention
 
     def __init__(self, channels: int, attention: AbstractAttention, *, key: Key[Array, ""]):
@@ -158,10 +159,10 @@ class ImageAttention(eqx.Module):
 class UNetBlock(eqx.Module):
     """A residual block, of which the module's docstring has the equations."""
 
-    norm_1: eqx.nn.GroupNorm
+    norm_1: GroupNorm
     conv_1: eqx.nn.Conv2d
     condition: Linear
-    norm_2: eqx.nn.GroupNorm
+    norm_2: GroupNorm
     dropout: eqx.nn.Dropout
     conv_2: eqx.nn.Conv2d
     skip: eqx.nn.Conv2d | None
@@ -282,7 +283,7 @@ class UNet(AbstractField):
     down: tuple[Stack[UNetBlock], ...]
     middle: tuple[Stack[UNetBlock], ...]
     up: tuple[Stack[UNetBlock], ...]
-    norm: eqx.nn.GroupNorm
+    norm: GroupNorm
     last: eqx.nn.Conv2d
     data_shape: tuple[int, int, int] = eqx.field(static=True)
     dtype: DTypeLike = eqx.field(static=True)

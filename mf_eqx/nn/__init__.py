@@ -20,7 +20,12 @@ from ._embedding import (
     TimeVariables as TimeVariables,
 )
 from ._linear import Linear as Linear
-from ._norm import layer_norm as layer_norm, modulate as modulate, modulated_norm as modulated_norm
+from ._norm import (
+    GroupNorm as GroupNorm,
+    layer_norm as layer_norm,
+    modulate as modulate,
+    modulated_norm as modulated_norm,
+)
 from ._precision import cast as cast
 from ._resample import downsample as downsample, upsample as upsample
 from ._stack import Remat as Remat, Stack as Stack
