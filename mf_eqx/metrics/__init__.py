@@ -1,10 +1,23 @@
-"""Distances between a generated sample and a sample of the truth, and errors of a field."""
+"""Distances between a generated sample and a sample of the truth, errors of a field, and the quality of images (FID
+and its relatives)."""
 
 from ._density import mode_coverage as mode_coverage, total_variation as total_variation
 from ._distance import (
     energy_distance as energy_distance,
     maximum_mean_discrepancy as maximum_mean_discrepancy,
     sliced_wasserstein as sliced_wasserstein,
+)
+from ._feature_moments import (
+    FeatureMoments as FeatureMoments,
+    load_moments as load_moments,
+    RunningMoments as RunningMoments,
+    save_moments as save_moments,
+)
+from ._features import (
+    collect_features as collect_features,
+    FeatureExtractor as FeatureExtractor,
+    SampleFeatures as SampleFeatures,
+    stream_moments as stream_moments,
 )
 from ._field import (
     draw_states as draw_states,
@@ -23,3 +36,23 @@ from ._frechet import (
     frechet_distance as frechet_distance,
     frechet_distance_of_moments as frechet_distance_of_moments,
 )
+from ._inception import (
+    convert_inception as convert_inception,
+    Features as Features,
+    Inception as Inception,
+    load_inception as load_inception,
+)
+from ._inception_score import inception_score as inception_score, MeanAndStd as MeanAndStd
+from ._kernel_inception_distance import kernel_inception_distance as kernel_inception_distance
+from ._precision_recall import precision_recall as precision_recall, PrecisionRecall as PrecisionRecall
+from ._protocol import (
+    ADM as ADM,
+    CIFAR_TRAIN as CIFAR_TRAIN,
+    CIFAR_TRAIN_HALF_PIXEL as CIFAR_TRAIN_HALF_PIXEL,
+    floor_to_pixels as floor_to_pixels,
+    Protocol as Protocol,
+    round_to_pixels as round_to_pixels,
+    TORCH_FIDELITY as TORCH_FIDELITY,
+)
+from ._resize import resize_half_pixel as resize_half_pixel, resize_tensorflow1 as resize_tensorflow1
+from ._sample_quality import sample_quality as sample_quality, SampleQuality as SampleQuality

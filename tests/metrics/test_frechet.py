@@ -53,8 +53,7 @@ def test_gaussian_lines_at_an_angle_have_the_closed_form():
     # C = s s^T is singular; the root of the product has the trace |s_a . s_b|, and sqrtm has no answer here.
     a, b = np.array([1.0, 0.0, 2.0]), np.array([0.5, 3.0, -1.0])
     value = frechet_distance_of_moments(np.zeros(3), np.outer(a, a), np.zeros(3), np.outer(b, b))
-    # Two eigenvalues that should be zero come out near 1e-15 and give roots near 3e-8.
-    np.testing.assert_allclose(value, a @ a + b @ b - 2 * abs(a @ b), atol=5e-7)
+    np.testing.assert_allclose(value, a @ a + b @ b - 2 * abs(a @ b), atol=1e-12)
 
 
 def test_covariances_on_orthogonal_subspaces_give_the_sum_of_their_traces():
@@ -81,17 +80,33 @@ def test_single_feature_has_the_closed_form():
     np.testing.assert_allclose(frechet_distance(a, b), expected, rtol=1e-12)
 
 
-@pytest.mark.parametrize(("n", "tolerance"), [(100, 1e-11), (8, 1e-6)], ids=["regular", "fewer points than features"])
-def test_frechet_distance_of_a_sample_to_itself_is_zero(n, tolerance):
-    # 8 points in 20 features leave 13 null directions; each may add the root of a rounded zero.
+@pytest.mark.parametrize("n", [100, 8], ids=["regular", "fewer points than features"])
+def test_frechet_distance_of_a_sample_to_itself_is_zero(n):
+    # 8 points in 20 features leave 13 null directions; the root of a rounded zero would be 1e-8 in each.
     a = normal(1, n, 20)
-    assert abs(frechet_distance(a, a)) < tolerance * np.trace(np.cov(a, rowvar=False))
+    assert abs(frechet_distance(a, a)) < 1e-13 * np.trace(np.cov(a, rowvar=False))
 
 
 @pytest.mark.parametrize("n", [100, 8], ids=["regular", "fewer points than features"])
 def test_frechet_distance_of_a_shift_is_its_squared_length(n):
     a, shift = normal(1, n, 20), normal(2, 20)
-    np.testing.assert_allclose(frechet_distance(a, a + shift), np.sum(shift**2), rtol=1e-6)
+    np.testing.assert_allclose(frechet_distance(a, a + shift), np.sum(shift**2), rtol=1e-12)
+
+
+def test_singular_covariance_against_a_regular_one_needs_the_roots_of_its_own_rank_alone():
+    # With C_a = F F^T the other eigenvalues of C_a C_b are those of F^T C_b F. (sqrtm and POT give NaN here.)
+    factor, cov_b = normal(3, 30, 5), covariance(4, 30, 40)
+    cov_a = factor @ factor.T
+    expected = np.trace(cov_a) + np.trace(cov_b) - 2 * np.sqrt(np.linalg.eigvalsh(factor.T @ cov_b @ factor)).sum()
+    value = frechet_distance_of_moments(np.zeros(30), cov_a, np.zeros(30), cov_b)
+    np.testing.assert_allclose(value, expected, rtol=1e-12)
+
+
+def test_small_eigenvalues_are_no_rounding():
+    # The smallest, 1e-11 of the largest, contributes (1 - 1e-5.5)^2.
+    scale, turn = np.logspace(0, -11, 6), rotation(5, 6)
+    value = frechet_distance_of_moments(np.zeros(6), (turn * scale) @ turn.T, np.zeros(6), np.eye(6))
+    np.testing.assert_allclose(value, np.sum((np.sqrt(scale) - 1) ** 2), rtol=1e-10)
 
 
 def test_frechet_distance_is_symmetric():

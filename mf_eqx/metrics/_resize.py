@@ -1,0 +1,62 @@
+r"""The two bilinear resizes by which images reach Inception; they differ in where a pixel is thought to lie.
+
+TensorFlow 1 (`resize_tensorflow1`) puts the value of output pixel $i$ at the place $p_i = i\, n / m$ of an input of
+$n$ pixels, so that pixel 0 stays at pixel 0 and the last output pixels repeat the last input pixel:
+
+$$y_i = (1 - \lambda_i)\, x_{\lfloor p_i \rfloor} + \lambda_i\, x_{\min(\lfloor p_i \rfloor + 1,\, n - 1)},
+  \qquad \lambda_i = p_i - \lfloor p_i \rfloor.$$
+
+Everything newer (`resize_half_pixel`) puts pixel centres upon each other, $p_i = (i + 1/2)\, n / m - 1/2$. From 32
+pixels to 299 the two are shifted against each other by almost half an input pixel.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+
+def resize_tensorflow1(
+    x: Float[Array, "*rows height width"], size: int = 299
+) -> Float[Array, "*rows new_height new_width"]:
+    r"""Bilinear interpolation as the graph of the FID literature does it: TensorFlow 1's `resize_bilinear` with
+    `align_corners=False`, without half-pixel centres and without a filter against aliasing.
+
+    $$y_i = (1 - \lambda_i)\, x_{l_i} + \lambda_i\, x_{\min(l_i + 1,\, n - 1)}, \qquad l_i + \lambda_i = i\, n / m$$
+
+    along the width, then along the height, in the order and the precision of TensorFlow's kernel.
+
+    **Arguments:** `x` images, channels among the leading axes; `size` m of both new axes.
+
+    **Reference:** the kernel's definition, `tensorflow/core/kernels/image/resize_bilinear_op.cc` and
+    `image_resizer_state.h` (`LegacyScaler`); torch-fidelity holds the same with PyTorch.
+    """
+    return _interpolated(_interpolated(x, size, -1), size, -2)
+
+
+def resize_half_pixel(
+    x: Float[Array, "*rows height width"], size: int = 299
+) -> Float[Array, "*rows new_height new_width"]:
+    """Bilinear interpolation between pixel centres, with a triangle filter as wide as the step where it shrinks.
+
+    What PyTorch calls `interpolate(mode="bilinear", align_corners=False, antialias=True)`; torchmetrics resizes so by
+    default from its version 1.8 on (July 2025), and as `resize_tensorflow1` before.
+
+    **Arguments:** `x` images, channels among the leading axes; `size` of both new axes.
+    """
+    shape = (*x.shape[:-2], size, size)
+    return jax.image.resize(x, shape, "linear", antialias=True, precision=jax.lax.Precision.HIGHEST)
+
+
+def _interpolated(x: Float[Array, "*axes"], size: int, axis: int) -> Float[Array, "*new_axes"]:
+    low, high, share = _nodes(x.shape[axis], size)
+    share = jnp.asarray(share.reshape(-1, *[1] * (-axis - 1)), x.dtype)
+    before = jnp.take(x, low, axis)
+    return before + (jnp.take(x, high, axis) - before) * share
+
+
+def _nodes(old: int, new: int) -> tuple[Int[np.ndarray, " new"], Int[np.ndarray, " new"], Float[np.ndarray, " new"]]:
+    """The two pixels that each new pixel lies between, and its distance to the first; in float32 as the kernel's."""
+    place = np.arange(new, dtype=np.float32) * np.float32(np.float32(old) / np.float32(new))
+    low = np.minimum(place.astype(np.int64), old - 1)
+    return low, np.minimum(low + 1, old - 1), place - low.astype(np.float32)

@@ -1,0 +1,67 @@
+import numpy as np
+import pytest
+from sklearn.neighbors import NearestNeighbors
+
+from mf_eqx.metrics import _precision_recall, precision_recall
+
+
+def points(rows, dim=4, seed=0, scale=1.0, shift=0.0):
+    return (scale * np.random.default_rng(seed).standard_normal((rows, dim)) + shift).astype(np.float32)
+
+
+def share_on_manifold(queries, sample, neighbours):
+    """By scikit-learn, and one comparison at a time."""
+    distances, _ = NearestNeighbors(n_neighbors=neighbours + 1).fit(sample).kneighbors(sample)
+    radii = distances[:, -1]
+    inside = [any(np.linalg.norm(q - p) <= radius for p, radius in zip(sample, radii, strict=True)) for q in queries]
+    return np.mean(inside)
+
+
+@pytest.mark.parametrize("neighbours", [1, 3])
+@pytest.mark.parametrize("shift", [0.0, 100.0], ids=["near zero", "far from zero"])
+def test_shares_are_those_of_scikit_learn(neighbours, shift):
+    generated, real = points(70, seed=1, scale=0.7, shift=shift), points(50, shift=shift)
+    ours = precision_recall(generated, real, neighbours=neighbours)
+    expected = share_on_manifold(generated, real, neighbours), share_on_manifold(real, generated, neighbours)
+    assert min(expected) > 0.1 and max(expected) < 1
+    np.testing.assert_allclose(ours, expected, rtol=1e-15)
+
+
+def test_blocks_of_rows_do_not_change_the_shares(monkeypatch):
+    generated, real = points(70, seed=1), points(50)
+    whole = precision_recall(generated, real)
+    monkeypatch.setattr(_precision_recall, "_DISTANCES_PER_BLOCK", 400)
+    # Another shape, so that nothing compiled before is used again: one point is left out of neither's neighbourhood.
+    blocked = precision_recall(np.pad(generated, ((0, 0), (0, 1))), np.pad(real, ((0, 0), (0, 1))))
+    assert blocked == whole
+
+
+def test_sample_is_on_its_own_manifold():
+    real = points(40)
+    assert precision_recall(real, real) == (1, 1)
+
+
+def test_narrow_samples_are_precise_and_recall_little():
+    precision, recall = precision_recall(points(100, scale=0.1), points(100, seed=1))
+    assert precision == 1 and recall < 0.2
+
+
+def test_distant_samples_have_neither():
+    assert precision_recall(points(30, shift=50), points(30)) == (0, 0)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(("rows", "neighbours"), [(20, 0), (3, 3)])
+def test_wrong_numbers_of_neighbours_are_refused(rows, neighbours):
+    with pytest.raises(ValueError, match=f"below the numbers of points, {rows} and 20, got {neighbours}"):
+        precision_recall(points(rows), points(20), neighbours=neighbours)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("neighbours", [3, 5])
+def test_shares_are_those_of_torch_fidelity(neighbours):
+    torch = pytest.importorskip("torch")
+    theirs = pytest.importorskip("torch_fidelity.metric_prc")
+    generated, real = points(90, dim=20, seed=1, scale=0.8), points(60, dim=20)
+    expected = theirs.calculate_precision_recall_full(torch.from_numpy(generated), torch.from_numpy(real), neighbours)
+    np.testing.assert_allclose(precision_recall(generated, real, neighbours=neighbours), expected, atol=1e-6)
