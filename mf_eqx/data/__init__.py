@@ -21,8 +21,14 @@ from ._prepare import (
     FromPixels as FromPixels,
     InTurn as InTurn,
     RandomFlip as RandomFlip,
+    SamplePosterior as SamplePosterior,
     WithoutLabel as WithoutLabel,
 )
 from ._shards import ShardSource as ShardSource, write_shards as write_shards
-from ._source import AbstractSource as AbstractSource, ArraySource as ArraySource, Rows as Rows
+from ._source import (
+    AbstractSource as AbstractSource,
+    ArraySource as ArraySource,
+    JoinedSource as JoinedSource,
+    Rows as Rows,
+)
 from ._stream import Stream as Stream

@@ -60,3 +60,17 @@ class RandomFlip(eqx.Module):
     def __call__(self, row: Batch, key: Key[jax.Array, ""]) -> Batch:
         x = jnp.asarray(row.x)
         return Batch(jnp.where(jr.bernoulli(key, self.probability), x[..., ::-1], x), row.condition, row.index)
+
+
+class SamplePosterior(eqx.Module):
+    r"""A latent drawn anew at every read, $s (\mu + \sigma \epsilon)$, from rows of moments: the channels of the mean
+    $\mu$, then those of the standard deviation $\sigma$, as `experiments/prepare_latents.py` keeps them.
+
+    **Arguments:** `scale` s, `mf_eqx.vae.SCALE` for the tokenizer of Stable Diffusion.
+    """
+
+    scale: float
+
+    def __call__(self, row: Batch, key: Key[jax.Array, ""]) -> Batch:
+        mean, std = jnp.split(jnp.asarray(row.x, jnp.float32), 2)
+        return Batch(self.scale * (mean + std * jr.normal(key, mean.shape)), row.condition, row.index)

@@ -1,6 +1,8 @@
 """Where rows come from: anything that has a number of rows and reads those that it is asked for."""
 
 import abc
+import hashlib
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -87,3 +89,42 @@ def check_labels(name: str, label: Shaped[np.ndarray, "..."], rows: int, labels:
         return _check.check_labels(label, rows, labels)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
+
+
+class JoinedSource(AbstractSource):
+    """All rows of several sources, those of the first to be first.
+
+    **Arguments:** `parts` at least one, of the same row shape, dtype and number of labels; `name` what messages call
+    all of them.
+
+    **Raises:** `ValueError` if they differ, with the names of two that do.
+    """
+
+    def __init__(self, parts: Sequence[AbstractSource], *, name: str):
+        if not parts:
+            raise ValueError(f"{name}: parts must be at least one source, got none")
+        first = parts[0]
+        for part in parts[1:]:
+            for what in ("row_shape", "dtype", "labels"):
+                if (found := getattr(part, what)) != (wanted := getattr(first, what)):
+                    raise ValueError(f"{part.name}: {what} must be {wanted} as in {first.name}, got {found}")
+        self._parts, self._ends = list(parts), np.cumsum([len(part) for part in parts])
+        self.name, self.row_shape, self.dtype, self.labels = name, first.row_shape, first.dtype, first.labels
+        digests = [part.digest for part in parts if part.digest is not None]
+        if len(digests) == len(parts):
+            self.digest = hashlib.sha256("".join(digests).encode()).hexdigest()
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def take(self, rows: Int[np.ndarray, " rows"]) -> Rows:
+        x = np.empty((len(rows), *self.row_shape), self.dtype)
+        label = None if self.labels is None else np.empty(len(rows), np.int32)
+        owner = np.searchsorted(self._ends, rows, side="right")
+        for number in np.unique(owner):
+            part, places = self._parts[number], np.flatnonzero(owner == number)
+            got = part.take(rows[places] - (self._ends[number] - len(part)))
+            x[places] = got.x
+            if label is not None:
+                label[places] = got.label
+        return Rows(x, label)
