@@ -223,21 +223,20 @@ def save(config: Config, directory: run.RunDirectory, state: mfx.TrainState) -> 
 
 TINY = Config(
     data=SHAPES,
-    steps=1500,
-    batch=32,
+    steps=1000,
+    batch=16,
     width=16,
-    multipliers=(2, 2),
+    multipliers=(1, 2),
     blocks=1,
     attention=(16,),
     dropout=0.0,
     learning_rate=2e-3,
-    warmup=100,
-    decays=(0.995,),
+    warmup=50,
+    decays=(0.99,),
     average_every=1,
-    save_every=250,
-    preview_every=500,
+    save_every=200,
+    preview_every=200,
 )
-
 PAPER = Config()
 V1 = Config(times=(-0.6, 1.6), r_times=(-4.0, 1.6))
 
