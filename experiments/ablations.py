@@ -5,8 +5,8 @@
     python experiments/ablations.py --data digits --only 1a
 
 Every cell is one training from one seed. Finished cells are kept in runs/ablations/<data>/cells.jsonl, and a cell that
-is there is not trained again: an interrupted command goes on where it was, tables share their cells, and more seeds add
-to those that exist.
+is there is not trained again: tables share their cells, and more seeds add to those that exist. A command that was
+stopped, or killed, goes on where it was.
 
 The paper's column is FID on ImageNet, of 400,000 steps of batch 256 around another centre (p = 1, lognorm(-0.4, 1.0)):
 what can agree is the order. Guidance moves samples away from the data: in Tab. 1f and 5 read the distance to the guided
@@ -16,9 +16,8 @@ as it is meant to be used. README.md beside this file says where orders agree an
 
 import dataclasses
 import functools
-import os
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -55,6 +54,13 @@ class Setting:
     power: float = 0.0
     scale: float = 1.0
     mix: float = 0.0
+
+
+class Cell(NamedTuple):
+    """What is trained and judged."""
+
+    setting: Setting
+    seed: int
 
 
 class Table(NamedTuple):
@@ -119,7 +125,7 @@ TABLES = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(run.CellSettings):
     """A run of ablations."""
 
     data: Literal["eight_gaussians", "digits"] = "eight_gaussians"
@@ -131,21 +137,17 @@ class Config:
     """Trainings of each cell, from seeds 0, 1, ..."""
     steps: int | None = None
     """Training steps of a cell, by default 4000 for eight_gaussians, 1500 for digits."""
-    workers: int = max(1, min(os.cpu_count() or 1, 8))
-    """Trainings at a time."""
-    directory: Path = Path("runs/ablations")
-    """Where cells, tables and pictures are kept, in a directory per data set."""
+    name: str = ""
+    """Directory below runs/ablations where cells, tables and pictures are kept, by default that of the data set."""
 
     def __post_init__(self):
+        self.check(seeds=1)
         if unknown := [name for name in self.only if name not in TABLES]:
             raise ValueError(f"only must be among {', '.join(TABLES)}; got {', '.join(unknown)}")
         if len(set(self.only)) < len(self.only):
             raise ValueError(f"only must differ from each other, got {', '.join(self.only)}")
         if not self.only:
             raise ValueError(f"only must be at least one of {', '.join(TABLES)}; got none")
-        for name, bound in {"seeds": 1, "workers": 1}.items():
-            if getattr(self, name) < bound:
-                raise ValueError(f"{name} must be >= {bound}, got {getattr(self, name)}")
         if self.steps is not None and self.steps < 1:
             raise ValueError(f"steps must be >= 1, got {self.steps}")
 
@@ -294,14 +296,12 @@ def train_step(setting: Setting, labels: int, numbers: Numbers) -> mfx.TrainStep
     return mfx.TrainStep(objective(setting, labels, numbers.label_dropout), optimizer, averages)
 
 
-def train(recipe: Recipe, setting: Setting, seed: int) -> Generator[Any, None, dict[str, float]]:
-    """The figures of one cell, after reports of its steps."""
-    field_key, run_key = jr.split(jr.key(seed))
-    step = train_step(setting, recipe.labels, recipe.numbers)
-    field = recipe.make_field(EMBEDDINGS[setting.embedding], field_key)
-    state = mfx.init_state(field, step.optimizer, step.averages, key=run_key)
-    state = yield from run.scan_in_chunks(step, state, recipe.draw, recipe.numbers.steps)
-    return recipe.judge(state.averages[0], setting)
+def training(recipe: Recipe, cell: Cell, name: str) -> run.Training:
+    field_key, run_key = jr.split(jr.key(cell.seed))
+    step = train_step(cell.setting, recipe.labels, recipe.numbers)
+
+    make_field = functools.partial(recipe.make_field, EMBEDDINGS[cell.setting.embedding], field_key)
+    return run.Training(name, step, make_field, recipe.draw, recipe.numbers.steps, run_key)
 
 
 def report(config: Config, recipe: Recipe, ledger: run.Ledger, names: Sequence[str]) -> str:
@@ -310,7 +310,7 @@ def report(config: Config, recipe: Recipe, ledger: run.Ledger, names: Sequence[s
     for name in names:
         table, rows, columns, distances = TABLES[name], [], (), []
         for value, (setting, fid) in table.cells.items():
-            keys = [key_of(config, recipe, setting, seed) for seed in range(config.seeds)]
+            keys = [key_of(config, recipe, Cell(setting, seed)) for seed in range(config.seeds)]
             commits |= {ledger.commit(key) for key in keys}
             results = [ledger[key] for key in keys]
             columns = tuple(results[0])
@@ -357,7 +357,8 @@ def save_figure(path: Path, config: Config, recipe: Recipe, ledger: run.Ledger, 
         cells = TABLES[name].cells
         place, fids = np.arange(len(cells)), [fid for _, fid in cells.values()]
         keys = [
-            [key_of(config, recipe, setting, seed) for seed in range(config.seeds)] for setting, _ in cells.values()
+            [key_of(config, recipe, Cell(setting, seed)) for seed in range(config.seeds)]
+            for setting, _ in cells.values()
         ]
         distances = [[ledger[key]["distance"] for key in row] for row in keys]
         means = [float(np.mean(values)) for values in distances]
@@ -376,59 +377,59 @@ def save_figure(path: Path, config: Config, recipe: Recipe, ledger: run.Ledger, 
     figure.savefig(path, format="png")
 
 
-def describe(setting: Setting) -> str:
-    """What is not as in the centre."""
-    values = dataclasses.asdict(setting)
+def describe(cell: Cell) -> str:
+    """What is not as in the centre, and the seed."""
+    values = dataclasses.asdict(cell.setting)
     changed = [
         f"{name} {values[name]}" for name, centre in dataclasses.asdict(Setting()).items() if values[name] != centre
     ]
-    return ", ".join(changed) or "centre"
+    return f"{', '.join(changed) or 'centre'}, seed {cell.seed}"
 
 
-def key_of(config: Config, recipe: Recipe, setting: Setting, seed: int) -> dict[str, Any]:
+def key_of(config: Config, recipe: Recipe, cell: Cell) -> dict[str, Any]:
     """What a finished cell is found by: everything that its result depends on but the code."""
-    return {"data": config.data, "setting": setting, **recipe.numbers._asdict(), "seed": seed}
+    return {"data": config.data, "setting": cell.setting, **recipe.numbers._asdict(), "seed": cell.seed}
+
+
+def cells_of(config: Config, name: str) -> list[Cell]:
+    return [Cell(setting, seed) for seed in range(config.seeds) for setting, _ in TABLES[name].cells.values()]
 
 
 def main(config: Config) -> None:
     """Train the cells that are missing, then write tables and a figure."""
-    began = time.perf_counter()
-    directory = run.RunDirectory(config.directory / config.data)
-    ledger = run.Ledger(directory.path("cells.jsonl"))
-    with run.locked(directory.root):
-        run_cells(config, directory, ledger, began)
+    steps = 2 if config.test_run else config.steps
+    recipe = RECIPES[config.data]() if steps is None else RECIPES[config.data](steps)
+    with run.opened(config, shared=config.data) as directory:
+        run_cells(config, recipe, directory)
 
 
-def run_cells(config: Config, directory: run.RunDirectory, ledger: run.Ledger, began: float) -> None:
+def run_cells(config: Config, recipe: Recipe, directory: run.RunDirectory) -> None:
     """Train what is missing of what is asked for, and write all tables that are complete."""
-    recipe = RECIPES[config.data]() if config.steps is None else RECIPES[config.data](config.steps)
-    keys = {
-        name: {
-            (setting, seed): key_of(config, recipe, setting, seed)
-            for seed in range(config.seeds)
-            for setting, _ in table.cells.values()
-        }
-        for name, table in TABLES.items()
-    }
+    ledger, key = run.Ledger(directory.root / "cells.jsonl"), functools.partial(key_of, config, recipe)
+    wanted = dict.fromkeys(cell for name in config.only for cell in cells_of(config, name))
     # Seeds outside: those of one setting compile the same program.
-    wanted = {cell: key for name in config.only for cell, key in keys[name].items()}
-    wanted = dict(sorted(wanted.items(), key=lambda item: item[0][1]))
-    missing = [cell for cell, key in wanted.items() if key not in ledger]
+    missing = sorted((cell for cell in wanted if key(cell) not in ledger), key=lambda cell: cell.seed)
     steps, kept = recipe.numbers.steps, len(wanted) - len(missing)
     print(f"{len(wanted)} cells of {steps} steps, {kept} of them finished before (see {directory.root})", flush=True)
-    with run.Progress(steps * len(missing), shown=("boundary_error", "identity_error")) as progress:
-        for (setting, seed), result in run.in_parallel(
-            lambda cell: train(recipe, *cell), missing, workers=config.workers, progress=progress
-        ):
-            ledger.put(wanted[setting, seed], result)
-            progress.note(f"{describe(setting)}, seed {seed}: distance {result['distance']:.4g}")
+
+    def note(cell: Cell, result: dict[str, float]) -> str:
+        ledger.put(key(cell), result)
+        return f"{describe(cell)}: distance {result['distance']:.4g}"
+
+    def judge(cell: Cell, state: mfx.TrainState | None) -> dict[str, float]:
+        assert state is not None
+        return recipe.judge(state.averages[0], cell.setting)
+
+    trainings = {cell: training(recipe, cell, f"{describe(cell)} {run.digest(key(cell))}") for cell in missing}
+    run.announce(config, trainings, directory)
+    run.train_cells(config, trainings, judge, directory, note=note)
     # The files have every table that is complete, also from earlier calls; what is printed is what was asked for.
-    complete = [name for name, cells in keys.items() if all(key in ledger for key in cells.values())]
+    complete = [name for name in TABLES if all(key(cell) in ledger for cell in cells_of(config, name))]
     everything = report(config, recipe, ledger, complete)
     directory.path("results.md").write_text(everything + "\n", encoding="utf-8")
     save_figure(directory.path("ablations.png"), config, recipe, ledger, complete)
-    text = report(config, recipe, ledger, config.only)
-    print(f"{text}\n\n{time.perf_counter() - began:.0f} seconds. results.md and ablations.png are in {directory.root}.")
+    text, seconds = report(config, recipe, ledger, config.only), time.perf_counter() - directory.opened
+    print(f"{text}\n\n{seconds:.0f} seconds. results.md and ablations.png are in {directory.root}.")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@
     python experiments/toy_2d.py --quick                         under a minute
     python experiments/toy_2d.py --data two_moons pinwheel --methods MeanFlow Exact WrongTangent
     python experiments/toy_2d.py --preset long                   one network, trained for an hour
+    python experiments/toy_2d.py --dry-run                       what would be trained, and what is done already
 
 A run that was stopped, or killed, continues by the same command.
 
@@ -15,9 +16,8 @@ import dataclasses
 import functools
 import importlib
 import inspect
-import os
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -31,7 +31,7 @@ from jaxtyping import Array, Float, install_import_hook, Key
 # Shapes and types are checked while the step is traced. JAXTYPING_DISABLE=1 turns this off.
 with install_import_hook("mf_eqx", "beartype.beartype"):
     import mf_eqx as mfx
-    from mf_eqx import checkpoint, exact, metrics, run
+    from mf_eqx import exact, metrics, run
 
 DATA: dict[str, Callable[[], exact.GaussianMixture]] = {
     "eight_gaussians": exact.eight_gaussians,
@@ -71,7 +71,7 @@ TRUTH_KEY, DATA_KEY, FLOOR_KEY, NOISE_KEY, SLICE_KEY, LARGE_KEY = jr.split(jr.ke
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(run.CellSettings):
     """A toy run: every data set with every method and seed."""
 
     data: tuple[str, ...] = ("eight_gaussians", "checkerboard")
@@ -117,14 +117,11 @@ class Config:
     """The same for one more sliced W2 at one evaluation, whose noise floor is lower."""
     rows: int = 2000
     """Rows (z, r, t) at which fields are held against the truth."""
-    workers: int = max(1, min(os.cpu_count() or 1, 8))
-    """Trainings at a time."""
     quick: bool = False
     """Only the first data set and one seed; at most 600 steps, 1000 samples (5000 of the large), 500 rows."""
-    name: str = ""
-    """Directory of the run below runs/toy_2d; by default a digest of the configuration: the same command continues."""
 
     def __post_init__(self):
+        self.check(seeds=1, steps=1, width=1, depth=1, copies=1, samples=10, large_samples=10, rows=10)
         for name, known in (("data", DATA), ("methods", METHODS)):
             if unknown := [item for item in getattr(self, name) if item not in known]:
                 raise ValueError(f"{name} must be among {', '.join(known)}; got {', '.join(unknown)}")
@@ -132,11 +129,6 @@ class Config:
                 raise ValueError(f"{name} must be at least one of {', '.join(known)}; got none")
             if len(set(getattr(self, name))) < len(getattr(self, name)):
                 raise ValueError(f"{name} must differ from each other, got {', '.join(getattr(self, name))}")
-        least = {"seeds": 1, "steps": 1, "width": 1, "depth": 1, "copies": 1, "samples": 10, "rows": 10, "workers": 1}
-        least["large_samples"] = 10
-        for name, bound in least.items():
-            if getattr(self, name) < bound:
-                raise ValueError(f"{name} must be >= {bound}, got {getattr(self, name)}")
         if not self.clip > 0:
             raise ValueError(f"clip must be > 0, got {self.clip}")
         if not 0 < self.learning_rate < 1:
@@ -210,9 +202,13 @@ class Problem(NamedTuple):
     limit: float
 
 
-def make_problem(config: Config, name: str) -> Problem:
+def distribution_of(config: Config, name: str) -> exact.AbstractDistribution:
     mixture = DATA[name]()
-    distribution = exact.StackedMixture(mixture, config.copies) if config.copies > 1 else mixture
+    return exact.StackedMixture(mixture, config.copies) if config.copies > 1 else mixture
+
+
+def make_problem(config: Config, name: str) -> Problem:
+    mixture, distribution = DATA[name](), distribution_of(config, name)
     # The best that float32 can do, and a thousand times less than the error of any network here.
     truth = exact.AverageVelocity(exact.MarginalVelocity(distribution, PATH), rtol=1e-5, atol=1e-5)
     known = metrics.field_truth(truth, distribution.sample, PATH, JUDGED_PAIRS, config.rows, key=TRUTH_KEY)
@@ -221,21 +217,39 @@ def make_problem(config: Config, name: str) -> Problem:
     return Problem(name, mixture, distribution, truth, known, data, limit)
 
 
-def train(
-    config: Config, problem: Problem, method: str, seed: int, checkpoints: checkpoint.Checkpoints | None = None
-) -> Generator[Any, None, mfx.AbstractField]:
-    """The averaged field, after reports of its steps; continued from checkpoints if there are any."""
-    field_key, run_key = jr.split(jr.key(seed))
-    step = train_step(config, method)
+class Cell(NamedTuple):
+    """What is trained and judged."""
+
+    data: str
+    method: str
+    seed: int
+
+
+def cells(config: Config) -> list[Cell]:
+    """Seeds outside: those of one method compile the same program."""
+    every = [Cell(d, m, seed) for seed in range(config.seeds) for d in config.data for m in config.methods]
+    return [cell for cell in every if cell.method != "Exact" or cell.seed == 0]
+
+
+def training(config: Config, cell: Cell) -> run.Training | None:
+    """What the cell trains, if anything."""
+    if cell.method == "Exact":
+        return None
+    field_key, run_key = jr.split(jr.key(cell.seed))
+    step, distribution = train_step(config, cell.method), distribution_of(config, cell.data)
     if config.marginal:
         step = eqx.tree_at(
-            lambda step: step.objective.velocity, step, problem.truth.velocity, is_leaf=lambda leaf: leaf is None
+            lambda step: step.objective.velocity,
+            step,
+            exact.MarginalVelocity(distribution, PATH),
+            is_leaf=lambda leaf: leaf is None,
         )
-    field = mfx.MLP(2 * config.copies, width=config.width, depth=config.depth, key=field_key)
-    state = mfx.init_state(field, step.optimizer, step.averages, key=run_key)
-    batches = Draw(problem.distribution, config.batch)
-    state = yield from run.scan_in_chunks(step, state, batches, config.steps, checkpoints=checkpoints)
-    return Instantaneous(state.averages[0]) if method == "FlowMatching" else state.averages[0]
+
+    def make_field() -> mfx.MLP:
+        return mfx.MLP(2 * config.copies, width=config.width, depth=config.depth, key=field_key)
+
+    draw = Draw(distribution, config.batch)
+    return run.Training("_".join(map(str, cell)), step, make_field, draw, config.steps, run_key)
 
 
 @eqx.filter_jit
@@ -292,8 +306,10 @@ class Result(NamedTuple):
     field: mfx.AbstractField
 
 
-def judge(config: Config, problem: Problem, method: str, seed: int, field: mfx.AbstractField) -> Result:
-    rows = problem.known.overall
+def judge(config: Config, problems: Mapping[str, Problem], cell: Cell, state: mfx.TrainState | None) -> Result:
+    problem = problems[cell.data]
+    field, rows = problem.truth if state is None else state.averages[0], problem.known.overall
+    field = Instantaneous(field) if cell.method == "FlowMatching" else field
     errors = metrics.field_errors(field, problem.known, edges=EDGES)
     v = problem.known.diagonal.u
     accuracy = Accuracy(
@@ -310,24 +326,12 @@ def judge(config: Config, problem: Problem, method: str, seed: int, field: mfx.A
     if not isinstance(field, exact.AverageVelocity):  # it would integrate for minutes
         eps = jr.normal(NOISE_KEY, (config.large_samples, problem.data.shape[1]))
         large = large_distance(config, problem, generate(field, eps, 1))
-    return Result(problem.name, method, seed, accuracy, judged, large, errors.cells, samples, field)
+    return Result(*cell, accuracy, judged, large, errors.cells, samples, field)
 
 
 def large_distance(config: Config, problem: Problem, x: Float[Array, "rows dim"]) -> float:
     data = draw(problem.distribution, config.large_samples, LARGE_KEY)
     return float(metrics.sliced_wasserstein(x, data, key=SLICE_KEY))
-
-
-def one_cell(
-    config: Config, directory: run.RunDirectory, cell: tuple[Problem, str, int]
-) -> Generator[Any, None, Result]:
-    problem, method, seed = cell
-    if method == "Exact":
-        field = problem.truth
-    else:
-        kept = checkpoint.Checkpoints(directory.root / f"checkpoints/{problem.name}_{method}_{seed}")
-        field = yield from train(config, problem, method, seed, kept)
-    return judge(config, problem, method, seed, field)
 
 
 def tables(config: Config, problem: Problem, results: Sequence[Result]) -> str:
@@ -419,42 +423,35 @@ def as_record(result: Result) -> dict[str, Any]:
     }
 
 
+def note(cell: Cell, result: Result) -> str:
+    error, distance = result.accuracy, result.quality[0].sliced_wasserstein
+    return (
+        f"{cell.data} {cell.method} seed {cell.seed}: error of u {error.overall:.3g}, at (0, 1) {error.one_step:.3g}; "
+        f"sliced W2 at one evaluation {distance:.3g}"
+    )
+
+
 def main(config: Config) -> None:
     """Train every method on every data set, and hold it against the truth."""
-    began = time.perf_counter()
     with run.optional("matplotlib"):  # now rather than after the trainings
         importlib.import_module("matplotlib")
     config = shrunk(config) if config.quick else config
+    if config.test_run:
+        config = dataclasses.replace(config, samples=100, large_samples=100, rows=20)
+    trainings = {cell: training(config, cell) for cell in cells(config)}
     with run.opened(config) as directory:
-        run_cells(config, directory, began)
-
-
-def run_cells(config: Config, directory: run.RunDirectory, began: float) -> None:
-    """Everything that the configuration asks for."""
-    problems = []
-    for name in config.data:
-        print(f"{name}: integrating the truth at {3 * config.rows} points", flush=True)
-        problems.append(make_problem(config, name))
-    # Seeds outside: those of one method compile the same program.
-    cells = [(p, m, s) for s in range(config.seeds) for p in problems for m in config.methods if m != "Exact" or s == 0]
-    results = []
-    total = config.steps * sum(method != "Exact" for _, method, _ in cells)
-    with run.Progress(total, shown=("boundary_error", "identity_error")) as progress:
-        cell = functools.partial(one_cell, config, directory)
-        for (problem, method, seed), result in run.in_parallel(cell, cells, workers=config.workers, progress=progress):
-            results.append(result)
-            error, distance = result.accuracy, result.quality[0].sliced_wasserstein
-            progress.note(
-                f"{problem.name} {method} seed {seed}: error of u {error.overall:.3g}, at (0, 1) {error.one_step:.3g}; "
-                f"sliced W2 at one evaluation {distance:.3g}"
-            )
-    judged = {p.name: [result for result in results if result.data == p.name] for p in problems}
-    parts = [tables(config, problem, judged[problem.name]) for problem in problems]
-    text = "\n\n".join([*parts, f"{time.perf_counter() - began:.0f} seconds in all."])
-    directory.save_results(text, [as_record(result) for result in results])
-    for problem in problems:
-        save_pictures(config, problem, judged[problem.name], directory)
-    print(f"{text} Pictures, results.md and results.json are in {directory.root}.")
+        run.announce(config, trainings, directory)
+        print(f"integrating the truth at {3 * config.rows} points of each data set", flush=True)
+        problems = {name: make_problem(config, name) for name in config.data}
+        judge_cell = functools.partial(judge, config, problems)
+        results = list(run.train_cells(config, trainings, judge_cell, directory, note=note).values())
+        judged = {name: [result for result in results if result.data == name] for name in problems}
+        parts = [tables(config, problem, judged[name]) for name, problem in problems.items()]
+        text = "\n\n".join([*parts, f"{time.perf_counter() - directory.opened:.0f} seconds in all."])
+        directory.save_results(text, [as_record(result) for result in results])
+        for name, problem in problems.items():
+            save_pictures(config, problem, judged[name], directory)
+        print(f"{text} Pictures, results.md and results.json are in {directory.root}.")
 
 
 PRESETS = {

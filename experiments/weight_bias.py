@@ -2,6 +2,8 @@
 
     python experiments/weight_bias.py
 
+A run that was stopped, or killed, continues by the same command.
+
 With a power p > 0 Flow Matching does not learn the mean of the conditional velocities but something nearer to their
 mode, and so do the r = t rows of every objective. Three fields for every p and offset c:
 
@@ -17,9 +19,8 @@ README.md beside this file has the figures.
 import dataclasses
 import functools
 import time
-from collections.abc import Generator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.random as jr
 import numpy as np
@@ -29,14 +30,14 @@ from jaxtyping import Array, Float, install_import_hook
 # Shapes and types are checked while the step is traced. JAXTYPING_DISABLE=1 turns this off.
 with install_import_hook("mf_eqx", "beartype.beartype"):
     import mf_eqx as mfx
-    from mf_eqx import checkpoint, exact, metrics, run
+    from mf_eqx import exact, metrics, run
 
 EXACT, CONDITIONAL, MARGINAL = "flow of the weighted v", "MeanFlow, conditional target", "MeanFlow, marginal target"
 LINES = ("-", "--", ":", "-.")
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
+class Config(run.CellSettings):
     """A study of the weight."""
 
     data: str = "eight_gaussians"
@@ -53,10 +54,9 @@ class Config:
     """Samples that are judged."""
     rows: int = 1000
     """Rows (z, r, t) at which fields are held against the truth."""
-    workers: int = toy_2d.Config.workers
-    """Trainings at a time."""
 
     def __post_init__(self):
+        self.check()
         for name in ("powers", "offsets"):
             if not getattr(self, name):
                 raise ValueError(f"{name} must be at least one number, got none")
@@ -96,7 +96,6 @@ def toy_config(config: Config, cell: Cell) -> toy_2d.Config:
         steps=config.steps,
         samples=config.samples,
         rows=config.rows,
-        workers=config.workers,
         power=cell.power,
         offset=cell.offset,
         marginal=cell.kind == MARGINAL,
@@ -110,17 +109,21 @@ class Result(NamedTuple):
     samples: Float[Array, "rows dim"]
 
 
-def judged(
-    config: Config, directory: run.RunDirectory, problem: toy_2d.Problem, cell: Cell
-) -> Generator[Any, None, Result]:
+def training(config: Config, cell: Cell) -> run.Training | None:
+    """What the cell trains, if anything."""
     if cell.kind == EXACT:
+        return None
+    made = toy_2d.training(toy_config(config, cell), toy_2d.Cell(config.data, "MeanFlow", cell.seed))
+    return made and made._replace(name="_".join(map(str, cell)))
+
+
+def judge(problem: toy_2d.Problem, cell: Cell, state: mfx.TrainState | None) -> Result:
+    if state is None:
         weight = mfx.AdaptiveWeight(cell.power, cell.offset)
         # Its error is the iteration's, far above that of the solver.
         field = exact.AverageVelocity(exact.WeightedVelocity(problem.mixture, weight), rtol=1e-3, atol=1e-3)
     else:
-        name = f"checkpoints/{cell.kind}_{cell.power:g}_{cell.offset:g}_{cell.seed}".replace(" ", "_")
-        kept = checkpoint.Checkpoints(directory.root / name)
-        field = yield from toy_2d.train(toy_config(config, cell), problem, "MeanFlow", cell.seed, kept)
+        field = state.averages[0]
     errors = metrics.field_errors(field, problem.known)
     samples = toy_2d.generate(field, jr.normal(toy_2d.NOISE_KEY, problem.data.shape), 1)
     quality = toy_2d.quality(problem, samples)
@@ -161,27 +164,28 @@ def save_figure(path: Path, results: dict[Cell, Result]) -> None:
     figure.savefig(path, format="png")
 
 
+def note(cell: Cell, result: Result) -> str:
+    shown = {name: f"{value:.3g}" for name, value in result.figures.items()}
+    return f"p {cell.power:g}, c {cell.offset:g}, {cell.kind}, seed {cell.seed}: {shown}"
+
+
 def main(config: Config) -> None:
     """Hold weighted regressions against the truth."""
-    began = time.perf_counter()
+    if config.test_run:
+        config = dataclasses.replace(config, samples=100, rows=20)
+    trainings = {cell: training(config, cell) for cell in cells(config)}
     with run.opened(config) as directory:
-        run_cells(config, directory, began)
+        run.announce(config, trainings, directory)
+        problem = toy_2d.make_problem(toy_config(config, next(iter(trainings))), config.data)
+        judge_cell = functools.partial(judge, problem)
+        results = run.train_cells(config, trainings, judge_cell, directory, note=note)
+        save(config, results, problem.limit, directory)
 
 
-def run_cells(config: Config, directory: run.RunDirectory, began: float) -> None:
-    """Everything that the configuration asks for."""
-    wanted = cells(config)
-    problem = toy_2d.make_problem(toy_config(config, wanted[0]), config.data)
-    results = {}
-    trained = sum(cell.kind != EXACT for cell in wanted)
-    with run.Progress(config.steps * trained, shown=("boundary_error", "identity_error")) as progress:
-        work = functools.partial(judged, config, directory, problem)
-        for cell, result in run.in_parallel(work, wanted, workers=config.workers, progress=progress):
-            results[cell] = result
-            shown = {name: f"{value:.3g}" for name, value in result.figures.items()}
-            progress.note(f"p {cell.power:g}, c {cell.offset:g}, {cell.kind}, seed {cell.seed}: {shown}")
+def save(config: Config, results: dict[Cell, Result], limit: float, directory: run.RunDirectory) -> None:
+    """Tables and pictures."""
     rows = []
-    for kind, power, offset in dict.fromkeys(cell[:3] for cell in wanted if cell.seed == 0):
+    for kind, power, offset in dict.fromkeys(cell[:3] for cell in results if cell.seed == 0):
         of_seeds = [result.figures for cell, result in results.items() if cell[:3] == (kind, power, offset)]
         rows.append((kind, power, offset, *(float(np.mean([f[name] for f in of_seeds])) for name in of_seeds[0])))
     headers = ("field", "p", "c", *next(iter(results.values())).figures)
@@ -189,12 +193,14 @@ def run_cells(config: Config, directory: run.RunDirectory, began: float) -> None
     directory.save_results(text, [{**cell._asdict(), **result.figures} for cell, result in results.items()])
     save_figure(directory.path("weight_bias.png"), results)
     shown = {
-        kind: [results[c].samples for c in wanted if c[0] == kind and c.seed == 0 and c.offset == config.offsets[0]]
+        kind: [results[c].samples for c in results if c[0] == kind and c.seed == 0 and c.offset == config.offsets[0]]
         for kind in (EXACT, CONDITIONAL, MARGINAL)
     }
     columns = [f"p = {power:g}" for power in config.powers]
-    run.save_point_grid(directory.path("samples.png"), shown, columns, limit=problem.limit)
-    print(f"{text}\n\n{time.perf_counter() - began:.0f} seconds. Pictures and results are in {directory.root}.")
+    run.save_point_grid(directory.path("samples.png"), shown, columns, limit=limit)
+    print(
+        f"{text}\n\n{time.perf_counter() - directory.opened:.0f} seconds. Pictures and results are in {directory.root}."
+    )
 
 
 if __name__ == "__main__":

@@ -2,9 +2,10 @@
 
     config flags -> main -> your function -> opened, RunDirectory   config.json, metrics.jsonl, any other file
                                           -> train          the loop: resumes, logs, saves, previews
+                                          -> train_cells    many small trainings, one per thread, the same
                                           -> Ledger         results of finished cells
                                           -> Progress       one line on stderr
-                                          -> in_parallel    many small trainings, one per thread
+                                          -> in_parallel    many small tasks of any kind
                                           -> table          final results as text
                                           -> save_image_grid, save_curves, save_point_grid, save_flows, save_heat_maps
                                           -> compile_program, time_interleaved   what it costs
@@ -28,11 +29,14 @@ trains one network for long extends `Settings`, and can be killed at any moment:
     if __name__ == "__main__":
         run.main(main, Config())
 
+One that trains many small networks side by side extends `CellSettings` and calls `train_cells`: the same promises.
+
 Imported explicitly (`from mf_eqx import run`). The command line needs tyro and the pictures matplotlib, both in the
 extra `experiments`; they are loaded where they are used, and their absence says what to install.
 """
 
 from .._optional import MissingDependency as MissingDependency, optional as optional
+from ._cells import announce as announce, train_cells as train_cells, Training as Training
 from ._cli import main as main
 from ._curves import save_curves as save_curves
 from ._directory import RunDirectory as RunDirectory
@@ -40,7 +44,7 @@ from ._ledger import Ledger as Ledger
 from ._lock import InUse as InUse, locked as locked
 from ._loggers import Logger as Logger, TensorBoardLogger as TensorBoardLogger, WandbLogger as WandbLogger
 from ._open import opened as opened
-from ._parallel import in_parallel as in_parallel, scan_in_chunks as scan_in_chunks
+from ._parallel import in_parallel as in_parallel
 from ._picture import save_image_grid as save_image_grid
 from ._plane import (
     Flow as Flow,
@@ -56,7 +60,12 @@ from ._program import (
     Program as Program,
 )
 from ._progress import Progress as Progress, Work as Work
-from ._settings import parallelism as parallelism, Settings as Settings
+from ._settings import (
+    CellSettings as CellSettings,
+    digest as digest,
+    parallelism as parallelism,
+    Settings as Settings,
+)
 from ._table import table as table
 from ._timing import matmul_peak as matmul_peak, time_interleaved as time_interleaved, Times as Times
 from ._train import NonFinite as NonFinite, train as train

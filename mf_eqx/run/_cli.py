@@ -22,6 +22,7 @@ from .._optional import MissingDependency
 from ..checkpoint import CheckpointError
 from ._arguments import BadArguments, parse
 from ._lock import InUse
+from ._noise import leave_out
 from ._processes import connect, is_one_of_several, leave, RefusedElsewhere, Separated, Stopped, together
 from ._settings import Settings
 from ._train import NonFinite
@@ -74,6 +75,8 @@ def main(
     choices = presets if isinstance(presets, Mapping) else {"default": ("", presets)}
     about = description or inspect.getdoc(function) or ""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if not _wants_traceback():
+        leave_out()
     try:
         if any(isinstance(config, Settings) for _, config in choices.values()):
             connect(arguments)
@@ -82,7 +85,7 @@ def main(
             return function(config)
     except (Exception, KeyboardInterrupt) as error:
         code, message = _ending(error, function.__module__)
-        if code == 1 or os.environ.get(_TRACEBACK, "0") not in ("", "0"):
+        if code == 1 or _wants_traceback():
             if is_one_of_several():
                 traceback.print_exc()
                 leave(code)
@@ -91,6 +94,10 @@ def main(
         if isinstance(error, Separated) or (is_one_of_several() and not isinstance(error, Stopped | NonFinite)):
             leave(code)
         raise SystemExit(code) from None
+
+
+def _wants_traceback() -> bool:
+    return os.environ.get(_TRACEBACK, "0") not in ("", "0")
 
 
 def _ending(error: BaseException, script: str) -> tuple[int, str]:

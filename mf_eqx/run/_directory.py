@@ -30,10 +30,11 @@ from ._values import fetch
 class RunDirectory:
     """The files of one run. Make a new one by `RunDirectory.create`; the constructor only opens.
 
-    **Arguments:** `root` the directory.
+    **Arguments:** `root` the directory; `opened` when that was, in seconds of `time.perf_counter`.
     """
 
     root: Path
+    opened: float = dataclasses.field(default_factory=time.perf_counter, compare=False, repr=False)
 
     @classmethod
     def create(
@@ -100,7 +101,8 @@ class RunDirectory:
         """Add to `summary.json` where the time between two steps went, and sum up over all sessions.
 
         **Arguments:** `start` and `stop` the numbers of steps finished before and after; `seconds` of each part, with
-        `steps` the productive ones and `wall` the sum. The sum over sessions lacks those that were killed.
+        `steps` the productive ones and `wall` the sum, of all threads together. The sum over sessions lacks those that
+        were killed.
         """
         path = self.root / "summary.json"
         sessions = _sessions(path)

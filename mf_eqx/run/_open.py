@@ -19,7 +19,9 @@ _OF_EVERY_START = (".lock", "config.json", "starts.jsonl")
 
 
 @contextlib.contextmanager
-def opened(config: Any, *, root: str | Path = "runs", script: str | None = None) -> Iterator[RunDirectory]:
+def opened(
+    config: Any, *, root: str | Path = "runs", script: str | None = None, shared: str | None = None
+) -> Iterator[RunDirectory]:
     """The directory `root/script/name` of a run, made or found, and locked while the context lasts.
 
     Its name is `config.name`, if there is one, or made of all fields that say what is learnt, so that the same command
@@ -27,14 +29,15 @@ def opened(config: Any, *, root: str | Path = "runs", script: str | None = None)
     nothing is made.
 
     **Arguments:** `config` a `Settings` or another dataclass; `root` of all runs; `script` the name of the running
-    script by default.
+    script by default; `shared` None, or the name of a directory that all configurations share: what they leave there
+    is found by its own settings, as in a `Ledger`.
 
     **Raises:** `ValueError` if `config.name` does not stay below `root/script`, or names a run of another
     configuration, with what differs; `InUse` if another process trains there. Nothing is changed then.
     """
     parent = Path(root) / (Path(sys.argv[0]).stem if script is None else script)
     given = getattr(config, "name", "")
-    name = Path(given or default_name(config))
+    name = Path(given or shared or default_name(config))
     if name.is_absolute() or ".." in name.parts or not name.parts:
         raise ValueError(f"name must be a path below {parent}, got {given!r}")
     is_test = getattr(config, "test_run", False)
@@ -44,16 +47,16 @@ def opened(config: Any, *, root: str | Path = "runs", script: str | None = None)
         return
     agree("config", {"path": str(path), "config": recipe(config)})
     with contextlib.ExitStack() as stack:
-        once(lambda: _enter(stack, config, path, is_test))
+        once(lambda: _enter(stack, config, path, is_test, shared is not None))
         yield RunDirectory(path)
 
 
-def _enter(stack: contextlib.ExitStack, config: Any, path: Path, is_test: bool) -> None:
+def _enter(stack: contextlib.ExitStack, config: Any, path: Path, is_test: bool, is_shared: bool) -> None:
     """Lock the directory, in the first process; check that it is this run's, or make it so."""
     _check_kind(path)
     if is_test:
         _check_is_test(path)
-    else:
+    elif not is_shared:
         _check_recipe(config, path)
     was_there = path.exists()
     path.mkdir(parents=True, exist_ok=True)

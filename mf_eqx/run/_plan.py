@@ -90,20 +90,29 @@ def describe(
 ) -> str:
     """A text: configuration, parameters, what lies where, and memory. Compiles the step, runs nothing."""
     state = eqx.filter_eval_shape(make_state)
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(eqx.filter(state.field, _is_inexact)))
-    device = jax.devices()[0]
     lines = [
         json.dumps(as_json(config), indent=2),
         "",
-        f"{type(state.field).__name__} with {parameters:,} parameters, {steps:,} steps of {stream.batch} rows from "
-        f"{stream.source.name} ({len(stream.source):,} rows)",
-        f"{jax.device_count()} x {device.device_kind} ({device.platform}), {jax.process_count()} process(es)",
+        f"{type(state.field).__name__} with {parameters(state):,} parameters, {steps:,} steps of {stream.batch} rows "
+        f"from {stream.source.name} ({len(stream.source):,} rows)",
+        devices(),
         "",
         *_placements(step, state),
         "",
-        _memory(step, state, stream),
+        memory(step, state, batch_shapes(stream)),
     ]
     return "\n".join(lines)
+
+
+def parameters(state: TrainState) -> int:
+    """How many numbers are learnt."""
+    return sum(leaf.size for leaf in jax.tree.leaves(eqx.filter(state.field, _is_inexact)))
+
+
+def devices() -> str:
+    """A line on what computes."""
+    device = jax.devices()[0]
+    return f"{jax.device_count()} x {device.device_kind} ({device.platform}), {jax.process_count()} process(es)"
 
 
 def _is_inexact(leaf: Any) -> bool:
@@ -126,10 +135,10 @@ def _placements(step: TrainStep, state: TrainState) -> list[str]:
     return [f"mesh: {mesh}", "", table(rows, ("leaf", "alike", "shape", "dtype", "spread", "bytes per device, each"))]
 
 
-def _memory(step: TrainStep, state: TrainState, stream: Stream) -> str:
-    """Bytes per device, by XLA's analysis of the compiled step."""
+def memory(step: TrainStep, state: TrainState, batch: Batch) -> str:
+    """A line on bytes per device, by XLA's analysis of the compiled step."""
     placed = state if step.parallelism is None else _with_shardings(state, step.parallelism.of_tree(state))
-    cost = compile_program(step, placed, batch_shapes(stream), donate=(0,)).cost
+    cost = compile_program(step, placed, batch, donate=(0,)).cost
     kept = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(arrays_of(state)))
     total = cost.argument_bytes + cost.output_bytes - cost.donated_bytes + cost.temporary_bytes
     return (

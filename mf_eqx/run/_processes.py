@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import ctypes
 import hashlib
 import itertools
 import json
@@ -10,7 +11,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import equinox as eqx
 import jax
@@ -168,8 +169,11 @@ class StopSignals:
     at once.
 
     With several processes, JAX passes a SIGTERM to any of them on to all, so that all stop after the same step; SIGINT
-    is turned into it. JAX keeps SIGTERM to itself then: a second one does nothing, and neither does one after training.
+    is turned into it. JAX keeps SIGTERM to itself then: a second one does nothing. After training it ends the process.
     """
+
+    _of_jax: ClassVar[int | None] = None
+    """What JAX has the system call on SIGTERM, while that is not so; None for nothing."""
 
     def __init__(self):
         self._received: int | None = None
@@ -180,9 +184,13 @@ class StopSignals:
         kept = [signal.SIGINT] if jax.process_count() > 1 else [signal.SIGINT, signal.SIGTERM]
         for number in kept:
             self._before[number] = signal.signal(number, self._receive)
+        if jax.process_count() > 1 and StopSignals._of_jax is not None:
+            _on_sigterm(StopSignals._of_jax)
         return self
 
     def __exit__(self, *_: object) -> None:
+        if jax.process_count() > 1:
+            StopSignals._of_jax = _on_sigterm(None)
         for number, handler in self._before.items():
             signal.signal(number, handler)  # pyright: ignore[reportArgumentType]
 
@@ -200,6 +208,14 @@ class StopSignals:
             return self._received
         told = multihost_utils.reached_preemption_sync_point(next(_SYNC_POINTS))
         return (self._received or signal.SIGTERM) if told else None
+
+
+def _on_sigterm(handler: int | None) -> int | None:
+    """Have the system call a C function on SIGTERM, None to end the process, and return what it called before: handlers
+    that were not set from Python are unknown to its own `signal`."""
+    library = ctypes.CDLL(None)
+    library.signal.argtypes, library.signal.restype = [ctypes.c_int, ctypes.c_void_p], ctypes.c_void_p
+    return library.signal(signal.SIGTERM, handler)
 
 
 def _name(number: int) -> str:

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import os
 from typing import Any
 
 import jax
@@ -10,9 +11,42 @@ import jax
 from .._sharding import Parallelism
 from ._directory import as_json
 
+_LEAST = {"save_every": 1, "keep_last": 1, "keep_every": 0, "log_every": 1, "preview_every": 0}
+_LEAST |= {"most_faults": 1, "fsdp": 1, "accumulation": 1, "workers": 1}
+
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class CommonSettings:
+    """How a run is kept and watched: what `Settings` and `CellSettings` have in common."""
+
+    name: str = ""
+    """Directory of the run below runs/SCRIPT; by default a digest of the configuration: the same command continues."""
+    save_every: int = 1000
+    """Steps between checkpoints; the last step is always saved."""
+    keep_last: int = 2
+    """How many of the newest checkpoints are kept."""
+    log_every: int = 50
+    """Steps between lines of metrics.jsonl, each a mean over them."""
+    most_faults: int = 10
+    """Steps in a row without a finite loss and gradient after which the run stops, at its next line of metrics. Each
+    such step changes nothing."""
+    dry_run: bool = False
+    """Print what would be trained, where everything lies and what memory it takes, and stop."""
+    test_run: bool = False
+    """Two steps of everything, in a directory of its own that each such run begins anew."""
+
+    def check(self, **least: int) -> None:
+        """Refuses values that make no run. **Arguments:** `least` values of the script's own fields, by their names.
+
+        **Raises:** `ValueError`.
+        """
+        for name, bound in (_LEAST | least).items():
+            if getattr(self, name, bound) < bound:
+                raise ValueError(f"{name} must be >= {bound}, got {getattr(self, name)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings(CommonSettings):
     """The base of a script's configuration: how a run is kept, watched and spread over devices.
 
         @dataclasses.dataclass(frozen=True)
@@ -23,21 +57,10 @@ class Settings:
     script's own must stay as they were.
     """
 
-    name: str = ""
-    """Directory of the run below runs/SCRIPT; by default a digest of the configuration: the same command continues."""
-    save_every: int = 1000
-    """Steps between checkpoints; the last step is always saved."""
-    keep_last: int = 2
-    """How many of the newest checkpoints are kept."""
     keep_every: int = 0
     """Checkpoints at multiples of it are kept for ever; 0 for none."""
-    log_every: int = 50
-    """Steps between lines of metrics.jsonl, each a mean over them."""
     preview_every: int = 1000
     """Steps between previews from fixed noise; 0 for none."""
-    most_faults: int = 10
-    """Steps in a row without a finite loss and gradient after which the run stops, at its next line of metrics. Each
-    such step changes nothing."""
     fsdp: int = 1
     """Devices that share one copy of the parameters; divides the number of devices."""
     accumulation: int = 1
@@ -46,10 +69,6 @@ class Settings:
     """Also write metrics for TensorBoard."""
     wandb: str = ""
     """Also send metrics to Weights & Biases, to this project."""
-    dry_run: bool = False
-    """Print what would be trained, where everything lies and what memory it takes, and stop."""
-    test_run: bool = False
-    """Two steps of everything, in a directory of its own that each such run begins anew."""
     coordinator: str = ""
     """HOST:PORT of the first of several processes; found by itself under SLURM, Open MPI and on TPUs."""
     processes: int = 0
@@ -57,13 +76,17 @@ class Settings:
     process: int = -1
     """Which of them this is, from 0, with --coordinator."""
 
-    def check(self) -> None:
-        """Refuses values that make no run. **Raises:** `ValueError`."""
-        least = {"save_every": 1, "keep_last": 1, "keep_every": 0, "log_every": 1, "preview_every": 0}
-        least |= {"most_faults": 1, "fsdp": 1, "accumulation": 1}
-        for name, bound in least.items():
-            if getattr(self, name) < bound:
-                raise ValueError(f"{name} must be >= {bound}, got {getattr(self, name)}")
+
+@dataclasses.dataclass(frozen=True)
+class CellSettings(CommonSettings):
+    """The base of the configuration of a script that trains many small networks side by side, by `train_cells`. None of
+    these changes what is learnt."""
+
+    log_every: int = 250
+    """Steps between lines of each cell's metrics.jsonl, each a mean over them, or a little fewer, to make equal parts.
+    A cell can be stopped after each."""
+    workers: int = max(1, min(os.cpu_count() or 1, 8))
+    """Trainings at a time."""
 
 
 def parallelism(settings: Settings) -> Parallelism | None:
@@ -75,15 +98,20 @@ def parallelism(settings: Settings) -> Parallelism | None:
 
 
 def recipe(config: Any) -> dict[str, Any]:
-    """The script's own fields, which a run that continues must share: a configuration without any `Settings`, and
-    without the number of `workers`."""
-    common = {field.name for field in dataclasses.fields(Settings)} | {"workers"}
+    """The script's own fields, which a run that continues must share: a configuration without any settings."""
+    common = {field.name for kind in (Settings, CellSettings) for field in dataclasses.fields(kind)}
     return {name: value for name, value in as_json(config).items() if name not in common}
 
 
 def default_name(config: Any) -> str:
     """The same for the same recipe, else another."""
-    return hashlib.sha256(json.dumps(recipe(config), sort_keys=True).encode()).hexdigest()[:8]
+    return digest(recipe(config))
+
+
+def digest(value: Any) -> str:
+    """Eight letters that are the same for equal values, else others: a name for what a dataclass, a dictionary or a
+    list says."""
+    return hashlib.sha256(json.dumps(as_json(value), sort_keys=True).encode()).hexdigest()[:8]
 
 
 def difference(saved: Any, wanted: Any, name: str = "") -> str | None:

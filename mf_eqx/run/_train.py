@@ -88,7 +88,18 @@ def train(
     with together(), contextlib.ExitStack() as closing:
         for logger in loggers:
             closing.callback(logger.close)
-        return _Training(config, step, make_state, stream, directory, steps, preview, shown, loggers).run(closing)
+        training = _Training(
+            config=config,
+            step=step,
+            make_state=make_state,
+            stream=stream,
+            directory=directory,
+            steps=steps,
+            preview=preview,
+            shown=shown,
+            loggers=loggers,
+        )
+        return training.run(closing)
 
 
 def _check_labels(step: TrainStep, stream: Stream) -> None:
@@ -109,27 +120,29 @@ def _loggers(config: Settings, directory: RunDirectory, start: int) -> Iterator[
         yield WandbLogger(config.wandb, str(directory.root), directory.root, recipe(config))
 
 
+@dataclasses.dataclass(kw_only=True)
 class _Training:
     """One call of `train`: what it was given, and how far it is."""
 
-    def __init__(
-        self,
-        config: Settings,
-        step: TrainStep,
-        make_state: Callable[[], TrainState],
-        stream: Stream,
-        directory: RunDirectory,
-        steps: int,
-        preview: Preview | None,
-        shown: Sequence[str],
-        loggers: Sequence[Logger],
-    ):
-        self.config, self.step, self.make_state, self.stream = config, step, make_state, stream
-        self.directory, self.steps, self.preview, self.loggers = directory, steps, preview, loggers
-        folder = directory.root / "checkpoints"
+    config: Settings
+    step: TrainStep
+    make_state: Callable[[], TrainState]
+    stream: Stream
+    directory: RunDirectory
+    steps: int
+    preview: Preview | None
+    shown: Sequence[str]
+    loggers: Sequence[Logger]
+
+    def __post_init__(self):
+        config, folder = self.config, self.directory.root / "checkpoints"
         self.checkpoints = Checkpoints(folder, keep_last=config.keep_last, keep_every=config.keep_every or None)
-        self.notes = {"config": recipe(config), "data": stream.fingerprint(), "steps": steps, "made_by": made_by()}
-        self.shown = shown
+        self.notes = {
+            "config": recipe(config),
+            "data": self.stream.fingerprint(),
+            "steps": self.steps,
+            "made_by": made_by(),
+        }
         self.watch, self.signals = Stopwatch(), StopSignals()
         self.since: list[Metrics] = []
         self.start = self.number = self.faults = self.most_in_row = 0

@@ -16,26 +16,34 @@ def ablations(experiment):
     return experiment("ablations")
 
 
-def cells(directory):
-    return [json.loads(line) for line in (directory / "eight_gaussians" / "cells.jsonl").read_text().splitlines()]
+def files(root):
+    """The directory of the only data set."""
+    (directory,) = (root / "runs").glob("*/*")
+    return directory
 
 
-def start(ablations, directory, arguments):
-    run.main(ablations.main, ablations.Config(), argv=[*arguments.split(), "--directory", str(directory)])
+def cells(root):
+    return [json.loads(line) for line in (files(root) / "cells.jsonl").read_text().splitlines()]
+
+
+def start(ablations, root, arguments):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        run.main(ablations.main, ablations.Config(), argv=arguments.split())
 
 
 @pytest.fixture(scope="module")
 def finished(ablations, tmp_path_factory):
-    directory = tmp_path_factory.mktemp("ablations")
-    start(ablations, directory, "--only 1a --seeds 1 --steps 30")
-    return directory
+    root = tmp_path_factory.mktemp("ablations")
+    start(ablations, root, "--only 1a --seeds 1 --steps 30")
+    return root
 
 
 def test_a_run_leaves_cells_a_table_and_a_figure(finished):
     assert len(cells(finished)) == 4
-    text = (finished / "eight_gaussians" / "results.md").read_text()
+    text = (files(finished) / "results.md").read_text()
     assert "Tab. 1a" in text and "328.9" in text
-    assert (finished / "eight_gaussians" / "ablations.png").stat().st_size > 0
+    assert (files(finished) / "ablations.png").stat().st_size > 0
 
 
 def test_finished_cells_are_not_trained_again(ablations, finished, capsys):
@@ -47,12 +55,25 @@ def test_finished_cells_are_not_trained_again(ablations, finished, capsys):
 
 def test_a_lost_cell_is_trained_again_with_the_same_result(ablations, finished):
     before = cells(finished)
-    path = finished / "eight_gaussians" / "cells.jsonl"
+    path = files(finished) / "cells.jsonl"
     path.write_text("".join(line + "\n" for line in path.read_text().splitlines()[:-1]))
     start(ablations, finished, "--only 1a --seeds 1 --steps 30")
     after = cells(finished)
     assert after[-1]["settings"] == before[-1]["settings"]
     np.testing.assert_allclose(after[-1]["result"]["distance"], before[-1]["result"]["distance"], rtol=1e-5)
+
+
+def test_every_cell_has_metrics_of_its_own(finished):
+    found = {path.parent.name for path in files(finished).glob("cells/*/metrics.jsonl")}
+    assert len(found) == 4 and any(name.startswith("share_1.0_seed_0_") for name in found)
+    assert (files(finished) / "summary.json").exists()
+
+
+@pytest.mark.slow
+def test_a_test_run_is_short_and_keeps_away_from_the_results(ablations, tmp_path):
+    start(ablations, tmp_path, "--only 1a --seeds 1 --test-run")
+    assert files(tmp_path).name == "eight_gaussians-test"
+    assert {cell["settings"]["steps"] for cell in cells(tmp_path)} == {2}
 
 
 def test_tables_share_the_cell_in_the_centre(ablations):
@@ -70,7 +91,7 @@ def test_settings_that_are_equal_are_one_key(ablations):
 
 def test_another_recipe_is_another_key(ablations):
     keys = [
-        ablations.key_of(ablations.Config(), ablations.eight_gaussians(steps), ablations.Setting(), 0)
+        ablations.key_of(ablations.Config(), ablations.eight_gaussians(steps), ablations.Cell(ablations.Setting(), 0))
         for steps in (1, 2)
     ]
     assert keys[0] != keys[1]
@@ -79,7 +100,7 @@ def test_another_recipe_is_another_key(ablations):
 
 def test_tables_of_earlier_calls_stay_in_the_files(ablations, finished):
     start(ablations, finished, "--only 1b --seeds 1 --steps 30")
-    text = (finished / "eight_gaussians" / "results.md").read_text()
+    text = (files(finished) / "results.md").read_text()
     assert "Tab. 1a" in text and "Tab. 1b" in text and "Tab. 1c" not in text
 
 
@@ -131,6 +152,7 @@ def test_digits_have_a_recipe_of_the_same_kind(ablations):
         ("--seeds 0", "--seeds must be >= 1, got 0"),
         ("--steps 0", "--steps must be >= 1, got 0"),
         ("--data cifar", "data"),
+        ("--workers 0", "--workers must be >= 1, got 0"),
     ],
 )
 def test_bad_input_ends_in_one_line(ablations, arguments, message, capsys, tmp_path):

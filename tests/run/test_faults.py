@@ -178,8 +178,7 @@ def test_on_a_full_file_system_the_run_stops_and_with_space_again_ends_as_ever(u
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(reason="threads of Orbax write tracebacks", strict=False)
-def test_a_full_file_system_is_one_line(small_disk):
+def test_a_full_file_system_is_one_line_and_nothing_of_the_threads_that_met_it(small_disk):
     assert "could not be saved" in error_line(trained(small_disk[0], *FILLING))
 
 
@@ -293,6 +292,17 @@ def test_a_signal_to_one_of_two_processes_stops_both_at_the_same_step(victim, on
     assert (only_run(tmp_path) / "checkpoints" / f"{int(step):08}.json").exists()
     assert trained(tmp_path, *SHARDED).code == 0  # by one process
     assert_same(losses(tmp_path), one_device)
+
+
+@pytest.mark.slow
+def test_after_training_together_a_signal_ends_a_process_at_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("LINGER", "120")
+    processes = start_together(tmp_path, 2, *SHARDED)
+    wait_for(tmp_path, "trained", *processes)
+    time.sleep(1)  # for the one that does not write the file
+    for process in processes:
+        process.send_signal(signal.SIGTERM)
+    assert [ended(process, timeout=10).code for process in processes] == [-signal.SIGTERM] * 2
 
 
 @pytest.mark.slow

@@ -65,6 +65,15 @@ def test_another_recipe_of_that_name_is_refused_with_what_differs(tmp_path):
     )
 
 
+def test_a_shared_directory_is_that_of_all_configurations(tmp_path):
+    for rate in (0.1, 0.2):
+        with run.opened(Config(rate=rate), root=tmp_path, script="toys", shared="cells") as directory:
+            assert directory.root == tmp_path / "toys" / "cells"
+    assert len((directory.root / "starts.jsonl").read_text().splitlines()) == 2
+    with run.opened(Config(test_run=True), root=tmp_path, script="toys", shared="cells") as directory:
+        assert directory.root == tmp_path / "toys" / "cells-test"
+
+
 def test_a_directory_of_something_else_is_refused(tmp_path):
     (tmp_path / "toys" / "a").mkdir(parents=True)
     (tmp_path / "toys" / "a" / "precious.txt").write_text("data")

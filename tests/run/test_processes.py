@@ -175,3 +175,15 @@ def test_a_stop_says_signal_and_step():
     stopped = run.Stopped(signal.SIGTERM, 7)
     assert str(stopped) == "stopped by SIGTERM after step 7; the same command continues"
     assert stopped.signal == 15
+
+
+def test_a_handler_that_is_put_back_is_called_again():
+    heard = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: heard.append(number))
+    try:
+        handler = _processes._on_sigterm(None)
+        assert _processes._on_sigterm(handler) is None
+        os.kill(os.getpid(), signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert heard == [signal.SIGTERM]

@@ -26,7 +26,7 @@ CHANGED = {
     "coordinator": "a:1",
     **dict.fromkeys(["tensorboard", "dry_run", "test_run"], True),
     **dict.fromkeys(["save_every", "keep_last", "keep_every", "log_every", "preview_every"], 7),
-    **dict.fromkeys(["most_faults", "fsdp", "accumulation", "processes", "process"], 7),
+    **dict.fromkeys(["most_faults", "fsdp", "accumulation", "processes", "process", "workers"], 77),
 }
 
 
@@ -39,6 +39,31 @@ def test_no_setting_changes_the_default_name(field):
     changed = Config(**{field: CHANGED[field]})
     assert changed != Config()
     assert default_name(changed) == default_name(Config())
+
+
+@dataclasses.dataclass(frozen=True)
+class Cells(run.CellSettings):
+    steps: int = 10
+
+
+@pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(run.CellSettings)])
+def test_no_setting_of_cells_changes_the_default_name(field):
+    changed = Cells(**{field: CHANGED[field]})
+    assert changed != Cells()
+    assert default_name(changed) == default_name(Cells())
+
+
+@pytest.mark.parametrize("kind", [Config, Cells])
+@pytest.mark.parametrize("field", ["save_every", "keep_last", "log_every", "most_faults", "fsdp", "workers"])
+def test_a_setting_that_makes_no_run_is_refused(kind, field):
+    if field in {field.name for field in dataclasses.fields(kind)}:
+        with pytest.raises(ValueError, match=f"{field} must be >= 1, got 0"):
+            kind(**{field: 0}).check()
+
+
+def test_a_digest_is_the_same_for_equal_values_only():
+    assert run.digest({"a": 1, "b": Inner()}) == run.digest({"b": Inner(), "a": 1})
+    assert run.digest({"a": 1}) != run.digest({"a": 1.0}) != run.digest({"a": 2})
 
 
 @pytest.mark.parametrize(
@@ -96,3 +121,11 @@ def test_one_device_needs_no_parallelism():
 def test_fsdp_that_does_not_divide_the_devices_is_refused():
     with pytest.raises(ValueError, match="fsdp must divide the number of devices"):
         run.parallelism(Config(fsdp=jax.device_count() + 1))
+
+
+def test_fields_of_the_script_are_checked_with_the_settings():
+    Config(steps=3).check(steps=3)
+    with pytest.raises(ValueError, match="steps must be >= 4, got 3"):
+        Config(steps=3).check(steps=4)
+    with pytest.raises(ValueError, match="save_every must be >= 1, got 0"):
+        Config(save_every=0).check(steps=4)

@@ -1,0 +1,294 @@
+"""Many small trainings of one run, side by side: the cells of a table.
+
+    trainings = {cell: run.Training(name, step, make_field, draw, steps, key) for cell in ...}
+    with run.opened(config) as directory:
+        run.announce(config, trainings, directory)                                 a dry run ends here
+        results = run.train_cells(config, trainings, judge, directory)
+
+directory/cells/NAME/metrics.jsonl   a line per part of a training
+                     checkpoints/
+          summary.json               where the time went, of all cells together
+
+Each training runs as `mf_eqx.scan_steps` in parts; after each it can be stopped, and from there the same command goes
+on to the same results, bit by bit. A finished training is not begun again, only judged.
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+import re
+import threading
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from typing import NamedTuple, TypeVar
+
+import equinox as eqx
+import jax
+import jax.random as jr
+from jaxtyping import Array, Key
+
+from .._field import AbstractField
+from .._objective import Batch, Metrics
+from .._train import init_state, scan_steps, TrainState, TrainStep
+from ..checkpoint import Checkpoints
+from ._directory import as_json, RunDirectory
+from ._parallel import in_parallel
+from ._plan import devices, memory, parameters
+from ._processes import Stopped, StopSignals, tell
+from ._progress import Progress
+from ._settings import CellSettings
+from ._stopwatch import added, Stopwatch
+from ._table import table
+from ._train import NonFinite
+
+_Cell = TypeVar("_Cell")
+_Result = TypeVar("_Result")
+
+_PARTS = ("start", "compile", "save", "log", "judge")
+_SAVING = threading.Lock()
+"""Orbax saves for one thread at a time: of two, one finds its files already there."""
+
+
+class Training(NamedTuple):
+    """A small training.
+
+    **Arguments:** `name` any text, after which its directory is named; `step`, without parallelism; `make_field` makes
+    the network; `draw` a function from a key to a `Batch`, as of `mf_eqx.scan_steps`: a Module rather than a lambda;
+    `steps` in all; `key` of all that is random in them.
+    """
+
+    name: str
+    step: TrainStep
+    make_field: Callable[[], AbstractField]
+    draw: Callable[[Key[Array, ""]], Batch]
+    steps: int
+    key: Key[Array, ""]
+
+    def make_state(self) -> TrainState:
+        """The state before the first step."""
+        return init_state(self.make_field(), self.step.optimizer, self.step.averages, key=self.key)
+
+
+def announce(config: CellSettings, trainings: Mapping[_Cell, Training | None], directory: RunDirectory) -> None:
+    """Tell what was done before, if there was anything. A dry run tells what would be trained, and ends.
+
+    **Arguments:** as of `train_cells`.
+
+    **Raises:** `SystemExit` after `config.dry_run` has printed its plan.
+    """
+    config, trainings = _asked(config, trainings)
+    asked = _trained(trainings.values())
+    done = [_done(training, _folder(training, directory)) for training in asked]
+    if config.dry_run:
+        tell(_describe(config, asked, done))
+        raise SystemExit(0)
+    if any(done):
+        finished = sum(number == training.steps for number, training in zip(done, asked, strict=True))
+        begun = sum(number > 0 for number in done) - finished
+        tell(f"{directory.root}: continues; of {len(asked)} trainings, {finished} are finished and {begun} begun")
+
+
+def train_cells(
+    config: CellSettings,
+    trainings: Mapping[_Cell, Training | None],
+    judge: Callable[[_Cell, TrainState | None], _Result],
+    directory: RunDirectory,
+    *,
+    note: Callable[[_Cell, _Result], str] | None = None,
+    shown: Sequence[str] = ("boundary_error", "identity_error"),
+) -> dict[_Cell, _Result]:
+    """The cells with their results, from so many threads as `config.workers` says.
+
+    A training goes on from its newest good checkpoint. A signal, or an error in one cell, ends the others after the
+    part that they are at, which is saved.
+
+    **Arguments:**
+
+    - `config`: its settings are used here.
+    - `trainings`: of each cell, by whatever tells cells apart; None for one that is only judged. Started in this order:
+      put those that compile the same program apart, or two threads compile it at once.
+    - `judge`: from a cell and its last state (None for one without a training) to its result. Called in the threads,
+      for every cell whenever the command runs.
+    - `directory`: from `opened`.
+    - `note`: from a cell and its result to a line that is shown. Called in the main thread, as cells are finished.
+    - `shown`: metrics of the progress line.
+
+    **Raises:** `Stopped` after SIGTERM or SIGINT; `NonFinite` after `config.most_faults` bad steps in a row;
+    `CheckpointError`; `ValueError` if a setting makes no run or two trainings have one name; any error of `judge`.
+    """
+    config, trainings = _asked(config, trainings)
+    steps = sum(training.steps for training in _trained(trainings.values()))
+    with StopSignals() as signals, Progress(steps, shown=shown) as progress:
+        at_work = {cell: _AtWork(config, one, directory, signals, progress) for cell, one in trainings.items()}
+        before = Stopwatch(began=directory.opened).seconds()["wall"]
+        results: dict[_Cell, _Result] = {}
+        parts = in_parallel(
+            lambda cell: at_work[cell].run(lambda state: judge(cell, state)),
+            list(trainings),
+            workers=config.workers,
+            progress=progress,
+        )
+        try:
+            with contextlib.closing(parts):  # an error in `note` must end the threads, too
+                for cell, result in parts:
+                    results[cell] = result
+                    if note is not None:
+                        progress.note(note(cell, result))
+            _obey(signals, 0)
+        except Stopped as stopped:
+            raise Stopped(stopped.signal, sum(each.done for each in at_work.values())) from None
+        finally:
+            with contextlib.suppress(OSError):  # a full disk is told by whatever could not be written before
+                _summarise(directory, at_work.values(), before)
+    return {cell: results[cell] for cell in trainings}
+
+
+def _asked(
+    config: CellSettings, trainings: Mapping[_Cell, Training | None]
+) -> tuple[CellSettings, dict[_Cell, Training | None]]:
+    """What is done, in a test run little."""
+    config.check()
+    names = [_name(training) for training in _trained(trainings.values())]
+    if len(set(names)) < len(names):
+        raise ValueError(f"names of trainings must differ, got {max(names, key=names.count)} twice")
+    if not config.test_run:
+        return config, dict(trainings)
+    few = {cell: one and one._replace(steps=min(one.steps, 2)) for cell, one in trainings.items()}
+    return dataclasses.replace(config, save_every=1, log_every=1), few
+
+
+def _trained(trainings: Iterable[Training | None]) -> list[Training]:
+    """Without the cells that are only judged."""
+    return [training for training in trainings if training is not None]
+
+
+def _name(training: Training) -> str:
+    """Of its directory."""
+    return re.sub(r"[^\w.+-]+", "_", training.name)
+
+
+def _folder(training: Training, directory: RunDirectory) -> RunDirectory:
+    return RunDirectory(directory.root / "cells" / _name(training))
+
+
+def _done(training: Training, folder: RunDirectory) -> int:
+    """Steps that a training need not do again, if their checkpoint is good."""
+    return min(max(Checkpoints(folder.root / "checkpoints").steps(), default=0), training.steps)
+
+
+def _describe(config: CellSettings, trainings: Sequence[Training], done: Sequence[int]) -> str:
+    """A text: configuration, trainings, and the memory of one, the largest. Compiles its step, runs nothing."""
+    states = [eqx.filter_eval_shape(training.make_state) for training in trainings]
+    rows = [
+        (_name(training), type(state.field).__name__, parameters(state), training.steps, steps)
+        for training, state, steps in zip(trainings, states, done, strict=True)
+    ]
+    lines = [json.dumps(as_json(config), indent=2), "", devices()]
+    if trainings:
+        training, state = max(zip(trainings, states, strict=True), key=lambda pair: parameters(pair[1]))
+        batch = eqx.filter_eval_shape(training.draw, jax.eval_shape(lambda: jr.key(0)))
+        lines += ["", table(rows, ("cell", "network", "parameters", "steps", "done")), ""]
+        lines += [f"{config.workers} at a time; {_name(training)}: {memory(training.step, state, batch)}"]
+    return "\n".join(lines)
+
+
+def _obey(signals: StopSignals, step: int) -> None:
+    if (signal := signals.received()) is not None:
+        raise Stopped(signal, step)
+
+
+@dataclasses.dataclass
+class _AtWork:
+    """One cell in its thread: what it was given, and how far it is."""
+
+    config: CellSettings
+    training: Training | None
+    directory: RunDirectory
+    signals: StopSignals
+    progress: Progress
+    start: int = 0
+    done: int = 0
+    saved: int = 0
+    seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+
+    def run(self, judge: Callable[[TrainState | None], _Result]) -> Generator[tuple[int, Metrics], None, _Result]:
+        """The result, after reports of the steps."""
+        self.watch = Stopwatch(parts=_PARTS)
+        try:
+            _obey(self.signals, 0)
+            state = None if self.training is None else (yield from self._train(self.training))
+            with self.watch.part("judge"):
+                return judge(state)
+        finally:
+            self.seconds = self.watch.seconds()
+
+    def _train(self, training: Training) -> Generator[tuple[int, Metrics], None, TrainState]:
+        """The last state, after reports of the steps."""
+        self.folder = _folder(training, self.directory)
+        self.checkpoints = Checkpoints(self.folder.root / "checkpoints", keep_last=self.config.keep_last)
+        with self.watch.part("start"):
+            state = self._begin(training)
+        if self.start:
+            yield self.start, {}
+        while self.done < training.steps:
+            before = self.done
+            state, metrics = self._part(training, state)
+            try:
+                yield self.done - before, metrics
+            except GeneratorExit:  # another cell ends the run
+                self._save(state)
+                raise
+        self._check_faults(state)
+        return state
+
+    def _begin(self, training: Training) -> TrainState:
+        """The state to go on from."""
+        self.checkpoints.clean()
+        restored = self.checkpoints.load(training.make_state)
+        if restored is not None:
+            for number, reason in restored.passed_over.items():
+                self.progress.note(f"{self.checkpoints.path(number)}: passed over, because {reason}")
+            self.start = self.done = self.saved = restored.step
+        self.folder.drop_records_after(self.start)
+        return training.make_state() if restored is None else restored.state
+
+    def _part(self, training: Training, state: TrainState) -> tuple[TrainState, Metrics]:
+        """Some steps, and whatever is due after them."""
+        # Equal parts but for the last: each other number of steps compiles a program of its own.
+        size = math.ceil(training.steps / math.ceil(training.steps / self.config.log_every))
+        before, self.done = self.done, min((self.done // size + 1) * size, training.steps)
+        with self.watch.compiling():
+            state, metrics = scan_steps(training.step, state, training.draw, self.done - before)
+            jax.block_until_ready(metrics)
+        with self.watch.part("log"):
+            self.folder.log(self.done, metrics)
+        is_due = self.done // self.config.save_every > before // self.config.save_every
+        if is_due or self.done == training.steps or self.signals.received() is not None:
+            self._save(state)
+        self._check_faults(state)
+        _obey(self.signals, self.done)
+        return state, metrics
+
+    def _save(self, state: TrainState) -> None:
+        if self.saved < self.done:
+            with self.watch.part("save"), _SAVING:
+                self.checkpoints.save(self.done, state)
+                self.checkpoints.wait()
+            self.saved = self.done
+
+    def _check_faults(self, state: TrainState) -> None:
+        if (bad := int(state.faults.in_row)) >= self.config.most_faults:
+            self._save(state)
+            raise NonFinite(
+                f"{bad} steps in a row up to step {self.done} had no finite loss and gradient; "
+                f"{self.checkpoints.path(self.done)} is finite"
+            )
+
+
+def _summarise(directory: RunDirectory, cells: Iterable[_AtWork], before: float) -> None:
+    """Add to summary.json where the time went, in the threads and before there were any."""
+    start, done = (sum(getattr(cell, name) for cell in cells) for name in ("start", "done"))
+    if done > start:
+        seconds = added(cell.seconds for cell in cells)
+        more = {"start": seconds["start"] + before, "wall": seconds["wall"] + before}
+        directory.add_session(start, done, {**seconds, **more})
