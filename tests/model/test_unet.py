@@ -1,0 +1,507 @@
+import functools
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+from fields import FusedAttention, quick_jit
+
+import mf_eqx as mfx
+from mf_eqx import nn, run
+
+SMALL = mfx.UNetSize(width=8, multipliers=(1, 2), blocks=2, attention=(4,))
+FLAT = mfx.UNetSize(width=8, multipliers=(1,), blocks=2, attention=())  # one resolution, with stacks of 2 and 3 blocks
+FRESH = mfx.UNetSize(width=32, multipliers=(1, 2), blocks=1, attention=(4,))
+SHAPE = (3, 8, 4)  # height and width differ, so that neither can stand for the other
+R, T, LABEL, NULL = 0.3, 0.8, 1, 4
+
+
+def shapes(shape=SHAPE, size=SMALL, **options):
+    return eqx.filter_eval_shape(lambda key: mfx.UNet(shape, size, **options, key=key), jr.key(0))
+
+
+@functools.cache
+def small(shape=SHAPE, size=SMALL, *, labels=NULL, augmentation=6, **options):
+    """Without the initialisation, which takes long to compile, and of whose branches nothing would be seen."""
+    draws = np.random.default_rng(0)
+
+    def draw(path, leaf):
+        if not hasattr(leaf, "dtype"):
+            return leaf
+        numbers = draws.standard_normal(leaf.shape)
+        name = jax.tree_util.keystr(path)
+        if leaf.ndim >= 4 and name.endswith("weight"):
+            numbers /= np.sqrt(np.prod(leaf.shape[-3:]))
+        elif name.endswith(("weight", "table", "augmentation")) and "norm" not in name:
+            numbers /= np.sqrt(leaf.shape[-2])
+        else:
+            numbers = 0.1 * numbers + name.endswith("weight")
+        return jnp.asarray(numbers, jnp.float32)
+
+    made = shapes(shape, size, labels=labels, augmentation=augmentation, **options)
+    return jax.tree_util.tree_map_with_path(draw, made)
+
+
+@functools.cache
+def fresh():
+    build = quick_jit(lambda key: eqx.filter(mfx.UNet(SHAPE, FRESH, augmentation=6, key=key), eqx.is_array))
+    rest = eqx.filter(shapes(size=FRESH, augmentation=6), lambda leaf: not hasattr(leaf, "dtype"))
+    return eqx.combine(build(jr.key(0)), rest)
+
+
+def small64(*arguments, **options):
+    """To be built inside float64."""
+    return nn.cast(small(*arguments, dtype=jnp.float64, **options), jnp.float64)
+
+
+def inputs(rows=()):
+    """(z, r, t, condition), or as many of them as `rows` says, in the default precision."""
+    z = jr.normal(jr.key(2), (*rows, *SHAPE))
+    r, t = jnp.sort(jr.uniform(jr.key(3), (2, *rows)), axis=0) if rows else (jnp.asarray(R), jnp.asarray(T))
+    label = jnp.arange(rows[0]) % (NULL + 1) if rows else jnp.asarray(LABEL)
+    return z, r, t, mfx.UNetCondition(label, jr.normal(jr.key(4), (*rows, 6)))
+
+
+@functools.cache
+def evaluator(**options):
+    """A small field as a compiled function of its inputs, all of one row."""
+    field = small(**options)
+    return quick_jit(lambda *inputs, key=None: field(*inputs, key=key))
+
+
+def compiled(function, field):
+    """`function(field)`, compiled with the arrays of `field` as inputs."""
+    arrays, rest = eqx.partition(field, eqx.is_array)
+    return quick_jit(lambda arrays: function(eqx.combine(arrays, rest)))(arrays)
+
+
+def parameters(field):
+    """Arrays by their paths."""
+    leaves = jax.tree_util.tree_leaves_with_path(field)
+    return {jax.tree_util.keystr(path): leaf for path, leaf in leaves if hasattr(leaf, "dtype")}
+
+
+def largest_difference(a, b):
+    """Relative to the largest value."""
+    return float(jnp.abs(jnp.asarray(a) - b).max() / jnp.abs(b).max())
+
+
+# Size and start. (Parity with torch is in tests/parity.)
+
+
+def cifar10(**options):
+    """Shapes of the paper's network."""
+    return shapes((3, 32, 32), mfx.UNET_CIFAR10, dropout=0.2, **options)
+
+
+@pytest.mark.parametrize(("augmentation", "count"), [(6, 55_932_419), (0, 55_929_347)])
+def test_preset_has_exactly_the_parameters_of_the_paper(augmentation, count):
+    assert sum(leaf.size for leaf in parameters(cifar10(augmentation=augmentation)).values()) == count
+
+
+def test_preset_is_the_paper_s():
+    assert tuple(mfx.UNET_CIFAR10) == (128, (2, 2, 2), 4, (16,))
+
+
+def products_by_hand():
+    """Multiply-adds of one pass of `UNET_CIFAR10`, from the paper's list of its blocks."""
+    width, wide, embedded = 128, 256, 512
+
+    def block(inputs, pixels, *, resampled=False, attention=False):
+        first_skip = wide * inputs if inputs != wide or resampled else 0
+        products = pixels * (9 * inputs * wide + first_skip + 9 * wide * wide) + embedded * wide
+        return products + attention * (4 * pixels * wide**2 + 2 * pixels**2 * wide)
+
+    going_down = [block(width, 1024), *3 * [block(wide, 1024)]]
+    going_down += [block(wide, 256, resampled=True), *4 * [block(wide, 256, attention=True)]]
+    going_down += [block(wide, 64, resampled=True), *4 * [block(wide, 64)]]
+    middle = [block(wide, 64, attention=True), block(wide, 64)]
+    going_up = 5 * [block(2 * wide, 64)]
+    going_up += [block(wide, 256, resampled=True), *4 * [block(2 * wide, 256)], block(2 * wide, 256, attention=True)]
+    going_up += [block(wide, 1024, resampled=True), *4 * [block(2 * wide, 1024)], block(wide + width, 1024)]
+    ends = 1024 * 9 * 3 * (width + wide)
+    return sum(going_down + middle + going_up) + ends + 2 * embedded**2
+
+
+def test_preset_costs_the_multiply_adds_of_its_blocks():
+    time = jax.ShapeDtypeStruct((), jnp.float32)
+    z = jax.ShapeDtypeStruct((3, 32, 32), jnp.float32)
+    flops = run.product_flops(lambda field, *inputs: field(*inputs), cifar10(), z, time, time)
+    assert products_by_hand() == pytest.approx(21.17e9, rel=1e-3)
+    assert flops / 2 == pytest.approx(products_by_hand(), rel=1e-3)
+
+
+def test_fresh_field_outputs_almost_zero_but_not_zero():
+    field = fresh()
+    largest = float(jnp.abs(quick_jit(lambda *inputs: field(*inputs))(*inputs()[:3])).max())
+    assert 1e-7 < largest < 1e-4
+
+
+def fans(path, shape):
+    """Numbers in and out of a layer."""
+    if ".conv" in path or "skip" in path or path in (".first.weight", ".last.weight"):
+        outputs, inputs, *kernel = shape[-4:]
+        return inputs * np.prod(kernel), outputs * np.prod(kernel)
+    return shape[-2:]
+
+
+def test_fresh_weights_are_xavier_uniform_and_small_where_branches_end():
+    layers = (".weight", ".augmentation")
+    found = {p: leaf for p, leaf in parameters(fresh()).items() if p.endswith(layers) and "norm" not in p}
+    for path, leaf in found.items():
+        bound = np.sqrt(6 / np.sum(fans(path, leaf.shape)))
+        bound *= 1e-5 if ".conv_2." in path or "attention.out." in path or path == ".last.weight" else 1
+        bound *= np.sqrt(0.2) if ".qkv." in path else 1
+        assert 0.95 * bound < np.abs(leaf).max() <= 1.0001 * bound, path
+        assert np.std(leaf) == pytest.approx(bound / np.sqrt(3), rel=0.1), path
+    assert len(found) > 20
+
+
+def test_only_biases_start_at_zero():
+    found = parameters(fresh())
+    assert {path for path, leaf in found.items() if not leaf.any()} == {p for p in found if p.endswith(".bias")}
+
+
+# Conditions
+
+
+def test_unconditional_field_takes_none():
+    z, r, t, _ = inputs()
+    evaluate = evaluator(labels=None, augmentation=0)
+    np.testing.assert_array_equal(evaluate(z, r, t, None), evaluate(z, r, t, mfx.UNetCondition()))
+
+
+def test_label_and_null_label_change_the_output():
+    z, r, t, condition = inputs()
+    assert small().null_label == NULL
+    labels = (jnp.asarray(label) for label in (0, 3, NULL))
+    outputs = [evaluator()(z, r, t, condition._replace(label=label)) for label in labels]
+    for i in range(3):
+        assert largest_difference(outputs[i], outputs[i - 1]) > 0.01
+
+
+def test_label_alone_is_a_condition_without_augmentation():
+    z, r, t, condition = inputs()
+    forms = condition.label, mfx.UNetCondition(condition.label), condition._replace(augmentation=jnp.zeros(6))
+    alone, without, zeros = (evaluator()(z, r, t, form) for form in forms)
+    np.testing.assert_array_equal(alone, without)
+    np.testing.assert_allclose(zeros, without, rtol=1e-5, atol=1e-6)
+    assert largest_difference(evaluator()(*inputs()), without) > 0.01
+
+
+def test_each_number_of_the_augmentation_changes_the_output():
+    z, r, t, condition = inputs()
+    before = evaluator()(*inputs())
+    for number in range(6):
+        other = condition._replace(augmentation=condition.augmentation.at[number].add(1.0))
+        assert largest_difference(evaluator()(z, r, t, other), before) > 1e-3
+
+
+@pytest.mark.parametrize("variables", [nn.end_start, nn.end_duration, nn.end_start_duration, nn.duration])
+def test_every_embedding_of_table_1c_can_be_chosen(variables):
+    embedding = small(time_variables=variables).embedding
+    _, r, t, condition = inputs()
+    assert largest_difference(embedding(r + 0.1, t, condition), embedding(r, t, condition)) > 1e-3
+    assert embedding.hidden.weight.shape[0] == len(variables(r, t)) * 2 * SMALL.width
+
+
+# Geometry
+
+
+def test_image_and_weights_turned_over_give_the_result_turned_over(x64):
+    # Height and width play the same part; attention is placed by rows.
+    field, other = (
+        small64(shape, SMALL._replace(blocks=1, attention=rows)) for shape, rows in ((SHAPE, (4,)), ((3, 4, 8), (2,)))
+    )
+    z, r, t, condition = inputs()
+
+    def evaluate(field):
+        kernels = jax.tree.map(lambda leaf: leaf.mT if eqx.is_array(leaf) and leaf.ndim >= 4 else leaf, field)
+        turned = jax.tree.unflatten(jax.tree.structure(other), jax.tree.leaves(kernels))
+        return field(z, r, t, condition), turned(z.mT, r, t, condition).mT
+
+    expected, found = compiled(evaluate, field)
+    np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-12)
+    assert float(jnp.abs(expected).max()) > 0.1
+
+
+def test_three_resolutions_and_attention_nowhere_but_in_the_middle():
+    field = small((2, 4, 12), SMALL._replace(multipliers=(1, 2, 1), blocks=1, attention=()), labels=None)
+    attentions = [path for path in parameters(field) if "qkv.weight" in path]
+    assert len(attentions) == 1 and attentions[0].startswith(".middle[0]")
+    state, time = jax.ShapeDtypeStruct((2, 4, 12), jnp.float32), jax.ShapeDtypeStruct((), jnp.float32)
+    assert jax.eval_shape(lambda *inputs: field(*inputs), state, time, time).shape == (2, 4, 12)
+
+
+# Derivatives
+
+
+@pytest.mark.slow
+def test_scan_unrolled_and_remat_agree_in_values_and_gradients(x64):
+    rows = inputs((2,))
+
+    def everything(field):
+        def loss(field):
+            derivative = functools.partial(mfx.total_derivative, field, key=jr.key(7))
+            u, dudt = jax.vmap(lambda z, r, t, c: derivative(z, z, r, t, c))(*rows)
+            return jnp.mean(jnp.sin(u)), (u, dudt)
+
+        (_, values), gradient = eqx.filter_value_and_grad(loss, has_aux=True)(field)
+        return values, jax.tree.leaves(gradient)
+
+    forms = ({}, {"unroll": True}, {"remat": True})
+    results = [compiled(everything, small64(SHAPE, FLAT, dropout=0.5, **form)) for form in forms]
+    for result in results[1:]:
+        for leaf, expected in zip(jax.tree.leaves(result), jax.tree.leaves(results[0]), strict=True):
+            np.testing.assert_allclose(leaf, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_total_derivative_with_dropout_equals_central_finite_differences(x64):
+    # Only if the mask is the same in u and in du/dt. (Without dropout, tests/parity compares with torch.)
+    key = jr.key(7)
+    z, r, t, condition = inputs()
+    v = jr.normal(jr.key(5), SHAPE)
+
+    def both(field):
+        def along(step):
+            return field(z + step * v, r, t + step, condition, key=key)
+
+        near = jax.lax.map(along, jnp.asarray([-1e-5, 0, 1e-5]))
+        return mfx.total_derivative(field, z, v, r, t, condition, key=key), (near[1], (near[2] - near[0]) / 2e-5)
+
+    (u, dudt), (value, difference) = compiled(both, small64(SHAPE, FLAT, dropout=0.5))
+    np.testing.assert_allclose(dudt, difference, rtol=1e-7, atol=1e-8)
+    np.testing.assert_allclose(u, value, rtol=1e-12)
+    assert float(jnp.abs(dudt).max()) > 0.1
+
+
+def test_derivative_in_r_equals_central_finite_differences(x64):
+    z, r, t, condition = inputs()
+
+    def both(field):
+        derivative = jax.jvp(lambda r: field(z, r, t, condition), (r,), (jnp.ones(()),))[1]
+        before, after = jax.lax.map(lambda r: field(z, r, t, condition), r + jnp.asarray([-1e-5, 1e-5]))
+        return derivative, (after - before) / 2e-5
+
+    derivative, difference = compiled(both, small64(SHAPE, FLAT))
+    np.testing.assert_allclose(derivative, difference, rtol=1e-6, atol=1e-9)
+    assert float(jnp.abs(derivative).max()) > 1e-3
+
+
+def gradients(field):
+    """Of a training loss."""
+    z, _, _, condition = inputs((8,))
+    batch = mfx.Batch(z, condition)
+    return eqx.filter_grad(lambda field: mfx.Objective()(field, batch, key=jr.key(6))[0])(field)
+
+
+@pytest.mark.slow
+def test_every_parameter_gets_a_finite_gradient_that_is_not_zero(x64):
+    z, r, t, condition = inputs((NULL + 1,))
+
+    def gradient(field):
+        rows = jax.vmap(lambda field, *row: field(*row), (None, 0, 0, 0, 0))
+        return eqx.filter_grad(lambda field: jnp.mean(jnp.sin(rows(field, z, r, t, condition))))(field)
+
+    found = parameters(compiled(gradient, small64(SHAPE, FRESH._replace(width=8))))
+    for path, leaf in found.items():
+        if path.endswith("qkv.bias"):
+            # A bias of the keys shifts all logits of a query alike, which the softmax takes away again.
+            queries, keys, values = jnp.split(leaf, 3, axis=-1)
+            assert float(jnp.abs(keys).max()) < 1e-12 * float(jnp.abs(values).max())
+            leaf = jnp.stack([queries, values])
+        assert bool(jnp.isfinite(leaf).all() & (leaf != 0).all()), path
+
+
+@pytest.mark.slow
+def test_derivative_with_a_fused_kernel_is_that_with_xla_attention(x64):
+    z, r, t, condition = inputs()
+
+    def derivative(**options):
+        field = small64(SHAPE, FLAT, **options)
+        return compiled(lambda field: mfx.total_derivative(field, z, z, r, t, condition), field)
+
+    expected = derivative()
+    np.testing.assert_allclose(derivative(attention=FusedAttention()), expected, rtol=1e-9, atol=1e-12)
+    assert largest_difference(derivative(attention=FusedAttention(2.0))[0], expected[0]) > 1e-3
+
+
+# Dropout
+
+
+def test_no_key_is_no_dropout():
+    np.testing.assert_array_equal(evaluator(dropout=0.5)(*inputs()), evaluator()(*inputs()))
+
+
+def test_same_key_drops_the_same_and_another_key_something_else():
+    evaluate = evaluator(dropout=0.5)
+    first, again, other = (evaluate(*inputs(), key=jr.key(seed)) for seed in (1, 1, 2))
+    np.testing.assert_array_equal(first, again)
+    assert largest_difference(other, first) > 0.01
+    assert largest_difference(evaluate(*inputs()), first) > 0.01
+
+
+def test_without_a_rate_a_key_changes_nothing():
+    np.testing.assert_allclose(evaluator()(*inputs(), key=jr.key(1)), evaluator()(*inputs()), rtol=1e-5, atol=1e-6)
+
+
+def test_rows_of_a_batch_drop_by_their_own_keys():
+    keys, evaluate = jr.split(jr.key(1), 2), evaluator(dropout=0.5)
+    rows = jax.vmap(lambda key: evaluate(*inputs(), key=key))(keys)
+    for row, key in zip(rows, keys, strict=True):
+        np.testing.assert_allclose(row, evaluate(*inputs(), key=key), rtol=1e-4, atol=1e-5)
+    assert largest_difference(*rows) > 0.01
+
+
+def test_every_block_draws_a_mask_of_its_own_at_the_rate_that_was_given(monkeypatch):
+    seen, rates = [], set()
+
+    def drop(self, x, *, key, inference):
+        rates.add(self.p)
+        jax.debug.callback(lambda numbers: seen.append(tuple(numbers.tolist())), jr.key_data(key))
+        return x
+
+    monkeypatch.setattr(eqx.nn.Dropout, "__call__", drop)
+    field = small(SHAPE, FLAT, dropout=0.2)
+    jax.block_until_ready(quick_jit(lambda *inputs: field(*inputs, key=jr.key(0)))(*inputs()))
+    jax.effects_barrier()
+    going_down, middle, going_up = 2, 2, 3
+    assert len(set(seen)) == len(seen) == going_down + middle + going_up
+    assert rates == {0.2}
+
+
+# Precision
+
+
+def test_bfloat16_compute_leaves_the_output_and_the_gradients_in_float32():
+    field = small(dtype=jnp.bfloat16)
+    z, r, t, condition = inputs()
+    u, dudt = eqx.filter_eval_shape(mfx.total_derivative, field, z, z, r, t, condition)
+    assert u.dtype == dudt.dtype == jnp.float32
+    for leaf in parameters((field, eqx.filter_eval_shape(gradients, field))).values():
+        assert leaf.dtype == jnp.float32
+
+
+def test_bfloat16_compute_computes_its_products_in_bfloat16_and_the_times_in_float32():
+    field = small(dtype=jnp.bfloat16, unroll=True)
+    text = str(jax.make_jaxpr(lambda *inputs: field(*inputs))(*inputs())).split("\n")
+    products, convolutions = (
+        [line.split(":")[1].split("=")[0].strip() for line in text if f"= {name}" in line]
+        for name in ("dot_general", "conv_general")
+    )
+    assert len(convolutions) >= 20 and all(result.startswith("bf16") for result in convolutions)
+    wide = [result for result in products if result.startswith("f32")]
+    # In float32: three for times and augmentation, and the logits of attention.
+    assert 4 <= len(wide) <= 7 and len(products) - len(wide) >= 6
+    assert field.embedding(*inputs()[1:]).dtype == jnp.float32
+
+
+def test_bfloat16_compute_is_near_float32():
+    assert 1e-5 < largest_difference(evaluator(dtype=jnp.bfloat16)(*inputs()), evaluator()(*inputs())) < 0.05
+
+
+def test_scanned_and_unrolled_give_the_same():
+    z, r, t, condition = inputs()
+    found = evaluator(dropout=0.5, unroll=True)(z, r, t, condition, key=jr.key(1))
+    expected = evaluator(dropout=0.5)(z, r, t, condition, key=jr.key(1))
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@functools.cache
+def value_and_derivative(compute, precision):
+    """Of 8 rows."""
+    with jax.enable_x64(False):
+        field = small(SHAPE, FRESH, labels=None, augmentation=0, dtype=compute)
+    field = nn.cast(field, precision)
+    z, v = jr.normal(jr.key(2), (2, 8, *SHAPE), jnp.float32).astype(precision)
+    r, t = jnp.sort(jr.uniform(jr.key(3), (2, 8), jnp.float32), axis=0).astype(precision)
+    rows = jax.vmap(lambda field, *row: mfx.total_derivative(field, *row), (None, 0, 0, 0, 0))
+    both = compiled(lambda field: rows(field, z, v, r, t), field)
+    return np.asarray(both, np.float64).reshape(2, 8, -1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("dtype", "bound"), [(jnp.float32, 1e-5), (jnp.bfloat16, 0.03)], ids=["float32", "bfloat16"])
+def test_low_precision_is_accurate_in_value_and_derivative(x64, dtype, bound):
+    exact = value_and_derivative(jnp.float64, jnp.float64)
+    error = value_and_derivative(dtype, jnp.float32) - exact
+    error = np.linalg.norm(error, axis=2) / np.linalg.norm(exact, axis=2)
+    assert (np.median(error, axis=1) <= bound).all(), np.median(error, axis=1)
+    assert (np.abs(exact).max((1, 2)) > 0.1).all()
+
+
+# Errors
+
+
+@pytest.mark.parametrize("shape", [(3, 6, 8), (3, 8, 6)])
+def test_image_that_cannot_be_halved_often_enough_is_refused(shape):
+    with pytest.raises(ValueError, match=r"data_shape must be divisible by 4 for 3 resolutions, got \(3, "):
+        mfx.UNet(shape, SMALL._replace(multipliers=(1, 1, 1), attention=()), key=jr.key(0))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"width": 6}, "width must be a positive multiple of 4, got 6"),
+        ({"width": 0}, "width must be a positive multiple of 4, got 0"),
+        ({"multipliers": ()}, r"multipliers must be at least one number >= 1, got \(\)"),
+        ({"multipliers": (1, 0)}, r"multipliers must be at least one number >= 1, got \(1, 0\)"),
+        ({"blocks": 0}, "blocks must be >= 1, got 0"),
+        ({"attention": (16,)}, r"attention must be at resolutions among \[8, 4\] rows, got \[16\]"),
+    ],
+)
+def test_size_that_makes_no_network_is_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        mfx.UNet(SHAPE, SMALL._replace(**change), key=jr.key(0))
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"dropout": 1.0}, r"dropout must lie in \[0, 1\), got 1.0"),
+        ({"dropout": -0.1}, r"dropout must lie in \[0, 1\), got -0.1"),
+        ({"augmentation": -1}, "augmentation must be >= 0, got -1"),
+        ({"labels": 0}, "labels must be >= 1, got 0"),
+        ({"dtype": jnp.int32}, "dtype must be floating point, got"),
+    ],
+)
+def test_option_out_of_its_range_is_refused(option, message):
+    with pytest.raises(ValueError, match=message):
+        mfx.UNet(SHAPE, SMALL, **option, key=jr.key(0))
+
+
+def test_label_missing_or_given_in_vain_is_refused():
+    z, r, t, condition = inputs()
+    for missing in (None, mfx.UNetCondition(augmentation=condition.augmentation)):
+        with pytest.raises(ValueError, match="label must be given for a field with labels, got None"):
+            small()(z, r, t, missing)
+    for label in (condition.label, condition):
+        with pytest.raises(ValueError, match="label must be None for a field without labels, got 1"):
+            small(labels=None)(z, r, t, label)
+
+
+@pytest.mark.parametrize(("numbers", "given"), [(6, 5), (0, 6)])
+def test_augmentation_of_another_length_or_given_in_vain_is_refused(numbers, given):
+    z, r, t, condition = inputs()
+    with pytest.raises(ValueError, match=rf"augmentation must have shape \({numbers},\), got \({given},\)"):
+        small(augmentation=numbers)(z, r, t, condition._replace(augmentation=jnp.zeros(given)))
+
+
+@pytest.mark.parametrize("label", [1.0, (1, 2)], ids=["float", "pair"])
+def test_label_that_is_no_integer_is_refused(unchecked, label):
+    z, r, t, _ = inputs()
+    with pytest.raises((TypeError, ValueError)):
+        small()(z, r, t, jnp.asarray(label))
+
+
+def test_state_of_another_shape_is_refused():
+    _, r, t, condition = inputs()
+    with pytest.raises(ValueError, match=r"z must have the data_shape \(3, 8, 4\), got \(3, 4, 8\)"):
+        small()(jnp.zeros((3, 4, 8)), r, t, condition)
+
+
+def test_null_label_needs_labels():
+    with pytest.raises(ValueError, match="labels must be given for a null label to exist"):
+        _ = small(labels=None).null_label
