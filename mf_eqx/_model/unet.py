@@ -79,7 +79,8 @@ def _xavier_uniform(scale: float = 1.0, *, out_axis: int = -1, in_axis: int = -2
 
 def _convolution(inputs: int, outputs: int, kernel: int, *, scale: float = 1.0, key: Key[Array, ""]) -> eqx.nn.Conv2d:
     """A convolution that keeps the size of the image; fans count the kernel's places, and the bias is zero."""
-    convolution = eqx.nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, key=key)
+    # Without the numbers that it would draw by itself.
+    convolution = eqx.filter_eval_shape(eqx.nn.Conv2d, inputs, outputs, kernel, padding=kernel // 2, key=key)
     weight = _xavier_uniform(scale, in_axis=1, out_axis=0)(key, (outputs, inputs, kernel, kernel), jnp.float32)
     bias = jnp.zeros((outputs, 1, 1), jnp.float32)
     return eqx.tree_at(lambda c: (c.weight, c.bias), convolution, (weight, bias))
@@ -163,11 +164,11 @@ class UNetBlock(eqx.Module):
     conv_1: eqx.nn.Conv2d
     condition: Linear
     norm_2: GroupNorm
-    dropout: eqx.nn.Dropout
     conv_2: eqx.nn.Conv2d
     skip: eqx.nn.Conv2d | None
     attention: ImageAttention | None
     plan: _Plan = eqx.field(static=True)
+    dropout: float = eqx.field(static=True)
 
     def __init__(
         self, plan: _Plan, embedded: int, dropout: float, attention: AbstractAttention, *, key: Key[Array, ""]
@@ -178,12 +179,12 @@ class UNetBlock(eqx.Module):
         self.conv_1 = _convolution(inputs, outputs, 3, key=conv_1_key)
         self.condition = Linear(embedded, outputs, key=condition_key)
         self.norm_2 = _group_norm(outputs)
-        self.dropout = eqx.nn.Dropout(dropout)
         self.conv_2 = _convolution(outputs, outputs, 3, scale=_ALMOST_ZERO, key=conv_2_key)
         same = inputs == outputs and plan.factor == 1
         self.skip = None if same else _convolution(inputs, outputs, 1, key=skip_key)
         self.attention = ImageAttention(outputs, attention, key=attention_key) if plan.attention else None
         self.plan = plan
+        self.dropout = float(dropout)
 
     def __call__(
         self,
@@ -195,7 +196,7 @@ class UNetBlock(eqx.Module):
         x = x if met is None else jnp.concatenate([x, met])
         h = self.conv_1(self._resampled(jax.nn.silu(self.norm_1(x))))
         h = jax.nn.silu(self.norm_2(h + self.condition(c)[:, None, None]))
-        h = self.conv_2(self.dropout(h, key=key, inference=key is None))
+        h = self.conv_2(eqx.nn.Dropout(self.dropout)(h, key=key, inference=key is None))
         skip = x if self.skip is None else self.skip(self._resampled(x))
         x = (skip + h) * _ROOT_HALF
         return x if self.attention is None else self.attention(x)

@@ -141,7 +141,9 @@ def _moved(
     padded = jnp.pad(x, ((0, 0), (height - 1, height - 1), (width - 1, width - 1)), mode="reflect")
     fine = _doubled(_doubled(padded).mT).mT
     down, right = np.meshgrid(_places(height), _places(width), indexing="ij")
-    found = jnp.stack([right, down, np.ones_like(right)], axis=-1) @ origins.T
+    # In full precision also where products of float32 are rounded by default: a thousandth would be a visible shift.
+    places = jnp.stack([right, down, np.ones_like(right)], axis=-1)
+    found = jnp.matmul(places, origins.T, precision="highest")
     rows, columns = (2 * found[..., 1] + padded.shape[1] - 1, 2 * found[..., 0] + padded.shape[2] - 1)
     moved = jax.vmap(lambda channel: map_coordinates(channel, [rows, columns], order=1))(fine)
     return _halved(_halved(moved).mT).mT
@@ -171,4 +173,4 @@ def _filtered(x: Float[Array, "channels rows columns"], taps: Float[np.ndarray, 
     """Along the last axis: channels and rows are so many signals of one dimension."""
     signals = x.reshape(-1, 1, x.shape[-1])
     kernel = jnp.asarray(taps.reshape(1, 1, -1), x.dtype)
-    return jax.lax.conv_general_dilated(signals, kernel, **options).reshape(*x.shape[:-1], -1)
+    return jax.lax.conv_general_dilated(signals, kernel, precision="highest", **options).reshape(*x.shape[:-1], -1)

@@ -5,8 +5,10 @@
     dec.32x32_aux_norm   dec.32x32_aux_conv
     in each block: norm0 conv0 affine norm1 conv1 [skip] [norm2 qkv proj]
 
-Linear weights are (out, in) there, and the 3C outputs of qkv hold q, k and v of each channel side by side. Resampling
-blocks also carry their filter, which is no parameter: it must be ours.
+Linear weights are (out, in) there. The 3C outputs of qkv hold all of q, then k, then v: the MeanFlow authors took over
+EDM's network but for its attention, in which these alternate. No shape tells; what is known of it comes from two copies
+of their code on GitHub, which keep EDM's own form as a comment. Resampling blocks also carry their filter, which is no
+parameter: it must be ours.
 """
 
 import re
@@ -28,11 +30,14 @@ _Rule: TypeAlias = Callable[[_Shape], tuple[_Shape, Callable[[np.ndarray], np.nd
 _FILTER = np.outer([1, 3, 3, 1], [1, 3, 3, 1]) / 64
 
 
-def fill_unet(field: UNet, tensors: Mapping[str, Shaped[np.ndarray, "..."]], path: str | Path) -> UNet:
+def fill_unet(
+    field: UNet, tensors: Mapping[str, Shaped[np.ndarray, "..."]], path: str | Path, *, alternating: bool = False
+) -> UNet:
     """`field` with the weights of a state dict in EDM's naming.
 
     **Arguments:** `field` without labels, whose structure counts and not its values; `tensors` by their names, without
-    the prefix that tells which average it is (`net_ema.` and so on); `path` of the file, for messages.
+    the prefix that tells which average it is (`net_ema.` and so on); `path` of the file, for messages; `alternating`
+    True for networks of EDM itself, whose attention takes q, k and v of each channel side by side.
 
     **Raises:** `ValueError` that names every tensor which is missing, too many, or of another shape, and a resampling
     filter other than (1, 3, 3, 1).
@@ -43,7 +48,7 @@ def fill_unet(field: UNet, tensors: Mapping[str, Shaped[np.ndarray, "..."]], pat
     for name in filters:
         if tensors[name].shape != (1, 1, 4, 4) or not np.allclose(tensors[name], _FILTER, atol=1e-6):
             raise ValueError(f"{path}: {name} must be the filter (1, 3, 3, 1) in two dimensions, got another")
-    return fill(field, dict(_origins(field)), tensors, path, ignored=filters)
+    return fill(field, dict(_origins(field, alternating)), tensors, path, ignored=filters)
 
 
 def _same(shape: _Shape) -> tuple[_Shape, Callable[[np.ndarray], np.ndarray]]:
@@ -64,11 +69,11 @@ def _pointwise(shape: _Shape) -> tuple[_Shape, Callable[[np.ndarray], np.ndarray
     return (*shape[::-1], 1, 1), lambda weight: weight[..., 0, 0].T
 
 
-def _joint_weight(shape: _Shape) -> tuple[_Shape, Callable[[np.ndarray], np.ndarray]]:
+def _alternating_weight(shape: _Shape) -> tuple[_Shape, Callable[[np.ndarray], np.ndarray]]:
     return (*shape[::-1], 1, 1), lambda weight: _apart(weight[..., 0, 0]).T
 
 
-def _joint_bias(shape: _Shape) -> tuple[_Shape, Callable[[np.ndarray], np.ndarray]]:
+def _alternating_bias(shape: _Shape) -> tuple[_Shape, Callable[[np.ndarray], np.ndarray]]:
     return shape, _apart
 
 
@@ -85,14 +90,16 @@ _BLOCK: dict[str, tuple[str, _Rule, _Rule]] = {
     "conv_2": ("conv1", _same, _channels),
     "skip": ("skip", _same, _channels),
     "attention.norm": ("norm2", _same, _same),
-    "attention.attention.qkv": ("qkv", _joint_weight, _joint_bias),
+    "attention.attention.qkv": ("qkv", _pointwise, _same),
     "attention.attention.out": ("proj", _pointwise, _same),
 }
 """Our name of a layer, theirs, and how weight and bias differ."""
+_ALTERNATING = {**_BLOCK, "attention.attention.qkv": ("qkv", _alternating_weight, _alternating_bias)}
 
 
-def _origins(field: UNet) -> Iterator[tuple[str, Origin]]:
+def _origins(field: UNet, alternating: bool) -> Iterator[tuple[str, Origin]]:
     rows, names = field.data_shape[1], _block_names(field)
+    inner = _ALTERNATING if alternating else _BLOCK
     outer: dict[str, tuple[str, _Rule, _Rule]] = {
         "embedding.hidden": ("map_layer0", _transposed, _same),
         "embedding.out": ("map_layer1", _transposed, _same),
@@ -106,7 +113,7 @@ def _origins(field: UNet) -> Iterator[tuple[str, Origin]]:
             continue
         layer, kind = path[1:].rsplit(".", 1)
         if found := re.fullmatch(r"(\w+\[\d+\])\.blocks\.(.+)", layer):
-            theirs, *rules = _BLOCK[found[2]]
+            theirs, *rules = inner[found[2]]
             shape, convert = rules[kind == "bias"](leaf.shape[1:])
             tensors = tuple(f"{block}.{theirs}.{kind}" for block in names[found[1]])
             yield path, Origin(tensors, shape, _stacked(convert))

@@ -18,6 +18,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from . import _witness
+
 _Tree = TypeVar("_Tree")
 
 _HEARTBEAT_SECONDS = 20
@@ -40,7 +42,7 @@ def connect(arguments: list[str], environment: Mapping[str, str] = os.environ) -
     if any(value is not None for value in given.values()):
         _connect_by_flags(**given)
     elif _is_launched(environment):
-        jax.distributed.initialize(heartbeat_timeout_seconds=_HEARTBEAT_SECONDS)
+        _join()
 
 
 def _connect_by_flags(coordinator: str | None, processes: str | None, process: str | None) -> None:
@@ -51,7 +53,12 @@ def _connect_by_flags(coordinator: str | None, processes: str | None, process: s
     host, _, port = coordinator.rpartition(":")
     if not (host and port.isdecimal() and 0 < int(port) < 2**16):
         raise ValueError(f"coordinator must be HOST:PORT, got {coordinator!r}")
-    jax.distributed.initialize(coordinator, int(processes), int(process), heartbeat_timeout_seconds=_HEARTBEAT_SECONDS)
+    _join(coordinator, int(processes), int(process))
+
+
+def _join(*flags: str | int) -> None:
+    _witness.call()  # before JAX registers what it does at the end, so that the witness is dismissed after that
+    jax.distributed.initialize(*flags, heartbeat_timeout_seconds=_HEARTBEAT_SECONDS)  # pyright: ignore[reportArgumentType]
 
 
 def _is_launched(environment: Mapping[str, str]) -> bool:
@@ -71,6 +78,7 @@ def leave(code: int) -> None:
     and end by `Separated`."""
     sys.stdout.flush()
     sys.stderr.flush()
+    _witness.dismiss()
     os._exit(code)
 
 

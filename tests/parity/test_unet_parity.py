@@ -257,6 +257,18 @@ def test_other_sizes_are_as_in_torch(x64):
         assert_near(found, expected, 1e-12)
 
 
+def test_weights_of_edm_itself_have_query_key_and_value_of_each_channel_side_by_side():
+    def alternate(rows):
+        return np.stack(np.split(rows, 3), axis=1).reshape(rows.shape)
+
+    held = tensors()
+    edm = {name: alternate(leaf) if ".qkv." in name else leaf for name, leaf in held.items()}
+    assert any(not np.array_equal(edm[name], held[name]) for name in held)
+    field = eqx.filter_eval_shape(lambda: mfx.UNet((CHANNELS, SIDE, SIDE), SIZE, augmentation=6, key=jr.key(0)))
+    found = released.fill_unet(field, edm, "unet", alternating=True)
+    jax.tree.map(np.testing.assert_array_equal, *map(jax.tree.leaves, (found, released.fill_unet(field, held, "unet"))))
+
+
 @pytest.mark.slow
 @pytest.mark.parity
 def test_network_of_the_paper_is_that_of_torch():

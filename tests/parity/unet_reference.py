@@ -51,7 +51,7 @@ class Block(torch.nn.Module):
     of k, then of v (as in guided diffusion).
     """
 
-    def __init__(self, inputs, outputs, embedding, convolution=Convolution, attention=False, interleaved=True):
+    def __init__(self, inputs, outputs, embedding, convolution=Convolution, attention=False, interleaved=False):
         super().__init__()
         self.norm0 = norm(inputs)
         self.conv0 = convolution(inputs, outputs)
@@ -104,7 +104,7 @@ class UNet(torch.nn.Module):
         blocks=4,
         attention=(16,),
         augmentation=6,
-        interleaved=True,
+        interleaved=False,
     ):
         super().__init__()
         self.width, wide = width, 4 * width
