@@ -3,6 +3,7 @@
     python experiments/prepare_latents.py --images imagenet/train --vae sd-vae-ft-mse --to data/imagenet256
     python experiments/imagenet_latents.py --preset XL/2 --data data/imagenet256 --bfloat16
     python experiments/imagenet_latents.py --preset B/4 --data data/imagenet256          the ablation's network
+    python experiments/imagenet_latents.py --preset XL/2 --start sit.safetensors         from SiT (import_weights.py)
     python experiments/imagenet_latents.py --preset XL/2 --bfloat16 --dry-run            what it takes
 
 A run that was stopped, or killed, continues by the same command, on any number of devices and processes that divides
@@ -52,6 +53,8 @@ class Config(run.Settings):
     """Weights of the tokenizer, for pictures: a folder as diffusers has it, or a .safetensors file."""
     tokenizer: tuple[int, ...] = STABLE_DIFFUSION
     """Widths of the tokenizer's levels, then its blocks and groups; for other ones than Stable Diffusion's."""
+    start: str = ""
+    """Weights to start from, of the same network: a .safetensors file by import_weights.py or of an earlier run."""
     epochs: float = 240.0
     """Passes over the data."""
     batch: int = 256
@@ -148,6 +151,19 @@ def make_field(config: Config, source: data.AbstractSource, key: Key[Array, ""])
     )
 
 
+def load_start(config: Config, source: data.AbstractSource) -> mfx.AbstractField | None:
+    """The field to start from, if one is given."""
+    wanted = describe(config, source)
+
+    def same_network(found: networks.Description) -> mfx.AbstractField:
+        for name, value in wanted.items():
+            if found.get(name) != value:
+                raise ValueError(f"start must be of {name} {value}, got {found.get(name)} in {config.start}")
+        return make_field(config, source, jr.key(0))
+
+    return checkpoint.load_weights(config.start, same_network) if config.start else None
+
+
 def open_source(config: Config) -> data.AbstractSource:
     """The latents."""
     source = prepare_latents.open_latents(config.data)
@@ -204,8 +220,9 @@ def main(config: Config) -> None:
     stream = data.Stream(source, config.batch, seed=config.seed, parallelism=parallelism)
     steps = math.ceil(config.epochs * len(source) / config.batch)
 
-    def make_state() -> mfx.TrainState:
-        return mfx.init_state(make_field(config, source, field_key), step.optimizer, step.averages, key=run_key)
+    def make_state(start: mfx.AbstractField | None) -> mfx.TrainState:
+        field = make_field(config, source, field_key) if start is None else start
+        return mfx.init_state(field, step.optimizer, step.averages, key=run_key)
 
     def preview(state: mfx.TrainState, path: Path) -> None:
         assert tokenizer is not None
@@ -215,7 +232,8 @@ def main(config: Config) -> None:
         scale = config.scale / (1 - config.mix)
         run.tell(f"{steps:,} steps, effective guidance scale {scale:g}")
         shown = preview if tokenizer is not None else None
-        state = run.train(config, step, make_state, stream, directory, steps=steps, preview=shown)
+        first = eqx.Partial(make_state, load_start(config, source))
+        state = run.train(config, step, first, stream, directory, steps=steps, preview=shown)
         save(config, directory, state, description, tokenizer)
         run.tell(f"the average is in {directory.root}")
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Shaped
@@ -73,11 +72,15 @@ def read_torch(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path}: must be a file of torch.save with tensors alone, got: {reason}") from error
     if not isinstance(held, dict):
         raise ValueError(f"{path}: must hold a dictionary, got {type(held).__name__}")
-    return jax.tree.map(lambda leaf: _of_torch(leaf) if isinstance(leaf, torch.Tensor) else leaf, dict(held))
 
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: plain(inner) for name, inner in value.items()}
+        if isinstance(value, torch.Tensor):
+            return (value.detach().float() if value.is_floating_point() else value).numpy()
+        return value
 
-def _of_torch(tensor: Any) -> Shaped[np.ndarray, "..."]:
-    return (tensor.float() if tensor.is_floating_point() else tensor).numpy()
+    return plain(held)
 
 
 def fill(

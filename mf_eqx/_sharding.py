@@ -104,12 +104,17 @@ class Parallelism(eqx.Module):
     def make(self, function: Callable[[], _Tree]) -> _Tree:
         """What `function()` returns, a state, as one jitted program that makes every part where it belongs.
 
-        **Arguments:** `function` closes over nothing large: what it closes over becomes part of the program.
+        **Arguments:** `function` closes over nothing large, since that would become part of the program. An
+        `eqx.Partial` may have large arguments, such as weights to start from.
         """
         shapes = eqx.filter_eval_shape(function)
         _, others = eqx.partition(shapes, _is_shape)
-        program = jax.jit(lambda: eqx.filter(function(), eqx.is_array), out_shardings=self.of_tree(shapes))
-        return eqx.combine(program(), others)
+        given, rest = eqx.partition(function, eqx.is_array)
+
+        def arrays(given: PyTree[Any]) -> PyTree[Any]:
+            return eqx.filter(eqx.combine(given, rest)(), eqx.is_array)
+
+        return eqx.combine(jax.jit(arrays, out_shardings=self.of_tree(shapes))(given), others)
 
     def positions(self, rows: int) -> Int[np.ndarray, " local"]:
         """Which rows of a global batch this process needs, in ascending order.

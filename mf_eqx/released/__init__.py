@@ -1,6 +1,23 @@
 """Weights that the authors of papers released, in the layouts of their own code.
 
+    path = "checkpoint"
+    tree = released.read_flax(path, "ema_params")                       the authors' JAX code
+    channels, size, labels = released.measure_dit(tree, path)
+    field = mfx.DiT((channels, 32, 32), size, labels=labels, key=key)
+    field = released.fill_dit(field, tree, path)
+
+    sets = released.read_state_dicts(path, "map_layer0.weight")         a file of torch: {"model.net_ema": ..., ...}
+    field = released.fill_unet(field, sets["model.net_ema"], path)
+
+`measure_...` says how large a network is, `fill_...` takes its weights. Every tensor is accounted for: one that is
+missing, too many, of another shape or not finite is named. Nothing in a file is executed.
+
 Imported explicitly (`from mf_eqx import released`). `experiments/import_weights.py` turns files into ours.
 """
 
+from ._dit import fill_dit as fill_dit
+from ._measure import measure_dit as measure_dit, measure_sit as measure_sit, measure_unet as measure_unet
+from ._msgpack import read_flax as read_flax
+from ._sit import fill_sit as fill_sit
+from ._state_dict import read_state_dicts as read_state_dicts
 from ._unet import fill_unet as fill_unet

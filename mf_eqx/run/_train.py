@@ -62,7 +62,8 @@ def train(
 
     - `config`: its settings are used here; all else is kept with each checkpoint, and must be the same later.
     - `step`: with `parallelism(config)` and `config.accumulation`.
-    - `make_state`: makes the state before the first step; called only to be traced.
+    - `make_state`: makes the state before the first step; called only to be traced. An `eqx.Partial` if it needs large
+      arrays, such as weights to start from.
     - `stream`: of the batches, for the same parallelism.
     - `directory`: from `opened`.
     - `steps`: number of the last step; with `config.test_run`, 2 at most.

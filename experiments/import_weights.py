@@ -1,0 +1,168 @@
+"""Weights that others released into the files that everything here reads.
+
+    python experiments/import_weights.py --dit xl2/checkpoint --to dit.safetensors
+    python experiments/import_weights.py --unet cifar10.pth --weights net_ema1 --to unet.safetensors
+    python experiments/import_weights.py --sit SiT-XL-2-256x256.pt --to start.safetensors
+    python experiments/import_weights.py --inception pt_inception-2015-12-05-6726825d.pth --to inception.safetensors
+
+--dit: the ImageNet network of the MeanFlow authors' JAX code, a file of `flax.serialization.to_bytes`. --unet: the
+CIFAR-10 network of their torch code. --sit: SiT, trained by Flow Matching, to start from; what of it is changed stands
+in mf_eqx/released/_sit.py. --inception: the network of the FID, in the file of pytorch-fid or torch-fidelity.
+
+Nothing is downloaded and nothing in a file is executed. Every tensor is accounted for, or the file is refused. What is
+written says what it was made from, and is read by
+
+    checkpoint.load_weights("dit.safetensors", networks.from_description)
+
+(the one of --inception by `metrics.load_inception`). All but --dit need torch.
+"""
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.random as jr
+import networks
+
+import mf_eqx as mfx
+from mf_eqx import checkpoint, metrics, released, run
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """An import. Exactly one of dit, unet, sit and inception is given."""
+
+    dit: str | None = None
+    """The authors' DiT: a train state written by flax."""
+    unet: str | None = None
+    """The authors' CIFAR-10 network: a file of torch.save."""
+    sit: str | None = None
+    """SiT: a file of torch.save."""
+    inception: str | None = None
+    """Inception-v3 as of pytorch-fid or torch-fidelity: a file of torch.save."""
+    weights: str | None = None
+    """Which of the sets of weights in the file; by default the average: ema_params, net_ema or ema."""
+    heads: int | None = None
+    """Attention heads of dit and sit; by default those of the published network of the same width."""
+    image_size: tuple[int, int] = (32, 32)
+    """Height and width of the images or latents of dit and sit."""
+    seed: int = 0
+    """Seed of what SiT lacks: the first layer of the embedding of t - r."""
+    to: str = ""
+    """File to write."""
+
+    def __post_init__(self):
+        if self.heads is not None and self.heads < 1:
+            raise ValueError(f"heads must be >= 1, got {self.heads}")
+        if min(self.image_size) < 1:
+            raise ValueError(f"image_size must be positive, got {self.image_size}")
+        if self.seed < 0:
+            raise ValueError(f"seed must be >= 0, got {self.seed}")
+
+
+class Imported(NamedTuple):
+    """A network from a file: what it is, its weights, and which of the file's sets they are."""
+
+    description: networks.Description
+    field: mfx.DiT | mfx.UNet
+    weights: str
+
+
+KINDS = ("dit", "unet", "sit", "inception")
+"""The fields of which exactly one is given."""
+NEEDED_BY = {"weights": ("dit", "unet", "sit"), "heads": ("dit", "sit"), "image_size": ("dit", "sit"), "seed": ("sit",)}
+"""For which kinds a field may be given."""
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def check_flags(config: Config) -> str:
+    """The kind of the file. Refuses none and several, and flags that say nothing of it."""
+    given = [name for name in KINDS if getattr(config, name) is not None]
+    if len(given) != 1:
+        found = " and ".join(map(flag, given)) or "none"
+        raise ValueError(f"exactly one of {', '.join(map(flag, KINDS))} must be given, got {found}")
+    (kind,) = given
+    for name, kinds in NEEDED_BY.items():
+        if getattr(config, name) != getattr(Config(), name) and kind not in kinds:
+            raise ValueError(f"{flag(name)} must be given with {' or '.join(map(flag, kinds))}, got {flag(kind)}")
+    if not config.to:
+        raise ValueError(f"--to must be given with {flag(kind)}, got none")
+    return kind
+
+
+def choose(sets: Mapping[str, Any], wanted: str | None, average: str, path: str) -> str:
+    """The name of the set that is asked for; else that of the average, else of the only one."""
+    name = average if wanted is None else wanted
+    found = [held for held in sets if held == name or held.endswith(f".{name}")]
+    if not found and wanted is None:
+        found = list(sets)
+    if len(found) != 1:
+        choices = ", ".join(repr(held) for held in sorted(sets))
+        raise ValueError(f"--weights must be one of {choices} for {path}, got {wanted or 'none'}")
+    return found[0]
+
+
+def shapes(description: networks.Description) -> Any:
+    """A network without numbers."""
+    return eqx.filter_eval_shape(lambda: networks.from_description(description))
+
+
+def import_dit(path: str, config: Config) -> Imported:
+    weights = config.weights or "ema_params"
+    tensors = released.read_flax(path, weights)
+    channels, size, labels = released.measure_dit(tensors, path, heads=config.heads)
+    description = networks.describe_dit((channels, *config.image_size), size, labels=labels)
+    return Imported(description, released.fill_dit(shapes(description), tensors, path), weights)
+
+
+def import_unet(path: str, config: Config) -> Imported:
+    sets = released.read_state_dicts(path, "map_layer0.weight")
+    weights = choose(sets, config.weights, "net_ema", path)
+    shape, size, augmentation = released.measure_unet(sets[weights], path)
+    # The rate is seen in no tensor; 0.2 is the paper's, and off without a key.
+    description = networks.describe_unet(shape, size, augmentation=augmentation, dropout=0.2)
+    return Imported(description, released.fill_unet(shapes(description), sets[weights], path), weights)
+
+
+def import_sit(path: str, config: Config) -> Imported:
+    sets = released.read_state_dicts(path, "x_embedder.proj.weight")
+    weights = choose(sets, config.weights, "ema", path)
+    channels, size, labels = released.measure_sit(sets[weights], path, heads=config.heads)
+    description = networks.describe_dit((channels, *config.image_size), size, labels=labels)
+    field = released.fill_sit(shapes(description), sets[weights], path, key=jr.key(config.seed))
+    return Imported(description, field, weights)
+
+
+IMPORTS = {"dit": import_dit, "unet": import_unet, "sit": import_sit}
+
+
+def sha256(path: str) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def main(config: Config) -> None:
+    """Import released weights."""
+    kind = check_flags(config)
+    path = getattr(config, kind)
+    digest = sha256(path)
+    if kind == "inception":
+        metrics.convert_inception(path, config.to)
+        print(f"{config.to}: Inception-v3 from {path}, sha256 {digest}")
+        return
+    description, field, weights = IMPORTS[kind](path, config)
+    source = {"kind": kind, "weights": weights, "sha256": digest}
+    checkpoint.save_weights(config.to, field, description | {"source": source})
+    count = sum(leaf.size for leaf in jax.tree.leaves(eqx.filter(field, eqx.is_array)))
+    print(f"{config.to}: {description['network']} of {description['size']}, {count:,} parameters")
+    print(f"from {weights or 'the only weights'} in {path}, sha256 {digest}")
+
+
+if __name__ == "__main__":
+    run.main(main, Config(), description=__doc__)

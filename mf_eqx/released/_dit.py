@@ -1,0 +1,109 @@
+"""The ImageNet network of the MeanFlow authors' JAX code: a tree of parameters with the names of DiT's code.
+
+    net/x_embedder/proj/kernel                                  (patch, patch, channels, width)
+    net/{t,h}_embedder/mlp/layers_{0,2}/_flax_linear/kernel     of t, and of h = t - r
+    net/y_embedder/embedding_table/_flax_embedding/embedding    (labels + 1, width)
+    net/blocks/layers_0/attn/qkv/_flax_linear/kernel            (width, 3 width): q, k, v; in each of them the heads
+    net/blocks/layers_0/{attn/proj, mlp/fc1, mlp/fc2, adaLN_modulation/layers_1}/_flax_linear/kernel
+    net/final_layer/{linear, adaLN_modulation/layers_1}/_flax_linear/kernel
+
+with a `bias` beside each `kernel`. Kernels are (in, out), as ours. A patch is (row, column, channel) on both sides of
+the network, there as here, so that its kernel is only reshaped; images are H W C there. The position embedding is not
+stored. The names are those of torch but for the wrappers, hence one table for both (`LAYERS`).
+"""
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from .._foreign import fill, Origin
+from .._leaves import leaves
+from .._model import DiT
+from ..nn import end_duration
+from ._msgpack import flat
+
+Shape: TypeAlias = tuple[int, ...]
+Convert: TypeAlias = Callable[[np.ndarray], np.ndarray]
+
+LAYERS = {
+    "patches": "x_embedder.proj",
+    "embedding.times.hidden[0]": "t_embedder.mlp.0",
+    "embedding.times.out[0]": "t_embedder.mlp.2",
+    "embedding.times.hidden[1]": "h_embedder.mlp.0",
+    "embedding.times.out[1]": "h_embedder.mlp.2",
+    "embedding.label": "y_embedder.embedding_table",
+    "stack.blocks.attention.qkv": "blocks.*.attn.qkv",
+    "stack.blocks.attention.out": "blocks.*.attn.proj",
+    "stack.blocks.hidden": "blocks.*.mlp.fc1",
+    "stack.blocks.out": "blocks.*.mlp.fc2",
+    "stack.blocks.modulation": "blocks.*.adaLN_modulation.1",
+    "modulation": "final_layer.adaLN_modulation.1",
+    "out": "final_layer.linear",
+}
+"""Our name of a layer, and DiT's."""
+
+
+def fill_dit(field: DiT, tensors: Mapping[str, Any], path: str | Path) -> DiT:
+    """`field` with the weights of a tree of the authors' JAX code.
+
+    **Arguments:** `field` with labels, on (t, t - r), whose structure counts and not its values; `tensors` what
+    `read_flax` gives for `params` or `ema_params`, nested or by names joined with slashes; `path` of the file, for
+    messages.
+
+    **Raises:** `ValueError` that names every tensor which is missing, too many, of another shape, or not finite.
+    """
+    check_field(field)
+    return fill(field, dict(origins(field, flax_name, _converted)), flat(tensors, path), path)
+
+
+def check_field(field: DiT) -> None:
+    """Refuses a field that sees something else than the released networks."""
+    times = field.embedding.times
+    if times.variables is not end_duration or times.time_scale != 1:
+        raise ValueError(f"field must embed (t, t - r) at scale 1, got {times.variables} at {times.time_scale}")
+    if field.embedding.label is None:
+        raise ValueError("field must have labels, as the released network has, got none")
+
+
+def origins(
+    field: DiT, name: Callable[[str, str], str], converted: Callable[[DiT, str, Shape], tuple[Shape, Convert]]
+) -> Iterator[tuple[str, Origin]]:
+    """Of every array of a DiT.
+
+    **Arguments:** `field`; `name` of a tensor from DiT's name of its layer and our kind ("weight", "bias", "table");
+    `converted` gives the shape of a tensor, and what makes ours of it, from the field, our name, and our shape in one
+    block.
+    """
+    for path, leaf in leaves(field).items():
+        layer, kind = path[1:].rsplit(".", 1)
+        theirs = name(LAYERS[layer], kind)
+        if layer.startswith("stack."):
+            shape, convert = converted(field, path[1:], leaf.shape[1:])
+            blocks = tuple(theirs.replace("*", str(i)) for i in range(field.stack.depth))
+            yield path, Origin(blocks, shape, _stacked(convert))
+        else:
+            yield path, Origin((theirs,), *converted(field, path[1:], leaf.shape))
+
+
+def _stacked(convert: Convert) -> Callable[..., np.ndarray]:
+    """One array of all blocks."""
+    return lambda *blocks: np.stack([convert(block) for block in blocks])
+
+
+def flax_name(layer: str, kind: str) -> str:
+    """DiT's name in flax: lists are `layers_0`, ...; all but the patches' convolution are wrapped once more."""
+    name = re.sub(r"\.(\d+|\*)", r"/layers_\1", layer).replace(".", "/")
+    if kind == "table":
+        return f"net/{name}/_flax_embedding/embedding"
+    wrapper = "" if layer == LAYERS["patches"] else "/_flax_linear"
+    return f"net/{name}{wrapper}/{'kernel' if kind == 'weight' else kind}"
+
+
+def _converted(field: DiT, path: str, shape: Shape) -> tuple[Shape, Convert]:
+    if path != "patches.weight":
+        return shape, lambda array: array
+    kernel = (field.patch, field.patch, field.data_shape[0], shape[-1])
+    return kernel, lambda array: array.reshape(shape)

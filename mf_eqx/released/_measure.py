@@ -1,0 +1,105 @@
+"""How large released networks are, from the names and shapes of their tensors. Only the number of attention heads
+cannot be seen there."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Shaped
+
+from .._model import DIT_B2, DIT_L2, DIT_S2, DIT_XL2, DiTSize, UNetSize
+from ._dit import flax_name, LAYERS
+from ._msgpack import flat
+
+_HEADS = {size.width: size.heads for size in (DIT_S2, DIT_B2, DIT_L2, DIT_XL2)}
+"""Of the published networks of each width."""
+
+
+def measure_dit(tensors: Mapping[str, Any], path: str | Path, *, heads: int | None = None) -> tuple[int, DiTSize, int]:
+    """Channels, size and number of labels of a DiT in a tree of the authors' JAX code.
+
+    **Arguments:** `tensors` as of `fill_dit`; `path` of the file, for messages; `heads` of the attention, None for
+    those of the published network of this width.
+
+    **Raises:** `ValueError` if tensors are missing that tell, or no published network has this width.
+    """
+    held = flat(tensors, path)
+    patch, _, channels, width = _shape(held, flax_name(LAYERS["patches"], "weight"), 4, path)
+    rows, _ = _shape(held, flax_name(LAYERS["embedding.label"], "table"), 2, path)
+    depth = _count(held, r"net/blocks/layers_(\d+)/.*")
+    return channels, DiTSize(depth, width, _heads(width, heads, path), patch), rows - 1
+
+
+def measure_sit(
+    tensors: Mapping[str, Shaped[np.ndarray, "..."]], path: str | Path, *, heads: int | None = None
+) -> tuple[int, DiTSize, int]:
+    """Channels, size and number of labels of a SiT.
+
+    **Arguments:** `tensors` as of `fill_sit`; `path`, `heads` as of `measure_dit`.
+
+    **Raises:** as `measure_dit`.
+    """
+    width, channels, patch, _ = _shape(tensors, f"{LAYERS['patches']}.weight", 4, path)
+    rows, _ = _shape(tensors, f"{LAYERS['embedding.label']}.weight", 2, path)
+    depth = _count(tensors, r"blocks\.(\d+)\..*")
+    return channels, DiTSize(depth, width, _heads(width, heads, path), patch), rows - 1
+
+
+def measure_unet(
+    tensors: Mapping[str, Shaped[np.ndarray, "..."]], path: str | Path
+) -> tuple[tuple[int, int, int], UNetSize, int]:
+    """Shape of the (square) images, size, and how many numbers tell of an augmentation, of a U-Net in EDM's naming.
+
+    **Arguments:** `tensors` as of `fill_unet`; `path` of the file, for messages.
+
+    **Raises:** `ValueError` if tensors are missing that tell.
+    """
+    levels = sorted(_numbers(tensors, r"enc\.(\d+)x\1_.*"), reverse=True) or [0]
+    rows = levels[0]
+    width, channels, _, _ = _shape(tensors, f"enc.{rows}x{rows}_conv.weight", 4, path)
+    outputs = [_shape(tensors, f"{_block(level)}.conv1.weight", 4, path)[0] for level in levels]
+    size = UNetSize(
+        width,
+        multipliers=tuple(output // width for output in outputs),
+        blocks=_count(tensors, rf"enc\.{rows}x{rows}_block(\d+)\..*"),
+        attention=tuple(level for level in levels if _has(tensors, f"{_block(level)}.qkv")),
+    )
+    augmentation = _shape(tensors, "map_augment.weight", 2, path)[1] if _has(tensors, "map_augment") else 0
+    return (channels, rows, rows), size, augmentation
+
+
+def _block(rows: int) -> str:
+    return f"enc.{rows}x{rows}_block0"
+
+
+def _has(tensors: Mapping[str, Any], layer: str) -> bool:
+    return any(name.startswith(f"{layer}.") for name in tensors)
+
+
+def _shape(tensors: Mapping[str, np.ndarray], name: str, axes: int, path: str | Path) -> tuple[int, ...]:
+    """Of a tensor that tells."""
+    if name not in tensors:
+        raise ValueError(f"{path}: must hold the tensors of the network, but it lacks {name}")
+    shape = tensors[name].shape
+    if len(shape) != axes or min(shape) < 1:
+        raise ValueError(f"{path}: {name} must have {axes} axes, none of them empty, got shape {shape}")
+    return shape
+
+
+def _numbers(tensors: Mapping[str, Any], pattern: str) -> set[int]:
+    return {int(found[1]) for name in tensors if (found := re.fullmatch(pattern, name))}
+
+
+def _count(tensors: Mapping[str, Any], pattern: str) -> int:
+    return max(len(_numbers(tensors, pattern)), 1)
+
+
+def _heads(width: int, heads: int | None, path: str | Path) -> int:
+    found = _HEADS.get(width) if heads is None else heads
+    if found is None:
+        raise ValueError(f"{path}: heads must be given, as no published network has width {width}, got none")
+    if found < 1 or width % found:
+        raise ValueError(f"{path}: heads must divide the width {width}, got {found}")
+    return found

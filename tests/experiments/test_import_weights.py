@@ -1,0 +1,227 @@
+"""Released files become files of ours by one command, which `load_weights` reads; bad input ends in one line."""
+
+import hashlib
+import os
+import re
+from pathlib import Path
+
+import jax
+import jax.random as jr
+import numpy as np
+import pytest
+from random_tensors import random_tensor
+
+from mf_eqx import checkpoint, released, run
+
+TESTS = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def import_weights(experiment):
+    pytest.importorskip("safetensors")
+    return experiment("import_weights")
+
+
+@pytest.fixture(scope="module")
+def files():
+    """How the tests of `released` make trees and files."""
+    pytest.importorskip("msgpack")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(TESTS / "released")
+        import released_files
+
+        yield released_files
+
+
+@pytest.fixture
+def convert(import_weights, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def convert(arguments):
+        run.main(import_weights.main, import_weights.Config(), argv=arguments.split())
+
+    return convert
+
+
+@pytest.fixture
+def load(import_weights):
+    """A file of ours, and its description."""
+
+    def load(path):
+        descriptions = []
+
+        def make(description):
+            descriptions.append(description)
+            return import_weights.networks.from_description(description)
+
+        return checkpoint.load_weights(path, make), descriptions[0]
+
+    return load
+
+
+def sha256(path):
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def assert_equal(found, expected):
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+DIT = "--dit state --to dit.safetensors --heads 2 --image-size 8 12"
+
+
+@pytest.fixture
+def flax_file(files, tmp_path):
+    parts = {"params": files.flax_tensors("trained"), "ema_params": files.flax_tensors("average")}
+    return files.write_state(tmp_path / "state", **parts)
+
+
+@pytest.mark.parametrize(("flags", "part", "seed"), [("", "ema_params", "average"), ("params", "params", "trained")])
+def test_dit_is_imported(flags, part, seed, convert, load, flax_file, files, capsys):
+    convert(DIT + f" --weights {flags}" * bool(flags))
+    field, description = load("dit.safetensors")
+    assert_equal(field, released.fill_dit(field, files.flax_tensors(seed), "dit"))
+    assert field.data_shape == (4, 8, 12) and field.null_label == 5
+    digest = sha256(flax_file)
+    assert description["source"] == {"kind": "dit", "weights": part, "sha256": digest}
+    first, second = capsys.readouterr().out.splitlines()
+    count = sum(leaf.size for leaf in jax.tree.leaves(field))
+    size = "{'depth': 3, 'width': 16, 'heads': 2, 'patch': 2}"
+    assert first == f"dit.safetensors: DiT of {size}, {count:,} parameters"
+    assert second == f"from {part} in state, sha256 {digest}"
+
+
+def save_unet(path, *prefixes):
+    """A file of torch with the CIFAR-10 network of the parity tests, small, with each prefix."""
+    torch = pytest.importorskip("torch")
+    with np.load(TESTS / "parity" / "unet.npz", allow_pickle=False) as held:
+        shapes = [tuple(map(int, shape.split(","))) for shape in held["shapes"].tolist()]
+        names = held["names"].tolist()
+    row = np.array([1, 3, 3, 1], np.float32) / 8
+    tensors = {
+        prefix: {
+            name: np.outer(row, row)[None, None] if "filter" in name else random_tensor(prefix + name, shape)
+            for name, shape in zip(names, shapes, strict=True)
+        }
+        for prefix in prefixes
+    }
+    model = {f"{prefix}.{name}": torch.from_numpy(t) for prefix, held in tensors.items() for name, t in held.items()}
+    torch.save({"model": model, "epoch": 3}, path)
+    return tensors
+
+
+@pytest.mark.parametrize(("flags", "part"), [("", "net_ema"), ("--weights net_ema1", "net_ema1")])
+def test_unet_is_imported(flags, part, convert, load, capsys):
+    tensors = save_unet("unet.pth", "net", "net_ema", "net_ema1")
+    convert(f"--unet unet.pth --to unet.safetensors {flags}")
+    field, description = load("unet.safetensors")
+    assert_equal(field, released.fill_unet(field, tensors[part], "unet"))
+    size = {"width": 8, "multipliers": [1, 2], "blocks": 2, "attention": [4]}
+    source = {"kind": "unet", "weights": f"model.{part}", "sha256": sha256("unet.pth")}
+    known = {"network": "UNet", "data_shape": [3, 8, 8], "augmentation": 6, "dropout": 0.2}
+    assert description == known | {"size": size, "source": source}
+    assert f"from model.{part} in unet.pth, sha256 {source['sha256']}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("nested", "name"), [(False, ""), (True, "ema")])
+def test_sit_is_imported(nested, name, convert, load, files, capsys):
+    torch = pytest.importorskip("torch")
+    held, other = (
+        {name: torch.from_numpy(tensor) for name, tensor in files.sit_tensors(seed).items()} for seed in ("a", "b")
+    )
+    torch.save({"ema": held, "model": other} if nested else held, "sit.pt")
+    convert("--sit sit.pt --to start.safetensors --heads 2 --image-size 8 12 --seed 4")
+    field, description = load("start.safetensors")
+    assert_equal(field, released.fill_sit(field, files.sit_tensors("a"), "sit", key=jr.key(4)))
+    assert description["source"] == {"kind": "sit", "weights": name, "sha256": sha256("sit.pt")}
+    assert f"from {name or 'the only weights'} in sit.pt" in capsys.readouterr().out
+
+
+def test_inception_is_converted(import_weights, convert, capsys, monkeypatch):
+    # The network itself has tests of its own, and 95 MB.
+    calls = []
+    monkeypatch.setattr(import_weights.metrics, "convert_inception", lambda *paths: calls.append(paths))
+    Path("inception.pth").write_bytes(b"weights")
+    convert("--inception inception.pth --to inception.safetensors")
+    assert calls == [("inception.pth", "inception.safetensors")]
+    assert f"sha256 {sha256('inception.pth')}" in capsys.readouterr().out
+
+
+# What is refused
+
+
+def refused(convert, capsys, arguments):
+    """The only line on stderr."""
+    with pytest.raises(SystemExit) as ended:
+        convert(arguments)
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    return line
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--dit state --to a", "state: heads must be given, as no published network has width 16, got none"),
+        ("--dit state --to a --heads 3", "state: heads must divide the width 16, got 3"),
+        (f"{DIT} --weights ema", "state: must hold a dictionary named ema, got ema_params, opt_state, params"),
+        ("--dit state --to a --heads 2 --image-size 7 8", "data_shape must be divisible by the patch size 2"),
+    ],
+)
+def test_flags_that_do_not_fit_the_file_end_in_one_line(flags, message, convert, flax_file, capsys):
+    assert message in refused(convert, capsys, flags)
+    assert os.listdir() == ["state"]
+
+
+def test_a_renamed_tensor_ends_in_one_line(convert, files, tmp_path, capsys):
+    tensors = files.flax_tensors()
+    tensors["net/new"] = tensors.pop("net/x_embedder/proj/bias")
+    files.write_state(tmp_path / "state", ema_params=tensors)
+    line = refused(convert, capsys, DIT)
+    assert "it lacks net/x_embedder/proj/bias; has, and nothing asks for, net/new" in line
+    assert os.listdir() == ["state"]
+
+
+def test_weights_that_are_not_there_are_refused_with_those_that_are(convert, capsys):
+    save_unet("unet.pth", "net", "net_ema1")
+    for flags, found in (("", "none"), ("--weights ema", "ema")):
+        line = refused(convert, capsys, f"--unet unet.pth --to a {flags}")
+        assert f"--weights must be one of 'model.net', 'model.net_ema1' for unet.pth, got {found}" in line
+    assert os.listdir() == ["unet.pth"]
+
+
+@pytest.mark.parametrize("flag", ["--unet", "--sit", "--inception"])
+def test_a_file_with_code_is_refused_and_not_executed(flag, convert, capsys):
+    torch = pytest.importorskip("torch")
+    torch.save({"a": Evil()}, "file")
+    assert "file: must be a file of torch.save with tensors alone" in refused(convert, capsys, f"{flag} file --to a")
+    assert os.listdir() == ["file"]
+
+
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, ("executed",)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--to a", "exactly one of --dit, --unet, --sit, --inception must be given, got none"),
+        ("--dit a --sit b --to c", "exactly one of .* must be given, got --dit and --sit"),
+        ("--dit a", "--to must be given with --dit, got none"),
+        ("--unet a --to b --heads 2", "--heads must be given with --dit or --sit, got --unet"),
+        ("--unet a --to b --image-size 8 8", "--image-size must be given with --dit or --sit, got --unet"),
+        ("--dit a --to b --seed 1", "--seed must be given with --sit, got --dit"),
+        ("--inception a --to b --weights c", "--weights must be given with --dit or --unet or --sit, got --inception"),
+        ("--dit a --to b --heads 0", "--heads must be >= 1, got 0"),
+        ("--dit a --to b --image-size 0 8", "--image-size must be positive, got"),
+        ("--sit a --to b --seed -1", "--seed must be >= 0, got -1"),
+        ("--dit missing --to a", "No such file or directory: 'missing'"),
+        ("--sit missing --to a", "No such file or directory: 'missing'"),
+    ],
+)
+def test_bad_input_ends_in_one_line_and_leaves_nothing(arguments, message, convert, capsys):
+    assert re.search(message, refused(convert, capsys, arguments))
+    assert os.listdir() == []
