@@ -46,7 +46,7 @@ def test_every_average_is_found_by_its_prefix(outer, tmp_path):
 def test_a_dictionary_for_each_average_is_found(tmp_path):
     held = {"model": tensors(1.0), "ema": tensors(2.0), "steps": 5}
     sets = released.read_state_dicts(saved(tmp_path / "file", held), ANCHOR)
-    assert list(sets) == ["ema", "model"]
+    assert list(sets) == ["model", "ema"]  # as in the file
     assert_tensors(sets["ema"], 2.0)
 
 
