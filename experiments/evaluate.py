@@ -1,0 +1,577 @@
+"""How good saved weights are: FID, Inception Score, KID, precision and recall of what they generate, and pictures.
+
+    python experiments/evaluate.py --weights runs/cifar10/1a2b3c4d/ema_0.99995.safetensors \\
+        --inception inception.safetensors --protocol cifar_train --reference cifar-10-binary.tar.gz --evaluations 1 2
+    python experiments/evaluate.py --weights ema.safetensors --vae sd-vae-ft-mse --inception inception.safetensors \\
+        --protocol adm --reference VIRTUAL_imagenet256_labeled.npz --guidance-scale 1 1.5 2
+    python experiments/evaluate.py --weights ema.safetensors --grid-only           pictures alone
+    python experiments/evaluate.py ... --inception random --samples 64             a rehearsal
+    python experiments/evaluate.py ... --dry-run                                   what it takes, before it is started
+
+All devices of the machine share the work. Sample i follows from the seed and i alone, whatever the batch and the
+devices. Each row of the table is kept when it is done: a sweep that was stopped, or one with more rows, does only what
+is missing. `mf_eqx.metrics.convert_inception` makes inception.safetensors.
+"""
+
+import dataclasses
+import hashlib
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeVar
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import networks
+import numpy as np
+from jaxtyping import Array, Float, Int, Key, UInt8
+
+import mf_eqx as mfx
+from mf_eqx import checkpoint, data, metrics, run, vae
+
+_Tree = TypeVar("_Tree")
+
+PROTOCOLS = {
+    "adm": metrics.ADM,
+    "torch_fidelity": metrics.TORCH_FIDELITY,
+    "cifar_train": metrics.CIFAR_TRAIN,
+    "cifar_train_half_pixel": metrics.CIFAR_TRAIN_HALF_PIXEL,
+}
+SHAPES = {"cifar_train": (3, 32, 32), "cifar_train_half_pixel": (3, 32, 32)}
+"""Of all images under a protocol that is made for one data set."""
+TOKENIZER = vae.SD_VAE
+RANDOM = "random"
+"""The name of an Inception that was never trained."""
+PICTURE_SEED = 2**31 - 1
+"""Of the noise of all pictures."""
+LEAST = 10
+"""Images that the splits of the Inception Score need."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """An evaluation."""
+
+    weights: str = ""
+    """File of weights to judge, as cifar10.py leaves them: an average with the description of its network."""
+    vae: str = ""
+    """Folder or .safetensors file of the tokenizer, for a network of latents."""
+    inception: str = ""
+    """Weights of Inception (.safetensors), or "random" for a rehearsal, whose numbers mean nothing."""
+    protocol: Literal["adm", "torch_fidelity", "cifar_train", "cifar_train_half_pixel"] | None = None
+    """How images reach Inception, see mf_eqx.metrics. A FID means nothing beside one of another protocol."""
+    reference: str = ""
+    """What samples are compared with: archive or folder of CIFAR-10 (its training images), folder of shards, folder of
+    images; or moments (.npz), which suffice for the FID alone."""
+    reference_count: int | None = None
+    """Images of the reference to take, in equal distances; by default all."""
+    save_reference: str = ""
+    """New .npz file for the moments of the reference's images."""
+    samples: int = 50_000
+    """Images to generate for each row of the table."""
+    evaluations: tuple[int, ...] = ()
+    """Numbers of equal steps from noise to data, a row for each; 1 if no times are given either."""
+    times: tuple[float, ...] = ()
+    """One more row: its times, falling from 1 to 0."""
+    euler: bool = False
+    """Step along v = u(z, t, t), as Flow Matching does, instead of by average velocities."""
+    guidance_scale: tuple[float, ...] = (1.0,)
+    """Scales of classifier-free guidance at sampling, a row for each: w u(z, r, t | label) + (1 - w) u(z, r, t | none),
+    at twice the evaluations. 1 is none, right for networks that learnt guidance in training. It asks for a network that
+    knows u without labels at r < t, too; for others add --euler."""
+    labels: Literal["random", "balanced"] = "random"
+    """Uniformly random, as the authors', or i mod K for sample i; for networks with labels."""
+    batch: int = 256
+    """Images generated at once, on all devices together."""
+    decode_batch: int = 32
+    """Latents decoded and judged at once, on all devices together; divides batch, or is larger."""
+    bfloat16: bool = False
+    """Compute the network in bfloat16; times, states, tokenizer and Inception stay in float32."""
+    seed: int = 0
+    """Seed of all samples. Pictures have a noise of their own."""
+    grid_only: bool = False
+    """Only pictures."""
+    dry_run: bool = False
+    """Check everything, print what would be computed, and stop."""
+
+    def __post_init__(self):
+        for name, bound in {"batch": 1, "decode_batch": 1, "seed": 0, "samples": LEAST}.items():
+            if getattr(self, name) < bound:
+                raise ValueError(f"{name} must be >= {bound}, got {getattr(self, name)}")
+        if self.reference_count is not None and self.reference_count < LEAST:
+            raise ValueError(f"reference_count must be >= {LEAST}, got {self.reference_count}")
+        if any(steps < 1 for steps in self.evaluations):
+            raise ValueError(f"evaluations must be >= 1, got {self.evaluations}")
+        falling = all(before > after for before, after in itertools.pairwise(self.times))
+        if self.times and not (falling and (self.times[0], self.times[-1]) == (1, 0)):
+            raise ValueError(f"times must fall strictly from 1 to 0, got {self.times}")
+        if not self.guidance_scale or not all(0 <= scale < math.inf for scale in self.guidance_scale):
+            raise ValueError(f"guidance_scale must be one number >= 0 or more, got {self.guidance_scale}")
+
+    @property
+    def at_once(self) -> int:
+        """Images in a batch that Inception sees."""
+        return min(self.decode_batch, self.batch) if self.vae else self.batch
+
+
+def check_flags(config: Config) -> None:
+    """Refuses flags that are missing, and those that do not go together."""
+    for name in ("weights",) if config.grid_only else ("weights", "inception", "protocol", "reference"):
+        if not getattr(config, name):
+            raise ValueError(f"--{name} must be given{'' if name == 'weights' else ', or --grid-only'}, got none")
+    if config.batch % config.at_once:
+        raise ValueError(f"--decode-batch must divide the batch, {config.batch}, got {config.decode_batch}")
+    if config.at_once % jax.device_count():
+        flag = "--decode-batch" if config.vae else "--batch"
+        raise ValueError(f"{flag} must be a multiple of the {jax.device_count()} devices, got {config.at_once}")
+    if config.save_reference and not config.save_reference.endswith(".npz"):
+        raise ValueError(f"--save-reference must end in .npz, got {config.save_reference}")
+    if config.reference.endswith(".npz") and (config.reference_count or config.save_reference):
+        flag = "--reference-count" if config.reference_count else "--save-reference"
+        raise ValueError(f"{flag} must be given with images as reference, got {config.reference}")
+
+
+# What is judged, and by what
+
+
+class Subject(NamedTuple):
+    """A network on all devices, what its file says of it, a digest of that file, and the tokenizer of its latents."""
+
+    field: mfx.DiT | mfx.UNet
+    description: dict[str, Any]
+    digest: str
+    tokenizer: vae.Autoencoder | None
+
+    @property
+    def labels(self) -> int | None:
+        return self.description.get("labels")
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        factor = 1 if self.tokenizer is None else self.tokenizer.factor
+        return 3, *(factor * side for side in self.field.data_shape[1:])
+
+
+class Yardstick(NamedTuple):
+    """An Inception behind a protocol, the reference (moments or images), and digests of both."""
+
+    extractor: metrics.FeatureExtractor
+    reference: metrics.FeatureMoments | data.AbstractSource
+    inception_digest: str
+    reference_digest: str
+
+
+def open_subject(config: Config, devices: mfx.Parallelism) -> Subject:
+    """**Raises:** `OSError`, `ValueError` for files that hold something else, or flags that do not fit the network."""
+    description: dict[str, Any] = {}
+
+    def make_field(found: dict[str, Any]) -> mfx.DiT | mfx.UNet:
+        description.update(found)
+        try:
+            return networks.make(found, jr.key(0), dtype=jnp.bfloat16 if config.bfloat16 else jnp.float32)
+        except ValueError as error:
+            raise ValueError(f"{config.weights}: {error}") from error
+
+    field = checkpoint.load_weights(config.weights, make_field, devices)
+    is_latent = field.data_shape[0] == TOKENIZER.latent
+    if not is_latent and field.data_shape[0] != 3:
+        rule = f"3 channels (pixels) or {TOKENIZER.latent} (latents)"
+        raise ValueError(f"{config.weights}: data must have {rule}, got the shape {field.data_shape}")
+    if is_latent != bool(config.vae):
+        rule = "given for a network of latents" if is_latent else "left out for a network of pixels"
+        raise ValueError(f"--vae must be {rule}, such as {config.weights}, got {config.vae or 'none'}")
+    if description.get("labels") is None and any(scale != 1 for scale in config.guidance_scale):
+        raise ValueError(
+            f"--guidance-scale must be 1 for {config.weights}, without labels, got {config.guidance_scale}"
+        )
+    tokenizer = everywhere(vae.load_autoencoder(config.vae, TOKENIZER), devices) if is_latent else None
+    return Subject(field, description, digest_of_file(config.weights), tokenizer)
+
+
+def open_yardstick(config: Config, subject: Subject, devices: mfx.Parallelism) -> Yardstick:
+    """**Raises:** `OSError`, `ValueError` for files that hold something else, or a reference that does not fit."""
+    assert config.protocol is not None
+    protocol, wanted = PROTOCOLS[config.protocol], SHAPES.get(config.protocol, subject.image_shape)
+    if wanted != subject.image_shape:
+        rule = f"--protocol {config.protocol} is for images of shape {wanted}"
+        raise ValueError(f"{config.weights}: {rule}, got {subject.image_shape}")
+    if config.reference.endswith(".npz"):
+        reference, digest = metrics.load_moments(config.reference), digest_of_file(config.reference)
+        check_made_by(config, "protocol", reference.protocol, protocol.name)
+    else:
+        reference = open_images(config, subject)
+        digest = reference.digest or digest_of_images(reference)
+    is_random = config.inception == RANDOM
+    inception = metrics.Inception(key=jr.key(0)) if is_random else metrics.load_inception(config.inception)
+    extractor = metrics.FeatureExtractor(everywhere(inception, devices), protocol)
+    inception_digest = extractor.digest()
+    if isinstance(reference, metrics.FeatureMoments):
+        check_made_by(config, "Inception weights", reference.weights, inception_digest)
+        features, _ = eqx.filter_eval_shape(extractor, jax.ShapeDtypeStruct((1, *subject.image_shape), jnp.float32))
+        if (size := features.pooled.shape[1]) != len(reference.mean):
+            raise ValueError(f"{config.reference}: moments must be of {size} features, got {len(reference.mean)}")
+    return Yardstick(extractor, reference, inception_digest, digest)
+
+
+def check_made_by(config: Config, what: str, found: str | None, wanted: str) -> None:
+    """Refuses moments that say that they were made otherwise."""
+    if found not in (None, wanted):
+        raise ValueError(f"{config.reference}: {what} must be {wanted!r} as for the samples, got {found!r}")
+
+
+def open_images(config: Config, subject: Subject) -> data.AbstractSource:
+    """The images of the reference."""
+    path, least = Path(config.reference), max(LEAST, config.reference_count or 0)
+    if (path / "manifest.json").exists():
+        source = data.ShardSource(path)
+    elif path.is_dir() and not any(path.glob("data_batch_1*")):
+        source = data.ImageFolderSource(path, size=subject.image_shape[1])
+    else:
+        source = data.read_cifar10(path)
+    if source.dtype != np.uint8 or source.row_shape != subject.image_shape:
+        found = f"{source.dtype} of shape {source.row_shape}"
+        raise ValueError(f"{path}: images must be uint8 of shape {subject.image_shape} as the samples, got {found}")
+    if len(source) < least:
+        raise ValueError(f"{path}: must hold at least {least} images, got {len(source)}")
+    return source
+
+
+def digest_of_file(path: str) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def digest_of_images(source: data.AbstractSource) -> str:
+    """Of how many they are, and of 256 of them."""
+    some = source.take(spread(len(source), min(len(source), 256))).x
+    return hashlib.sha256(str(len(source)).encode() + np.ascontiguousarray(some).tobytes()).hexdigest()
+
+
+def spread(number: int, count: int) -> Int[np.ndarray, " count"]:
+    """So many of the numbers below `number`, in equal distances."""
+    return np.arange(count) * number // count
+
+
+# Batches on all devices
+
+
+def everywhere(tree: _Tree, devices: mfx.Parallelism) -> _Tree:
+    """The same with a copy of its arrays on every device."""
+    arrays, others = eqx.partition(tree, eqx.is_array)
+    return eqx.combine(jax.device_put(arrays, devices.replicated), others)
+
+
+class Guided(mfx.AbstractField):
+    """Classifier-free guidance at sampling, w u(z, r, t | c) + (1 - w) u(z, r, t | no label): two evaluations.
+
+    **Arguments:** `field` with labels; `scale` w, 1 for none and more for more; `null` the label that means "none".
+
+    **Reference:** Classifier-Free Diffusion Guidance, Ho and Salimans, 2022, arXiv 2207.12598; of v, MeanFlow paper,
+    Eq. 13. Of u at r < t it is a choice of this script: the average of the guided v is another.
+    """
+
+    field: mfx.AbstractField
+    scale: float
+    null: int = eqx.field(static=True)
+
+    def __call__(
+        self,
+        z: Float[Array, "*data"],
+        r: Float[Array, ""],
+        t: Float[Array, ""],
+        condition: Any = None,
+        *,
+        key: Key[Array, ""] | None = None,
+    ) -> Float[Array, "*data"]:
+        with_label, without = (self.field(z, r, t, c, key=key) for c in (condition, jnp.asarray(self.null)))
+        return self.scale * with_label + (1 - self.scale) * without
+
+
+class Generator(eqx.Module):
+    """Samples by their numbers: sample i follows from the key and i alone.
+
+    **Arguments:** `field`; `key`; `data_shape`; `times`; `labels` K, or None without; `balanced`, whether sample i has
+    the label i mod K, else a random one; `euler`, whether to step along v = u(z, t, t).
+    """
+
+    field: mfx.AbstractField
+    key: Key[Array, ""]
+    data_shape: tuple[int, ...] = eqx.field(static=True)
+    times: tuple[float, ...] = eqx.field(static=True)
+    labels: int | None = eqx.field(static=True, default=None)
+    balanced: bool = eqx.field(static=True, default=False)
+    euler: bool = eqx.field(static=True, default=False)
+
+    @eqx.filter_jit
+    def __call__(self, numbers: Int[Array, " rows"]) -> Float[Array, "rows *data"]:
+        """Samples of these numbers, on the devices on which the numbers lie."""
+        return self.from_noise(*jax.vmap(self.inputs)(numbers))
+
+    def inputs(self, number: Int[Array, ""]) -> tuple[Float[Array, "*data"], Int[Array, ""] | None]:
+        """Noise and label of a sample."""
+        eps_key, label_key = jr.split(jr.fold_in(self.key, number))
+        eps = jr.normal(eps_key, self.data_shape)
+        if self.labels is None:
+            return eps, None
+        return eps, number % self.labels if self.balanced else jr.randint(label_key, (), 0, self.labels)
+
+    @eqx.filter_jit
+    def from_noise(
+        self, eps: Float[Array, "rows *data"], label: Int[Array, " rows"] | None
+    ) -> Float[Array, "rows *data"]:
+        """Samples from noise that is given."""
+        method = mfx.sample_euler if self.euler else mfx.sample
+        return jax.vmap(lambda eps, label: method(self.field, eps, label, times=self.times))(eps, label)
+
+
+def sample_batches(
+    generator: Callable[[Any], Float[Array, "batch *data"]], count: int, batch: int, devices: mfx.Parallelism
+) -> Iterator[Float[Array, "batch *data"]]:
+    """Samples 0, 1, ..., whose rows are spread over all devices; the last batch may go beyond `count`."""
+    for start in range(0, count, batch):
+        yield generator(devices.place(np.arange(start, start + batch, dtype=np.int32)))
+
+
+@eqx.filter_jit
+def decode(tokenizer: vae.Autoencoder, z: Float[Array, "rows latent height width"]) -> Float[Array, "rows 3 _ _"]:
+    """Images of latents whose standard deviation is about 1."""
+    return jax.vmap(tokenizer.decode)(z / vae.SCALE)
+
+
+def decoded(
+    batches: Iterable[Float[Array, "_ *data"]], tokenizer: vae.Autoencoder | None, size: int, devices: mfx.Parallelism
+) -> Iterator[Float[Array, "_ 3 height width"]]:
+    """Latents decoded, `size` at once, which divides their number or is above it (the last is repeated then); pixels,
+    without a tokenizer, as they are."""
+    for x in batches:
+        if tokenizer is None:
+            yield x
+            continue
+        for start in range(0, len(x), size):
+            rows = np.minimum(np.arange(start, start + size), len(x) - 1)
+            yield decode(tokenizer, jax.device_put(x[rows], devices.rows))
+
+
+def image_batches(
+    source: data.AbstractSource, rows: Int[np.ndarray, " rows"], batch: int, devices: mfx.Parallelism
+) -> Iterator[UInt8[Array, "batch 3 height width"]]:
+    """Rows of a source in equal batches on all devices; at the end the last row is repeated."""
+    for start in range(0, len(rows), batch):
+        wanted = rows[np.minimum(np.arange(start, start + batch), len(rows) - 1)]
+        yield devices.place(jnp.asarray(source.take(wanted).x))
+
+
+def counted(batches: Iterable[_Tree], progress: run.Progress, start: int = 0) -> Iterator[_Tree]:
+    """The same batches, each reported when the next one is asked for."""
+    for number, batch in enumerate(batches, start + 1):
+        yield batch
+        progress.update(number, {})
+
+
+# The rows of the table
+
+
+class Row(NamedTuple):
+    """How one row is generated."""
+
+    times: tuple[float, ...]
+    scale: float
+
+    @property
+    def name(self) -> str:
+        steps = len(self.times) - 1
+        grid = "" if self.times == mfx.uniform_times(steps) else "_at_" + "_".join(f"{t:g}" for t in self.times)
+        return f"{steps}{grid}" + (f"_guidance_{self.scale:g}" if self.scale != 1 else "")
+
+
+def rows_of(config: Config) -> list[Row]:
+    grids = [mfx.uniform_times(steps) for steps in config.evaluations] + [config.times] * bool(config.times)
+    rows = [Row(times, scale) for times in grids or [(1.0, 0.0)] for scale in config.guidance_scale]
+    return list(dict.fromkeys(rows))
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """A configuration with all that it names."""
+
+    config: Config
+    devices: mfx.Parallelism
+    subject: Subject
+    yardstick: Yardstick | None
+
+    def common(self) -> dict[str, Any]:
+        """What all rows share, and what their numbers depend on beyond rounding."""
+        config, subject, yardstick = self.config, self.subject, self.yardstick
+        names = ["euler", "bfloat16", *(["samples", "seed", "reference_count"] if yardstick else [])]
+        known = {"weights": subject.digest, **{name: getattr(config, name) for name in names}}
+        known["vae"] = subject.tokenizer and run.digest(checkpoint.digests(subject.tokenizer))
+        if yardstick is None:
+            return known
+        return known | {
+            "labels": config.labels if subject.labels else None,
+            "protocol": yardstick.extractor.protocol.name,
+            "inception": yardstick.inception_digest,
+            "reference": yardstick.reference_digest,
+        }
+
+    def generator(self, row: Row) -> Generator:
+        config, subject = self.config, self.subject
+        labels = subject.labels
+        field = subject.field if labels is None or row.scale == 1 else Guided(subject.field, row.scale, labels)
+        shape, balanced = subject.field.data_shape, config.labels == "balanced"
+        return Generator(field, jr.key(config.seed), shape, row.times, labels, balanced, config.euler)
+
+    def images(self, batches: Iterable[Array]) -> Iterator[Array]:
+        return decoded(batches, self.subject.tokenizer, self.config.at_once, self.devices)
+
+    def made_with(self) -> dict[str, Any]:
+        """What numbers do not depend on, or that is known by digests alone."""
+        files = {name: getattr(self.config, name) for name in ("weights", "vae", "inception", "reference")}
+        versions = {"jax": jax.__version__, "equinox": eqx.__version__, "mf_eqx": mfx.__version__}
+        device = {"kind": jax.devices()[0].device_kind, "count": jax.device_count()}
+        batch = {"batch": self.config.batch, "at_once": self.config.at_once}
+        return {"files": files, "network": self.subject.description, **batch, "versions": versions, "device": device}
+
+
+def read_reference(job: Evaluation, yardstick: Yardstick) -> tuple[metrics.FeatureMoments, Any]:
+    """Moments of the reference, and its features if there are images."""
+    source, config = yardstick.reference, job.config
+    if isinstance(source, metrics.FeatureMoments):
+        return source, None
+    rows = spread(len(source), config.reference_count or len(source))
+    steps, work = math.ceil(len(rows) / config.at_once), run.Work(config.at_once)
+    with run.Progress(steps, work=work, doing="features of the reference") as progress:
+        batches = counted(image_batches(source, rows, config.at_once, job.devices), progress)
+        features = metrics.collect_features(yardstick.extractor, batches, len(rows))
+        progress.update(steps, {})
+    if config.save_reference:
+        metrics.save_moments(config.save_reference, features.moments)
+    return features.moments, features.pooled
+
+
+def judge(
+    job: Evaluation,
+    yardstick: Yardstick,
+    reference: tuple[metrics.FeatureMoments, Any],
+    row: Row,
+    report: Callable[[Iterable[Array]], Iterable[Array]],
+) -> dict[str, Any]:
+    """The numbers of one row; `report` is told of its batches."""
+    config, (moments, features), began = job.config, reference, time.perf_counter()
+    batches = sample_batches(job.generator(row), config.samples, config.batch, job.devices)
+    samples = metrics.collect_features(yardstick.extractor, report(job.images(batches)), config.samples)
+    seconds = time.perf_counter() - began
+    size = min(1000, config.samples, config.samples if features is None else len(features))
+    quality = metrics.sample_quality(samples, moments, features, size=size)
+    counts = {"kid_subset": size, "reference_images": moments.count}
+    rate = {"seconds": seconds, "samples_per_second": config.samples / seconds}
+    return {**dataclasses.asdict(quality), **counts, **rate, **job.made_with()}
+
+
+def fill(job: Evaluation, yardstick: Yardstick, ledger: run.Ledger, missing: Mapping[Row, dict[str, Any]]) -> None:
+    """Compute the rows that are missing, each with its settings, and keep them as they come."""
+    if not missing and (not job.config.save_reference or Path(job.config.save_reference).exists()):
+        return
+    reference, size = read_reference(job, yardstick), job.config.at_once
+    steps = math.ceil(job.config.samples / size)
+    with run.Progress(steps * len(missing), work=run.Work(size)) as progress:
+        for number, (row, settings) in enumerate(missing.items()):
+            start = number * steps
+            result = judge(job, yardstick, reference, row, lambda x, start=start: counted(x, progress, start))
+            ledger.put(settings, result)
+            progress.update(start + steps, {})
+
+
+def table(job: Evaluation, results: Mapping[Row, dict[str, Any]]) -> str:
+    """All rows, and what their numbers must not be read without."""
+
+    def spread_of(pair: tuple[float, float] | None) -> str | None:
+        return None if pair is None else "{:.4g} ± {:.2g}".format(*pair)
+
+    headers = ["evaluations", "guidance", "FID", "IS", "KID", "precision", "recall", "images/s"]
+    lines = []
+    for row, found in results.items():
+        scores = found["fid"], spread_of(found["inception_score"]), spread_of(found["kid"])
+        known = (*scores, *(found["precision_recall"] or (None, None)), found["samples_per_second"])
+        count = f"{len(row.times) - 1}" + " x 2" * (row.scale != 1)
+        lines.append([count, row.scale if job.subject.labels else None, *known])
+    return "\n".join([run.table(lines, headers), "", *remarks(job, next(iter(results.values())))])
+
+
+def remarks(job: Evaluation, found: Mapping[str, Any]) -> Iterator[str]:
+    config, subject = job.config, job.subject
+    notes = [
+        f"{name} {subject.description[name]}" for name in ("decay", "steps", "data") if name in subject.description
+    ]
+    yield f"{config.weights}: {', '.join(notes) or 'no notes'}, sha256 {subject.digest[:16]}."
+    labels = f", {config.labels} labels" if subject.labels else ""
+    yield f"{config.samples:,} samples of seed {config.seed}{labels}{', Euler steps along v' * config.euler}."
+    count = "an unknown number of" if found["reference_images"] is None else f"{found['reference_images']:,}"
+    yield f"Protocol {found['protocol']}, against {count} images of {config.reference}."
+    if config.samples < 50_000:
+        yield "The literature has 50,000 samples: fewer give a larger FID and a smaller Inception Score."
+    if found["kid"] is None:
+        yield f"No KID, precision and recall (-): they need images, and {config.reference} holds moments alone."
+    if config.inception == RANDOM:
+        yield "Inception has RANDOM weights: these numbers rehearse the command and mean nothing beyond that."
+
+
+def plan(job: Evaluation, root: Path, rows: Iterable[Row], missing: Mapping[Row, Any]) -> str:
+    """What would be computed."""
+    config, subject = job.config, job.subject
+    number = sum(leaf.size for leaf in jax.tree.leaves(eqx.filter(subject.field, eqx.is_array)))
+    what = f"{subject.description['network']} of {number:,} parameters, images of shape {subject.image_shape}"
+    where = f"{config.batch} at once on {jax.device_count()} x {jax.devices()[0].device_kind}"
+    work = "pictures alone" if config.grid_only else f"{config.samples:,} samples for each row, {where}"
+    lines = [[row.name, "to do" if row in missing else "finished"] for row in rows]
+    return "\n".join([f"{root}: {what}; {work}", "", run.table(lines, ["row", "state"])])
+
+
+def save_picture(job: Evaluation, row: Row, path: Path) -> None:
+    """Eight rows of noise, always the same; with labels, columns of up to ten of these."""
+    shape, labels = job.subject.field.data_shape, job.subject.labels
+    columns = min(labels, 10) if labels else 8
+    eps = jr.normal(jr.key(PICTURE_SEED), (8, 1 if labels else columns, *shape))
+    eps = jnp.broadcast_to(eps, (8, columns, *shape)).reshape(-1, *shape)
+    shown = spread(labels, columns) if labels else None
+    z = job.generator(row).from_noise(eps, None if shown is None else jnp.tile(shown, 8))
+    x = np.concatenate([*map(np.asarray, job.images([z]))])[: len(eps)]
+    names = None if shown is None else [str(label) for label in shown]
+    beside = path.with_name(path.name + ".part")
+    run.save_image_grid(beside, x.reshape(8, columns, *job.subject.image_shape), -1, 1, column_labels=names)
+    beside.replace(path)
+
+
+def main(config: Config) -> None:
+    """Judge saved weights."""
+    check_flags(config)
+    devices = mfx.Parallelism()
+    subject = open_subject(config, devices)
+    job = Evaluation(config, devices, subject, None if config.grid_only else open_yardstick(config, subject, devices))
+    common = job.common()
+    settings = {row: {**common, "times": row.times, "guidance_scale": row.scale} for row in rows_of(config)}
+    with run.opened(config, shared=run.digest(common)) as directory:
+        ledger = run.Ledger(directory.root / "ledger.jsonl")
+        missing = {row: given for row, given in settings.items() if given not in ledger}
+        if config.dry_run:
+            return run.tell(plan(job, directory.root, settings, missing))
+        for row in settings:
+            if not (path := directory.path(f"samples_{row.name}.png")).exists():
+                save_picture(job, row, path)
+        if job.yardstick is not None:
+            fill(job, job.yardstick, ledger, missing)
+            results = {row: ledger[given] for row, given in settings.items()}
+            records = [
+                {**settings[row], **found, "commit": ledger.commit(settings[row])} for row, found in results.items()
+            ]
+            directory.save_results(table(job, results), records)
+            run.tell(table(job, results))
+        run.tell(f"{directory.root} has the pictures{'' if config.grid_only else ' and all numbers'}")
+
+
+if __name__ == "__main__":
+    run.main(main, Config(), description=__doc__)

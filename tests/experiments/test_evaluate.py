@@ -1,0 +1,422 @@
+"""Saved weights are judged by one command: its numbers, pictures and refusals, and that nothing is computed twice.
+
+Run as a script (by the test of several devices), it prints samples as JSON.
+"""
+
+import json
+import os
+import pathlib
+import re
+import sys
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+from devices import run_on_devices
+from fields import quick_jit
+from random_tensors import random_tensor
+
+import mf_eqx as mfx
+from mf_eqx import checkpoint, data, metrics, run, vae
+
+TESTS = pathlib.Path(__file__).parents[1]
+TINY_VAE = vae.AutoencoderSize(widths=(4, 4), blocks=1, latent=4, groups=2)
+IMAGES = np.random.default_rng(7).integers(0, 256, (20, 3, 32, 32), np.uint8)
+ARGUMENTS = "--weights dit.safetensors --inception random --protocol cifar_train --reference cifar"
+ARGUMENTS += " --samples 16 --batch 16"
+INCEPTION = metrics.Inception
+LATENT = "--weights latent.safetensors --vae vae.safetensors --inception random --protocol adm --reference images"
+
+
+class Means(eqx.Module):
+    """A network that is cheap: features are means of three strips of each channel."""
+
+    weight: jax.Array
+
+    def __init__(self, *, key):
+        self.weight = jnp.ones(())
+
+    def __call__(self, x):
+        strips = [part.mean(axis=(2, 3)) for part in jnp.split(x, [64, 150], axis=2)]
+        pooled = self.weight * jnp.concatenate(strips, axis=1)
+        return metrics.Features(pooled, 10 * pooled[:, :4])
+
+
+@pytest.fixture(scope="module")
+def evaluate(experiment):
+    pytest.importorskip("safetensors")
+    return experiment("evaluate")
+
+
+@pytest.fixture(scope="module")
+def networks(experiment):
+    return experiment("networks")
+
+
+def save_cifar10(folder, images):
+    os.makedirs(folder)
+    records = np.concatenate([np.zeros((len(images), 1), np.uint8), images.reshape(len(images), -1)], axis=1)
+    for number, part in enumerate(np.split(records, 5)):
+        part.tofile(f"{folder}/data_batch_{number + 1}.bin")
+
+
+def save_network(networks, path, description, start=""):
+    """Random weights that nothing had to be compiled for."""
+
+    def fill(path, leaf):
+        shape = getattr(leaf, "shape", None)
+        return leaf if shape is None else jnp.asarray(random_tensor(start + jax.tree_util.keystr(path), shape, 1.5))
+
+    shapes = eqx.filter_eval_shape(networks.from_description, description)
+    field = jax.tree_util.tree_map_with_path(fill, shapes)
+    checkpoint.save_weights(path, field, {**description, "decay": 0.99, "steps": 7})
+    return field
+
+
+@pytest.fixture(scope="module")
+def fields(networks, tmp_path_factory):
+    """The folder of what is judged, and the networks in it."""
+    root = tmp_path_factory.mktemp("files")
+    descriptions = {
+        "unet": networks.describe_unet((3, 32, 32), mfx.UNetSize(4, (1,), 1, ())),
+        "dit": networks.describe_dit((3, 32, 32), mfx.DiTSize(1, 8, 2, 8), labels=None),
+        "latent": networks.describe_dit((4, 16, 16), mfx.DiTSize(1, 8, 2, 8), labels=3),
+        "small": networks.describe_dit((3, 16, 16), mfx.DiTSize(1, 8, 2, 8), labels=None),
+    }
+    found = {name: save_network(networks, root / f"{name}.safetensors", d) for name, d in descriptions.items()}
+    save_cifar10(root / "cifar", IMAGES)
+    data.write_shards(data.ArraySource(IMAGES), root / "images")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(TESTS / "vae")
+        import diffusers_files
+
+        diffusers_files.write_file(root / "vae.safetensors", diffusers_files.tensors(TINY_VAE))
+    return root, found
+
+
+@pytest.fixture
+def judge(evaluate, fields, tmp_path, monkeypatch):
+    """The command, in a folder of its own, with the cheap network in place of Inception and a small tokenizer."""
+    for entry in fields[0].iterdir():
+        (tmp_path / entry.name).symlink_to(entry)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(metrics, "Inception", Means)
+    monkeypatch.setattr(evaluate, "TOKENIZER", TINY_VAE)
+
+    def judge(arguments):
+        run.main(evaluate.main, evaluate.Config(), argv=arguments.split())
+        directories = list(pathlib.Path("runs").glob("*/*"))
+        return max(directories, key=lambda path: path.stat().st_mtime_ns, default=None)
+
+    return judge
+
+
+def results(directory):
+    return json.loads((directory / "results.json").read_text())
+
+
+def drawn(field, numbers, seed=0, label=lambda i: None):
+    """Samples in one evaluation: the noise of sample i follows from the seed and i."""
+
+    @quick_jit
+    def one(i):
+        eps = jr.normal(jr.split(jr.fold_in(jr.key(seed), i))[0], field.data_shape)
+        return eps - field(eps, jnp.zeros(()), jnp.ones(()), label(i))
+
+    return jnp.stack([one(jnp.asarray(i)) for i in range(numbers)])
+
+
+def features_of(pixels):
+    """What `Means` says of images under a CIFAR protocol, and its moments, in NumPy."""
+    x = np.asarray(metrics.CIFAR_TRAIN(jnp.asarray(pixels)))
+    strips = [part.mean(axis=(2, 3)) for part in np.split(x.astype(np.float64), [64, 150], axis=2)]
+    features = np.concatenate(strips, axis=1)
+    return features.mean(axis=0), np.cov(features, rowvar=False)
+
+
+def frechet(a, b):
+    linalg = pytest.importorskip("scipy.linalg")
+    (mean_a, cov_a), (mean_b, cov_b) = a, b
+    root = linalg.sqrtm(cov_a @ cov_b).real
+    return np.sum((mean_a - mean_b) ** 2) + np.trace(cov_a + cov_b - 2 * root)
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """The images of each set of which features are taken: those of the reference, then those of each row."""
+    sets, original = [], metrics.collect_features
+
+    def collect_features(extractor, batches, count):
+        held = [np.asarray(x) for x in batches]
+        sets.append(np.concatenate(held)[:count])
+        return original(extractor, held, count)
+
+    monkeypatch.setattr(metrics, "collect_features", collect_features)
+    return sets
+
+
+# Numbers
+
+
+def check_rehearsal(directory, out):
+    """Numbers, a picture and a warning are there."""
+    (row,) = results(directory)
+    numbers = [row["fid"], *row["inception_score"], *row["kid"], *row["precision_recall"]]
+    assert np.isfinite(numbers).all() and row["fid"] > 0
+    assert (directory / "samples_1.png").read_bytes().startswith(b"\x89PNG")
+    assert "RANDOM weights: these numbers rehearse" in out and out.startswith((directory / "results.md").read_text())
+
+
+def test_a_rehearsal_leaves_numbers_pictures_and_a_warning(judge, capsys):
+    check_rehearsal(judge(ARGUMENTS), capsys.readouterr().out)
+
+
+@pytest.mark.slow
+def test_a_rehearsal_with_the_whole_inception(judge, capsys, monkeypatch):
+    monkeypatch.setattr(metrics, "Inception", INCEPTION)
+    arguments = f"{ARGUMENTS} --weights unet.safetensors --samples 10 --batch 10 --reference-count 10"
+    check_rehearsal(judge(arguments), capsys.readouterr().out)
+
+
+def test_numbers_tell_all_that_they_depend_on(judge):
+    (row,) = results(judge(f"{ARGUMENTS} --reference-count 10"))
+    assert len(row["weights"]) == len(row["inception"]) == len(row["reference"]) == 64
+    assert (row["network"]["decay"], row["network"]["steps"]) == (0.99, 7)
+    assert (row["protocol"], row["samples"], row["seed"], row["times"]) == ("CIFAR-train", 16, 0, [1.0, 0.0])
+    assert (row["batch"], row["reference_count"], row["reference_images"], row["vae"]) == (16, 10, 10, None)
+    assert row["files"]["reference"] == "cifar" and row["versions"]["jax"] == jax.__version__
+    assert row["device"]["count"] == jax.device_count() and row["samples_per_second"] > 0
+
+
+def test_distance_is_that_of_samples_zero_to_n_from_all_training_images(judge, seen, fields):
+    (row,) = results(judge(f"{ARGUMENTS} --batch 6 --seed 3"))
+    reference, samples = seen
+    np.testing.assert_array_equal(reference, IMAGES)
+    x = np.asarray(drawn(fields[1]["dit"], 16, seed=3))
+    np.testing.assert_allclose(samples, x, rtol=1e-5, atol=2e-5)  # float32, values of about 5
+    pixels = np.floor(255 * np.clip(x / 2 + 0.5, 0, 1)).astype(np.uint8)
+    assert row["fid"] == pytest.approx(frechet(features_of(pixels), features_of(IMAGES)), rel=1e-3)
+
+
+def test_latents_are_decoded_at_their_scale_with_balanced_labels_and_guided(judge, seen, fields):
+    arguments = "--samples 12 --batch 8 --decode-batch 4 --labels balanced --guidance-scale 1 2"
+    directory = judge(f"{LATENT} {arguments}")
+    tokenizer = vae.load_autoencoder("vae.safetensors", TINY_VAE)
+    decode = quick_jit(lambda z: jax.vmap(tokenizer.decode)(z / 0.18215))
+    labelled, plain = (drawn(fields[1]["latent"], 12, label=label) for label in (lambda i: i % 3, lambda i: i - i + 3))
+    _, *samples = seen
+    for x, z in zip(samples, [labelled, 2 * labelled - plain], strict=True):  # in one step, samples combine like u
+        np.testing.assert_allclose(x, decode(z), atol=1e-4)
+    assert np.abs(samples[0] - samples[1]).max() > 2e-3
+    found = [(row["guidance_scale"], row["labels"], len(row["vae"])) for row in results(directory)]
+    assert found == [(1, "balanced", 8), (2, "balanced", 8)]
+    assert re.search(r"^\| 1 x 2 +\| +2 \|", (directory / "results.md").read_text(), re.MULTILINE)
+    assert (directory / "samples_1_guidance_2.png").exists()
+
+
+def test_a_sweep_has_a_row_for_each_grid_and_scale(evaluate):
+    config = evaluate.Config(evaluations=(1, 2), times=(1, 0.3, 0), guidance_scale=(1, 2))
+    grids = {"1": (1, 0), "2": (1, 0.5, 0), "2_at_1_0.3_0": (1, 0.3, 0)}
+    expected = [(f"{name}{end}", t) for name, t in grids.items() for end in ("", "_guidance_2")]
+    assert [(row.name, row.times) for row in evaluate.rows_of(config)] == expected
+
+
+def test_steps_along_the_velocity_are_those_of_euler(evaluate, fields):
+    field, eps = fields[1]["latent"], jr.normal(jr.key(2), (1, 4, 16, 16))
+    x = make_generator(evaluate, field, labels=3, euler=True).from_noise(eps, jnp.asarray([1]))
+
+    @quick_jit
+    def v(z, t):
+        return field(z, jnp.asarray(t), jnp.asarray(t), jnp.asarray(1))
+
+    half = eps[0] - 0.5 * v(eps[0], 1.0)
+    np.testing.assert_allclose(x[0], half - 0.5 * v(half, 0.5), atol=1e-5)
+
+
+# Samples
+
+
+def make_generator(evaluate, field, **options):
+    return evaluate.Generator(field, jr.key(4), field.data_shape, (1.0, 0.5, 0.0), **options)
+
+
+def first_samples(evaluate, field, batch, count=14):
+    """Samples 0, 1, ..., and what they are made from."""
+    devices = mfx.Parallelism()
+    generator = make_generator(evaluate, eqx.filter_shard(field, devices.replicated), labels=3)
+    batches = [np.asarray(x) for x in evaluate.sample_batches(generator, count, batch, devices)]
+    return np.concatenate(batches)[:count]
+
+
+def test_samples_do_not_depend_on_the_batch(evaluate, fields):
+    by_batch = [first_samples(evaluate, fields[1]["latent"], batch) for batch in (14, 4)]
+    np.testing.assert_allclose(*by_batch, rtol=1e-5, atol=2e-5)  # XLA adds in another order
+
+
+def test_samples_are_the_same_on_one_and_on_eight_devices(evaluate, fields):
+    found = run_on_devices("experiments/test_evaluate.py", fields[0] / "latent.safetensors")
+    assert found["devices"] == 8 and found["spread"]
+    np.testing.assert_allclose(
+        found["samples"], first_samples(evaluate, fields[1]["latent"], 14).ravel(), rtol=1e-5, atol=2e-5
+    )
+
+
+def test_random_labels_are_uniform(evaluate, fields):
+    generator = make_generator(evaluate, fields[1]["latent"], labels=3)
+    _, labels = eqx.filter_jit(jax.vmap(lambda i: generator.inputs(i)))(jnp.arange(3000))
+    assert np.abs(np.bincount(labels, minlength=3) - 1000).max() < 100  # 4 standard deviations
+
+
+# What was done is not done again
+
+
+def test_finished_rows_are_found_and_only_new_ones_are_computed(evaluate, judge, monkeypatch):
+    before = results(judge(ARGUMENTS))
+    computed, original = [], evaluate.judge
+    monkeypatch.setattr(evaluate, "judge", lambda *given: computed.append(given[3].name) or original(*given))
+    assert results(judge(f"{ARGUMENTS} --batch 8")) == before and computed == []
+    after = results(judge(f"{ARGUMENTS} --evaluations 1 2"))
+    assert after[:1] == before and computed == ["2"]
+
+
+def test_a_killed_sweep_keeps_its_finished_rows(evaluate, judge, monkeypatch):
+    original = evaluate.judge
+
+    def killed(*given):
+        if given[3].name == "2":
+            raise KeyboardInterrupt
+        return original(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "judge", killed)
+        with pytest.raises(SystemExit):
+            judge(f"{ARGUMENTS} --evaluations 1 2")
+    monkeypatch.setattr(evaluate, "judge", lambda *given: {**original(*given), "fid": 5.0})
+    assert [row["fid"] == 5.0 for row in results(judge(f"{ARGUMENTS} --evaluations 1 2"))] == [False, True]
+
+
+def test_other_weights_are_judged_anew(judge, networks, fields):
+    first = judge(ARGUMENTS)
+    os.unlink("dit.safetensors")
+    description = networks.describe_dit((3, 32, 32), mfx.DiTSize(1, 8, 2, 8), labels=None)
+    save_network(networks, "dit.safetensors", description, "other")
+    second = judge(ARGUMENTS)
+    assert first != second and results(first)[0]["fid"] != results(second)[0]["fid"]
+
+
+# References
+
+
+def test_saved_moments_give_the_same_distance_and_nothing_that_needs_images(judge, capsys):
+    (whole,) = results(judge(f"{ARGUMENTS} --save-reference moments.npz"))
+    moments = metrics.load_moments("moments.npz")
+    assert (moments.count, moments.protocol) == (20, "CIFAR-train")
+    (row,) = results(judge(ARGUMENTS.replace("--reference cifar", "--reference moments.npz")))
+    assert row["fid"] == pytest.approx(whole["fid"], rel=1e-9)
+    assert row["kid"] is None and row["precision_recall"] is None and whole["kid"] is not None
+    assert "No KID, precision and recall (-): they need images" in capsys.readouterr().out
+
+
+def test_moments_of_another_protocol_are_refused(judge, capsys):
+    np.savez("other.npz", mu=np.zeros(9), sigma=np.eye(9), protocol="ADM")
+    line = refused(judge, capsys, ARGUMENTS.replace("--reference cifar", "--reference other.npz"))
+    assert "other.npz: protocol must be 'CIFAR-train' as for the samples, got 'ADM'" in line
+
+
+def test_moments_of_another_inception_are_refused(judge, capsys):
+    np.savez("other.npz", mu=np.zeros(9), sigma=np.eye(9), protocol="CIFAR-train", weights="abc")
+    line = refused(judge, capsys, ARGUMENTS.replace("--reference cifar", "--reference other.npz"))
+    assert re.search(r"other.npz: Inception weights must be '\w{64}' as for the samples, got 'abc'", line)
+
+
+def test_moments_of_other_features_are_refused(judge, capsys):
+    np.savez("other.npz", mu=np.zeros(8), sigma=np.eye(8))
+    line = refused(judge, capsys, ARGUMENTS.replace("--reference cifar", "--reference other.npz"))
+    assert "other.npz: moments must be of 9 features, got 8" in line
+
+
+def test_images_of_another_size_are_refused(judge, capsys):
+    data.write_shards(data.ArraySource(IMAGES[..., :16, :16]), "small")
+    line = refused(judge, capsys, ARGUMENTS.replace("--reference cifar", "--reference small"))
+    assert "small: images must be uint8 of shape (3, 32, 32) as the samples, got uint8 of shape (3, 16, 16)" in line
+
+
+# Without numbers
+
+
+def test_pictures_need_no_inception(judge):
+    directory = judge("--weights unet.safetensors --grid-only")
+    names = {path.name for path in directory.iterdir() if not path.name.startswith(".")}
+    assert names == {"config.json", "starts.jsonl", "samples_1.png"}
+
+
+def test_a_dry_run_tells_the_plan_and_leaves_nothing(judge, capsys):
+    before = set(os.listdir())
+    judge(f"{ARGUMENTS} --evaluations 1 2 --dry-run")
+    assert set(os.listdir()) == before
+    out = capsys.readouterr().out
+    assert re.search(r"DiT of [\d,]+ parameters, images of shape \(3, 32, 32\); 16 samples for each row", out)
+    assert len(re.findall("to do", out)) == 2
+
+
+# Refusals
+
+
+def refused(judge, capsys, arguments):
+    """The only line on stderr."""
+    before = set(os.listdir())
+    with pytest.raises(SystemExit) as ended:
+        judge(arguments)
+    assert ended.value.code == 2
+    assert set(os.listdir()) == before
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    return line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("", "--weights must be given, got none"),
+        ("--weights dit.safetensors", "--inception must be given, or --grid-only, got none"),
+        ("--weights dit.safetensors --inception random", "--protocol must be given, or --grid-only"),
+        (f"{ARGUMENTS} --protocol fid", "--protocol"),
+        (f"{ARGUMENTS} --samples 0", "--samples must be >= 10, got 0"),
+        (f"{ARGUMENTS} --evaluations 1 0", r"--evaluations must be >= 1, got \(1, 0\)"),
+        (f"{ARGUMENTS} --times 1 0.5", "--times must fall strictly from 1 to 0"),
+        (f"{ARGUMENTS} --guidance-scale 2", "--guidance-scale must be 1 for dit.safetensors, without labels"),
+        (f"{ARGUMENTS} --reference-count 21", "cifar: must hold at least 21 images, got 20"),
+        (f"{ARGUMENTS} --vae vae.safetensors", "--vae must be left out for a network of pixels"),
+        (f"{ARGUMENTS} --weights latent.safetensors", "--vae must be given for a network of latents"),
+        (f"{ARGUMENTS} --weights vae.safetensors", "vae.safetensors: must be a file of save_weights"),
+        (f"{ARGUMENTS} --weights missing", "No such file or directory: 'missing'"),
+        (f"{ARGUMENTS} --inception vae.safetensors", "vae.safetensors: "),
+        (f"{ARGUMENTS} --reference missing", "missing"),
+        (f"{ARGUMENTS} --save-reference x.txt", "--save-reference must end in .npz, got x.txt"),
+        (f"{ARGUMENTS} --reference runs.npz --save-reference x.npz", "--save-reference must be given with images"),
+        (f"{ARGUMENTS} --weights small.safetensors", r"small.*: --protocol cifar_train is for .* got \(3, 16, 16\)"),
+        (f"{LATENT} --batch 9 --decode-batch 6", "--decode-batch must divide the batch, 9, got 6"),
+    ],
+)
+def test_bad_input_ends_in_one_line_and_leaves_nothing(arguments, message, judge, capsys):
+    assert re.search(message, refused(judge, capsys, arguments))
+
+
+def test_weights_of_no_known_network_are_refused_by_name(judge, capsys):
+    checkpoint.save_weights("mlp.safetensors", mfx.MLP(2, width=4, depth=1, key=jr.key(0)), {"width": 4})
+    line = refused(judge, capsys, "--weights mlp.safetensors --grid-only")
+    assert "mlp.safetensors: the description must be that of a network" in line
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(TESTS.parent / "experiments"))
+    import evaluate as script
+    import networks as descriptions
+
+    network = checkpoint.load_weights(sys.argv[1], descriptions.from_description)
+    samples = first_samples(script, network, 8)
+    placed = mfx.Parallelism().place(np.arange(8, dtype=np.int32))
+    spread = not make_generator(script, network, labels=3)(placed).sharding.is_fully_replicated
+    print(json.dumps({"devices": jax.device_count(), "spread": spread, "samples": samples.ravel().tolist()}))
