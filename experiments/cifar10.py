@@ -85,7 +85,7 @@ class Config(run.Settings):
     """Probability of each of scaling, stretching and shifting (EDM); 0 for no augmentation but flips."""
     bfloat16: bool = False
     """Compute in bfloat16; parameters, times, losses and averages stay in float32."""
-    remat: bool = False
+    remat: bool = run.setting(False)
     """Keep less for the backward pass, and compute it again."""
     seed: int = 0
     """Seed of everything random."""
@@ -210,9 +210,9 @@ def main(config: Config) -> None:
 
 def save(config: Config, directory: run.RunDirectory, state: mfx.TrainState) -> None:
     """Every average as weights, and pictures of the first."""
-    notes: dict[str, Any] = {**describe(config), "steps": config.steps, "data": config.data}
+    notes: dict[str, Any] = {**describe(config), "steps": int(state.step), "data": config.data}
     for decay, field in zip(config.decays, state.averages, strict=True):
-        checkpoint.save_weights(directory.path(f"ema_{decay:g}.safetensors"), field, {**notes, "decay": decay})
+        checkpoint.save_weights(directory.path(f"ema_{decay}.safetensors"), field, {**notes, "decay": decay})
     field = run.local(state.averages[0])
     if run.is_first():
         for evaluations in (1, 2):

@@ -3,7 +3,7 @@
     python experiments/evaluate.py --weights runs/cifar10/1a2b3c4d/ema_0.99995.safetensors \\
         --inception inception.safetensors --protocol cifar_train --reference cifar-10-binary.tar.gz --evaluations 1 2
     python experiments/evaluate.py --weights ema.safetensors --vae sd-vae-ft-mse --inception inception.safetensors \\
-        --protocol adm --reference VIRTUAL_imagenet256_labeled.npz --guidance-scale 1 1.5 2
+        --protocol adm --reference VIRTUAL_imagenet256_labeled.npz --euler --evaluations 32 --guidance-scale 1 1.5 2
     python experiments/evaluate.py --weights ema.safetensors --grid-only           pictures alone
     python experiments/evaluate.py ... --inception random --samples 64             a rehearsal
     python experiments/evaluate.py ... --dry-run                                   what it takes, before it is started
@@ -28,6 +28,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import networks
 import numpy as np
+import prepare_latents
 from jaxtyping import Array, Float, Int, Key, UInt8
 
 import mf_eqx as mfx
@@ -43,7 +44,6 @@ PROTOCOLS = {
 }
 SHAPES = {"cifar_train": (3, 32, 32), "cifar_train_half_pixel": (3, 32, 32)}
 """Of all images under a protocol that is made for one data set."""
-TOKENIZER = vae.SD_VAE
 RANDOM = "random"
 """The name of an Inception that was never trained."""
 PICTURE_SEED = 2**31 - 1
@@ -59,7 +59,7 @@ class Config:
     weights: str = ""
     """File of weights to judge, as cifar10.py leaves them: an average with the description of its network."""
     vae: str = ""
-    """Folder or .safetensors file of the tokenizer, for a network of latents."""
+    """Folder or .safetensors file of the tokenizer, or "hub" to download the paper's, for a network of latents."""
     inception: str = ""
     """Weights of Inception (.safetensors), or "random" for a rehearsal, whose numbers mean nothing."""
     protocol: Literal["adm", "torch_fidelity", "cifar_train", "cifar_train_half_pixel"] | None = None
@@ -70,7 +70,7 @@ class Config:
     reference_count: int | None = None
     """Images of the reference to take, in equal distances; by default all."""
     save_reference: str = ""
-    """New .npz file for the moments of the reference's images."""
+    """File (.npz) for the moments of the reference's images; an older one is replaced."""
     samples: int = 50_000
     """Images to generate for each row of the table."""
     evaluations: tuple[int, ...] = ()
@@ -177,9 +177,11 @@ def open_subject(config: Config, devices: mfx.Parallelism) -> Subject:
             raise ValueError(f"{config.weights}: {error}") from error
 
     field = checkpoint.load_weights(config.weights, make_field, devices)
-    is_latent = field.data_shape[0] == TOKENIZER.latent
+    size = vae.AutoencoderSize(**description["tokenizer"]) if "tokenizer" in description else vae.SD_VAE
+    size = size._replace(widths=tuple(size.widths))
+    is_latent = "tokenizer" in description or field.data_shape[0] == size.latent
     if not is_latent and field.data_shape[0] != 3:
-        rule = f"3 channels (pixels) or {TOKENIZER.latent} (latents)"
+        rule = f"3 channels (pixels) or {size.latent} (latents)"
         raise ValueError(f"{config.weights}: data must have {rule}, got the shape {field.data_shape}")
     if is_latent != bool(config.vae):
         rule = "given for a network of latents" if is_latent else "left out for a network of pixels"
@@ -188,7 +190,9 @@ def open_subject(config: Config, devices: mfx.Parallelism) -> Subject:
         raise ValueError(
             f"--guidance-scale must be 1 for {config.weights}, without labels, got {config.guidance_scale}"
         )
-    tokenizer = everywhere(vae.load_autoencoder(config.vae, TOKENIZER), devices) if is_latent else None
+    tokenizer = everywhere(prepare_latents.open_tokenizer(config.vae, size), devices) if is_latent else None
+    if tokenizer is not None and description.get("vae", digest := tokenizer.digest()) != digest:
+        raise ValueError(f"--vae must hold the tokenizer that {config.weights} was trained with, got {config.vae}")
     return Subject(field, description, digest_of_file(config.weights), tokenizer)
 
 
@@ -246,9 +250,11 @@ def digest_of_file(path: str) -> str:
 
 
 def digest_of_images(source: data.AbstractSource) -> str:
-    """Of how many they are, and of 256 of them."""
-    some = source.take(spread(len(source), min(len(source), 256))).x
-    return hashlib.sha256(str(len(source)).encode() + np.ascontiguousarray(some).tobytes()).hexdigest()
+    """Of all images in memory; of files, their names, sizes and times of change."""
+    if isinstance(source, data.ArraySource):
+        return hashlib.sha256(source.x.tobytes()).hexdigest()
+    files = sorted((str(path), path.stat()) for path in Path(source.name).rglob("*") if path.is_file())
+    return run.digest([(name, found.st_size, found.st_mtime_ns) for name, found in files])
 
 
 def spread(number: int, count: int) -> Int[np.ndarray, " count"]:
@@ -408,7 +414,7 @@ class Evaluation:
         config, subject, yardstick = self.config, self.subject, self.yardstick
         names = ["euler", "bfloat16", *(["samples", "seed", "reference_count"] if yardstick else [])]
         known = {"weights": subject.digest, **{name: getattr(config, name) for name in names}}
-        known["vae"] = subject.tokenizer and run.digest(checkpoint.digests(subject.tokenizer))
+        known["vae"] = subject.tokenizer and subject.tokenizer.digest()
         if yardstick is None:
             return known
         return known | {
@@ -505,7 +511,9 @@ def table(job: Evaluation, results: Mapping[Row, dict[str, Any]]) -> str:
 def remarks(job: Evaluation, found: Mapping[str, Any]) -> Iterator[str]:
     config, subject = job.config, job.subject
     notes = [
-        f"{name} {subject.description[name]}" for name in ("decay", "steps", "data") if name in subject.description
+        f"{name} {subject.description[name]}"
+        for name in ("decay", "steps", "data", "source")
+        if name in subject.description
     ]
     yield f"{config.weights}: {', '.join(notes) or 'no notes'}, sha256 {subject.digest[:16]}."
     labels = f", {config.labels} labels" if subject.labels else ""
@@ -516,6 +524,8 @@ def remarks(job: Evaluation, found: Mapping[str, Any]) -> Iterator[str]:
         yield "The literature has 50,000 samples: fewer give a larger FID and a smaller Inception Score."
     if found["kid"] is None:
         yield f"No KID, precision and recall (-): they need images, and {config.reference} holds moments alone."
+    elif found["kid_subset"] < 1000:
+        yield f"KID of subsets of {found['kid_subset']} images; the literature has 1,000."
     if config.inception == RANDOM:
         yield "Inception has RANDOM weights: these numbers rehearse the command and mean nothing beyond that."
 
@@ -566,7 +576,7 @@ def main(config: Config) -> None:
             fill(job, job.yardstick, ledger, missing)
             results = {row: ledger[given] for row, given in settings.items()}
             records = [
-                {**settings[row], **found, "commit": ledger.commit(settings[row])} for row, found in results.items()
+                {**found, **settings[row], "commit": ledger.commit(settings[row])} for row, found in results.items()
             ]
             directory.save_results(table(job, results), records)
             run.tell(table(job, results))

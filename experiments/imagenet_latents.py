@@ -40,7 +40,6 @@ with install_import_hook("mf_eqx", "beartype.beartype"):
 
 PREVIEW_SEED = 2**31 - 1
 """Of the noise of all pictures."""
-STABLE_DIFFUSION = (*vae.SD_VAE.widths, vae.SD_VAE.blocks, vae.SD_VAE.groups)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,10 +48,9 @@ class Config(run.Settings):
 
     data: str = "data/imagenet256"
     """Folder of latents by prepare_latents.py."""
-    vae: str = ""
-    """Weights of the tokenizer, for pictures: a folder as diffusers has it, or a .safetensors file."""
-    tokenizer: tuple[int, ...] = STABLE_DIFFUSION
-    """Widths of the tokenizer's levels, then its blocks and groups; for other ones than Stable Diffusion's."""
+    vae: str = run.setting("")
+    """Weights of the tokenizer, for pictures: a folder as diffusers has it, a .safetensors file, or "hub" to download
+    the paper's."""
     start: str = ""
     """Weights to start from, of the same network: a .safetensors file by import_weights.py or of an earlier run."""
     epochs: float = 240.0
@@ -91,9 +89,9 @@ class Config(run.Settings):
     """Share of rows whose label is dropped, in [0, 1 - identity_share]."""
     bfloat16: bool = False
     """Compute in bfloat16; parameters, times, losses and averages stay in float32."""
-    cudnn: bool = False
+    cudnn: bool = run.setting(False)
     """Attention by cuDNN where no JVP passes; needs an NVIDIA GPU and bfloat16."""
-    remat: bool = False
+    remat: bool = run.setting(False)
     """Keep only each block's input for the backward pass, and compute the rest again."""
     seed: int = 0
     """Seed of everything random."""
@@ -108,8 +106,6 @@ class Config(run.Settings):
             raise ValueError(f"learning_rate must lie in (0, 1), got {self.learning_rate}")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas must lie in [0, 1), got {self.betas}")
-        if len(self.tokenizer) < 3:
-            raise ValueError(f"tokenizer must be at least one width, blocks and groups, got {self.tokenizer}")
         if guided(self) and self.label_dropout == 0:
             raise ValueError("label_dropout must be > 0 with guidance, which needs the unlabelled field; got 0.0")
         if self.cudnn and not self.bfloat16:
@@ -117,6 +113,8 @@ class Config(run.Settings):
         # What the parts themselves refuse is refused here, where a flag can be named.
         mfx.check_batch_size(self.batch, objective(self, 1000).identity_share)
         mfx.ExponentialAverage(self.decay)
+        size, side = mfx.DiTSize(self.depth, self.width, self.heads, self.patch), 4 * max(self.patch, 1)
+        eqx.filter_eval_shape(mfx.DiT, (4, side, side), size, key=jr.key(0))
 
 
 def guided(config: Config) -> bool:
@@ -175,12 +173,14 @@ def open_source(config: Config) -> data.AbstractSource:
 
 
 def open_tokenizer(config: Config) -> vae.Autoencoder | None:
-    """What turns latents into pictures, if it is there."""
+    """What turns latents into pictures, if it is given: that of the data."""
     if not config.vae:
         return None
-    *widths, blocks, groups = config.tokenizer
-    size = vae.AutoencoderSize(tuple(widths), blocks, vae.SD_VAE.latent, groups)
-    return vae.load_autoencoder(config.vae, size)
+    notes = prepare_latents.read_notes(config.data)
+    tokenizer = prepare_latents.open_tokenizer(config.vae, notes.tokenizer_size)
+    if (found := tokenizer.digest()) != notes.vae:
+        raise ValueError(f"vae must hold the tokenizer of {config.data}, {notes.vae[:16]}, got {found[:16]}")
+    return tokenizer
 
 
 @eqx.filter_jit
@@ -229,10 +229,11 @@ def main(config: Config) -> None:
         save_samples(run.local(state.averages[0]), tokenizer, description, path)
 
     with run.opened(config) as directory:
-        scale = config.scale / (1 - config.mix)
+        scale = mfx.Guidance(config.scale, config.mix).effective_scale
         run.tell(f"{steps:,} steps, effective guidance scale {scale:g}")
         shown = preview if tokenizer is not None else None
-        first = eqx.Partial(make_state, load_start(config, source))
+        is_new = not checkpoint.Checkpoints(directory.root / "checkpoints").steps()
+        first = eqx.Partial(make_state, load_start(config, source) if is_new else None)
         state = run.train(config, step, first, stream, directory, steps=steps, preview=shown)
         save(config, directory, state, description, tokenizer)
         run.tell(f"the average is in {directory.root}")
@@ -246,8 +247,17 @@ def save(
     tokenizer: vae.Autoencoder | None,
 ) -> None:
     """The average as weights, and pictures of it."""
-    notes: dict[str, Any] = {**description, "epochs": config.epochs, "data": config.data, "decay": config.decay}
-    checkpoint.save_weights(directory.path(f"ema_{config.decay:g}.safetensors"), state.averages[0], notes)
+    latents = prepare_latents.read_notes(config.data)
+    notes: dict[str, Any] = {
+        **description,
+        "steps": int(state.step),
+        "data": config.data,
+        "decay": config.decay,
+        "guidance": [config.scale, config.mix, list(config.interval)],
+        "tokenizer": latents.tokenizer,
+        "vae": latents.vae,
+    }
+    checkpoint.save_weights(directory.path(f"ema_{config.decay}.safetensors"), state.averages[0], notes)
     field = run.local(state.averages[0])
     if run.is_first():
         if tokenizer is not None:

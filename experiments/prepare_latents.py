@@ -12,25 +12,31 @@ The folder has one folder of shards per part. A part is whole or not there: the 
 missing. ImageNet's 1,281,167 images take 21 GB.
 """
 
+import collections
 import concurrent.futures
+import contextlib
 import dataclasses
-import hashlib
 import json
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, UInt8
 
 from mf_eqx import data, run
-from mf_eqx.vae import Autoencoder, AutoencoderSize, load_autoencoder, SD_VAE
+from mf_eqx.vae import Autoencoder, AutoencoderSize, download_autoencoder, load_autoencoder, SD_VAE
 
 NOTES = "latents.json"
 """What all parts were made of."""
+HUB = "hub"
+"""The name of the paper's tokenizer where it is published."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +46,7 @@ class Config:
     images: str = ""
     """Folder with a folder of images for each class."""
     vae: str = ""
-    """Weights of the tokenizer: a folder as diffusers has it, or a .safetensors file."""
+    """Weights of the tokenizer: a folder as diffusers has it, a .safetensors file, or "hub" to download the paper's."""
     to: str = ""
     """Folder of the latents, new or begun by the same command."""
     size: int = 256
@@ -70,8 +76,13 @@ class Config:
         for name, bound in {"size": 1, "parts": 1, "first_part": 0, "last_part": -1, "batch": 1, "threads": 1}.items():
             if getattr(self, name) < bound:
                 raise ValueError(f"{name} must be >= {bound}, got {getattr(self, name)}")
-        if self.first_part >= self.parts or self.last_part >= self.parts:
-            raise ValueError(f"first_part and last_part must be below parts, got {self.first_part}, {self.last_part}")
+        if not self.first_part <= (self.parts - 1 if self.last_part < 0 else self.last_part) < self.parts:
+            raise ValueError(
+                f"first_part must be at most last_part, and both below {self.parts}, got {self.first_part} and "
+                f"{self.last_part}"
+            )
+        if not self.widths or min(*self.widths, self.blocks, self.latent, self.groups) < 1:
+            raise ValueError(f"widths, blocks, latent and groups must be >= 1, got {size_of(self)}")
         if self.size % (factor := 2 ** (len(self.widths) - 1)):
             raise ValueError(f"size must be a multiple of the tokenizer's factor {factor}, got {self.size}")
         if self.batch % (devices := jax.device_count()):
@@ -114,24 +125,21 @@ class LatentSource(data.AbstractSource):
         return data.Rows(np.concatenate(parts), label)
 
     def _decoded(self, pieces: list[Int[np.ndarray, " rows"]]) -> Iterator[data.Rows]:
-        """Batches of images, the next ones being decoded meanwhile."""
+        """Batches of images, the next two being decoded meanwhile."""
 
-        def decode(rows: Int[np.ndarray, " rows"]) -> list[data.Rows]:
-            return list(pool.map(lambda row: self._images.take(row[None]), rows))
+        def decode(rows: Int[np.ndarray, " rows"]) -> list[concurrent.futures.Future[data.Rows]]:
+            return [pool.submit(self._images.take, row[None]) for row in rows]
 
-        def joined(got: list[data.Rows]) -> data.Rows:
-            label = (
-                None if got[0].label is None else np.concatenate([row.label for row in got if row.label is not None])
-            )
-            return data.Rows(np.concatenate([row.x for row in got]), label)
-
-        with (
-            concurrent.futures.ThreadPoolExecutor(self._threads) as pool,
-            concurrent.futures.ThreadPoolExecutor(1) as ahead,
-        ):
-            upcoming = [ahead.submit(decode, piece) for piece in pieces]
-            for future in upcoming:
-                yield joined(future.result())
+        pool = concurrent.futures.ThreadPoolExecutor(self._threads)
+        try:
+            upcoming = collections.deque(map(decode, pieces[:2]))
+            for number in range(len(pieces)):
+                got = [future.result() for future in upcoming.popleft()]
+                upcoming.extend(map(decode, pieces[number + 2 : number + 3]))
+                labels = [row.label for row in got if row.label is not None]
+                yield data.Rows(np.concatenate([row.x for row in got]), np.concatenate(labels) if labels else None)
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def on_devices(x: UInt8[np.ndarray, "rows 3 height width"]) -> UInt8[Array, "rows 3 height width"]:
@@ -153,37 +161,64 @@ def part_folder(to: str, number: int) -> Path:
     return Path(to) / f"part_{number:04}"
 
 
-def notes(config: Config, images: data.AbstractSource, tokenizer: Autoencoder) -> dict:
-    """What every part must share."""
-    weights = hashlib.sha256()
-    for leaf in jax.tree.leaves(eqx.filter(tokenizer, eqx.is_array)):
-        weights.update(np.asarray(leaf).tobytes())
-    return {
-        "images": str(Path(config.images).resolve()),
-        "rows": len(images),
-        "labels": images.labels,
-        "size": config.size,
-        "parts": config.parts,
-        "vae_sha256": weights.hexdigest(),
-        "bfloat16": config.bfloat16,
-    }
+def size_of(config: Config) -> AutoencoderSize:
+    return AutoencoderSize(config.widths, config.blocks, config.latent, config.groups)
 
 
-def begin(config: Config, made_of: dict) -> None:
-    """The folder of all parts, new or of the same images and weights."""
+class Notes(NamedTuple):
+    """What every part of a folder of latents is made of."""
+
+    images: str
+    rows: int
+    labels: int | None
+    size: int
+    parts: int
+    vae: str
+    """SHA-256 of the tokenizer."""
+    tokenizer: dict[str, Any]
+    """Its size."""
+    bfloat16: bool
+
+    @property
+    def tokenizer_size(self) -> AutoencoderSize:
+        return AutoencoderSize(**{**self.tokenizer, "widths": tuple(self.tokenizer["widths"])})
+
+
+def read_notes(folder: str | Path) -> Notes:
+    """What a folder of latents is made of.
+
+    **Raises:** `OSError` if it cannot be read; `ValueError` that names the file if it says something else.
+    """
+    path = Path(folder) / NOTES
+    try:
+        return Notes(**json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: must be the notes of prepare_latents.py, but cannot be read: {error}") from error
+
+
+def begin(config: Config, made_of: Notes) -> None:
+    """The folder of all parts, new or of the same images and weights; several processes may begin it at once."""
     path = Path(config.to) / NOTES
-    if path.exists():
-        saved = json.loads(path.read_text(encoding="utf-8"))
-        for name, value in made_of.items():
-            if saved.get(name) != value:
-                raise ValueError(
-                    f"to must be new or of the same latents, but {path}: {name} is {saved.get(name)!r:.70}"
-                )
-        return
-    if path.parent.exists() and any(path.parent.iterdir()):
-        raise ValueError(f"to must be new, empty, or a folder of latents, but {config.to} has files and no {NOTES}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(made_of, indent=1) + "\n", encoding="utf-8")
+    if not path.exists():
+        if path.parent.exists() and any(path.parent.iterdir()):
+            raise ValueError(f"to must be new, empty, or a folder of latents, but {config.to} has files and no {NOTES}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = path.parent.with_name(f".{path.parent.name}.{os.getpid()}.notes")
+        beside.write_text(json.dumps(made_of._asdict(), indent=1) + "\n", encoding="utf-8")
+        with contextlib.suppress(FileExistsError):  # another process was faster
+            os.link(beside, path)
+        beside.unlink()
+    saved = read_notes(config.to)
+    for name, found in saved._asdict().items():
+        if found != (wanted := json.loads(json.dumps(getattr(made_of, name)))):
+            raise ValueError(
+                f"to must be new or of the same latents, but in {path} {name} is {found!r}, not {wanted!r}"
+            )
+
+
+def open_tokenizer(path: str, size: AutoencoderSize, dtype: DTypeLike = jnp.float32) -> Autoencoder:
+    """The tokenizer in a folder or file; "hub" downloads that of the paper, once."""
+    return load_autoencoder(download_autoencoder() if path == HUB else path, size, dtype=dtype)
 
 
 def main(config: Config) -> None:
@@ -192,18 +227,21 @@ def main(config: Config) -> None:
     for name in ("images", "vae", "to"):
         if not getattr(config, name):
             raise ValueError(f"{name} must be given, got none")
-    size = AutoencoderSize(config.widths, config.blocks, config.latent, config.groups)
+    size = size_of(config)
     dtype = jnp.bfloat16 if config.bfloat16 else jnp.float32
     images = data.ImageFolderSource(config.images, size=config.size)
     if config.parts > len(images):
         raise ValueError(f"parts must be at most the {len(images)} images of {config.images}, got {config.parts}")
-    tokenizer = load_autoencoder(config.vae, size, dtype=dtype)
-    begin(config, notes(config, images, tokenizer))
+    tokenizer = open_tokenizer(config.vae, size, dtype)
+    where, description = str(Path(config.images).resolve()), size._asdict()
+    digest = tokenizer.digest()
+    made_of = (where, len(images), images.labels, config.size, config.parts, digest, description, config.bfloat16)
+    begin(config, Notes(*made_of))
     rows = np.array_split(np.arange(len(images)), config.parts)
     last = config.last_part if config.last_part >= 0 else config.parts - 1
     left = [number for number in range(config.first_part, last + 1) if not part_folder(config.to, number).exists()]
     total, done = sum(len(rows[number]) for number in left), 0
-    with run.Progress(total, doing="compiling the encoder") as progress:
+    with run.Progress(total, work=run.Work(rows=1), doing="compiling the encoder") as progress:
         for number in left:
             source = LatentSource(images, rows[number], tokenizer, batch=config.batch, threads=config.threads)
 
@@ -214,7 +252,8 @@ def main(config: Config) -> None:
             done += len(source)
     finished = sum(part_folder(config.to, number).exists() for number in range(config.parts))
     seconds = time.perf_counter() - began
-    print(f"{config.to}: {finished} of {config.parts} parts, {total:,} images encoded now, {seconds:.1f} s")
+    rate = f"{seconds:.1f} s, {total / seconds:.1f} img/s"
+    print(f"{config.to}: {finished} of {config.parts} parts, {total:,} images encoded now, {rate}")
 
 
 def open_latents(folder: str) -> data.AbstractSource:
@@ -222,15 +261,14 @@ def open_latents(folder: str) -> data.AbstractSource:
 
     **Raises:** `ValueError` that names the parts which are missing.
     """
-    path = Path(folder) / NOTES
-    saved = json.loads(path.read_text(encoding="utf-8"))
-    parts = [part_folder(folder, number) for number in range(saved["parts"])]
+    saved = read_notes(folder)
+    parts = [part_folder(folder, number) for number in range(saved.parts)]
     if missing := [part.name for part in parts if not part.exists()]:
         shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
         raise ValueError(f"{folder}: must have all {len(parts)} parts, lacks {shown}: run prepare_latents.py again")
     source = data.JoinedSource([data.ShardSource(part) for part in parts], name=folder)
-    if len(source) != saved["rows"]:
-        raise ValueError(f"{folder}: must have {saved['rows']} rows as {NOTES} says, got {len(source)}")
+    if len(source) != saved.rows:
+        raise ValueError(f"{folder}: must have {saved.rows} rows as {NOTES} says, got {len(source)}")
     return source
 
 

@@ -104,13 +104,15 @@ def fill(
     they must, or which hold no finite real numbers.
     """
     wanted = leaves(module)
-    assert wanted.keys() == origins.keys(), wanted.keys() ^ origins.keys()  # the loader's own mistake
+    if wanted.keys() != origins.keys():  # the loader's own mistake
+        raise RuntimeError(f"origins must be of all arrays, but differ by {sorted(wanted.keys() ^ origins.keys())}")
     _check(tensors, {name: origin.shape for origin in origins.values() for name in origin.names}, path, ignored)
     arrays = {}
     for name, leaf in wanted.items():
         origin = origins[name]
         array = origin.convert(*(tensors[foreign] for foreign in origin.names))
-        assert array.shape == leaf.shape, (name, array.shape, leaf.shape)
+        if array.shape != leaf.shape:
+            raise RuntimeError(f"origin of {name} must give shape {leaf.shape}, got {array.shape}")
         arrays[name] = jnp.asarray(array, leaf.dtype)
     return rebuilt(eqx.filter_eval_shape(lambda: module), arrays)
 

@@ -62,6 +62,9 @@ class SampleFeatures(NamedTuple):
     moments: FeatureMoments
 
 
+_ROWS = 4096
+"""Features whose moments are taken at once."""
+
 # Nameless axes: batches may differ in their number of rows.
 _Batch = Float[Array | np.ndarray, "_ 3 _ _"] | UInt8[Array | np.ndarray, "_ 3 _ _"]
 
@@ -79,8 +82,8 @@ def collect_features(
     """
     features = [*_stream(extractor, batches, count)]
     pooled, logits = (np.concatenate(parts) for parts in zip(*features, strict=True))
-    parts = (RunningMoments.of(part.pooled) for part in features)
-    total = functools.reduce(operator.add, parts)
+    pieces = np.array_split(pooled, range(_ROWS, len(pooled), _ROWS))  # fewer and larger products than of batches
+    total = functools.reduce(operator.add, map(RunningMoments.of, pieces))
     return SampleFeatures(pooled, logits, total.moments(extractor.protocol.name, extractor.digest()))
 
 

@@ -64,6 +64,7 @@ from ._settings import (
     CellSettings as CellSettings,
     digest as digest,
     parallelism as parallelism,
+    setting as setting,
     Settings as Settings,
 )
 from ._table import table as table

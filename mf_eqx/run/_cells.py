@@ -256,10 +256,11 @@ class _AtWork:
         """Some steps, and whatever is due after them."""
         # Equal parts but for the last: each other number of steps compiles a program of its own.
         size = math.ceil(training.steps / math.ceil(training.steps / self.config.log_every))
-        before, self.done = self.done, min((self.done // size + 1) * size, training.steps)
+        before, after = self.done, min((self.done // size + 1) * size, training.steps)
         with self.watch.compiling():
-            state, metrics = scan_steps(training.step, state, training.draw, self.done - before)
+            state, metrics = scan_steps(training.step, state, training.draw, after - before)
             jax.block_until_ready(metrics)
+        self.done = after
         with self.watch.part("log"):
             self.folder.log(self.done, metrics)
         is_due = self.done // self.config.save_every > before // self.config.save_every

@@ -97,9 +97,24 @@ def parallelism(settings: Settings) -> Parallelism | None:
     return Parallelism(fsdp=settings.fsdp) if jax.device_count() > 1 or settings.fsdp > 1 else None
 
 
+def setting(default: Any) -> Any:
+    """A field of a script's own that changes nothing which is learnt, but for rounding, like those of `Settings`.
+
+        remat: bool = run.setting(False)
+
+    **Arguments:** `default` of the field.
+    """
+    return dataclasses.field(default=default, metadata=_SETTING)
+
+
+_SETTING = {"mf_eqx.run": "setting"}
+
+
 def recipe(config: Any) -> dict[str, Any]:
     """The script's own fields, which a run that continues must share: a configuration without any settings."""
     common = {field.name for kind in (Settings, CellSettings) for field in dataclasses.fields(kind)}
+    if dataclasses.is_dataclass(config):
+        common |= {field.name for field in dataclasses.fields(config) if field.metadata == _SETTING}
     return {name: value for name, value in as_json(config).items() if name not in common}
 
 
