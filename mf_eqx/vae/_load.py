@@ -1,5 +1,6 @@
 """Weights in diffusers' layout."""
 
+import errno
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -73,7 +74,8 @@ def _file(path: Path) -> Path:
             raise ValueError(f"{path}: must be a .safetensors file (nothing pickled is read), got {path.name}")
         return path
     if not path.is_dir():
-        raise FileNotFoundError(f"{path}: must be a .safetensors file or a folder with {WEIGHTS}, but is not there")
+        rule = f"must be a .safetensors file or a folder with {WEIGHTS}, but is not there"
+        raise FileNotFoundError(errno.ENOENT, rule, str(path))
     for folder in (path, path / "vae"):
         if (folder / WEIGHTS).is_file():
             return folder / WEIGHTS

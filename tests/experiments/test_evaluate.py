@@ -3,6 +3,7 @@
 Run as a script (by the test of several devices), it prints samples as JSON.
 """
 
+import hashlib
 import json
 import os
 import pathlib
@@ -83,7 +84,10 @@ def fields(networks, tmp_path_factory):
     descriptions = {
         "unet": networks.describe_unet((3, 32, 32), mfx.UNetSize(4, (1,), 1, ())),
         "dit": networks.describe_dit((3, 32, 32), mfx.DiTSize(1, 8, 2, 8), labels=None),
-        "latent": networks.describe_dit((4, 16, 16), mfx.DiTSize(1, 8, 2, 8), labels=3),
+        "latent": {
+            **networks.describe_dit((4, 16, 16), mfx.DiTSize(1, 8, 2, 8), labels=3),
+            "tokenizer": TINY_VAE._asdict(),
+        },
         "small": networks.describe_dit((3, 16, 16), mfx.DiTSize(1, 8, 2, 8), labels=None),
     }
     found = {name: save_network(networks, root / f"{name}.safetensors", d) for name, d in descriptions.items()}
@@ -99,12 +103,11 @@ def fields(networks, tmp_path_factory):
 
 @pytest.fixture
 def judge(evaluate, fields, tmp_path, monkeypatch):
-    """The command, in a folder of its own, with the cheap network in place of Inception and a small tokenizer."""
+    """The command, in a folder of its own, with the cheap network in place of Inception."""
     for entry in fields[0].iterdir():
         (tmp_path / entry.name).symlink_to(entry)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(metrics, "Inception", Means)
-    monkeypatch.setattr(evaluate, "TOKENIZER", TINY_VAE)
 
     def judge(arguments):
         run.main(evaluate.main, evaluate.Config(), argv=arguments.split())
@@ -183,7 +186,8 @@ def test_a_rehearsal_with_the_whole_inception(judge, capsys, monkeypatch):
 
 def test_numbers_tell_all_that_they_depend_on(judge):
     (row,) = results(judge(f"{ARGUMENTS} --reference-count 10"))
-    assert len(row["weights"]) == len(row["inception"]) == len(row["reference"]) == 64
+    assert row["weights"] == hashlib.sha256(pathlib.Path(row["files"]["weights"]).read_bytes()).hexdigest()
+    assert len(row["inception"]) == len(row["reference"]) == 64 and row["weights"] != row["inception"]
     assert (row["network"]["decay"], row["network"]["steps"]) == (0.99, 7)
     assert (row["protocol"], row["samples"], row["seed"], row["times"]) == ("CIFAR-train", 16, 0, [1.0, 0.0])
     assert (row["batch"], row["reference_count"], row["reference_images"], row["vae"]) == (16, 10, 10, None)
@@ -212,7 +216,7 @@ def test_latents_are_decoded_at_their_scale_with_balanced_labels_and_guided(judg
         np.testing.assert_allclose(x, decode(z), atol=1e-4)
     assert np.abs(samples[0] - samples[1]).max() > 2e-3
     found = [(row["guidance_scale"], row["labels"], len(row["vae"])) for row in results(directory)]
-    assert found == [(1, "balanced", 8), (2, "balanced", 8)]
+    assert found == [(1, "balanced", 64), (2, "balanced", 64)]
     assert re.search(r"^\| 1 x 2 +\| +2 \|", (directory / "results.md").read_text(), re.MULTILINE)
     assert (directory / "samples_1_guidance_2.png").exists()
 
