@@ -326,7 +326,9 @@ def test_when_the_coordinator_is_killed_the_last_line_says_what_it_means(tmp_pat
     found = survivor(tmp_path, victim=0)
     assert found.code == -signal.SIGABRT  # JAX's, with a stack trace: nothing of ours runs any more
     last = found.err.strip().splitlines()[-1]
-    assert re.fullmatch(r"trainer.py: error: process \d+ was ended before .* the same command for all continues.*", last)
+    assert re.fullmatch(
+        r"trainer.py: error: process \d+ was ended before .* the same command for all continues.*", last
+    )
 
 
 @pytest.mark.slow
