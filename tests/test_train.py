@@ -126,6 +126,35 @@ def test_rows_in_turn_have_the_gradient_and_metrics_of_all_together(x64, share):
         np.testing.assert_array_equal(in_turn[name].count, mean.count)
 
 
+@pytest.mark.parametrize(("share", "accumulation"), [(0.25, 1), (0.75, 4)])
+def test_step_without_a_loop_gives_the_state_and_metrics_of_the_one_with(x64, share, accumulation):
+    start = mfx.nn.cast(field(), jnp.float64)
+
+    def run(unroll):
+        step = mfx.TrainStep(
+            mfx.Objective(identity_share=share), OPTIMIZER, AVERAGES, accumulation=accumulation, unroll=unroll
+        )
+        step, current = quick_jit(step), mfx.init_state(start, OPTIMIZER, AVERAGES, key=jr.key(1))
+        for seed in range(3):
+            current, metrics = step(current, mfx.Batch(jr.normal(jr.key(seed), (2 * ROWS, DIM), jnp.float64)))
+        return current, metrics
+
+    (looped, expected), (found, metrics) = run(False), run(True)
+    for result, leaf in zip(leaves(found), leaves(looped), strict=True):
+        np.testing.assert_allclose(result, leaf, rtol=1e-12, atol=1e-12)
+    assert metrics.keys() == expected.keys()
+    for name, mean in expected.items():
+        np.testing.assert_allclose(metrics[name].total, mean.total, rtol=1e-12)
+        np.testing.assert_array_equal(metrics[name].count, mean.count)
+
+
+@pytest.mark.parametrize("unroll", [False, True])
+def test_step_without_a_loop_does_not_choose_between_kinds_while_it_runs(unroll):
+    step = mfx.TrainStep(mfx.Objective(), OPTIMIZER, AVERAGES, unroll=unroll)
+    program = jax.jit(step).lower(state(), batch()).as_text()
+    assert ("stablehlo.case" in program) is not unroll
+
+
 def trained(accumulation, rows=256, steps=20):
     """Field, average and the last step's metrics after training on a noisy circle in float32, by SGD: Adam would hide a
     wrong scale of the gradients."""

@@ -116,7 +116,10 @@ def _ending(error: BaseException, script: str) -> tuple[int, str]:
 
 
 def _is_raised_by_us(error: BaseException, script: str) -> bool:
-    """Whether the statement that raised stands in this package or in the script."""
+    """Whether the statement that raised stands in this package, in the script or in another one beside it."""
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
     module = frame.f_globals.get("__name__", "")
-    return module == script or module.partition(".")[0] == __name__.partition(".")[0]
+    if module == script or module.partition(".")[0] == __name__.partition(".")[0]:
+        return True
+    file = getattr(sys.modules.get(script), "__file__", None)
+    return file is not None and Path(frame.f_code.co_filename).resolve().parent == Path(file).resolve().parent

@@ -75,7 +75,7 @@ def _taken_back_if_refused(path: Path, was_there: bool) -> Iterator[None]:
     size = starts.stat().st_size if starts.exists() else 0
     try:
         yield
-    except (ValueError, MissingDependency):
+    except (ValueError, OSError, MissingDependency):
         if _others(path) == before:
             if was_there and starts.exists():
                 os.truncate(starts, size)

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import mf_eqx as mfx
-from mf_eqx.data import FromPixels, InTurn, RandomFlip
+from mf_eqx.data import FromPixels, InTurn, RandomFlip, SamplePosterior, WithoutLabel
 
 KEY = jr.key(0)
 
@@ -78,6 +78,52 @@ def test_flip_keeps_dtype_label_and_index():
 def test_what_is_no_probability_is_refused(probability):
     with pytest.raises(ValueError, match=rf"probability must lie in \[0, 1\], got {probability}"):
         RandomFlip(probability)
+
+
+# Labels
+
+
+def test_row_without_its_label_keeps_everything_else():
+    found = WithoutLabel()(row(IMAGE, jnp.asarray(3), 5), KEY)
+    assert found.condition is None and found.index == 5
+    np.testing.assert_array_equal(found.x, IMAGE)
+
+
+# Posteriors
+
+MEAN, STD = np.random.default_rng(0).uniform(0.5, 2, (2, 3, 2, 4)).astype(np.float16)
+MOMENTS = np.concatenate([MEAN, STD])
+
+
+def latents(keys, scale):
+    return jax.jit(jax.vmap(lambda key: SamplePosterior(scale)(row(jnp.asarray(MOMENTS)), key).x))(keys)
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.18215])
+def test_latents_have_the_mean_and_the_deviation_of_the_posterior_times_the_scale(scale):
+    count = 5000
+    found = np.asarray(latents(jr.split(KEY, count), scale), np.float64) / scale
+    # Five standard errors, for each of 24 places.
+    assert (np.abs(found.mean(axis=0) - MEAN) < 5 * STD / np.sqrt(count)).all()
+    assert (np.abs(found.std(axis=0) / STD - 1) < 5 / np.sqrt(2 * count)).all()
+
+
+def test_places_of_a_latent_are_independent():
+    found = latents(jr.split(KEY, 5000), 1.0).reshape(-1, MEAN.size)
+    correlation = np.corrcoef(np.asarray(found), rowvar=False) - np.eye(MEAN.size)
+    assert np.abs(correlation).max() < 5 / np.sqrt(5000)
+
+
+def test_latent_without_deviation_is_the_mean_times_the_scale():
+    certain = np.concatenate([MEAN, np.zeros_like(STD)])
+    found = SamplePosterior(0.5)(row(certain), KEY).x
+    assert found.dtype == jnp.float32
+    np.testing.assert_array_equal(found, 0.5 * MEAN.astype(np.float32))
+
+
+def test_latent_keeps_label_and_index():
+    found = SamplePosterior(1.0)(row(MOMENTS, jnp.asarray(3), 5), KEY)
+    assert (found.condition, found.index) == (3, 5)
 
 
 # Parts

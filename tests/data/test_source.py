@@ -1,9 +1,11 @@
 """Rows in memory come back as they were given, and labels that fit nothing are refused."""
 
+import hashlib
+
 import numpy as np
 import pytest
 
-from mf_eqx.data._source import ArraySource, check_labels
+from mf_eqx.data._source import ArraySource, check_labels, JoinedSource
 
 X = np.arange(24, dtype=np.float32).reshape(4, 2, 3)
 LABEL = np.array([2, 0, 1, 2], np.uint8)
@@ -55,3 +57,84 @@ def test_no_rows_are_refused():
 def test_bad_labels_are_refused(label, message):
     with pytest.raises(ValueError, match=message):
         check_labels("file", label, 4, 3)
+
+
+# Several as one
+
+
+def pieces(*lengths, labelled=True):
+    """Sources of so many rows, all different, named a, b, ..."""
+    draws, found = np.random.default_rng(0), []
+    for name, length in zip("abcdef", lengths, strict=False):
+        x = draws.standard_normal((length, 2, 3)).astype(np.float32)
+        label = draws.integers(0, 3, length) if labelled else None
+        found.append(ArraySource(x, label, labels=3 if labelled else None, name=name))
+    return found
+
+
+def joined(*lengths, **options):
+    return JoinedSource(pieces(*lengths, **options), name="all")
+
+
+def test_joined_source_is_the_concatenation_in_any_order():
+    parts, draws = pieces(3, 1, 4), np.random.default_rng(1)
+    source = JoinedSource(parts, name="all")
+    x, label = (np.concatenate([getattr(part, name) for part in parts]) for name in ("x", "label"))
+    for rows in (np.arange(8), draws.permutation(8), draws.integers(0, 8, 20), np.array([7]), np.array([], np.int64)):
+        found = source.take(rows)
+        np.testing.assert_array_equal(found.x, x[rows])
+        np.testing.assert_array_equal(found.label, label[rows])
+    assert (found.x.dtype, found.label.dtype) == (np.float32, np.int32)
+
+
+def test_joined_source_tells_name_shape_dtype_labels_and_length():
+    source = joined(3, 1, 4)
+    assert (source.name, len(source), source.row_shape) == ("all", 8, (2, 3))
+    assert (source.dtype, source.labels) == (np.float32, 3)
+
+
+def test_joined_source_without_labels_has_none():
+    source = joined(3, 1, labelled=False)
+    assert source.labels is None and source.take(np.array([3, 0])).label is None
+
+
+def test_joined_source_may_be_one_and_may_be_joined_again():
+    one, nested = joined(3), JoinedSource([joined(3), joined(3)], name="twice")
+    np.testing.assert_array_equal(one.take(np.array([2, 0])).x, one.take(np.array([0, 2])).x[::-1])
+    np.testing.assert_array_equal(nested.take(np.array([5, 0])).x, one.take(np.array([2, 0])).x)
+
+
+def with_digests(*digests):
+    parts = pieces(*[2] * len(digests))
+    for part, digest in zip(parts, digests, strict=True):
+        part.digest = digest
+    return JoinedSource(parts, name="all").digest
+
+
+def test_digest_of_joined_sources_is_that_of_their_digests_in_order():
+    one, two = (hashlib.sha256(name).hexdigest() for name in (b"one", b"two"))
+    assert with_digests(one, two) == hashlib.sha256((one + two).encode()).hexdigest()
+    assert len({with_digests(one, two), with_digests(two, one), with_digests(one), with_digests(one, one)}) == 4
+
+
+def test_joined_source_has_no_digest_unless_all_its_parts_have_one():
+    assert with_digests("0" * 64, None) is None and with_digests(None) is None
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (ArraySource(X[:, 0], LABEL, name="b"), r"b: row_shape must be \(2, 3\) as in a, got \(3,\)"),
+        (ArraySource(X.astype(float), LABEL, name="b"), "b: dtype must be float32 as in a, got float64"),
+        (ArraySource(X, LABEL, labels=4, name="b"), "b: labels must be 3 as in a, got 4"),
+        (ArraySource(X, name="b"), "b: labels must be 3 as in a, got None"),
+    ],
+)
+def test_sources_that_differ_are_refused_with_both_names(other, message):
+    with pytest.raises(ValueError, match=message):
+        JoinedSource([*pieces(2), ArraySource(X, LABEL, name="between"), other], name="all")
+
+
+def test_no_sources_are_refused():
+    with pytest.raises(ValueError, match="all: parts must be at least one source, got none"):
+        JoinedSource([], name="all")

@@ -36,6 +36,20 @@ def test_highest_frequency_is_one_and_the_lowest_nearly_one_over_the_period(x64)
     np.testing.assert_allclose(angles, 100.0 ** -np.array([0, 0.25, 0.5, 0.75]), rtol=1e-12)
 
 
+@pytest.mark.parametrize("size", [4, 256])
+def test_last_frequency_with_an_endpoint_is_one_over_the_period(x64, size):
+    half, value = size // 2, 0.7
+    angles = value / 10_000 ** (np.arange(half) / (half - 1))
+    found = nn.sinusoidal_embedding(jnp.asarray(value), size, endpoint=True)
+    np.testing.assert_allclose(found, np.concatenate([np.cos(angles), np.sin(angles)]), rtol=1e-12)
+    np.testing.assert_allclose(np.arcsin(found[-1]), value / 10_000, rtol=1e-12)
+
+
+def test_only_frequency_with_an_endpoint_is_one(x64):
+    found = nn.sinusoidal_embedding(jnp.asarray(0.7), 2, endpoint=True)
+    np.testing.assert_allclose(found, [np.cos(0.7), np.sin(0.7)], rtol=1e-12)
+
+
 def test_angles_of_a_bfloat16_time_are_float32():
     embedded = nn.sinusoidal_embedding(jnp.asarray(0.5, jnp.bfloat16), 8)
     assert embedded.dtype == jnp.float32

@@ -1,7 +1,9 @@
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
+import pytest
 
 from mf_eqx import nn
 
@@ -35,3 +37,69 @@ def test_modulated_norm_is_both_and_keeps_only_its_arguments():
     value, backward = jax.vjp(nn.modulated_norm, x, shift, scale)
     np.testing.assert_array_equal(value, nn.modulate(nn.layer_norm(x), shift, scale))
     assert sum(leaf.size for leaf in jax.tree.leaves(backward)) <= x.size + shift.size + scale.size
+
+
+# Groups of channels
+
+
+def group_norm(groups, x, *, epsilon):
+    """A layer whose scales and shifts are drawn, too, in float64."""
+    layer = nn.cast(nn.GroupNorm(groups, len(x), epsilon=epsilon), jnp.float64)
+    drawn = jr.normal(jr.key(1), (2, len(x)), jnp.float64)
+    return eqx.tree_at(lambda layer: (layer.weight, layer.bias), layer, tuple(drawn))
+
+
+GROUPS = [1, 2, 3, 6]
+
+
+@pytest.mark.parametrize("groups", GROUPS)
+def test_group_norm_is_that_of_equinox(x64, groups):
+    x = 3 * jr.normal(jr.key(0), (6, 5, 4), jnp.float64) + 2
+    layer = group_norm(groups, x, epsilon=0.1)  # large enough to be seen
+    reference = eqx.nn.GroupNorm(groups, 6, eps=0.1)
+    reference = eqx.tree_at(lambda layer: (layer.weight, layer.bias), reference, (layer.weight, layer.bias))
+    np.testing.assert_allclose(layer(x), reference(x), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("groups", GROUPS)
+def test_group_norm_is_that_of_torch(x64, groups):
+    torch = pytest.importorskip("torch")
+    x = 3 * jr.normal(jr.key(0), (6, 5, 4), jnp.float64) + 2
+    layer = group_norm(groups, x, epsilon=0.1)
+    given, weight, bias = (torch.tensor(np.asarray(array)) for array in (x, layer.weight, layer.bias))
+    expected = torch.nn.functional.group_norm(given[None], groups, weight, bias, eps=0.1)[0]
+    np.testing.assert_allclose(layer(x), expected.numpy(), rtol=1e-12, atol=1e-12)
+
+
+def test_derivative_of_group_norm_is_that_of_equinox(x64):
+    x, dx = 3 * jr.normal(jr.key(0), (2, 6, 5, 4), jnp.float64) + 2
+    layer, reference = nn.cast(nn.GroupNorm(3, 6), jnp.float64), eqx.nn.GroupNorm(3, 6, eps=1e-6)
+    found, expected = (jax.jit(lambda *d, f=f: jax.jvp(f, *d))((x,), (dx,))[1] for f in (layer, reference))
+    np.testing.assert_allclose(found, expected, rtol=1e-11, atol=1e-12)
+
+
+def test_fresh_group_norm_has_groups_of_mean_zero_and_variance_one():
+    x = nn.GroupNorm(2, 6)(3 * jr.normal(jr.key(0), (6, 5, 4)) + 2).reshape(2, -1)
+    np.testing.assert_allclose(x.mean(axis=1), 0, atol=1e-6)
+    np.testing.assert_allclose(x.var(axis=1), 1, rtol=1e-5)
+
+
+def test_group_norm_of_a_constant_is_its_bias_not_nan():
+    np.testing.assert_array_equal(nn.GroupNorm(2, 4)(jnp.full((4, 3, 3), 3.0)), jnp.zeros((4, 3, 3)))
+
+
+def test_statistics_of_bfloat16_groups_are_taken_in_float32():
+    # As above, now over the pixels of two channels.
+    x = jnp.ones((2, 20, 25)).at[0, 0, 0].set(257).astype(jnp.bfloat16)
+    normalised = nn.GroupNorm(1, 2)(x)
+    assert normalised.dtype == jnp.bfloat16
+    np.testing.assert_allclose(normalised[0, 0, 0], np.sqrt(999), rtol=4e-3)
+    np.testing.assert_allclose(normalised[1], -1 / np.sqrt(999), rtol=4e-3)
+
+
+@pytest.mark.parametrize(("groups", "channels"), [(4, 6), (0, 6), (-1, 6)])
+def test_groups_that_do_not_divide_the_channels_are_refused(groups, channels):
+    message = f"channels must be a multiple of groups, got {channels} channels and {groups} groups"
+    with pytest.raises(ValueError, match=message):
+        nn.GroupNorm(groups, channels)

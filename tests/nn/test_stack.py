@@ -92,3 +92,60 @@ def test_program_does_not_grow_with_depth():
 def test_empty_stack_is_refused():
     with pytest.raises(ValueError, match="depth must be >= 1, got 0"):
         nn.Stack(lambda key: Block(nn.Linear(6, 6, key=key)), 0, key=jr.key(0))
+
+
+# What blocks give besides
+
+
+def turn(block, x, given):
+    """One block with an input of its own: its output is another number than the state that goes on."""
+    x = block(x) * given["scale"]
+    return x, {"sum": jnp.sum(x), "first": x[..., 0]}
+
+
+def turns(built, x, given):
+    return built.scan(turn, x, given)
+
+
+def in_a_loop(built, x, given):
+    """The same in Python, block by block."""
+    outputs = []
+    for number in range(built.depth):
+        block = jax.tree.map(lambda leaf, number=number: leaf[number] if eqx.is_array(leaf) else leaf, built.blocks)
+        x, output = turn(block, x, {"scale": given["scale"][number]})
+        outputs.append(output)
+    return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *outputs)
+
+
+SCANS = {"scanned": {}, **{name: FORMS[name] for name in ("unrolled", "remat")}}
+
+
+@pytest.mark.parametrize("form", SCANS.values(), ids=SCANS)
+def test_outputs_of_all_blocks_are_stacked_as_by_a_loop_in_value_and_gradient(x64, form):
+    given = {"scale": jr.uniform(jr.key(2), (DEPTH,), jnp.float64, 0.5, 1.5)}
+    x = jr.normal(jr.key(1), (3, 6), jnp.float64)
+
+    @eqx.filter_jit
+    def everything(built, run):
+        def loss(arguments):
+            state, outputs = run(*arguments)
+            weights = jnp.arange(1.0, DEPTH + 1)
+            return jnp.sum(state**2) + weights @ (jnp.sin(outputs["sum"]) + outputs["first"].sum(axis=1))
+
+        return run(built, x, given), eqx.filter_grad(loss)((built, x, given))
+
+    found, expected = everything(stack(**form), turns), everything(stack(**form), in_a_loop)
+    assert found[0][1]["first"].shape == (DEPTH, 3)
+    for result, reference in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+        if eqx.is_array(result):
+            np.testing.assert_allclose(result, reference, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("form", SCANS.values(), ids=SCANS)
+def test_stack_of_one_may_change_the_shape(form):
+    built = nn.Stack(lambda key: nn.Linear(6, 2, key=key), 1, **form, key=jr.key(0))
+    x = jr.normal(jr.key(1), (3, 6))
+    found, outputs = built.scan(lambda layer, x, given: (layer(x), x + given), x, jnp.ones((1, 6)))
+    expected = x @ built.blocks.weight[0] + built.blocks.bias[0]
+    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
+    np.testing.assert_array_equal(outputs, (x + 1)[None])

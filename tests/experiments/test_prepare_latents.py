@@ -1,0 +1,292 @@
+"""Images become latents part by part: the tokenizer's moments, whatever happens on the way."""
+
+import functools
+import json
+import os
+import pathlib
+import re
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from mf_eqx import data, run, vae
+
+TESTS = pathlib.Path(__file__).parents[1]
+TINY = vae.AutoencoderSize(widths=(4, 8), blocks=1, latent=3, groups=2)
+SIZE = 16
+FLAGS = f"--images images --vae vae --size {SIZE} --batch 4 --widths 4 8 --blocks 1 --latent 3 --groups 2"
+SIDES = [(16, 24), (20, 16), (16, 16), (17, 16), (16, 19), (24, 16), (16, 16), (16, 30), (18, 16), (16, 22), (16, 16)]
+"""Height and width of each image: the smaller side is that of the latents' images, so that cropping is all."""
+CLASSES = ["bird", "cat", "dog"]
+
+
+def pictures():
+    """Bytes of each image, with the name of its file."""
+    draws = np.random.default_rng(4)
+    for number, sides in enumerate(SIDES):
+        yield f"{CLASSES[number % 3]}/{number}.png", draws.integers(0, 256, (*sides, 3), np.uint8)
+
+
+def cropped(picture):
+    """The centre, channels first, as floats in [-1, 1]."""
+    top, left = ((side - SIZE) // 2 for side in picture.shape[:2])
+    centre = picture[top : top + SIZE, left : left + SIZE]
+    return centre.transpose(2, 0, 1).astype(np.float32) / 127.5 - 1
+
+
+@pytest.fixture(scope="module")
+def prepare_latents(experiment):
+    for package in ("safetensors", "PIL"):
+        pytest.importorskip(package)
+    return experiment("prepare_latents")
+
+
+@pytest.fixture(scope="module")
+def files(prepare_latents, tmp_path_factory):
+    """A folder with images of three classes and a small tokenizer as diffusers keeps it."""
+    from PIL import Image
+
+    root = tmp_path_factory.mktemp("files")
+    for name, picture in pictures():
+        (root / "images" / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture).save(root / "images" / name)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(TESTS / "vae")
+        import diffusers_files
+
+        diffusers_files.write_folder(root / "vae", TINY)
+    return root
+
+
+@pytest.fixture
+def convert(prepare_latents, files, tmp_path, monkeypatch):
+    """The command, in a folder of its own that has copies of all files."""
+    shutil.copytree(files, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+
+    def convert(arguments):
+        run.main(prepare_latents.main, prepare_latents.Config(), argv=f"{FLAGS} {arguments}".split())
+
+    return convert
+
+
+@functools.cache
+def expected(root):
+    """Moments and labels of all images in the order of their paths, by the tokenizer alone."""
+    tokenizer = vae.load_autoencoder(root / "vae", TINY)
+    named = sorted(pictures())
+    moments = jax.jit(jax.vmap(tokenizer.encode))(np.stack([cropped(picture) for _, picture in named]))
+    label = [CLASSES.index(name.partition("/")[0]) for name, _ in named]
+    return np.concatenate([moments.mean, moments.std], axis=1), np.array(label)
+
+
+def tree(folder):
+    folder = pathlib.Path(folder)
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def refused(convert, capsys, arguments):
+    """The last line on stderr, after those of the progress."""
+    with pytest.raises(SystemExit) as ended:
+        convert(arguments)
+    assert ended.value.code == 2
+    *_, line = capsys.readouterr().err.strip().splitlines()
+    return line
+
+
+# What is kept
+
+
+def test_latents_are_the_moments_of_the_cropped_images_in_half_precision(convert, prepare_latents, files, capsys):
+    convert("--to latents --parts 3")
+    moments, label = expected(files)
+    source = prepare_latents.open_latents("latents")
+    assert (source.dtype, source.row_shape, source.labels) == (np.float16, (6, 8, 8), 3)
+    rows = source.take(np.arange(len(SIDES)))
+    # Half a unit in the last place, and what the order of additions changes in float32.
+    np.testing.assert_allclose(rows.x.astype(np.float32), moments, rtol=2.0**-11 + 1e-5, atol=1e-5)
+    np.testing.assert_array_equal(rows.label, label)
+    out = capsys.readouterr().out
+    assert re.search(r"latents: 3 of 3 parts, 11 images encoded now, \d+\.\d s, \d+\.\d img/s\n", out), out
+
+
+def test_latents_do_not_depend_on_parts_and_batch(convert, prepare_latents):
+    rows = []
+    for number, flags in enumerate(("--parts 1 --batch 4", "--parts 11 --batch 3 --threads 1")):
+        convert(f"--to {number} {flags}")
+        rows.append(prepare_latents.open_latents(str(number)).take(np.arange(len(SIDES))))
+    np.testing.assert_allclose(*(row.x.astype(np.float32) for row in rows), rtol=2.0**-10, atol=1e-5)
+    np.testing.assert_array_equal(rows[0].label, rows[1].label)
+
+
+def test_larger_images_are_resized_before_they_are_cropped(convert, prepare_latents, files):
+    from PIL import Image
+
+    name, picture = sorted(pictures())[0]
+    Image.fromarray(picture.repeat(2, axis=0).repeat(2, axis=1)).save(f"images/{name}")  # halved by a box, the same
+    convert("--to latents --parts 1")
+    found = prepare_latents.open_latents("latents").take(np.array([0])).x
+    np.testing.assert_allclose(found.astype(np.float32), expected(files)[0][:1], rtol=2.0**-11 + 1e-5, atol=1e-5)
+
+
+def test_folder_tells_what_it_was_made_of(convert, capsys):
+    convert("--to latents --parts 2")
+    notes = json.loads(pathlib.Path("latents/latents.json").read_text())
+    assert (notes["rows"], notes["labels"], notes["size"], notes["parts"]) == (11, 3, SIZE, 2)
+    assert notes["images"] == os.path.realpath("images") and len(notes["vae"]) == 64
+    assert notes["tokenizer"] == {"widths": [4, 8], "blocks": 1, "latent": 3, "groups": 2}
+
+
+# Parts
+
+
+class Killed(BaseException):
+    """What no script can catch by mistake."""
+
+
+@pytest.mark.parametrize("parts_before", [0, 1, 2])
+def test_killed_between_parts_and_run_again_gives_the_undisturbed_bytes(convert, monkeypatch, parts_before, capsys):
+    convert("--to whole --parts 3")
+    write, written = data.write_shards, []
+
+    def killed(source, folder, **options):
+        if len(written) == parts_before:
+            raise Killed
+        written.append(folder)
+        write(source, folder, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "write_shards", killed)
+        with pytest.raises(Killed):
+            convert("--to again --parts 3")
+    assert len(list(pathlib.Path("again").glob("part_*"))) == parts_before
+    capsys.readouterr()
+    convert("--to again --parts 3")
+    assert re.search(rf"again: 3 of 3 parts, {11 - 4 * parts_before} images encoded now", capsys.readouterr().out)
+    assert tree("again") == tree("whole")
+
+
+def test_killed_within_a_part_and_run_again_gives_the_undisturbed_bytes(convert, prepare_latents, monkeypatch):
+    convert("--to whole --parts 3")
+    encode, calls = prepare_latents.encode, []
+
+    def killed(*given):
+        calls.append(None)
+        if len(calls) == 2:
+            raise Killed
+        return encode(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_latents, "encode", killed)
+        with pytest.raises(Killed):
+            convert("--to again --parts 3")
+    convert("--to again --parts 3")
+    assert tree("again") == tree("whole")
+
+
+def test_several_processes_with_parts_of_their_own_make_the_same_folder(convert, capsys):
+    convert("--to whole --parts 4")
+    capsys.readouterr()
+    convert("--to shared --parts 4 --first-part 3")
+    convert("--to shared --parts 4 --first-part 0 --last-part 0")
+    assert sorted(os.listdir("shared")) == ["latents.json", "part_0000", "part_0003"]
+    assert "shared: 2 of 4 parts, 3 images encoded now" in capsys.readouterr().out
+    convert("--to shared --parts 4 --first-part 1 --last-part 2")
+    assert tree("shared") == tree("whole")
+
+
+def test_finished_folder_is_left_as_it_is(convert, capsys):
+    convert("--to latents --parts 2")
+    before = {path: path.stat().st_mtime_ns for path in pathlib.Path("latents").rglob("*")}
+    capsys.readouterr()
+    convert("--to latents --parts 2")
+    assert "2 of 2 parts, 0 images encoded now" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in pathlib.Path("latents").rglob("*")} == before
+
+
+def test_missing_parts_are_named(convert, prepare_latents):
+    convert("--to latents --parts 6 --first-part 5")
+    message = "latents: must have all 6 parts, lacks part_0000, part_0001, part_0002 and 2 more: run prepare_latents"
+    with pytest.raises(ValueError, match=message):
+        prepare_latents.open_latents("latents")
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("flags", "name"),
+    [
+        ("--parts 3", "parts is 2, not 3"),
+        ("--parts 2 --size 8", "size is 16, not 8"),
+        ("--parts 2 --bfloat16", "bfloat16 is False, not True"),
+    ],
+)
+def test_other_settings_are_refused(convert, capsys, flags, name):
+    convert("--to latents --parts 2 --last-part 0")
+    before = tree("latents")
+    line = refused(convert, capsys, f"--to latents {flags}")
+    assert f"to must be new or of the same latents, but in latents/latents.json {name}" in line
+    assert tree("latents") == before
+
+
+def test_other_images_and_weights_are_refused(convert, capsys):
+    convert("--to latents --parts 2 --last-part 0")
+    shutil.copytree("images", "others")
+    assert "latents.json images is " in refused(convert, capsys, "--to latents --parts 2 --images others")
+    path = pathlib.Path("vae/diffusion_pytorch_model.safetensors")
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content)
+    assert "latents.json vae is " in refused(convert, capsys, "--to latents --parts 2")
+
+
+def test_folder_of_something_else_is_refused(convert, capsys):
+    assert "images has files and no latents.json" in refused(convert, capsys, "--to images --parts 2")
+
+
+def test_notes_that_cannot_be_read_are_refused(convert, prepare_latents, capsys):
+    convert("--to latents --parts 1")
+    pathlib.Path("latents/latents.json").write_text('{"rows": 11')
+    message = "latents/latents.json: must be the notes of prepare_latents.py, but cannot be read"
+    assert message in refused(convert, capsys, "--to latents --parts 1")
+    with pytest.raises(ValueError, match=message):
+        prepare_latents.open_latents("latents")
+
+
+def test_broken_image_is_named_and_its_part_is_not_there(convert, capsys):
+    content = pathlib.Path("images/dog/8.png").read_bytes()  # the last one
+    pathlib.Path("images/dog/8.png").write_bytes(content[:100])
+    assert "images/dog/8.png: must be a whole image, got: " in refused(convert, capsys, "--to latents --parts 3")
+    assert sorted(os.listdir("latents")) == ["latents.json", "part_0000", "part_0001"]
+    pathlib.Path("images/dog/8.png").write_bytes(content)
+    convert("--to latents --parts 3")
+    assert len(list(pathlib.Path("latents").glob("part_*"))) == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("", "to must be given, got none"),
+        ("--to x --images missing", "No such file or directory: 'missing'"),
+        ("--to x --images vae", "vae: must hold images"),
+        ("--to x --parts 1 --vae missing", "missing"),
+        ("--to x --parts 1 --latent 4", "vae"),
+        ("--to x --parts 12", "parts must be at most the 11 images of images, got 12"),
+        ("--to x --parts 0", "--parts must be >= 1, got 0"),
+        ("--to x --parts 3 --first-part 3", "--first-part must be at most last_part, and both below 3, got 3 and -1"),
+        ("--to x --parts 3 --last-part 3", "--first-part must be at most last_part, and both below 3, got 0 and 3"),
+        ("--to x --parts 3 --first-part 2 --last-part 1", "both below 3, got 2 and 1"),
+        ("--to x --groups 0", "widths, blocks, latent and groups must be >= 1, got"),
+        ("--to x --size 15", "--size must be a multiple of the tokenizer's factor 2, got 15"),
+        ("--to x --batch 0", "--batch must be >= 1, got 0"),
+        ("--to x --threads 0", "--threads must be >= 1, got 0"),
+    ],
+)
+def test_bad_input_ends_in_one_line_and_leaves_nothing(convert, capsys, arguments, message):
+    before = set(os.listdir())
+    line = refused(convert, capsys, arguments)
+    assert re.search(message, line), line
+    assert set(os.listdir()) == before
