@@ -165,14 +165,17 @@ class Problem(NamedTuple):
     floor_name: str
 
 
-def toy_problem(config: Config, name: str) -> Problem:
-    toy = toy_2d.Config(data=(name,), steps=config.toy_steps, samples=config.samples, rows=10)
-    problem, fields = toy_2d.make_problem(toy, name), {}
-    with run.Progress(2 * toy.steps, shown=("boundary_error", "identity_error")) as progress:
-        methods = {"MeanFlow": "MeanFlow", "Flow Matching": "FlowMatching"}
-        work = functools.partial(toy_2d.train, toy, problem, seed=config.seed)
-        for method, field in run.in_parallel(work, list(methods.values()), workers=1, progress=progress):
-            fields[next(label for label, m in methods.items() if m == method)] = field
+def toy_problem(config: Config, name: str, directory: run.RunDirectory) -> Problem:
+    toy = toy_2d.Config(data=(name,), steps=config.toy_steps, samples=config.samples, rows=10, workers=1)
+    problem, methods = toy_2d.make_problem(toy, name), {"MeanFlow": "MeanFlow", "Flow Matching": "FlowMatching"}
+    cells = {label: toy_2d.Cell(name, method, config.seed) for label, method in methods.items()}
+
+    def field_of(label: str, state: mfx.TrainState | None) -> mfx.AbstractField:
+        assert state is not None
+        return toy_2d.Instantaneous(state.averages[0]) if label == "Flow Matching" else state.averages[0]
+
+    trainings = {label: toy_2d.training(toy, cell) for label, cell in cells.items()}
+    fields = run.train_cells(toy, trainings, field_of, run.RunDirectory(directory.root / name))
     eps = jr.normal(toy_2d.NOISE_KEY, problem.data.shape)
 
     def distance(x: jax.Array) -> float:
@@ -299,7 +302,7 @@ def main(config: Config) -> None:
     judged, texts = [], []
     for name in config.data:
         print(f"{name}: training two networks", flush=True)
-        problem = digits_problem(config, directory) if name == "digits" else toy_problem(config, name)
+        problem = digits_problem(config, directory) if name == "digits" else toy_problem(config, name, directory)
         print(f"{name}: sampling", flush=True)
         judged.append((problem, judge(config, problem)))
         texts.append(describe(*judged[-1]))

@@ -34,6 +34,7 @@ from jaxtyping import Array, Float, install_import_hook, Int, Key
 with install_import_hook("mf_eqx", "beartype.beartype"):
     import mf_eqx as mfx
     from mf_eqx import exact, metrics, run
+    from mf_eqx.data import DrawRows
 
 EMBEDDINGS = {
     "(t, r)": mfx.nn.end_start,
@@ -175,28 +176,6 @@ class Recipe(NamedTuple):
     numbers: Numbers
 
 
-class DrawMixture(eqx.Module):
-    """Batches of fresh labelled data."""
-
-    mixture: exact.GaussianMixture
-    batch: int
-
-    def __call__(self, key: Key[Array, ""]) -> mfx.Batch:
-        return mfx.Batch(*jax.vmap(lambda key: self.mixture.labelled_sample(key=key))(jr.split(key, self.batch)))
-
-
-class DrawRows(eqx.Module):
-    """Batches of rows drawn from a data set, with replacement."""
-
-    x: Float[Array, "rows 1 8 8"]
-    label: Int[Array, " rows"]
-    batch: int
-
-    def __call__(self, key: Key[Array, ""]) -> mfx.Batch:
-        chosen = jr.randint(key, (self.batch,), 0, len(self.x))
-        return mfx.Batch(self.x[chosen], self.label[chosen])
-
-
 CLASSES, ROWS, PATH = 4, 2000, mfx.LinearInterpolant()
 PAIRS = mfx.TimePairs(mfx.UniformTimes())
 TRUTH_KEY, DATA_KEY, NOISE_KEY = jr.split(jr.key(2**31 - 1), 3)
@@ -239,7 +218,7 @@ def eight_gaussians(steps: int = 4000) -> Recipe:
         return mfx.MLP(2, width=numbers.width, depth=3, labels=CLASSES, time_variables=variables, key=key)
 
     distance = "energy distance of one-step samples to the data, per class"
-    return Recipe(CLASSES, make_field, DrawMixture(mixture, numbers.batch), judge, distance, numbers)
+    return Recipe(CLASSES, make_field, exact.DrawLabelled(mixture, numbers.batch), judge, distance, numbers)
 
 
 def handwritten_digits(steps: int = 1500) -> Recipe:

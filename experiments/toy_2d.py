@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import optax
-from jaxtyping import Array, Float, install_import_hook, Key
+from jaxtyping import Array, Float, install_import_hook
 
 # Shapes and types are checked while the step is traced. JAXTYPING_DISABLE=1 turns this off.
 with install_import_hook("mf_eqx", "beartype.beartype"):
@@ -175,21 +175,6 @@ class Instantaneous(mfx.AbstractField):
         return self.field(z, t, t, condition, key=key)
 
 
-class Draw(eqx.Module):
-    """Batches of fresh data."""
-
-    distribution: exact.AbstractDistribution
-    batch: int
-
-    def __call__(self, key: Key[Array, ""]) -> mfx.Batch:
-        return mfx.Batch(draw(self.distribution, self.batch, key))
-
-
-@eqx.filter_jit
-def draw(distribution: exact.AbstractDistribution, number: int, key: Key[Array, ""]) -> Float[Array, "rows dim"]:
-    return jax.vmap(lambda key: distribution.sample(key=key))(jr.split(key, number))
-
-
 class Problem(NamedTuple):
     """A data set with everything that methods are held against."""
 
@@ -212,7 +197,7 @@ def make_problem(config: Config, name: str) -> Problem:
     # The best that float32 can do, and a thousand times less than the error of any network here.
     truth = exact.AverageVelocity(exact.MarginalVelocity(distribution, PATH), rtol=1e-5, atol=1e-5)
     known = metrics.field_truth(truth, distribution.sample, PATH, JUDGED_PAIRS, config.rows, key=TRUTH_KEY)
-    data = draw(distribution, config.samples, DATA_KEY)
+    data = exact.draw(distribution, config.samples, DATA_KEY)
     limit = 1.05 * float(jnp.max(jnp.abs(mixture.mean)) + 3 * jnp.max(mixture.std))
     return Problem(name, mixture, distribution, truth, known, data, limit)
 
@@ -248,7 +233,7 @@ def training(config: Config, cell: Cell) -> run.Training | None:
     def make_field() -> mfx.MLP:
         return mfx.MLP(2 * config.copies, width=config.width, depth=config.depth, key=field_key)
 
-    draw = Draw(distribution, config.batch)
+    draw = exact.Draw(distribution, config.batch)
     return run.Training("_".join(map(str, cell)), step, make_field, draw, config.steps, run_key)
 
 
@@ -330,15 +315,15 @@ def judge(config: Config, problems: Mapping[str, Problem], cell: Cell, state: mf
 
 
 def large_distance(config: Config, problem: Problem, x: Float[Array, "rows dim"]) -> float:
-    data = draw(problem.distribution, config.large_samples, LARGE_KEY)
+    data = exact.draw(problem.distribution, config.large_samples, LARGE_KEY)
     return float(metrics.sliced_wasserstein(x, data, key=SLICE_KEY))
 
 
 def tables(config: Config, problem: Problem, results: Sequence[Result]) -> str:
     """The figures of one data set: means over seeds, then their spread."""
     keys = jr.split(FLOOR_KEY, 5)
-    floors = [quality(problem, draw(problem.distribution, config.samples, key)) for key in keys]
-    large_floor = large_distance(config, problem, draw(problem.distribution, config.large_samples, FLOOR_KEY))
+    floors = [quality(problem, exact.draw(problem.distribution, config.samples, key)) for key in keys]
+    large_floor = large_distance(config, problem, exact.draw(problem.distribution, config.large_samples, FLOOR_KEY))
     headers = ("", "evaluations", "error of u", "r = t", "(0, 1)", "identity", "semigroup")
     headers += (f"sliced W2 of {config.large_samples}", f"of {config.samples}", "energy", "MMD²", "modes", "TV")
 
@@ -393,21 +378,10 @@ def save_pictures(config: Config, problem: Problem, results: Sequence[Result], d
         )
     if config.copies == 1:
         fields = {"truth": problem.truth} | {m: result.field for m, result in first.items() if m != "Exact"}
-        flows = {name: flow(field, problem.limit) for name, field in fields.items()}
+        eps = jr.normal(NOISE_KEY, (40, 2))
+        flows = {name: run.flow_of(field, eps, FLOW_TIMES, limit=problem.limit) for name, field in fields.items()}
         columns = [f"-u(z, 0, {t}), towards the data" for t in FLOW_TIMES]
         run.save_flows(directory.path(f"{problem.name}_flows.png"), flows, columns, limit=problem.limit + 0.5)
-
-
-@eqx.filter_jit
-def flow(field: mfx.AbstractField, limit: float) -> run.Flow:
-    """Where the field says that noise passes by, z_r = z_1 - (1 - r) u(z_1, r, 1), and -u(z, 0, t) on a grid."""
-    eps = jr.normal(NOISE_KEY, (40, 2))
-    times = jnp.linspace(1, 0, 41)
-    paths = jax.vmap(lambda z: jax.vmap(lambda r: z - (1 - r) * field(z, r, jnp.ones(())))(times))(eps)
-    axis = jnp.linspace(-limit, limit, 13)
-    points = jnp.stack(jnp.meshgrid(axis, axis), axis=-1).reshape(-1, 2)
-    arrows = jax.vmap(lambda t: jax.vmap(lambda z: -field(z, jnp.zeros(()), t))(points))(jnp.asarray(FLOW_TIMES))
-    return run.Flow(paths, points, arrows)
 
 
 def as_record(result: Result) -> dict[str, Any]:

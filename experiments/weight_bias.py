@@ -140,28 +140,20 @@ def judge(problem: toy_2d.Problem, cell: Cell, state: mfx.TrainState | None) -> 
 
 def save_figure(path: Path, results: dict[Cell, Result]) -> None:
     """Errors and distances against p: colours are kinds, lines are offsets, points are seeds."""
-    with run.optional("matplotlib"):
-        from matplotlib.figure import Figure
+    offsets, powers = (sorted(set(values)) for values in ([c.offset for c in results], [c.power for c in results]))
+
+    def series(name: str, kind: str, colour: str, offset: float, line: str) -> run.Series:
+        found = {
+            c: r.figures[name] for c, r in results.items() if c.kind == kind and (c.offset == offset or not c.power)
+        }
+        values = {p: [value for c, value in found.items() if c.power == p] for p in powers}
+        return run.Series(f"{kind}, c = {offset:g}", values, colour, line)
+
+    kinds = ((EXACT, "black"), (CONDITIONAL, "C0"), (MARGINAL, "C1"))
+    lines = list(zip(offsets, LINES, strict=False))
     names = ("error of v", "error of u", "sliced W2", "energy distance")
-    figure = Figure(figsize=(3.6 * len(names), 3.6), dpi=100, layout="constrained")
-    offsets = sorted({cell.offset for cell in results})
-    powers = sorted({cell.power for cell in results})
-    for name, panel in zip(names, figure.subplots(1, len(names)), strict=True):
-        for kind, colour in ((EXACT, "black"), (CONDITIONAL, "C0"), (MARGINAL, "C1")):
-            for offset, line in zip(offsets, LINES, strict=False):
-                chosen = {c: r.figures[name] for c, r in results.items() if c.kind == kind}
-                chosen = {c: value for c, value in chosen.items() if c.offset == offset or c.power == 0}
-                values = [[value for c, value in chosen.items() if c.power == p] for p in powers]
-                # Without a weight it is the true flow: no error, nothing to draw on a logarithmic axis.
-                points = np.array([(p, v) for p, many in zip(powers, values, strict=True) for v in many if v > 1e-4])
-                means = [(p, np.mean(many)) for p, many in zip(powers, values, strict=True) if min(many) > 1e-4]
-                if means:
-                    panel.plot(*points.T, ".", color=colour)
-                    panel.plot(*np.array(means).T, line, color=colour, label=f"{kind}, c = {offset:g}")
-        panel.set(title=name, xlabel="power p", yscale="log")
-        panel.grid(alpha=0.3)
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize="small")
-    figure.savefig(path, format="png")
+    panels = {name: [series(name, *kind, *line) for kind in kinds for line in lines] for name in names}
+    run.save_trends(path, panels, "power p", least=1e-4)  # without a weight it is the true flow: no error to be drawn
 
 
 def note(cell: Cell, result: Result) -> str:

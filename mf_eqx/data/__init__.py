@@ -14,6 +14,7 @@ from ._array_record import ArrayRecordSource as ArrayRecordSource, decode_npy as
 from ._augment import Augmentation as Augmentation, EDMAugmentation as EDMAugmentation
 from ._check import check_rows as check_rows
 from ._cifar10 import read_cifar10 as read_cifar10
+from ._draw import DrawRows as DrawRows
 from ._idx import read_idx as read_idx
 from ._image_folder import ImageFolderSource as ImageFolderSource
 from ._npy import NpySource as NpySource

@@ -16,7 +16,7 @@ like every network:
 
 `WeightedVelocity` is what Flow Matching learns under an adaptive weight instead of v: its bias, without a network.
 `checkerboard`, `two_moons` and the others are toy data sets, mixtures all of them; `StackedMixture` makes independent
-copies of one, for any number of dimensions.
+copies of one, for any number of dimensions. `draw` and `Draw` make samples and batches of them.
 
 `GaussianAverageVelocity` and `PointMassAverageVelocity` are two fields whose u is itself in closed form: the anchors of
 everything above.
@@ -26,6 +26,7 @@ Imported explicitly (`from mf_eqx import exact`), because it loads diffrax.
 
 from ._average_velocity import AverageVelocity as AverageVelocity
 from ._base import AbstractDistribution as AbstractDistribution, Velocity as Velocity
+from ._draw import Draw as Draw, draw as draw, DrawLabelled as DrawLabelled
 from ._gaussian import GaussianAverageVelocity as GaussianAverageVelocity
 from ._gaussian_mixture import GaussianMixture as GaussianMixture
 from ._guided_velocity import GuidedVelocity as GuidedVelocity

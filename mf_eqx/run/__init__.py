@@ -7,7 +7,8 @@
                                           -> Progress       one line on stderr
                                           -> in_parallel    many small tasks of any kind
                                           -> table          final results as text
-                                          -> save_image_grid, save_curves, save_point_grid, save_flows, save_heat_maps
+                                          -> save_image_grid, save_curves, save_trends, save_point_grid,
+                                             save_flows, save_heat_maps
                                           -> compile_program, time_interleaved   what it costs
 
 A script is one function of one frozen dataclass; `main` does the rest, and ends bad input in one line. A script that
@@ -48,6 +49,7 @@ from ._parallel import in_parallel as in_parallel
 from ._picture import save_image_grid as save_image_grid
 from ._plane import (
     Flow as Flow,
+    flow_of as flow_of,
     save_flows as save_flows,
     save_heat_maps as save_heat_maps,
     save_point_grid as save_point_grid,
@@ -70,4 +72,5 @@ from ._settings import (
 from ._table import table as table
 from ._timing import matmul_peak as matmul_peak, time_interleaved as time_interleaved, Times as Times
 from ._train import NonFinite as NonFinite, train as train
+from ._trends import save_trends as save_trends, Series as Series
 from ._values import fetch as fetch

@@ -4,9 +4,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import equinox as eqx
+import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from .._field import AbstractField
 from .._optional import optional
 
 _SIDE = 2.2
@@ -53,6 +57,21 @@ class Flow(NamedTuple):
     paths: Float[Array | np.ndarray, "path time 2"]
     points: Float[Array | np.ndarray, "point 2"]
     arrows: Float[Array | np.ndarray, "column point 2"]
+
+
+@eqx.filter_jit
+def flow_of(field: AbstractField, eps: Float[Array, "path 2"], times: Sequence[float], *, limit: float) -> Flow:
+    """Where a field says that noise passes by, z_r = eps - (1 - r) u(eps, r, 1), and -u(z, 0, t), towards the data.
+
+    **Arguments:** `field` without condition; `eps` noise, one path each; `times` t of the sets of arrows; `limit` of
+    the grid that they start from.
+    """
+    steps = jnp.linspace(1, 0, 41)
+    paths = jax.vmap(lambda z: jax.vmap(lambda r: z - (1 - r) * field(z, r, jnp.ones(())))(steps))(eps)
+    axis = jnp.linspace(-limit, limit, 13)
+    points = jnp.stack(jnp.meshgrid(axis, axis), axis=-1).reshape(-1, 2)
+    arrows = jax.vmap(lambda t: jax.vmap(lambda z: -field(z, jnp.zeros(()), t))(points))(jnp.asarray(times))
+    return Flow(paths, points, arrows)
 
 
 def save_flows(

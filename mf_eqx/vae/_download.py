@@ -20,6 +20,6 @@ def download_autoencoder(repository: str = "stabilityai/sd-vae-ft-mse", revision
     **Raises:** what huggingface_hub raises, such as for a repository that is not there.
     """
     with optional("huggingface_hub", extra="hub"):
-        from huggingface_hub import snapshot_download
+        from huggingface_hub import snapshot_download  # pyright: ignore[reportMissingImports]
     wanted = [f"{folder}{name}" for folder in ("", "vae/") for name in ("config.json", WEIGHTS)]
     return Path(snapshot_download(repository, revision=revision, allow_patterns=wanted))

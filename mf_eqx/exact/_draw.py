@@ -1,0 +1,45 @@
+"""Batches of fresh data, for trainings that never see a row twice."""
+
+import equinox as eqx
+import jax
+import jax.random as jr
+from jaxtyping import Array, Float, Key
+
+from .._objective import Batch
+from ._base import AbstractDistribution
+from ._gaussian_mixture import GaussianMixture
+
+
+class Draw(eqx.Module):
+    """A function from a key to a `Batch` of a distribution, as of `mf_eqx.scan_steps`.
+
+    **Arguments:** `distribution`; `batch` rows.
+    """
+
+    distribution: AbstractDistribution
+    batch: int
+
+    def __call__(self, key: Key[Array, ""]) -> Batch:
+        return Batch(draw(self.distribution, self.batch, key))
+
+
+class DrawLabelled(eqx.Module):
+    """The same with labels: rows of a mixture whose components have them.
+
+    **Arguments:** `distribution`; `batch` rows.
+    """
+
+    distribution: GaussianMixture
+    batch: int
+
+    def __call__(self, key: Key[Array, ""]) -> Batch:
+        return Batch(*jax.vmap(lambda key: self.distribution.labelled_sample(key=key))(jr.split(key, self.batch)))
+
+
+@eqx.filter_jit
+def draw(distribution: AbstractDistribution, number: int, key: Key[Array, ""]) -> Float[Array, "rows dim"]:
+    """So many samples.
+
+    **Arguments:** `distribution`; `number` of samples, compiled anew for each; `key`.
+    """
+    return jax.vmap(lambda key: distribution.sample(key=key))(jr.split(key, number))
