@@ -20,6 +20,7 @@ written says what it was made from, and is read by
 import dataclasses
 import hashlib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -49,10 +50,12 @@ class Config:
     """Attention heads of dit and sit; by default those of the published network of the same width."""
     image_size: tuple[int, int] = (32, 32)
     """Height and width of the images or latents of dit and sit."""
+    alternating: bool = False
+    """The unet is EDM's own, whose attention takes query, key and value of each channel side by side."""
     seed: int = 0
     """Seed of what SiT lacks: the first layer of the embedding of t - r."""
     to: str = ""
-    """File to write."""
+    """New file to write."""
 
     def __post_init__(self):
         if self.heads is not None and self.heads < 1:
@@ -74,6 +77,7 @@ class Imported(NamedTuple):
 KINDS = ("dit", "unet", "sit", "inception")
 """The fields of which exactly one is given."""
 NEEDED_BY = {"weights": ("dit", "unet", "sit"), "heads": ("dit", "sit"), "image_size": ("dit", "sit"), "seed": ("sit",)}
+NEEDED_BY |= {"alternating": ("unet",)}
 """For which kinds a field may be given."""
 
 
@@ -93,6 +97,8 @@ def check_flags(config: Config) -> str:
             raise ValueError(f"{flag(name)} must be given with {' or '.join(map(flag, kinds))}, got {flag(kind)}")
     if not config.to:
         raise ValueError(f"--to must be given with {flag(kind)}, got none")
+    if Path(config.to).exists():
+        raise ValueError(f"--to must be a new file, got {config.to}")
     return kind
 
 
@@ -127,7 +133,11 @@ def import_unet(path: str, config: Config) -> Imported:
     shape, size, augmentation = released.measure_unet(sets[weights], path)
     # The rate is seen in no tensor; 0.2 is the paper's, and off without a key.
     description = networks.describe_unet(shape, size, augmentation=augmentation, dropout=0.2)
-    return Imported(description, released.fill_unet(shapes(description), sets[weights], path), weights)
+    return Imported(
+        description,
+        released.fill_unet(shapes(description), sets[weights], path, alternating=config.alternating),
+        weights,
+    )
 
 
 def import_sit(path: str, config: Config) -> Imported:
