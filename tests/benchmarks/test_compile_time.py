@@ -15,9 +15,10 @@ def compile_time(benchmark_script):
 
 @pytest.fixture(scope="module")
 def directory(finished):
-    deep = mfx.DiTSize(depth=4, width=16, heads=2, patch=16)
+    # Both are loops: a stack of one block is none.
+    shallow, deep = (mfx.DiTSize(depth=depth, width=16, heads=2, patch=16) for depth in (2, 5))
     values = {"model": ("tiny", "S/4"), "variant": ("Flow Matching",), "batch": 4, "repeats": 1}
-    return finished("compile_time", {"S/4": deep}, **values)
+    return finished("compile_time", {"tiny": shallow, "S/4": deep}, **values)
 
 
 @pytest.fixture(scope="module")

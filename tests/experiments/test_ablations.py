@@ -98,6 +98,7 @@ def test_another_recipe_is_another_key(ablations):
     assert {"batch", "width", "learning_rate", "decay", "clip", "label_dropout"} <= set(keys[0])
 
 
+@pytest.mark.slow
 def test_tables_of_earlier_calls_stay_in_the_files(ablations, finished):
     start(ablations, finished, "--only 1b --seeds 1 --steps 30")
     text = (files(finished) / "results.md").read_text()

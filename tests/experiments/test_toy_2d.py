@@ -117,6 +117,7 @@ def test_flow_matching_samples_by_euler(toy_2d):
     )
 
 
+@pytest.mark.slow
 def test_copies_are_judged_in_all_their_dimensions(toy_2d, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     arguments = "--data eight_gaussians --methods FlowMatching --copies 2 --steps 2 --seeds 1 --samples 100 --rows 20"

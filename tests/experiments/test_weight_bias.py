@@ -24,11 +24,13 @@ def finished(weight_bias, tmp_path_factory):
     return directory
 
 
+@pytest.mark.slow
 def test_a_run_leaves_results_and_pictures(finished):
     for name in ("config.json", "results.md", "results.json", "weight_bias.png", "samples.png"):
         assert (finished / name).stat().st_size > 0
 
 
+@pytest.mark.slow
 def test_exact_flow_is_biased_by_the_power_alone(finished, weight_bias):
     rows = json.loads((finished / "results.json").read_text())
     error = {row["power"]: row["error of v"] for row in rows if row["kind"] == weight_bias.EXACT}
