@@ -19,6 +19,7 @@ import jax.random as jr
 import optax
 from jaxtyping import Array, Bool, Int, Key, PyTree
 
+from ._custom_types import Scalar
 from ._ema import ExponentialAverage
 from ._field import AbstractField
 from ._identity import Context
@@ -162,19 +163,39 @@ def _train_step(kept: tuple[TrainStep, Batch], state: TrainState) -> tuple[Train
         batch = jax.vmap(lambda row: prepare(row, jr.fold_in(prepare_key, row.index)))(batch)
     field, teacher = _gathered(train_step, (state.field, state.averages[0] if state.averages else None))
     metrics, gradients = _differentiate(train_step, field, batch, objective_key, Context(state.step, teacher))
-    parameters = eqx.filter(state.field, eqx.is_inexact_array)
-    updates, opt_state = train_step.optimizer.update(gradients, state.opt_state, parameters)
-    field = eqx.apply_updates(state.field, updates)
-    step = state.step + 1
-    averages = tuple(
-        rule.update(average, field, step) for rule, average in zip(train_step.averages, state.averages, strict=True)
-    )
     norm = optax.tree.norm(gradients)
-    finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"].total) & jnp.isfinite(optax.tree.norm(updates))
-    before = (state.field, state.opt_state, state.averages)
-    field, opt_state, averages = _choose(finite, (field, opt_state, averages), before)
-    state = TrainState(field, opt_state, averages, step, state.key, state.faults.after(step, finite))
+    finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"].total)
+    state = _update_if_finite(train_step, state, gradients, finite)
     return _spread(train_step, state), {**metrics, "gradient_norm": Mean(norm, jnp.ones(()))}
+
+
+def _update_if_finite(
+    train_step: TrainStep, state: TrainState, gradients: PyTree[Any], finite: Bool[Array, ""]
+) -> TrainState:
+    """The state after the step: with field, optimiser and averages updated if all was `finite` and the update is, too.
+
+    A branch updates them in their own memory, where choosing between old and new would hold both and take longer to
+    read. So the update is looked at before the branch, and computed again in it.
+    """
+    step = state.step + 1
+    arrays, rest = eqx.partition((state.field, state.opt_state, state.averages), eqx.is_array)
+
+    def propose(arrays: PyTree[Any]) -> tuple[PyTree[Any], PyTree[Any]]:
+        field, opt_state, _ = eqx.combine(arrays, rest)
+        return train_step.optimizer.update(gradients, opt_state, eqx.filter(field, eqx.is_inexact_array))
+
+    def update(arrays: PyTree[Any]) -> PyTree[Any]:
+        field, _, averages = eqx.combine(arrays, rest)
+        updates, opt_state = propose(arrays)
+        field = eqx.apply_updates(field, updates)
+        rules = zip(train_step.averages, averages, strict=True)
+        averages = tuple(rule.update(average, field, step) for rule, average in rules)
+        return eqx.filter((field, opt_state, averages), eqx.is_array)
+
+    for leaf in jax.tree.leaves(propose(arrays)[0]):
+        finite &= jnp.all(jnp.isfinite(leaf))
+    field, opt_state, averages = eqx.combine(jax.lax.cond(finite, update, lambda arrays: arrays, arrays), rest)
+    return TrainState(field, opt_state, averages, step, state.key, state.faults.after(step, finite))
 
 
 def _gathered(train_step: TrainStep, tree: _Tree) -> _Tree:
@@ -185,11 +206,6 @@ def _gathered(train_step: TrainStep, tree: _Tree) -> _Tree:
 def _spread(train_step: TrainStep, tree: _Tree) -> _Tree:
     """The same arrays, each device keeping what the rule gives it."""
     return tree if train_step.parallelism is None else train_step.parallelism.spread(tree)
-
-
-def _choose(new: Bool[Array, ""], after: PyTree[Any], before: PyTree[Any]) -> PyTree[Any]:
-    """`after` where it is `new`, else `before`."""
-    return jax.tree.map(lambda a, b: jnp.where(new, a, b) if eqx.is_array(a) else a, after, before)
 
 
 def _differentiate(
@@ -252,9 +268,15 @@ def _differentiate_kinds(
     parts = objective.parts(batch) if isinstance(objective, Objective) else [(objective, batch)]
 
     def differentiate(part: AbstractObjective, rows: Batch) -> tuple[Metrics, PyTree[Any]]:
-        (_, metrics), gradients = eqx.filter_value_and_grad(part, has_aux=True)(field, rows, key=key, context=context)
         share = rows.index.shape[0] / batch.index.shape[0]
-        return metrics, jax.tree.map(lambda g: share * g, gradients)
+
+        @functools.partial(eqx.filter_grad, has_aux=True)
+        def gradient(field: AbstractField) -> tuple[Scalar, Metrics]:
+            loss, metrics = part(field, rows, key=key, context=context)
+            return share * loss, metrics
+
+        gradients, metrics = gradient(field)
+        return metrics, gradients
 
     kinds = [functools.partial(differentiate, *part) for part in parts]
     if len(kinds) == 1:

@@ -150,9 +150,10 @@ def test_step_without_a_loop_gives_the_state_and_metrics_of_the_one_with(x64, sh
 
 @pytest.mark.parametrize("unroll", [False, True])
 def test_step_without_a_loop_does_not_choose_between_kinds_while_it_runs(unroll):
+    # What it always chooses while it runs is whether the state is updated.
     step = mfx.TrainStep(mfx.Objective(), OPTIMIZER, AVERAGES, unroll=unroll)
     program = jax.jit(step).lower(state(), batch()).as_text()
-    assert ("stablehlo.case" in program) is not unroll
+    assert program.count("stablehlo.case") == (1 if unroll else 2)
 
 
 def trained(accumulation, rows=256, steps=20):
