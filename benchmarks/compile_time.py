@@ -26,7 +26,9 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
-from jvp_overhead import (
+from steps import (
+    data_shape,
+    DITS,
     DTYPES,
     FLOW_MATCHING,
     FORMS,
@@ -34,8 +36,7 @@ from jvp_overhead import (
     make_step,
     REMATS,
     Setting,
-    SHAPE,
-    SIZES,
+    UNETS,
     VARIANTS,
 )
 
@@ -48,13 +49,13 @@ class Config:
     """Programs to compile: the product of model, form, remat and variant."""
 
     model: tuple[str, ...] = ("B/4", "XL/2")
-    """Networks: tiny, S/4, S/2, B/4, B/2, M/2, L/2, XL/2."""
+    """Networks: tiny, S/4, S/2, B/4, B/2, M/2, L/2, XL/2, U-Net, U-Net tiny."""
     form: tuple[str, ...] = ("scan", "unroll")
-    """scan (one compiled block) or unroll (no loop)."""
+    """scan (one compiled block), unroll (no loop), default (the network's own)."""
     remat: tuple[str, ...] = ("none",)
     """none, products, full."""
     variant: tuple[str, ...] = (FLOW_MATCHING, "MeanFlow", "guided")
-    """Steps, by the names of jvp_overhead.py."""
+    """Steps, by the names of `steps.py`."""
     batch: int = 16
     """Rows per step, a multiple of 4."""
     dtype: str = "float32"
@@ -67,7 +68,7 @@ class Config:
     """Name of the run below runs/compile_time/; by default the time of day."""
 
     def __post_init__(self):
-        known = {"model": SIZES, "form": FORMS, "remat": REMATS, "variant": VARIANTS}
+        known = {"model": (*DITS, *UNETS), "form": FORMS, "remat": REMATS, "variant": VARIANTS}
         for name, allowed in known.items():
             if not (values := getattr(self, name)):
                 raise ValueError(f"{name} must be at least one of {', '.join(allowed)}; got none")
@@ -91,11 +92,11 @@ class Cell(NamedTuple):
 
 
 def compile_cell(config: Config, cell: Cell) -> run.Cost:
-    setting = Setting(cell.model, config.batch, config.dtype, cell.form, cell.remat, "xla")
+    setting = Setting(cell.model, config.batch, config.dtype, cell.form, cell.remat)
     state = eqx.filter_eval_shape(lambda key: make_state(setting, key=key), jr.key(0))
-    rows = jax.ShapeDtypeStruct((config.batch, *SHAPE), jnp.float32)
+    rows = jax.ShapeDtypeStruct((config.batch, *data_shape(cell.model)), jnp.float32)
     labels = jax.ShapeDtypeStruct((config.batch,), jnp.int32)
-    step = make_step(VARIANTS[cell.variant].objective)
+    step = make_step(setting, cell.variant)
 
     def take(state: mfx.TrainState, x: jax.Array, label: jax.Array) -> Any:
         return step(state, mfx.Batch(x, label))
@@ -149,7 +150,7 @@ def main(config: Config) -> None:
     rows = []
     for cell, many in costs.items():
         seconds = [float(np.median([getattr(c, f"{p}_seconds") for c in many])) for p in ("trace", "lower", "compile")]
-        cost, batch_bytes = many[0], 4 * config.batch * (math.prod(SHAPE) + 1)
+        cost, batch_bytes = many[0], 4 * config.batch * (math.prod(data_shape(cell.model)) + 1)
         state_bytes = cost.argument_bytes - batch_bytes
         numbers = [f"{value:.2f}" for value in (*seconds, sum(seconds))]
         megabytes = [f"{value / 1e6:.0f}" for value in (cost.temporary_bytes, state_bytes)]

@@ -31,7 +31,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 from jaxtyping import Array, Float
-from jvp_overhead import LABELS, SHAPE, SIZES
+from steps import DITS, LABELS, LATENT
 
 import mf_eqx as mfx
 from mf_eqx import nn, run
@@ -59,8 +59,8 @@ class Config:
     """Name of the run below runs/jvp_accuracy/; by default the time of day."""
 
     def __post_init__(self):
-        if self.model not in SIZES:
-            raise ValueError(f"model must be among {', '.join(SIZES)}; got {self.model}")
+        if self.model not in DITS:
+            raise ValueError(f"model must be among {', '.join(DITS)}; got {self.model}")
         if self.rows < 1:
             raise ValueError(f"rows must be >= 1, got {self.rows}")
         if not self.steps or not min(self.steps) > 0:
@@ -92,8 +92,8 @@ class Bfloat16Times(eqx.Module):
 def make_field(config: Config, precision: str, time_scale: float) -> mfx.DiT:
     """Always the same parameters, in float32."""
     dtype = precision.partition(" ")[0]
-    key, size = jr.key(config.seed), SIZES[config.model]
-    field = mfx.DiT(SHAPE, size, labels=LABELS, time_scale=time_scale, dtype=dtype, key=key)
+    key, size = jr.key(config.seed), DITS[config.model]
+    field = mfx.DiT(LATENT, size, labels=LABELS, time_scale=time_scale, dtype=dtype, key=key)
     leaves, structure = jax.tree.flatten(eqx.filter(field, eqx.is_inexact_array))
     drawn = [
         leaf if np.any(leaf) else 0.1 * jr.normal(k, leaf.shape)
@@ -116,7 +116,7 @@ class Rows(NamedTuple):
 
 
 def make_rows(config: Config) -> Rows:
-    x, eps = jr.normal(jr.key(config.seed + 1), (2, config.rows, *SHAPE))
+    x, eps = jr.normal(jr.key(config.seed + 1), (2, config.rows, *LATENT))
     r, t = jnp.sort(jr.uniform(jr.key(config.seed + 2), (2, config.rows)), axis=0)
     z, v = jax.vmap(mfx.LinearInterpolant().state_and_velocity)(x, eps, t)
     return Rows(z, v, r, t, jnp.arange(config.rows) % LABELS)

@@ -2,6 +2,7 @@
 
     python benchmarks/jvp_overhead.py --quick               a small DiT, under 2 minutes on 2 CPU cores
     python benchmarks/jvp_overhead.py --preset paper        DiT-B/4 at batch 256, the paper's own measurement
+    python benchmarks/jvp_overhead.py --preset cifar        the CIFAR-10 U-Net at batch 1024, share 0.75
     python benchmarks/jvp_overhead.py --preset accelerator  B/4, B/2, XL/2 in bfloat16, for one large GPU
     python benchmarks/jvp_overhead.py --model B/4 S/4 --batch 16 --remat none products full
 
@@ -25,85 +26,33 @@ import gc
 import importlib
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import equinox as eqx
 import jax
-import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
-import optax
+from steps import (
+    ATTENTIONS,
+    DTYPES,
+    FLOAT32_ONLY,
+    FLOW_MATCHING,
+    FORMS,
+    formula_flops,
+    make_batch,
+    make_state,
+    make_step,
+    MODELS,
+    REMATS,
+    Setting,
+    VARIANTS,
+    xla_flops,
+)
 
 import mf_eqx as mfx
-from mf_eqx import nn, run
-
-SHAPE, LABELS = (4, 32, 32), 1000
-MLP_SHAPE = (2,)
-SIZES = {
-    "tiny": mfx.DiTSize(depth=2, width=384, heads=6, patch=4),
-    "S/4": mfx.DIT_S4,
-    "S/2": mfx.DIT_S2,
-    "B/4": mfx.DIT_B4,
-    "B/2": mfx.DIT_B2,
-    "M/2": mfx.DIT_M2,
-    "L/2": mfx.DIT_L2,
-    "XL/2": mfx.DIT_XL2,
-}
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-FORMS = {"scan": 1, "unroll": True}
-REMATS: dict[str, nn.Remat] = {
-    "none": False,
-    "products": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # of weights; attention is done again
-    "full": True,
-}
-ATTENTIONS: dict[str, nn.AbstractAttention] = {"xla": nn.XLAAttention(), "cudnn": nn.CudnnAttention()}
-
-
-# What is compared
-
-
-class Variant(NamedTuple):
-    """A step: its objective, and its passes in units of one forward pass F of the whole batch (a backward pass is 2).
-
-    `passes(tangent, share)`: `tangent` is the cost of a tangent pass, `share` that of the rows with r < t.
-    """
-
-    objective: mfx.Objective
-    passes: Callable[[float, float], float]
-
-
-def objective(identity: mfx.AbstractIdentity | None, share: Fraction, *, guided: bool = False) -> mfx.Objective:
-    """The paper's settings. With share 1 a coin sets r = t as often as the split would, as in the authors' code."""
-    coin = 0.75 if share == 1 else 0.0
-    return mfx.Objective(
-        identity,
-        time_pairs=mfx.TimePairs(equal=coin),
-        identity_share=share,
-        guidance=mfx.Guidance(scale=1.0, mix=0.5) if guided else None,
-        label_dropout=mfx.LabelDropout(0.1, LABELS),
-    )
-
-
-QUARTER, EVERY = Fraction(1, 4), Fraction(1)
-FLOW_MATCHING = "Flow Matching"
-VARIANTS = {
-    FLOW_MATCHING: Variant(objective(None, Fraction(0)), lambda T, s: 3),
-    "MeanFlow on every row": Variant(objective(mfx.MeanFlow(), EVERY), lambda T, s: 3 + T),
-    "MeanFlow": Variant(objective(mfx.MeanFlow(), QUARTER), lambda T, s: 3 + s * T),
-    "stopped JVP": Variant(objective(mfx.MeanFlow(derivative=mfx.StoppedJVP()), QUARTER), lambda T, s: 3 + s * (1 + T)),
-    "finite difference": Variant(
-        objective(mfx.MeanFlow(derivative=mfx.CentralDifference()), QUARTER), lambda T, s: 3 + 2 * s
-    ),
-    "guided on every row": Variant(objective(mfx.MeanFlow(), EVERY, guided=True), lambda T, s: 3 + T + 2),
-    "guided": Variant(objective(mfx.MeanFlow(), QUARTER, guided=True), lambda T, s: 3 + s * T + 1 + s),
-    "ImprovedMeanFlow": Variant(objective(mfx.ImprovedMeanFlow(), QUARTER), lambda T, s: 3 + s * T + s),
-    "SplitMeanFlow": Variant(objective(mfx.SplitMeanFlow(), QUARTER), lambda T, s: 3 + 2 * s),
-}
-FLOAT32_ONLY = ("finite difference",)
-
+from mf_eqx import run
 
 # What is asked for
 
@@ -113,18 +62,22 @@ class Config:
     """A comparison. The first value of an axis is the base, the others are tried one at a time."""
 
     model: tuple[str, ...] = ("S/4",)
-    """Axis: MLP, tiny (S/4 with 2 blocks), S/4, S/2, B/4, B/2, M/2, L/2, XL/2."""
+    """Axis: MLP; the DiTs tiny (S/4 with 2 blocks), S/4, S/2, B/4, B/2, M/2, L/2, XL/2; U-Net (of the CIFAR-10
+    experiment, with labels and without dropout), U-Net tiny."""
     batch: tuple[int, ...] = (16,)
-    """Axis: rows per step, multiples of 4."""
+    """Axis: rows per step, multiples of 4 for the default share."""
     dtype: tuple[str, ...] = ("float32",)
     """Axis: compute precision, float32 or bfloat16. Parameters are float32."""
-    form: tuple[str, ...] = ("scan",)
-    """Axis: scan (one compiled block) or unroll (no loop)."""
+    form: tuple[str, ...] = ("default",)
+    """Axis: scan (one compiled block), unroll (no loop), default (scan for a DiT, unroll for a U-Net)."""
     remat: tuple[str, ...] = ("none",)
-    """Axis: what the backward pass computes again: none, products (all but the products with weights), full."""
+    """Axis: what the backward pass computes again: none, products (all but products with weights and convolutions),
+    full."""
     attention: tuple[str, ...] = ("xla",)
     """Axis: xla or cudnn (NVIDIA GPUs, bfloat16)."""
-    variant: tuple[str, ...] = tuple(VARIANTS)
+    share: tuple[float, ...] = (0.25,)
+    """Axis: share of rows with r < t, in (0, 0.9]; 0.25 for ImageNet, 0.75 for CIFAR-10."""
+    variant: tuple[str, ...] = VARIANTS
     """What is compared with Flow Matching, by the names in the table."""
     rounds: int = 7
     """Rounds that are timed."""
@@ -137,7 +90,7 @@ class Config:
 
     def __post_init__(self):
         known = {
-            "model": ("MLP", *SIZES),
+            "model": MODELS,
             "dtype": DTYPES,
             "form": FORMS,
             "remat": REMATS,
@@ -149,31 +102,21 @@ class Config:
                 raise ValueError(f"{name} must be at least one of {', '.join(map(repr, allowed))}; got none")
             if wrong := [value for value in values if value not in allowed]:
                 raise ValueError(f"{name} must be among {', '.join(map(repr, allowed))}; got {wrong[0]!r}")
-        if not self.batch or min(self.batch) < 4 or any(batch % 4 for batch in self.batch):
-            raise ValueError(f"batch must be positive multiples of 4, got {self.batch}")
+        if not self.share or not all(0 < share <= 0.9 for share in self.share):
+            raise ValueError(f"share must be numbers in (0, 0.9], got {self.share}")
+        if not self.batch or min(self.batch) < 1:
+            raise ValueError(f"batch must be positive numbers, got {self.batch}")
         if self.rounds < 1:
             raise ValueError(f"rounds must be >= 1, got {self.rounds}")
         for setting in settings(self):
             if setting.attention == "cudnn" and setting.dtype != "bfloat16":
                 raise ValueError(f"attention cudnn must come with dtype bfloat16, got {setting.dtype}")
-            if setting.model == "MLP" and setting[2:] != ("float32", "scan", "none", "xla"):
-                raise ValueError(f"model MLP must come with float32, scan, remat none and xla, got {setting}")
-
-
-class Setting(NamedTuple):
-    """One value of every axis: what all variants have in common."""
-
-    model: str
-    batch: int
-    dtype: str
-    form: str
-    remat: str
-    attention: str
-
-    def __str__(self) -> str:
-        return (
-            f"{self.model}, batch {self.batch}, {', '.join(self[2:4])}, remat {self.remat}, {self.attention} attention"
-        )
+            if setting.model == "MLP" and setting[3:6] != ("default", "none", "xla"):
+                raise ValueError(f"model MLP must come with form default, remat none and attention xla, got {setting}")
+            if setting.batch % (group := Fraction(setting.share).limit_denominator(64).denominator):
+                raise ValueError(
+                    f"batch must be multiples of {group} with share {setting.share:g}, got {setting.batch}"
+                )
 
 
 def settings(config: Config) -> list[Setting]:
@@ -182,116 +125,10 @@ def settings(config: Config) -> list[Setting]:
     return [base, *(base._replace(**{a: value}) for a in Setting._fields for value in getattr(config, a)[1:])]
 
 
-def variants(config: Config, setting: Setting) -> dict[str, Variant]:
-    """Flow Matching first: everything is a ratio to it."""
-    names = [FLOW_MATCHING, *(name for name in VARIANTS if name in config.variant and name != FLOW_MATCHING)]
-    return {n: VARIANTS[n] for n in names if setting.dtype == "float32" or n not in FLOAT32_ONLY}
-
-
-# Models and steps
-
-
-def make_field(setting: Setting, *, depth: int | None = None, key: jax.Array) -> mfx.AbstractField:
-    """The network of a setting, with another number of blocks if `depth` says so."""
-    if setting.model == "MLP":
-        return mfx.MLP(*MLP_SHAPE, labels=LABELS, key=key)
-    size = SIZES[setting.model]
-    return mfx.DiT(
-        SHAPE,
-        size if depth is None else size._replace(depth=depth),
-        labels=LABELS,
-        dtype=DTYPES[setting.dtype],
-        remat=REMATS[setting.remat],
-        attention=ATTENTIONS[setting.attention],
-        unroll=FORMS[setting.form],
-        key=key,
-    )
-
-
-def make_step(objective: mfx.Objective) -> mfx.TrainStep:
-    return mfx.TrainStep(objective, optax.adam(1e-4, b2=0.95), [mfx.ExponentialAverage(0.9999)])
-
-
-def make_state(setting: Setting, *, key: jax.Array) -> mfx.TrainState:
-    step = make_step(VARIANTS[FLOW_MATCHING].objective)
-    return mfx.init_state(make_field(setting, key=key), step.optimizer, step.averages, key=key)
-
-
-def make_batch(setting: Setting, *, key: jax.Array) -> mfx.Batch:
-    shape = MLP_SHAPE if setting.model == "MLP" else SHAPE
-    labels = jr.randint(key, (setting.batch,), 0, LABELS)
-    return mfx.Batch(jr.normal(key, (setting.batch, *shape)), labels)
-
-
-# Operations
-
-
-class Passes(NamedTuple):
-    """Operations in matrix products for one row: a forward pass, and a tangent pass in units of it."""
-
-    forward: float
-    tangent: float
-
-
-@functools.cache
-def count_passes(model: str) -> Passes:
-    """From the program of one row, as it is traced."""
-    field = shapes_of(Setting(model, 1, "float32", "scan", "none", "xla"))
-    row = jax.ShapeDtypeStruct(MLP_SHAPE if model == "MLP" else SHAPE, jnp.float32)
-    time, label = jax.ShapeDtypeStruct((), jnp.float32), jax.ShapeDtypeStruct((), jnp.int32)
-    forward = run.product_flops(lambda f, z, t, c: f(z, t, t, c), field, row, time, label)
-    both = run.product_flops(lambda f, z, t, c: mfx.total_derivative(f, z, z, t, t, c), field, row, time, label)
-    return Passes(forward, both / forward - 1)
-
-
-def formula_flops(setting: Setting, variant: Variant) -> float:
-    """Operations of a whole step's products."""
-    forward, tangent = count_passes(setting.model)
-    again = {"none": 0, "products": tangent - 1, "full": 1}[setting.remat]  # tangent - 1: the share of attention
-    return setting.batch * forward * (variant.passes(tangent, float(variant.objective.identity_share)) + again)
-
-
-@functools.cache
-def xla_flops(model: str, name: str, rows: int = 16) -> float:
-    """XLA's count for loss and gradient of so many rows, in float32.
-
-    XLA counts the body of a loop once, and long programs compile for long: so it counts one and two blocks without a
-    loop, and all other blocks cost what the second costs.
-    """
-    setting = Setting(model, rows, "float32", "unroll", "none", "xla")
-
-    def gradient(field: mfx.AbstractField, x: jax.Array, label: jax.Array, key: jax.Array) -> Any:
-        def loss(field: mfx.AbstractField) -> jax.Array:
-            return VARIANTS[name].objective(field, mfx.Batch(x, label), key=key)[0]
-
-        return eqx.filter_grad(loss)(field)
-
-    def count(depth: int) -> float:
-        x, label = jax.ShapeDtypeStruct((rows, *SHAPE), jnp.float32), jax.ShapeDtypeStruct((rows,), jnp.int32)
-        inputs = (shapes_of(setting, depth), x, label, jr.key(0))
-        return run.compile_program(gradient, *inputs, options=quick_options()).cost.flops
-
-    depth = SIZES[model].depth
-    with jax.default_device(jax.devices("cpu")[0]):
-        two = count(2)
-        return two if depth == 2 else two + (depth - 2) * (two - count(1))
-
-
-@functools.cache
-def quick_options() -> dict[str, str | bool] | None:
-    """XLA's, for a program that is counted and never run: without the slow part of compiling, which comes after the
-    passes that remove work."""
-    options: dict[str, str | bool] = {"xla_backend_optimization_level": "0", "xla_cpu_use_fusion_emitters": False}
-    try:
-        run.compile_program(lambda: jnp.zeros(()), options=options)
-    except jax.errors.JaxRuntimeError:  # an XLA that does not know them
-        return None
-    return options
-
-
-def shapes_of(setting: Setting, depth: int | None = None) -> mfx.AbstractField:
-    """A network without its numbers."""
-    return eqx.filter_eval_shape(lambda key: make_field(setting, depth=depth, key=key), jr.key(0))
+def chosen(config: Config, setting: Setting) -> list[str]:
+    """Names of the steps, Flow Matching's first: everything is a ratio to it."""
+    names = [name for name in VARIANTS if name in config.variant or name == FLOW_MATCHING]
+    return [name for name in names if setting.dtype == "float32" or name not in FLOAT32_ONLY]
 
 
 # Measuring
@@ -310,9 +147,21 @@ class Measurement(NamedTuple):
     peak_bytes: int | None
 
 
+class Meter:
+    """Progress, counted in programs compiled, operations counted and steps taken."""
+
+    def __init__(self, progress: run.Progress):
+        self.progress, self.done = progress, 0
+
+    def report(self, seconds: float) -> None:
+        """One of them is done."""
+        self.done += 1
+        self.progress.update(self.done, {"seconds": seconds})
+
+
 def parts(config: Config, setting: Setting) -> int:
-    """How many things `measure` reports: a program compiled, its operations counted, a step taken."""
-    return len(variants(config, setting)) * (config.rounds + 3 + counted(config, setting))
+    """How much a `Meter` counts in one setting."""
+    return len(chosen(config, setting)) * (config.rounds + 3 + counted(config, setting))
 
 
 def counted(config: Config, setting: Setting) -> bool:
@@ -320,57 +169,66 @@ def counted(config: Config, setting: Setting) -> bool:
     return config.count and setting.model != "MLP" and setting.remat == "none"
 
 
-def measure(config: Config, setting: Setting, progress: run.Progress, done: int) -> list[Measurement]:
-    """All variants in one setting, their steps interleaved on one state. Reports progress from `done` on."""
-
-    def report(seconds: float) -> None:
-        nonlocal done
-        done += 1
-        progress.update(done, {"seconds": seconds})
-
-    chosen = variants(config, setting)
+def measure(config: Config, setting: Setting, meter: Meter) -> list[Measurement]:
+    """All variants in one setting, their steps interleaved on one state."""
+    names = chosen(config, setting)
     state, batch = make_state(setting, key=jr.key(0)), make_batch(setting, key=jr.key(1))
-    programs: dict[str, run.Program[tuple[mfx.TrainState, mfx.Metrics]]] = {}
-    for name, variant in chosen.items():
-        with telling_memory(progress, setting, name):
-            programs[name] = run.compile_program(make_step(variant.objective), state, batch, donate=(0,))
-            report(programs[name].cost.compile_seconds)
+    programs = compile_steps(names, setting, state, batch, meter)
 
     def take(name: str) -> mfx.Metrics:
         nonlocal state
         state, metrics = programs[name](state, batch)
         return metrics
 
-    peaks = {}
+    peaks: dict[str, int | None] = {}
     # The allocator remembers the process's highest point: it belongs to the step that raises it, the smallest first.
     for name in sorted(programs, key=lambda name: programs[name].cost.temporary_bytes):
-        with telling_memory(progress, setting, name):
+        with telling_memory(meter.progress, setting, name):
             before = allocator_peak()
             jax.block_until_ready(take(name))
             peaks[name] = after if (after := allocator_peak()) != before else None
-            report(0.0)
+            meter.report(0.0)
         if name not in peaks:  # the state went with it
             state = make_state(setting, key=jr.key(0))
-    calls = {name: functools.partial(take, name) for name in chosen if name in peaks}
-    times = run.time_interleaved(calls, config.rounds, progress=progress, done=done)
-    done += len(calls) * (config.rounds + 1)
-    ratios = {}
-    for name in chosen if counted(config, setting) else ():
-        began = time.perf_counter()
-        ratios[name] = xla_flops(setting.model, name) / xla_flops(setting.model, FLOW_MATCHING)
-        report(time.perf_counter() - began)
+    calls = {name: functools.partial(take, name) for name in names if name in peaks}
+    times = run.time_interleaved(calls, config.rounds, progress=meter.progress, done=meter.done)
+    meter.done += len(calls) * (config.rounds + 1)
+    ratios = count_ratios(names, setting, meter) if counted(config, setting) else {}
     return [
         Measurement(
             setting,
             name,
-            formula_flops(setting, variant),
+            formula_flops(setting, name),
             ratios.get(name),
             programs[name].cost if name in programs else None,
             times.get(name),
             peaks.get(name),
         )
-        for name, variant in chosen.items()
+        for name in names
     ]
+
+
+def compile_steps(
+    names: list[str], setting: Setting, state: mfx.TrainState, batch: mfx.Batch, meter: Meter
+) -> dict[str, run.Program[tuple[mfx.TrainState, mfx.Metrics]]]:
+    """Those that memory is large enough for."""
+    programs = {}
+    for name in names:
+        with telling_memory(meter.progress, setting, name):
+            programs[name] = run.compile_program(make_step(setting, name), state, batch, donate=(0,))
+            meter.report(programs[name].cost.compile_seconds)
+    return programs
+
+
+def count_ratios(names: list[str], setting: Setting, meter: Meter) -> dict[str, float]:
+    """Operations as XLA counts them, relative to Flow Matching's."""
+    ratios = {}
+    for name in names:
+        began = time.perf_counter()
+        operations = (xla_flops(setting.model, each, setting.share) for each in (name, FLOW_MATCHING))
+        ratios[name] = next(operations) / next(operations)
+        meter.report(time.perf_counter() - began)
+    return ratios
 
 
 def allocator_peak() -> int | None:
@@ -533,14 +391,16 @@ def main(config: Config) -> None:
         raise ValueError(f"attention must be xla without an NVIDIA GPU, got cudnn on {jax.default_backend()}")
     directory = run.RunDirectory.create(config, config.name)
     wanted = settings(config)
-    groups, peaks, texts, done = [], {}, [], 0
+    groups, peaks, texts = [], {}, []
     with run.Progress(sum(parts(config, setting) for setting in wanted)) as progress:
+        meter = Meter(progress)
         for setting in wanted:
-            progress.note(f"{setting}: {len(variants(config, setting))} steps")
+            progress.note(f"{setting}: {len(chosen(config, setting))} steps")
             if setting.dtype not in peaks:
                 peaks[setting.dtype] = run.matmul_peak(DTYPES[setting.dtype])
-            groups.append(measure(config, setting, progress, done))
-            done += parts(config, setting)
+            began_at = meter.done
+            groups.append(measure(config, setting, meter))
+            meter.done = began_at + parts(config, setting)  # steps that found no memory, too
             texts.append(describe(groups[-1], peaks[setting.dtype]))
             records = [as_record(m, peaks[m.setting.dtype]) for group in groups for m in group]
             directory.save_results("\n\n".join(texts), records)  # after each: an interruption loses one
@@ -552,13 +412,17 @@ def main(config: Config) -> None:
 
 def shrunk(config: Config) -> Config:
     """What `--quick` runs."""
-    base = {"dtype": ("float32",), "form": ("scan",), "remat": ("none",), "attention": ("xla",)}
-    return dataclasses.replace(config, model=("tiny",), batch=(16,), **base)
+    base = {field.name: field.default for field in dataclasses.fields(Config) if field.name in Setting._fields}
+    return dataclasses.replace(config, **{**base, "model": ("tiny",)})
 
 
 PRESETS = {
     "default": ("DiT-S/4 at batch 16", Config()),
     "paper": ("DiT-B/4 at batch 256, float32: the paper's measurement", Config(model=("B/4",), batch=(256,))),
+    "cifar": (
+        "the CIFAR-10 U-Net with its share of 0.75 at batch 1024, float32 and bfloat16, for one large GPU",
+        Config(model=("U-Net",), batch=(1024,), dtype=("float32", "bfloat16"), share=(0.75,)),
+    ),
     "accelerator": (
         "B/4, B/2 and XL/2 in bfloat16 at batch 256, with remat, cuDNN attention and float32 beside the base",
         Config(

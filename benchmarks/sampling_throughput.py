@@ -1,4 +1,4 @@
-"""How fast does it generate? Latents per second by one evaluation, over batch sizes.
+"""How fast does it generate? Latents or images per second by one evaluation, over batch sizes.
 
     python benchmarks/sampling_throughput.py --quick                    under a minute on 2 CPU cores
     python benchmarks/sampling_throughput.py --model B/4 XL/2 --dtype bfloat16 --batch 1 16 256 1024
@@ -24,7 +24,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-from jvp_overhead import ATTENTIONS, count_passes, DTYPES, LABELS, make_field, Setting, SHAPE, SIZES
+from steps import ATTENTIONS, count_passes, data_shape, DTYPES, LABELS, make_field, MODELS, Setting
 
 import mf_eqx as mfx
 from mf_eqx import run
@@ -35,7 +35,7 @@ class Config:
     """Networks and batch sizes."""
 
     model: tuple[str, ...] = ("S/4", "B/4")
-    """Networks: tiny, S/4, S/2, B/4, B/2, M/2, L/2, XL/2."""
+    """Networks: MLP, tiny, S/4, S/2, B/4, B/2, M/2, L/2, XL/2, U-Net, U-Net tiny."""
     batch: tuple[int, ...] = (1, 4, 16, 64)
     """Samples at a time."""
     evaluations: tuple[int, ...] = (1,)
@@ -53,9 +53,9 @@ class Config:
 
     def __post_init__(self):
         if not self.model:
-            raise ValueError(f"model must be at least one of {', '.join(SIZES)}; got none")
-        if wrong := [model for model in self.model if model not in SIZES]:
-            raise ValueError(f"model must be among {', '.join(SIZES)}; got {wrong[0]}")
+            raise ValueError(f"model must be at least one of {', '.join(MODELS)}; got none")
+        if wrong := [model for model in self.model if model not in MODELS]:
+            raise ValueError(f"model must be among {', '.join(MODELS)}; got {wrong[0]}")
         for name, known in (("dtype", DTYPES), ("attention", ATTENTIONS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be among {', '.join(known)}; got {getattr(self, name)}")
@@ -85,7 +85,7 @@ def make_call(config: Config, cell: Cell, field: mfx.AbstractField) -> Any:
         times = mfx.uniform_times(cell.evaluations)
         return jax.vmap(lambda eps, label: mfx.sample(field, eps, label, times=times))(eps, label)
 
-    eps = jr.normal(jr.key(1), (cell.batch, *SHAPE))
+    eps = jr.normal(jr.key(1), (cell.batch, *data_shape(cell.model)))
     return functools.partial(generate, field, eps, jnp.arange(cell.batch) % LABELS)
 
 
@@ -99,7 +99,7 @@ def save_figure(path: Path, rates: dict[Cell, float]) -> None:
         points = sorted((c.batch, r) for c, r in rates.items() if (c.model, c.evaluations) == (model, evaluations))
         name = f"{model}, {evaluations} evaluation{'s' * (evaluations > 1)}"
         panel.plot(*zip(*points, strict=True), ".-", label=name)
-    panel.set(xscale="log", yscale="log", xlabel="batch", ylabel="latents per second (median)")
+    panel.set(xscale="log", yscale="log", xlabel="batch", ylabel="samples per second (median)")
     panel.set_xscale("log", base=2)
     panel.legend()
     panel.grid(alpha=0.3, which="both")
@@ -116,7 +116,7 @@ def main(config: Config) -> None:
     directory = run.RunDirectory.create(config, config.name)
     peak = run.matmul_peak(DTYPES[config.dtype])
     fields = {
-        model: make_field(Setting(model, 1, config.dtype, "scan", "none", config.attention), key=jr.key(0))
+        model: make_field(Setting(model, 1, config.dtype, attention=config.attention), key=jr.key(0))
         for model in config.model
     }
     cells = [Cell(*values) for values in itertools.product(config.model, config.batch, config.evaluations)]
@@ -132,7 +132,7 @@ def main(config: Config) -> None:
         milliseconds = f"{1e3 * measured.median:.2f}"
         rows.append((*cell, milliseconds, f"{100 * measured.spread:.0f}%", rates[cell], f"{100 * used:.0f}%"))
         records.append({**cell._asdict(), "wall_seconds": measured.wall.tolist(), "flops": flops, "matmul_peak": peak})
-    headers = ("network", "batch", "evaluations", "ms", "spread", "latents/s", "of peak")
+    headers = ("network", "batch", "evaluations", "ms", "spread", "samples/s", "of peak")
     text = f"{run.table(rows, headers)}\n\nMatrix products reach {peak / 1e9:.0f} GFLOP/s here."
     directory.save_results(text, records)
     save_figure(directory.path("sampling_throughput.png"), rates)

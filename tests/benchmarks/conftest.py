@@ -67,15 +67,15 @@ def quick_compilation():
 
 @pytest.fixture(scope="module")
 def resized(benchmark_script):
-    """A context in which `tiny` is minuscule, and other names of networks stand for the sizes that are given."""
-    jvp_overhead = benchmark_script("jvp_overhead")
-    counts = (jvp_overhead.count_passes, jvp_overhead.xla_flops)
+    """A context in which `tiny` is minuscule, and other names of DiTs stand for the sizes that are given."""
+    steps = benchmark_script("steps")
+    counts = (steps.count_passes, steps.xla_flops)
 
     @contextlib.contextmanager
     def resize(sizes=()):
         with pytest.MonkeyPatch.context() as patch:
             for name, size in {"tiny": MINUSCULE, **dict(sizes)}.items():
-                patch.setitem(jvp_overhead.SIZES, name, size)
+                patch.setitem(steps.DITS, name, size)
             for count in counts:
                 count.cache_clear()
             yield

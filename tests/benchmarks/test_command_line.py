@@ -8,7 +8,7 @@ from mf_eqx import run
 @pytest.mark.parametrize(
     ("name", "arguments", "message"),
     [
-        ("jvp_overhead", "--preset accelerator --batch 16 6", "--batch must be positive multiples of 4, got (16, 6)"),
+        ("jvp_overhead", "--preset accelerator --batch 16 6", "--batch must be multiples of 4 with share 0.25, got 6"),
         ("jvp_accuracy", "--steps 0.1 0.01 --shown-step 0.2", "--shown-step must be one of steps, got 0.2"),
         ("compile_time", "--model XL/2 --form scan --repeats 0", "--repeats must be >= 1, got 0"),
         ("sampling_throughput", "--evaluations 1 0", "--evaluations must be positive numbers, got (1, 0)"),

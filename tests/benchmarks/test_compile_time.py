@@ -44,7 +44,7 @@ def test_an_unrolled_program_grows_with_depth(records):
 
 def test_all_of_the_state_is_donated(compile_time, directory, records):
     for record in records.values():
-        batch = 4 * 4 * (math.prod(compile_time.SHAPE) + 1)  # bytes of rows and labels
+        batch = 4 * 4 * (math.prod(compile_time.data_shape("tiny")) + 1)  # bytes of rows and labels
         assert record["donated_bytes"] == record["argument_bytes"] - batch > 0
     assert (directory / "results.md").read_text().count("100.00%") == len(records)
 
@@ -54,7 +54,7 @@ def test_all_of_the_state_is_donated(compile_time, directory, records):
     [
         ({"model": ()}, "model must be at least one of tiny, .*; got none"),
         ({"model": ("MLP",)}, "model must be among tiny, .*; got MLP"),
-        ({"form": ("loop",)}, "form must be among scan, unroll; got loop"),
+        ({"form": ("loop",)}, "form must be among default, scan, unroll; got loop"),
         ({"remat": ("some",)}, "remat must be among none, products, full; got some"),
         ({"variant": ("meanflow",)}, "variant must be among Flow Matching, .*; got meanflow"),
         ({"dtype": "float16"}, "dtype must be among float32, bfloat16; got float16"),

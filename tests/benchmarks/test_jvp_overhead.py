@@ -1,9 +1,8 @@
-"""The comparison of steps: its formula against XLA's count, what it concludes from measurements, and a whole run."""
+"""The comparison of steps: what is asked for, what it concludes from measurements, and a whole run."""
 
 import io
 import json
 import re
-import types
 
 import equinox as eqx
 import jax
@@ -13,11 +12,6 @@ import pytest
 from mf_eqx import run
 from mf_eqx.run import Cost, Times
 
-NAMES = (
-    "Flow Matching", "MeanFlow on every row", "MeanFlow", "stopped JVP", "finite difference", "guided on every row",
-    "guided", "ImprovedMeanFlow", "SplitMeanFlow",
-)  # fmt: skip
-
 
 @pytest.fixture(scope="module")
 def jvp_overhead(benchmark_script):
@@ -25,73 +19,13 @@ def jvp_overhead(benchmark_script):
 
 
 @pytest.fixture(scope="module")
+def steps(benchmark_script):
+    return benchmark_script("steps")
+
+
+@pytest.fixture(scope="module")
 def setting(jvp_overhead):
-    return jvp_overhead.Setting("tiny", 16, "float32", "scan", "none", "xla")
-
-
-# Operations
-
-
-def relative_flops(jvp_overhead, setting, name):
-    """To Flow Matching's, by formula."""
-    step, base = (jvp_overhead.formula_flops(setting, jvp_overhead.VARIANTS[n]) for n in (name, "Flow Matching"))
-    return step / base
-
-
-def test_every_variant_is_tested(jvp_overhead):
-    assert tuple(jvp_overhead.VARIANTS) == NAMES
-
-
-@pytest.mark.parametrize("name", NAMES[1:])
-def test_formula_is_what_xla_counts(jvp_overhead, setting, quick_compilation, name):
-    with quick_compilation():
-        counted = jvp_overhead.xla_flops("tiny", name) / jvp_overhead.xla_flops("tiny", "Flow Matching")
-    np.testing.assert_allclose(relative_flops(jvp_overhead, setting, name), counted, rtol=0.01)
-
-
-def test_flow_matching_by_formula_is_what_xla_counts(jvp_overhead, setting, quick_compilation):
-    with quick_compilation():
-        counted = jvp_overhead.xla_flops("tiny", "Flow Matching")
-    formula = jvp_overhead.formula_flops(setting, jvp_overhead.VARIANTS["Flow Matching"])
-    np.testing.assert_allclose(formula, counted, rtol=0.02)  # and 1% that is not a product
-
-
-def test_blocks_beyond_the_second_count_as_the_second(jvp_overhead, monkeypatch):
-    def compile_program(function, field, *inputs, options):
-        depth = jax.tree.leaves(field.stack)[0].shape[0]
-        return types.SimpleNamespace(cost=cost(flops=10.0 + 3.0 * depth))
-
-    monkeypatch.setattr(run, "compile_program", compile_program)
-    assert jvp_overhead.xla_flops.__wrapped__("S/4", "Flow Matching") == 10 + 3 * 12
-
-
-@pytest.mark.parametrize("model", ["tiny", "B/4"])
-@pytest.mark.parametrize(("name", "gate"), [("MeanFlow", 1.09), ("MeanFlow on every row", 1.345), ("guided", 1.51)])
-def test_formula_stays_below_the_gates(jvp_overhead, setting, model, name, gate):
-    assert 1 < relative_flops(jvp_overhead, setting._replace(model=model), name) <= gate
-
-
-@pytest.mark.parametrize(("model", "multiply_adds"), [("B/4", 5.56e9), ("B/2", 23.0e9), ("XL/2", 118.6e9)])
-def test_forward_passes_cost_what_the_literature_says(jvp_overhead, model, multiply_adds):
-    np.testing.assert_allclose(jvp_overhead.count_passes(model).forward, 2 * multiply_adds, rtol=0.01)
-
-
-@pytest.mark.parametrize(("model", "tokens"), [("tiny", 64), ("B/4", 64), ("XL/2", 256)])
-def test_tangent_passes_cost_the_attentions_products_once_more(jvp_overhead, model, tokens):
-    size, (forward, tangent) = jvp_overhead.SIZES[model], jvp_overhead.count_passes(model)
-    attention = 2 * size.depth * 2 * tokens**2 * size.width
-    np.testing.assert_allclose(tangent - 1, attention / forward, rtol=1e-6)
-
-
-@pytest.mark.parametrize("remat", ["products", "full"])
-def test_remat_costs_what_it_does_again(jvp_overhead, setting, remat):
-    plain, more = (
-        jvp_overhead.formula_flops(setting._replace(remat=value), jvp_overhead.VARIANTS["MeanFlow"])
-        for value in ("none", remat)
-    )
-    forward, tangent = jvp_overhead.count_passes("tiny")
-    again = {"products": tangent - 1, "full": 1}[remat]  # the products of attention, or a forward pass
-    np.testing.assert_allclose(more - plain, setting.batch * forward * again)
+    return jvp_overhead.Setting("tiny")
 
 
 # What is asked for
@@ -102,9 +36,10 @@ def test_settings_leave_the_base_along_one_axis_at_a_time(jvp_overhead):
         "model": ("S/4", "B/4"),
         "batch": (16, 32, 64),
         "dtype": ("bfloat16", "float32"),
-        "form": ("scan", "unroll"),
+        "form": ("default", "scan", "unroll"),
         "remat": ("none", "products", "full"),
         "attention": ("xla", "cudnn"),
+        "share": (0.25, 0.75),
     }
     base, *others = jvp_overhead.settings(jvp_overhead.Config(**axes))
     assert base == tuple(values[0] for values in axes.values())
@@ -114,14 +49,14 @@ def test_settings_leave_the_base_along_one_axis_at_a_time(jvp_overhead):
 
 def test_flow_matching_comes_first_whatever_is_asked_for(jvp_overhead, setting):
     config = jvp_overhead.Config(variant=("SplitMeanFlow", "MeanFlow"))
-    assert list(jvp_overhead.variants(config, setting)) == ["Flow Matching", "MeanFlow", "SplitMeanFlow"]
+    assert jvp_overhead.chosen(config, setting) == ["Flow Matching", "MeanFlow", "SplitMeanFlow"]
 
 
 def test_finite_difference_is_left_out_of_bfloat16_alone(jvp_overhead, setting):
     everything = jvp_overhead.Config()
-    assert tuple(jvp_overhead.variants(everything, setting)) == NAMES
-    left = [name for name in NAMES if name != "finite difference"]
-    assert list(jvp_overhead.variants(everything, setting._replace(dtype="bfloat16"))) == left
+    assert tuple(jvp_overhead.chosen(everything, setting)) == jvp_overhead.VARIANTS
+    left = [name for name in jvp_overhead.VARIANTS if name != "finite difference"]
+    assert jvp_overhead.chosen(everything, setting._replace(dtype="bfloat16")) == left
 
 
 def test_quick_is_the_small_model_in_the_base_setting(jvp_overhead):
@@ -129,7 +64,7 @@ def test_quick_is_the_small_model_in_the_base_setting(jvp_overhead):
         model=("XL/2", "B/4"), batch=(256,), dtype=("bfloat16",), attention=("cudnn",), rounds=3
     )
     quick = jvp_overhead.shrunk(asked)
-    assert jvp_overhead.settings(quick) == [("tiny", 16, "float32", "scan", "none", "xla")]
+    assert jvp_overhead.settings(quick) == [("tiny", 16, "float32", "default", "none", "xla", 0.25)]
     assert quick.rounds == 3
 
 
@@ -139,16 +74,19 @@ def test_quick_is_the_small_model_in_the_base_setting(jvp_overhead):
         ({"model": ()}, "model must be at least one of 'MLP', 'tiny', .*; got none"),
         ({"model": ("S/4", "S/3")}, "model must be among 'MLP', 'tiny', .*; got 'S/3'"),
         ({"dtype": ("float16",)}, "dtype must be among 'float32', 'bfloat16'; got 'float16'"),
-        ({"form": ("loop",)}, "form must be among 'scan', 'unroll'; got 'loop'"),
+        ({"form": ("loop",)}, "form must be among 'default', 'scan', 'unroll'; got 'loop'"),
         ({"remat": ("some",)}, "remat must be among 'none', 'products', 'full'; got 'some'"),
         ({"attention": ("flash",)}, "attention must be among 'xla', 'cudnn'; got 'flash'"),
         ({"attention": ("xla", "cudnn")}, "attention cudnn must come with dtype bfloat16, got float32"),
-        ({"model": ("MLP",), "remat": ("full",)}, "model MLP must come with float32, scan, remat none and xla"),
+        ({"model": ("MLP",), "remat": ("full",)}, "model MLP must come with form default, remat none and "),
         ({"variant": ("meanflow",)}, "variant must be among 'Flow Matching', .*; got 'meanflow'"),
         ({"variant": ()}, "variant must be at least one of 'Flow Matching', .*; got none"),
-        ({"batch": ()}, r"batch must be positive multiples of 4, got \(\)"),
-        ({"batch": (16, 6)}, r"batch must be positive multiples of 4, got \(16, 6\)"),
-        ({"batch": (0,)}, r"batch must be positive multiples of 4, got \(0,\)"),
+        ({"batch": ()}, r"batch must be positive numbers, got \(\)"),
+        ({"batch": (16, 0)}, r"batch must be positive numbers, got \(16, 0\)"),
+        ({"batch": (16, 6)}, "batch must be multiples of 4 with share 0.25, got 6"),
+        ({"share": (0.25, 0.3)}, "batch must be multiples of 10 with share 0.3, got 16"),
+        ({"share": ()}, r"share must be numbers in \(0, 0.9\], got \(\)"),
+        ({"share": (0.25, 1.0)}, r"share must be numbers in \(0, 0.9\], got \(0.25, 1.0\)"),
         ({"rounds": 0}, "rounds must be >= 1, got 0"),
     ],
 )
@@ -285,9 +223,9 @@ def test_only_lack_of_memory_is_passed_over(jvp_overhead, setting):
 
 
 @pytest.mark.parametrize("fails", ["while it is compiled", "when it is run"])
-def test_a_step_without_memory_costs_the_others_nothing(jvp_overhead, setting, fails, monkeypatch):
+def test_a_step_without_memory_costs_the_others_nothing(jvp_overhead, steps, setting, fails, monkeypatch):
     chosen = ("Flow Matching", "MeanFlow", "SplitMeanFlow")
-    names = {id(jvp_overhead.VARIANTS[name].objective): name for name in chosen}
+    names = {id(steps.variants(0.25)[name].objective): name for name in chosen}
 
     def compile_program(step, state, batch, donate):
         name = names[id(step.objective)]
@@ -310,8 +248,8 @@ def test_a_step_without_memory_costs_the_others_nothing(jvp_overhead, setting, f
 
     monkeypatch.setattr(run, "compile_program", compile_program)
     setting, config = setting._replace(model="MLP"), jvp_overhead.Config(model=("MLP",), variant=chosen, rounds=2)
-    progress = run.Progress(1, stream=io.StringIO())
-    found = {m.name: m.times for m in jvp_overhead.measure(config, setting, progress, 0)}
+    meter = jvp_overhead.Meter(run.Progress(1, stream=io.StringIO()))
+    found = {m.name: m.times for m in jvp_overhead.measure(config, setting, meter)}
     assert tuple(found) == chosen
     assert found["MeanFlow"] is None
     assert found["Flow Matching"].wall.size == found["SplitMeanFlow"].wall.size == 2

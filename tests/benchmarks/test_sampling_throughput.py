@@ -59,8 +59,8 @@ def test_a_run_leaves_a_table_and_a_picture(directory):
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"model": ()}, "model must be at least one of tiny, .*; got none"),
-        ({"model": ("MLP",)}, "model must be among tiny, .*; got MLP"),
+        ({"model": ()}, "model must be at least one of MLP, tiny, .*; got none"),
+        ({"model": ("S/3",)}, "model must be among MLP, tiny, .*; got S/3"),
         ({"dtype": "float16"}, "dtype must be among float32, bfloat16; got float16"),
         ({"attention": "flash"}, "attention must be among xla, cudnn; got flash"),
         ({"batch": ()}, r"batch must be positive numbers, got \(\)"),

@@ -1,0 +1,256 @@
+"""The training steps that benchmarks compare: networks by name, variants of the objective, and their operations.
+
+A `Setting` is what the steps of one table have in common (network, batch, precision ...), a `Variant` an objective with
+the passes that it takes. A step is loss, gradient, Adam and one average.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from fractions import Fraction
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import optax
+
+import mf_eqx as mfx
+from mf_eqx import nn, run
+
+LABELS = 1000
+PLANE, IMAGE, LATENT = (2,), (3, 32, 32), (4, 32, 32)
+DITS = {
+    "tiny": mfx.DiTSize(depth=2, width=384, heads=6, patch=4),
+    "S/4": mfx.DIT_S4,
+    "S/2": mfx.DIT_S2,
+    "B/4": mfx.DIT_B4,
+    "B/2": mfx.DIT_B2,
+    "M/2": mfx.DIT_M2,
+    "L/2": mfx.DIT_L2,
+    "XL/2": mfx.DIT_XL2,
+}
+UNETS = {
+    "U-Net": mfx.UNET_CIFAR10,
+    "U-Net tiny": mfx.UNetSize(width=32, multipliers=(1, 2), blocks=1, attention=(16,)),
+}
+MODELS = ("MLP", *DITS, *UNETS)
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+FORMS = {"default": None, "scan": 1, "unroll": True}
+REMATS: dict[str, nn.Remat] = {
+    "none": False,
+    # Products and convolutions with weights are kept; attention is done again.
+    "products": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        lambda primitive, *_, **__: primitive.name == "conv_general_dilated",
+    ),
+    "full": True,
+}
+ATTENTIONS: dict[str, nn.AbstractAttention] = {"xla": nn.XLAAttention(), "cudnn": nn.CudnnAttention()}
+
+
+class Setting(NamedTuple):
+    """One value of every axis: what all variants have in common."""
+
+    model: str
+    batch: int = 16
+    dtype: str = "float32"
+    form: str = "default"
+    remat: str = "none"
+    attention: str = "xla"
+    share: float = 0.25
+
+    def __str__(self) -> str:
+        form = "" if self.form == "default" else f", {self.form}"
+        return (
+            f"{self.model}, batch {self.batch}, {self.dtype}{form}, remat {self.remat}, {self.attention} attention, "
+            f"share {self.share:g}"
+        )
+
+
+# What is compared
+
+
+class Variant(NamedTuple):
+    """A step: its objective, and its passes in units of one forward pass F of the whole batch (a backward pass is 2).
+
+    `passes(tangent, share)`: `tangent` is the cost of a tangent pass, `share` that of the rows with r < t.
+    """
+
+    objective: mfx.Objective
+    passes: Callable[[float, float], float]
+
+
+FLOW_MATCHING = "Flow Matching"
+FLOAT32_ONLY = ("finite difference",)
+
+
+@functools.cache
+def variants(share: float = 0.25) -> dict[str, Variant]:
+    """All steps by name, with that share of rows with r < t; Flow Matching first, since everything is a ratio to it.
+
+    Otherwise the paper's settings. Where every row has tangents a coin sets r = t as often as the split would, as in
+    the authors' code.
+    """
+    part = Fraction(share).limit_denominator(64)
+
+    def objective(
+        identity: mfx.AbstractIdentity | None, share: Fraction = part, *, guided: bool = False
+    ) -> mfx.Objective:
+        return mfx.Objective(
+            identity,
+            time_pairs=mfx.TimePairs(equal=float(1 - part) if share == 1 else 0.0),
+            identity_share=share,
+            guidance=mfx.Guidance(scale=1.0, mix=0.5) if guided else None,
+            label_dropout=mfx.LabelDropout(0.1, LABELS),
+        )
+
+    mean_flow, every = mfx.MeanFlow(), Fraction(1)
+    stopped, difference = (mfx.MeanFlow(derivative=rule()) for rule in (mfx.StoppedJVP, mfx.CentralDifference))
+    return {
+        FLOW_MATCHING: Variant(objective(None, Fraction(0)), lambda T, s: 3),
+        "MeanFlow on every row": Variant(objective(mean_flow, every), lambda T, s: 3 + T),
+        "MeanFlow": Variant(objective(mean_flow), lambda T, s: 3 + s * T),
+        "stopped JVP": Variant(objective(stopped), lambda T, s: 3 + s * (1 + T)),
+        "finite difference": Variant(objective(difference), lambda T, s: 3 + 2 * s),
+        "guided on every row": Variant(objective(mean_flow, every, guided=True), lambda T, s: 3 + T + 2),
+        "guided": Variant(objective(mean_flow, guided=True), lambda T, s: 3 + s * T + 1 + s),
+        "ImprovedMeanFlow": Variant(objective(mfx.ImprovedMeanFlow()), lambda T, s: 3 + s * T + s),
+        "SplitMeanFlow": Variant(objective(mfx.SplitMeanFlow()), lambda T, s: 3 + 2 * s),
+    }
+
+
+VARIANTS = tuple(variants())
+
+
+# Networks and steps
+
+
+def data_shape(model: str) -> tuple[int, ...]:
+    """Of one row."""
+    return PLANE if model == "MLP" else IMAGE if model in UNETS else LATENT
+
+
+def make_field(setting: Setting, *, depth: int | None = None, key: jax.Array) -> mfx.AbstractField:
+    """The network of a setting, a DiT with another number of blocks if `depth` says so."""
+    dtype = DTYPES[setting.dtype]
+    if setting.model == "MLP":
+        return mfx.MLP(*PLANE, labels=LABELS, dtype=dtype, key=key)
+    options: dict[str, Any] = {"remat": REMATS[setting.remat], "attention": ATTENTIONS[setting.attention]}
+    if (unroll := FORMS[setting.form]) is not None:
+        options["unroll"] = unroll
+    if setting.model in UNETS:
+        return mfx.UNet(IMAGE, UNETS[setting.model], labels=LABELS, dtype=dtype, **options, key=key)
+    size = DITS[setting.model]
+    size = size if depth is None else size._replace(depth=depth)
+    return mfx.DiT(LATENT, size, labels=LABELS, dtype=dtype, **options, key=key)
+
+
+def shapes_of(setting: Setting, depth: int | None = None) -> mfx.AbstractField:
+    """A network without its numbers."""
+    return eqx.filter_eval_shape(lambda key: make_field(setting, depth=depth, key=key), jr.key(0))
+
+
+def make_step(setting: Setting, name: str) -> mfx.TrainStep:
+    """A variant's step."""
+    # Convolutions in loops are slow on CPUs.
+    unroll = setting.model in UNETS and setting.form != "scan" and jax.default_backend() == "cpu"
+    objective, average = variants(setting.share)[name].objective, mfx.ExponentialAverage(0.9999)
+    return mfx.TrainStep(objective, optax.adam(1e-4, b2=0.95), [average], unroll=unroll)
+
+
+def make_state(setting: Setting, *, key: jax.Array) -> mfx.TrainState:
+    """What every variant's step starts from."""
+    step = make_step(setting, FLOW_MATCHING)
+    return mfx.init_state(make_field(setting, key=key), step.optimizer, step.averages, key=key)
+
+
+def make_batch(setting: Setting, *, key: jax.Array) -> mfx.Batch:
+    """Normal numbers with random labels."""
+    labels = jr.randint(key, (setting.batch,), 0, LABELS)
+    return mfx.Batch(jr.normal(key, (setting.batch, *data_shape(setting.model))), labels)
+
+
+# Operations
+
+
+class Passes(NamedTuple):
+    """Operations in matrix products and convolutions for one row: a forward pass, and a tangent pass in units of it."""
+
+    forward: float
+    tangent: float
+
+
+@functools.cache
+def count_passes(model: str) -> Passes:
+    """From the program of one row, as it is traced."""
+    field, *row = _row(Setting(model))
+    forward = run.product_flops(lambda f, z, t, c: f(z, t, t, c), field, *row)
+    both = run.product_flops(lambda f, z, t, c: mfx.total_derivative(f, z, z, t, t, c), field, *row)
+    return Passes(forward, both / forward - 1)
+
+
+@functools.cache
+def count_again(model: str, remat: str) -> float:
+    """What a backward pass does again, in units of a forward pass."""
+
+    def gradient(field: mfx.AbstractField, *row: jax.Array) -> mfx.AbstractField:
+        z, t, label = row
+        return eqx.filter_grad(lambda field: jnp.sum(field(z, t, t, label)))(field)
+
+    more, plain = (run.product_flops(gradient, *_row(Setting(model, remat=r))) for r in (remat, "none"))
+    return (more - plain) / count_passes(model).forward
+
+
+def _row(setting: Setting) -> tuple[Any, ...]:
+    """A network and one row, without their numbers."""
+    row, time = jax.ShapeDtypeStruct(data_shape(setting.model), jnp.float32), jax.ShapeDtypeStruct((), jnp.float32)
+    return shapes_of(setting), row, time, jax.ShapeDtypeStruct((), jnp.int32)
+
+
+def formula_flops(setting: Setting, name: str) -> float:
+    """Operations of a whole step's products and convolutions, those with the zeros of padding included."""
+    (forward, tangent), variant = count_passes(setting.model), variants(setting.share)[name]
+    passes = variant.passes(tangent, float(variant.objective.identity_share)) + count_again(
+        setting.model, setting.remat
+    )
+    return setting.batch * forward * passes
+
+
+@functools.cache
+def xla_flops(model: str, name: str, share: float = 0.25) -> float:
+    """XLA's count for loss and gradient of 16 rows, in float32; zeros of padding are no operation to it.
+
+    XLA counts the body of a loop once, and long programs compile for long: so of a DiT it counts one and two blocks
+    without a loop, and all other blocks cost what the second costs.
+    """
+    setting, objective = Setting(model, form="unroll"), variants(share)[name].objective
+    group = objective.identity_share.denominator
+    rows = group * math.ceil(16 / group)  # as many as the share wants
+
+    def gradient(field: mfx.AbstractField, x: jax.Array, label: jax.Array, key: jax.Array) -> Any:
+        return eqx.filter_grad(lambda field: objective(field, mfx.Batch(x, label), key=key)[0])(field)
+
+    def count(depth: int | None = None) -> float:
+        x = jax.ShapeDtypeStruct((rows, *data_shape(model)), jnp.float32)
+        inputs = (shapes_of(setting, depth), x, jax.ShapeDtypeStruct((rows,), jnp.int32), jr.key(0))
+        return run.compile_program(gradient, *inputs, options=quick_options()).cost.flops * 16 / rows
+
+    with jax.default_device(jax.devices("cpu")[0]):
+        if model not in DITS:
+            return count()
+        two, depth = count(2), DITS[model].depth
+        return two if depth == 2 else two + (depth - 2) * (two - count(1))
+
+
+@functools.cache
+def quick_options() -> dict[str, str | bool] | None:
+    """XLA's, for a program that is counted and never run: without the slow part of compiling, which comes after the
+    passes that remove work."""
+    options: dict[str, str | bool] = {"xla_backend_optimization_level": "0", "xla_cpu_use_fusion_emitters": False}
+    try:
+        run.compile_program(lambda: jnp.zeros(()), options=options)
+    except jax.errors.JaxRuntimeError:  # an XLA that does not know them
+        return None
+    return options
