@@ -29,7 +29,7 @@ import jax.random as jr
 import networks
 import numpy as np
 import prepare_latents
-from jaxtyping import Array, Float, Int, Key, UInt8
+from jaxtyping import Array, Float, Int, UInt8
 
 import mf_eqx as mfx
 from mf_eqx import checkpoint, data, metrics, run, vae
@@ -190,7 +190,7 @@ def open_subject(config: Config, devices: mfx.Parallelism) -> Subject:
         raise ValueError(
             f"--guidance-scale must be 1 for {config.weights}, without labels, got {config.guidance_scale}"
         )
-    tokenizer = everywhere(prepare_latents.open_tokenizer(config.vae, size), devices) if is_latent else None
+    tokenizer = devices.replicate(prepare_latents.open_tokenizer(config.vae, size)) if is_latent else None
     if tokenizer is not None and description.get("vae", digest := tokenizer.digest()) != digest:
         raise ValueError(f"--vae must hold the tokenizer that {config.weights} was trained with, got {config.vae}")
     return Subject(field, description, digest_of_file(config.weights), tokenizer)
@@ -211,7 +211,7 @@ def open_yardstick(config: Config, subject: Subject, devices: mfx.Parallelism) -
         digest = reference.digest or digest_of_images(reference)
     is_random = config.inception == RANDOM
     inception = metrics.Inception(key=jr.key(0)) if is_random else metrics.load_inception(config.inception)
-    extractor = metrics.FeatureExtractor(everywhere(inception, devices), protocol)
+    extractor = metrics.FeatureExtractor(devices.replicate(inception), protocol)
     inception_digest = extractor.digest()
     if isinstance(reference, metrics.FeatureMoments):
         check_made_by(config, "Inception weights", reference.weights, inception_digest)
@@ -263,83 +263,6 @@ def spread(number: int, count: int) -> Int[np.ndarray, " count"]:
 
 
 # Batches on all devices
-
-
-def everywhere(tree: _Tree, devices: mfx.Parallelism) -> _Tree:
-    """The same with a copy of its arrays on every device."""
-    arrays, others = eqx.partition(tree, eqx.is_array)
-    return eqx.combine(jax.device_put(arrays, devices.replicated), others)
-
-
-class Guided(mfx.AbstractField):
-    """Classifier-free guidance at sampling, w u(z, r, t | c) + (1 - w) u(z, r, t | no label): two evaluations.
-
-    **Arguments:** `field` with labels; `scale` w, 1 for none and more for more; `null` the label that means "none".
-
-    **Reference:** Classifier-Free Diffusion Guidance, Ho and Salimans, 2022, arXiv 2207.12598; of v, MeanFlow paper,
-    Eq. 13. Of u at r < t it is a choice of this script: the average of the guided v is another.
-    """
-
-    field: mfx.AbstractField
-    scale: float
-    null: int = eqx.field(static=True)
-
-    def __call__(
-        self,
-        z: Float[Array, "*data"],
-        r: Float[Array, ""],
-        t: Float[Array, ""],
-        condition: Any = None,
-        *,
-        key: Key[Array, ""] | None = None,
-    ) -> Float[Array, "*data"]:
-        with_label, without = (self.field(z, r, t, c, key=key) for c in (condition, jnp.asarray(self.null)))
-        return self.scale * with_label + (1 - self.scale) * without
-
-
-class Generator(eqx.Module):
-    """Samples by their numbers: sample i follows from the key and i alone.
-
-    **Arguments:** `field`; `key`; `data_shape`; `times`; `labels` K, or None without; `balanced`, whether sample i has
-    the label i mod K, else a random one; `euler`, whether to step along v = u(z, t, t).
-    """
-
-    field: mfx.AbstractField
-    key: Key[Array, ""]
-    data_shape: tuple[int, ...] = eqx.field(static=True)
-    times: tuple[float, ...] = eqx.field(static=True)
-    labels: int | None = eqx.field(static=True, default=None)
-    balanced: bool = eqx.field(static=True, default=False)
-    euler: bool = eqx.field(static=True, default=False)
-
-    @eqx.filter_jit
-    def __call__(self, numbers: Int[Array, " rows"]) -> Float[Array, "rows *data"]:
-        """Samples of these numbers, on the devices on which the numbers lie."""
-        return self.from_noise(*jax.vmap(self.inputs)(numbers))
-
-    def inputs(self, number: Int[Array, ""]) -> tuple[Float[Array, "*data"], Int[Array, ""] | None]:
-        """Noise and label of a sample."""
-        eps_key, label_key = jr.split(jr.fold_in(self.key, number))
-        eps = jr.normal(eps_key, self.data_shape)
-        if self.labels is None:
-            return eps, None
-        return eps, number % self.labels if self.balanced else jr.randint(label_key, (), 0, self.labels)
-
-    @eqx.filter_jit
-    def from_noise(
-        self, eps: Float[Array, "rows *data"], label: Int[Array, " rows"] | None
-    ) -> Float[Array, "rows *data"]:
-        """Samples from noise that is given."""
-        method = mfx.sample_euler if self.euler else mfx.sample
-        return jax.vmap(lambda eps, label: method(self.field, eps, label, times=self.times))(eps, label)
-
-
-def sample_batches(
-    generator: Callable[[Any], Float[Array, "batch *data"]], count: int, batch: int, devices: mfx.Parallelism
-) -> Iterator[Float[Array, "batch *data"]]:
-    """Samples 0, 1, ..., whose rows are spread over all devices; the last batch may go beyond `count`."""
-    for start in range(0, count, batch):
-        yield generator(devices.place(np.arange(start, start + batch, dtype=np.int32)))
 
 
 @eqx.filter_jit
@@ -424,12 +347,19 @@ class Evaluation:
             "reference": yardstick.reference_digest,
         }
 
-    def generator(self, row: Row) -> Generator:
-        config, subject = self.config, self.subject
-        labels = subject.labels
-        field = subject.field if labels is None or row.scale == 1 else Guided(subject.field, row.scale, labels)
-        shape, balanced = subject.field.data_shape, config.labels == "balanced"
-        return Generator(field, jr.key(config.seed), shape, row.times, labels, balanced, config.euler)
+    def generator(self, row: Row) -> mfx.Generator:
+        """What makes the samples of a row."""
+        config, field, labels = self.config, self.subject.field, self.subject.labels
+        shown = field if labels is None or row.scale == 1 else mfx.GuidedField(field, row.scale, jnp.asarray(labels))
+        return mfx.Generator(
+            shown,
+            jr.key(config.seed),
+            field.data_shape,
+            row.times,
+            labels,
+            balanced=labels is not None and config.labels == "balanced",
+            method=mfx.sample_euler if config.euler else mfx.sample,
+        )
 
     def images(self, batches: Iterable[Array]) -> Iterator[Array]:
         return decoded(batches, self.subject.tokenizer, self.config.at_once, self.devices)
@@ -468,7 +398,7 @@ def judge(
 ) -> dict[str, Any]:
     """The numbers of one row; `report` is told of its batches."""
     config, (moments, features), began = job.config, reference, time.perf_counter()
-    batches = sample_batches(job.generator(row), config.samples, config.batch, job.devices)
+    batches = job.generator(row).batches(config.samples, config.batch, job.devices)
     samples = metrics.collect_features(yardstick.extractor, report(job.images(batches)), config.samples)
     seconds = time.perf_counter() - began
     size = min(1000, config.samples, config.samples if features is None else len(features))

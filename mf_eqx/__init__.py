@@ -10,7 +10,8 @@ from ._derivative import (
 )
 from ._ema import ExponentialAverage as ExponentialAverage
 from ._field import AbstractField as AbstractField
-from ._guidance import Guidance as Guidance, LabelDropout as LabelDropout
+from ._generate import Generator as Generator
+from ._guidance import Guidance as Guidance, GuidedField as GuidedField, LabelDropout as LabelDropout
 from ._identity import (
     AbstractIdentity as AbstractIdentity,
     Context as Context,

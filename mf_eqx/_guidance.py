@@ -12,9 +12,10 @@ from collections.abc import Sequence
 
 import equinox as eqx
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Key
 
 from ._custom_types import Condition, Time
+from ._field import AbstractField
 
 
 def _interval(ends: Sequence[float | int]) -> tuple[float, float]:
@@ -76,6 +77,34 @@ class Guidance(eqx.Module):
             raise ValueError(f"conditional must be given unless mix is 0, got None with mix = {self.mix}")
         low, high = self.interval
         return jnp.where((t >= low) & (t <= high), guided, v)
+
+
+class GuidedField(AbstractField):
+    r"""Classifier-free guidance at sampling, $w\, u(z, r, t \mid c) + (1 - w)\, u(z, r, t)$: two evaluations.
+
+    Of v = u(z, t, t) this is Eq. 13. At r < t it is not the average of the guided v, but what is left to a field that
+    did not learn guidance in training; it then has to know u without labels there (`LabelDropout.boundary_only` False).
+
+    **Arguments:** `field`; `scale` w, 1 for none ("cfg scale" elsewhere); `null` the condition that means "none".
+
+    **Reference:** Classifier-Free Diffusion Guidance, Ho, Salimans, 2022, arXiv 2207.12598.
+    """
+
+    field: AbstractField
+    scale: float = eqx.field(converter=float)
+    null: Condition
+
+    def __call__(
+        self,
+        z: Float[Array, "*data"],
+        r: Time,
+        t: Time,
+        condition: Condition = None,
+        *,
+        key: Key[Array, ""] | None = None,
+    ) -> Float[Array, "*data"]:
+        with_condition, without = (self.field(z, r, t, c, key=key) for c in (condition, self.null))
+        return self.scale * with_condition + (1 - self.scale) * without
 
 
 class LabelDropout(eqx.Module):

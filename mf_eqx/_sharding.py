@@ -101,6 +101,11 @@ class Parallelism(eqx.Module):
         arrays, others = eqx.partition(tree, eqx.is_array)
         return eqx.combine(jax.lax.with_sharding_constraint(arrays, self.replicated), others)
 
+    def replicate(self, tree: _Tree) -> _Tree:
+        """The same, outside a jitted function, with a copy of its arrays on every device."""
+        arrays, others = eqx.partition(tree, eqx.is_array)
+        return eqx.combine(jax.device_put(arrays, self.replicated), others)
+
     def make(self, function: Callable[[], _Tree]) -> _Tree:
         """What `function()` returns, a state, as one jitted program that makes every part where it belongs.
 

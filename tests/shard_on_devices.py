@@ -127,6 +127,18 @@ def placed():
     }
 
 
+def replicated():
+    """Whether a replicated state is whole on every device, and the same."""
+    state = make_state()
+    copy = mfx.Parallelism(fsdp=4).replicate(state)
+    before, after = arrays(state), arrays(copy)
+    return {
+        "whole": all(leaf.sharding.is_fully_replicated and len(leaf.devices()) == 8 for leaf in after.values()),
+        "same_bits": sorted(before) == sorted(after) and all(bits(before[n]) == bits(after[n]) for n in before),
+        "static": copy.field.name,
+    }
+
+
 def refused(**arguments):
     try:
         mfx.Parallelism(**arguments)
@@ -141,6 +153,7 @@ if __name__ == "__main__":
         "rules": rules(),
         "made": made(),
         "placed": placed(),
+        "replicated": replicated(),
         "mesh": [[device.id for device in row] for row in mfx.Parallelism(fsdp=4).mesh.devices],
         "refused": [refused(fsdp=3), refused(fsdp=0), refused(data=4, fsdp=4)],
     }

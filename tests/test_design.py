@@ -24,7 +24,7 @@ LAYERS = {
     2: ["_guidance", "_model", "_identity"],
     3: ["_objective", "_sample", "exact", "metrics", "vae"],
     4: ["_ema", "_sharding"],
-    5: ["_train"],
+    5: ["_generate", "_train"],
     6: ["checkpoint", "data", "released"],
     7: ["run"],
     9: ["__init__"],

@@ -1,8 +1,9 @@
 import jax.numpy as jnp
+import jax.random as jr
 import numpy as np
 import pytest
 
-from mf_eqx import Guidance, LabelDropout
+from mf_eqx import AbstractField, Guidance, GuidedField, LabelDropout
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -111,3 +112,21 @@ def test_interval_of_more_or_fewer_than_two_ends_is_refused(interval):
 def test_dropout_rate_that_is_no_probability_is_refused(rate):
     with pytest.raises(ValueError, match=rf"rate must lie in \[0, 1\], got {rate}"):
         LabelDropout(rate, 10)
+
+
+class Conditioned(AbstractField):
+    def __call__(self, z, r, t, condition=None, *, key=None):
+        return condition * z + r - t + (0 if key is None else 5)
+
+
+@pytest.mark.parametrize("key", [None, jr.key(0)])
+def test_guided_field_extrapolates_from_the_null_condition(key):
+    z, r, t = jnp.asarray([1.0, -2.0]), jnp.asarray(0.25), jnp.asarray(0.5)
+    field = GuidedField(Conditioned(), 3, null=7.0)
+    with_label, without = (Conditioned()(z, r, t, condition, key=key) for condition in (2.0, 7.0))
+    np.testing.assert_allclose(field(z, r, t, 2.0, key=key), without + 3 * (with_label - without), rtol=1e-14)
+
+
+def test_guided_field_of_scale_one_is_the_field():
+    z, r, t = jnp.asarray([1.0, -2.0]), jnp.asarray(0.25), jnp.asarray(0.5)
+    np.testing.assert_allclose(GuidedField(Conditioned(), 1, null=7.0)(z, r, t, 2.0), Conditioned()(z, r, t, 2.0))

@@ -117,6 +117,10 @@ def test_table_of_shapes_is_the_table_of_the_state(on_devices):
     assert on_devices["made"]["same_table"]
 
 
+def test_replicated_state_is_whole_and_the_same_on_every_device(on_devices):
+    assert on_devices["replicated"] == {"whole": True, "same_bits": True, "static": "odd"}
+
+
 # Rows
 
 

@@ -1,14 +1,10 @@
-"""Saved weights are judged by one command: its numbers, pictures and refusals, and that nothing is computed twice.
-
-Run as a script (by the test of several devices), it prints samples as JSON.
-"""
+"""Saved weights are judged by one command: its numbers, pictures and refusals, and that nothing is computed twice."""
 
 import hashlib
 import json
 import os
 import pathlib
 import re
-import sys
 
 import equinox as eqx
 import jax
@@ -16,7 +12,6 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from devices import run_on_devices
 from fields import quick_jit
 from random_tensors import random_tensor
 
@@ -228,50 +223,17 @@ def test_a_sweep_has_a_row_for_each_grid_and_scale(evaluate):
     assert [(row.name, row.times) for row in evaluate.rows_of(config)] == expected
 
 
-def test_steps_along_the_velocity_are_those_of_euler(evaluate, fields):
-    field, eps = fields[1]["latent"], jr.normal(jr.key(2), (1, 4, 16, 16))
-    x = make_generator(evaluate, field, labels=3, euler=True).from_noise(eps, jnp.asarray([1]))
+def test_steps_along_the_velocity_are_those_of_euler(judge, seen, fields):
+    judge(f"{ARGUMENTS} --evaluations 2 --euler --samples 10 --batch 10")
+    field = fields[1]["dit"]
 
-    @quick_jit
-    def v(z, t):
-        return field(z, jnp.asarray(t), jnp.asarray(t), jnp.asarray(1))
+    def one(i):
+        eps = jr.normal(jr.split(jr.fold_in(jr.key(0), i))[0], field.data_shape)
+        half = eps - 0.5 * field(eps, jnp.ones(()), jnp.ones(()))
+        return half - 0.5 * field(half, jnp.asarray(0.5), jnp.asarray(0.5))
 
-    half = eps[0] - 0.5 * v(eps[0], 1.0)
-    np.testing.assert_allclose(x[0], half - 0.5 * v(half, 0.5), atol=1e-5)
-
-
-# Samples
-
-
-def make_generator(evaluate, field, **options):
-    return evaluate.Generator(field, jr.key(4), field.data_shape, (1.0, 0.5, 0.0), **options)
-
-
-def first_samples(evaluate, field, batch, count=14):
-    """Samples 0, 1, ..., and what they are made from."""
-    devices = mfx.Parallelism()
-    generator = make_generator(evaluate, eqx.filter_shard(field, devices.replicated), labels=3)
-    batches = [np.asarray(x) for x in evaluate.sample_batches(generator, count, batch, devices)]
-    return np.concatenate(batches)[:count]
-
-
-def test_samples_do_not_depend_on_the_batch(evaluate, fields):
-    by_batch = [first_samples(evaluate, fields[1]["latent"], batch) for batch in (14, 4)]
-    np.testing.assert_allclose(*by_batch, rtol=1e-5, atol=2e-5)  # XLA adds in another order
-
-
-def test_samples_are_the_same_on_one_and_on_eight_devices(evaluate, fields):
-    found = run_on_devices("experiments/test_evaluate.py", fields[0] / "latent.safetensors")
-    assert found["devices"] == 8 and found["spread"]
-    np.testing.assert_allclose(
-        found["samples"], first_samples(evaluate, fields[1]["latent"], 14).ravel(), rtol=1e-5, atol=2e-5
-    )
-
-
-def test_random_labels_are_uniform(evaluate, fields):
-    generator = make_generator(evaluate, fields[1]["latent"], labels=3)
-    _, labels = eqx.filter_jit(jax.vmap(lambda i: generator.inputs(i)))(jnp.arange(3000))
-    assert np.abs(np.bincount(labels, minlength=3) - 1000).max() < 100  # 4 standard deviations
+    expected = jax.lax.map(one, jnp.arange(10))
+    np.testing.assert_allclose(seen[1], expected, rtol=1e-4, atol=1e-4)
 
 
 # What was done is not done again
@@ -412,15 +374,3 @@ def test_weights_of_no_known_network_are_refused_by_name(judge, capsys):
     checkpoint.save_weights("mlp.safetensors", mfx.MLP(2, width=4, depth=1, key=jr.key(0)), {"width": 4})
     line = refused(judge, capsys, "--weights mlp.safetensors --grid-only")
     assert "mlp.safetensors: the description must be that of a network" in line
-
-
-if __name__ == "__main__":
-    sys.path.insert(0, str(TESTS.parent / "experiments"))
-    import evaluate as script
-    import networks as descriptions
-
-    network = checkpoint.load_weights(sys.argv[1], descriptions.from_description)
-    samples = first_samples(script, network, 8)
-    placed = mfx.Parallelism().place(np.arange(8, dtype=np.int32))
-    spread = not make_generator(script, network, labels=3)(placed).sharding.is_fully_replicated
-    print(json.dumps({"devices": jax.device_count(), "spread": spread, "samples": samples.ravel().tolist()}))

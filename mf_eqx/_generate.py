@@ -1,0 +1,85 @@
+"""Many samples, batch after batch, on all devices.
+
+    generator = Generator(field, jr.key(0), field.data_shape, labels=1000)
+    for x in generator.batches(50_000, 256, Parallelism()):
+        ...
+
+Sample i follows from the key and i alone, whatever the batch and the devices.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+from jaxtyping import Array, Float, Int, Key
+
+from ._field import AbstractField
+from ._sample import sample
+from ._sharding import Parallelism
+
+
+def _as_times(times: Sequence[float]) -> tuple[float, ...]:
+    return tuple(map(float, times))
+
+
+class Generator(eqx.Module):
+    """Samples by their numbers.
+
+    **Arguments:**
+
+    - `field`: on one device, or on all (`Parallelism.replicate`).
+    - `key`: of all samples.
+    - `data_shape`: of one sample.
+    - `times`: from noise to data, see `sample`.
+    - `labels`: None for a field without labels, or their number K: sample i has a random label in [0, K).
+    - `balanced`: sample i has the label i mod K instead.
+    - `method`: `sample`, along average velocities; or `sample_euler`, `sample_heun`, along v = u(z, t, t).
+    """
+
+    field: AbstractField
+    key: Key[Array, ""]
+    data_shape: tuple[int, ...] = eqx.field(static=True)
+    times: tuple[float, ...] = eqx.field(static=True, default=(1.0, 0.0), converter=_as_times)
+    labels: int | None = eqx.field(static=True, default=None)
+    balanced: bool = eqx.field(static=True, default=False)
+    method: Callable[..., Float[Array, "*data"]] = eqx.field(static=True, default=sample)
+
+    def __check_init__(self):
+        if self.labels is not None and self.labels < 1:
+            raise ValueError(f"labels must be >= 1 or None, got {self.labels}")
+        if self.balanced and self.labels is None:
+            raise ValueError("labels must be given to be balanced, got None")
+
+    @eqx.filter_jit
+    def __call__(self, numbers: Int[Array | np.ndarray, " rows"]) -> Float[Array, "rows *data"]:
+        """Samples of these numbers, on the devices on which the numbers lie."""
+        return self.from_noise(*jax.vmap(self.inputs)(jnp.asarray(numbers)))
+
+    def inputs(self, number: Int[Array, ""]) -> tuple[Float[Array, "*data"], Int[Array, ""] | None]:
+        """Noise and label of a sample."""
+        eps_key, label_key = jr.split(jr.fold_in(self.key, number))
+        eps = jr.normal(eps_key, self.data_shape)
+        if self.labels is None:
+            return eps, None
+        return eps, number % self.labels if self.balanced else jr.randint(label_key, (), 0, self.labels)
+
+    @eqx.filter_jit
+    def from_noise(
+        self, eps: Float[Array, "rows *data"], label: Int[Array, " rows"] | None = None
+    ) -> Float[Array, "rows *data"]:
+        """Samples from noise that is given."""
+        return jax.vmap(lambda eps, label: self.method(self.field, eps, label, times=self.times))(eps, label)
+
+    def batches(self, count: int, batch: int, devices: Parallelism) -> Iterator[Float[Array, "batch *data"]]:
+        """Samples 0, 1, ... in equal batches, whose rows are spread over all devices; the last batch may go beyond
+        `count`.
+
+        **Raises:** `ValueError` unless every device gets as many rows, and at least one.
+        """
+        if batch < 1:
+            raise ValueError(f"batch must be >= 1, got {batch}")
+        for start in range(0, count, batch):
+            yield self(devices.place(np.arange(start, start + batch, dtype=np.int32)))
