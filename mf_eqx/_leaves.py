@@ -1,5 +1,6 @@
 """A state as a flat dictionary of arrays by their paths, and back: what files hold."""
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -8,6 +9,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+import numpy as np
 from jaxtyping import PyTree
 
 _State = TypeVar("_State")
@@ -60,6 +62,24 @@ def _is_shape(leaf: Any) -> bool:
 
 def _is_key(leaf: Any) -> bool:
     return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def on_host(leaf: Any) -> np.ndarray:
+    """The whole array, whatever devices and processes have parts of it."""
+    from jax.experimental import multihost_utils
+
+    if isinstance(leaf, np.ndarray) or leaf.is_fully_addressable:
+        return np.asarray(leaf)
+    return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
+
+
+def digest(arrays: Mapping[str, Any], start: str = "") -> str:
+    """SHA-256 of a text and of all arrays with their names, in hexadecimal digits."""
+    found = hashlib.sha256(start.encode())
+    for name, array in sorted(arrays.items()):
+        found.update(f"{name} {array.dtype} {array.shape};".encode())
+        found.update(np.ascontiguousarray(on_host(array)).tobytes())
+    return found.hexdigest()
 
 
 def compare(saved: Mapping[str, Any], wanted: Mapping[str, Any], path: Path) -> None:

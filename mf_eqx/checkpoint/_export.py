@@ -8,9 +8,7 @@
 Both need the extra `export`.
 """
 
-import hashlib
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,7 +20,8 @@ import numpy as np
 
 from .._custom_types import Condition
 from .._field import AbstractField
-from .._leaves import compare, leaves, plain, rebuilt, shapes, some
+from .._files import write_whole
+from .._leaves import compare, digest, leaves, on_host, plain, rebuilt, shapes, some
 from .._optional import optional
 from .._sample import sample
 from .._sharding import Parallelism
@@ -44,13 +43,13 @@ def save_weights(path: str | Path, field: AbstractField, config: Mapping[str, An
     """
     with optional("safetensors", extra="export"):
         import safetensors.numpy
-    arrays = {name: _on_host(plain(leaf)) for name, leaf in leaves(field).items()}
+    arrays = {name: on_host(plain(leaf)) for name, leaf in leaves(field).items()}
     if unknown := [f"{name} in {array.dtype}" for name, array in arrays.items() if not _is_kept(array.dtype)]:
         raise ValueError(f"field must have arrays that safetensors keeps, got {some(unknown)}: cast them to float32")
     if jax.process_index() == 0:
         text = json.dumps(dict(config or {}))
-        content = {"format": _FORMAT, "config": text, "sha256": _sha256(text, arrays)}
-        _write(Path(path), safetensors.numpy.save(arrays, content))
+        content = {"format": _FORMAT, "config": text, "sha256": digest(arrays, text)}
+        write_whole(path, safetensors.numpy.save(arrays, content))
 
 
 def load_weights(
@@ -105,7 +104,7 @@ def export_sampler(
     given += jax.tree.map(lambda c: jax.ShapeDtypeStruct((rows, *np.shape(c)), jnp.result_type(c)), conditions)
     exported = jax.export.export(jax.jit(draw), platforms=list(platforms))(*given)
     if jax.process_index() == 0:
-        _write(Path(path), bytes(exported.serialize()))
+        write_whole(path, bytes(exported.serialize()))
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -120,7 +119,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         raise ValueError(f"{rule}, but it cannot be read: {error}") from error
     if (found := metadata.get("format")) != _FORMAT:
         raise ValueError(f"{rule} in the format {_FORMAT!r}, got {found!r:.60}")
-    if metadata.get("sha256") != _sha256(metadata.get("config", ""), arrays):
+    if metadata.get("sha256") != digest(arrays, metadata.get("config", "")):
         raise ValueError(f"{path}: must hold the weights as written, but their sha256 differs: the file is damaged")
     try:
         config = json.loads(metadata["config"])
@@ -144,13 +143,6 @@ def _metadata(content: bytes) -> dict[str, str]:
     return json.loads(content[8 : 8 + length])["__metadata__"] or {}
 
 
-def _on_host(leaf: Any) -> np.ndarray:
-    from jax.experimental import multihost_utils
-
-    whole = leaf if leaf.is_fully_addressable else multihost_utils.process_allgather(leaf, tiled=True)
-    return np.asarray(whole)
-
-
 def _placed(field: _Field, parallelism: Parallelism | None) -> _Field:
     if parallelism is None:
         return field
@@ -160,26 +152,3 @@ def _placed(field: _Field, parallelism: Parallelism | None) -> _Field:
         parallelism.of_tree(field),
         is_leaf=lambda leaf: leaf is None,
     )
-
-
-def _sha256(config: str, arrays: Mapping[str, np.ndarray]) -> str:
-    digest = hashlib.sha256(config.encode())
-    for name in sorted(arrays):
-        array = arrays[name]
-        digest.update(f"{name} {array.dtype} {array.shape};".encode())
-        digest.update(np.ascontiguousarray(array).view(np.uint8).tobytes() if array.ndim else array.tobytes())
-    return digest.hexdigest()
-
-
-def _write(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".part")
-    try:
-        with beside.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())  # or a machine that loses power may keep the new name without the content
-        beside.replace(path)
-    except BaseException:
-        beside.unlink(missing_ok=True)
-        raise

@@ -23,6 +23,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Array, Float, Shaped
 
+from .._files import write_whole
+
 _MEAN, _COVARIANCE = ("mu", "ref_mu"), ("sigma", "ref_sigma")
 
 
@@ -90,11 +92,7 @@ def save_moments(path: str | Path, moments: FeatureMoments) -> None:
     known = {name: value for name in ("count", "protocol", "weights") if (value := getattr(moments, name)) is not None}
     content = io.BytesIO()
     np.savez(content, mu=moments.mean, sigma=moments.cov, **known)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".part")
-    beside.write_bytes(content.getvalue())
-    beside.replace(path)
+    write_whole(path, content.getvalue())
 
 
 def load_moments(path: str | Path) -> FeatureMoments:

@@ -9,7 +9,6 @@ A batch is whatever the caller makes of it: spread over devices or not, with a l
 """
 
 import functools
-import hashlib
 import operator
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
@@ -20,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, UInt8
 
-from .._leaves import leaves
+from .._leaves import digest, leaves, on_host
 from ._feature_moments import FeatureMoments, RunningMoments
 from ._inception import Features
 from ._protocol import Protocol
@@ -44,11 +43,7 @@ class FeatureExtractor(eqx.Module):
 
     def digest(self) -> str:
         """A sha256 of the network's arrays, which tells apart the weights that numbers were made with."""
-        total = hashlib.sha256()
-        for name, array in sorted(leaves(self.network).items()):
-            total.update(f"{name} {array.dtype} {array.shape};".encode())
-            total.update(np.ascontiguousarray(_on_host(array)).tobytes())
-        return total.hexdigest()
+        return digest(leaves(self.network))
 
 
 class SampleFeatures(NamedTuple):
@@ -102,7 +97,7 @@ def _stream(extractor: FeatureExtractor, batches: Iterable[_Batch], count: int |
     done = 0
     for x in batches:
         _check_images(x)
-        features, finite = jax.tree.map(_on_host, extractor(jnp.asarray(x)))
+        features, finite = jax.tree.map(on_host, extractor(jnp.asarray(x)))
         rows = len(finite) if count is None else min(len(finite), count - done)
         if not finite[:rows].all():
             raise ValueError(f"samples must be finite, got NaN or infinity in sample {done + np.argmin(finite[:rows])}")
@@ -119,11 +114,3 @@ def _check_images(x: _Batch) -> None:
         raise ValueError(f"batches must be images of shape (rows, 3, height, width), got {x.shape}")
     if x.dtype != np.uint8 and not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"batches must be samples in floating point or pixels in uint8, got {x.dtype}")
-
-
-def _on_host(array: Array | np.ndarray) -> np.ndarray:
-    from jax.experimental import multihost_utils
-
-    if isinstance(array, np.ndarray) or array.is_fully_addressable:
-        return np.asarray(array)
-    return np.asarray(multihost_utils.process_allgather(array, tiled=True))

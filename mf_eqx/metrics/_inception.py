@@ -34,6 +34,7 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, Float, Key, PyTree
 
+from .._files import write_whole
 from .._foreign import fill, Origin, read_safetensors, read_torch
 from .._optional import optional
 
@@ -304,11 +305,7 @@ def convert_inception(torch_file: str | Path, safetensors_file: str | Path) -> N
     held = _without_prefix(read_torch(torch_file))
     _filled(held, torch_file)
     tensors = {name: np.ascontiguousarray(tensor) for name, tensor in held.items() if not _is_counter(name)}
-    target = Path(safetensors_file)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    beside = target.with_name(target.name + ".part")
-    beside.write_bytes(safetensors.numpy.save(tensors, {"source": Path(torch_file).name}))
-    beside.replace(target)
+    write_whole(safetensors_file, safetensors.numpy.save(tensors, {"source": Path(torch_file).name}))
 
 
 def _filled(tensors: dict, path: str | Path) -> Inception:

@@ -22,6 +22,7 @@ from typing import Any
 import jax
 from jaxtyping import ArrayLike
 
+from .._files import write_whole
 from .._objective import Mean
 from ._values import fetch
 
@@ -50,15 +51,14 @@ class RunDirectory:
         """
         parent = Path(root) / (Path(sys.argv[0]).stem if script is None else script)
         directory = cls(_new_by_time(parent) if name is None else _new_by_name(parent, name))
-        text = json.dumps(as_json({"config": config, **_provenance()}), indent=2)
-        directory.path("config.json").write_text(text + "\n", encoding="utf-8")
+        write_whole(directory.path("config.json"), _document(as_json({"config": config, **_provenance()})))
         return directory
 
     def add_start(self, config: Any) -> None:
         """Write `config.json` if there is none yet, and a line of `starts.jsonl` with command, versions and devices."""
         start = _provenance()
         if not (self.root / "config.json").exists():
-            _replace(self.path("config.json"), json.dumps(as_json({"config": config, **start}), indent=2) + "\n")
+            write_whole(self.path("config.json"), _document(as_json({"config": config, **start})))
         with self.path("starts.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(as_json(start)) + "\n")
 
@@ -95,7 +95,7 @@ class RunDirectory:
             kept = [record for record in self.records() if record["step"] <= step]
             text = "".join(json.dumps(record, allow_nan=False) + "\n" for record in kept)
             if text != path.read_text(encoding="utf-8"):
-                _replace(path, text)
+                write_whole(path, text.encode())
 
     def add_session(self, start: int, stop: int, seconds: Mapping[str, float]) -> None:
         """Add to `summary.json` where the time between two steps went, and sum up over all sessions.
@@ -111,7 +111,7 @@ class RunDirectory:
         sums = {name: round(sum(session["seconds"].get(name, 0.0) for session in sessions), 3) for name in rounded}
         goodput = sums["steps"] / sums["wall"] if sums["wall"] > 0 else None
         summary = {"steps": stop, "goodput": goodput, "seconds": sums, "sessions": sessions}
-        _replace(path, json.dumps(summary, indent=2) + "\n")
+        write_whole(path, _document(summary))
 
     def save_results(self, text: str, records: Sequence[Mapping[str, Any]]) -> None:
         """Write `results.md` and `results.json`: the same for people and for programs.
@@ -119,9 +119,12 @@ class RunDirectory:
         **Arguments:** `text` Markdown; `records` plain numbers, texts, lists and dictionaries of them. Numbers that are
         not finite become null.
         """
-        self.path("results.md").write_text(text.rstrip("\n") + "\n", encoding="utf-8")
-        plain = json.dumps(_or_null(list(records)), indent=2, allow_nan=False)
-        self.path("results.json").write_text(plain + "\n", encoding="utf-8")
+        write_whole(self.path("results.md"), (text.rstrip("\n") + "\n").encode())
+        write_whole(self.path("results.json"), _document(_or_null(list(records))))
+
+
+def _document(value: Any) -> bytes:
+    return (json.dumps(value, indent=2, allow_nan=False) + "\n").encode()
 
 
 def _record(path: Path, number: int, line: str) -> dict[str, Any]:
@@ -143,13 +146,6 @@ def _sessions(path: Path) -> list[dict[str, Any]]:
         return [session for session in sessions if isinstance(session["seconds"], dict)]
     except (OSError, ValueError, KeyError, TypeError):
         return []
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a file that is whole at any moment."""
-    beside = path.with_name(path.name + ".part")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(path)
 
 
 def _new_by_name(parent: Path, name: str) -> Path:

@@ -1,18 +1,16 @@
 """Encoder, decoder, and the two small convolutions between them."""
 
-import hashlib
 from typing import NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key
 
 from .._custom_types import at_least_float32
-from .._leaves import leaves
+from .._leaves import digest, leaves
 from ..nn import cast
 from ._blocks import conv, DownLevel, Middle, norm, UpLevel
 
@@ -164,11 +162,7 @@ class Autoencoder(eqx.Module):
 
     def digest(self) -> str:
         """SHA-256 of all parameters and of their paths: tells tokenizers apart, whatever file they came from."""
-        found = hashlib.sha256()
-        for name, leaf in leaves(self).items():
-            found.update(f"{name} {leaf.dtype} {leaf.shape};".encode())
-            found.update(np.asarray(leaf).tobytes())
-        return found.hexdigest()
+        return digest(leaves(self))
 
     def encode(self, x: Float[Array, "colours height width"]) -> Moments:
         r"""The posterior of an image: $\mu$ and $\log \sigma^2$, the latter clipped to [-30, 20].

@@ -1,0 +1,34 @@
+import os
+
+import pytest
+
+from mf_eqx._files import write_whole
+
+
+def test_file_and_its_folders_are_made(tmp_path):
+    write_whole(tmp_path / "a" / "b" / "file", b"content")
+    assert (tmp_path / "a" / "b" / "file").read_bytes() == b"content"
+    assert [entry.name for entry in (tmp_path / "a" / "b").iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("step", ["fsync", "replace"])
+def test_file_is_what_it_was_after_an_error(tmp_path, monkeypatch, step):
+    path = tmp_path / "file"
+    write_whole(path, b"before")
+
+    def fail(*_):
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(*((os, "fsync") if step == "fsync" else (type(path), "replace")), fail)
+        with pytest.raises(OSError, match="No space left"):
+            write_whole(path, b"after")
+    assert path.read_bytes() == b"before"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+
+
+def test_content_is_on_disk_before_it_gets_its_name(tmp_path, monkeypatch):
+    seen, path = [], tmp_path / "file"
+    monkeypatch.setattr(os, "fsync", lambda _: seen.append(path.exists()))
+    write_whole(path, b"content")
+    assert seen == [False]
