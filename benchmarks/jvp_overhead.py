@@ -37,6 +37,7 @@ import numpy as np
 from steps import (
     ATTENTIONS,
     DTYPES,
+    ENGINES,
     FLOAT32_ONLY,
     FLOW_MATCHING,
     FORMS,
@@ -84,7 +85,7 @@ class Config:
     count: bool = True
     """Have XLA count operations, on small unrolled programs compiled for the CPU."""
     quick: bool = False
-    """Take the small model at batch 16 and the first value of all other axes, whatever else is asked for."""
+    """Take the small model with the default of every axis, and no other engines, whatever else is asked for."""
     name: str | None = None
     """Name of the run below runs/jvp_overhead/; by default the time of day."""
 
@@ -413,7 +414,8 @@ def main(config: Config) -> None:
 def shrunk(config: Config) -> Config:
     """What `--quick` runs."""
     base = {field.name: field.default for field in dataclasses.fields(Config) if field.name in Setting._fields}
-    return dataclasses.replace(config, **{**base, "model": ("tiny",)})
+    variant = tuple(name for name in config.variant if name not in ENGINES)
+    return dataclasses.replace(config, **{**base, "model": ("tiny",), "variant": variant or (FLOW_MATCHING,)})
 
 
 PRESETS = {

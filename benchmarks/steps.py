@@ -83,6 +83,8 @@ class Variant(NamedTuple):
 
 
 FLOW_MATCHING = "Flow Matching"
+ENGINES = ("stopped JVP", "finite difference")
+"""MeanFlow with another way to du/dt."""
 FLOAT32_ONLY = ("finite difference",)
 
 

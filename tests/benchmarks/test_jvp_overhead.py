@@ -66,6 +66,7 @@ def test_quick_is_the_small_model_in_the_base_setting(jvp_overhead):
     quick = jvp_overhead.shrunk(asked)
     assert jvp_overhead.settings(quick) == [("tiny", 16, "float32", "default", "none", "xla", 0.25)]
     assert quick.rounds == 3
+    assert set(jvp_overhead.VARIANTS) - set(quick.variant) == {"stopped JVP", "finite difference"}
 
 
 @pytest.mark.parametrize(
