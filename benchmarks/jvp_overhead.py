@@ -1,4 +1,4 @@
-"""What does the JVP cost? Training steps of every variant against Flow Matching's.
+"""What does the JVP cost? Training steps of MeanFlow and its variants against Flow Matching's.
 
     python benchmarks/jvp_overhead.py --quick               a small DiT, under 2 minutes on 2 CPU cores
     python benchmarks/jvp_overhead.py --preset paper        DiT-B/4 at batch 256, the paper's own measurement
@@ -27,7 +27,6 @@ import importlib
 import math
 import time
 from collections.abc import Iterator
-from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,6 +48,7 @@ from steps import (
     REMATS,
     Setting,
     VARIANTS,
+    variants,
     xla_flops,
 )
 
@@ -83,7 +83,7 @@ class Config:
     rounds: int = 7
     """Rounds that are timed."""
     count: bool = True
-    """Have XLA count operations, on small unrolled programs compiled for the CPU."""
+    """Have XLA count operations, on unrolled programs compiled for the CPU (of a DiT, with one and two blocks)."""
     quick: bool = False
     """Take the small model with the default of every axis, and no other engines, whatever else is asked for."""
     name: str | None = None
@@ -114,7 +114,8 @@ class Config:
                 raise ValueError(f"attention cudnn must come with dtype bfloat16, got {setting.dtype}")
             if setting.model == "MLP" and setting[3:6] != ("default", "none", "xla"):
                 raise ValueError(f"model MLP must come with form default, remat none and attention xla, got {setting}")
-            if setting.batch % (group := Fraction(setting.share).limit_denominator(64).denominator):
+            share = variants(setting.share)["MeanFlow"].objective.identity_share  # or a refusal
+            if setting.batch % (group := share.denominator):
                 raise ValueError(
                     f"batch must be multiples of {group} with share {setting.share:g}, got {setting.batch}"
                 )
@@ -375,7 +376,7 @@ def save_figure(path: Path, groups: list[list[Measurement]]) -> None:
         if (line := fit(known)) is not None:
             ends = np.array([0, max(m.flops for m in known)])
             plane.plot(ends / 1e9, 1e3 * (line.fixed + ends / line.rate), color="grey", linewidth=1)
-        plane.set(xlabel="GFLOP in matrix products", ylabel="ms per step (median, quartiles)", xlim=(0, None))
+        plane.set(xlabel="GFLOP in products and convolutions", ylabel="ms per step (median, quartiles)", xlim=(0, None))
         plane.set_ylim(0, None)
         plane.legend(fontsize="small")
         plane.grid(alpha=0.3)
@@ -383,7 +384,7 @@ def save_figure(path: Path, groups: list[list[Measurement]]) -> None:
 
 
 def main(config: Config) -> None:
-    """Time the training steps of every variant against Flow Matching's."""
+    """Time training steps against Flow Matching's."""
     began = time.perf_counter()
     with run.optional("matplotlib"):  # now rather than after the measurements
         importlib.import_module("matplotlib")

@@ -5,9 +5,9 @@
     python benchmarks/sampling_throughput.py --evaluations 1 2 4
 
 x = eps - u(eps, 0, 1) for a batch of labelled noise, jitted. Guidance is inside the network, so that one evaluation is
-all there is. Batch sizes and models are timed in rounds of changing order. Operations are those of matrix products;
-utilisation is held against what a large matrix product reaches on the same machine. The decoder from latents to pixels
-is not part of it.
+all there is. Batch sizes and models are timed in rounds of changing order. Operations are those of matrix products and
+convolutions; utilisation is held against what a large matrix product reaches on the same machine. The decoder from
+latents to pixels is not part of it.
 
 README.md beside this file has figures.
 """
@@ -20,11 +20,10 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-from steps import ATTENTIONS, count_passes, data_shape, DTYPES, LABELS, make_field, MODELS, Setting
+from steps import ATTENTIONS, count_passes, data_shape, DTYPES, LABELS, make_field, MODELS, Setting, UNETS
 
 import mf_eqx as mfx
 from mf_eqx import run
@@ -43,7 +42,7 @@ class Config:
     dtype: str = "float32"
     """Compute precision, float32 or bfloat16."""
     attention: str = "xla"
-    """xla or cudnn (NVIDIA GPUs, bfloat16)."""
+    """xla or cudnn (NVIDIA GPUs, bfloat16); an MLP has none."""
     rounds: int = 7
     """Rounds that are timed."""
     quick: bool = False
@@ -80,17 +79,15 @@ class Cell(NamedTuple):
 def make_call(config: Config, cell: Cell, field: mfx.AbstractField) -> Any:
     """A function without arguments that generates one batch."""
 
-    @eqx.filter_jit
-    def generate(field: mfx.AbstractField, eps: jax.Array, label: jax.Array) -> jax.Array:
-        times = mfx.uniform_times(cell.evaluations)
-        return jax.vmap(lambda eps, label: mfx.sample(field, eps, label, times=times))(eps, label)
-
-    eps = jr.normal(jr.key(1), (cell.batch, *data_shape(cell.model)))
-    return functools.partial(generate, field, eps, jnp.arange(cell.batch) % LABELS)
+    shape, times = data_shape(cell.model), mfx.uniform_times(cell.evaluations)
+    unroll = cell.model in UNETS and jax.default_backend() == "cpu"  # convolutions in loops are slow there
+    generator = mfx.Generator(field, jr.key(0), shape, times, LABELS, unroll=unroll)
+    eps = jr.normal(jr.key(1), (cell.batch, *shape))
+    return functools.partial(generator.from_noise, eps, jnp.arange(cell.batch) % LABELS)
 
 
 def save_figure(path: Path, rates: dict[Cell, float]) -> None:
-    """Latents per second against the batch size."""
+    """Samples per second against the batch size."""
     with run.optional("matplotlib"):
         from matplotlib.figure import Figure
     figure = Figure(figsize=(6, 4), dpi=100, layout="constrained")

@@ -7,7 +7,6 @@ the passes that it takes. A step is loss, gradient, Adam and one average.
 import functools
 import math
 from collections.abc import Callable
-from fractions import Fraction
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -90,33 +89,34 @@ FLOAT32_ONLY = ("finite difference",)
 
 @functools.cache
 def variants(share: float = 0.25) -> dict[str, Variant]:
-    """All steps by name, with that share of rows with r < t; Flow Matching first, since everything is a ratio to it.
+    """All steps by name, with that share of rows with r < t, a fraction such as `Objective` takes; Flow Matching first,
+    since everything is a ratio to it.
 
     Otherwise the paper's settings. Where every row has tangents a coin sets r = t as often as the split would, as in
     the authors' code.
     """
-    part = Fraction(share).limit_denominator(64)
 
     def objective(
-        identity: mfx.AbstractIdentity | None, share: Fraction = part, *, guided: bool = False
+        identity: mfx.AbstractIdentity | None, share: float = share, *, guided: bool = False, equal: float = 0
     ) -> mfx.Objective:
         return mfx.Objective(
             identity,
-            time_pairs=mfx.TimePairs(equal=float(1 - part) if share == 1 else 0.0),
+            time_pairs=mfx.TimePairs(equal=equal),
             identity_share=share,
             guidance=mfx.Guidance(scale=1.0, mix=0.5) if guided else None,
             label_dropout=mfx.LabelDropout(0.1, LABELS),
         )
 
-    mean_flow, every = mfx.MeanFlow(), Fraction(1)
+    mean_flow = mfx.MeanFlow()
+    every = functools.partial(objective, mean_flow, 1, equal=1 - share)
     stopped, difference = (mfx.MeanFlow(derivative=rule()) for rule in (mfx.StoppedJVP, mfx.CentralDifference))
     return {
-        FLOW_MATCHING: Variant(objective(None, Fraction(0)), lambda T, s: 3),
-        "MeanFlow on every row": Variant(objective(mean_flow, every), lambda T, s: 3 + T),
+        FLOW_MATCHING: Variant(objective(None, 0), lambda T, s: 3),
+        "MeanFlow on every row": Variant(every(), lambda T, s: 3 + T),
         "MeanFlow": Variant(objective(mean_flow), lambda T, s: 3 + s * T),
         "stopped JVP": Variant(objective(stopped), lambda T, s: 3 + s * (1 + T)),
         "finite difference": Variant(objective(difference), lambda T, s: 3 + 2 * s),
-        "guided on every row": Variant(objective(mean_flow, every, guided=True), lambda T, s: 3 + T + 2),
+        "guided on every row": Variant(every(guided=True), lambda T, s: 3 + T + 2),
         "guided": Variant(objective(mean_flow, guided=True), lambda T, s: 3 + s * T + 1 + s),
         "ImprovedMeanFlow": Variant(objective(mfx.ImprovedMeanFlow()), lambda T, s: 3 + s * T + s),
         "SplitMeanFlow": Variant(objective(mfx.SplitMeanFlow()), lambda T, s: 3 + 2 * s),

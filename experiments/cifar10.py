@@ -27,7 +27,7 @@ import jax.random as jr
 import networks
 import numpy as np
 import optax
-from jaxtyping import Array, Float, install_import_hook, Key, UInt8
+from jaxtyping import Array, install_import_hook, Key, UInt8
 
 # Shapes and types are checked while the step is traced. JAXTYPING_DISABLE=1 turns this off.
 with install_import_hook("mf_eqx", "beartype.beartype"):
@@ -167,16 +167,16 @@ def draw_shapes(number: int, *, seed: int) -> UInt8[np.ndarray, "rows 3 32 32"]:
     return np.rint(ground + cover * (colour - ground)).astype(np.uint8)
 
 
-@eqx.filter_jit
-def generate(field: mfx.AbstractField, number: int, times: tuple[float, ...]) -> Float[Array, "rows 3 32 32"]:
-    """Images from the noise of all pictures."""
-    eps = jr.normal(jr.key(PREVIEW_SEED), (number, 3, 32, 32))
-    return jax.lax.map(lambda eps: mfx.sample(field, eps, times=times), eps, batch_size=min(number, 64))
+def loops_are_slow() -> bool:
+    """Whether to do without them: XLA:CPU runs convolutions in loops without its fast kernels."""
+    return jax.default_backend() == "cpu"
 
 
 def save_samples(field: mfx.AbstractField, path: Path, *, evaluations: int, side: int) -> None:
     """A square of generated images."""
-    x = np.asarray(generate(field, side**2, mfx.uniform_times(evaluations)))
+    key, times = jr.key(PREVIEW_SEED), mfx.uniform_times(evaluations)
+    generator = mfx.Generator(field, key, (3, 32, 32), times, unroll=loops_are_slow())
+    x = np.asarray(generator.from_noise(jr.normal(key, (side**2, 3, 32, 32))))
     run.save_image_grid(path, x.reshape(side, side, 3, 32, 32), -1, 1)
 
 
@@ -191,7 +191,7 @@ def main(config: Config) -> None:
         prepare(config),
         accumulation=config.accumulation,
         parallelism=parallelism,
-        unroll=jax.default_backend() == "cpu",  # convolutions in loops are slow there
+        unroll=loops_are_slow(),
     )
     source = open_source(config.data)
     stream = data.Stream(source, config.batch, seed=config.seed, parallelism=parallelism)

@@ -359,6 +359,8 @@ class Evaluation:
             labels,
             balanced=labels is not None and config.labels == "balanced",
             method=mfx.sample_euler if config.euler else mfx.sample,
+            # Convolutions in loops are slow on CPUs; long programs compile for long.
+            unroll=isinstance(field, mfx.UNet) and jax.default_backend() == "cpu" and len(row.times) <= 9,
         )
 
     def images(self, batches: Iterable[Array]) -> Iterator[Array]:
@@ -481,9 +483,7 @@ def save_picture(job: Evaluation, row: Row, path: Path) -> None:
     z = job.generator(row).from_noise(eps, None if shown is None else jnp.tile(shown, 8))
     x = np.concatenate([*map(np.asarray, job.images([z]))])[: len(eps)]
     names = None if shown is None else [str(label) for label in shown]
-    beside = path.with_name(path.name + ".part")
-    run.save_image_grid(beside, x.reshape(8, columns, *job.subject.image_shape), -1, 1, column_labels=names)
-    beside.replace(path)
+    run.save_image_grid(path, x.reshape(8, columns, *job.subject.image_shape), -1, 1, column_labels=names)
 
 
 def main(config: Config) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from ._field import AbstractField
-from ._sample import sample
+from ._sample import check_times, sample
 from ._sharding import Parallelism
 
 
@@ -30,13 +30,16 @@ class Generator(eqx.Module):
 
     **Arguments:**
 
-    - `field`: on one device, or on all (`Parallelism.replicate`).
+    - `field`: any; trained with guidance, or a `GuidedField`, it makes guided samples.
     - `key`: of all samples.
     - `data_shape`: of one sample.
     - `times`: from noise to data, see `sample`.
     - `labels`: None for a field without labels, or their number K: sample i has a random label in [0, K).
     - `balanced`: sample i has the label i mod K instead.
     - `method`: `sample`, along average velocities; or `sample_euler`, `sample_heun`, along v = u(z, t, t).
+    - `unroll`: no loop over the steps, see `sample`.
+
+    **Raises:** `ValueError` for times, labels or a shape that make no samples.
     """
 
     field: AbstractField
@@ -46,10 +49,14 @@ class Generator(eqx.Module):
     labels: int | None = eqx.field(static=True, default=None)
     balanced: bool = eqx.field(static=True, default=False)
     method: Callable[..., Float[Array, "*data"]] = eqx.field(static=True, default=sample)
+    unroll: bool = eqx.field(static=True, default=False)
 
     def __check_init__(self):
-        if self.labels is not None and self.labels < 1:
-            raise ValueError(f"labels must be >= 1 or None, got {self.labels}")
+        check_times(self.times)
+        if not all(isinstance(size, int) and size >= 1 for size in self.data_shape):
+            raise ValueError(f"data_shape must be of integers >= 1, got {self.data_shape}")
+        if self.labels is not None and not (isinstance(self.labels, int) and self.labels >= 1):
+            raise ValueError(f"labels must be an integer >= 1 or None, got {self.labels}")
         if self.balanced and self.labels is None:
             raise ValueError("labels must be given to be balanced, got None")
 
@@ -70,16 +77,32 @@ class Generator(eqx.Module):
     def from_noise(
         self, eps: Float[Array, "rows *data"], label: Int[Array, " rows"] | None = None
     ) -> Float[Array, "rows *data"]:
-        """Samples from noise that is given."""
-        return jax.vmap(lambda eps, label: self.method(self.field, eps, label, times=self.times))(eps, label)
+        """Samples from noise and labels that are given.
+
+        **Raises:** `ValueError` unless there are labels for a field with labels, and only then.
+        """
+        if (label is None) != (self.labels is None):
+            raise ValueError(f"label must be given with labels, and only then, got {label} with {self.labels} labels")
+
+        def one(eps: Float[Array, "*data"], label: Int[Array, ""] | None) -> Float[Array, "*data"]:
+            return self.method(self.field, eps, label, times=self.times, unroll=self.unroll)
+
+        return jax.vmap(one)(eps, label)
 
     def batches(self, count: int, batch: int, devices: Parallelism) -> Iterator[Float[Array, "batch *data"]]:
         """Samples 0, 1, ... in equal batches, whose rows are spread over all devices; the last batch may go beyond
         `count`.
 
-        **Raises:** `ValueError` unless every device gets as many rows, and at least one.
+        All processes call it together, and each has its devices' part of the batches.
+
+        **Arguments:** `count` samples; `batch` of them at a time, a multiple of the devices; `devices`.
+
+        **Raises:** `ValueError` unless count >= 0, batch >= 1, and every device gets as many rows.
         """
+        if count < 0:
+            raise ValueError(f"count must be >= 0, got {count}")
         if batch < 1:
             raise ValueError(f"batch must be >= 1, got {batch}")
-        for start in range(0, count, batch):
-            yield self(devices.place(np.arange(start, start + batch, dtype=np.int32)))
+        here = devices.positions(batch).astype(np.int32)
+        everywhere = devices.replicate(self)
+        return (everywhere(devices.place(start + here, batch)) for start in range(0, count, batch))

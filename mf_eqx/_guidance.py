@@ -1,4 +1,5 @@
 r"""Classifier-free guidance inside the target (Sec. 4.2, App. B.1): guided samples at one function evaluation.
+`GuidedField` is guidance at sampling, at two.
 
 The target's velocity $v_t$ is replaced, also as the tangent of the JVP, by
 
@@ -8,6 +9,7 @@ whose fixed point is $v_{cfg} = \omega' v(z_t, t \mid c) + (1 - \omega')\, v(z_t
 $\omega' = \omega / (1 - \kappa)$.
 """
 
+import math
 from collections.abc import Sequence
 
 import equinox as eqx
@@ -87,12 +89,18 @@ class GuidedField(AbstractField):
 
     **Arguments:** `field`; `scale` w, 1 for none ("cfg scale" elsewhere); `null` the condition that means "none".
 
-    **Reference:** Classifier-Free Diffusion Guidance, Ho, Salimans, 2022, arXiv 2207.12598.
+    **Raises:** `ValueError` unless 0 <= scale < infinity.
+
+    **Reference:** Classifier-Free Diffusion Guidance, Ho and Salimans, 2022, arXiv 2207.12598.
     """
 
     field: AbstractField
     scale: float = eqx.field(converter=float)
     null: Condition
+
+    def __check_init__(self):
+        if not 0 <= self.scale < math.inf:
+            raise ValueError(f"scale must lie in [0, infinity), got {self.scale}")
 
     def __call__(
         self,

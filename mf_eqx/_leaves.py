@@ -66,19 +66,19 @@ def _is_key(leaf: Any) -> bool:
 
 def on_host(leaf: Any) -> np.ndarray:
     """The whole array, whatever devices and processes have parts of it."""
-    from jax.experimental import multihost_utils
-
     if isinstance(leaf, np.ndarray) or leaf.is_fully_addressable:
         return np.asarray(leaf)
+    from jax.experimental import multihost_utils
+
     return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
 
 
 def digest(arrays: Mapping[str, Any], start: str = "") -> str:
-    """SHA-256 of a text and of all arrays with their names, in hexadecimal digits."""
+    """SHA-256 of a text and of all arrays with their names, in their order, in hexadecimal digits."""
     found = hashlib.sha256(start.encode())
-    for name, array in sorted(arrays.items()):
+    for name, array in arrays.items():
         found.update(f"{name} {array.dtype} {array.shape};".encode())
-        found.update(np.ascontiguousarray(on_host(array)).tobytes())
+        found.update(on_host(array).tobytes())
     return found.hexdigest()
 
 

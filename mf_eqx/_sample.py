@@ -36,17 +36,20 @@ def sample(
     condition: Condition = None,
     *,
     times: Sequence[float] = (1.0, 0.0),
+    unroll: bool = False,
 ) -> Float[Array, "*data"]:
     """One sample by average velocities (Alg. 2), one evaluation of the field per interval of `times`.
 
     **Arguments:** `field`; `eps` standard normal noise of the data's shape; `condition`; `times` a strictly decreasing
-    grid in [0, 1], from 1 (noise) to 0 (data) by default; `uniform_times(n)` makes one of n steps.
+    grid in [0, 1], from 1 (noise) to 0 (data) by default; `uniform_times(n)` makes one of n steps; `unroll` True for no
+    loop over them (a single step never is one): for convolutions on CPUs, which XLA runs without its fast kernels in
+    loops (a small U-Net in two steps: 3.8 s in a loop, 0.13 s without).
 
     **Returns:** the state at the last time, data if that is 0, in float32 or better.
 
     **Raises:** `ValueError` if `times` is not such a grid.
     """
-    return _integrate(lambda z, r, t: z - (t - r) * field(z, r, t, condition), eps, times)
+    return _integrate(lambda z, r, t: z - (t - r) * field(z, r, t, condition), eps, times, unroll)
 
 
 def sample_euler(
@@ -55,9 +58,10 @@ def sample_euler(
     condition: Condition = None,
     *,
     times: Sequence[float],
+    unroll: bool = False,
 ) -> Float[Array, "*data"]:
     """One sample of the ODE dz/dt = u(z, t, t) by Euler's method: arguments as of `sample`, one evaluation per step."""
-    return _integrate(lambda z, r, t: z - (t - r) * field(z, t, t, condition), eps, times)
+    return _integrate(lambda z, r, t: z - (t - r) * field(z, t, t, condition), eps, times, unroll)
 
 
 def sample_heun(
@@ -66,6 +70,7 @@ def sample_heun(
     condition: Condition = None,
     *,
     times: Sequence[float],
+    unroll: bool = False,
 ) -> Float[Array, "*data"]:
     """One sample of the ODE dz/dt = u(z, t, t) by Heun's method: arguments as of `sample`, two evaluations per step."""
 
@@ -74,17 +79,29 @@ def sample_heun(
         predicted = z - (t - r) * v
         return z - (t - r) / 2 * (v + field(predicted, r, r, condition))
 
-    return _integrate(step, eps, times)
+    return _integrate(step, eps, times, unroll)
+
+
+def check_times(times: Sequence[float]) -> None:
+    """Refuses what is no grid from noise to data: `ValueError`."""
+    grid = np.asarray(times, np.float64)
+    if grid.ndim != 1 or len(grid) < 2 or not (np.diff(grid) < 0).all() or grid[0] > 1 or grid[-1] < 0:
+        raise ValueError(f"times must be a strictly decreasing sequence of at least two times in [0, 1], got {times}")
 
 
 def _integrate(
     step: Callable[[Float[Array, "*data"], Time, Time], Float[Array, "*data"]],
     eps: Float[Array, "*data"],
     times: Sequence[float],
+    unroll: bool,
 ) -> Float[Array, "*data"]:
-    grid = np.asarray(times, np.float64)
-    if grid.ndim != 1 or len(grid) < 2 or not (np.diff(grid) < 0).all() or grid[0] > 1 or grid[-1] < 0:
-        raise ValueError(f"times must be a strictly decreasing sequence of at least two times in [0, 1], got {times}")
+    check_times(times)
     eps = at_least_float32(eps)
-    grid = jnp.asarray(grid, eps.dtype)
-    return jax.lax.scan(lambda z, pair: (step(z, *pair).astype(z.dtype), None), eps, (grid[1:], grid[:-1]))[0]
+    grid = jnp.asarray(times, eps.dtype)
+
+    def one(z: Float[Array, "*data"], pair: Sequence[Time]) -> tuple[Float[Array, "*data"], None]:
+        return step(z, *pair).astype(z.dtype), None
+
+    if len(times) == 2:  # which JAX would make a loop of, unrolled or not
+        return one(eps, (grid[1], grid[0]))[0]
+    return jax.lax.scan(one, eps, (grid[1:], grid[:-1]), unroll=unroll)[0]

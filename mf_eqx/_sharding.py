@@ -21,6 +21,8 @@ from typing import Any, NamedTuple, TypeVar
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
+import jax.random as jr
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Int, PyTree
@@ -102,9 +104,18 @@ class Parallelism(eqx.Module):
         return eqx.combine(jax.lax.with_sharding_constraint(arrays, self.replicated), others)
 
     def replicate(self, tree: _Tree) -> _Tree:
-        """The same, outside a jitted function, with a copy of its arrays on every device."""
-        arrays, others = eqx.partition(tree, eqx.is_array)
-        return eqx.combine(jax.device_put(arrays, self.replicated), others)
+        """A tree whose arrays are whole on every device, outside of jitted functions (`gather` is for inside).
+
+        **Arguments:** `tree` of arrays, of which all processes have the same. Where an array already lies on a device
+        its memory is shared: a state that is replicated must not be donated while the result is in use.
+        """
+
+        def put(leaf: Any) -> Any:
+            if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):  # which JAX puts on one process's devices only
+                return jr.wrap_key_data(put(jr.key_data(leaf)), impl=jr.key_impl(leaf))
+            return jax.device_put(leaf, self.replicated)
+
+        return jax.tree.map(lambda leaf: put(leaf) if eqx.is_array(leaf) else leaf, tree)
 
     def make(self, function: Callable[[], _Tree]) -> _Tree:
         """What `function()` returns, a state, as one jitted program that makes every part where it belongs.

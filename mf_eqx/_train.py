@@ -23,6 +23,7 @@ from ._custom_types import Scalar
 from ._ema import ExponentialAverage
 from ._field import AbstractField
 from ._identity import Context
+from ._leaves import leaves, shapes, some
 from ._objective import AbstractObjective, Batch, Mean, Metrics, Objective
 from ._sharding import Parallelism
 from ._times import check_batch_size
@@ -104,12 +105,14 @@ class TrainStep(eqx.Module):
       its fast kernels inside of loops (jax-ml/jax, issue 12868).
 
     A step whose loss, gradient or update is not finite leaves field, optimiser and averages as they were; the step
-    number goes on, so that the next one meets other rows, and `TrainState.faults` counts.
+    number goes on, so that the next one meets other rows, and `TrainState.faults` counts. For that the optimiser's
+    update is computed twice: with Adam 2 to 3% of a step at batch 16 on a CPU; Muon's products count twice.
 
     **Returns** (when called with a state and a batch): the new state and the metrics, those of the objective and
     `gradient_norm`. The old state is donated; using it again raises an error.
 
-    **Raises:** `ValueError` unless every part is a whole number of groups of rows.
+    **Raises:** `ValueError` unless every part is a whole number of groups of rows, or if the optimiser changes the
+    structure or a dtype of its state.
     """
 
     objective: AbstractObjective
@@ -174,8 +177,8 @@ def _update_if_finite(
 ) -> TrainState:
     """The state after the step: with field, optimiser and averages updated if all was `finite` and the update is, too.
 
-    A branch updates them in their own memory, where choosing between old and new would hold both and take longer to
-    read. So the update is looked at before the branch, and computed again in it.
+    In a branch they are updated in their own memory; selecting leaf by leaf would hold both states, and pass over both.
+    So the update is looked at before the branch, and computed again in it.
     """
     step = state.step + 1
     arrays, rest = eqx.partition((state.field, state.opt_state, state.averages), eqx.is_array)
@@ -187,15 +190,26 @@ def _update_if_finite(
     def update(arrays: PyTree[Any]) -> PyTree[Any]:
         field, _, averages = eqx.combine(arrays, rest)
         updates, opt_state = propose(arrays)
-        field = eqx.apply_updates(field, updates)
+        parameters: Any = optax.apply_updates(eqx.filter(field, eqx.is_inexact_array), updates)
+        field = eqx.combine(parameters, field)
         rules = zip(train_step.averages, averages, strict=True)
         averages = tuple(rule.update(average, field, step) for rule, average in rules)
-        return eqx.filter((field, opt_state, averages), eqx.is_array)
+        after = eqx.filter((field, opt_state, averages), eqx.is_array)
+        _check_kept(arrays, after)
+        return after
 
     for leaf in jax.tree.leaves(propose(arrays)[0]):
         finite &= jnp.all(jnp.isfinite(leaf))
     field, opt_state, averages = eqx.combine(jax.lax.cond(finite, update, lambda arrays: arrays, arrays), rest)
     return TrainState(field, opt_state, averages, step, state.key, state.faults.after(step, finite))
+
+
+def _check_kept(before: PyTree[Any], after: PyTree[Any]) -> None:
+    old, new = shapes(leaves(before)), shapes(leaves(after))
+    if changed := sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name)):
+        raise ValueError(
+            f"optimizer must keep structure, shapes and dtypes of its state, but it changes {some(changed)}"
+        )
 
 
 def _gathered(train_step: TrainStep, tree: _Tree) -> _Tree:

@@ -1,11 +1,16 @@
 """Many samples: each follows from the key and its number alone, on any devices."""
 
+import concurrent.futures
+import contextlib
+import socket
+
 import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
 from devices import run_on_devices
+from fields import refilled
 
 import mf_eqx as mfx
 
@@ -38,6 +43,14 @@ def first_samples(batch, count=14, **options):
     return np.concatenate([np.asarray(x) for x in generator.batches(count, batch, devices)])[:count]
 
 
+def guided_samples():
+    """Of a network, guided, in one batch of eight."""
+    field = refilled(mfx.DiT((3, 8, 8), mfx.DiTSize(1, 8, 2, 4), labels=LABELS, key=jr.key(0)))
+    guided = mfx.GuidedField(field, 2, jnp.asarray(LABELS))
+    (samples,) = mfx.Generator(guided, jr.key(4), (3, 8, 8), labels=LABELS).batches(8, 8, mfx.Parallelism())
+    return np.asarray(samples)
+
+
 def by_hand(number, method=mfx.sample, label=None):
     """One sample, with a label that is given."""
     eps = jr.normal(jr.split(jr.fold_in(jr.key(4), number))[0], SHAPE)
@@ -59,15 +72,31 @@ def test_samples_do_not_depend_on_the_batch():
     np.testing.assert_allclose(first_samples(14), first_samples(4), rtol=1e-6, atol=1e-6)
 
 
-def test_samples_are_the_same_on_one_and_on_eight_devices():
-    found = run_on_devices("generate_on_devices.py")
-    assert found["devices"] == 8 and found["spread"]
-    np.testing.assert_allclose(found["samples"], first_samples(8).ravel(), rtol=1e-5, atol=1e-6)
+@pytest.fixture(scope="module")
+def on_devices():
+    return run_on_devices("generate_on_devices.py")
 
 
-def test_an_empty_batch_is_refused():
-    with pytest.raises(ValueError, match="batch must be >= 1, got 0"):
-        next(make_generator().batches(4, 0, mfx.Parallelism()))
+def test_samples_are_the_same_on_one_and_on_eight_devices(on_devices):
+    assert on_devices["devices"] == 8 and on_devices["spread"]
+    np.testing.assert_allclose(on_devices["samples"], guided_samples().ravel(), rtol=1e-5, atol=1e-6)
+
+
+def test_each_of_two_processes_has_its_part_of_a_batch():
+    with contextlib.closing(socket.socket()) as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        found = list(pool.map(lambda number: run_on_devices("generate_on_devices.py", address, number), range(2)))
+    np.testing.assert_allclose(np.concatenate(found), first_samples(16, count=16).ravel(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("count", "batch", "message"), [(4, 0, "batch must be >= 1, got 0"), (-1, 4, "count must be >= 0, got -1")]
+)
+def test_numbers_that_make_no_batches_are_refused_at_once(count, batch, message):
+    with pytest.raises(ValueError, match=message):
+        make_generator().batches(count, batch, mfx.Parallelism())
 
 
 def test_last_batch_is_whole():
@@ -98,10 +127,19 @@ def test_given_noise_is_used():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"labels": 0}, "labels must be >= 1 or None, got 0"),
+        ({"labels": 0}, "labels must be an integer >= 1 or None, got 0"),
         ({"labels": None, "balanced": True}, "labels must be given to be balanced, got None"),
+        ({"times": (0, 1)}, "times must be a strictly decreasing sequence"),
+        ({"data_shape": (2, -1)}, r"data_shape must be of integers >= 1, got \(2, -1\)"),
     ],
 )
-def test_labels_that_cannot_be_drawn_are_refused(options, message):
+def test_what_makes_no_samples_is_refused_at_once(options, message):
+    options = {"data_shape": SHAPE, "labels": LABELS, **options}
     with pytest.raises(ValueError, match=message):
-        make_generator(**options)
+        mfx.Generator(make_field(), jr.key(4), **options)
+
+
+@pytest.mark.parametrize(("labels", "label"), [(LABELS, None), (None, np.asarray([1]))])
+def test_labels_are_given_if_and_only_if_there_are_any(labels, label):
+    with pytest.raises(ValueError, match="label must be given with labels, and only then"):
+        make_generator(labels=labels).from_noise(jnp.zeros((1, *SHAPE)), label)

@@ -1,3 +1,5 @@
+import math
+
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
@@ -125,6 +127,12 @@ def test_guided_field_extrapolates_from_the_null_condition(key):
     field = GuidedField(Conditioned(), 3, null=7.0)
     with_label, without = (Conditioned()(z, r, t, condition, key=key) for condition in (2.0, 7.0))
     np.testing.assert_allclose(field(z, r, t, 2.0, key=key), without + 3 * (with_label - without), rtol=1e-14)
+
+
+@pytest.mark.parametrize("scale", [-1, math.nan, math.inf])
+def test_guided_field_refuses_a_scale_that_makes_no_samples(scale):
+    with pytest.raises(ValueError, match=r"scale must lie in \[0, infinity\), got"):
+        GuidedField(Conditioned(), scale, null=7.0)
 
 
 def test_guided_field_of_scale_one_is_the_field():

@@ -180,3 +180,26 @@ def test_noise_below_float32_is_sampled_in_float32():
     field = GaussianField(jnp.zeros(2), 0.5)
     x = mfx.sample(field, eps, times=(1.0, 0.5, 0.0))
     assert x.dtype == jnp.float32
+
+
+# Loops
+
+
+def loops(steps, method=mfx.sample, **options):
+    """How many there are in the program of a sample."""
+    times = mfx.uniform_times(steps)
+    program = jax.jit(lambda eps: method(gaussian(), eps, times=times, **options)).lower(noise()).as_text()
+    return program.count("stablehlo.while")
+
+
+@pytest.mark.parametrize("method", SAMPLERS)
+def test_a_single_step_is_no_loop_and_several_are_one(method):
+    assert [loops(steps, method) for steps in (1, 2, 9)] == [0, 1, 1]
+
+
+@pytest.mark.parametrize("method", SAMPLERS)
+def test_unrolled_steps_are_no_loop_and_the_same(method):
+    assert loops(4, method, unroll=True) == 0
+    times = mfx.uniform_times(4)
+    looped, unrolled = (method(gaussian(), noise(), times=times, unroll=unroll) for unroll in (False, True))
+    np.testing.assert_allclose(looped, unrolled, rtol=1e-14)

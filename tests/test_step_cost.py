@@ -55,6 +55,11 @@ def test_a_small_batch_costs_at_most_one_more_copy_of_the_parameters(name):
     assert cost(name, 16).temporary_bytes <= cost("Flow Matching", 16).temporary_bytes + PARAMETERS
 
 
+def test_a_small_step_holds_no_second_state():
+    # A gradient of each stack of blocks, what one block works on, and no updated copy of parameters or averages.
+    assert cost("Flow Matching", 16).temporary_bytes <= 2.8 * PARAMETERS
+
+
 def kept(**options):
     """Numbers held per token, feature and block, of which a network of 12 blocks has 64 x 768 in each."""
     more = cost("Flow Matching", 256, **options).temporary_bytes - cost("Flow Matching", 16, **options).temporary_bytes

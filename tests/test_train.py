@@ -387,6 +387,23 @@ def test_update_that_is_not_finite_is_a_fault_even_if_its_gradient_is():
     assert learnt(current) == before and current.faults.total == 1
 
 
+def test_parameters_keep_their_precision():
+    optimizer = optax.adam(0.1, mu_dtype=jnp.float32)
+    low = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16) if eqx.is_inexact_array(leaf) else leaf, field())
+    after, _ = mfx.TrainStep(Probe(), optimizer)(mfx.init_state(low, optimizer, key=jr.key(1)), good())
+    assert {str(leaf.dtype) for leaf in arrays(after.field)} == {"bfloat16"}
+    assert after.faults.total == 0
+
+
+def test_optimizer_that_changes_its_state_is_refused_by_name():
+    changing = optax.GradientTransformation(
+        lambda parameters: {"count": jnp.zeros((), jnp.int32)},
+        lambda updates, state, parameters=None: (updates, {"count": state["count"] + 1.0}),
+    )
+    with pytest.raises(ValueError, match=r"optimizer must keep structure, .* but it changes .*count"):
+        mfx.TrainStep(Probe(), changing)(mfx.init_state(field(), changing, key=jr.key(1)), good())
+
+
 def test_faults_are_counted_in_all_and_in_a_row_and_the_last_is_named():
     step, current, seen = mfx.TrainStep(Probe(), OPTIMIZER, AVERAGES), state(), []
     for rows in (good(), nan_row(), nan_row(0), good(), nan_row(), good()):

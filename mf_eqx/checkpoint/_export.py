@@ -48,7 +48,7 @@ def save_weights(path: str | Path, field: AbstractField, config: Mapping[str, An
         raise ValueError(f"field must have arrays that safetensors keeps, got {some(unknown)}: cast them to float32")
     if jax.process_index() == 0:
         text = json.dumps(dict(config or {}))
-        content = {"format": _FORMAT, "config": text, "sha256": digest(arrays, text)}
+        content = {"format": _FORMAT, "config": text, "sha256": _digest(arrays, text)}
         write_whole(path, safetensors.numpy.save(arrays, content))
 
 
@@ -119,7 +119,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         raise ValueError(f"{rule}, but it cannot be read: {error}") from error
     if (found := metadata.get("format")) != _FORMAT:
         raise ValueError(f"{rule} in the format {_FORMAT!r}, got {found!r:.60}")
-    if metadata.get("sha256") != digest(arrays, metadata.get("config", "")):
+    if metadata.get("sha256") != _digest(arrays, metadata.get("config", "")):
         raise ValueError(f"{path}: must hold the weights as written, but their sha256 differs: the file is damaged")
     try:
         config = json.loads(metadata["config"])
@@ -152,3 +152,8 @@ def _placed(field: _Field, parallelism: Parallelism | None) -> _Field:
         parallelism.of_tree(field),
         is_leaf=lambda leaf: leaf is None,
     )
+
+
+def _digest(arrays: Mapping[str, np.ndarray], text: str) -> str:
+    """Of arrays by their names, in whatever order a file has them."""
+    return digest(dict(sorted(arrays.items())), text)

@@ -43,7 +43,7 @@ class FeatureExtractor(eqx.Module):
 
     def digest(self) -> str:
         """A sha256 of the network's arrays, which tells apart the weights that numbers were made with."""
-        return digest(leaves(self.network))
+        return digest(dict(sorted(leaves(self.network).items())))
 
 
 class SampleFeatures(NamedTuple):

@@ -1,5 +1,6 @@
 """Grids of images, pixel for pixel."""
 
+import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Array, Real, UInt8
 
+from .._files import write_whole
 from .._optional import optional
 
 _DPI = 128
@@ -105,7 +107,9 @@ def _draw(
     for i, label in enumerate(column_labels):
         put(left + i * across + (across - _GAP) / 2, top + _PAD, label, "center", "baseline")
     put(_PAD, top + _PAD + _LINE * bool(column_labels), title, "left", "baseline")
-    figure.savefig(path, format="png", dpi="figure")
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi="figure")
+    write_whole(path, content.getvalue())
 
 
 def _text_width(texts: Sequence[str]) -> int:

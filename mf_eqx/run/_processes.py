@@ -18,6 +18,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from .._leaves import on_host
 from . import _witness
 
 _Tree = TypeVar("_Tree")
@@ -133,8 +134,7 @@ def local(tree: _Tree) -> _Tree:
     def fetch(leaf: Any) -> Any:
         if not eqx.is_array(leaf):
             return leaf
-        whole = leaf if leaf.is_fully_addressable else multihost_utils.process_allgather(leaf, tiled=True)
-        return jax.device_put(np.asarray(whole), jax.local_devices()[0])
+        return jax.device_put(on_host(leaf), jax.local_devices()[0])
 
     return jax.tree.map(fetch, tree)
 

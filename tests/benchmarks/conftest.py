@@ -69,7 +69,7 @@ def quick_compilation():
 def resized(benchmark_script):
     """A context in which `tiny` is minuscule, and other names of DiTs stand for the sizes that are given."""
     steps = benchmark_script("steps")
-    counts = (steps.count_passes, steps.xla_flops)
+    counts = (steps.count_passes, steps.count_again, steps.xla_flops)
 
     @contextlib.contextmanager
     def resize(sizes=()):

@@ -29,7 +29,7 @@ def test_what_is_timed_is_sampling(sampling_throughput, quick_compilation, field
         cell = sampling_throughput.Cell("tiny", 3, evaluations)
         call = sampling_throughput.make_call(sampling_throughput.Config(), cell, field)
         found = call()
-    _, eps, label = call.args
+    eps, label = call.args
     assert eps.shape == (3, 4, 32, 32)
     assert label.tolist() == [0, 1, 2]
     expected = quick_jit(jax.vmap(lambda eps, label: mfx.sample(field, eps, label, times=times)))(eps, label)

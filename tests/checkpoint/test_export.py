@@ -174,7 +174,7 @@ def forged(path, arrays, **metadata):
     import safetensors.numpy
 
     text = metadata.get("config", "")
-    content = {"format": "mf_eqx weights 1", "sha256": digest(arrays, text)} | metadata
+    content = {"format": "mf_eqx weights 1", "sha256": digest(dict(sorted(arrays.items())), text)} | metadata
     path.write_bytes(safetensors.numpy.save(arrays, {name: word for name, word in content.items() if word is not None}))
 
 
