@@ -39,6 +39,7 @@ def finished(ablations, tmp_path_factory):
     return root
 
 
+@pytest.mark.slow
 def test_a_run_leaves_cells_a_table_and_a_figure(finished):
     assert len(cells(finished)) == 4
     text = (files(finished) / "results.md").read_text()
@@ -46,6 +47,7 @@ def test_a_run_leaves_cells_a_table_and_a_figure(finished):
     assert (files(finished) / "ablations.png").stat().st_size > 0
 
 
+@pytest.mark.slow
 def test_finished_cells_are_not_trained_again(ablations, finished, capsys):
     before = cells(finished)
     start(ablations, finished, "--only 1a --seeds 1 --steps 30")
@@ -53,6 +55,7 @@ def test_finished_cells_are_not_trained_again(ablations, finished, capsys):
     assert "4 of them finished before" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_lost_cell_is_trained_again_with_the_same_result(ablations, finished):
     before = cells(finished)
     path = files(finished) / "cells.jsonl"
@@ -63,6 +66,7 @@ def test_a_lost_cell_is_trained_again_with_the_same_result(ablations, finished):
     np.testing.assert_allclose(after[-1]["result"]["distance"], before[-1]["result"]["distance"], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_every_cell_has_metrics_of_its_own(finished):
     found = {path.parent.name for path in files(finished).glob("cells/*/metrics.jsonl")}
     assert len(found) == 4 and any(name.startswith("share_1.0_seed_0_") for name in found)
