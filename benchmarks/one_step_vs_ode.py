@@ -185,8 +185,17 @@ def toy_problem(config: Config, name: str, directory: run.RunDirectory) -> Probl
     return Problem(name, fields, eps, None, distance, "sliced W2", floor, "exact average velocity, 1 step")
 
 
+def digits_settings(config: Config) -> digits.Config:
+    """Those of digits.py, with a warm-up and an average that are as much shorter as the training is."""
+    whole, share = digits.Config(), config.digits_steps / digits.Config.steps
+    warmup, decay = round(share * whole.warmup), whole.decay ** (1 / share)
+    return dataclasses.replace(
+        whole, steps=config.digits_steps, warmup=warmup, decay=decay, seed=config.seed, preview_every=0
+    )
+
+
 def digits_problem(config: Config, directory: run.RunDirectory) -> Problem:
-    settings = digits.Config(steps=config.digits_steps, seed=config.seed, preview_every=0)
+    settings = digits_settings(config)
     rows = digits.load(settings)
     judge, fields = digits.Judge(rows), {}
     for name, objective in (("MeanFlow", digits.mean_flow), ("Flow Matching", digits.flow_matching)):

@@ -199,3 +199,11 @@ def test_a_run_leaves_a_table_with_the_exact_distance_and_a_picture(directory):
 def test_bad_values_are_refused_by_name(one_step_vs_ode, values, message):
     with pytest.raises(ValueError, match=message):
         one_step_vs_ode.Config(**values)
+
+
+def test_short_trainings_on_digits_warm_up_and_average_for_as_short_a_part(one_step_vs_ode):
+    settings = [one_step_vs_ode.digits_settings(one_step_vs_ode.Config(digits_steps=steps)) for steps in (6000, 300)]
+    whole = one_step_vs_ode.digits.Config()
+    assert (settings[0].warmup, settings[0].decay) == (whole.warmup, whole.decay)
+    assert settings[1].warmup == whole.warmup // 20
+    np.testing.assert_allclose(settings[1].decay**300, whole.decay**6000)
