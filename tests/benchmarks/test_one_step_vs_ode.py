@@ -206,4 +206,4 @@ def test_short_trainings_on_digits_warm_up_and_average_for_as_short_a_part(one_s
     whole = one_step_vs_ode.digits.Config()
     assert (settings[0].warmup, settings[0].decay) == (whole.warmup, whole.decay)
     assert settings[1].warmup == whole.warmup // 20
-    np.testing.assert_allclose(settings[1].decay**300, whole.decay**6000)
+    np.testing.assert_allclose(settings[1].decay ** 300, whole.decay**6000)
