@@ -1,6 +1,9 @@
-"""What all tests share: runtime type checking of the package, and float64 where a test asks for it."""
+"""What all tests share: quick compiling, runtime type checking of the package, and float64 where a test asks for it."""
 
 import importlib.util
+import os
+import subprocess
+import sys
 
 import jax
 import jaxtyping
@@ -10,6 +13,21 @@ from jaxtyping import install_import_hook
 # Before anything imports mf_eqx. Off with JAXTYPING_DISABLE=1, or where beartype is not installed.
 if importlib.util.find_spec("beartype") is not None:
     install_import_hook("mf_eqx", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
+
+QUICK = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+PROBE = "import jax; jax.jit(lambda: 0)(); assert jax.default_backend() == 'cpu'"
+
+
+def pytest_configure():
+    """Have XLA compile in half the time and without optimisation, since most programs of the tests run once.
+
+    Not on accelerators, nor by an XLA that does not know these flags, which would end the process, nor where XLA_FLAGS
+    are set: `XLA_FLAGS= pytest` tests what XLA makes of programs otherwise.
+    """
+    if "XLA_FLAGS" not in os.environ:
+        quick = {**os.environ, "XLA_FLAGS": QUICK}
+        if subprocess.run([sys.executable, "-c", PROBE], env=quick, capture_output=True).returncode == 0:
+            os.environ["XLA_FLAGS"] = QUICK
 
 
 @pytest.fixture

@@ -6,19 +6,12 @@ import pathlib
 import subprocess
 import sys
 
-from fields import quick_options
-
 TESTS = pathlib.Path(__file__).parent
 
 
 def run_on_devices(script, *arguments):
     """What the last line says that a script of the tests prints, in JSON."""
-    # All but the first shorten compiling to a third and change no pass that places collectives.
-    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-    flags += " --xla_llvm_disable_expensive_passes=true"
-    if quick_options() is not None:  # this XLA knows it
-        flags += " --xla_cpu_use_fusion_emitters=false"
-    flags = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
     path = os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": path}
     command = [sys.executable, str(TESTS / script), *map(str, arguments)]

@@ -120,19 +120,3 @@ class FusedAttention(nn.AbstractAttention):
 
     def forward_mode(self):
         return nn.StoppedTangent(self)
-
-
-@functools.cache
-def quick_options():
-    """XLA's, for compiling several times faster without optimisation. What is counted or assigned before stays."""
-    options = {"xla_backend_optimization_level": "0", "xla_cpu_use_fusion_emitters": False}
-    try:
-        jax.jit(lambda: 0, compiler_options=options)()
-    except RuntimeError:  # an XLA that does not know them
-        return None
-    return options
-
-
-def quick_jit(function):
-    """`jax.jit` that compiles several times faster, without optimisation: for programs that run once."""
-    return jax.jit(function, compiler_options=quick_options())

@@ -11,8 +11,6 @@ import sys
 import time
 from typing import NamedTuple
 
-from fields import quick_options
-
 TESTS = pathlib.Path(__file__).parent
 LONGEST = 180  # seconds that anything may take here
 
@@ -38,9 +36,7 @@ class Ended(NamedTuple):
 
 def start(root, *flags, devices=1, pause=0.0, **options):
     """A trainer whose runs are below `root`, after each preview pausing for so many seconds."""
-    xla = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
-    if quick_options() is not None:
-        xla += " --xla_cpu_use_fusion_emitters=false"
+    xla = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
     path = os.pathsep.join([str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla, "PYTHONPATH": path}
     environment |= {"RUNS": str(root), "PAUSE": str(pause)}

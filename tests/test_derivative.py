@@ -10,7 +10,7 @@ import jax.random as jr
 import numpy as np
 import pytest
 import scipy.linalg
-from fields import FusedAttention, quick_jit
+from fields import FusedAttention
 
 import mf_eqx as mfx
 from mf_eqx import AbstractField, CentralDifference, FusedJVP, MeanFlow, nn, StoppedJVP, total_derivative
@@ -283,7 +283,7 @@ def residual_gradient(engine):
     def loss(field):
         return jnp.sum(MeanFlow(derivative=engine).residual(field, z, v, r, t, jnp.ones(3), key=jr.key(1)) ** 2)
 
-    return flat(quick_jit(jax.grad(loss))(curved()))
+    return flat(jax.jit(jax.grad(loss))(curved()))
 
 
 def test_gradient_of_the_residual_is_the_same_with_a_stopped_jvp():
@@ -313,8 +313,8 @@ def test_gradient_through_the_derivative_is_the_finite_difference_in_the_paramet
     def loss(field):
         return jnp.sum(jnp.sin(total_derivative(field, z, v, r, t)[1]))
 
-    gradient = quick_jit(jax.grad(loss))(field)
-    up, down = (quick_jit(loss)(jax.tree.map(lambda leaf, d, s=s: leaf + s * d, field, change)) for s in (STEP, -STEP))
+    gradient = jax.jit(jax.grad(loss))(field)
+    up, down = (jax.jit(loss)(jax.tree.map(lambda leaf, d, s=s: leaf + s * d, field, change)) for s in (STEP, -STEP))
     np.testing.assert_allclose(flat(gradient) @ flat(change), (up - down) / (2 * STEP), rtol=1e-7)
 
 
@@ -454,7 +454,7 @@ def test_custom_vjp_in_the_way_of_a_jvp_is_refused_while_tracing(engine, form, r
 @pytest.mark.parametrize("rows", [False, True], ids=["one", "vmap"])
 def test_custom_vjp_that_does_not_meet_the_jvp_is_accepted(engine, form, rows):
     found, expected = (
-        quick_jit(evaluation(engine, ASIDE[form], function, rows))(*state_and_condition(rows))
+        jax.jit(evaluation(engine, ASIDE[form], function, rows))(*state_and_condition(rows))
         for function in (opaque, jnp.sin)
     )
     np.testing.assert_allclose(found, expected, rtol=1e-14)
@@ -464,6 +464,6 @@ def test_custom_vjp_that_does_not_meet_the_jvp_is_accepted(engine, form, rows):
 @pytest.mark.parametrize("rows", [False, True], ids=["one", "vmap"])
 def test_central_difference_passes_a_custom_vjp(form, rows):
     values = state_and_condition(rows)
-    found = quick_jit(evaluation(CentralDifference(STEP), IN_THE_WAY[form], opaque, rows))(*values)
-    exact = quick_jit(evaluation(FusedJVP(), IN_THE_WAY[form], jnp.sin, rows))(*values)
+    found = jax.jit(evaluation(CentralDifference(STEP), IN_THE_WAY[form], opaque, rows))(*values)
+    exact = jax.jit(evaluation(FusedJVP(), IN_THE_WAY[form], jnp.sin, rows))(*values)
     np.testing.assert_allclose(found, exact, rtol=0, atol=TOLERANCE)

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import jax.random as jr
 import optax
 import pytest
-from fields import quick_options
 
 import mf_eqx as mfx
 from mf_eqx import run
@@ -41,7 +40,7 @@ def step_and_inputs(name, size, batch, **options):
 @functools.cache
 def cost(name, batch, **options):
     step, inputs = step_and_inputs(name, mfx.DIT_B4, batch, **options)
-    return run.compile_program(step, *inputs, donate=(0,), options=quick_options()).cost
+    return run.compile_program(step, *inputs, donate=(0,)).cost
 
 
 @pytest.mark.parametrize("name", ["MeanFlow", "guided"])

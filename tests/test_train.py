@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 from devices import run_on_devices
-from fields import quick_jit, refilled
+from fields import refilled
 
 import mf_eqx as mfx
 from mf_eqx._train import _DRAW
@@ -115,7 +115,7 @@ def test_rows_in_turn_have_the_gradient_and_metrics_of_all_together(x64, share):
 
     def run(accumulation):
         step = mfx.TrainStep(mfx.Objective(identity_share=share), sgd, accumulation=accumulation)
-        return quick_jit(step)(mfx.init_state(start, sgd, key=jr.key(1)), rows)
+        return jax.jit(step)(mfx.init_state(start, sgd, key=jr.key(1)), rows)
 
     (whole, together), (found, in_turn) = run(1), run(4)
     for after, expected, before in zip(*map(leaves, (found.field, whole.field, start)), strict=True):
@@ -134,7 +134,7 @@ def test_step_without_a_loop_gives_the_state_and_metrics_of_the_one_with(x64, sh
         step = mfx.TrainStep(
             mfx.Objective(identity_share=share), OPTIMIZER, AVERAGES, accumulation=accumulation, unroll=unroll
         )
-        step, current = quick_jit(step), mfx.init_state(start, OPTIMIZER, AVERAGES, key=jr.key(1))
+        step, current = jax.jit(step), mfx.init_state(start, OPTIMIZER, AVERAGES, key=jr.key(1))
         for seed in range(3):
             current, metrics = step(current, mfx.Batch(jr.normal(jr.key(seed), (2 * ROWS, DIM), jnp.float64)))
         return current, metrics
@@ -161,7 +161,7 @@ def trained(accumulation, rows=256, steps=20):
     wrong scale of the gradients."""
     sgd, averages = optax.sgd(0.1), AVERAGES[:1]
     start = refilled(mfx.MLP(2, width=32, depth=2, key=jr.key(0)))
-    step = quick_jit(mfx.TrainStep(mfx.Objective(), sgd, averages, accumulation=accumulation))
+    step = jax.jit(mfx.TrainStep(mfx.Objective(), sgd, averages, accumulation=accumulation))
     current, draws = mfx.init_state(start, sgd, averages, key=jr.key(1)), np.random.default_rng(2)
     for _ in range(steps):
         angle = draws.uniform(0, 2 * np.pi, rows)

@@ -5,10 +5,8 @@ import functools
 import importlib
 import pathlib
 
-import equinox as eqx
 import jax
 import pytest
-from fields import quick_options
 
 import mf_eqx as mfx
 from mf_eqx import run
@@ -34,35 +32,11 @@ def benchmark_script():
 
 
 @pytest.fixture(scope="module", autouse=True)
-def unoptimised():
-    """What runs once is not worth optimising. Restores what scripts change too."""
-    before = {
-        name: jax.config.values[name] for name in ("jax_disable_most_optimizations", "jax_enable_compilation_cache")
-    }
-    jax.config.update("jax_disable_most_optimizations", True)
+def compilation_cache():
+    """As before: scripts turn it off, so that compiling takes the time that it takes."""
+    before = jax.config.values["jax_enable_compilation_cache"]
     yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-
-
-@pytest.fixture(scope="module")
-def quick_compilation():
-    """A context in which programs that the scripts compile by name are compiled faster still."""
-    quick = quick_options()
-
-    @contextlib.contextmanager
-    def quickly():
-        compile_program, filter_jit = run.compile_program, eqx.filter_jit
-
-        def compile_quickly(*inputs, options=None, **keywords):
-            return compile_program(*inputs, options={**(options or {}), **(quick or {})}, **keywords)
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(run, "compile_program", compile_quickly)
-            patch.setattr(eqx, "filter_jit", functools.partial(filter_jit, compiler_options=quick))
-            yield
-
-    return quickly
+    jax.config.update("jax_enable_compilation_cache", before)
 
 
 @pytest.fixture(scope="module")
@@ -86,14 +60,14 @@ def resized(benchmark_script):
 
 
 @pytest.fixture(scope="module")
-def finished(benchmark_script, quick_compilation, resized, tmp_path_factory):
+def finished(benchmark_script, resized, tmp_path_factory):
     """Run a script to its end with minuscule networks; returns the directory that it leaves."""
     pytest.importorskip("matplotlib")
 
     def finish(name, sizes=(), **config):
         script, root = benchmark_script(name), tmp_path_factory.mktemp(name)
         peak = functools.partial(run.matmul_peak, size=64, rounds=1)
-        with quick_compilation(), resized(sizes), pytest.MonkeyPatch.context() as patch:
+        with resized(sizes), pytest.MonkeyPatch.context() as patch:
             patch.chdir(root)
             patch.setattr(run, "matmul_peak", peak)
             script.main(script.Config(**config))

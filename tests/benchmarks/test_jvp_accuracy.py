@@ -2,7 +2,6 @@
 
 import json
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,7 +24,7 @@ def full_precision():
 
 
 @pytest.fixture(scope="module")
-def whole_run(jvp_accuracy, finished, quick_compilation):
+def whole_run(jvp_accuracy, finished):
     """The directory of a run, and the rows and du/dt of its references by time scale."""
     references, reference = {}, jvp_accuracy.reference
 
@@ -33,9 +32,8 @@ def whole_run(jvp_accuracy, finished, quick_compilation):
         references[time_scale] = (rows, reference(config, time_scale, rows))
         return references[time_scale][1]
 
-    with quick_compilation(), pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jvp_accuracy, "reference", kept)
-        patch.setattr(jvp_accuracy, "differences", eqx.filter_jit(jvp_accuracy.differences.__wrapped__))
         return finished("jvp_accuracy", model="tiny", rows=8, steps=(1e-1, 5e-3)), references
 
 
@@ -101,14 +99,12 @@ def test_bfloat16_times_ruin_the_jvp_at_the_large_time_scale_alone(errors):
 # What they are drawn from
 
 
-def test_reference_has_digits_that_float32_has_not(jvp_accuracy, whole_run, small, quick_compilation):
+def test_reference_has_digits_that_float32_has_not(jvp_accuracy, whole_run, small):
     rows, found = whole_run[1][1.0]
     field = jvp_accuracy.make_field(small[0], "float64", 1.0)
-    with quick_compilation():
-        differences = eqx.filter_jit(jvp_accuracy.differences.__wrapped__)
     with jax.enable_x64(True):
         field, rows = nn.cast(field, jnp.float64), nn.cast(rows, jnp.float64)
-        expected = differences(field, rows, jnp.float64(1e-5))  # wrong by 2e-10
+        expected = jvp_accuracy.differences(field, rows, jnp.float64(1e-5))  # wrong by 2e-10
     assert jvp_accuracy.relative(found, np.asarray(expected)).max() < 1e-8
 
 
@@ -129,11 +125,10 @@ def test_rows_have_r_before_t(small):
     assert len(set(label.tolist())) == 4
 
 
-def test_differences_are_those_of_the_package(jvp_accuracy, small, quick_compilation):
+def test_differences_are_those_of_the_package(jvp_accuracy, small):
     config, rows = small
     field = jvp_accuracy.make_field(config, "float32", 1.0)
-    with quick_compilation():
-        expected = jvp_accuracy.by_engine(mfx.CentralDifference(0.05), field, rows)
+    expected = jvp_accuracy.by_engine(mfx.CentralDifference(0.05), field, rows)
     np.testing.assert_allclose(jvp_accuracy.differences(field, rows, jnp.float32(0.05)), expected, atol=1e-4)
 
 

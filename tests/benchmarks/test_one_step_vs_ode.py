@@ -73,14 +73,13 @@ def test_evaluations_of_fixed_steps_are_those_that_are_made(one_step_vs_ode, gau
 
 
 @pytest.fixture(scope="module")
-def solved(one_step_vs_ode, gaussian, quick_compilation):
+def solved(one_step_vs_ode, gaussian):
     """The error of one sample of an adaptive solver, evaluations as they are told, and those that were made."""
 
     @functools.cache
     def solve(name, tolerance):
         field, eps = Counting(gaussian, []), jnp.ones((1, 2))
-        with quick_compilation():
-            found, told = one_step_vs_ode.adaptive(name, field, name, tolerance).generate(eps, None)
+        found, told = one_step_vs_ode.adaptive(name, field, name, tolerance).generate(eps, None)
         jax.effects_barrier()
         return float(jnp.abs(found[0] - gaussian.flow(eps[0], 0.0, 1.0)).max()), float(told), len(field.times)
 

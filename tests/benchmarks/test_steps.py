@@ -36,15 +36,13 @@ def test_every_variant_is_tested(steps):
 
 
 @pytest.mark.parametrize("name", NAMES[1:])
-def test_formula_is_what_xla_counts(steps, setting, quick_compilation, name):
-    with quick_compilation():
-        counted = steps.xla_flops("tiny", name) / steps.xla_flops("tiny", "Flow Matching")
+def test_formula_is_what_xla_counts(steps, setting, name):
+    counted = steps.xla_flops("tiny", name) / steps.xla_flops("tiny", "Flow Matching")
     np.testing.assert_allclose(relative_flops(steps, setting, name), counted, rtol=0.01)
 
 
-def test_flow_matching_by_formula_is_what_xla_counts(steps, setting, quick_compilation):
-    with quick_compilation():
-        counted = steps.xla_flops("tiny", "Flow Matching")
+def test_flow_matching_by_formula_is_what_xla_counts(steps, setting):
+    counted = steps.xla_flops("tiny", "Flow Matching")
     formula = steps.formula_flops(setting, "Flow Matching")
     np.testing.assert_allclose(formula, counted, rtol=0.02)  # and 1% that is not a product
 
@@ -89,9 +87,8 @@ UNET = "U-Net tiny"
 
 
 @pytest.mark.slow
-def test_unet_by_formula_is_what_xla_counts(steps, quick_compilation):
-    with quick_compilation():
-        counted = {name: steps.xla_flops(UNET, name, 0.75) for name in ("Flow Matching", "MeanFlow")}
+def test_unet_by_formula_is_what_xla_counts(steps):
+    counted = {name: steps.xla_flops(UNET, name, 0.75) for name in ("Flow Matching", "MeanFlow")}
     unet = steps.Setting(UNET, share=0.75)
     formula = {name: steps.formula_flops(unet, name) for name in counted}
     np.testing.assert_allclose(counted["Flow Matching"], formula["Flow Matching"], rtol=0.03)

@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from fields import quick_jit
 
 import mf_eqx as mfx
 from mf_eqx import data
@@ -19,7 +18,7 @@ def moved(**changes):
     return STILL._replace(**{name: jnp.asarray(value, STILL._asdict()[name].dtype) for name, value in changes.items()})
 
 
-apply = quick_jit(PIPE.apply)
+apply = jax.jit(PIPE.apply)
 
 
 def noise(height=16, width=12):
@@ -128,7 +127,7 @@ def test_mean_of_a_constant_image_stays():
 
 @functools.cache
 def draws(count=20_000):
-    return quick_jit(jax.vmap(PIPE.draw))(jr.split(jr.key(1), count))
+    return jax.jit(jax.vmap(PIPE.draw))(jr.split(jr.key(1), count))
 
 
 def near(share, expected):
@@ -202,7 +201,7 @@ def test_label_is_zero_where_nothing_happened():
 
 
 def test_row_gets_its_image_and_a_condition_that_keeps_the_label():
-    row = quick_jit(PIPE)(mfx.Batch(noise(), jnp.asarray(7), jnp.asarray(2)), jr.key(3))
+    row = jax.jit(PIPE)(mfx.Batch(noise(), jnp.asarray(7), jnp.asarray(2)), jr.key(3))
     drawn = PIPE.draw(jr.key(3))
     np.testing.assert_allclose(row.x, apply(noise(), drawn), atol=1e-6)
     np.testing.assert_array_equal(row.condition.augmentation, PIPE.label(drawn))
@@ -211,15 +210,15 @@ def test_row_gets_its_image_and_a_condition_that_keeps_the_label():
 
 
 def test_row_without_a_label_gets_only_the_numbers():
-    row = quick_jit(PIPE)(mfx.Batch(noise(), None, jnp.asarray(0)), jr.key(3))
+    row = jax.jit(PIPE)(mfx.Batch(noise(), None, jnp.asarray(0)), jr.key(3))
     assert row.condition.label is None and row.condition.augmentation.shape == (6,)
 
 
 def test_rows_are_augmented_alike_alone_and_in_a_batch():
     pipe = data.EDMAugmentation(probability=0.7)
     x, keys = jnp.stack([noise(), -noise(), 0.5 * noise()]), jr.split(jr.key(4), 3)
-    batch, single = mfx.Batch(x, jnp.arange(3)), quick_jit(pipe)
-    batched = quick_jit(jax.vmap(pipe))
+    batch, single = mfx.Batch(x, jnp.arange(3)), jax.jit(pipe)
+    batched = jax.jit(jax.vmap(pipe))
     together = batched(batch, keys)
     for i, key in enumerate(keys):
         alone = single(mfx.Batch(x[i], jnp.asarray(i), jnp.asarray(i)), key)

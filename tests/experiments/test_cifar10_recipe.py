@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from fields import quick_jit
 
 import mf_eqx as mfx
 from mf_eqx import data, run
@@ -142,7 +141,7 @@ def test_shards_and_folders_of_cifar10_are_read_alike(cifar10, tmp_path):
 
 def test_rows_are_prepared_as_floats_with_six_numbers_and_no_label(cifar10):
     row = mfx.Batch(IMAGES[0], jnp.asarray(3), jnp.asarray(0))
-    found = quick_jit(cifar10.prepare(cifar10.PAPER))(row, jr.key(0))
+    found = jax.jit(cifar10.prepare(cifar10.PAPER))(row, jr.key(0))
     assert found.condition.label is None and found.condition.augmentation.shape == (6,)
     assert found.x.dtype == jnp.float32 and float(jnp.abs(found.x).max()) > 0.5
 
@@ -151,7 +150,7 @@ def test_without_augmentation_images_are_only_mirrored_and_told_nothing(cifar10)
     """The loader's own flip, with a probability of one half."""
     prepare = cifar10.prepare(dataclasses.replace(cifar10.PAPER, augmentation=0.0))
     row = mfx.Batch(jnp.asarray(IMAGES[0]), None, jnp.asarray(0))
-    found = quick_jit(jax.vmap(lambda key: prepare(row, key)))(jr.split(jr.key(0), 64))
+    found = jax.jit(jax.vmap(lambda key: prepare(row, key)))(jr.split(jr.key(0), 64))
     x = IMAGES[0] / 127.5 - 1
     same, mirrored = (np.abs(found.x - image).max(axis=(1, 2, 3)) < 1e-3 for image in (x, x[..., ::-1]))
     assert (same ^ mirrored).all() and 16 < mirrored.sum() < 48

@@ -5,7 +5,6 @@ import json
 import pathlib
 import re
 
-import jax
 import numpy as np
 import pytest
 
@@ -32,14 +31,11 @@ def digits():
 def finished(digits, tmp_path_factory):
     """The directory of a finished run with guidance and the comparison."""
     root = tmp_path_factory.mktemp("digits")
-    optimised = jax.config.values["jax_disable_most_optimizations"]
-    jax.config.update("jax_disable_most_optimizations", True)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
         run.main(digits.main, digits.PRESETS, argv=["--preset", "guided", "--compare", *SMALL])
     (directory,) = (root / "runs").glob("*/*")
-    yield directory
-    jax.config.update("jax_disable_most_optimizations", optimised)
+    return directory
 
 
 def test_a_run_leaves_config_metrics_pictures_and_results(finished):

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from fields import quick_jit
 from random_tensors import random_tensor
 
 import mf_eqx as mfx
@@ -119,7 +118,7 @@ def results(directory):
 def drawn(field, numbers, seed=0, label=lambda i: None):
     """Samples in one evaluation: the noise of sample i follows from the seed and i."""
 
-    @quick_jit
+    @jax.jit
     def one(i):
         eps = jr.normal(jr.split(jr.fold_in(jr.key(seed), i))[0], field.data_shape)
         return eps - field(eps, jnp.zeros(()), jnp.ones(()), label(i))
@@ -204,7 +203,7 @@ def test_latents_are_decoded_at_their_scale_with_balanced_labels_and_guided(judg
     arguments = "--samples 12 --batch 8 --decode-batch 4 --labels balanced --guidance-scale 1 2"
     directory = judge(f"{LATENT} {arguments}")
     tokenizer = vae.load_autoencoder("vae.safetensors", TINY_VAE)
-    decode = quick_jit(lambda z: jax.vmap(tokenizer.decode)(z / 0.18215))
+    decode = jax.jit(lambda z: jax.vmap(tokenizer.decode)(z / 0.18215))
     labelled, plain = (drawn(fields[1]["latent"], 12, label=label) for label in (lambda i: i % 3, lambda i: i - i + 3))
     _, *samples = seen
     for x, z in zip(samples, [labelled, 2 * labelled - plain], strict=True):  # in one step, samples combine like u

@@ -38,15 +38,6 @@ class Brightness(eqx.Module):
         return metrics.Features(pooled, 10 * pooled[:, :4])
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick():
-    """Networks that run a few times are not worth much compiling."""
-    before = jax.config.values["jax_disable_most_optimizations"]
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
-
 @pytest.fixture(scope="module")
 def command(experiment):
     """A script by its name, from a command line in a folder; returns the directory of the run, if it makes one."""

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from fields import FusedAttention, quick_jit, refilled
+from fields import FusedAttention, refilled
 
 import mf_eqx as mfx
 from mf_eqx import nn
@@ -182,7 +182,7 @@ def test_label_and_null_label_change_the_output():
 def test_scan_unrolled_and_remat_agree_in_values_and_gradients(x64):
     rows = inputs((2,))
 
-    @quick_jit
+    @jax.jit
     def everything(field):
         def loss(field):
             u, dudt = jax.vmap(lambda z, r, t, label: mfx.total_derivative(field, z, z, r, t, label))(*rows)
@@ -227,7 +227,7 @@ def gradients(field, dtype=jnp.float32):
 
 
 def test_every_parameter_gets_a_finite_gradient_that_is_not_zero(x64):
-    found = quick_jit(functools.partial(gradients, dtype=jnp.float64))(small64())
+    found = jax.jit(functools.partial(gradients, dtype=jnp.float64))(small64())
     # A bias of the keys shifts all logits of a query alike, which the softmax takes away again.
     bias = found.stack.blocks.attention.qkv.bias
     keys = bias[:, SMALL.width : 2 * SMALL.width]
@@ -254,7 +254,7 @@ def training_gradient(*, engine=mfx.FusedJVP(), attention=nn.XLAAttention(), gui
         label_dropout=mfx.LabelDropout(0.1, field.null_label),
     )
     batch = mfx.Batch(jr.normal(jr.key(5), (4, *SHAPE), jnp.float64), jnp.arange(4))
-    gradient = quick_jit(jax.grad(lambda field: objective(field, batch, key=jr.key(6))[0]))(field)
+    gradient = jax.jit(jax.grad(lambda field: objective(field, batch, key=jr.key(6))[0]))(field)
     return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(gradient)])
 
 
@@ -319,7 +319,7 @@ def faces():
 def test_engine_replaces_the_attention_only_where_it_differentiates(x64):
     z, r, t, label = inputs()
 
-    @quick_jit
+    @jax.jit
     def compare(plain, doubled, two_faced):
         def evaluate(engine, field):
             return engine(field, z, r, t, label, tangent=(jnp.cos(z), 0.0, 1.0), key=None)
@@ -345,7 +345,7 @@ def test_boundary_rows_teachers_and_guidance_keep_the_plain_attention(x64):
         _, metrics = mfx.Objective(identity, guidance=GUIDED, label_dropout=dropout)(field, batch, key=jr.key(6))
         return metrics["boundary_error"].value, metrics["identity_error"].value
 
-    @quick_jit
+    @jax.jit
     def compare(plain, doubled, two_faced):
         return errors(two_faced, mfx.FusedJVP()), errors(plain, Pair(doubled, doubled))
 

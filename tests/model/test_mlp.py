@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from fields import quick_jit, refilled
+from fields import refilled
 
 import mf_eqx as mfx
 from mf_eqx import nn
@@ -106,8 +106,8 @@ def test_label_missing_or_given_in_vain_is_refused():
 def test_bfloat16_compute_leaves_parameters_output_derivative_and_gradients_in_float32():
     field = small(dtype=jnp.bfloat16)
     z, r, t, label = inputs()
-    u, dudt = quick_jit(mfx.total_derivative)(field, z, z, r, t, label)
-    gradients = quick_jit(jax.grad(lambda field: jnp.sum(field(z, r, t, label) ** 2)))(field)
+    u, dudt = jax.jit(mfx.total_derivative)(field, z, z, r, t, label)
+    gradients = jax.jit(jax.grad(lambda field: jnp.sum(field(z, r, t, label) ** 2)))(field)
     for leaf in jax.tree.leaves((field, u, dudt, gradients)):
         assert leaf.dtype == jnp.float32 and bool(jnp.isfinite(leaf).all())
 
@@ -125,7 +125,7 @@ def test_output_and_derivative_in_low_precision_are_near_those_in_float64(x64, d
         field = nn.cast(refilled(mfx.MLP(2, width=64, depth=3, dtype=compute, key=jr.key(0))), parameters)
         z, v = jr.normal(jr.key(2), (2, 64, 2), jnp.float32).astype(parameters)
         r, t = jnp.sort(jr.uniform(jr.key(3), (2, 64), jnp.float32), axis=0).astype(parameters)
-        found = quick_jit(jax.vmap(lambda z, v, r, t: mfx.total_derivative(field, z, v, r, t)))(z, v, r, t)
+        found = jax.jit(jax.vmap(lambda z, v, r, t: mfx.total_derivative(field, z, v, r, t)))(z, v, r, t)
         return np.asarray(found, np.float64)
 
     exact = both(None, jnp.float64)

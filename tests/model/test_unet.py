@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from fields import FusedAttention, quick_jit
+from fields import FusedAttention
 
 import mf_eqx as mfx
 from mf_eqx import nn, run
@@ -46,7 +46,7 @@ def small(shape=SHAPE, size=SMALL, *, labels=NULL, augmentation=6, **options):
 
 @functools.cache
 def fresh():
-    build = quick_jit(lambda key: eqx.filter(mfx.UNet(SHAPE, FRESH, augmentation=6, key=key), eqx.is_array))
+    build = jax.jit(lambda key: eqx.filter(mfx.UNet(SHAPE, FRESH, augmentation=6, key=key), eqx.is_array))
     rest = eqx.filter(shapes(size=FRESH, augmentation=6), lambda leaf: not hasattr(leaf, "dtype"))
     return eqx.combine(build(jr.key(0)), rest)
 
@@ -68,13 +68,13 @@ def inputs(rows=()):
 def evaluator(**options):
     """A small field as a compiled function of its inputs, all of one row."""
     field = small(**options)
-    return quick_jit(lambda *inputs, key=None: field(*inputs, key=key))
+    return jax.jit(lambda *inputs, key=None: field(*inputs, key=key))
 
 
 def compiled(function, field):
     """`function(field)`, compiled with the arrays of `field` as inputs."""
     arrays, rest = eqx.partition(field, eqx.is_array)
-    return quick_jit(lambda arrays: function(eqx.combine(arrays, rest)))(arrays)
+    return jax.jit(lambda arrays: function(eqx.combine(arrays, rest)))(arrays)
 
 
 def parameters(field):
@@ -135,7 +135,7 @@ def test_preset_costs_the_multiply_adds_of_its_blocks():
 
 def test_fresh_field_outputs_almost_zero_but_not_zero():
     field = fresh()
-    largest = float(jnp.abs(quick_jit(lambda *inputs: field(*inputs))(*inputs()[:3])).max())
+    largest = float(jnp.abs(jax.jit(lambda *inputs: field(*inputs))(*inputs()[:3])).max())
     assert 1e-7 < largest < 1e-4
 
 
@@ -365,7 +365,7 @@ def test_every_block_draws_a_mask_of_its_own_at_the_rate_that_was_given(monkeypa
 
     monkeypatch.setattr(eqx.nn.Dropout, "__call__", drop)
     field = small(SHAPE, FLAT, dropout=0.2)
-    jax.block_until_ready(quick_jit(lambda *inputs: field(*inputs, key=jr.key(0)))(*inputs()))
+    jax.block_until_ready(jax.jit(lambda *inputs: field(*inputs, key=jr.key(0)))(*inputs()))
     jax.effects_barrier()
     going_down, middle, going_up = 2, 2, 3
     assert len(set(seen)) == len(seen) == going_down + middle + going_up

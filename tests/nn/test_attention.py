@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from fields import FusedAttention, quick_jit, refilled
+from fields import FusedAttention, refilled
 
 import mf_eqx as mfx
 from mf_eqx import nn
@@ -111,7 +111,7 @@ def derivatives(attention):
         value = attention(*inputs)
         return jnp.sum(jnp.sin(value)), value
 
-    return quick_jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(*triples()[0])
+    return jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(*triples()[0])
 
 
 def test_xla_attention_equals_one_in_numpy(x64):
@@ -165,7 +165,7 @@ def gradient_beside(how):
         both = jax.vmap(lambda *row: jax.jvp(nn.StoppedTangent(KERNEL), row[:3], row[3:]))(*inputs, *tangents)
         return jnp.sum(how(*both))
 
-    return quick_jit(jax.grad(loss, (0, 1, 2)))(*inputs)
+    return jax.jit(jax.grad(loss, (0, 1, 2)))(*inputs)
 
 
 def test_gradient_of_the_value_beside_a_stopped_tangent_is_the_backward_pass_of_the_kernel(x64):
@@ -174,7 +174,7 @@ def test_gradient_of_the_value_beside_a_stopped_tangent_is_the_backward_pass_of_
         return backward(jnp.cos(KERNEL.value_factor * value))
 
     found = gradient_beside(lambda value, tangent: jnp.sin(value))
-    expected = quick_jit(plain)(*two_rows()[0])
+    expected = jax.jit(plain)(*two_rows()[0])
     for gradient, part in zip(found, expected, strict=True):
         np.testing.assert_allclose(gradient, KERNEL.gradient_factor * part, rtol=1e-12, atol=1e-12)
 

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from fields import quick_jit
 from random_tensors import random_tensor
 
 import mf_eqx as mfx
@@ -55,7 +54,7 @@ def ours(i):
 
 @pytest.mark.parametrize("sides", SIDES)
 def test_augmented_images_are_those_of_the_reference(sides):
-    apply = quick_jit(data.EDMAugmentation().apply)
+    apply = jax.jit(data.EDMAugmentation().apply)
     expected = np.load(FROZEN, allow_pickle=False)["{}x{}".format(*sides)]
     x = jnp.asarray(image(*sides))
     for i in range(DRAWS):
@@ -68,7 +67,7 @@ def test_random_draws_give_the_images_of_the_reference():
     import augmentation_reference as reference
 
     pipe, x = data.EDMAugmentation(probability=0.6), image(12, 10)
-    apply, draw = quick_jit(pipe.apply), quick_jit(pipe.draw)
+    apply, draw = jax.jit(pipe.apply), jax.jit(pipe.draw)
     for key in jax.random.split(jax.random.key(0), 8):
         numbers = draw(key)
         expected = reference.apply(x, *(np.asarray(number, np.float64) for number in numbers))
@@ -104,7 +103,7 @@ def test_row_s_condition_has_the_label_of_what_happened_to_its_image():
     import augmentation_reference as reference
 
     pipe, x = data.EDMAugmentation(probability=1.0), image(12, 10)
-    row = quick_jit(pipe)(mfx.Batch(jnp.asarray(x), jnp.asarray(3), jnp.asarray(5)), jax.random.key(1))
+    row = jax.jit(pipe)(mfx.Batch(jnp.asarray(x), jnp.asarray(3), jnp.asarray(5)), jax.random.key(1))
     flip, scale, along, across, right, down = np.asarray(row.condition.augmentation, np.float64)
     # w at the angle a has the label of -w at a + pi, and another image: so it is in EDM, too.
     stretch, angle = np.hypot(along, across), np.arctan2(across, along)

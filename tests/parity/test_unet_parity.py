@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from fields import quick_jit
 from random_tensors import random_tensor
 
 import mf_eqx as mfx
@@ -140,7 +139,7 @@ def compiled(function, field, *inputs):
 
 @functools.cache
 def program(function, rest):
-    return quick_jit(lambda arrays, *inputs: function(eqx.combine(arrays, rest), *inputs))
+    return jax.jit(lambda arrays, *inputs: function(eqx.combine(arrays, rest), *inputs))
 
 
 def of_ours(field, dtype=jnp.float32):

@@ -11,7 +11,6 @@ import pytest
 
 pytest.importorskip("msgpack")
 from dit_reference import Reference
-from fields import quick_jit
 from random_tensors import random_tensor
 from released_files import (
     CHANNELS,
@@ -62,7 +61,7 @@ def inside(image, dtype):
 def of_ours(field, r, t, label, dtype=jnp.float32):
     """u and du/dt, H W C."""
     z, v = (inside(image, dtype) for image in inputs())
-    both = quick_jit(functools.partial(mfx.total_derivative, field))(
+    both = jax.jit(functools.partial(mfx.total_derivative, field))(
         z, v, jnp.asarray(r, dtype), jnp.asarray(t, dtype), jnp.asarray(label)
     )
     return [np.asarray(image).transpose(1, 2, 0) for image in both]

@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 
 pytest.importorskip("msgpack")
-from fields import quick_jit
 from random_tensors import random_tensor
 from released_files import (
     CHANNELS,
@@ -93,7 +92,7 @@ def filled(tensors=None, dtype=jnp.float32, seed=0):
 def of_ours(field, dtype=jnp.float32, duration=0.0):
     """u at all points, with r earlier than t by `duration`."""
     z, t = jnp.asarray(state(), dtype), jnp.asarray(TIMES, dtype)
-    u = quick_jit(jax.vmap(lambda t, label: field(z, t - duration, t, label)))
+    u = jax.jit(jax.vmap(lambda t, label: field(z, t - duration, t, label)))
     return np.asarray(u(t, jnp.asarray(POINT_LABELS)))
 
 
@@ -130,7 +129,7 @@ def test_duration_can_be_learned():
     def loss(field):
         return jnp.sum(field(z, time / 2, time, label) ** 2)
 
-    gradient = quick_jit(lambda field: eqx.filter_grad(loss)(field).embedding.times.out[1])(filled())
+    gradient = jax.jit(lambda field: eqx.filter_grad(loss)(field).embedding.times.out[1])(filled())
     assert jnp.abs(gradient.weight).min() > 0 and jnp.abs(gradient.bias).min() > 0
 
 

@@ -135,7 +135,9 @@ def signals_itself(directory, calls, number=signal.SIGTERM):
 
     def scan(*arguments):
         if next(done) == calls:
+            signals = signal.getsignal(number).__self__
             os.kill(os.getpid(), number)
+            wait_for(lambda: signals.received() is not None)  # Python hears it in its main thread, this is another
         return scan_steps(*arguments)
 
     return scan

@@ -20,8 +20,7 @@ FLAGS = ("--steps", 12, "--log-every", 2, "--save-every", 4, "--workers", 2)
 def start(root, *flags, pause=0.0):
     """The trainer, which pauses before each part for so many seconds."""
     path = os.pathsep.join([str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=0"}
-    environment |= {"PYTHONPATH": path, "RUNS": str(root), "PAUSE": str(pause)}
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": path, "RUNS": str(root), "PAUSE": str(pause)}
     command = [sys.executable, str(TESTS / "cell_trainer.py"), *map(str, (*FLAGS, *flags))]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 

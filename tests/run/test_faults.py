@@ -112,6 +112,7 @@ def test_a_second_trainer_is_refused_and_the_first_is_undisturbed(undisturbed, t
     first = start(tmp_path, *FLAGS, pause=0.1)
     wait_for(tmp_path, "previews/00000005.png", first)
     first.send_signal(signal.SIGSTOP)
+    os.waitid(os.P_PID, first.pid, os.WSTOPPED)  # all its threads stand still
     before = tree(tmp_path)
     second = trained(tmp_path, *FLAGS)
     assert tree(tmp_path) == before

@@ -17,7 +17,6 @@ import jax.random as jr
 import numpy as np
 import pytest
 import trainer
-from fields import quick_options
 
 from mf_eqx import _train, checkpoint, run
 
@@ -32,14 +31,13 @@ due = None  # after which step which signal arrives
 
 
 @pytest.fixture(autouse=True, scope="module")
-def quickly_compiled():
-    """The step without optimisation, since it runs a few times only; and during one of them a signal may arrive."""
-    step = eqx.filter_jit(COMPILED.__wrapped__, donate="all-except-first", compiler_options=quick_options())
+def signals():
+    """During one of the steps a signal may arrive."""
 
     def signalled(kept, state):
         if due is not None and int(state.step) == due[0] - 1:
             os.kill(os.getpid(), due[1])
-        return step(kept, state)
+        return COMPILED(kept, state)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_train, "_train_step", signalled)
