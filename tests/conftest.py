@@ -1,5 +1,6 @@
 """What all tests share: quick compiling, runtime type checking of the package, and float64 where a test asks for it."""
 
+import gc
 import importlib.util
 import os
 import subprocess
@@ -28,6 +29,14 @@ def pytest_configure():
         quick = {**os.environ, "XLA_FLAGS": QUICK}
         if subprocess.run([sys.executable, "-c", PROBE], env=quick, capture_output=True).returncode == 0:
             os.environ["XLA_FLAGS"] = QUICK
+
+
+@pytest.fixture(scope="module", autouse=True)
+def settled():
+    """What a module leaves behind, mostly programs, is not searched for garbage again and again during all others."""
+    yield
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture
