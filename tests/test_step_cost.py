@@ -59,6 +59,21 @@ def test_a_small_step_holds_no_second_state():
     assert cost("Flow Matching", 16).temporary_bytes <= 2.8 * PARAMETERS
 
 
+def test_gradient_moves_no_more_bytes_than_one_in_plain_flax():
+    # That one moves 969 MB for each block of B/4 at batch 16 (benchmarks/README.md), counted by XLA as here.
+    objective = OBJECTIVES["Flow Matching"]
+
+    def gradient(field, x, label, key):
+        return eqx.filter_grad(lambda field: objective(field, mfx.Batch(x, label), key=key)[0])(field)
+
+    def moved(depth):
+        size = mfx.DIT_B4._replace(depth=depth)
+        _, (state, *rows) = step_and_inputs("Flow Matching", size, 16, unroll=True)
+        return run.compile_program(gradient, state.field, *rows, jr.key(0)).cost.bytes_accessed
+
+    assert moved(3) - moved(2) <= 969e6
+
+
 def kept(**options):
     """Numbers held per token, feature and block, of which a network of 12 blocks has 64 x 768 in each."""
     more = cost("Flow Matching", 256, **options).temporary_bytes - cost("Flow Matching", 16, **options).temporary_bytes

@@ -85,8 +85,8 @@ class DiTBlock(eqx.Module):
         self, x: Float[Array, "tokens width"], condition: Float[Array, " width"]
     ) -> Float[Array, "tokens width"]:
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = jnp.split(self.modulation(condition), 6)
-        x = x + gate_1 * self.attention(modulated_norm(x, shift_1, scale_1))
-        return x + gate_2 * self.out(_gelu(self.hidden(modulated_norm(x, shift_2, scale_2))))
+        x = x + self.attention(modulated_norm(x, shift_1, scale_1), gate_1)
+        return x + self.out(_gelu(self.hidden(modulated_norm(x, shift_2, scale_2))), gate_2)
 
 
 class DiT(AbstractField):

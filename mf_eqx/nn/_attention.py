@@ -163,7 +163,7 @@ def _tangent(
 
 
 class SelfAttention(eqx.Module):
-    """Multi-head self-attention with one joint qkv matrix and a bias.
+    """Multi-head self-attention with one joint qkv matrix and a bias; its output times a `gate`, if one is given.
 
     **Arguments:** `width` of the tokens, a multiple of `heads`; `attention` how queries meet keys; `key`.
     """
@@ -182,8 +182,10 @@ class SelfAttention(eqx.Module):
         self.attention = attention
         self.heads = heads
 
-    def __call__(self, x: Float[Array, "tokens width"]) -> Float[Array, "tokens width"]:
+    def __call__(
+        self, x: Float[Array, "tokens width"], gate: Float[Array, " width"] | None = None
+    ) -> Float[Array, "tokens width"]:
         tokens, width = x.shape
         parts = jnp.split(self.qkv(x), 3, axis=-1)
         mixed = self.attention(*(part.reshape(tokens, self.heads, width // self.heads) for part in parts))
-        return self.out(mixed.reshape(tokens, width))
+        return self.out(mixed.reshape(tokens, width), gate)

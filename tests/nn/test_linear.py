@@ -2,6 +2,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
+from fields import refilled
 from jax.nn.initializers import normal
 
 from mf_eqx import nn
@@ -14,6 +15,19 @@ def test_linear_is_x_w_plus_b_on_any_leading_axes():
     for shape in ((3,), (4, 3), (2, 4, 3)):
         x = jr.normal(jr.key(1), shape)
         np.testing.assert_allclose(layer(x), np.asarray(x) @ weight + bias, rtol=1e-6)
+
+
+def test_gate_multiplies_each_output_and_has_its_gradient(x64):
+    layer = nn.cast(refilled(nn.Linear(3, 5, key=jr.key(0))), jnp.float64)
+    x, gate = jr.normal(jr.key(1), (4, 3), jnp.float64), jr.normal(jr.key(2), (5,), jnp.float64)
+    np.testing.assert_allclose(layer(x, gate), gate * layer(x), rtol=1e-12)
+
+    def gradients(apply):
+        return jax.tree.leaves(jax.grad(lambda *inputs: jnp.sum(jnp.sin(apply(*inputs))), (0, 1, 2))(layer, x, gate))
+
+    pairs = zip(gradients(nn.Linear.__call__), gradients(lambda layer, x, gate: gate * layer(x)), strict=True)
+    for found, expected in pairs:
+        np.testing.assert_allclose(found, expected, rtol=1e-10)
 
 
 def test_weights_are_xavier_uniform_and_the_bias_is_zero():
