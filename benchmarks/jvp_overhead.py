@@ -114,7 +114,10 @@ class Config:
                 raise ValueError(f"attention cudnn must come with dtype bfloat16, got {setting.dtype}")
             if setting.model == "MLP" and setting[3:6] != ("default", "none", "xla"):
                 raise ValueError(f"model MLP must come with form default, remat none and attention xla, got {setting}")
-            share = variants(setting.share)["MeanFlow"].objective.identity_share  # or a refusal
+            try:
+                share = variants(setting.share)["MeanFlow"].objective.identity_share
+            except ValueError as error:
+                raise ValueError(f"share: {error}") from None
             if setting.batch % (group := share.denominator):
                 raise ValueError(
                     f"batch must be multiples of {group} with share {setting.share:g}, got {setting.batch}"
