@@ -19,13 +19,14 @@ QUICK = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 PROBE = "import jax; jax.jit(lambda: 0)(); assert jax.default_backend() == 'cpu'"
 
 
-def pytest_configure():
+def pytest_configure(config):
     """Have XLA compile in half the time and without optimisation, since most programs of the tests run once.
 
-    Not on accelerators, nor by an XLA that does not know these flags, which would end the process, nor where XLA_FLAGS
-    are set: `XLA_FLAGS= pytest` tests what XLA makes of programs otherwise.
+    Not for slow tests, which train for minutes; not on accelerators, nor by an XLA that does not know these flags,
+    which would end the process, nor where XLA_FLAGS are set: `XLA_FLAGS= pytest` tests what XLA makes of programs
+    otherwise.
     """
-    if "XLA_FLAGS" not in os.environ:
+    if config.option.markexpr == "not slow" and "XLA_FLAGS" not in os.environ:
         quick = {**os.environ, "XLA_FLAGS": QUICK}
         if subprocess.run([sys.executable, "-c", PROBE], env=quick, capture_output=True).returncode == 0:
             os.environ["XLA_FLAGS"] = QUICK
