@@ -117,7 +117,7 @@ class Config:
             try:
                 share = variants(setting.share)["MeanFlow"].objective.identity_share
             except ValueError as error:
-                raise ValueError(f"share: {error}") from None
+                raise ValueError(str(error).removeprefix("identity_")) from None
             if setting.batch % (group := share.denominator):
                 raise ValueError(
                     f"batch must be multiples of {group} with share {setting.share:g}, got {setting.batch}"

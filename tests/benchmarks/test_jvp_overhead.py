@@ -86,7 +86,7 @@ def test_quick_is_the_small_model_in_the_base_setting(jvp_overhead):
         ({"batch": (16, 0)}, r"batch must be positive numbers, got \(16, 0\)"),
         ({"batch": (16, 6)}, "batch must be multiples of 4 with share 0.25, got 6"),
         ({"share": (0.25, 0.3)}, "batch must be multiples of 10 with share 0.3, got 16"),
-        ({"share": (0.25, 0.001)}, "share: identity_share must be within 0.001 of a fraction"),
+        ({"share": (0.25, 0.001)}, "^share must be within 0.001 of a fraction"),
         ({"share": ()}, r"share must be numbers in \(0, 0.9\], got \(\)"),
         ({"share": (0.25, 1.0)}, r"share must be numbers in \(0, 0.9\], got \(0.25, 1.0\)"),
         ({"rounds": 0}, "rounds must be >= 1, got 0"),
