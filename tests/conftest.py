@@ -1,11 +1,16 @@
-"""What all tests share: quick compiling, runtime type checking of the package, and float64 where a test asks for it."""
+"""What all tests share: quick compiling, memory, runtime type checking of the package, and float64 where a test asks
+for it."""
 
 import gc
+import importlib
 import importlib.util
+import inspect
 import os
+import resource
 import subprocess
 import sys
 
+import equinox as eqx
 import jax
 import jaxtyping
 import pytest
@@ -15,27 +20,70 @@ from jaxtyping import install_import_hook
 if importlib.util.find_spec("beartype") is not None:
     install_import_hook("mf_eqx", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
 
-QUICK = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+# The second is known to XLA up to JAX 0.10. An XLA that does not know a flag ends the process.
+QUICK = ["--xla_backend_optimization_level=0", "--xla_cpu_use_fusion_emitters=false"]
+MOST_MEMORY = 4e9  # bytes that all processes of a run may need together
+PEAKS = []
 PROBE = "import jax; jax.jit(lambda: 0)(); assert jax.default_backend() == 'cpu'"
 
 
 def pytest_configure(config):
     """Have XLA compile in half the time and without optimisation, since most programs of the tests run once.
 
-    Not for slow tests, which train for minutes; not on accelerators, nor by an XLA that does not know these flags,
-    which would end the process, nor where XLA_FLAGS are set: `XLA_FLAGS= pytest` tests what XLA makes of programs
-    otherwise.
+    Not for slow tests, which train for minutes; not on accelerators, nor where XLA_FLAGS are set: `XLA_FLAGS= pytest`
+    tests what XLA makes of programs otherwise.
     """
     if config.option.markexpr == "not slow" and "XLA_FLAGS" not in os.environ:
-        quick = {**os.environ, "XLA_FLAGS": QUICK}
-        if subprocess.run([sys.executable, "-c", PROBE], env=quick, capture_output=True).returncode == 0:
-            os.environ["XLA_FLAGS"] = QUICK
+        known = next(filter(is_known, [" ".join(QUICK), QUICK[0]]), None)
+        if known is not None:
+            os.environ["XLA_FLAGS"] = known
+
+
+def is_known(flags):
+    probe = subprocess.run([sys.executable, "-c", PROBE], env={**os.environ, "XLA_FLAGS": flags}, capture_output=True)
+    return probe.returncode == 0
+
+
+def pytest_sessionstart(session):
+    """Ends where the installed JAX lacks what the package uses of it, and says what."""
+    if hasattr(session.config, "workerinput"):
+        return
+    lacking = []
+    for name, check in inspect.getmembers(importlib.import_module("test_jax"), inspect.isfunction):
+        if name.startswith("test_"):
+            try:
+                check()
+            except Exception as error:
+                lacking.append(f"\n  {name}: {type(error).__name__}: {error}")
+    if lacking:
+        pytest.exit(f"JAX {jax.__version__} lacks what mf_eqx uses of it:{''.join(lacking)}", 1)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node, error):
+    PEAKS.append(node.workeroutput.get("peak", 0) if hasattr(node, "workeroutput") else 0)
+
+
+def pytest_sessionfinish(session):
+    """Fails if the processes of a parallel run needed more memory than they may."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["peak"] = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    elif sum(PEAKS) > MOST_MEMORY:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter):
+    if PEAKS:
+        found = " + ".join(f"{peak / 1e9:.2f}" for peak in PEAKS)
+        terminalreporter.write_line(f"peak memory of the test processes: {found} GB; at most {MOST_MEMORY / 1e9:g} GB")
 
 
 @pytest.fixture(scope="module", autouse=True)
 def settled():
-    """What a module leaves behind, mostly programs, is not searched for garbage again and again during all others."""
+    """What a module leaves behind is dropped, programs first; the rest is not searched for garbage again and again."""
     yield
+    eqx.clear_caches()
+    jax.clear_caches()
     gc.collect()
     gc.freeze()
 

@@ -95,6 +95,15 @@ def signalled_at(step, root, *flags, by=signal.SIGTERM, pause=0.5, **options):
     return ended(process)
 
 
+def signalled_until_it_ends(process, by=signal.SIGTERM):
+    """What becomes of a process that has heard a signal and gets others: two that arrive together would be one."""
+    limit = time.monotonic() + LONGEST
+    while process.poll() is None and time.monotonic() < limit:
+        process.send_signal(by)
+        time.sleep(0.3)
+    return ended(process)
+
+
 def metrics(root):
     return (only_run(root) / "metrics.jsonl").read_bytes()
 

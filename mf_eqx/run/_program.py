@@ -33,7 +33,8 @@ class Cost:
     donated_bytes: int
     """Arguments whose memory outputs reuse."""
     temporary_bytes: int
-    """Memory for intermediate results."""
+    """Memory for intermediate results. What a library's kernel for several products (XLA:CPU since JAX 0.12 has such)
+    holds between them is not counted."""
     flops: float
     """Floating-point operations."""
     bytes_accessed: float

@@ -78,10 +78,8 @@ def test_without_shuffling_rows_come_in_the_order_of_the_source():
 
 
 def test_rows_late_in_a_long_run_are_found_at_once():
-    """A step in the millions, as resumed runs have, is not reached by going through those before."""
-    began = time.perf_counter()
-    rows = stream(seed=1).rows(10_000_000)
-    assert time.perf_counter() - began < 1
+    """A step is not reached by going through those before."""
+    rows = stream(seed=1).rows(10**15)  # one at a time they would take years
     assert len(set(rows)) >= BATCH // 2  # of at most two epochs
 
 

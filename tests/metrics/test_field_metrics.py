@@ -185,7 +185,7 @@ def test_table_holds_overall_diagonal_and_one_step_errors():
     truth = gaussian()
     known = field_truth(truth, truth.sample, LinearInterpolant(), PAIRS, 500, key=jr.key(2))
     errors = field_errors(WrongTimes(truth), known, edges=(0.0, 0.5, 1.0))
-    assert errors.diagonal.value == 0
+    assert errors.diagonal.value < 1e-30  # two programs, which may round differently
     assert errors.one_step.value > errors.overall.value > 0
     assert errors.cells.value.shape == (2, 2)
     np.testing.assert_allclose(errors.cells.error.sum(), errors.overall.error, rtol=1e-12)

@@ -20,7 +20,7 @@ from hypothesis import given, HealthCheck, settings, strategies as st  # noqa: E
 
 EXPERIMENTS = pathlib.Path(__file__).parents[2] / "experiments"
 SCRIPTS = ("toy_2d", "digits", "ablations", "weight_bias", "prepare_data")
-LONGEST = 10  # seconds for one command line; usual are 0.02 to 0.2
+LONGEST = 60  # seconds for one command line; usual are 0.02 to 0.2
 
 
 @pytest.fixture(scope="module", autouse=True)

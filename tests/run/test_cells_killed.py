@@ -8,7 +8,7 @@ import sys
 import time
 
 import pytest
-from processes import ended, LONGEST, TESTS, tree
+from processes import ended, LONGEST, signalled_until_it_ends, TESTS, tree
 
 for package in ("orbax.checkpoint", "tyro"):
     pytest.importorskip(package)
@@ -89,7 +89,7 @@ def test_a_signal_saves_what_is_under_way_and_the_same_command_ends_as_if_nothin
 
 @pytest.mark.slow
 def test_a_second_signal_ends_at_once(tmp_path):
-    process = start(tmp_path, "--log-every", 4, pause=20)
+    process = start(tmp_path, "--log-every", 4, pause=LONGEST)
     limit = time.monotonic() + LONGEST
     while not list(tmp_path.glob("cell_trainer/*/cells/*")):
         assert time.monotonic() < limit
@@ -98,8 +98,7 @@ def test_a_second_signal_ends_at_once(tmp_path):
     process.send_signal(signal.SIGTERM)
     time.sleep(0.5)
     assert process.poll() is None
-    process.send_signal(signal.SIGTERM)
-    assert ended(process, timeout=5).code == -signal.SIGTERM
+    assert signalled_until_it_ends(process).code == -signal.SIGTERM
 
 
 def test_a_killed_run_ends_as_if_nothing_had_been_and_loses_one_interval(undisturbed, tmp_path):

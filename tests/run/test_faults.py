@@ -15,10 +15,12 @@ import numpy as np
 import pytest
 from processes import (
     ended,
+    LONGEST,
     losses,
     metrics,
     only_run,
     signalled_at,
+    signalled_until_it_ends,
     start,
     start_together,
     trained,
@@ -72,13 +74,12 @@ def test_a_signal_saves_the_state_and_the_same_command_ends_as_if_nothing_had_be
 
 
 def test_a_second_signal_ends_at_once(tmp_path):
-    process = start(tmp_path, *FLAGS, pause=60)
+    process = start(tmp_path, *FLAGS, pause=LONGEST)
     wait_for(tmp_path, "previews/00000005.png", process)
     process.send_signal(signal.SIGTERM)
     time.sleep(0.3)
     assert process.poll() is None
-    process.send_signal(signal.SIGTERM)
-    assert ended(process, timeout=5).code == -signal.SIGTERM
+    assert signalled_until_it_ends(process).code == -signal.SIGTERM
 
 
 # Killed
@@ -297,13 +298,13 @@ def test_a_signal_to_one_of_two_processes_stops_both_at_the_same_step(victim, on
 
 @pytest.mark.slow
 def test_after_training_together_a_signal_ends_a_process_at_once(tmp_path, monkeypatch):
-    monkeypatch.setenv("LINGER", "120")
+    monkeypatch.setenv("LINGER", str(2 * LONGEST))
     processes = start_together(tmp_path, 2, *SHARDED)
     wait_for(tmp_path, "trained", *processes)
     time.sleep(1)  # for the one that does not write the file
     for process in processes:
         process.send_signal(signal.SIGTERM)
-    assert [ended(process, timeout=10).code for process in processes] == [-signal.SIGTERM] * 2
+    assert [ended(process).code for process in processes] == [-signal.SIGTERM] * 2
 
 
 @pytest.mark.slow

@@ -75,11 +75,12 @@ def test_cost_counts_bytes_and_operations():
 
 
 def test_temporary_bytes_are_those_of_intermediate_results():
-    def twice(weight, x):
-        return jnp.sum(weight @ jnp.sin(weight @ x))
+    def extent(x):
+        ordered = jnp.sort(x)  # in memory: a library's kernel for products holds what is between them by itself
+        return ordered[-1] - ordered[0]
 
-    cost = compile_program(twice, jnp.ones((64, 64)), jnp.ones((64, 512))).cost
-    assert cost.temporary_bytes >= 4 * 64 * 512
+    cost = compile_program(extent, jnp.ones(1 << 15)).cost
+    assert 4 << 15 <= cost.temporary_bytes < 12 << 15
 
 
 # Operations

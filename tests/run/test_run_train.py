@@ -8,7 +8,6 @@ import os
 import re
 import signal
 import sys
-import time
 import types
 
 import equinox as eqx
@@ -19,6 +18,7 @@ import pytest
 import trainer
 
 from mf_eqx import _train, checkpoint, run
+from mf_eqx.run import _stopwatch, _train as run_train
 
 for package in ("grain", "orbax.checkpoint"):
     pytest.importorskip(package)
@@ -337,24 +337,33 @@ def test_summary_adds_up_to_the_wall_time_of_all_sessions(tmp_path):
     assert summary["goodput"] == pytest.approx(summary["seconds"]["steps"] / summary["seconds"]["wall"], rel=1e-3)
 
 
-def test_time_of_previews_is_counted_as_theirs(tmp_path, monkeypatch):
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock of the run that only `sleep` moves, and of which it says nothing otherwise."""
+    now = [100.0]
+    monkeypatch.setattr(run_train, "Stopwatch", lambda: _stopwatch.Stopwatch(lambda: now[0]))
+    return types.SimpleNamespace(sleep=lambda seconds: now.append(now.pop() + seconds))
+
+
+def test_time_of_previews_is_counted_as_theirs(tmp_path, monkeypatch, clock):
     monkeypatch.setenv("PAUSE", "0.2")
+    monkeypatch.setattr(trainer, "time", clock)
     _, directory = trained(tmp_path, configured(preview_every=7))
     seconds = json.loads((directory.root / "summary.json").read_text())["seconds"]
-    assert 0.4 <= seconds["preview"] < 0.8
+    assert seconds["preview"] == seconds["wall"] == 0.4
 
 
-def test_the_first_step_is_counted_as_compiling(tmp_path, monkeypatch):
+def test_the_first_step_is_counted_as_compiling(tmp_path, monkeypatch, clock):
     step = _train._train_step
 
     def slow_at_first(kept, state):
-        time.sleep(2 if int(state.step) == 0 else 0)  # longer than all other steps, on a busy machine too
+        clock.sleep(2 if int(state.step) == 0 else 0.5)
         return step(kept, state)
 
     monkeypatch.setattr(_train, "_train_step", slow_at_first)
     _, directory = trained(tmp_path)
     seconds = json.loads((directory.root / "summary.json").read_text())["seconds"]
-    assert seconds["compile"] >= 2 > seconds["steps"]
+    assert (seconds["compile"], seconds["steps"]) == (2, 13 * 0.5)
 
 
 def test_a_test_run_does_two_steps_of_everything_beside_the_run_and_begins_anew(tmp_path):
