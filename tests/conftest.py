@@ -1,6 +1,7 @@
 """What all tests share: quick compiling, memory, runtime type checking of the package, and float64 where a test asks
 for it."""
 
+import ctypes
 import gc
 import importlib
 import importlib.util
@@ -86,6 +87,8 @@ def settled():
     jax.clear_caches()
     gc.collect()
     gc.freeze()
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
+        trim(0)  # what is free goes back to the system: half of what the processes had
 
 
 @pytest.fixture
