@@ -12,7 +12,9 @@ from typing import Any, TypeAlias
 import numpy as np
 from jaxtyping import Int, Shaped
 
+from .._custom_types import Integer
 from .._optional import optional
+from ._check import as_labels
 from ._file import as_paths, name_of, open_regular, PathLike
 from ._npy import LONGEST_HEADER, parse_header
 from ._source import AbstractSource, Rows
@@ -81,9 +83,9 @@ class ArrayRecordSource(AbstractSource):
     **Arguments:**
 
     - `paths`: of one file or several, in the order of their rows.
-    - `decode`: from a record's bytes to the row's data and its label or None; a `ValueError` of it is passed on with
-      the file and the record in front. The first record tells shape, dtype and whether there are labels, and all others
-      are held against it when they are read.
+    - `decode`: from a record's bytes to the row's data and its label, an integer, or None; a `ValueError` of it is
+      passed on with the file and the record in front. The first record tells shape, dtype and whether there are labels,
+      and all others are held against it when they are read.
     - `labels`: how many different labels there are; needed if there are any, since only reading all would tell.
 
     **Raises:** `OSError` if a file cannot be opened; `ValueError` that names file, record, what was expected and what
@@ -97,10 +99,10 @@ class ArrayRecordSource(AbstractSource):
         paths: PathLike | Sequence[PathLike],
         *,
         decode: Callable[[bytes], Record] = decode_npy,
-        labels: int | None = None,
+        labels: Integer | None = None,
     ):
         self._paths, self._decode = as_paths("paths", paths), decode
-        self.name, self.labels = name_of(self._paths), labels
+        self.name, self.labels = name_of(self._paths), None if labels is None else as_labels(labels)
         self._readers = [_open(path) for path in self._paths]
         self._ends = np.cumsum([reader.num_records() for reader in self._readers])
         x, label = self._decoded(0, 0)
@@ -148,7 +150,11 @@ class ArrayRecordSource(AbstractSource):
             raise ValueError(
                 f"{where} must have {'no' if self.labels is None else 'a'} label as the first, got {label}"
             )
-        if label is not None and self.labels is not None and not 0 <= label < self.labels:
+        if label is None or self.labels is None:
+            return
+        if isinstance(label, bool) or not isinstance(label, int | np.integer):
+            raise ValueError(f"{where}: label must be an integer, got {label!r}")
+        if not 0 <= label < self.labels:
             raise ValueError(f"{where}: label must lie in [0, {self.labels - 1}], got {label}")
 
 

@@ -1,8 +1,26 @@
-"""The check of rows of data and their labels."""
+"""The check of rows of data and their labels.
 
+What is checked is what is used: labels as int32, and rows in the dtype in which JAX takes them, which without
+`jax_enable_x64` is float32 for float64.
+"""
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int, Shaped
+
+from .._custom_types import as_count, Integer
+
+_MOST_LABELS = 1 << 31
+"""The largest label is then that of int32."""
+
+
+def as_labels(labels: Integer) -> int:
+    """A number of different labels as an int. **Raises:** `ValueError` unless each of them, from 0, is an int32."""
+    labels = as_count("labels", labels)
+    if labels > _MOST_LABELS:
+        raise ValueError(f"labels must be at most {_MOST_LABELS}, since a label is used as int32, got {labels}")
+    return labels
 
 
 def check_rows(
@@ -10,55 +28,69 @@ def check_rows(
     label: Shaped[np.ndarray, "..."] | None = None,
     *,
     data_shape: tuple[int, ...],
-    labels: int | None = None,
+    labels: Integer | None = None,
     numbers: Int[np.ndarray, " rows"] | None = None,
 ) -> None:
     """Refuses data that a field of `data_shape` and `labels` cannot be trained on.
 
-    **Arguments:** `x` rows of data, floating point or uint8 pixels; `label` an integer in [0, labels) for each row, or
-    None; `data_shape` of one row; `labels` how many there are, or None without labels; `numbers` that messages call the
-    rows by, by default 0, 1, ...
+    **Arguments:** `x` rows of data, uint8 pixels or floating point of at most 64 bits; `label` an integer in [0,
+    labels) for each row, or None; `data_shape` of one row; `labels` how many there are, at most 2^31, or None without
+    labels; `numbers` that messages call the rows by, by default 0, 1, ...
 
-    **Raises:** `ValueError` that names argument, rule and value: no rows, another shape or dtype, values that are not
-    finite (with the first such row), labels out of range (likewise), labels missing or not wanted.
+    **Raises:** `ValueError` that names argument, rule and value: no rows or empty ones, another shape or dtype, values
+    that are not finite in the dtype in which JAX uses them (with the first such row), labels out of range (likewise),
+    labels missing or not wanted.
     """
-    if x.ndim < 1 or x.shape[0] == 0:
-        raise ValueError(f"x must have at least one row, got shape {x.shape}")
+    if x.ndim < 1 or 0 in x.shape:
+        raise ValueError(f"x must have at least one row and nothing empty, got shape {x.shape}")
     if x.shape[1:] != data_shape:
         raise ValueError(f"x must have rows of shape {data_shape}, got {x.shape[1:]}")
-    _check_values(x, np.arange(len(x)) if numbers is None else numbers)
+    check_dtype(x.dtype)
+    check_finite(x, np.arange(len(x)) if numbers is None else numbers)
     if (label is None) != (labels is None):
-        raise ValueError(f"label must be given exactly if labels is, got label {label} and labels {labels}")
+        found = "none" if label is None else "some"
+        raise ValueError(f"label must be given exactly if labels is, got {found} with labels {labels}")
     if label is not None and labels is not None:
         check_labels(label, len(x), labels, numbers)
 
 
-def _check_values(x: Shaped[np.ndarray, "..."], numbers: Int[np.ndarray, " rows"]) -> None:
+def check_dtype(dtype: np.dtype) -> None:
+    """Refuses data of a dtype that can never be trained on."""
+    if dtype != np.uint8 and not (jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize <= 8):
+        raise ValueError(f"x must be uint8 or floating point of at most 64 bits, got {dtype}")
+
+
+def check_finite(x: Shaped[np.ndarray, "rows *data"], numbers: Int[np.ndarray, " rows"]) -> None:
+    """Refuses values that are not finite in the dtype in which they reach the device."""
     if x.dtype == np.uint8:
         return
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise ValueError(f"x must be floating point or uint8, got {x.dtype}")
-    finite = np.isfinite(x).reshape(len(x), -1).all(axis=1)
+    used = jax.dtypes.canonicalize_dtype(x.dtype)
+    with np.errstate(over="ignore"):
+        finite = np.isfinite(x.astype(used, copy=False)).reshape(len(x), -1).all(axis=1)
     if not finite.all():
-        raise ValueError(f"x must be finite, got NaN or infinity in row {numbers[np.argmin(finite)]}")
+        row = np.argmin(finite)
+        if not np.isfinite(x[row]).all():
+            raise ValueError(f"x must be finite, got NaN or infinity in row {numbers[row]}")
+        found = f"{np.abs(x[row]).max():.3g} in row {numbers[row]}"
+        raise ValueError(f"x must be finite as {used}, in which it is used without jax_enable_x64, got {found}")
 
 
 def check_labels(
     label: Shaped[np.ndarray, "..."],
     rows: int,
-    labels: int | None = None,
+    labels: Integer | None = None,
     numbers: Int[np.ndarray, " rows"] | None = None,
 ) -> int:
     """How many labels there are, by default the largest and one more. Refuses labels that are not one integer in
-    [0, labels) for each row; arguments as of `check_rows`."""
+    [0, labels) for each row, or that int32 does not hold; arguments as of `check_rows`."""
     if label.shape != (rows,):
         raise ValueError(f"label must have one value for each of the {rows} rows, got shape {label.shape}")
     if not np.issubdtype(label.dtype, np.integer):
         raise ValueError(f"label must be an integer, got {label.dtype}")
-    number = int(label.max()) + 1 if labels is None else labels
-    wrong = (label < 0) | (label >= number)
+    most = _MOST_LABELS if labels is None else as_labels(labels)
+    wrong = (label < 0) | (label >= most)
     if wrong.any():
         row = int(np.argmax(wrong))
         shown = row if numbers is None else numbers[row]
-        raise ValueError(f"label must lie in [0, {number - 1}], got {label[row]} in row {shown}")
-    return number
+        raise ValueError(f"label must lie in [0, {most - 1}], got {label[row]} in row {shown}")
+    return int(label.max()) + 1 if labels is None else most

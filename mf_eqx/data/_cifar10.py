@@ -40,7 +40,8 @@ def read_cifar10(path: PathLike, *, train: bool = True) -> ArraySource:
     **Arguments:**
 
     - `path`: a folder with data_batch_1.bin to data_batch_5.bin and test_batch.bin (the binary version), or with the
-      same names without ".bin" (the Python version); or the archive of either, gzipped or not.
+      same names without ".bin" (the Python version); or the archive of either, gzipped or not. Where both versions are,
+      the binary one is read; files and members of other names are left alone.
     - `train`: the training batches, or the test batch.
 
     **Raises:** `OSError` if a file cannot be opened; `ValueError` that names the file, what was expected and what was

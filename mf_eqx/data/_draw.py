@@ -1,23 +1,35 @@
 """Rows drawn on the device, for data so small that all of them lie there."""
 
+import functools
+
 import equinox as eqx
 import jax
 import jax.random as jr
 from jaxtyping import Array, Int, Key, Num
 
+from .._custom_types import as_count
 from .._objective import Batch
 
 
 class DrawRows(eqx.Module):
     """A function from a key to a `Batch` of rows with replacement, as of `mf_eqx.scan_steps`.
 
-    **Arguments:** `x` all rows; `label` of each; `batch` how many are drawn.
+    **Arguments:** `x` all rows; `label` of each, or None; `batch` how many are drawn.
+
+    **Raises:** `ValueError` if there are no rows, another number of labels than rows, or `batch` is no integer >= 1.
     """
 
     x: Num[Array, "rows *data"]
-    label: Int[Array, " rows"]
-    batch: int
+    label: Int[Array, " rows"] | None
+    batch: int = eqx.field(converter=functools.partial(as_count, "batch"))
+
+    def __check_init__(self):
+        if self.x.ndim < 1 or len(self.x) == 0:
+            raise ValueError(f"x must have at least one row, got shape {self.x.shape}")
+        if self.label is not None and self.label.shape != self.x.shape[:1]:
+            rows = len(self.x)
+            raise ValueError(f"label must have one value for each of the {rows} rows, got shape {self.label.shape}")
 
     def __call__(self, key: Key[jax.Array, ""]) -> Batch:
         chosen = jr.randint(key, (self.batch,), 0, len(self.x))
-        return Batch(self.x[chosen], self.label[chosen])
+        return Batch(self.x[chosen], None if self.label is None else self.label[chosen])

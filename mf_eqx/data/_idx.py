@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Shaped
 
+from .._custom_types import as_count, Integer
 from ._file import most_unpacked, open_unpacked, PathLike, read_up_to
 from ._source import ArraySource, check_labels
 
@@ -19,14 +20,15 @@ _MOST_AXES = 8
 
 
 def read_idx(
-    images: PathLike, label: PathLike | None = None, *, labels: int | None = None, most_bytes: int = 1 << 33
+    images: PathLike, label: PathLike | None = None, *, labels: Integer | None = None, most_bytes: Integer = 1 << 33
 ) -> ArraySource:
     """Rows of IDX files, gzipped or not, in memory.
 
     **Arguments:**
 
     - `images`: path of the images, (rows, height, width), which become (rows, 1, height, width); other shapes with a
-      leading row axis stay as they are. Values stay as they are, too: bytes from 0 to 255 for MNIST.
+      leading row axis stay as they are. Values stay as they are, too: bytes from 0 to 255 for MNIST. (Of the dtypes
+      that the format has, uint8 and floating point can be trained on.)
     - `label`: path of an integer for each row, or None.
     - `labels`: how many different ones there are, by default the largest and one more.
     - `most_bytes`: how many bytes the values of a file may have when unpacked, 8 GiB by default.
@@ -35,6 +37,7 @@ def read_idx(
     found: no ordinary file, another format, fewer or more bytes than its header announces, more than `most_bytes`, no
     rows, labels that do not fit.
     """
+    most_bytes = as_count("most_bytes", most_bytes)
     x = _read(Path(images), most_bytes)
     if x.ndim < 2:
         raise ValueError(f"{images}: must have a row axis and others, got shape {x.shape}")

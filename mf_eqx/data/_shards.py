@@ -26,10 +26,11 @@ from typing import BinaryIO, NamedTuple, NoReturn
 import numpy as np
 from jaxtyping import Int, Shaped, UInt32
 
+from .._custom_types import as_count, Integer
 from ._file import open_regular, PathLike
 from ._manifest import as_text, File, MANIFEST, Manifest, name_of_file, read_manifest, VERSION
 from ._npy import map_npy, NpySource, NUMBERS
-from ._source import AbstractSource, check_labels, Rows
+from ._source import AbstractSource, check_source, check_taken, Rows
 
 _PIECE = 1 << 24
 """Bytes that are read or written at once, roughly."""
@@ -44,7 +45,7 @@ def write_shards(
     source: AbstractSource,
     folder: PathLike,
     *,
-    rows_per_shard: int = 4096,
+    rows_per_shard: Integer = 4096,
     progress: Callable[[int], None] | None = None,
 ) -> None:
     """Write all rows of `source` into a new folder, for `ShardSource`.
@@ -55,22 +56,21 @@ def write_shards(
 
     **Arguments:**
 
-    - `source`: any source; its values must have a dtype that .npy files keep.
+    - `source`: any source of uint8 or of float16, float32 or float64, the dtypes that can be trained on and that .npy
+      files keep. float64 stays float64 in the files; training without `jax_enable_x64` takes them as float32.
     - `folder`: where to write; it must not be there, or be empty.
     - `rows_per_shard`: rows of every file but the last. A `ShardSource` keeps one file open for each.
     - `progress`: called with the number of rows written so far.
 
-    **Raises:** `ValueError` if `rows_per_shard` is less than 1, `folder` is not empty, `source` has no rows, or gives
-    rows of another shape or dtype than it says, values that are not finite, or labels out of range, with the row's
-    number. `OSError` if it cannot be written.
+    **Raises:** `ValueError` if `rows_per_shard` is no integer >= 1, `folder` is not empty, `source` has no rows or
+    another dtype, or gives rows of another shape or dtype than it says, values that are not finite (float64 ones, if
+    `jax_enable_x64` is off, as float32), or labels out of range, with the row's number. `OSError` if it cannot be
+    written.
     """
-    if rows_per_shard < 1:
-        raise ValueError(f"rows_per_shard must be >= 1, got {rows_per_shard}")
+    rows_per_shard = as_count("rows_per_shard", rows_per_shard)
+    check_source(source)
     if source.dtype.kind not in NUMBERS:
         raise ValueError(f"{source.name}: dtype must be one that .npy files keep, got {source.dtype}")
-    if len(source) < 1 or 0 in source.row_shape:
-        found = f"{len(source)} of shape {source.row_shape}"
-        raise ValueError(f"{source.name}: must have at least one row and nothing empty, got {found}")
     target = Path(folder)
     _check_free(target)
     with _placed(target) as partial:
@@ -142,7 +142,7 @@ def _write_shard(
         for first in range(start, stop, step := _rows_at_once(source)):
             rows = np.arange(first, min(first + step, stop))
             got = source.take(rows)
-            _check_rows(source, got, first, len(rows))
+            check_taken(source, rows, got)
             file.write(got.x)
             label[rows - start] = 0 if got.label is None else got.label
             crc[rows - start] = _checksums(got.x, label[rows - start])
@@ -168,21 +168,6 @@ def _checksums(x: Shaped[np.ndarray, "rows *data"], label: Int[np.ndarray, " row
 
 def _rows_at_once(source: AbstractSource) -> int:
     return max(1, _PIECE // max(1, source.dtype.itemsize * int(np.prod(source.row_shape, dtype=np.int64))))
-
-
-def _check_rows(source: AbstractSource, got: Rows, first: int, rows: int) -> None:
-    x, shape = got.x, (rows, *source.row_shape)
-    if x.shape != shape or x.dtype != source.dtype:
-        expected = f"{source.dtype} of shape {shape}"
-        raise ValueError(f"{source.name}: x must be {expected} from row {first}, got {x.dtype} of shape {x.shape}")
-    if x.dtype.kind == "f":
-        finite = np.isfinite(x).reshape(rows, -1).all(axis=1)
-        if not finite.all():
-            raise ValueError(f"{source.name}: x must be finite, got NaN or infinity in row {first + np.argmin(finite)}")
-    if (got.label is None) != (source.labels is None):
-        raise ValueError(f"{source.name}: label must be given exactly if labels is, from row {first}")
-    if got.label is not None:
-        check_labels(f"{source.name}, counted from row {first}", got.label, rows, source.labels)
 
 
 class _NpyFile:
@@ -231,7 +216,8 @@ class ShardSource(AbstractSource):
     """Rows in a folder that `write_shards` made. One file stays open for each shard.
 
     Opening compares the manifest with the length and header of each file of data, and with every byte of labels and
-    checksums; `take` compares each row with its checksum; `verify` reads and compares all data.
+    checksums; `take` compares each row with its checksum; `verify` reads and compares all data. Files that the manifest
+    does not name are not looked at.
 
     **Attributes:** `digest` tells the data: SHA-256 of a manifest that holds those of all files.
 

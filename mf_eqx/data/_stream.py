@@ -21,10 +21,10 @@ import jax
 import numpy as np
 from jaxtyping import Int
 
+from .._custom_types import as_count, Integer
 from .._objective import Batch
 from .._sharding import Parallelism
-from ._check import check_rows
-from ._source import AbstractSource, Rows
+from ._source import AbstractSource, check_source, check_taken
 
 _SAMPLED = 64
 
@@ -41,31 +41,33 @@ class Stream:
     - `shuffle`: False for the source's own order.
     - `threads`: that read ahead; `ahead` how many batches are read ahead on the host. Two more are on the devices.
 
-    **Raises:** `ValueError` if the source has fewer rows than a batch, or the devices do not divide the batch.
+    **Raises:** `ValueError` if data of the source's dtype cannot be trained on (they are neither uint8 nor floating
+    point of at most 64 bits), if a number is no integer or too small, if the source has fewer rows than a batch, or if
+    the devices do not divide the batch.
     """
 
     def __init__(
         self,
         source: AbstractSource,
-        batch: int,
+        batch: Integer,
         *,
-        seed: int = 0,
+        seed: Integer = 0,
         parallelism: Parallelism | None = None,
         shuffle: bool = True,
-        threads: int = 2,
-        ahead: int = 4,
+        threads: Integer = 2,
+        ahead: Integer = 4,
     ):
-        if not 1 <= batch <= len(source):
+        check_source(source)
+        batch = as_count("batch", batch)
+        if batch > len(source):
             raise ValueError(f"batch must lie in [1, {len(source)}], the rows of {source.name}, got {batch}")
-        for name, value, least in (("seed", seed, 0), ("threads", threads, 1), ("ahead", ahead, 1)):
-            if value < least:
-                raise ValueError(f"{name} must be >= {least}, got {value}")
-        self.source, self.batch, self.seed, self.shuffle = source, batch, seed, shuffle
-        self._parallelism, self._threads, self._ahead = parallelism, threads, ahead
+        self.source, self.batch, self.seed, self.shuffle = source, batch, as_count("seed", seed, 0), shuffle
+        self._parallelism, self._threads = parallelism, as_count("threads", threads)
+        self._ahead = as_count("ahead", ahead)
         self._positions = np.arange(batch) if parallelism is None else parallelism.positions(batch)
-        self._order = _order(len(source), seed, shuffle)
+        self._order = _order(len(source), self.seed, shuffle)
 
-    def __getitem__(self, step: int) -> Batch:
+    def __getitem__(self, step: Integer) -> Batch:
         """The batch of a step, counted from 0, on the host: those rows that this process needs.
 
         **Raises:** `ValueError` that names source and row for a label out of range, a value that is not finite, or rows
@@ -78,16 +80,16 @@ class Stream:
         """Where rows lie on the devices; None on one device."""
         return None if self._parallelism is None else self._parallelism.rows
 
-    def rows(self, step: int) -> Int[np.ndarray, " batch"]:
+    def rows(self, step: Integer) -> Int[np.ndarray, " batch"]:
         """The numbers of all rows of a step's global batch."""
         return self._rows(step, np.arange(self.batch))
 
-    def batches(self, start: int = 0, stop: int | None = None) -> Iterator[Batch]:
+    def batches(self, start: Integer = 0, stop: Integer | None = None) -> Iterator[Batch]:
         """Batches on the devices, from step `start` on, up to `stop` or for ever."""
         import grain
 
-        _check_step(start)
-        steps = grain.MapDataset.range(start, sys.maxsize if stop is None else stop)
+        first, end = as_count("step", start, 0), sys.maxsize if stop is None else as_count("stop", stop, 0)
+        steps = grain.MapDataset.range(first, end)
         options = grain.ReadOptions(num_threads=self._threads, prefetch_buffer_size=self._ahead)
         host = iter(steps.map(self.__getitem__).to_iter_dataset(options))
         return _placed(map(self._place, host))
@@ -111,24 +113,19 @@ class Stream:
             "seed": self.seed if self.shuffle else None,
         }
 
-    def _rows(self, step: int, positions: Int[np.ndarray, " local"]) -> Int[np.ndarray, " local"]:
-        _check_step(step)
-        return np.array([self._order[step * self.batch + int(i)] for i in positions], np.int64)
+    def _rows(self, step: Integer, positions: Int[np.ndarray, " local"]) -> Int[np.ndarray, " local"]:
+        first = as_count("step", step, 0) * self.batch
+        return np.array([self._order[first + int(i)] for i in positions], np.int64)
 
     def _read(self, rows: Int[np.ndarray, " local"], positions: Int[np.ndarray, " local"]) -> Batch:
         read = self.source.take(rows)
-        _check(self.source, rows, read)
+        check_taken(self.source, rows, read)
         return Batch(read.x, read.label, positions.astype(np.int32))
 
     def _place(self, batch: Batch) -> Batch:
         if self._parallelism is None:
             return jax.device_put(batch)
         return self._parallelism.place(batch, self.batch)
-
-
-def _check_step(step: int) -> None:
-    if step < 0:
-        raise ValueError(f"step must be >= 0, got {step}")
 
 
 def _order(rows: int, seed: int, shuffle: bool) -> Any:
@@ -145,15 +142,3 @@ def _placed(batches: Iterator[Batch], ahead: int = 2) -> Iterator[Batch]:
     while waiting:
         yield waiting.popleft()
         waiting.extend(itertools.islice(batches, 1))
-
-
-def _check(source: AbstractSource, rows: Int[np.ndarray, " local"], read: Rows) -> None:
-    """Refuses what a source should not have returned, with the row's number in the source."""
-    try:
-        check_rows(*read, data_shape=source.row_shape, labels=source.labels, numbers=rows)
-    except ValueError as error:
-        raise ValueError(f"{source.name}: {error}") from error
-    if read.x.dtype != source.dtype or len(read.x) != len(rows):
-        raise ValueError(
-            f"{source.name}: must return {len(rows)} rows of {source.dtype}, got {len(read.x)} of {read.x.dtype}"
-        )

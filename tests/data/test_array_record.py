@@ -251,3 +251,16 @@ def test_flipped_byte_within_a_record_gives_arrays_or_is_refused(flip, folder):
 
     path = written(folder / "one", LABELLED[:1])
     opens_or_is_refused(lambda: ArrayRecordSource(path, decode=decode, labels=4))
+
+
+@pytest.mark.parametrize("label", [1.5, True, np.float32(1)])
+def test_label_that_is_no_integer_is_refused(unchecked, label, tmp_path):
+    path = written(tmp_path / "rows", PLAIN)
+    with pytest.raises(ValueError, match="record 0: label must be an integer, got "):
+        ArrayRecordSource(path, decode=lambda record: (X[0], label), labels=4)
+
+
+def test_more_labels_than_int32_has_are_refused(tmp_path):
+    path = written(tmp_path / "rows", [npz(x=X[0], label=2**32)])
+    with pytest.raises(ValueError, match=r"labels must be at most 2147483648, .* got 8589934592"):
+        ArrayRecordSource(path, labels=2**33)

@@ -166,3 +166,9 @@ def test_flipped_header_is_refused(flip, path):
 def test_truncated_file_is_refused(data, content, path):
     path.write_bytes(content[: data.draw(st.integers(0, len(content) - 1))])
     assert not opens_or_is_refused(lambda: read_idx(path))
+
+
+@pytest.mark.parametrize("most_bytes", [1.5, True])
+def test_number_of_bytes_that_is_no_integer_is_refused(unchecked, most_bytes, write):
+    with pytest.raises(ValueError, match=f"most_bytes must be an integer, got {most_bytes}"):
+        read_idx(write("images", WHOLE), most_bytes=most_bytes)

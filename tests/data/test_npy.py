@@ -216,7 +216,8 @@ def test_shard_of_another_dtype_is_refused(folder, shards):
         (LABEL[:, None], None, r"labels.npy: must have shape \(11,\) for the rows of .*rows.npy, got \(11, 1\)"),
         (LABEL.astype(float), None, "labels.npy: label must be an integer, got float64"),
         (np.full(11, 4), 4, r"labels.npy: label must lie in \[0, 3\], got 4 in row 0"),
-        (-LABEL, None, r"labels.npy: label must lie in \[0, 0\], got -"),
+        (-LABEL, None, r"labels.npy: label must lie in \[0, 2147483647\], got -"),
+        (LABEL + 2**32, None, r"labels.npy: label must lie in \[0, 2147483647\], got 42949672\d\d in row 0"),
     ],
 )
 def test_labels_that_do_not_fit_are_refused(label, labels, message, folder):

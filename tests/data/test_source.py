@@ -5,7 +5,7 @@ import hashlib
 import numpy as np
 import pytest
 
-from mf_eqx.data._source import ArraySource, check_labels, JoinedSource
+from mf_eqx.data._source import AbstractSource, ArraySource, check_labels, JoinedSource, Rows
 
 X = np.arange(24, dtype=np.float32).reshape(4, 2, 3)
 LABEL = np.array([2, 0, 1, 2], np.uint8)
@@ -35,13 +35,32 @@ def test_labels_are_handed_out_as_int32():
     assert ArraySource(X, LABEL).take(np.array([0])).label.dtype == np.int32
 
 
+@pytest.mark.parametrize("labels", [None, 2**33])
+def test_labels_that_int32_would_fold_into_others_are_refused(labels):
+    label = np.array([0, 1, 2**32, 2**32 + 1])
+    with pytest.raises(ValueError, match="arrays: label"):
+        ArraySource(X, label, labels=labels)
+
+
+def test_largest_label_of_int32_is_handed_out_as_it_is():
+    label = np.array([0, 2**31 - 1, 1, 0], np.uint64)
+    assert ArraySource(X, label).take(np.arange(4)).label.tolist() == label.tolist()
+
+
+def test_rows_in_another_byte_order_are_handed_out_in_the_native_one():
+    source = ArraySource(X.astype(">f4"))
+    found = source.take(np.arange(4)).x
+    assert source.dtype.isnative and found.dtype == source.dtype
+    np.testing.assert_array_equal(found, X)
+
+
 def test_number_of_labels_without_labels_is_refused():
     with pytest.raises(ValueError, match="arrays: label must be given with labels = 3, got None"):
         ArraySource(X, labels=3)
 
 
 def test_no_rows_are_refused():
-    with pytest.raises(ValueError, match=r"digits: x must have at least one row, got shape \(0, 2, 3\)"):
+    with pytest.raises(ValueError, match=r"digits: x must have at least one row and .* got shape \(0, 2, 3\)"):
         ArraySource(X[:0], name="digits")
 
 
@@ -138,3 +157,33 @@ def test_sources_that_differ_are_refused_with_both_names(other, message):
 def test_no_sources_are_refused():
     with pytest.raises(ValueError, match="all: parts must be at least one source, got none"):
         JoinedSource([], name="all")
+
+
+class Faulty(AbstractSource):
+    """Gives something else than it says."""
+
+    def __init__(self, rows):
+        self.name, self.row_shape, self.dtype, self.labels, self.rows = "b", (2, 3), X.dtype, 3, rows
+
+    def __len__(self):
+        return 4
+
+    def take(self, rows):
+        return Rows(self.rows.x[rows], self.rows.label[rows] if len(self.rows.label) == len(X) else self.rows.label)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (Rows(X, np.array([0, 1, 2**32, 0])), r"all: label must lie in \[0, 2\], got 4294967296 in row 6"),
+        (Rows(X, LABEL.astype(float)), r"b: label must be integers of shape \(4,\), got float64 of shape \(4,\)"),
+        (Rows(X, LABEL[:1]), r"b: label must be integers of shape \(4,\), got uint8 of shape \(1,\)"),
+        (Rows(X.astype(np.float64), LABEL), r"b: x must be float32 of shape \(4, 2, 3\), got float64"),
+        (Rows(X[:, :1], LABEL), r"b: x must be float32 of shape \(4, 2, 3\), got float32 of shape \(4, 1, 3\)"),
+    ],
+    ids=["label", "label dtype", "label shape", "dtype", "shape"],
+)
+def test_part_that_gives_something_else_is_refused_before_it_is_cast(rows, message):
+    source = JoinedSource([*pieces(4), Faulty(rows)], name="all")
+    with pytest.raises(ValueError, match=message):
+        source.take(np.arange(8))
