@@ -65,7 +65,7 @@ class EDMAugmentation(eqx.Module):
 
     The row's condition, a label or None, becomes a `mf_eqx.UNetCondition` with the six numbers (flip, scale w, stretch
     w cos a, w sin a, shift w to the right, w down); give the network `augmentation=6`. Images are (channels, height,
-    width), zero in the middle of their range.
+    width) in floating point, zero in the middle of their range; of pixels `FromPixels` makes such images.
 
     **Arguments:**
 
@@ -73,6 +73,9 @@ class EDMAugmentation(eqx.Module):
     - `flip` probability of mirroring.
     - `scale`: standard deviation of the binary logarithm of scale and stretch. `shift`: that of shifts, as a share of
       the image's size. `turned`: probability that a stretch has a random direction, else it lies along the rows.
+
+    **Raises:** `ValueError` if a probability lies outside [0, 1], `scale` or `shift` is negative or not finite; when
+    called, if images are not floating point or have another shape.
     """
 
     probability: float = 0.12
@@ -114,6 +117,10 @@ class EDMAugmentation(eqx.Module):
         self, x: Float[Array, "channels height width"], drawn: Augmentation
     ) -> Float[Array, "channels height width"]:
         """The augmented image."""
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise ValueError(f"x must be floating point for EDMAugmentation (FromPixels makes it so), got {x.dtype}")
+        if x.ndim != 3 or 0 in x.shape:
+            raise ValueError(f"x must be (channels, height, width) for EDMAugmentation, none of them 0, got {x.shape}")
         x = jnp.where(drawn.flip, x[..., ::-1], x)
         return _moved(x, self._origins(drawn, *x.shape[1:]))
 

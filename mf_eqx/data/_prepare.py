@@ -2,6 +2,10 @@
 
 Each is a function `(row, key) -> row`. The key is folded from the step and the row's index in the global batch, so that
 augmentation is the same however rows are spread over devices.
+
+Each says which dtype it takes and refuses all others when the step is traced. Ranges are not checked, since values are
+known on the device alone: floating-point images are taken to lie in [-1, 1]. `FromPixels` comes before whatever
+augments images in floating point.
 """
 
 from collections.abc import Callable
@@ -12,6 +16,7 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Key
 
+from .._custom_types import at_least_float32
 from .._objective import Batch
 
 
@@ -37,16 +42,21 @@ class WithoutLabel(eqx.Module):
 
 
 class FromPixels(eqx.Module):
-    """Pixels 0 to 255 as float32 in [-1, 1]: x / 127.5 - 1."""
+    """Pixels 0 to 255, uint8, as float32 in [-1, 1]: x / 127.5 - 1.
+
+    **Raises:** `ValueError` if x is not uint8, when called.
+    """
 
     def __call__(self, row: Batch, key: Key[jax.Array, ""]) -> Batch:
+        x = jnp.asarray(row.x)
+        if x.dtype != jnp.uint8:
+            raise ValueError(f"x must be uint8 for FromPixels, pixels 0 to 255, got {x.dtype}")
         # Clipped, because a compiler may multiply by 1 / 127.5, rounded, instead of dividing.
-        x = jnp.clip(jnp.asarray(row.x, jnp.float32) / 127.5 - 1, -1, 1)
-        return Batch(x, row.condition, row.index)
+        return Batch(jnp.clip(x.astype(jnp.float32) / 127.5 - 1, -1, 1), row.condition, row.index)
 
 
 class RandomFlip(eqx.Module):
-    """The last axis reversed with a probability: images mirrored left to right.
+    """The last axis reversed with a probability: images mirrored left to right, of any dtype, which is kept.
 
     **Arguments:** `probability` in [0, 1].
     """
@@ -67,10 +77,18 @@ class SamplePosterior(eqx.Module):
     $\mu$, then those of the standard deviation $\sigma$, as `experiments/prepare_latents.py` keeps them.
 
     **Arguments:** `scale` s, `mf_eqx.vae.SCALE` for the tokenizer of Stable Diffusion.
+
+    **Raises:** `ValueError` if x is not floating point or has an odd number of channels, when called.
     """
 
     scale: float
 
     def __call__(self, row: Batch, key: Key[jax.Array, ""]) -> Batch:
-        mean, std = jnp.split(jnp.asarray(row.x, jnp.float32), 2)
-        return Batch(self.scale * (mean + std * jr.normal(key, mean.shape)), row.condition, row.index)
+        x = jnp.asarray(row.x)
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise ValueError(f"x must be floating point for SamplePosterior, means and deviations, got {x.dtype}")
+        if x.ndim < 1 or x.shape[0] % 2:
+            raise ValueError(f"x must have an even number of channels for SamplePosterior, got shape {x.shape}")
+        mean, std = jnp.split(at_least_float32(x), 2)
+        eps = jr.normal(key, mean.shape, mean.dtype)
+        return Batch(self.scale * (mean + std * eps), row.condition, row.index)

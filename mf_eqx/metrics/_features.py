@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, UInt8
 
+from .._custom_types import as_count, Integer
 from .._leaves import digest, leaves, on_host
 from ._feature_moments import FeatureMoments, RunningMoments
 from ._inception import Features
@@ -65,15 +66,16 @@ _Batch = Float[Array | np.ndarray, "_ 3 _ _"] | UInt8[Array | np.ndarray, "_ 3 _
 
 
 def collect_features(
-    extractor: FeatureExtractor, batches: Iterable[_Batch], count: int | None = None
+    extractor: FeatureExtractor, batches: Iterable[_Batch], count: Integer | None = None
 ) -> SampleFeatures:
     """Features of the images in `batches`, kept on the host: 12 kB for each image.
 
     **Arguments:** `extractor`; `batches` of images (rows, 3, height, width), samples in [-1, 1] or uint8 pixels;
-    `count` of images after which to stop, in the middle of a batch if need be, or None for all.
+    `count` of images after which to stop, in the middle of a batch if need be, at least 2, or None for all. That
+    samples lie in [-1, 1] is not checked, since those of a network need not: what lies outside is clipped.
 
     **Raises:** `ValueError` if a value of a sample is not finite (a NaN would become a black pixel), if batches are no
-    such images, or if they end before `count`.
+    such images, if they end before `count`, or if `count` is no integer >= 2.
     """
     features = [*_stream(extractor, batches, count)]
     pooled, logits = (np.concatenate(parts) for parts in zip(*features, strict=True))
@@ -82,7 +84,9 @@ def collect_features(
     return SampleFeatures(pooled, logits, total.moments(extractor.protocol.name, extractor.digest()))
 
 
-def stream_moments(extractor: FeatureExtractor, batches: Iterable[_Batch], count: int | None = None) -> FeatureMoments:
+def stream_moments(
+    extractor: FeatureExtractor, batches: Iterable[_Batch], count: Integer | None = None
+) -> FeatureMoments:
     """Mean and covariance of the features of images, which are not kept: for a reference, or a FID alone.
 
     **Arguments, Raises:** as `collect_features`.
@@ -92,8 +96,9 @@ def stream_moments(extractor: FeatureExtractor, batches: Iterable[_Batch], count
     return total.moments(extractor.protocol.name, extractor.digest())
 
 
-def _stream(extractor: FeatureExtractor, batches: Iterable[_Batch], count: int | None) -> Iterator[Features]:
+def _stream(extractor: FeatureExtractor, batches: Iterable[_Batch], count: Integer | None) -> Iterator[Features]:
     """Features on the host, batch by batch, `count` rows in all."""
+    count = None if count is None else as_count("count", count, 2)  # of fewer there is no covariance
     done = 0
     for x in batches:
         _check_images(x)
@@ -110,7 +115,7 @@ def _stream(extractor: FeatureExtractor, batches: Iterable[_Batch], count: int |
 
 
 def _check_images(x: _Batch) -> None:
-    if x.ndim != 4 or x.shape[1] != 3 or len(x) < 1:
-        raise ValueError(f"batches must be images of shape (rows, 3, height, width), got {x.shape}")
+    if x.ndim != 4 or x.shape[1] != 3 or 0 in x.shape:
+        raise ValueError(f"batches must be images of shape (rows, 3, height, width), none of them 0, got {x.shape}")
     if x.dtype != np.uint8 and not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"batches must be samples in floating point or pixels in uint8, got {x.dtype}")

@@ -112,12 +112,15 @@ class _Fork(eqx.Module):
 
 
 class Inception(eqx.Module):
-    """Inception-v3 of the FID literature, evaluated on (rows, 3, 299, 299) with values (pixel - 128) / 128.
+    """Inception-v3 of the FID literature, evaluated on float32 of shape (rows, 3, 299, 299) with values
+    (pixel - 128) / 128, as a `Protocol` makes it of images.
 
     Gives 2048 features, the mean over the last 8 x 8 places, and 1008 logits *without* the bias of the last layer, as
     the Inception Score has used them since its first code (torch-fidelity calls them `logits_unbiased`).
 
     **Arguments:** `key` of random weights, for rehearsals and speed. Real ones come from `load_inception`.
+
+    **Raises:** `ValueError`, when called, for another dtype or shape.
     """
 
     body: _Chain
@@ -127,6 +130,9 @@ class Inception(eqx.Module):
         self.body, self.weight = _drawn(eqx.filter_eval_shape(_zeros), key)
 
     def __call__(self, x: Float[Array, "rows 3 299 299"]) -> Features:
+        if x.dtype != self.weight.dtype or x.ndim != 4 or x.shape[1:] != (3, 299, 299):
+            rule = f"{self.weight.dtype} of shape (rows, 3, 299, 299)"
+            raise ValueError(f"x must be {rule}, got {x.dtype} of shape {x.shape}")
         pooled = jnp.mean(self.body(x), axis=(2, 3))
         return Features(pooled, jnp.matmul(pooled, self.weight.T, precision="highest"))
 

@@ -34,7 +34,12 @@ def round_to_pixels(x: Float[Array, "*axes"]) -> UInt8[Array, "*axes"]:
     r"""Samples in [-1, 1] as pixels, the nearest level: $\lfloor \mathrm{clip}(127.5 x + 128, 0, 255) \rfloor$.
 
     As DiT, EDM and the authors' ImageNet code store samples. (ADM's own sampler adds 127.5, which rounds down.)
+
+    **Arguments:** `x` in floating point; what lies outside [-1, 1] becomes the nearest pixel, and NaN 0.
+
+    **Raises:** `ValueError` if x is not floating point.
     """
+    _check_samples(x)
     return jnp.clip(127.5 * at_least_float32(x) + 128, 0, 255).astype(jnp.uint8)
 
 
@@ -44,8 +49,16 @@ def floor_to_pixels(x: Float[Array, "*axes"]) -> UInt8[Array, "*axes"]:
     As the authors' CIFAR-10 code does (it then divides by 255, and torchmetrics multiplies again: both are exact in
     float32 for all 256 levels). Pixels themselves do not survive: 63 of the 256 levels, mapped to [-1, 1] and back,
     come out one lower. Give real images as uint8, as they are in the file, without flips.
+
+    **Arguments, Raises:** as `round_to_pixels`.
     """
+    _check_samples(x)
     return jnp.floor(255 * jnp.clip(0.5 * at_least_float32(x) + 0.5, 0, 1)).astype(jnp.uint8)
+
+
+def _check_samples(x: Float[Array, "*axes"]) -> None:
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"x must be samples in floating point, in [-1, 1], got {x.dtype}")
 
 
 class Protocol(eqx.Module):
@@ -53,6 +66,8 @@ class Protocol(eqx.Module):
 
     **Arguments:** `name`, printed with every number and compared with that of the reference; `quantise` from samples in
     [-1, 1] to pixels; `resize` of pixels, as floats in [0, 255], to 299 x 299.
+
+    **Raises:** `ValueError`, when called, for images that are neither uint8 nor floating point, or have no pixels.
     """
 
     name: str
@@ -63,6 +78,8 @@ class Protocol(eqx.Module):
         self, x: Float[Array, "*rows 3 height width"] | UInt8[Array, "*rows 3 height width"]
     ) -> Float[Array, "*rows 3 299 299"]:
         """The network's input: of samples in [-1, 1], or of uint8, which are pixels already."""
+        if x.dtype != jnp.uint8 and not jnp.issubdtype(x.dtype, jnp.floating):
+            raise ValueError(f"x must be samples in floating point or pixels in uint8, got {x.dtype}")
         pixels = x if x.dtype == jnp.uint8 else self.quantise(x)
         return (self.resize(pixels.astype(jnp.float32)) - 128) / 128
 

@@ -15,9 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from .._custom_types import as_count, Integer
+
 
 def resize_tensorflow1(
-    x: Float[Array, "*rows height width"], size: int = 299
+    x: Float[Array, "*rows height width"], size: Integer = 299
 ) -> Float[Array, "*rows new_height new_width"]:
     r"""Bilinear interpolation as the graph of the FID literature does it: TensorFlow 1's `resize_bilinear` with
     `align_corners=False`, without half-pixel centres and without a filter against aliasing.
@@ -26,26 +28,39 @@ def resize_tensorflow1(
 
     along the width, then along the height, in the order and the precision of TensorFlow's kernel.
 
-    **Arguments:** `x` images, channels among the leading axes; `size` m of both new axes.
+    **Arguments:** `x` images in floating point, channels among the leading axes; `size` m of both new axes.
+
+    **Raises:** `ValueError` for images of another dtype or without pixels, or if `size` is no integer >= 1.
 
     **Reference:** the kernel's definition, `tensorflow/core/kernels/image/resize_bilinear_op.cc` and
     `image_resizer_state.h` (`LegacyScaler`); torch-fidelity holds the same with PyTorch.
     """
+    _check(x)
+    size = as_count("size", size)
     return _interpolated(_interpolated(x, size, -1), size, -2)
 
 
 def resize_half_pixel(
-    x: Float[Array, "*rows height width"], size: int = 299
+    x: Float[Array, "*rows height width"], size: Integer = 299
 ) -> Float[Array, "*rows new_height new_width"]:
     """Bilinear interpolation between pixel centres, with a triangle filter as wide as the step where it shrinks.
 
     What PyTorch calls `interpolate(mode="bilinear", align_corners=False, antialias=True)`; torchmetrics resizes so by
     default from its version 1.8 on (July 2025), and as `resize_tensorflow1` before.
 
-    **Arguments:** `x` images, channels among the leading axes; `size` of both new axes.
+    **Arguments, Raises:** as `resize_tensorflow1`.
     """
+    _check(x)
+    size = as_count("size", size)
     shape = (*x.shape[:-2], size, size)
     return jax.image.resize(x, shape, "linear", antialias=True, precision=jax.lax.Precision.HIGHEST)
+
+
+def _check(x: Float[Array, "*rows height width"]) -> None:
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"x must be floating point, got {x.dtype}")
+    if x.ndim < 2 or 0 in x.shape[-2:]:
+        raise ValueError(f"x must be (..., height, width), neither of them 0, got {x.shape}")
 
 
 def _interpolated(x: Float[Array, "*axes"], size: int, axis: int) -> Float[Array, "*new_axes"]:

@@ -5,9 +5,11 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Real, UInt8
 
+from .._custom_types import as_count, Integer
 from .._files import write_whole
 from .._optional import optional
 
@@ -24,7 +26,7 @@ def save_image_grid(
     low: int | float,
     high: int | float,
     *,
-    scale: int | None = None,
+    scale: Integer | None = None,
     row_labels: Sequence[str] | None = None,
     column_labels: Sequence[str] | None = None,
     title: str | None = None,
@@ -34,20 +36,20 @@ def save_image_grid(
     **Arguments:**
 
     - `path`: of the file.
-    - `images`: channels first, 1 (grey) or 3 (red, green, blue) of them.
+    - `images`: real numbers, channels first, 1 (grey) or 3 (red, green, blue) of them.
     - `low`, `high`: the values shown as black and as full brightness. Values outside look like the nearest of them, as
       on any screen; pixels that are not finite are red.
     - `scale`: side of a pixel's square, by default such that an image is about 48 wide or high.
     - `row_labels`, `column_labels`: texts at the left and at the top.
     - `title`: a text above everything.
 
-    **Raises:** `ValueError` if `images` has another shape, if low < high does not hold, if `scale` is below 1, or if
-    there is another number of labels than of rows or columns.
+    **Raises:** `ValueError` if `images` has another shape or dtype, if low and high are not finite or low < high does
+    not hold, if low is negative for integers without sign (pixels from 0 to 255, say, are not in [-1, 1]), if `scale`
+    is no integer >= 1, or if there is another number of labels than of rows or columns.
     """
     images = np.asarray(images)
-    _check(images, low, high, scale, row_labels, column_labels)
-    if scale is None:
-        scale = max(1, round(48 / max(images.shape[-2:])))
+    _check(images, low, high, row_labels, column_labels)
+    scale = max(1, round(48 / max(images.shape[-2:]))) if scale is None else as_count("scale", scale)
     _draw(path, _to_bytes(images, low, high), scale, row_labels or (), column_labels or (), title or "")
 
 
@@ -55,17 +57,18 @@ def _check(
     images: np.ndarray,
     low: int | float,
     high: int | float,
-    scale: int | None,
     row_labels: Sequence[str] | None,
     column_labels: Sequence[str] | None,
 ) -> None:
     if images.ndim != 5 or images.shape[2] not in (1, 3) or 0 in images.shape:
         rule = "(rows, columns, channels, height, width), none of them 0, with 1 or 3 channels"
         raise ValueError(f"images must have the shape {rule}; got {images.shape}")
-    if not low < high:
-        raise ValueError(f"low must be < high, got {low} and {high}")
-    if scale is not None and scale < 1:
-        raise ValueError(f"scale must be >= 1, got {scale}")
+    if not any(jnp.issubdtype(images.dtype, kind) for kind in (jnp.floating, jnp.integer)):
+        raise ValueError(f"images must be real numbers, got {images.dtype}")
+    if not (low < high and math.isfinite(low) and math.isfinite(high)):
+        raise ValueError(f"low must be < high, both finite, got {low} and {high}")
+    if jnp.issubdtype(images.dtype, jnp.unsignedinteger) and low < 0:
+        raise ValueError(f"low must be >= 0 for images in {images.dtype}, got {low}")
     for name, labels, size in [("row_labels", row_labels, 0), ("column_labels", column_labels, 1)]:
         if labels is not None and len(labels) != images.shape[size]:
             raise ValueError(f"{name} must be {images.shape[size]} texts, got {len(labels)}")

@@ -169,12 +169,13 @@ class Autoencoder(eqx.Module):
 
         **Arguments:** `x` (3, height, width) in [-1, 1], height and width multiples of `factor`.
 
+        The range is not checked, since values are known on the device alone.
+
         **Raises:** `ValueError` for another shape, or for pixels as integers.
         """
-        if x.ndim != 3 or x.shape[0] != _COLOURS or x.shape[1] % self.factor or x.shape[2] % self.factor:
-            raise ValueError(
-                f"x must be ({_COLOURS}, height, width) with height and width divisible by {self.factor}, got {x.shape}"
-            )
+        if x.ndim != 3 or x.shape[0] != _COLOURS or x.shape[1] % self.factor or x.shape[2] % self.factor or not x.size:
+            rule = f"positive multiples of {self.factor}"
+            raise ValueError(f"x must be ({_COLOURS}, height, width) with height and width {rule}, got {x.shape}")
         if not jnp.issubdtype(x.dtype, jnp.floating):
             raise ValueError(f"x must be floating point, in [-1, 1], got {x.dtype}")
         given = x.astype(self.dtype)
@@ -188,10 +189,12 @@ class Autoencoder(eqx.Module):
         **Arguments:** `latent` of any height and width, without a scale factor: what was multiplied with `SCALE` must
         be divided by it.
 
-        **Raises:** `ValueError` for another number of channels.
+        **Raises:** `ValueError` for another number of channels, or for integers.
         """
-        if latent.ndim != 3 or latent.shape[0] != self.size.latent:
-            raise ValueError(f"latent must be ({self.size.latent}, height, width), got {latent.shape}")
+        if latent.ndim != 3 or latent.shape[0] != self.size.latent or 0 in latent.shape:
+            raise ValueError(f"latent must be ({self.size.latent}, height, width), none of them 0, got {latent.shape}")
+        if not jnp.issubdtype(latent.dtype, jnp.floating):
+            raise ValueError(f"latent must be floating point, got {latent.dtype}")
         given = latent.astype(self.dtype)
         x = cast(self.decoder, self.dtype)(cast(self.from_latent, self.dtype)(given))
         return x.astype(jnp.promote_types(latent.dtype, jnp.float32))

@@ -227,3 +227,18 @@ def test_rows_are_augmented_alike_alone_and_in_a_batch():
     assert np.abs(np.asarray(together.x) - x).max() > 0.1
     again = batched(batch, keys)
     np.testing.assert_array_equal(again.x, together.x)
+
+
+# What is refused
+
+
+@pytest.mark.parametrize("dtype", [jnp.uint8, jnp.int32, bool])
+def test_pixels_are_refused(unchecked, dtype):
+    with pytest.raises(ValueError, match="x must be floating point for EDMAugmentation"):
+        PIPE(mfx.Batch(jnp.ones((3, 8, 8), dtype), None, jnp.asarray(0)), jr.key(0))
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (3, 0, 8), (2, 3, 8, 8)])
+def test_what_is_no_image_is_refused(unchecked, shape):
+    with pytest.raises(ValueError, match=r"x must be \(channels, height, width\) for EDMAugmentation, none of them 0"):
+        PIPE(mfx.Batch(jnp.zeros(shape), None, jnp.asarray(0)), jr.key(0))

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import mf_eqx as mfx
-from mf_eqx.data import FromPixels, InTurn, RandomFlip, SamplePosterior, WithoutLabel
+from mf_eqx.data import EDMAugmentation, FromPixels, InTurn, RandomFlip, SamplePosterior, WithoutLabel
 
 KEY = jr.key(0)
 
@@ -39,6 +39,19 @@ def test_pixels_stay_in_range_when_compiled():
 def test_pixels_keep_label_and_index():
     found = FromPixels()(row(np.zeros((1, 2, 2), np.uint8), jnp.asarray(3), 5), KEY)
     assert (found.condition, found.index) == (3, 5)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.int8, np.int32, bool])
+def test_what_is_no_pixels_is_refused(dtype):
+    x = np.ones((1, 2, 2), dtype)
+    with pytest.raises(ValueError, match=f"x must be uint8 for FromPixels, pixels 0 to 255, got {x.dtype}"):
+        jax.jit(FromPixels())(row(x), KEY)
+
+
+def test_pixels_that_are_augmented_before_they_are_converted_are_refused(unchecked):
+    prepare = InTurn([EDMAugmentation(), FromPixels()])
+    with pytest.raises(ValueError, match="x must be floating point for EDMAugmentation"):
+        jax.jit(prepare)(row(np.full((3, 8, 8), 200, np.uint8)), KEY)
 
 
 # Flips
@@ -126,6 +139,22 @@ def test_latent_keeps_label_and_index():
     assert (found.condition, found.index) == (3, 5)
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.int32, bool])
+def test_moments_that_are_no_floating_point_numbers_are_refused(dtype):
+    with pytest.raises(ValueError, match=r"x must be floating point for SamplePosterior, .* got"):
+        jax.jit(SamplePosterior(1.0))(row(MOMENTS.astype(dtype)), KEY)
+
+
+def test_moments_of_an_odd_number_of_channels_are_refused():
+    with pytest.raises(ValueError, match=r"an even number of channels for SamplePosterior, got shape \(5, 2, 4\)"):
+        SamplePosterior(1.0)(row(MOMENTS[:5]), KEY)
+
+
+def test_latent_of_float64_moments_is_float64_where_jax_keeps_it(x64):
+    certain = np.concatenate([np.full_like(MEAN, 1e300, np.float64), np.zeros_like(STD, np.float64)])
+    assert (SamplePosterior(1.0)(row(jnp.asarray(certain)), KEY).x == 1e300).all()
+
+
 # Parts
 
 
@@ -153,7 +182,8 @@ def test_every_part_has_a_key_of_its_own():
 
 def test_part_draws_the_same_wherever_the_parts_before_end():
     """The second part's key does not depend on what the first draws from its own."""
-    found = [InTurn([first, AddNoise()])(row(jnp.zeros(3)), KEY).x for first in (RandomFlip(), FromPixels())]
+    firsts = (RandomFlip(), jnp.zeros(3)), (FromPixels(), jnp.zeros(3, jnp.uint8))
+    found = [InTurn([first, AddNoise()])(row(x), KEY).x for first, x in firsts]
     np.testing.assert_allclose(found[0], found[1] + 1, rtol=1e-6)
 
 

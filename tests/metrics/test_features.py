@@ -115,13 +115,34 @@ def test_sample_that_is_not_finite_is_named_by_its_number():
 @pytest.mark.parametrize(
     ("batches", "count", "message"),
     [
-        ([jnp.zeros((2, 4, 4, 3))], None, r"shape \(rows, 3, height, width\), got \(2, 4, 4, 3\)"),
+        ([jnp.zeros((2, 4, 4, 3))], None, r"shape \(rows, 3, height, width\), .* got \(2, 4, 4, 3\)"),
         ([jnp.zeros((2, 1, 4, 4))], None, r"got \(2, 1, 4, 4\)"),
         ([jnp.zeros((2, 3, 4, 4), int)], None, "floating point or pixels in uint8, got int"),
         ([jnp.zeros((2, 3, 4, 4))], 3, "must hold 3 images, got 2"),
         ([], None, "must hold at least 1 images, got 0"),
+        ([jnp.zeros((2, 3, 0, 4))], None, r"none of them 0, got \(2, 3, 0, 4\)"),
+        ([jnp.zeros((2, 3, 4, 4))], 0, "count must be >= 2, got 0"),
+        ([jnp.zeros((2, 3, 4, 4))], 1, "count must be >= 2, got 1"),
+        ([jnp.zeros((2, 3, 4, 4))], 1.5, "count must be an integer, got 1.5"),
+        ([jnp.zeros((2, 3, 4, 4))], True, "count must be an integer, got True"),
     ],
 )
 def test_wrong_batches_of_images_are_refused(batches, count, message):
     with pytest.raises(ValueError, match=message):
         collect_features(EXTRACTOR, batches, count)
+
+
+@pytest.mark.parametrize("count", [0, 1.5])
+def test_count_that_is_none_is_refused_before_anything_is_drawn(unchecked, count):
+    def batches():
+        raise AssertionError("a batch was drawn")
+        yield
+
+    with pytest.raises(ValueError, match="count must be "):
+        stream_moments(EXTRACTOR, batches(), count)
+
+
+@pytest.mark.parametrize("dtype", [jnp.int32, bool])
+def test_extractor_refuses_what_is_neither_samples_nor_pixels(unchecked, dtype):
+    with pytest.raises(ValueError, match="x must be samples in floating point or pixels in uint8, got "):
+        EXTRACTOR(jnp.ones((2, 3, 4, 4), dtype))

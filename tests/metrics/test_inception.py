@@ -138,3 +138,12 @@ def test_torch_file_of_another_network_is_not_converted(tmp_path):
     with pytest.raises(ValueError, match=r"weights\.pth: .*fc\.weight is \(1000, 2048\), not \(1008, 2048\)"):
         convert_inception(tmp_path / "weights.pth", tmp_path / "weights.safetensors")
     assert not (tmp_path / "weights.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"), [((1, 3, 299, 299), np.uint8), ((1, 3, 75, 75), np.float32), ((3, 299, 299), np.float32)]
+)
+def test_what_is_no_input_of_the_network_is_refused(unchecked, shape, dtype):
+    rule = r"x must be float32 of shape \(rows, 3, 299, 299\), got"
+    with pytest.raises(ValueError, match=rule):
+        eqx.filter_eval_shape(shapes(), jax.ShapeDtypeStruct(shape, dtype))

@@ -99,3 +99,16 @@ def test_input_of_the_network_is_that_of_torchmetrics(antialias, protocol):
     with pytest.raises(Seen) as seen:
         network._torch_fidelity_forward((y * 255).byte())
     np.testing.assert_allclose(protocol(jnp.asarray(x)), seen.value.args[0].numpy(), atol=2e-5)
+
+
+@pytest.mark.parametrize("quantise", [round_to_pixels, floor_to_pixels])
+@pytest.mark.parametrize("dtype", [jnp.uint8, jnp.int32, bool])
+def test_what_is_no_samples_is_not_made_pixels(unchecked, quantise, dtype):
+    with pytest.raises(ValueError, match=r"x must be samples in floating point, in \[-1, 1\], got "):
+        quantise(jnp.ones((3, 4, 4), dtype))
+
+
+@pytest.mark.parametrize("dtype", [jnp.int8, jnp.int32, bool])
+def test_images_that_are_neither_samples_nor_pixels_are_refused(unchecked, dtype):
+    with pytest.raises(ValueError, match="x must be samples in floating point or pixels in uint8, got "):
+        ADM(jnp.ones((3, 4, 4), dtype))

@@ -87,3 +87,30 @@ def test_tensorflow_resize_is_that_of_torch_fidelity(shape):
     x = images(*shape)
     resized = theirs.interpolate_bilinear_2d_like_tensorflow1x(torch.from_numpy(x), (299, 299), align_corners=False)
     np.testing.assert_allclose(resize_tensorflow1(jnp.asarray(x)), resized, atol=5e-5)
+
+
+RESIZES = pytest.mark.parametrize("resize", [resize_tensorflow1, resize_half_pixel])
+
+
+@RESIZES
+@pytest.mark.parametrize("dtype", [jnp.uint8, jnp.int32])
+def test_integers_are_refused(unchecked, resize, dtype):
+    """Interpolated in uint8, shares of a pixel would be 0."""
+    with pytest.raises(ValueError, match="x must be floating point, got "):
+        resize(jnp.ones((3, 8, 8), dtype), 4)
+
+
+@RESIZES
+@pytest.mark.parametrize("shape", [(3, 0, 8), (3, 8, 0), (8,)])
+def test_images_without_pixels_are_refused(unchecked, resize, shape):
+    with pytest.raises(ValueError, match=r"x must be \(..., height, width\), neither of them 0, got"):
+        resize(jnp.zeros(shape), 4)
+
+
+@RESIZES
+@pytest.mark.parametrize(
+    ("size", "message"), [(0, "size must be >= 1, got 0"), (2.5, "size must be an integer, got 2.5")]
+)
+def test_size_of_no_pixels_is_refused(unchecked, resize, size, message):
+    with pytest.raises(ValueError, match=message):
+        resize(jnp.zeros((3, 8, 8)), size)

@@ -82,7 +82,10 @@ def test_pixels_that_are_not_finite_are_red(tmp_path):
     [
         (grid(channels=2), {}, r"images must have the shape.*got \(2, 3, 2, 4, 6\)"),
         (grid(columns=0), {}, "images must have the shape"),
-        (grid(), {"low": 1.0, "high": 1.0}, "low must be < high, got 1.0 and 1.0"),
+        (grid(), {"low": 1.0, "high": 1.0}, "low must be < high, both finite, got 1.0 and 1.0"),
+        (grid(), {"low": -np.inf, "high": 1.0}, "low must be < high, both finite, got -inf and 1.0"),
+        (grid(), {"low": 0.0, "high": np.nan}, "low must be < high, both finite, got 0.0 and nan"),
+        (grid().astype(np.uint8), {"low": -1.0, "high": 1.0}, "low must be >= 0 for images in uint8, got -1.0"),
         (grid(), {"scale": 0}, "scale must be >= 1, got 0"),
         (grid(), {"row_labels": ["a"]}, "row_labels must be 2 texts, got 1"),
         (grid(), {"column_labels": ["a"]}, "column_labels must be 3 texts, got 1"),
@@ -92,3 +95,15 @@ def test_bad_arguments_are_refused_and_nothing_is_written(tmp_path, images, opti
     with pytest.raises(ValueError, match=message):
         saved(tmp_path, images, **options)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("dtype", [complex, bool, "U1", object])
+def test_what_is_no_real_numbers_is_refused(unchecked, tmp_path, dtype):
+    with pytest.raises(ValueError, match="images must be real numbers, got "):
+        saved(tmp_path, np.zeros((1, 1, 1, 2, 2)).astype(dtype))
+
+
+@pytest.mark.parametrize("scale", [2.5, True])
+def test_scale_that_is_no_integer_is_refused(unchecked, tmp_path, scale):
+    with pytest.raises(ValueError, match=f"scale must be an integer, got {scale}"):
+        saved(tmp_path, grid(), scale=scale)

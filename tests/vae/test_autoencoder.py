@@ -173,10 +173,10 @@ def test_a_fresh_tokenizer_tells_images_apart():
 # Inputs
 
 
-@pytest.mark.parametrize("shape", [(3, 30, 40), (3, 24, 44), (1, 24, 40), (24, 40, 3)])
+@pytest.mark.parametrize("shape", [(3, 30, 40), (3, 24, 44), (1, 24, 40), (24, 40, 3), (3, 0, 8)])
 def test_an_image_of_another_shape_is_refused(shape):
     network = structure(vae.SD_VAE)
-    message = f"x must be (3, height, width) with height and width divisible by 8, got {shape}"
+    message = f"x must be (3, height, width) with height and width positive multiples of 8, got {shape}"
     with pytest.raises(ValueError) as caught:
         network.encode(jnp.zeros(shape))
     assert str(caught.value) == message
@@ -188,10 +188,18 @@ def test_an_image_of_bytes_is_refused(unchecked):
         network.encode(jnp.zeros(IMAGE, jnp.uint8))
 
 
-def test_a_latent_of_another_number_of_channels_is_refused():
+@pytest.mark.parametrize("shape", [(4, 3, 5), (3, 0, 5), (3, 5)])
+def test_a_latent_of_another_shape_is_refused(unchecked, shape):
     network = structure(TINY)
-    with pytest.raises(ValueError, match=r"latent must be \(3, height, width\), got \(4, 3, 5\)"):
-        network.decode(jnp.zeros((4, 3, 5)))
+    with pytest.raises(ValueError, match=r"latent must be \(3, height, width\), none of them 0, got "):
+        network.decode(jnp.zeros(shape))
+
+
+@pytest.mark.parametrize("dtype", [jnp.uint8, jnp.int32])
+def test_a_latent_of_integers_is_refused(unchecked, dtype):
+    network = structure(TINY)
+    with pytest.raises(ValueError, match="latent must be floating point, got "):
+        network.decode(jnp.ones((3, 3, 5), dtype))
 
 
 # Moments
