@@ -11,10 +11,13 @@ $\omega' = \omega / (1 - \kappa)$.
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key
+import numpy as np
+from jaxtyping import Array, ArrayLike, Float, Key
 
 from ._custom_types import Condition, Time
 from ._field import AbstractField
@@ -89,7 +92,8 @@ class GuidedField(AbstractField):
 
     **Arguments:** `field`; `scale` w, 1 for none ("cfg scale" elsewhere); `null` the condition that means "none".
 
-    **Raises:** `ValueError` unless 0 <= scale < infinity.
+    **Raises:** `ValueError` unless 0 <= scale < infinity, or if `null` has a NumPy integer that JAX's dtype does not
+    hold.
 
     **Reference:** Classifier-Free Diffusion Guidance, Ho and Salimans, 2022, arXiv 2207.12598.
     """
@@ -101,6 +105,7 @@ class GuidedField(AbstractField):
     def __check_init__(self):
         if not 0 <= self.scale < math.inf:
             raise ValueError(f"scale must lie in [0, infinity), got {self.scale}")
+        _check_null(self.null)
 
     def __call__(
         self,
@@ -124,7 +129,8 @@ class LabelDropout(eqx.Module):
 
     - `rate`: share of all rows of the batch, 0.1 in the paper.
     - `null`: the condition that means "none" (a PyTree like one example's condition; for a `DiT` the label
-      `field.null_label`).
+      `field.null_label`). It is cast to the condition's dtype, and an `Objective` refuses one that this would change
+      into another: 300 for uint8 labels, say.
     - `boundary_only`: whether only r = t rows are dropped, with probability `rate` / (1 - identity share), so that the
       null condition is never trained at r < t. True is the authors' ImageNet code, which drops a prefix of Binomial(B,
       0.1) rows, all of them r = t rows: the same in expectation. False drops any row, as the paper's text reads. With
@@ -138,3 +144,29 @@ class LabelDropout(eqx.Module):
     def __check_init__(self):
         if not 0 <= self.rate <= 1:
             raise ValueError(f"rate must lie in [0, 1], got {self.rate}")
+        _check_null(self.null)
+
+
+def _check_null(null: Condition) -> None:
+    """Refuses numbers of NumPy that become others as soon as JAX takes them: 2^32 is 0 in int32."""
+    for leaf in jax.tree.leaves(null):
+        if isinstance(leaf, np.ndarray | np.generic):
+            dtype = jax.dtypes.canonicalize_dtype(leaf.dtype)
+            if (lost := first_lost(leaf, dtype)) is not None:
+                raise ValueError(f"null must be a number of {dtype}, in which JAX takes it, got {lost}")
+
+
+def first_lost(value: ArrayLike | np.generic, dtype: np.dtype) -> Any:
+    """The first number that a cast to `dtype` would turn into another one, or None: an integer out of range, a real
+    number that would be infinite, a complex one. Rounding is none of it."""
+    value = np.asarray(value)
+    if np.iscomplexobj(value):
+        wrong = np.full(value.shape, True)
+    elif jnp.issubdtype(dtype, jnp.floating):
+        wide = value.astype(np.float64)
+        with np.errstate(over="ignore"):
+            wrong = np.isfinite(wide) & ~np.isfinite(wide.astype(dtype))
+    else:
+        low, high = (0, 1) if jnp.issubdtype(dtype, jnp.bool_) else (jnp.iinfo(dtype).min, jnp.iinfo(dtype).max)
+        wrong = np.asarray((value < low) | (value > high), bool)
+    return value[wrong][0] if wrong.any() else None

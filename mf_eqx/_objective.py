@@ -28,7 +28,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int, Key, PyTree, Shaped
 
 from ._custom_types import at_least_float32, Condition, Scalar, Time
 from ._field import AbstractField, stopped
-from ._guidance import Guidance, LabelDropout
+from ._guidance import first_lost, Guidance, LabelDropout
 from ._identity import AbstractIdentity, Context, MeanFlow
 from ._interpolant import AbstractInterpolant, LinearInterpolant
 from ._times import AbstractTimes, as_share, check_batch_size, split_rows, TimePairs
@@ -303,9 +303,20 @@ class _Part(AbstractObjective):
 
 
 def _check_null(null: ArrayLike, condition: ArrayLike) -> None:
-    kinds = [jnp.issubdtype(jnp.result_type(leaf), jnp.floating) for leaf in (null, condition)]
-    if kinds == [True, False]:
+    """Refuses a null condition that the condition's dtype would turn into another one."""
+    dtype, given = jnp.result_type(condition), getattr(null, "dtype", None) or np.asarray(null).dtype
+    floats = [jnp.issubdtype(kind, jnp.floating) for kind in (given, dtype)]
+    if floats == [True, False]:
         raise ValueError(f"label_dropout.null must be an integer like the condition, got {null}")
+    try:
+        lost = first_lost(null, dtype)
+    except jax.errors.TracerArrayConversionError:  # an argument of the program, of which only the dtype is known
+        if not floats[1] and jnp.promote_types(given, dtype) != dtype:
+            rule = f"of the condition's dtype {dtype}, or a Python integer"
+            raise ValueError(f"label_dropout.null must be {rule}, got an array of {given}") from None
+        return
+    if lost is not None:
+        raise ValueError(f"label_dropout.null must be a number of the condition's dtype {dtype}, got {lost}")
 
 
 def _mean(values: Float[Array, " batch"]) -> Mean:

@@ -1,5 +1,6 @@
 import math
 
+import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
@@ -138,3 +139,25 @@ def test_guided_field_refuses_a_scale_that_makes_no_samples(scale):
 def test_guided_field_of_scale_one_is_the_field():
     z, r, t = jnp.asarray([1.0, -2.0]), jnp.asarray(0.25), jnp.asarray(0.5)
     np.testing.assert_allclose(GuidedField(Conditioned(), 1, null=7.0)(z, r, t, 2.0), Conditioned()(z, r, t, 2.0))
+
+
+# NumPy's integers, which JAX takes as int32
+
+MAKE = pytest.mark.parametrize(
+    "make", [lambda null: LabelDropout(0.1, null), lambda null: GuidedField(Conditioned(), 2, null)]
+)
+
+
+@MAKE
+@pytest.mark.parametrize("null", [np.int64(2**32), {"label": np.array([1, 2**32])}])
+def test_null_that_jax_would_take_as_another_number_is_refused(make, null):
+    message = "null must be a number of int32, in which JAX takes it, got 4294967296"
+    with jax.enable_x64(False), pytest.raises(ValueError, match=message):
+        make(null)
+
+
+@MAKE
+@pytest.mark.parametrize(("null", "has_64_bits"), [(2**31 - 1, False), (2**32, True)])
+def test_null_that_jax_takes_as_it_is_is_accepted(make, null, has_64_bits):
+    with jax.enable_x64(has_64_bits):
+        assert make(np.int64(null)).null == null

@@ -7,6 +7,7 @@ jitted objective would take seconds. So most batches have four rows of either ki
 """
 
 import dataclasses
+import math
 from fractions import Fraction
 from typing import ClassVar, NamedTuple
 
@@ -990,3 +991,50 @@ def test_batch_without_a_batch_axis_is_refused():
 
 def test_rows_are_numbered_from_zero_by_default():
     np.testing.assert_array_equal(Batch(data(4)).index, [0, 1, 2, 3])
+
+
+class Shown(AbstractField):
+    """The condition itself as velocity."""
+
+    def __call__(self, z, r, t, condition=None, *, key=None):
+        return jnp.full_like(z, condition.astype(z.dtype))
+
+
+def loss_of(condition, null=None):
+    """Of rows with this condition, or with `null` in its place."""
+    dropout = None if null is None else LabelDropout(1.0, null)
+    objective = Objective(identity=None, identity_share=0, weight=PLAIN, label_dropout=dropout)
+    return eqx.filter_jit(objective)(Shown(), Batch(data(2), condition), key=jr.key(0))[0]
+
+
+NULLS = {
+    "2^32 in int32": (2**32, jnp.int32, "int32, got 4294967296"),
+    "300 in uint8": (300, jnp.uint8, "uint8, got 300"),
+    "-1 in uint8": (-1, jnp.uint8, "uint8, got -1"),
+    "-1 in uint32": (-1, jnp.uint32, "uint32, got -1"),
+    "5 in bool": (5, bool, "bool, got 5"),
+    "infinite in float16": (70_000.0, jnp.float16, "float16, got 70000.0"),
+    "an array, whose values no program knows": (jnp.asarray(300), jnp.uint8, "uint8, .* got an array of int32"),
+}
+
+
+@pytest.mark.parametrize(("null", "dtype", "message"), NULLS.values(), ids=NULLS)
+def test_null_condition_that_a_cast_would_change_is_refused(null, dtype, message):
+    with pytest.raises(ValueError, match=f"label_dropout.null must be .*the condition's dtype {message}"):
+        loss_of(jnp.zeros(2, dtype), null)
+
+
+@pytest.mark.parametrize(
+    ("null", "dtype"),
+    [
+        (255, jnp.uint8),
+        (np.uint8(255), jnp.int32),
+        (-(2**31), jnp.int32),
+        (2**32 - 1, jnp.uint32),
+        (True, bool),
+        (65_504.0, jnp.float16),
+        (math.inf, jnp.float32),
+    ],
+)
+def test_null_condition_at_the_end_of_its_dtype_is_used_as_it_is(null, dtype):
+    assert loss_of(jnp.zeros(2, dtype), null) == loss_of(jnp.full(2, null, dtype))
