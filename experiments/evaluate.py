@@ -234,6 +234,7 @@ def open_images(config: Config, subject: Subject) -> data.AbstractSource:
         source = data.ShardSource(path)
     elif path.is_dir() and not any(path.glob("data_batch_1*")):
         source = data.ImageFolderSource(path, size=subject.image_shape[1])
+        run.tell(f"{path}: {len(source):,} images; passed over: {source.passed_over_as_text()}")
     else:
         source = data.read_cifar10(path)
     if source.dtype != np.uint8 or source.row_shape != subject.image_shape:
@@ -250,10 +251,11 @@ def digest_of_file(path: str) -> str:
 
 
 def digest_of_images(source: data.AbstractSource) -> str:
-    """Of all images in memory; of files, their names, sizes and times of change."""
+    """Of all images in memory; of files, also those behind links, their names, sizes and times of change."""
     if isinstance(source, data.ArraySource):
         return hashlib.sha256(source.x.tobytes()).hexdigest()
-    files = sorted((str(path), path.stat()) for path in Path(source.name).rglob("*") if path.is_file())
+    assert isinstance(source, data.ImageFolderSource)
+    files = [(str(path), path.stat()) for path in (Path(source.name) / name for name in source.paths)]
     return run.digest([(name, found.st_size, found.st_mtime_ns) for name, found in files])
 
 

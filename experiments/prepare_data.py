@@ -8,9 +8,10 @@
     python experiments/prepare_data.py --array-record train.array_record --labels 10 --to data/train
     python experiments/prepare_data.py --verify data/cifar10
 
-Nothing is downloaded, extracted to disk or unpickled. Every value is checked on the way: shapes, dtypes, finite
-numbers, labels in range. The folder appears when all of it is written. Values stay as they are, bytes for images. Each
-row gets a checksum, which training compares whenever it reads the row; `--verify` compares all files at once.
+Nothing is downloaded, extracted to disk or unpickled. Every value is checked on the way: shapes, dtypes (uint8 or
+floating point), finite numbers, labels in range. Of a folder of images it is told which files are passed over. The
+folder appears when all of it is written. Values stay as they are, bytes for images. Each row gets a checksum, which
+training compares whenever it reads the row; `--verify` compares all files at once.
 """
 
 import dataclasses
@@ -111,6 +112,8 @@ def main(config: Config) -> None:
     began = time.perf_counter()
     check_flags(config)
     source = data.ShardSource(config.verify) if config.verify else open_source(config)
+    if isinstance(source, data.ImageFolderSource):
+        print(f"{source.name}: {len(source):,} images; passed over: {source.passed_over_as_text()}")
     with run.Progress(len(source)) as progress:
 
         def update(rows: int) -> None:

@@ -94,6 +94,8 @@ class LatentSource(data.AbstractSource):
 
     **Arguments:** `images`, bytes; `rows` which of them; `tokenizer`; `batch` how many are encoded at once, on all
     devices; `threads` that decode.
+
+    **Raises:** `ValueError` if `images` are not uint8 with three channels.
     """
 
     def __init__(
@@ -105,8 +107,11 @@ class LatentSource(data.AbstractSource):
         batch: int,
         threads: int,
     ):
+        channels, *sides = images.row_shape
+        if images.dtype != np.uint8 or (channels, len(sides)) != (3, 2):
+            found = f"{images.dtype} of shape {images.row_shape}"
+            raise ValueError(f"{images.name}: images must be uint8 of shape (3, height, width), got {found}")
         self._images, self._rows, self._tokenizer, self._batch, self._threads = images, rows, tokenizer, batch, threads
-        _, *sides = images.row_shape
         self.row_shape = (2 * tokenizer.size.latent, *(side // tokenizer.factor for side in sides))
         self.name, self.dtype, self.labels = images.name, np.dtype(np.float16), images.labels
 
@@ -230,6 +235,7 @@ def main(config: Config) -> None:
     size = size_of(config)
     dtype = jnp.bfloat16 if config.bfloat16 else jnp.float32
     images = data.ImageFolderSource(config.images, size=config.size)
+    print(f"{images.name}: {len(images):,} images; passed over: {images.passed_over_as_text()}")
     if config.parts > len(images):
         raise ValueError(f"parts must be at most the {len(images)} images of {config.images}, got {config.parts}")
     tokenizer = open_tokenizer(config.vae, size, dtype)

@@ -3,14 +3,18 @@
 Needs Pillow, from the extra `images`.
 """
 
+import collections
 import io
 import os
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from jaxtyping import Int, UInt8
 
+from .._custom_types import as_count, Integer
+from .._leaves import some
 from .._optional import optional
 from ._file import PathLike, read_regular
 from ._source import AbstractSource, Rows
@@ -19,6 +23,7 @@ _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 _MODES = {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "CMYK", "YCbCr"}
 """Pillow's modes of 8 bits or less per channel; converting deeper ones to RGB would clip their values."""
+_PNG = b"\x89PNG\r\n\x1a\n"
 _MOST_PIXELS = 1 << 27
 _LARGEST_FILE = 1 << 27
 """Bytes before decoding."""
@@ -29,72 +34,119 @@ class ImageFolderSource(AbstractSource):
 
     Rows are in the order of their paths below `root`, bytes of shape (3, size, size) in RGB. An image is halved by a
     box filter as long as its smaller side is at least twice `size`, then resized by a bicubic filter so that the
-    smaller side is `size`, and its centre is taken (what ADM does with ImageNet). Transparency is dropped, a
-    description of how the camera was held is not looked at, and of an animation the first image is taken. Names that
-    start with a dot and files of other kinds are left alone.
+    smaller side is `size`, and its centre is taken (what ADM does with ImageNet). Images of fewer than 8 bits per
+    channel are spread over 0 to 255. Transparency is dropped, colours are converted to RGB without their profile, a
+    description of how the camera was held is not looked at, and of an animation the first image is taken.
 
-    **Attributes:** `class_names` of the labels, sorted; None without classes.
+    Links to images and to folders are followed. Names that start with a dot and files of other kinds are passed over.
+
+    **Attributes:** `class_names` of the labels, sorted, or None without classes; `paths` of the rows below `root`;
+    `passed_over` how many files of which kind were found and are not used: by suffix in lower case, "without suffix",
+    or "hidden" for names that start with a dot (a hidden folder counts as one).
 
     **Arguments:** `root`; `size` in pixels, of both sides.
 
-    **Raises:** `OSError` if a file cannot be opened; `ValueError` that names folder or file: no images, a class without
-    any, images both beside and in folders; when it is read, an image that is no ordinary file, broken, of more than 8
-    bits per channel or too large (128 MiB, or 2^27 pixels). `MissingDependency` if Pillow is missing.
+    **Raises:** `OSError` if a file cannot be opened or a folder cannot be listed; `ValueError` that names folder or
+    file: no images, a class without any, images both beside and in folders, a link that leads nowhere or back to a
+    folder that it lies in; when it is read, an image that is no ordinary file, broken, of more than 8 bits per channel
+    or too large (128 MiB, or 2^27 pixels). `MissingDependency` if Pillow is missing.
 
     Reference: Prafulla Dhariwal and Alex Nichol, "Diffusion models beat GANs on image synthesis", 2021,
     arXiv:2105.05233.
     """
 
-    def __init__(self, root: PathLike, *, size: int):
-        if size < 1:
-            raise ValueError(f"size must be >= 1, got {size}")
+    def __init__(self, root: PathLike, *, size: Integer):
+        size = as_count("size", size)
         _pillow()
         self._root, self._size = Path(root), size
         self.name, self.row_shape, self.dtype = str(root), (3, size, size), np.dtype(np.uint8)
-        folders = sorted(entry.name for entry in self._root.iterdir() if entry.is_dir() and _is_shown(entry.name))
-        beside = sorted(entry.name for entry in self._root.iterdir() if not entry.is_dir() and _is_image(entry.name))
+        passed_over = collections.Counter()
+        folders, beside = _listed(self._root, passed_over)
         if folders and beside:
             raise ValueError(f"{root}: must hold images or folders of them, got {beside[0]} beside {folders[0]}")
         self.class_names = folders or None
         self.labels = len(folders) or None
-        found = {name: _images(self._root, name) for name in folders}
+        found = {name: _images(self._root, name, passed_over) for name in folders}
+        self.passed_over = dict(sorted(passed_over.items()))
+        suffixes = ", ".join(sorted(_SUFFIXES))
         if empty := [name for name in folders if not found[name]]:
-            raise ValueError(f"{self._root / empty[0]}: must hold images, {', '.join(sorted(_SUFFIXES))}, got none")
+            self._refuse(self._root / empty[0], f"images, {suffixes}")
         labelled = [(path, label) for label, name in enumerate(folders) for path in found[name]]
-        self._paths, self._label = _in_order(labelled or [(name, 0) for name in beside])
-        if not self._paths:
-            raise ValueError(f"{root}: must hold images, {', '.join(sorted(_SUFFIXES))}, or folders of them, got none")
+        self.paths, self._label = _in_order(labelled or [(name, 0) for name in beside])
+        if not self.paths:
+            self._refuse(self._root, f"images, {suffixes}, or folders of them")
+
+    def _refuse(self, folder: Path, wanted: str) -> NoReturn:
+        """Says that there are no images, and what there is instead."""
+        found = f"passed over in {self.name}: {self.passed_over_as_text()}"
+        raise ValueError(f"{folder}: must hold {wanted}, got none; {found}")
+
+    def passed_over_as_text(self) -> str:
+        """The files that are not used, in a line."""
+        kinds = sorted(self.passed_over, key=lambda kind: -self.passed_over[kind])
+        return some([f"{self.passed_over[kind]:,} {kind}" for kind in kinds], 8) or "nothing"
 
     def __len__(self) -> int:
-        return len(self._paths)
+        return len(self.paths)
 
     def take(self, rows: Int[np.ndarray, " rows"]) -> Rows:
         x = np.empty((len(rows), *self.row_shape), np.uint8)
         for place, row in enumerate(rows.tolist()):
-            x[place] = _read_image(self._root / self._paths[row], self._size)
+            x[place] = _read_image(self._root / self.paths[row], self._size)
         return Rows(x, None if self.labels is None else self._label[rows])
 
 
-def _is_shown(name: str) -> bool:
-    return not name.startswith(".")
+def _listed(folder: Path, passed_over: collections.Counter[str]) -> tuple[list[str], list[str]]:
+    """Names of folders and of images in a folder, sorted; the others are counted."""
+    folders, images = [], []
+    for entry in _shown(folder, passed_over):
+        suffix = os.path.splitext(entry.name)[1].lower()
+        if entry.is_dir():
+            folders.append(entry.name)
+        elif suffix in _SUFFIXES:
+            images.append(entry.name)
+        else:
+            passed_over[suffix or "without suffix"] += 1
+    return sorted(folders), sorted(images)
 
 
-def _is_image(name: str) -> bool:
-    return _is_shown(name) and os.path.splitext(name)[1].lower() in _SUFFIXES
+def _shown(folder: Path, passed_over: collections.Counter[str]) -> Iterator[os.DirEntry[str]]:
+    """What is in a folder and has no hidden name."""
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                passed_over["hidden"] += 1
+                continue
+            if entry.is_symlink():
+                _check_link(entry)
+            yield entry
 
 
-def _images(root: Path, folder: str) -> list[str]:
-    """Paths below `root` of all images in one of its folders, however deep."""
+def _check_link(entry: os.DirEntry[str]) -> None:
+    try:
+        entry.stat()
+    except OSError as error:
+        raise ValueError(f"{entry.path}: must be a link to a file or folder, got: {error.strerror}") from error
 
-    def refuse(error: OSError) -> None:
-        raise error
 
-    found = []
-    for place, folders, files in os.walk(root / folder, onerror=refuse):
-        folders[:] = filter(_is_shown, folders)
-        below = Path(place).relative_to(root)
-        found += [(below / name).as_posix() for name in files if _is_image(name)]
+def _images(root: Path, folder: str, passed_over: collections.Counter[str]) -> list[str]:
+    """Paths below `root` of all images in one of its folders, however deep, also behind links."""
+    found, left = [], [(folder, (_identity(root),))]
+    while left:
+        place, above = left.pop()
+        here = _identity(root / place)
+        if here in above:
+            raise ValueError(f"{root / place}: must not be a link to a folder that it lies in, got a circle")
+        folders, images = _listed(root / place, passed_over)
+        found += [f"{place}/{name}" for name in images]
+        left += [(f"{place}/{name}", (*above, here)) for name in folders]
     return found
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    """What a folder has whatever path leads to it."""
+    found = os.stat(folder)
+    return found.st_dev, found.st_ino
 
 
 def _in_order(labelled: list[tuple[str, int]]) -> tuple[list[str], Int[np.ndarray, " rows"]]:
@@ -111,13 +163,27 @@ def _pillow() -> Any:
 def _read_image(path: Path, size: int) -> UInt8[np.ndarray, "3 size size"]:
     content = read_regular(path, _LARGEST_FILE)
     try:
+        _check_depth(content)
         with _pillow().open(io.BytesIO(content), formats=_FORMATS) as image:
             _check_image(image, size)
             cropped = _cropped(image.convert("RGB"), size)
     except Exception as error:  # decoders fail in many ways
         reason = str(error).partition("\n")[0] or type(error).__name__
+        if isinstance(error, _pillow().UnidentifiedImageError):  # which names our buffer, and not the file
+            reason = f"nothing that Pillow knows as {', '.join(_FORMATS)}"
         raise ValueError(f"{path}: must be a whole image, got: {reason}") from error
     return np.asarray(cropped).transpose(2, 0, 1)
+
+
+def _check_depth(content: bytes) -> None:
+    """Refuses a PNG file of 16 bits per channel. Pillow halves them, of colours, before it tells a mode; the header has
+    them, which comes first in the file."""
+    if not content.startswith(_PNG):
+        return
+    if content[12:16] != b"IHDR":
+        raise ValueError("a PNG file that does not start with its header")
+    if content[24:25] > b"\x08":
+        raise ValueError(f"{content[24]} bits per channel, more than 8")
 
 
 def _check_image(image: Any, size: int) -> None:

@@ -69,12 +69,62 @@ def test_images_beside_each_other_have_no_labels(tmp_path):
     np.testing.assert_array_equal(read_all(source).x.transpose(0, 2, 3, 1), images)
 
 
-def test_hidden_and_other_files_are_left_alone(tmp_path):
+def test_hidden_and_other_files_are_passed_over_and_counted_by_kind(tmp_path):
     saved(tmp_path / "a" / "x.png", pixels())
-    for name in ("readme.txt", ".hidden.png", "a/notes.md", "a/._x.png", ".git/x.png"):
+    names = ("readme.txt", ".hidden.png", "a/notes.TXT", "a/deep/y.gif", "a/LICENSE", "a/._x.png", ".git/x.png")
+    for name in names:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("text")
-    assert len(ImageFolderSource(tmp_path, size=8)) == 1
+    source = ImageFolderSource(tmp_path, size=8)
+    assert source.paths == ["a/x.png"]
+    assert source.passed_over == {".gif": 1, ".txt": 2, "hidden": 3, "without suffix": 1}
+    assert source.passed_over_as_text() == "3 hidden, 2 .txt, 1 .gif, 1 without suffix"
+
+
+def test_nothing_is_passed_over_where_there_are_images_alone(tmp_path):
+    saved(tmp_path / "x.png", pixels())
+    source = ImageFolderSource(tmp_path, size=8)
+    assert source.passed_over == {} and source.passed_over_as_text() == "nothing"
+
+
+# Links
+
+
+def test_images_behind_links_are_read_wherever_they_are(tmp_path):
+    """A class, a folder in a class, a folder in a folder, and an image."""
+    images = {name: saved(tmp_path / "elsewhere" / name, pixels()) for name in ("1/a.png", "2/b.png", "3/c.png")}
+    for name, target in [("r/one", "1"), ("r/two/in", "2"), ("r/two/deep/in", "3"), ("r/two/z.png", "1/a.png")]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).symlink_to(tmp_path / "elsewhere" / target)
+    source = ImageFolderSource(tmp_path / "r", size=8)
+    assert source.paths == ["one/a.png", "two/deep/in/c.png", "two/in/b.png", "two/z.png"]
+    wanted = [images[name] for name in ("1/a.png", "3/c.png", "2/b.png", "1/a.png")]
+    np.testing.assert_array_equal(read_all(source).x.transpose(0, 2, 3, 1), wanted)
+    assert source.take(np.arange(4)).label.tolist() == [0, 1, 1, 1]
+
+
+@pytest.mark.parametrize("target", ["r", "r/a", "r/a/deep", "."])
+def test_link_back_to_a_folder_that_it_lies_in_is_refused(target, tmp_path):
+    saved(tmp_path / "r" / "a" / "deep" / "x.png", pixels())
+    (tmp_path / "r" / "a" / "deep" / "back").symlink_to(tmp_path / target)
+    with pytest.raises(ValueError, match=r"a/deep/back.*: must not be a link to a folder that it lies in"):
+        ImageFolderSource(tmp_path / "r", size=8)
+
+
+@pytest.mark.parametrize("name", ["gone", "a/gone", "a/gone.png", "a/deep/gone.txt"])
+@pytest.mark.parametrize("target", ["nowhere", "itself"])
+def test_link_that_leads_nowhere_is_refused_by_name(name, target, tmp_path):
+    saved(tmp_path / "a" / "deep" / "x.png", pixels())
+    (tmp_path / name).symlink_to(tmp_path / (name if target == "itself" else target))
+    with pytest.raises(ValueError, match=f"{name}: must be a link to a file or folder, got: "):
+        ImageFolderSource(tmp_path, size=8)
+
+
+def test_hidden_link_may_lead_anywhere(tmp_path):
+    saved(tmp_path / "a" / "x.png", pixels())
+    (tmp_path / "a" / ".gone").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "a" / ".back").symlink_to(tmp_path)
+    assert ImageFolderSource(tmp_path, size=8).passed_over == {"hidden": 2}
 
 
 @pytest.mark.parametrize(("suffix", "options"), [("jpg", {"quality": 100}), ("webp", {"lossless": True})])
@@ -154,16 +204,23 @@ def test_no_size_is_refused(tmp_path):
         ImageFolderSource(tmp_path, size=0)
 
 
-def test_no_images_are_refused(tmp_path):
+@pytest.mark.parametrize("size", [2.5, True])
+def test_size_that_is_no_integer_is_refused(unchecked, size, tmp_path):
+    with pytest.raises(ValueError, match=f"size must be an integer, got {size}"):
+        ImageFolderSource(tmp_path, size=size)
+
+
+def test_no_images_are_refused_with_what_there_is(tmp_path):
     (tmp_path / "readme.txt").write_text("text")
-    with pytest.raises(ValueError, match=r"must hold images, .bmp, .jpeg, .jpg, .png, .webp, or folders of them"):
+    rule = "must hold images, .bmp, .jpeg, .jpg, .png, .webp, or folders of them, got none; passed over in .*: 1 .txt"
+    with pytest.raises(ValueError, match=rule):
         ImageFolderSource(tmp_path, size=8)
 
 
 def test_class_without_images_is_refused(tmp_path):
     saved(tmp_path / "a" / "x.png", pixels())
-    (tmp_path / "b" / "deep").mkdir(parents=True)
-    with pytest.raises(ValueError, match=r"/b: must hold images, .*, got none"):
+    saved(tmp_path / "b" / "deep" / "y.gif", pixels())
+    with pytest.raises(ValueError, match=r"/b: must hold images, .*, got none; passed over in .*: 1 .gif"):
         ImageFolderSource(tmp_path, size=8)
 
 
@@ -174,28 +231,64 @@ def test_images_beside_folders_are_refused(tmp_path):
         ImageFolderSource(tmp_path, size=8)
 
 
-def png(width, height, depth=8):
-    """A PNG file with nothing but a header that tells its size."""
+def png(width, height, depth=8, colour=0, content=b"", before=b""):
+    """A PNG file; without content it has nothing but a header that tells its size."""
 
     def chunk(kind, content):
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
-    header = struct.pack(">IIBBBBB", width, height, depth, 0, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
+    first = chunk(b"tEXt", before) if before else b""
+    whole = first + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(content)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + whole
+
+
+CHANNELS = {"grey": (0, 1), "colour": (2, 3), "grey and alpha": (4, 2), "colour and alpha": (6, 4)}
+"""The codes of PNG, and how many channels they have."""
+
+
+@pytest.mark.parametrize(("colour", "channels"), CHANNELS.values(), ids=CHANNELS)
+def test_png_of_16_bits_per_channel_is_refused(colour, channels, tmp_path):
+    rows = (bytes([0]) + RANDOM.integers(0, 256, 2 * channels * 8).astype(np.uint8).tobytes() for _ in range(8))
+    (tmp_path / "a.png").write_bytes(png(8, 8, 16, colour, b"".join(rows)))
+    source = ImageFolderSource(tmp_path, size=8)
+    with pytest.raises(ValueError, match=r"a.png: must be a whole image, got: 16 bits per channel, more than 8$"):
+        source.take(np.array([0]))
+
+
+@pytest.mark.parametrize("depth", [1, 2, 4])
+def test_grey_of_fewer_bits_is_spread_over_all_levels(depth, tmp_path):
+    levels = np.arange(8) % 2**depth
+    bits = "".join(f"{level:0{depth}b}" for level in levels)
+    row = bytes([0, *(int(bits[i : i + 8], 2) for i in range(0, len(bits), 8))])
+    (tmp_path / "a.png").write_bytes(png(8, 8, depth, 0, 8 * row))
+    np.testing.assert_array_equal(one(tmp_path, 8)[0, :, 0], levels * 255 // (2**depth - 1))
+
+
+def twelve_bits():
+    """A JPEG file whose header tells 12 bits per channel."""
+    stream = io.BytesIO()
+    Image.fromarray(pixels()).save(stream, "JPEG")
+    content = bytearray(stream.getvalue())
+    content[content.index(b"\xff\xc0") + 4] = 12
+    return bytes(content)
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "cannot identify image file"),
-        (b"hello", "cannot identify image file"),
-        (b"GIF89a" + bytes(100), "cannot identify image file"),
+        (b"", "nothing that Pillow knows as PNG, JPEG, WEBP, BMP$"),
+        (b"hello", "nothing that Pillow knows as PNG, JPEG, WEBP, BMP$"),
+        (b"GIF89a" + bytes(100), "nothing that Pillow knows as PNG, JPEG, WEBP, BMP$"),
+        (twelve_bits(), "nothing that Pillow knows as PNG, JPEG, WEBP, BMP$"),
+        (png(8, 8, before=b"a\0b"), "a PNG file that does not start with its header"),
+        (png(0, 8), "nothing that Pillow knows as PNG, JPEG, WEBP, BMP$"),
         (png(60_000, 60_000), r"Image size \(3600000000 pixels\) exceeds limit"),
         (png(1, 100_000), r"1 x 100000 pixels, 6,400,000 at size 8, more than 1,000,000"),
-        (png(8, 8, depth=16), "mode I;16, of more than 8 bits per channel"),
+        (png(8, 8, depth=16), "16 bits per channel, more than 8"),
         (png(8, 8), "image file is truncated"),
     ],
-    ids=range(7),
+    ids=range(10),
 )
 def test_broken_image_is_refused_by_name(content, message, tmp_path, monkeypatch):
     monkeypatch.setattr(_image_folder, "_MOST_PIXELS", 1_000_000)

@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import re
+import types
 
 import equinox as eqx
 import jax
@@ -283,6 +284,22 @@ def test_saved_moments_give_the_same_distance_and_nothing_that_needs_images(judg
     assert row["fid"] == pytest.approx(whole["fid"], rel=1e-9)
     assert row["kid"] is None and row["precision_recall"] is None and whole["kid"] is not None
     assert "No KID, precision and recall (-): they need images" in capsys.readouterr().out
+
+
+def test_images_behind_links_are_part_of_the_digest_and_other_files_are_told(evaluate, tmp_path, capsys):
+    image = pytest.importorskip("PIL.Image")
+    for number, pixels in enumerate(IMAGES[:10]):
+        (tmp_path / "elsewhere").mkdir(exist_ok=True)
+        image.fromarray(pixels.transpose(1, 2, 0)).save(tmp_path / "elsewhere" / f"{number}.png")
+    (tmp_path / "images" / "a").mkdir(parents=True)
+    (tmp_path / "images" / "a" / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "images" / "a" / "notes.txt").write_text("text")
+    config = evaluate.Config(reference=str(tmp_path / "images"))
+    subject = types.SimpleNamespace(image_shape=(3, 32, 32))
+    before = evaluate.digest_of_images(evaluate.open_images(config, subject))
+    assert "images: 10 images; passed over: 1 .txt\n" in capsys.readouterr().out
+    os.utime(tmp_path / "elsewhere" / "7.png", (0, 0))
+    assert evaluate.digest_of_images(evaluate.open_images(config, subject)) != before
 
 
 def test_moments_of_another_protocol_are_refused(judge, capsys):

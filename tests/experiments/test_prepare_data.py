@@ -2,6 +2,7 @@
 
 import io
 import os
+import pathlib
 import re
 
 import numpy as np
@@ -89,6 +90,16 @@ def test_images_become_shards(convert):
         image.fromarray(x.transpose(1, 2, 0)).save(f"images/{name}/x.png")
     convert("--images images --size 32 --to shards")
     check("shards", X[:2], [0, 1])
+
+
+def test_files_in_a_folder_of_images_that_are_no_images_are_told(convert, capsys):
+    image = pytest.importorskip("PIL.Image")
+    os.makedirs("images")
+    image.fromarray(X[0].transpose(1, 2, 0)).save("images/x.png")
+    for name in ("a.gif", "b.gif", "c.txt"):
+        pathlib.Path("images", name).write_text("text")
+    convert("--images images --size 32 --to shards")
+    assert "images: 1 images; passed over: 2 .gif, 1 .txt\n" in capsys.readouterr().out
 
 
 def test_array_records_become_shards(convert):

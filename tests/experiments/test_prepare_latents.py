@@ -7,7 +7,9 @@ import pathlib
 import re
 import shutil
 
+import equinox as eqx
 import jax
+import jax.random as jr
 import numpy as np
 import pytest
 
@@ -110,6 +112,16 @@ def test_latents_are_the_moments_of_the_cropped_images_in_half_precision(convert
     np.testing.assert_array_equal(rows.label, label)
     out = capsys.readouterr().out
     assert re.search(r"latents: 3 of 3 parts, 11 images encoded now, \d+\.\d s, \d+\.\d img/s\n", out), out
+    assert "images: 11 images; passed over: nothing\n" in out
+
+
+@pytest.mark.parametrize(
+    "x", [np.zeros((2, 3, SIZE, SIZE), np.float32), np.zeros((2, 1, SIZE, SIZE), np.uint8), np.zeros((2, 3), np.uint8)]
+)
+def test_source_of_what_is_no_images_is_refused(x, prepare_latents):
+    tokenizer = eqx.filter_eval_shape(vae.Autoencoder, TINY, key=jr.key(0))
+    with pytest.raises(ValueError, match=r"arrays: images must be uint8 of shape \(3, height, width\), got "):
+        prepare_latents.LatentSource(data.ArraySource(x), np.arange(2), tokenizer, batch=2, threads=1)
 
 
 def test_latents_do_not_depend_on_parts_and_batch(convert, prepare_latents):
