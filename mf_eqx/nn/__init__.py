@@ -26,6 +26,11 @@ from ._norm import (
     modulate as modulate,
     modulated_norm as modulated_norm,
 )
+from ._per_block import (
+    muon_dimension_numbers as muon_dimension_numbers,
+    per_block as per_block,
+    weight_mask as weight_mask,
+)
 from ._precision import cast as cast
 from ._resample import downsample as downsample, upsample as upsample
 from ._stack import Remat as Remat, Stack as Stack
