@@ -33,7 +33,7 @@ Integer: TypeAlias = int | np.integer
 
 def at_least_float32(x: Inexact[Array, "*any"] | Inexact[np.ndarray, "*any"]) -> Inexact[Array, "*any"]:
     """`x` in float32 or better. Times, targets, losses and averages never go below: in bfloat16, 1 + 1e-3 == 1."""
-    return jnp.asarray(x, jnp.promote_types(x.dtype, jnp.float32))
+    return jnp.asarray(x, np.promote_types(x.dtype, np.float32))
 
 
 def as_count(name: str, value: Integer, least: int = 1) -> int:

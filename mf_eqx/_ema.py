@@ -9,6 +9,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Int
 
 from ._field import AbstractField
@@ -39,7 +40,7 @@ class ExponentialAverage(eqx.Module):
         share = jnp.where(step % self.interval == 0, 1 - self.decay**self.interval, 0.0)
 
         def move(a: Any, p: Any) -> Any:
-            return a + share.astype(a.dtype) * (p - a) if eqx.is_inexact_array(a) else a
+            return a + share.astype(a.dtype) * (p.astype(a.dtype) - a) if eqx.is_inexact_array(a) else a
 
         return jax.tree.map(move, average, field)
 
@@ -47,5 +48,5 @@ class ExponentialAverage(eqx.Module):
 def _copy(leaf: Any) -> Any:
     if not eqx.is_array(leaf):
         return leaf
-    dtype = jnp.promote_types(leaf.dtype, jnp.float32) if eqx.is_inexact_array(leaf) else leaf.dtype
+    dtype = np.promote_types(leaf.dtype, np.float32) if eqx.is_inexact_array(leaf) else leaf.dtype
     return jnp.array(leaf, dtype, copy=True)

@@ -72,6 +72,13 @@ def test_average_of_bfloat16_parameters_is_kept_in_float32():
     np.testing.assert_allclose(average.weight, [1.001], rtol=1e-6)  # in bfloat16 it would stay at 1
 
 
+def test_average_of_low_precision_parameters_needs_no_implicit_promotion():
+    rule, field = mfx.ExponentialAverage(0.5), pair([1.0], jnp.bfloat16)
+    with jax.numpy_dtype_promotion("strict"):
+        average = rule.update(rule.init(field), pair([2.0], jnp.bfloat16), jnp.asarray(1))
+    np.testing.assert_array_equal(average.weight, [1.5])
+
+
 def test_average_is_a_complete_field():
     average = mfx.ExponentialAverage(0.5).init(pair([2.0]))
     assert average(jnp.ones(1), jnp.zeros(()), jnp.ones(())) == 2

@@ -22,6 +22,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+import numpy as np
 from jaxtyping import Array, Float, Key
 
 from ._linear import Linear
@@ -118,7 +119,7 @@ class StoppedTangent(AbstractAttention):
 def _logits(
     query: Float[Array, "queries heads size"], key: Float[Array, "keys heads size"]
 ) -> Float[Array, "heads queries keys"]:
-    wide = jnp.promote_types(query.dtype, jnp.float32)
+    wide = np.promote_types(query.dtype, np.float32)
     return jnp.einsum("qhd,khd->hqk", query, key, preferred_element_type=wide) * query.shape[-1] ** -0.5
 
 

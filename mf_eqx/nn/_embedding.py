@@ -58,7 +58,7 @@ def sinusoidal_embedding(
         raise ValueError(f"size must be even and positive, got {size}")
     half = size // 2
     frequencies = max_period ** (-np.arange(half) / max(half - endpoint, 1))
-    angles = at_least_float32(value) * jnp.asarray(frequencies, jnp.promote_types(value.dtype, jnp.float32))
+    angles = at_least_float32(value) * jnp.asarray(frequencies, np.promote_types(value.dtype, np.float32))
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)])
 
 
