@@ -25,6 +25,7 @@ from ._field import AbstractField
 from ._identity import Context
 from ._leaves import leaves, shapes, some
 from ._objective import AbstractObjective, Batch, Mean, Metrics, Objective
+from ._optimizer import check_optimizer, copy, init_optimizer, is_number, standard_promotion, update_optimizer
 from ._sharding import Parallelism
 from ._times import check_batch_size
 
@@ -47,9 +48,10 @@ class Faults(eqx.Module):
 
     def after(self, step: Int[Array, ""], finite: Bool[Array, ""]) -> "Faults":
         """The counters after the step of that number."""
+        total = jnp.where(finite, self.total, self.total + 1)
         in_row = jnp.where(finite, 0, self.in_row + 1)
         most = jnp.maximum(self.most_in_row, in_row)
-        return Faults(self.total + ~finite, in_row, most, jnp.where(finite, self.last, step))
+        return Faults(total, in_row, most, jnp.where(finite, self.last, step))
 
 
 class TrainState(eqx.Module):
@@ -77,13 +79,29 @@ def init_state(
     """The state before the first step.
 
     **Arguments:** `field` freshly made or trained before; `optimizer` and `averages` the same as the `TrainStep`'s;
-    `key` of the run. Both are copied, because steps donate the state.
+    `key` of the run. All arrays are copied, those of the optimiser's state too, because steps donate the state.
+
+    **Raises:** `ValueError` if the field holds one parameter twice, which training would change apart, or if a step
+    cannot serve the optimiser, see `TrainStep`.
     """
-    field = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True) if eqx.is_array(leaf) else leaf, field)
-    key = jr.wrap_key_data(jnp.array(jr.key_data(key), copy=True), impl=jr.key_impl(key))
-    opt_state = optimizer.init(eqx.filter(field, eqx.is_inexact_array))
+    _check_untied(field)
+    field = jax.tree.map(copy, field)
+    opt_state = init_optimizer(optimizer, eqx.filter(field, eqx.is_inexact_array))
     none = Faults(*(jnp.zeros((), jnp.int32) for _ in range(4)))
-    return TrainState(field, opt_state, tuple(a.init(field) for a in averages), jnp.zeros((), jnp.int32), key, none)
+    averaged = tuple(average.init(field) for average in averages)
+    return TrainState(field, opt_state, averaged, jnp.zeros((), jnp.int32), copy(key), none)
+
+
+def _check_untied(field: AbstractField) -> None:
+    """Refuses one array in two places: its copies would be trained apart, though the field ties them."""
+    names: dict[int, str] = {}
+    for path, leaf in jax.tree.leaves_with_path(eqx.filter(field, eqx.is_inexact_array)):
+        name = jax.tree_util.keystr(path)
+        if (first := names.setdefault(id(leaf), name)) != name:
+            raise ValueError(
+                f"field must hold each parameter once, got the same array at {first} and {name}: "
+                "tie them by eqx.nn.Shared, or copy the array to train them apart"
+            )
 
 
 class TrainStep(eqx.Module):
@@ -92,7 +110,10 @@ class TrainStep(eqx.Module):
     **Arguments:**
 
     - `objective`: what is minimised.
-    - `optimizer`: an optax transformation.
+    - `optimizer`: an optax transformation. Its update is given the step's loss and gradient besides (`value`, `grad`).
+      Refused are those that make one update of several steps (`optax.MultiSteps`), and those that need the loss as a
+      function of the parameters: line searches, estimates of the Hessian. Rules per leaf must know where the blocks of
+      a `mf_eqx.nn.Stack` lie: see `mf_eqx.nn.per_block`.
     - `averages`: of the parameters, updated after each step. The first is the `teacher` of the objective's context.
     - `prepare`: None, or a function `(row, key) -> row` applied to each row of the batch on the device, before the
       objective: augmentation, dequantisation, posterior sampling. `row` is a `Batch` without its leading axis.
@@ -124,6 +145,7 @@ class TrainStep(eqx.Module):
     unroll: bool = False
 
     def __check_init__(self):
+        check_optimizer(self.optimizer)
         if self.accumulation < 1:
             raise ValueError(f"accumulation must be >= 1, got {self.accumulation}")
 
@@ -161,19 +183,21 @@ def scan_steps(
 @eqx.filter_jit(donate="all-except-first")
 def _train_step(kept: tuple[TrainStep, Batch], state: TrainState) -> tuple[TrainState, Metrics]:
     train_step, batch = kept
+    _check_numbers(state)
     prepare_key, objective_key = jr.split(jr.fold_in(state.key, state.step))
     if (prepare := train_step.prepare) is not None:
         batch = jax.vmap(lambda row: prepare(row, jr.fold_in(prepare_key, row.index)))(batch)
     field, teacher = _gathered(train_step, (state.field, state.averages[0] if state.averages else None))
     metrics, gradients = _differentiate(train_step, field, batch, objective_key, Context(state.step, teacher))
-    norm = optax.tree.norm(gradients)
+    with standard_promotion():
+        norm = optax.tree.norm(gradients)
     finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"].total)
-    state = _update_if_finite(train_step, state, gradients, finite)
+    state = _update_if_finite(train_step, state, jnp.asarray(metrics["loss"].value), gradients, finite)
     return _spread(train_step, state), {**metrics, "gradient_norm": Mean(norm, jnp.ones(()))}
 
 
 def _update_if_finite(
-    train_step: TrainStep, state: TrainState, gradients: PyTree[Any], finite: Bool[Array, ""]
+    train_step: TrainStep, state: TrainState, loss: Scalar, gradients: PyTree[Any], finite: Bool[Array, ""]
 ) -> TrainState:
     """The state after the step: with field, optimiser and averages updated if all was `finite` and the update is, too.
 
@@ -185,12 +209,14 @@ def _update_if_finite(
 
     def propose(arrays: PyTree[Any]) -> tuple[PyTree[Any], PyTree[Any]]:
         field, opt_state, _ = eqx.combine(arrays, rest)
-        return train_step.optimizer.update(gradients, opt_state, eqx.filter(field, eqx.is_inexact_array))
+        parameters = eqx.filter(field, eqx.is_inexact_array)
+        return update_optimizer(train_step.optimizer, loss, gradients, opt_state, parameters)
 
     def update(arrays: PyTree[Any]) -> PyTree[Any]:
         field, _, averages = eqx.combine(arrays, rest)
         updates, opt_state = propose(arrays)
-        parameters: Any = optax.apply_updates(eqx.filter(field, eqx.is_inexact_array), updates)
+        with standard_promotion():
+            parameters: Any = optax.apply_updates(eqx.filter(field, eqx.is_inexact_array), updates)
         field = eqx.combine(parameters, field)
         rules = zip(train_step.averages, averages, strict=True)
         averages = tuple(rule.update(average, field, step) for rule, average in rules)
@@ -202,6 +228,14 @@ def _update_if_finite(
         finite &= jnp.all(jnp.isfinite(leaf))
     field, opt_state, averages = eqx.combine(jax.lax.cond(finite, update, lambda arrays: arrays, arrays), rest)
     return TrainState(field, opt_state, averages, step, state.key, state.faults.after(step, finite))
+
+
+def _check_numbers(state: TrainState) -> None:
+    """Refuses Python's numbers where arrays belong: the step would be compiled anew for each."""
+    for path, leaf in jax.tree.leaves_with_path((state.opt_state, state.step, state.faults)):
+        if is_number(leaf):
+            name = ("opt_state", "step", "faults")[path[0].idx] + jax.tree_util.keystr(path[1:])
+            raise ValueError(f"state.{name} must be an array of its dtype, got the Python number {leaf}")
 
 
 def _check_kept(before: PyTree[Any], after: PyTree[Any]) -> None:

@@ -23,7 +23,7 @@ LAYERS = {
     1: ["_interpolant", "_times", "_weight", "_field", "_derivative", "nn"],
     2: ["_guidance", "_model", "_identity"],
     3: ["_objective", "_sample", "exact", "metrics", "vae"],
-    4: ["_ema", "_sharding"],
+    4: ["_ema", "_optimizer", "_sharding"],
     5: ["_generate", "_train"],
     6: ["checkpoint", "data", "released"],
     7: ["run"],

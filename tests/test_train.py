@@ -422,6 +422,177 @@ def test_step_after_a_bad_one_is_the_step_of_its_number_from_the_state_before():
     assert learnt(after) == learnt(expected_after)
 
 
+# What a state is made of
+
+
+def pointers(tree):
+    keys = [jr.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x for x in arrays(tree)]
+    return [leaf.unsafe_buffer_pointer() for leaf in keys]
+
+
+def twice(parameters):
+    """Whatever a state may share: the parameters, one array in two places, NumPy's arrays."""
+    one, host = jnp.zeros(3), np.ones(3, np.float32)
+    return {"first": parameters, "second": parameters, "one": (one, one), "host": (host, host)}
+
+
+SHARING = optax.GradientTransformation(
+    twice, lambda updates, state, parameters=None: (jax.tree.map(lambda g: -0.1 * g, updates), state)
+)
+
+
+@pytest.mark.parametrize("make", [lambda f: f(), lambda f: eqx.filter_jit(f)(), mfx.Parallelism().make])
+def test_no_two_arrays_of_a_state_share_memory(make):
+    shared = field()
+    current = make(eqx.Partial(mfx.init_state, shared, SHARING, AVERAGES, key=jr.key(1)))
+    found = pointers((current, shared))
+    assert len(set(found)) == len(found)
+    for _ in range(2):
+        current, _ = mfx.TrainStep(Probe(), SHARING, AVERAGES)(current, batch())
+    assert current.step == 2
+
+
+def test_scanned_steps_take_optimisers_that_hold_the_parameters():
+    current, _ = mfx.scan_steps(
+        mfx.TrainStep(Probe(), SHARING), mfx.init_state(field(), SHARING, key=jr.key(1)), Draw(), 2
+    )
+    assert current.step == 2
+
+
+class Tied(mfx.AbstractField):
+    """Two layers, of one weight if they are tied."""
+
+    layers: tuple | eqx.nn.Shared
+
+    def __call__(self, z, r, t, condition=None, *, key=None):
+        first, second = self.layers() if isinstance(self.layers, eqx.nn.Shared) else self.layers
+        return second(jnp.tanh(first(z)))
+
+
+def layers(seeds):
+    return tuple(eqx.nn.Linear(DIM, DIM, use_bias=False, key=jr.key(seed)) for seed in seeds)
+
+
+def test_parameter_in_two_places_is_refused_by_name():
+    def make():
+        first, second = layers((0, 1))
+        tied = Tied((first, eqx.tree_at(lambda layer: layer.weight, second, first.weight)))
+        return mfx.init_state(tied, OPTIMIZER, key=jr.key(1))
+
+    rule = r"field must hold each parameter once, got the same array at .layers\[0\].weight and .layers\[1\].weight"
+    for call in (lambda: make(), eqx.filter_jit(make), lambda: eqx.filter_eval_shape(make)):
+        with pytest.raises(ValueError, match=rule):
+            call()
+
+
+def test_parameter_tied_by_equinox_stays_tied():
+    tied = Tied(eqx.nn.Shared(layers((0, 1)), lambda pair: pair[1].weight, lambda pair: pair[0].weight))
+    step = mfx.TrainStep(mfx.Objective(identity=None, identity_share=0), OPTIMIZER)
+    current, _ = step(mfx.init_state(tied, OPTIMIZER, key=jr.key(1)), batch())
+    first, second = current.field.layers()
+    np.testing.assert_array_equal(first.weight, second.weight)
+    assert np.abs(first.weight - layers((0,))[0].weight).max() > 0
+
+
+def test_nothing_of_a_state_is_weakly_typed():
+    weak = Affine(jax.lax.broadcast(jnp.asarray(0.5), (DIM, DIM)), field().rates)
+    assert weak.weight.weak_type
+    optimizer = optax.GradientTransformation(lambda parameters: (jnp.asarray(1.0), 2.0), OPTIMIZER.update)
+    current = mfx.init_state(weak, optimizer, AVERAGES, key=jr.key(1))
+    assert not [leaf for leaf in arrays(current) if getattr(leaf, "weak_type", False)]
+
+
+# Strict promotion
+
+
+@pytest.fixture
+def strict():
+    """No implicit promotion of dtypes for one test."""
+    with jax.numpy_dtype_promotion("strict"):
+        yield
+
+
+GUIDED = {"guidance": mfx.Guidance(2.0, 0.5), "label_dropout": mfx.LabelDropout(0.1, 4)}
+STRICT = {
+    "Flow Matching": mfx.Objective(identity=None, identity_share=0),
+    **{
+        type(identity).__name__: mfx.Objective(identity, identity_share=0.5, **GUIDED)
+        for identity in (mfx.MeanFlow(), mfx.ImprovedMeanFlow(), mfx.SplitMeanFlow(), mfx.Shortcut())
+    },
+    "StoppedJVP": mfx.Objective(mfx.MeanFlow(derivative=mfx.StoppedJVP())),
+    "CentralDifference": mfx.Objective(mfx.MeanFlow(derivative=mfx.CentralDifference())),
+    "other parts": mfx.Objective(
+        time_pairs=mfx.TimePairs(mfx.UniformTimes()),
+        boundary_times=mfx.LogitNormalTimes(),
+        interpolant=mfx.TrigonometricInterpolant(),
+        weight=mfx.ConstantWeight(),
+    ),
+}
+
+
+def labelled(shape=(2,)):
+    return mfx.Batch(jr.normal(jr.key(2), (ROWS, *shape)), jnp.arange(ROWS, dtype=jnp.int32) % 4)
+
+
+def small():
+    return mfx.MLP(2, width=8, depth=2, labels=4, key=jr.key(0))
+
+
+def trace(objective, make_field, rows, **how):
+    """A step as far as dtypes go, which are known without a number."""
+    step = mfx.TrainStep(objective, OPTIMIZER, AVERAGES, **how)
+    start = eqx.filter_eval_shape(lambda: mfx.init_state(make_field(), OPTIMIZER, AVERAGES, key=jr.key(1)))
+    eqx.filter_eval_shape(step, start, rows)
+
+
+@pytest.mark.parametrize("name", STRICT)
+def test_step_of_every_identity_passes_strict_promotion(strict, name):
+    trace(STRICT[name], small, labelled())
+
+
+@pytest.mark.parametrize("how", [{"accumulation": 2}, {"parallelism": mfx.Parallelism()}, {"unroll": True}])
+def test_step_in_parts_passes_strict_promotion(strict, how):
+    trace(STRICT["MeanFlow"], small, labelled(), **how)
+
+
+def test_bad_step_passes_strict_promotion_and_is_counted(strict):
+    current, _ = mfx.TrainStep(Probe(), OPTIMIZER)(state(()), nan_row())
+    assert counters(current) == [1, 1, 1, 1]
+
+
+def test_scanned_steps_pass_strict_promotion(strict):
+    current, _ = mfx.scan_steps(mfx.TrainStep(mfx.Objective(), OPTIMIZER, AVERAGES), state(), Draw(), 2)
+    assert current.faults.total == 0
+
+
+NETWORKS = {
+    "DiT": lambda dtype: mfx.DiT((1, 4, 4), mfx.DiTSize(2, 16, 2, 2), labels=4, dtype=dtype, key=jr.key(0)),
+    "U-Net": lambda dtype: mfx.UNet((1, 4, 4), mfx.UNetSize(8, (1, 2), 1, (2,)), labels=4, dtype=dtype, key=jr.key(0)),
+}
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_step_of_networks_passes_strict_promotion_in_every_precision(strict, name, dtype):
+    trace(STRICT["MeanFlow"], lambda: NETWORKS[name](dtype), labelled((1, 4, 4)))
+
+
+def test_parameters_of_low_precision_pass_strict_promotion(strict):
+    optimizer = optax.adamw(0.1, mu_dtype=jnp.float32)
+    low = mfx.nn.cast(field(), jnp.bfloat16)
+    rows = mfx.Batch(jnp.ones((ROWS, DIM), jnp.bfloat16))
+
+    class Low(mfx.AbstractObjective):
+        def __call__(self, field, batch, *, key, context=None):
+            loss = jnp.mean(jax.vmap(lambda x: jnp.sum((field.weight @ x) ** 2))(batch.x)).astype(jnp.float32)
+            return loss, {"loss": mfx.Mean(loss, jnp.ones(()))}
+
+    current, _ = mfx.TrainStep(Low(), optimizer, AVERAGES)(
+        mfx.init_state(low, optimizer, AVERAGES, key=jr.key(1)), rows
+    )
+    assert current.faults.total == 0 and current.averages[0].weight.dtype == jnp.float32
+
+
 # Preparation of rows
 
 
@@ -599,6 +770,13 @@ def test_new_state_takes_the_place_of_the_old_one_wherever_it_lies(on_devices, l
     found = on_devices["layouts"][layout]
     assert found["kept"] == 0
     assert found["strayed"] == []
+
+
+@pytest.mark.parametrize("name", ["per block", "holds the parameters"])
+def test_optimisers_train_with_a_state_that_is_spread(on_devices, name):
+    found = on_devices["rules"][name]
+    assert found["difference"] <= 1e-11  # Muon's iteration enlarges what is lost to rounding
+    assert found["kept"] == 0 and found["strayed"] == []
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

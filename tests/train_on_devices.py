@@ -40,13 +40,22 @@ LAYOUTS = {
 }
 
 
-def make(make_field, layout):
+RULES = {
+    "per block": optax.chain(
+        mfx.nn.per_block(optax.adaptive_grad_clip(0.1)),
+        optax.contrib.muon(0.01, muon_weight_dimension_numbers=mfx.nn.muon_dimension_numbers),
+    ),
+    "holds the parameters": optax.contrib.dog(),
+}
+
+
+def make(make_field, layout, optimizer=OPTIMIZER):
     """Step, state where it belongs, and a function that spreads the rows of a batch over the devices."""
     devices, fsdp, accumulation = layout
     parallelism = mfx.Parallelism(devices // fsdp, fsdp, least_size=64, devices=jax.devices()[:devices])
     objective = mfx.Objective(guidance=mfx.Guidance(2.0, 0.5), label_dropout=mfx.LabelDropout(0.1, 4))
-    state = parallelism.make(lambda: mfx.init_state(make_field(), OPTIMIZER, AVERAGES, key=jr.key(1)))
-    step = mfx.TrainStep(objective, OPTIMIZER, AVERAGES, accumulation=accumulation, parallelism=parallelism)
+    state = parallelism.make(lambda: mfx.init_state(make_field(), optimizer, AVERAGES, key=jr.key(1)))
+    step = mfx.TrainStep(objective, optimizer, AVERAGES, accumulation=accumulation, parallelism=parallelism)
 
     def spread(x):
         return parallelism.place(mfx.Batch(x, np.arange(len(x)) % 4))
@@ -54,9 +63,9 @@ def make(make_field, layout):
     return step, state, spread
 
 
-def make_small(layout, dtype):
+def make_small(layout, dtype, optimizer=OPTIMIZER):
     field = mfx.nn.cast(refilled(mfx.MLP(2, width=32, depth=2, labels=4, key=jr.key(0))), dtype)
-    return make(lambda: field, layout)
+    return make(lambda: field, layout, optimizer)
 
 
 def rows(seed, dtype, number=ROWS):
@@ -72,9 +81,9 @@ def on_host(state):
     return [np.asarray(leaf).tobytes() for _, leaf in arrays((state.field, state.opt_state, state.averages))]
 
 
-def train(layout, dtype):
+def train(layout, dtype, optimizer=OPTIMIZER):
     """The numbers after all steps, leaves that were not donated or not where they had been, and what a bad row did."""
-    step, state, spread = make_small(layout, dtype)
+    step, state, spread = make_small(layout, dtype, optimizer)
     strayed, kept = set(), 0
     for seed in range(STEPS):
         before, (state, metrics) = state, step(state, spread(rows(seed, dtype)))
@@ -106,6 +115,16 @@ def layouts():
     expected, result = train(ONE, jnp.float32)[0], {}
     for name, layout in LAYOUTS.items():
         numbers, found = train(layout, jnp.float32)
+        result[name] = {**found, "difference": difference(expected, numbers)}
+    return result
+
+
+def rules():
+    """How optimisers train with their state spread, each against one device, in float64."""
+    result = {}
+    for name, rule in RULES.items():
+        expected, _ = train(ONE, jnp.float64, rule)
+        numbers, found = train(LAYOUTS["2 x fsdp 4"], jnp.float64, rule)
         result[name] = {**found, "difference": difference(expected, numbers)}
     return result
 
@@ -146,4 +165,5 @@ if __name__ == "__main__":
     with jax.enable_x64(True):
         wide = [train(layout, jnp.float64)[0] for layout in (ONE, LAYOUTS["8 devices"])]
         result["float64"] = difference(*wide)
+        result["rules"] = rules()
     print(json.dumps(result))

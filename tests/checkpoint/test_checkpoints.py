@@ -231,12 +231,21 @@ def test_save_waits_for_the_save_before(tmp_path):
     checkpoints.wait()
 
 
-def test_restored_training_continues_as_if_nothing_had_happened(tmp_path):
-    optimizer, averages = optax.adam(1e-2), (mfx.ExponentialAverage(0.9),)
+OPTIMISERS = {
+    "adam": optax.adam(1e-2),
+    "holds the parameters": optax.contrib.dog(),
+    "per block": mfx.nn.per_block(optax.lamb(1e-2)),
+    "set by hand": optax.inject_hyperparams(optax.sgd)(1e-2),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMISERS)
+def test_restored_training_continues_as_if_nothing_had_happened(tmp_path, name):
+    optimizer, averages = OPTIMISERS[name], (mfx.ExponentialAverage(0.9),)
     step = mfx.TrainStep(mfx.Objective(None, identity_share=0.0), optimizer, averages)
 
     def make():
-        return mfx.init_state(Line(jnp.ones((2, 2))), optimizer, averages, key=jr.key(1))
+        return mfx.init_state(mfx.MLP(2, width=8, depth=2, key=jr.key(0)), optimizer, averages, key=jr.key(1))
 
     def rows(number):
         return mfx.Batch(jr.normal(jr.key(number), (4, 2)))
