@@ -176,7 +176,7 @@ def toy_problem(config: Config, name: str, directory: run.RunDirectory) -> Probl
 
     trainings = {label: toy_2d.training(toy, cell) for label, cell in cells.items()}
     fields = run.train_cells(toy, trainings, field_of, run.RunDirectory(directory.root / name))
-    eps = jr.normal(toy_2d.NOISE_KEY, problem.data.shape)
+    eps = jr.normal(toy_2d.judged_keys().noise, problem.data.shape)
 
     def distance(x: jax.Array) -> float:
         return toy_2d.quality(problem, x).sliced_wasserstein

@@ -178,7 +178,19 @@ class Recipe(NamedTuple):
 
 CLASSES, ROWS, PATH = 4, 2000, mfx.LinearInterpolant()
 PAIRS = mfx.TimePairs(mfx.UniformTimes())
-TRUTH_KEY, DATA_KEY, NOISE_KEY = jr.split(jr.key(2**31 - 1), 3)
+
+
+class JudgedKeys(NamedTuple):
+    """Of everything that is judged: the same for all cells."""
+
+    truth: Key[Array, ""]
+    data: Key[Array, ""]
+    noise: Key[Array, ""]
+
+
+def judged_keys() -> JudgedKeys:
+    """Made when they are needed: a script that is imported must not touch a device."""
+    return JudgedKeys(*jr.split(jr.key(2**31 - 1), 3))
 
 
 def eight_gaussians(steps: int = 4000) -> Recipe:
@@ -192,10 +204,10 @@ def eight_gaussians(steps: int = 4000) -> Recipe:
         """Of the guided field, and one-step samples of it."""
         velocity = exact.GuidedVelocity(exact.MarginalVelocity(mixture, PATH), scale)
         field = exact.AverageVelocity(velocity, rtol=1e-5, atol=1e-5)
-        known = metrics.field_truth(field, mixture.sample, PATH, PAIRS, ROWS, condition, key=TRUTH_KEY)
+        known = metrics.field_truth(field, mixture.sample, PATH, PAIRS, ROWS, condition, key=judged_keys().truth)
         return known, known.one_step.z - known.one_step.u
 
-    keys = jr.split(DATA_KEY, ROWS)
+    keys = jr.split(judged_keys().data, ROWS)
     data = jax.vmap(lambda key, label: mixture.sample(key=key, condition=label))(keys, condition)
 
     def by_class(x: Float[Array, "rows 2"], y: Float[Array, "rows 2"]) -> float:
@@ -206,7 +218,7 @@ def eight_gaussians(steps: int = 4000) -> Recipe:
     def judge(field: mfx.AbstractField, setting: Setting) -> dict[str, float]:
         known, exact_samples = truth(round(setting.scale / (1 - setting.mix), 6))
         errors = metrics.field_errors(field, known)
-        x = one_step(field, jr.normal(NOISE_KEY, (ROWS, 2)), condition)
+        x = one_step(field, jr.normal(judged_keys().noise, (ROWS, 2)), condition)
         return {
             "distance": by_class(x, data),
             "distance to the guided truth": by_class(x, exact_samples),
@@ -229,7 +241,7 @@ def handwritten_digits(steps: int = 1500) -> Recipe:
     label = jnp.asarray(data.every.label)
 
     def judge(field: mfx.AbstractField, setting: Setting) -> dict[str, float]:
-        x = digits.pixels(np.asarray(one_step(field, jr.normal(NOISE_KEY, (len(label), 1, 8, 8)), label)))
+        x = digits.pixels(np.asarray(one_step(field, jr.normal(judged_keys().noise, (len(label), 1, 8, 8)), label)))
         read = float(np.mean(judge_of.read(x, digits.label_of(data.every))))
         return {"distance": judge_of.frechet(x), "read correctly": read}
 

@@ -103,7 +103,7 @@ class Config(run.Settings):
             raise ValueError(f"decays must be at least one number, each once, got {self.decays}")
         # What the parts themselves refuse is refused here, where a flag can be named.
         mfx.check_batch_size(self.batch, objective(self).identity_share)
-        eqx.filter_eval_shape(make_field, self, jr.key(0))
+        eqx.filter_eval_shape(lambda: make_field(self, jr.key(0)))  # the key within: a real one needs a device
         averages(self)
         prepare(self)
 

@@ -100,7 +100,7 @@ class Config(run.Settings):
             raise ValueError("label_dropout must be > 0 with guidance, which needs the unlabelled field; got 0.0")
         # What the parts themselves refuse is refused here, where a flag can be named.
         mfx.check_batch_size(self.batch, mean_flow(self).identity_share)
-        eqx.filter_eval_shape(make_field, self, jr.key(0))
+        eqx.filter_eval_shape(lambda: make_field(self, jr.key(0)))  # the key within: a real one needs a device
         mfx.ExponentialAverage(self.decay)
 
 

@@ -114,7 +114,7 @@ class Config(run.Settings):
         mfx.check_batch_size(self.batch, objective(self, 1000).identity_share)
         mfx.ExponentialAverage(self.decay)
         size, side = mfx.DiTSize(self.depth, self.width, self.heads, self.patch), 4 * max(self.patch, 1)
-        eqx.filter_eval_shape(mfx.DiT, (4, side, side), size, key=jr.key(0))
+        eqx.filter_eval_shape(lambda: mfx.DiT((4, side, side), size, key=jr.key(0)))  # a real key needs a device
 
 
 def guided(config: Config) -> bool:

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import optax
-from jaxtyping import Array, Float, install_import_hook
+from jaxtyping import Array, Float, install_import_hook, Key
 
 # Shapes and types are checked while the step is traced. JAXTYPING_DISABLE=1 turns this off.
 with install_import_hook("mf_eqx", "beartype.beartype"):
@@ -66,8 +66,22 @@ EDGES = tuple(np.linspace(0, 1, 9).tolist())
 FLOW_TIMES = (0.5, 0.7, 1.0)
 PATH = mfx.LinearInterpolant()
 JUDGED_PAIRS = mfx.TimePairs(mfx.UniformTimes())
-TRUTH_KEY, DATA_KEY, FLOOR_KEY, NOISE_KEY, SLICE_KEY, LARGE_KEY = jr.split(jr.key(2**31 - 1), 6)
-"""Of everything that is judged: the same for all methods and seeds."""
+
+
+class JudgedKeys(NamedTuple):
+    """Of everything that is judged: the same for all methods and seeds."""
+
+    truth: Key[Array, ""]
+    data: Key[Array, ""]
+    floor: Key[Array, ""]
+    noise: Key[Array, ""]
+    slices: Key[Array, ""]
+    large: Key[Array, ""]
+
+
+def judged_keys() -> JudgedKeys:
+    """Made when they are needed: a script that is imported must not touch a device."""
+    return JudgedKeys(*jr.split(jr.key(2**31 - 1), 6))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,8 +210,8 @@ def make_problem(config: Config, name: str) -> Problem:
     mixture, distribution = DATA[name](), distribution_of(config, name)
     # The best that float32 can do, and a thousand times less than the error of any network here.
     truth = exact.AverageVelocity(exact.MarginalVelocity(distribution, PATH), rtol=1e-5, atol=1e-5)
-    known = metrics.field_truth(truth, distribution.sample, PATH, JUDGED_PAIRS, config.rows, key=TRUTH_KEY)
-    data = exact.draw(distribution, config.samples, DATA_KEY)
+    known = metrics.field_truth(truth, distribution.sample, PATH, JUDGED_PAIRS, config.rows, key=judged_keys().truth)
+    data = exact.draw(distribution, config.samples, judged_keys().data)
     limit = 1.05 * float(jnp.max(jnp.abs(mixture.mean)) + 3 * jnp.max(mixture.std))
     return Problem(name, mixture, distribution, truth, known, data, limit)
 
@@ -258,7 +272,7 @@ class Quality(NamedTuple):
 def quality(problem: Problem, x: Float[Array, "rows dim"]) -> Quality:
     mixture, limit, pairs = problem.mixture, problem.limit, x.reshape(-1, 2)  # copies are samples of one mixture
     return Quality(
-        float(metrics.sliced_wasserstein(x, problem.data, key=SLICE_KEY)),
+        float(metrics.sliced_wasserstein(x, problem.data, key=judged_keys().slices)),
         float(metrics.energy_distance(x, problem.data)),
         float(metrics.maximum_mean_discrepancy(x, problem.data)),
         float(metrics.mode_coverage(pairs, mixture.mean, mixture.std, mixture.weight, mixture.label)),
@@ -304,26 +318,28 @@ def judge(config: Config, problems: Mapping[str, Problem], cell: Cell, state: mf
         float(metrics.relative_identity_residual(mfx.MeanFlow(), field, rows.z, v, rows.r, rows.t)),
         float(metrics.relative_semigroup_residual(field, rows.z, rows.r, rows.t)),
     )
-    eps = jr.normal(NOISE_KEY, problem.data.shape)
+    eps = jr.normal(judged_keys().noise, problem.data.shape)
     samples = tuple(generate(field, eps, number) for number in EVALUATIONS)
     judged = tuple(quality(problem, x) for x in samples)
     large = None
     if not isinstance(field, exact.AverageVelocity):  # it would integrate for minutes
-        eps = jr.normal(NOISE_KEY, (config.large_samples, problem.data.shape[1]))
+        eps = jr.normal(judged_keys().noise, (config.large_samples, problem.data.shape[1]))
         large = large_distance(config, problem, generate(field, eps, 1))
     return Result(*cell, accuracy, judged, large, errors.cells, samples, field)
 
 
 def large_distance(config: Config, problem: Problem, x: Float[Array, "rows dim"]) -> float:
-    data = exact.draw(problem.distribution, config.large_samples, LARGE_KEY)
-    return float(metrics.sliced_wasserstein(x, data, key=SLICE_KEY))
+    data = exact.draw(problem.distribution, config.large_samples, judged_keys().large)
+    return float(metrics.sliced_wasserstein(x, data, key=judged_keys().slices))
 
 
 def tables(config: Config, problem: Problem, results: Sequence[Result]) -> str:
     """The figures of one data set: means over seeds, then their spread."""
-    keys = jr.split(FLOOR_KEY, 5)
+    keys = jr.split(judged_keys().floor, 5)
     floors = [quality(problem, exact.draw(problem.distribution, config.samples, key)) for key in keys]
-    large_floor = large_distance(config, problem, exact.draw(problem.distribution, config.large_samples, FLOOR_KEY))
+    large_floor = large_distance(
+        config, problem, exact.draw(problem.distribution, config.large_samples, judged_keys().floor)
+    )
     headers = ("", "evaluations", "error of u", "r = t", "(0, 1)", "identity", "semigroup")
     headers += (f"sliced W2 of {config.large_samples}", f"of {config.samples}", "energy", "MMD²", "modes", "TV")
 
@@ -378,7 +394,7 @@ def save_pictures(config: Config, problem: Problem, results: Sequence[Result], d
         )
     if config.copies == 1:
         fields = {"truth": problem.truth} | {m: result.field for m, result in first.items() if m != "Exact"}
-        eps = jr.normal(NOISE_KEY, (40, 2))
+        eps = jr.normal(judged_keys().noise, (40, 2))
         flows = {name: run.flow_of(field, eps, FLOW_TIMES, limit=problem.limit) for name, field in fields.items()}
         columns = [f"-u(z, 0, {t}), towards the data" for t in FLOW_TIMES]
         run.save_flows(directory.path(f"{problem.name}_flows.png"), flows, columns, limit=problem.limit + 0.5)

@@ -125,7 +125,7 @@ def judge(problem: toy_2d.Problem, cell: Cell, state: mfx.TrainState | None) -> 
     else:
         field = state.averages[0]
     errors = metrics.field_errors(field, problem.known)
-    samples = toy_2d.generate(field, jr.normal(toy_2d.NOISE_KEY, problem.data.shape), 1)
+    samples = toy_2d.generate(field, jr.normal(toy_2d.judged_keys().noise, problem.data.shape), 1)
     quality = toy_2d.quality(problem, samples)
     figures = {
         "error of v": float(errors.diagonal.value),

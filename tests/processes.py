@@ -61,12 +61,16 @@ def trained(root, *flags, **options):
     return ended(start(root, *flags, **options))
 
 
-def start_together(root, count, *flags, each=None, **options):
-    """Processes of one run, each with flags of its own besides."""
+def free_address():
+    """HOST:PORT on this machine that nobody listens at."""
     with contextlib.closing(socket.socket()) as free:
         free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-    several = ("--coordinator", address, "--processes", count)
+        return f"127.0.0.1:{free.getsockname()[1]}"
+
+
+def start_together(root, count, *flags, each=None, **options):
+    """Processes of one run, each with flags of its own besides."""
+    several = ("--coordinator", free_address(), "--processes", count)
     own = [()] * count if each is None else each
     return [start(root, *flags, *own[i], *several, "--process", i, **options) for i in range(count)]
 
