@@ -1,7 +1,8 @@
 """The command line of a script: a typed configuration in, one line out when the input is bad.
 
 Exit codes: 0 done, 2 bad input, 3 no finite loss or gradient, 4 run directory in use, 5 another process of the run is
-gone, 130 and 143 stopped by SIGINT and SIGTERM; 1 with a traceback is a bug.
+gone or never came, 6 its first process is gone, at which JAX ends all others at once, 130 and 143 stopped by SIGINT and
+SIGTERM; 1 with a traceback is a bug.
 
 Bad input is what the parser or the configuration's own checks refuse and, once the script's function runs, a
 `ValueError` that this package or the script itself raises, a file that cannot be opened, a full disk, checkpoints that
@@ -22,6 +23,7 @@ from .._optional import MissingDependency
 from ..checkpoint import CheckpointError
 from ._arguments import BadArguments, parse
 from ._lock import InUse
+from ._meeting import Missing
 from ._noise import leave_out
 from ._processes import connect, is_one_of_several, leave, RefusedElsewhere, Separated, Stopped, together
 from ._settings import Settings
@@ -35,7 +37,7 @@ _EXPECTED = {
     (BadArguments, MissingDependency, CheckpointError, RefusedElsewhere): 2,
     (NonFinite,): 3,
     (InUse,): 4,
-    (Separated,): 5,
+    (Separated, Missing): 5,
 }
 """Exit codes of errors whose message says all."""
 _NO_ROOM = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS)
@@ -69,7 +71,8 @@ def main(
     A configuration that is a `run.Settings` also connects several processes, before anything else.
 
     **Raises:** `SystemExit`: 0 after `--help`; 2 after bad input, with one line on stderr that names argument, rule and
-    value; 3, 4, 5, 130, 143 as said above. With MF_EQX_TRACEBACK=1 in the environment, all errors keep their traceback.
+    value; 3, 4, 5, 6, 130, 143 as said above. With MF_EQX_TRACEBACK=1 in the environment, all errors keep their
+    traceback.
     """
     program = Path(sys.argv[0]).name
     choices = presets if isinstance(presets, Mapping) else {"default": ("", presets)}

@@ -20,6 +20,7 @@ from jax.experimental import multihost_utils
 
 from .._leaves import on_host
 from . import _witness
+from ._meeting import LONGEST_WAIT, meet, Place, WAIT
 
 _Tree = TypeVar("_Tree")
 
@@ -34,32 +35,49 @@ def connect(arguments: list[str], environment: Mapping[str, str] = os.environ) -
     """Join the other processes, if there are any: by the flags --coordinator, --processes and --process, or as SLURM,
     Open MPI or a TPU pod say. Must come before anything is computed, so flags are read here before all others are.
 
-    **Raises:** `ValueError` if some of the flags are given and others are not.
+    **Raises:** `ValueError` if some of the flags are given and others are not, if the first process cannot listen at
+    the coordinator's address, and if the processes do not fit each other; `Missing` if one does not come within --wait.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    for flag in ("--coordinator", "--processes", "--process"):
+    for flag in ("--coordinator", "--processes", "--process", "--wait"):
         parser.add_argument(flag, nargs="?")
     given = vars(parser.parse_known_args(arguments)[0])
+    wait = _seconds(given.pop("wait"))
     if any(value is not None for value in given.values()):
-        _connect_by_flags(**given)
+        _connect_by_flags(**given, wait=wait)
     elif _is_launched(environment):
-        _join()
+        _join(wait=wait)
 
 
-def _connect_by_flags(coordinator: str | None, processes: str | None, process: str | None) -> None:
+def _seconds(given: str | None) -> int:
+    if given is None:
+        return WAIT
+    if not (given.isdecimal() and 1 <= int(given) <= LONGEST_WAIT):
+        raise ValueError(f"wait must lie in [1, {LONGEST_WAIT}], got {given}")
+    return int(given)
+
+
+def _connect_by_flags(coordinator: str | None, processes: str | None, process: str | None, wait: int) -> None:
     if coordinator is None or processes is None or process is None:
         raise ValueError("coordinator, processes and process must be given together, or none of them")
-    if not (processes.isdecimal() and process.isdecimal() and int(process) < int(processes)):
+    if not (processes.isdecimal() and process.isdecimal() and int(process) < int(processes) < 10**9):
         raise ValueError(f"process must lie in [0, processes - 1], got process {process} of processes {processes}")
     host, _, port = coordinator.rpartition(":")
     if not (host and port.isdecimal() and 0 < int(port) < 2**16):
         raise ValueError(f"coordinator must be HOST:PORT, got {coordinator!r}")
-    _join(coordinator, int(processes), int(process))
+    address = meet(Place(host, int(port), int(processes), int(process), wait))
+    _join(coordinator, int(processes), int(process), coordinator_bind_address=address, wait=wait)
 
 
-def _join(*flags: str | int) -> None:
+def _join(*flags: str | int, wait: int, **options: Any) -> None:
     _witness.call()  # before JAX registers what it does at the end, so that the witness is dismissed after that
-    jax.distributed.initialize(*flags, heartbeat_timeout_seconds=_HEARTBEAT_SECONDS)  # pyright: ignore[reportArgumentType]
+    _on_signal(signal.SIGABRT, ctypes.cast(ctypes.CDLL(None)._exit, ctypes.c_void_p).value)  # its number is the code
+    jax.distributed.initialize(
+        *flags,  # pyright: ignore[reportArgumentType]
+        initialization_timeout=wait,
+        heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
+        **options,
+    )
 
 
 def _is_launched(environment: Mapping[str, str]) -> bool:
@@ -193,12 +211,12 @@ class StopSignals:
         for number in kept:
             self._before[number] = signal.signal(number, self._receive)
         if jax.process_count() > 1 and StopSignals._of_jax is not None:
-            _on_sigterm(StopSignals._of_jax)
+            _on_signal(signal.SIGTERM, StopSignals._of_jax)
         return self
 
     def __exit__(self, *_: object) -> None:
         if jax.process_count() > 1:
-            StopSignals._of_jax = _on_sigterm(None)
+            StopSignals._of_jax = _on_signal(signal.SIGTERM, None)
         for number, handler in self._before.items():
             signal.signal(number, handler)  # pyright: ignore[reportArgumentType]
 
@@ -218,12 +236,12 @@ class StopSignals:
         return (self._received or signal.SIGTERM) if told else None
 
 
-def _on_sigterm(handler: int | None) -> int | None:
-    """Have the system call a C function on SIGTERM, None to end the process, and return what it called before: handlers
-    that were not set from Python are unknown to its own `signal`."""
+def _on_signal(number: int, handler: int | None) -> int | None:
+    """Have the system call a C function on a signal, None to end the process, and return what it called before:
+    handlers that were not set from Python are unknown to its own `signal`."""
     library = ctypes.CDLL(None)
     library.signal.argtypes, library.signal.restype = [ctypes.c_int, ctypes.c_void_p], ctypes.c_void_p
-    return library.signal(signal.SIGTERM, handler)
+    return library.signal(number, handler)
 
 
 def _name(number: int) -> str:

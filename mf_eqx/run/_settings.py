@@ -10,6 +10,7 @@ import jax
 
 from .._sharding import Parallelism
 from ._directory import as_json
+from ._meeting import WAIT
 
 _LEAST = {"save_every": 1, "keep_last": 1, "keep_every": 0, "log_every": 1, "preview_every": 0}
 _LEAST |= {"most_faults": 1, "fsdp": 1, "accumulation": 1, "workers": 1}
@@ -70,11 +71,14 @@ class Settings(CommonSettings):
     wandb: str = ""
     """Also send metrics to Weights & Biases, to this project."""
     coordinator: str = ""
-    """HOST:PORT of the first of several processes; found by itself under SLURM, Open MPI and on TPUs."""
+    """HOST:PORT of the first of several processes, which listens at this address alone; give 0.0.0.0:PORT to it if the
+    others reach it by an address that its machine does not have. Found by itself under SLURM, Open MPI and on TPUs."""
     processes: int = 0
     """How many processes there are, with --coordinator."""
     process: int = -1
     """Which of them this is, from 0, with --coordinator."""
+    wait: int = WAIT
+    """Seconds that each of several processes waits at the start until all have come."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """A second process that speaks for one which can no longer speak for itself.
 
-Of several processes, JAX ends all others at once when the coordinator is gone: by SIGABRT, with a stack trace of C++,
-before any Python code could say a word. So each has a witness, which waits for its end and, unless it was dismissed
-before, says in one line what that means.
+Of several processes, JAX ends all others at once when the first one is gone: by SIGABRT (here exit code 6), with a
+stack trace of C++, before any Python code could say a word. So each has a witness, which waits for its end and, unless
+it was dismissed before, says in one line what that means.
 """
 
 import atexit

@@ -1,5 +1,7 @@
 import os
 import signal
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +13,13 @@ from mf_eqx.run import _processes
 
 @pytest.fixture
 def joined(monkeypatch):
-    """What `jax.distributed.initialize` is called with."""
+    """What `jax.distributed.initialize` is called with. All processes are there; the first one is at 10.0.0.1."""
     calls = []
     monkeypatch.setattr(jax.distributed, "initialize", lambda *flags, **options: calls.append((flags, options)))
-    return calls
+    monkeypatch.setattr(_processes, "meet", lambda place: None if place.process else f"10.0.0.1:{place.port}")
+    monkeypatch.setattr(_processes, "_on_signal", lambda *_: None)
+    yield calls
+    _processes._witness.dismiss()
 
 
 def connect(text, **environment):
@@ -42,6 +47,25 @@ def test_flags_join_as_they_say_wherever_they_stand(text, joined):
     ((flags, options),) = joined
     assert flags == ("a:1", 4, 2)
     assert options["heartbeat_timeout_seconds"] <= 30  # how long a dead process may go unnoticed
+
+
+def test_the_coordinator_listens_where_the_processes_have_met_and_nowhere_else(joined):
+    connect("--coordinator a:1 --processes 4 --process 0")
+    assert joined[0][1]["coordinator_bind_address"] == "10.0.0.1:1"
+
+
+@pytest.mark.parametrize(("flag", "seconds"), [("", 300), ("--wait 7", 7), ("--wait=86400", 86400)])
+@pytest.mark.parametrize("place", ["--coordinator a:1 --processes 4 --process 2", ""])
+def test_the_wait_for_others_is_bounded(flag, seconds, place, joined):
+    connect(f"{place} {flag}", OMPI_COMM_WORLD_SIZE="4")
+    assert joined[0][1]["initialization_timeout"] == seconds
+
+
+@pytest.mark.parametrize("seconds", ["0", "-1", "86401", "1.5", "inf", "long", "9" * 5000])
+def test_a_wait_that_is_none_is_refused(seconds, joined):
+    with pytest.raises(ValueError, match=r"wait must lie in \[1, 86400\], got|integer string"):
+        connect(f"--coordinator a:1 --processes 4 --process 2 --wait {seconds}")
+    assert joined == []
 
 
 @pytest.mark.parametrize(
@@ -99,6 +123,22 @@ def test_a_launcher_of_several_processes_is_noticed(environment, several, joined
 def test_flags_go_before_the_launcher(joined):
     connect("--coordinator a:1 --processes 2 --process 1", OMPI_COMM_WORLD_SIZE="4")
     assert [flags for flags, _ in joined] == [("a:1", 2, 1)]
+
+
+ABORT = """
+import os, sys, jax
+from mf_eqx.run import _processes
+sys.argv = ["script.py"]
+jax.distributed.initialize = lambda *_, **__: os.abort()
+_processes._join(wait=1)
+"""
+
+
+def test_a_process_that_jax_aborts_has_an_exit_code_of_its_own_and_a_last_line():
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    found = subprocess.run([sys.executable, "-c", ABORT], capture_output=True, text=True, env=environment)
+    assert found.returncode == 6
+    assert found.stderr.splitlines()[-1].startswith("script.py: error: process ")
 
 
 # What they do together
@@ -181,8 +221,8 @@ def test_a_handler_that_is_put_back_is_called_again():
     heard = []
     before = signal.signal(signal.SIGTERM, lambda number, _: heard.append(number))
     try:
-        handler = _processes._on_sigterm(None)
-        assert _processes._on_sigterm(handler) is None
+        handler = _processes._on_signal(signal.SIGTERM, None)
+        assert _processes._on_signal(signal.SIGTERM, handler) is None
         os.kill(os.getpid(), signal.SIGTERM)
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -26,7 +26,7 @@ CHANGED = {
     "coordinator": "a:1",
     **dict.fromkeys(["tensorboard", "dry_run", "test_run"], True),
     **dict.fromkeys(["save_every", "keep_last", "keep_every", "log_every", "preview_every"], 7),
-    **dict.fromkeys(["most_faults", "fsdp", "accumulation", "processes", "process", "workers"], 77),
+    **dict.fromkeys(["most_faults", "fsdp", "accumulation", "processes", "process", "workers", "wait"], 77),
 }
 
 
