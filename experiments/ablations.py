@@ -287,12 +287,12 @@ def train_step(setting: Setting, labels: int, numbers: Numbers) -> mfx.TrainStep
     return mfx.TrainStep(objective(setting, labels, numbers.label_dropout), optimizer, averages)
 
 
-def training(recipe: Recipe, cell: Cell, name: str) -> run.Training:
+def training(recipe: Recipe, cell: Cell, name: str, settings: dict[str, Any]) -> run.Training:
     field_key, run_key = jr.split(jr.key(cell.seed))
     step = train_step(cell.setting, recipe.labels, recipe.numbers)
 
     make_field = functools.partial(recipe.make_field, EMBEDDINGS[cell.setting.embedding], field_key)
-    return run.Training(name, step, make_field, recipe.draw, recipe.numbers.steps, run_key)
+    return run.Training(name, step, make_field, recipe.draw, recipe.numbers.steps, run_key, settings)
 
 
 def report(config: Config, recipe: Recipe, ledger: run.Ledger, names: Sequence[str]) -> str:
@@ -411,7 +411,9 @@ def run_cells(config: Config, recipe: Recipe, directory: run.RunDirectory) -> No
         assert state is not None
         return recipe.judge(state.averages[0], cell.setting)
 
-    trainings = {cell: training(recipe, cell, f"{describe(cell)} {run.digest(key(cell))}") for cell in missing}
+    trainings = {
+        cell: training(recipe, cell, f"{describe(cell)} {run.digest(key(cell))}", key(cell)) for cell in missing
+    }
     run.announce(config, trainings, directory)
     run.train_cells(config, trainings, judge, directory, note=note)
     # The files have every table that is complete, also from earlier calls; what is printed is what was asked for.

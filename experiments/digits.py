@@ -197,7 +197,9 @@ def train(
     def preview(state: mfx.TrainState, path: Path) -> None:
         save_samples(method, run.local(state.averages[0]), path, rows=2)
 
-    state = run.train(config, step, make_state, stream, directory, steps=config.steps, preview=preview)
+    state = run.train(
+        config, step, make_state, stream, directory, steps=config.steps, name=method.name, preview=preview
+    )
     return run.local(state.averages[0])
 
 

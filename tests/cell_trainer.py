@@ -64,11 +64,11 @@ class Draw(eqx.Module):
 STEP = mfx.TrainStep(Square(), optax.adam(1e-2))
 
 
-def training(seed=0, steps=12, name=None, draw=None):
+def training(seed=0, steps=12, name=None, draw=None, settings=None):
     """Of a seed."""
     field_key, key = jr.split(jr.key(seed))
     name = f"seed {seed}" if name is None else name
-    return run.Training(name, STEP, functools.partial(Hidden, field_key), draw or Draw(), steps, key)
+    return run.Training(name, STEP, functools.partial(Hidden, field_key), draw or Draw(), steps, key, settings)
 
 
 def digest(state):

@@ -101,7 +101,7 @@ def parts(width, half, sgd, share, accumulation, parallelism):
     return step, make_state
 
 
-def train(config, directory, *, source=None, preview=None, loggers=(), steps=None):
+def train(config, directory, *, source=None, preview=None, loggers=(), steps=None, name=""):
     """The last state of a run in an open directory."""
     parallelism = run.parallelism(config)
     step, make_state = parts(config.width, config.half, config.sgd, config.share, config.accumulation, parallelism)
@@ -119,6 +119,7 @@ def train(config, directory, *, source=None, preview=None, loggers=(), steps=Non
         stream,
         directory,
         steps=config.steps if steps is None else steps,
+        name=name,
         preview=picture if preview is None else preview,
         loggers=loggers,
     )

@@ -10,7 +10,8 @@ directory/cells/NAME/metrics.jsonl   a line per part of a training
           summary.json               where the time went, of all cells together
 
 Each training runs as `mf_eqx.scan_steps` in parts; after each it can be stopped, and from there the same command goes
-on to the same results, bit by bit. A finished training is not begun again, only judged.
+on to the same results, bit by bit. A finished training is not begun again, only judged. Each checkpoint says of which
+training it is, and is refused by any other.
 """
 
 import contextlib
@@ -20,23 +21,24 @@ import math
 import re
 import threading
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import equinox as eqx
 import jax
 import jax.random as jr
+import numpy as np
 from jaxtyping import Array, Key
 
 from .._field import AbstractField
 from .._objective import Batch, Metrics
 from .._train import init_state, scan_steps, TrainState, TrainStep
 from ..checkpoint import Checkpoints
-from ._directory import as_json, RunDirectory
+from ._directory import as_json, made_by, RunDirectory
 from ._parallel import in_parallel
 from ._plan import devices, memory, parameters
 from ._processes import Stopped, StopSignals, tell
 from ._progress import Progress
-from ._settings import CellSettings
+from ._settings import CellSettings, difference, recipe
 from ._stopwatch import added, Stopwatch
 from ._table import table
 from ._train import NonFinite
@@ -54,7 +56,8 @@ class Training(NamedTuple):
 
     **Arguments:** `name` any text, after which its directory is named; `step`, without parallelism; `make_field` makes
     the network; `draw` a function from a key to a `Batch`, as of `mf_eqx.scan_steps`: a Module rather than a lambda;
-    `steps` in all; `key` of all that is random in them.
+    `steps` in all; `key` of all that is random in them; `settings` all else that it depends on, texts
+    and numbers or a dataclass of them, by default the fields of the script's own: a checkpoint with others is refused.
     """
 
     name: str
@@ -63,6 +66,7 @@ class Training(NamedTuple):
     draw: Callable[[Key[Array, ""]], Batch]
     steps: int
     key: Key[Array, ""]
+    settings: Any = None
 
     def make_state(self) -> TrainState:
         """The state before the first step."""
@@ -114,12 +118,14 @@ def train_cells(
     - `shown`: metrics of the progress line.
 
     **Raises:** `Stopped` after SIGTERM or SIGINT; `NonFinite` after `config.most_faults` bad steps in a row;
-    `CheckpointError`; `ValueError` if a setting makes no run or two trainings have one name; any error of `judge`.
+    `CheckpointError`; `ValueError` if a setting makes no run, if two trainings have one name, or if a checkpoint is of
+    another training; any error of `judge`.
     """
     config, trainings = _asked(config, trainings)
     steps = sum(training.steps for training in _trained(trainings.values()))
     with StopSignals() as signals, Progress(steps, shown=shown) as progress:
-        at_work = {cell: _AtWork(config, one, directory, signals, progress) for cell, one in trainings.items()}
+        machine = made_by()
+        at_work = {cell: _AtWork(config, one, directory, signals, progress, machine) for cell, one in trainings.items()}
         before = Stopwatch(began=directory.opened).seconds()["wall"]
         results: dict[_Cell, _Result] = {}
         parts = in_parallel(
@@ -171,6 +177,13 @@ def _folder(training: Training, directory: RunDirectory) -> RunDirectory:
     return RunDirectory(directory.root / "cells" / _name(training))
 
 
+def _identity(config: CellSettings, training: Training) -> dict[str, Any]:
+    """What a training depends on, as JSON holds it."""
+    settings = recipe(config) if training.settings is None else as_json(training.settings)
+    key = [str(jr.key_impl(training.key)), np.asarray(jr.key_data(training.key)).tolist()]
+    return {"name": training.name, "settings": settings, "steps": training.steps, "key": key}
+
+
 def _done(training: Training, folder: RunDirectory) -> int:
     """Steps that a training need not do again, if their checkpoint is good."""
     return min(max(Checkpoints(folder.root / "checkpoints").steps(), default=0), training.steps)
@@ -206,6 +219,7 @@ class _AtWork:
     directory: RunDirectory
     signals: StopSignals
     progress: Progress
+    made_by: dict[str, Any]
     start: int = 0
     done: int = 0
     saved: int = 0
@@ -226,6 +240,7 @@ class _AtWork:
         """The last state, after reports of the steps."""
         self.folder = _folder(training, self.directory)
         self.checkpoints = Checkpoints(self.folder.root / "checkpoints", keep_last=self.config.keep_last)
+        self.notes = {"training": _identity(self.config, training), "made_by": self.made_by}
         with self.watch.part("start"):
             state = self._begin(training)
         if self.start:
@@ -244,13 +259,21 @@ class _AtWork:
     def _begin(self, training: Training) -> TrainState:
         """The state to go on from."""
         self.checkpoints.clean()
-        restored = self.checkpoints.load(training.make_state)
+        restored = self.checkpoints.load(training.make_state, check=self._check_notes)
         if restored is not None:
             for number, reason in restored.passed_over.items():
                 self.progress.note(f"{self.checkpoints.path(number)}: passed over, because {reason}")
             self.start = self.done = self.saved = restored.step
+            changed = difference(restored.notes["made_by"], self.made_by)
+            if changed and self.start < training.steps:
+                self.progress.note(f"{self.folder.root}: not as when it was saved: {changed}")
         self.folder.drop_records_after(self.start)
         return training.make_state() if restored is None else restored.state
+
+    def _check_notes(self, notes: Mapping[str, Any]) -> None:
+        """Refuses a checkpoint of another training, or of one that nobody knows."""
+        if found := difference(notes.get("training", {}), self.notes["training"]):
+            raise ValueError(f"{self.checkpoints.directory}: checkpoints must be of this training, but {found}")
 
     def _part(self, training: Training, state: TrainState) -> tuple[TrainState, Metrics]:
         """Some steps, and whatever is due after them."""
@@ -273,7 +296,7 @@ class _AtWork:
     def _save(self, state: TrainState) -> None:
         if self.saved < self.done:
             with self.watch.part("save"), _SAVING:
-                self.checkpoints.save(self.done, state)
+                self.checkpoints.save(self.done, state, self.notes)
                 self.checkpoints.wait()
             self.saved = self.done
 

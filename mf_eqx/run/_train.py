@@ -37,6 +37,10 @@ Preview = Callable[[TrainState, Path], None]
 """Draws a picture of a state into a file."""
 
 
+_MUST_AGREE = {"config": "configuration", "data": "data", "steps": "number of steps", "training": "training"}
+"""Notes of a checkpoint that a run which continues must share."""
+
+
 class NonFinite(RuntimeError):
     """A run that stopped because too many steps in a row had no finite loss and gradient."""
 
@@ -49,6 +53,7 @@ def train(
     directory: RunDirectory,
     *,
     steps: int,
+    name: str = "",
     preview: Preview | None = None,
     shown: Sequence[str] = ("loss", "boundary_error", "identity_error"),
     loggers: Sequence[Logger] = (),
@@ -67,6 +72,7 @@ def train(
     - `stream`: of the batches, for the same parallelism.
     - `directory`: from `opened`.
     - `steps`: number of the last step; with `config.test_run`, 2 at most.
+    - `name`: of this training, where one run has several: checkpoints of any other are refused.
     - `preview`: draws a picture of a state into a PNG file. Called in all processes; the first one's file is kept.
     - `shown`: metrics of the progress line.
     - `loggers`: where metrics go besides metrics.jsonl, TensorBoard and Weights & Biases.
@@ -96,6 +102,7 @@ def train(
             stream=stream,
             directory=directory,
             steps=steps,
+            name=name,
             preview=preview,
             shown=shown,
             loggers=loggers,
@@ -131,6 +138,7 @@ class _Training:
     stream: Stream
     directory: RunDirectory
     steps: int
+    name: str
     preview: Preview | None
     shown: Sequence[str]
     loggers: Sequence[Logger]
@@ -142,6 +150,7 @@ class _Training:
             "config": recipe(config),
             "data": self.stream.fingerprint(),
             "steps": self.steps,
+            "training": self.name,
             "made_by": made_by(),
         }
         self.watch, self.signals = Stopwatch(), StopSignals()
@@ -190,8 +199,8 @@ class _Training:
     def _check_notes(self, notes: Mapping[str, Any]) -> None:
         """Refuses a checkpoint of another configuration or of other data."""
         wanted = json.loads(json.dumps(self.notes))
-        for name, what in (("config", "configuration"), ("data", "data"), ("steps", "number of steps")):
-            if found := difference(notes[name], wanted[name], name):
+        for name, what in _MUST_AGREE.items():
+            if found := difference(notes.get(name, ""), wanted[name], name):
                 raise ValueError(f"{self.checkpoints.directory}: {what} must be that of the run so far, but {found}")
 
     def _continue(self, restored: Restored[TrainState]) -> None:

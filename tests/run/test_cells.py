@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import time
 
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cell_trainer import Config, digest, Draw, judge, STEP, training
+from processes import tree
 
 import mf_eqx as mfx
 from mf_eqx import checkpoint, run
@@ -243,6 +245,68 @@ def test_a_damaged_checkpoint_is_told_and_passed_over(directory, capsys):
     assert trained(config(log_every=2, save_every=2), cells, directory) == expected
     assert "00000006: passed over, because its record cannot be read" in capsys.readouterr().err
     assert [record["step"] for record in records(directory, "seed_0")] == [2, 4, 6]
+
+
+# Checkpoints of other trainings
+
+
+def check_refusal(directory, wanted, message, settings=None):
+    before = tree(directory.root)
+    with pytest.raises(ValueError, match=f"checkpoints: checkpoints must be of this training, but {message}"):
+        trained(settings or config(), {0: wanted}, directory)
+    assert tree(directory.root) == before
+
+
+def test_a_checkpoint_that_was_copied_from_another_cell_is_refused(directory):
+    trained(config(), {0: training(0, steps=2), 1: training(1, steps=4)}, directory)
+    cells = directory.root / "cells"
+    shutil.rmtree(cells / "seed_0" / "checkpoints")
+    shutil.copytree(cells / "seed_1" / "checkpoints", cells / "seed_0" / "checkpoints")
+    check_refusal(directory, training(0, steps=4), "name was seed 1, now seed 0")
+
+
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [
+        (training(1, steps=4, name="seed 0"), r"key was \['\w+', \[\d+, \d+\]\], now "),
+        (training(steps=2), "steps was 4, now 2"),
+        (training(steps=9), "steps was 4, now 9"),
+        (training(steps=4, settings={"power": 1}), "settings.steps is only in the old one"),
+    ],
+    ids=["seed", "fewer steps", "more steps", "settings"],
+)
+def test_a_checkpoint_of_a_training_of_the_same_name_is_refused(wanted, message, directory):
+    trained(config(), {0: training(steps=4)}, directory)
+    check_refusal(directory, wanted, message)
+
+
+def test_a_checkpoint_of_another_configuration_is_refused(directory):
+    trained(config(), {0: training(steps=4)}, directory)
+    check_refusal(directory, training(steps=4), "settings.cells was 3, now 5", config(cells=5))
+
+
+def test_settings_of_its_own_are_all_that_a_training_depends_on(directory):
+    mine = training(steps=4, settings={"power": 1})
+    expected = trained(config(), {0: mine}, directory)
+    assert trained(config(cells=5), {0: mine}, directory) == expected
+
+
+def test_a_checkpoint_that_does_not_say_of_what_it_is_is_refused(directory):
+    checkpoints = checkpoint.Checkpoints(directory.root / "cells" / "seed_0" / "checkpoints")
+    checkpoints.save(2, training().make_state())
+    checkpoints.wait()
+    check_refusal(directory, training(steps=4), "name is only in the new one")
+
+
+@pytest.mark.parametrize(("left", "told"), [(2, 1), (4, 0)])
+def test_another_version_is_told_where_a_training_goes_on(left, told, directory, capsys, monkeypatch):
+    trained(config(log_every=2, save_every=2), {0: training(steps=4)}, directory)
+    checkpoints = checkpoint.Checkpoints(directory.root / "cells" / "seed_0" / "checkpoints")
+    for step in range(left + 2, 5, 2):
+        shutil.rmtree(checkpoints.path(step))
+    monkeypatch.setattr(_cells, "made_by", lambda: {"commit": "another"})
+    trained(config(log_every=2, save_every=2), {0: training(steps=4)}, directory)
+    assert capsys.readouterr().err.count("seed_0: not as when it was saved: ") == told
 
 
 # What is told

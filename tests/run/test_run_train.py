@@ -225,6 +225,20 @@ def test_other_data_are_refused_by_what_differs(undisturbed):
     )
 
 
+def test_another_training_of_the_same_run_is_refused_by_its_name(undisturbed):
+    assert "training must be that of the run so far, but training was , now Flow Matching" in refused(
+        undisturbed[1], name="Flow Matching"
+    )
+
+
+def test_a_checkpoint_that_does_not_say_of_what_it_is_is_refused(tmp_path):
+    *_, make_state = trainer.parts(16, False, False, 0.5, 1, None)
+    checkpoints = checkpoint.Checkpoints(tmp_path / "checkpoints")
+    checkpoints.save(2, make_state())
+    checkpoints.wait()
+    assert "configuration must be that of the run so far, but config was , now {" in refused(run.RunDirectory(tmp_path))
+
+
 def test_another_number_of_steps_is_refused(undisturbed):
     assert "number of steps must be that of the run so far, but steps was 14, now 15" in refused(
         undisturbed[1], steps=15
