@@ -1,6 +1,7 @@
-"""Files that are whole at any moment."""
+"""Files that are whole at any moment, and what is removed with what it holds."""
 
 import os
+import shutil
 from pathlib import Path
 
 
@@ -18,3 +19,12 @@ def write_whole(path: str | Path, content: bytes) -> None:
     except BaseException:
         beside.unlink(missing_ok=True)
         raise
+
+
+def remove(path: Path) -> None:
+    """Remove a file, or a directory with all that is in it; of a symbolic link, the link alone. Nothing if there is
+    none."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

@@ -2,7 +2,7 @@ import os
 
 import pytest
 
-from mf_eqx._files import write_whole
+from mf_eqx._files import remove, write_whole
 
 
 def test_file_and_its_folders_are_made(tmp_path):
@@ -32,3 +32,23 @@ def test_content_is_on_disk_before_it_gets_its_name(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda _: seen.append(path.exists()))
     write_whole(path, b"content")
     assert seen == [False]
+
+
+def test_of_a_link_the_link_alone_is_removed(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "file").write_text("")
+    for name, target in (("a", "folder"), ("b", "folder/file"), ("c", "nowhere")):
+        (tmp_path / name).symlink_to(tmp_path / target)
+        remove(tmp_path / name)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["folder"]
+    assert (tmp_path / "folder" / "file").exists()
+
+
+def test_a_directory_is_removed_with_what_it_holds_but_for_what_links_in_it_point_to(tmp_path):
+    write_whole(tmp_path / "elsewhere" / "file", b"content")
+    write_whole(tmp_path / "folder" / "inner" / "file", b"content")
+    (tmp_path / "folder" / "link").symlink_to(tmp_path / "elsewhere")
+    remove(tmp_path / "folder")
+    remove(tmp_path / "folder")
+    assert (tmp_path / "elsewhere" / "file").read_bytes() == b"content"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["elsewhere"]

@@ -17,7 +17,6 @@ import hashlib
 import json
 import logging
 import os
-import shutil
 import sys
 import threading
 import warnings
@@ -31,6 +30,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 
+from .._files import remove
 from .._leaves import compare, leaves, plain, rebuilt, shapes, some
 from .._sharding import Parallelism
 from ._digest import digests
@@ -96,10 +96,10 @@ class Checkpoints:
         self._passed_over: set[int] = set()
 
     def steps(self) -> list[int]:
-        """The steps on disk, in ascending order, whether they can be read or not."""
+        """The steps on disk, in ascending order, whether they can be read or not: also links that point nowhere now."""
         if not self.directory.is_dir():
             return []
-        named = [path for path in self.directory.iterdir() if path.name.isdecimal() and path.is_dir()]
+        named = [path for path in self.directory.iterdir() if path.name.isdecimal() and _is_folder(path)]
         return sorted(int(path.name) for path in named if path == self.path(int(path.name)))
 
     def path(self, step: int) -> Path:
@@ -131,7 +131,8 @@ class Checkpoints:
                 self.directory.mkdir(parents=True, exist_ok=True)
                 for gone in {step, *self._passed_over}:
                     self._move_aside(gone)
-                with self._record_path(step).open("w", encoding="utf-8") as file:
+                remove(self._record_path(step))  # and never write to where a link points
+                with self._record_path(step).open("x", encoding="utf-8") as file:
                     file.write(sealed)
                     file.flush()
                     os.fsync(file.fileno())
@@ -193,13 +194,13 @@ class Checkpoints:
         Only whoever may save may clean."""
         if jax.process_index() == 0 and self.directory.is_dir():
             for path in self.directory.iterdir():
-                if path.is_dir() and (".orbax-checkpoint-tmp" in path.name or path.suffix == _DOOMED):
-                    shutil.rmtree(path)
+                if _is_folder(path) and (".orbax-checkpoint-tmp" in path.name or path.suffix == _DOOMED):
+                    remove(path)
             for old in sorted(self.directory.glob(f"*{_DAMAGED}"))[:-1]:
-                shutil.rmtree(old)
+                remove(old)
             for path in self.directory.iterdir():
-                if path.suffix == ".json" and path.stem.isdecimal() and not path.with_suffix("").exists():
-                    path.unlink()
+                if path.suffix == ".json" and path.stem.isdecimal() and not os.path.lexists(path.with_suffix("")):
+                    remove(path)
 
     def _usable(
         self,
@@ -268,15 +269,22 @@ class Checkpoints:
         for step in steps[: -self._keep_last]:
             if self._keep_every is None or step % self._keep_every:
                 doomed = self.path(step).with_suffix(_DOOMED)
+                remove(doomed)
                 self.path(step).rename(doomed)  # at once, so that half a step never looks like one
-                self._record_path(step).unlink(missing_ok=True)
-                shutil.rmtree(doomed)
+                remove(self._record_path(step))
+                remove(doomed)
 
     def _move_aside(self, step: int) -> None:
-        if self.path(step).exists():
+        if os.path.lexists(self.path(step)):
             aside = self.path(step).with_suffix(_DAMAGED)
-            shutil.rmtree(aside, ignore_errors=True)
+            remove(aside)
             self.path(step).rename(aside)
+
+
+def _is_folder(path: Path) -> bool:
+    """Whether it is a directory, or a link to what was one: steps may be moved to another disk. Of links, only the
+    links are ever renamed and removed."""
+    return path.is_dir() or path.is_symlink()
 
 
 def _sealed(record: Mapping[str, Any]) -> str:

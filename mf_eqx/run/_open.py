@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from .._files import remove
 from .._optional import MissingDependency
 from ._directory import as_json, RunDirectory
 from ._lock import locked
@@ -129,4 +130,4 @@ def _saved_config(path: Path) -> dict[str, Any] | None:
 def _empty(path: Path) -> None:
     for entry in path.iterdir():
         if entry.name != ".lock":
-            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+            remove(entry)

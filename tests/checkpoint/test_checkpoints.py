@@ -416,6 +416,80 @@ def test_check_is_shown_the_notes_and_may_refuse(tmp_path):
     assert checkpoints.load(State, check=seen.append).step == 2
 
 
+# Links
+
+
+@pytest.fixture
+def linked(tmp_path):
+    """Steps 1 and 2, of which 1 lies elsewhere, with a link in its place."""
+    checkpoints = saved(tmp_path / "run", 1, 2, keep_last=2)
+    checkpoints.path(1).rename(tmp_path / "elsewhere")
+    checkpoints.path(1).symlink_to(tmp_path / "elsewhere")
+    return checkpoints
+
+
+def names(checkpoints):
+    return sorted(path.name for path in checkpoints.directory.iterdir())
+
+
+def test_a_step_may_be_a_link(linked):
+    found = linked.load(lambda: State(1), step=1)
+    assert bits(found.state) == bits(State(1))
+
+
+def test_a_step_that_is_a_link_is_pruned_and_what_it_points_to_is_not(linked, tmp_path):
+    before = {path: path.read_bytes() for path in (tmp_path / "elsewhere").rglob("*") if path.is_file()}
+    linked.save(3, State(3))
+    linked.wait()
+    assert names(linked) == ["00000002", "00000002.json", "00000003", "00000003.json"]
+    assert before and {path: path.read_bytes() for path in before} == before
+
+
+def test_links_that_were_left_half_deleted_are_removed(linked, tmp_path):
+    for name in ("00000000.deleted", "00000005.orbax-checkpoint-tmp", "00000000.damaged", "00000001.damaged"):
+        (linked.directory / name).symlink_to(tmp_path / "elsewhere")
+    linked.clean()
+    assert names(linked) == ["00000001", "00000001.damaged", "00000001.json", "00000002", "00000002.json"]
+    assert any((tmp_path / "elsewhere").iterdir())
+
+
+@pytest.mark.parametrize("aside", ["link", "file", "nothing"])
+def test_a_step_that_is_a_link_is_moved_aside_when_it_is_saved_again(aside, linked, tmp_path):
+    path = linked.path(1).with_suffix(".damaged")
+    if aside == "link":
+        path.symlink_to(tmp_path)
+    elif aside == "file":
+        path.write_text("")
+    linked.save(1, State(1))
+    linked.wait()
+    assert path.is_symlink() and path.resolve() == tmp_path / "elsewhere"
+    assert bits(linked.load(lambda: State(1), step=1).state) == bits(State(1))
+
+
+def test_a_link_that_points_nowhere_is_passed_over_and_kept(linked, tmp_path):
+    (tmp_path / "elsewhere").rename(tmp_path / "unmounted")
+    before = names(linked)
+    linked.clean()
+    assert names(linked) == before
+    with pytest.raises(CheckpointError, match=r"no checkpoint can be used \(step 1: "):
+        linked.load(lambda: State(1), step=1)
+    shutil.rmtree(linked.path(2))
+    with pytest.raises(CheckpointError, match=r"no checkpoint can be used \(step 1: "):
+        linked.load(lambda: State(1))
+    linked.save(1, State(1))
+    linked.wait()
+    assert linked.path(1).with_suffix(".damaged").is_symlink()
+    assert bits(linked.load(lambda: State(1)).state) == bits(State(1))
+
+
+def test_a_record_is_never_written_to_where_a_link_points(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "precious").write_text("text")
+    (tmp_path / "run" / "00000001.json").symlink_to(tmp_path / "precious")
+    saved(tmp_path / "run", 1)
+    assert (tmp_path / "precious").read_text() == "text"
+
+
 # What is damaged
 
 

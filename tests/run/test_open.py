@@ -136,6 +136,17 @@ def test_a_test_run_empties_its_own_directory_and_no_other(tmp_path):
     assert (root / "metrics.jsonl").read_text() == "precious"
 
 
+def test_a_test_run_is_emptied_of_links_and_not_of_what_they_point_to(tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "file").write_text("kept")
+    with opened(tmp_path, test_run=True) as directory:
+        directory.path("link").symlink_to(elsewhere)
+    with opened(tmp_path, test_run=True) as directory:
+        assert not directory.path("link").is_symlink()
+    assert (elsewhere / "file").read_text() == "kept"
+
+
 def test_a_test_run_in_use_is_not_emptied(tmp_path):
     with opened(tmp_path, test_run=True) as directory:
         directory.path("metrics.jsonl").write_text("new")
