@@ -109,6 +109,8 @@ def train(config, directory, *, source=None, preview=None, loggers=(), steps=Non
     def picture(state, path):
         path.write_bytes(b"a picture")
         time.sleep(float(os.environ.get("PAUSE", "0")))  # for signals to arrive at a known step
+        while os.path.exists(os.environ.get("HOLD", "")):
+            time.sleep(0.02)
 
     source = Marked(config) if source is None else source
     stream = data.Stream(source, config.batch, parallelism=parallelism, shuffle=not config.bad_steps)

@@ -42,7 +42,7 @@ from ._cli import main as main
 from ._curves import save_curves as save_curves
 from ._directory import RunDirectory as RunDirectory
 from ._ledger import Ledger as Ledger
-from ._lock import InUse as InUse, locked as locked
+from ._lock import InUse as InUse, locked as locked, Moved as Moved
 from ._loggers import Logger as Logger, TensorBoardLogger as TensorBoardLogger, WandbLogger as WandbLogger
 from ._open import opened as opened
 from ._parallel import in_parallel as in_parallel

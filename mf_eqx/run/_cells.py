@@ -34,6 +34,7 @@ from .._objective import Batch, Metrics
 from .._train import init_state, scan_steps, TrainState, TrainStep
 from ..checkpoint import Checkpoints
 from ._directory import as_json, made_by, RunDirectory
+from ._lock import check_in_place
 from ._parallel import in_parallel
 from ._plan import devices, memory, parameters
 from ._processes import Stopped, StopSignals, tell
@@ -118,8 +119,8 @@ def train_cells(
     - `shown`: metrics of the progress line.
 
     **Raises:** `Stopped` after SIGTERM or SIGINT; `NonFinite` after `config.most_faults` bad steps in a row;
-    `CheckpointError`; `ValueError` if a setting makes no run, if two trainings have one name, or if a checkpoint is of
-    another training; any error of `judge`.
+    `CheckpointError`; `Moved` if the directory was moved away; `ValueError` if a setting makes no run, if two trainings
+    have one name, or if a checkpoint is of another training; any error of `judge`.
     """
     config, trainings = _asked(config, trainings)
     steps = sum(training.steps for training in _trained(trainings.values()))
@@ -296,6 +297,7 @@ class _AtWork:
     def _save(self, state: TrainState) -> None:
         if self.saved < self.done:
             with self.watch.part("save"), _SAVING:
+                check_in_place(self.folder.root)
                 self.checkpoints.save(self.done, state, self.notes)
                 self.checkpoints.wait()
             self.saved = self.done

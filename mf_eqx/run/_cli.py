@@ -1,8 +1,8 @@
 """The command line of a script: a typed configuration in, one line out when the input is bad.
 
-Exit codes: 0 done, 2 bad input, 3 no finite loss or gradient, 4 run directory in use, 5 another process of the run is
-gone or never came, 6 its first process is gone, at which JAX ends all others at once, 130 and 143 stopped by SIGINT and
-SIGTERM; 1 with a traceback is a bug.
+Exit codes: 0 done, 2 bad input, 3 no finite loss or gradient, 4 run directory in use, or moved away in the midst of the
+run, 5 another process of the run is gone or never came, 6 its first process is gone, at which JAX ends all others at
+once, 130 and 143 stopped by SIGINT and SIGTERM; 1 with a traceback is a bug.
 
 Bad input is what the parser or the configuration's own checks refuse and, once the script's function runs, a
 `ValueError` that this package or the script itself raises, a file that cannot be opened, a full disk, checkpoints that
@@ -22,7 +22,7 @@ from typing import TypeVar
 from .._optional import MissingDependency
 from ..checkpoint import CheckpointError
 from ._arguments import BadArguments, parse
-from ._lock import InUse
+from ._lock import InUse, Moved
 from ._meeting import Missing
 from ._noise import leave_out
 from ._processes import connect, is_one_of_several, leave, RefusedElsewhere, Separated, Stopped, together
@@ -36,7 +36,7 @@ _TRACEBACK = "MF_EQX_TRACEBACK"
 _EXPECTED = {
     (BadArguments, MissingDependency, CheckpointError, RefusedElsewhere): 2,
     (NonFinite,): 3,
-    (InUse,): 4,
+    (InUse, Moved): 4,
     (Separated, Missing): 5,
 }
 """Exit codes of errors whose message says all."""

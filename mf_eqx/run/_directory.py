@@ -24,6 +24,7 @@ from jaxtyping import ArrayLike
 
 from .._files import write_whole
 from .._objective import Mean
+from ._lock import check_in_place
 from ._values import fetch
 
 
@@ -63,7 +64,11 @@ class RunDirectory:
             file.write(json.dumps(as_json(start)) + "\n")
 
     def path(self, name: str) -> Path:
-        """The path of the file `name`, with its parent directories made: `path("previews/000500.png")`."""
+        """The path of the file `name`, with its parent directories made: `path("previews/000500.png")`.
+
+        **Raises:** `Moved` if the directory was `opened` and is no longer where it was.
+        """
+        check_in_place(self.root)
         path = self.root / name
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
@@ -90,6 +95,7 @@ class RunDirectory:
 
     def drop_records_after(self, step: int) -> None:
         """Take back what was logged after a step, and any line that was cut off: a run that continues logs it anew."""
+        check_in_place(self.root)
         path = self.root / "metrics.jsonl"
         if path.exists():
             kept = [record for record in self.records() if record["step"] <= step]
@@ -104,7 +110,7 @@ class RunDirectory:
         `steps` the productive ones and `wall` the sum, of all threads together. The sum over sessions lacks those that
         were killed.
         """
-        path = self.root / "summary.json"
+        path = self.path("summary.json")
         sessions = _sessions(path)
         rounded = {name: round(value, 3) for name, value in seconds.items()}
         sessions.append({"start": start, "stop": stop, "seconds": rounded})

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ._directory import as_json, commit
+from ._lock import check_in_place
 
 
 class Ledger:
@@ -57,7 +58,10 @@ class Ledger:
 
         **Arguments:** `settings` a dataclass or anything else that JSON can hold: numbers, texts, lists of them, but no
         Modules, whose class would be lost; `result` plain numbers, lists, texts.
+
+        **Raises:** `Moved` if the file is in a directory that was `opened` and is no longer where it was.
         """
+        check_in_place(self._path.parent)
         record = {"settings": as_json(settings), "result": dict(result), "commit": self._commit}
         line = (json.dumps(record) + "\n").encode()
         self._path.parent.mkdir(parents=True, exist_ok=True)

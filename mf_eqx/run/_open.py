@@ -12,7 +12,7 @@ from typing import Any
 from .._files import remove
 from .._optional import MissingDependency
 from ._directory import as_json, RunDirectory
-from ._lock import locked
+from ._lock import in_place, locked
 from ._processes import agree, once
 from ._settings import default_name, difference, recipe
 
@@ -34,7 +34,8 @@ def opened(
     is found by its own settings, as in a `Ledger`.
 
     **Raises:** `ValueError` if `config.name` does not stay below `root/script`, or names a run of another
-    configuration, with what differs; `InUse` if another process trains there. Nothing is changed then.
+    configuration, with what differs; `InUse` if another process trains there. Nothing is changed then. `Moved` at the
+    end if the directory is no longer where it was, from where on nothing is written.
     """
     parent = Path(root) / (Path(sys.argv[0]).stem if script is None else script)
     given = getattr(config, "name", "")
@@ -65,6 +66,7 @@ def _enter(stack: contextlib.ExitStack, config: Any, path: Path, is_test: bool, 
     if is_test:
         _empty(path)
     stack.enter_context(_taken_back_if_refused(path, was_there))
+    stack.enter_context(in_place(path))
     RunDirectory(path).add_start(config)
 
 

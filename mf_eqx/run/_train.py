@@ -25,6 +25,7 @@ from .._train import Faults, TrainState, TrainStep
 from ..checkpoint import Checkpoints, Restored
 from ..data import Stream
 from ._directory import made_by, RunDirectory
+from ._lock import check_in_place
 from ._loggers import Logger, TensorBoardLogger, WandbLogger
 from ._plan import describe, work_of_step
 from ._processes import agree, is_first, once, Stopped, StopSignals, tell, together
@@ -80,9 +81,9 @@ def train(
     **Returns:** the last state.
 
     **Raises:** `Stopped` after SIGTERM or SIGINT, with the state saved; `NonFinite` after `config.most_faults` bad
-    steps in a row; `CheckpointError`; `Separated` if another process is gone; `ValueError` if a checkpoint is of
-    another configuration or of other data, or if something does not fit; `SystemExit` after `config.dry_run` has
-    printed its plan.
+    steps in a row; `CheckpointError`; `Moved` if the directory was moved away; `Separated` if another process is gone;
+    `ValueError` if a checkpoint is of another configuration or of other data, or if something does not fit;
+    `SystemExit` after `config.dry_run` has printed its plan.
     """
     config.check()
     step.check_batch_size(stream.batch)
@@ -291,6 +292,7 @@ class _Training:
     def _save(self, state: TrainState) -> None:
         """Start to save, with the metrics that no line of the log has yet."""
         with self.watch.part("save"):
+            check_in_place(self.directory.root)
             pending = _packed(self.since)
             self.since = _unpacked(pending)
             self.checkpoints.save(self.number, state, {**self.notes, "pending": pending})

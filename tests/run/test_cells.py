@@ -309,6 +309,21 @@ def test_another_version_is_told_where_a_training_goes_on(left, told, directory,
     assert capsys.readouterr().err.count("seed_0: not as when it was saved: ") == told
 
 
+def test_a_directory_that_is_moved_in_the_midst_ends_all_cells(tmp_path, monkeypatch):
+    scan_steps, calls = _cells.scan_steps, iter(range(10**6))
+
+    def scan(*arguments):
+        if next(calls) == 2:
+            directory.root.rename(tmp_path / "elsewhere")
+        return scan_steps(*arguments)
+
+    monkeypatch.setattr(_cells, "scan_steps", scan)
+    with pytest.raises(run.Moved), run.opened(config(), root=tmp_path, script="cells") as directory:
+        trained(config(log_every=1, save_every=1), {seed: training(seed, steps=4) for seed in range(2)}, directory)
+    assert not directory.root.exists()
+    assert [record["step"] for record in records(run.RunDirectory(tmp_path / "elsewhere"), "seed_0")] == [1, 2]
+
+
 # What is told
 
 

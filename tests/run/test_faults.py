@@ -126,6 +126,29 @@ def test_a_second_trainer_is_refused_and_the_first_is_undisturbed(undisturbed, t
     assert metrics(tmp_path) == undisturbed[1]  # and so two processes of one seed write the same bytes
 
 
+# Moved
+
+
+def test_a_directory_that_is_moved_in_the_midst_stops_the_run_and_back_in_its_place_ends_as_ever(
+    undisturbed, tmp_path, monkeypatch
+):
+    root, elsewhere = tmp_path / "trainer" / only_run(undisturbed[2]).name, tmp_path / "elsewhere"
+    hold = tmp_path / "hold"  # in its first preview
+    hold.touch()
+    monkeypatch.setenv("HOLD", str(hold))
+    process = start(tmp_path, *FLAGS)
+    wait_for(tmp_path, "previews/00000005.png", process)
+    wait_for(tmp_path, "checkpoints/00000004/*", process)
+    root.rename(elsewhere)
+    hold.unlink()
+    found = ended(process)
+    assert found.code == 4
+    assert f"{root}: was moved or deleted while it was trained in" in error_line(found)
+    assert not root.exists()
+    elsewhere.rename(root)
+    assert "continues after step 4 of 20" in continued(tmp_path, undisturbed).out
+
+
 # The disk
 
 
