@@ -4,12 +4,14 @@ import os
 import shutil
 from pathlib import Path
 
+_PART = ".part"
+
 
 def write_whole(path: str | Path, content: bytes) -> None:
     """Write a file, and the folders that it is in: under its name there is what was there before, or all of it."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".part")
+    beside = path.with_name(path.name + _PART)
     try:
         with beside.open("wb") as file:
             file.write(content)
@@ -28,3 +30,10 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def remove_parts(folder: Path) -> None:
+    """Remove what `write_whole` left of files in a folder, and below, when its process was killed."""
+    for path in folder.rglob(f"*{_PART}"):
+        if path.is_file():
+            path.unlink()

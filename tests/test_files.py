@@ -1,8 +1,10 @@
 import os
+import subprocess
+import sys
 
 import pytest
 
-from mf_eqx._files import remove, write_whole
+from mf_eqx._files import remove, remove_parts, write_whole
 
 
 def test_file_and_its_folders_are_made(tmp_path):
@@ -52,3 +54,24 @@ def test_a_directory_is_removed_with_what_it_holds_but_for_what_links_in_it_poin
     remove(tmp_path / "folder")
     assert (tmp_path / "elsewhere" / "file").read_bytes() == b"content"
     assert [entry.name for entry in tmp_path.iterdir()] == ["elsewhere"]
+
+
+KILLED = """
+import os, pathlib, sys
+from mf_eqx._files import write_whole
+pathlib.Path.replace = lambda *_: os._exit(9)
+write_whole(sys.argv[1], b"content")
+"""
+
+
+def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path):
+    path = tmp_path / "run" / "part" / "summary.json"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    assert subprocess.run([sys.executable, "-c", KILLED, str(path)], env=environment).returncode == 9
+    (tmp_path / "run" / "folder.part").mkdir()
+    for name in ("partly", "a.parts"):
+        (tmp_path / "run" / name).write_text("")
+    assert len(list(path.parent.iterdir())) == 1
+    remove_parts(tmp_path / "run")
+    assert not list(path.parent.iterdir())
+    assert sorted(entry.name for entry in (tmp_path / "run").iterdir()) == ["a.parts", "folder.part", "part", "partly"]

@@ -33,7 +33,7 @@ from .._field import AbstractField
 from .._objective import Batch, Metrics
 from .._train import init_state, scan_steps, TrainState, TrainStep
 from ..checkpoint import Checkpoints
-from ._directory import as_json, made_by, RunDirectory
+from ._directory import as_json, made_by, missing_lines, RunDirectory
 from ._lock import check_in_place
 from ._parallel import in_parallel
 from ._plan import devices, memory, parameters
@@ -268,7 +268,10 @@ class _AtWork:
             changed = difference(restored.notes["made_by"], self.made_by)
             if changed and self.start < training.steps:
                 self.progress.note(f"{self.folder.root}: not as when it was saved: {changed}")
-        self.folder.drop_records_after(self.start)
+        self.lines = self.folder.drop_records_after(self.start)
+        written = self.lines if restored is None else restored.notes.get("lines", self.lines)
+        if written != self.lines:
+            self.progress.note(missing_lines(self.folder, self.lines, written, self.start))
         return training.make_state() if restored is None else restored.state
 
     def _check_notes(self, notes: Mapping[str, Any]) -> None:
@@ -287,6 +290,7 @@ class _AtWork:
         self.done = after
         with self.watch.part("log"):
             self.folder.log(self.done, metrics)
+            self.lines += 1
         is_due = self.done // self.config.save_every > before // self.config.save_every
         if is_due or self.done == training.steps or self.signals.received() is not None:
             self._save(state)
@@ -298,7 +302,7 @@ class _AtWork:
         if self.saved < self.done:
             with self.watch.part("save"), _SAVING:
                 check_in_place(self.folder.root)
-                self.checkpoints.save(self.done, state, self.notes)
+                self.checkpoints.save(self.done, state, {**self.notes, "lines": self.lines})
                 self.checkpoints.wait()
             self.saved = self.done
 

@@ -93,15 +93,19 @@ class RunDirectory:
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
         return [_record(path, i, line) for i, line in enumerate(lines, 1) if line.endswith("\n")]
 
-    def drop_records_after(self, step: int) -> None:
-        """Take back what was logged after a step, and any line that was cut off: a run that continues logs it anew."""
+    def drop_records_after(self, step: int) -> int:
+        """Take back what was logged after a step, and any line that was cut off: a run that continues logs it anew.
+
+        **Returns:** how many lines are left.
+        """
         check_in_place(self.root)
         path = self.root / "metrics.jsonl"
+        kept = [record for record in self.records() if record["step"] <= step]
         if path.exists():
-            kept = [record for record in self.records() if record["step"] <= step]
             text = "".join(json.dumps(record, allow_nan=False) + "\n" for record in kept)
             if text != path.read_text(encoding="utf-8"):
                 write_whole(path, text.encode())
+        return len(kept)
 
     def add_session(self, start: int, stop: int, seconds: Mapping[str, float]) -> None:
         """Add to `summary.json` where the time between two steps went, and sum up over all sessions.
@@ -127,6 +131,12 @@ class RunDirectory:
         """
         write_whole(self.path("results.md"), (text.rstrip("\n") + "\n").encode())
         write_whole(self.path("results.json"), _document(_or_null(list(records))))
+
+
+def missing_lines(directory: RunDirectory, found: int, written: int, step: int) -> str:
+    """A line on a log that is not as it was when a checkpoint was saved."""
+    path = directory.root / "metrics.jsonl"
+    return f"{path}: must have {written} lines up to step {step}, but has {found}; the run goes on without the others"
 
 
 def _document(value: Any) -> bytes:

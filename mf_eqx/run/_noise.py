@@ -25,8 +25,8 @@ def _is_news(record: logging.LogRecord) -> bool:
 
 
 def _is_late_call(ignored: Any) -> bool:
-    """Whether an error that nobody can catch is asyncio's refusal of a call that came from no Python code."""
+    """Whether an error that nobody can catch is an event loop's refusal of a call that came from no Python code."""
     error, traceback = ignored.exc_value, ignored.exc_traceback
     if traceback is None or not isinstance(error, RuntimeError) or str(error) != "Event loop is closed":
         return False
-    return traceback.tb_frame.f_code.co_name == "call_soon_threadsafe"
+    return traceback.tb_frame.f_code.co_name.rpartition(".")[2] == "call_soon_threadsafe"  # asyncio's or uvloop's

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .._files import remove
+from .._files import remove, remove_parts
 from .._optional import MissingDependency
 from ._directory import as_json, RunDirectory
 from ._lock import in_place, locked
@@ -65,6 +65,7 @@ def _enter(stack: contextlib.ExitStack, config: Any, path: Path, is_test: bool, 
     stack.enter_context(locked(path))
     if is_test:
         _empty(path)
+    remove_parts(path)
     stack.enter_context(_taken_back_if_refused(path, was_there))
     stack.enter_context(in_place(path))
     RunDirectory(path).add_start(config)

@@ -24,7 +24,7 @@ from .._objective import Batch, Mean, Metrics, total
 from .._train import Faults, TrainState, TrainStep
 from ..checkpoint import Checkpoints, Restored
 from ..data import Stream
-from ._directory import made_by, RunDirectory
+from ._directory import made_by, missing_lines, RunDirectory
 from ._lock import check_in_place
 from ._loggers import Logger, TensorBoardLogger, WandbLogger
 from ._plan import describe, work_of_step
@@ -62,7 +62,8 @@ def train(
     """Train up to a number of steps, from the beginning or from the newest good checkpoint.
 
     What it leaves in `directory`: `checkpoints/`, `metrics.jsonl` (a line every `config.log_every` steps, the same in
-    a run that was interrupted), `previews/`, `summary.json` (where the time went).
+    a run that was interrupted; lines that are lost stay so, and the run tells when it continues), `previews/`,
+    `summary.json` (where the time went).
 
     **Arguments:**
 
@@ -156,7 +157,7 @@ class _Training:
         }
         self.watch, self.signals = Stopwatch(), StopSignals()
         self.since: list[Metrics] = []
-        self.start = self.number = self.faults = self.most_in_row = 0
+        self.start = self.number = self.faults = self.most_in_row = self.lines = 0
 
     def run(self, closing: contextlib.ExitStack) -> TrainState:
         """The last state. Loggers that are made on the way are closed by the stack."""
@@ -192,10 +193,17 @@ class _Training:
         restored = self.checkpoints.load(self.make_state, mesh, check=self._check_notes)
         if restored is not None:
             self._continue(restored)
-        once(lambda: self.directory.drop_records_after(self.start))
+        once(lambda: self._take_up_log(restored))
         if restored is not None:
             return restored.state
         return eqx.filter_jit(self.make_state)() if mesh is None else mesh.make(self.make_state)
+
+    def _take_up_log(self, restored: Restored[TrainState] | None) -> None:
+        """Leave in the log what was written up to here, and tell if some of that is gone."""
+        self.lines = self.directory.drop_records_after(self.start)
+        written = self.lines if restored is None else restored.notes.get("lines", self.lines)
+        if written != self.lines:
+            tell(missing_lines(self.directory, self.lines, written, self.start))
 
     def _check_notes(self, notes: Mapping[str, Any]) -> None:
         """Refuses a checkpoint of another configuration or of other data."""
@@ -264,6 +272,7 @@ class _Training:
             self.since = []
             if is_first():
                 self.directory.log(self.number, sums)
+                self.lines += 1
             for logger in self.loggers:
                 logger.log(self.number, fetch(sums))
 
@@ -295,7 +304,7 @@ class _Training:
             check_in_place(self.directory.root)
             pending = _packed(self.since)
             self.since = _unpacked(pending)
-            self.checkpoints.save(self.number, state, {**self.notes, "pending": pending})
+            self.checkpoints.save(self.number, state, {**self.notes, "pending": pending, "lines": self.lines})
 
     def _finish_saving(self) -> None:
         with self.watch.part("save"):

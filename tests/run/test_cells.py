@@ -247,6 +247,18 @@ def test_a_damaged_checkpoint_is_told_and_passed_over(directory, capsys):
     assert [record["step"] for record in records(directory, "seed_0")] == [2, 4, 6]
 
 
+def test_lines_that_are_gone_from_the_log_are_told(directory, capsys):
+    every = config(log_every=2, save_every=2)
+    trained(every, {0: training(steps=6)}, directory)
+    folder = directory.root / "cells" / "seed_0"
+    shutil.rmtree(folder / "checkpoints" / "00000006")
+    trained(every, {0: training(steps=6)}, directory)
+    assert "must have" not in capsys.readouterr().err
+    (folder / "metrics.jsonl").unlink()
+    trained(every, {0: training(steps=6)}, directory)
+    assert f"{folder / 'metrics.jsonl'}: must have 3 lines up to step 6, but has 0; " in capsys.readouterr().err
+
+
 # Checkpoints of other trainings
 
 

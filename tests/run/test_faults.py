@@ -126,6 +126,18 @@ def test_a_second_trainer_is_refused_and_the_first_is_undisturbed(undisturbed, t
     assert metrics(tmp_path) == undisturbed[1]  # and so two processes of one seed write the same bytes
 
 
+# A damaged checkpoint
+
+
+def test_a_checkpoint_that_has_lost_a_file_is_passed_over_with_nothing_on_stderr(undisturbed, tmp_path):
+    shutil.copytree(undisturbed[2], tmp_path, dirs_exist_ok=True)
+    for file in (only_run(tmp_path) / "checkpoints" / "00000020" / "state" / "d").iterdir():
+        file.unlink()
+    found = continued(tmp_path, undisturbed)
+    assert re.search("00000020: passed over, because .*\n.*continues after step 16 of 20", found.out)
+    assert not found.told
+
+
 # Moved
 
 

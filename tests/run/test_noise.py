@@ -20,8 +20,8 @@ def ignored(function, *arguments):
         return types.SimpleNamespace(exc_value=error, exc_traceback=error.__traceback__.tb_next)
 
 
-def closed():
-    loop = asyncio.new_event_loop()
+def closed(library=asyncio):
+    loop = library.new_event_loop()
     loop.close()
     return loop
 
@@ -46,8 +46,9 @@ def shown(monkeypatch):
     absl.filters[:] = before
 
 
-def test_a_late_call_of_an_event_loop_is_left_out(shown):
-    sys.unraisablehook(ignored(closed().call_soon_threadsafe, print))
+@pytest.mark.parametrize("library", ["asyncio", "uvloop"])
+def test_a_late_call_of_an_event_loop_is_left_out(library, shown):
+    sys.unraisablehook(ignored(closed(pytest.importorskip(library)).call_soon_threadsafe, print))
     assert shown == []
 
 

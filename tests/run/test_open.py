@@ -136,6 +136,14 @@ def test_a_test_run_empties_its_own_directory_and_no_other(tmp_path):
     assert (root / "metrics.jsonl").read_text() == "precious"
 
 
+def test_what_a_killed_run_left_half_written_is_removed_at_the_next_start(tmp_path):
+    with opened(tmp_path) as directory:
+        for name in ("summary.json.part", "cells/a/metrics.jsonl.part"):
+            directory.path(name).write_text("{")
+    with opened(tmp_path) as directory:
+        assert not list(directory.root.rglob("*.part"))
+
+
 def test_a_test_run_is_emptied_of_links_and_not_of_what_they_point_to(tmp_path):
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()

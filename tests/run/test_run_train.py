@@ -174,6 +174,22 @@ def test_metrics_after_the_last_checkpoint_are_taken_back(undisturbed, tmp_path)
     assert (root / "metrics.jsonl").read_bytes() == metrics(undisturbed[1])
 
 
+@pytest.mark.parametrize("lost", ["a line", "the file"])
+def test_lines_that_are_gone_from_the_log_are_told_once(lost, tmp_path, capsys):
+    config = configured(log_every=2)
+    stopped(tmp_path, config, after=7)
+    (root,) = (tmp_path / "trainer").iterdir()
+    path = root / "metrics.jsonl"
+    _, *left = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(left)) if lost == "a line" else path.unlink()
+    number = len(left) if lost == "a line" else 0
+    stopped(tmp_path, config, after=9)
+    told = f"{path}: must have 3 lines up to step 7, but has {number}; the run goes on without the others\n"
+    assert told in capsys.readouterr().out
+    trained(tmp_path, config)
+    assert "must have" not in capsys.readouterr().out
+
+
 def test_a_checkpoint_with_one_flipped_byte_is_passed_over_for_the_one_before(undisturbed, tmp_path, capsys):
     stopped(tmp_path, after=7)
     (root,) = (tmp_path / "trainer").iterdir()
