@@ -16,6 +16,7 @@ as it is meant to be used. README.md beside this file says where orders agree an
 
 import dataclasses
 import functools
+import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -211,7 +212,9 @@ def eight_gaussians(steps: int = 4000) -> Recipe:
     data = jax.vmap(lambda key, label: mixture.sample(key=key, condition=label))(keys, condition)
 
     def by_class(x: Float[Array, "rows 2"], y: Float[Array, "rows 2"]) -> float:
-        """Energy distance to the samples of the same class, its mean over classes."""
+        """Energy distance to the samples of the same class, its mean over classes; NaN if x is not finite."""
+        if not np.isfinite(x).all():
+            return math.nan
         pairs = [(x[condition == label], y[condition == label]) for label in range(CLASSES)]
         return float(np.mean([metrics.energy_distance(*pair) for pair in pairs]))
 

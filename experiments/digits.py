@@ -15,6 +15,7 @@ come with the package: nothing is downloaded.
 """
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -132,8 +133,8 @@ def label_of(source: data.ArraySource) -> Int[np.ndarray, " rows"]:
 
 
 def pixels(x: Float[np.ndarray, "rows 1 8 8"]) -> Float[np.ndarray, "rows 64"]:
-    """Grey values from 0 to 16, as the data have them."""
-    return np.clip(8 * (x.reshape(-1, 64).astype(np.float64) + 1), 0, 16)
+    """Grey values from 0 to 16, as the data have them; NaN where a sample is not finite."""
+    return np.clip(8 * (np.where(np.isfinite(x), x, np.nan).reshape(-1, 64).astype(np.float64) + 1), 0, 16)
 
 
 def guided(config: Config) -> bool:
@@ -241,7 +242,7 @@ def save_comparison(path: Path, real: data.ArraySource, trained: list[tuple[Meth
 
 
 class Judge:
-    """Everything a generated set is held against; fitted to the data once."""
+    """Everything a generated set is held against; fitted to the data once. A set that is not finite scores NaN."""
 
     def __init__(self, digits: Digits):
         self.every = pixels(digits.every.x)
@@ -252,15 +253,19 @@ class Judge:
         )
 
     def frechet(self, x: Float[np.ndarray, "rows 64"]) -> float:
-        return metrics.frechet_distance(x, self.every)
+        return metrics.frechet_distance(x, self.every) if np.isfinite(x).all() else math.nan
 
     def read(self, x: Float[np.ndarray, "rows 64"], label: Int[np.ndarray, " rows"]) -> list[float]:
         """Of each class, the share of digits in which the classifier reads the wanted one."""
+        if not np.isfinite(x).all():
+            return [math.nan] * CLASSES
         correct = self.reader.predict(x) == label
         return [float(correct[label == digit].mean()) for digit in range(CLASSES)]
 
     def nearer_to_training(self, x: Float[np.ndarray, "rows 64"]) -> float:
         """The share of digits that lie nearer to a training digit than to any held-out one."""
+        if not np.isfinite(x).all():
+            return math.nan
         (_, train), (_, holdout) = (pairwise_distances_argmin_min(x, y) for y in (self.train, self.holdout))
         return float((train < holdout).mean())
 

@@ -16,6 +16,7 @@ import dataclasses
 import functools
 import importlib
 import inspect
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -260,7 +261,8 @@ def generate(field: mfx.AbstractField, eps: Float[Array, "rows dim"], number: in
 
 
 class Quality(NamedTuple):
-    """How near samples are to the data; all but the coverage are 0 at best, up to the noise of finite samples."""
+    """How near samples are to the data; all but the coverage are 0 at best, up to the noise of finite samples. NaN for
+    samples that are not finite, of a training that diverged."""
 
     sliced_wasserstein: float
     energy_distance: float
@@ -270,6 +272,8 @@ class Quality(NamedTuple):
 
 
 def quality(problem: Problem, x: Float[Array, "rows dim"]) -> Quality:
+    if not np.isfinite(x).all():
+        return Quality(*[math.nan] * len(Quality._fields))
     mixture, limit, pairs = problem.mixture, problem.limit, x.reshape(-1, 2)  # copies are samples of one mixture
     return Quality(
         float(metrics.sliced_wasserstein(x, problem.data, key=judged_keys().slices)),
@@ -329,6 +333,8 @@ def judge(config: Config, problems: Mapping[str, Problem], cell: Cell, state: mf
 
 
 def large_distance(config: Config, problem: Problem, x: Float[Array, "rows dim"]) -> float:
+    if not np.isfinite(x).all():
+        return math.nan
     data = exact.draw(problem.distribution, config.large_samples, judged_keys().large)
     return float(metrics.sliced_wasserstein(x, data, key=judged_keys().slices))
 

@@ -20,15 +20,20 @@ Source: Mean Flows for One-step Generative Modeling, Geng, Deng, Bai, Kolter, He
 
 from typing import Any, TypeAlias
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Inexact, PyTree
+from jaxtyping import Array, ArrayLike, Float, Inexact, Integer, PyTree, Real
 
 Scalar: TypeAlias = Float[Array, ""]
 Time: TypeAlias = Float[Array, ""]
+ScalarLike: TypeAlias = Real[ArrayLike, ""]
+TimeLike: TypeAlias = Real[ArrayLike, ""]
+"""What public functions take for a time: an array of shape (), or a number of Python or NumPy."""
+Label: TypeAlias = Integer[ArrayLike, ""]
 Condition: TypeAlias = PyTree[Any]
 """A PyTree of arrays without batch axis (an integer label, an embedding), or None."""
-Integer: TypeAlias = int | np.integer
+Count: TypeAlias = int | np.integer
 
 
 def at_least_float32(x: Inexact[Array, "*any"] | Inexact[np.ndarray, "*any"]) -> Inexact[Array, "*any"]:
@@ -36,10 +41,40 @@ def at_least_float32(x: Inexact[Array, "*any"] | Inexact[np.ndarray, "*any"]) ->
     return jnp.asarray(x, np.promote_types(x.dtype, np.float32))
 
 
-def as_count(name: str, value: Integer, least: int = 1) -> int:
+def as_count(name: str, value: Count, least: int = 1) -> int:
     """`value` as an int. **Raises:** `ValueError` that names it unless it is an integer, no truth value, >= `least`."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer):
         raise ValueError(f"{name} must be an integer, got {value!r}")
     if value < least:
         raise ValueError(f"{name} must be >= {least}, got {value}")
     return int(value)
+
+
+def as_scalar(
+    name: str, number: ScalarLike, like: Inexact[Array | np.ndarray, "..."] | None = None
+) -> Float[Array, ""]:
+    """`number` as a floating-point array of shape (), by JAX's rules of promotion: an array keeps its precision, a
+    number of Python takes that of `like` (without it, of whatever it meets).
+
+    **Arguments:** `name` of the argument, for the message; `number`; `like` an array that it is used with, whose
+    precision counts as float32 at least.
+
+    **Raises:** `ValueError` unless its shape is ().
+    """
+    if np.shape(number) != ():
+        raise ValueError(
+            f"{name} must be one number of shape (), got shape {np.shape(number)} (functions are per example: jax.vmap "
+            "makes batches)"
+        )
+    if isinstance(number, jax.Array) and jnp.issubdtype(number.dtype, jnp.floating) and not number.weak_type:
+        return number
+    if like is None:
+        array = jnp.asarray(number)
+        return array if jnp.issubdtype(array.dtype, jnp.floating) else array + 0.0
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.asarray(number, jnp.result_type(number, like, jnp.float32))
+
+
+def as_times(r: TimeLike, t: TimeLike, like: Inexact[Array | np.ndarray, "..."] | None = None) -> tuple[Time, Time]:
+    """The pair `(r, t)` as floating-point arrays, see `as_scalar`."""
+    return as_scalar("r", r, like), as_scalar("t", t, like)

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from jax.extend.core import jaxpr_as_fun
 from jaxtyping import Array, Float, Key, PyTree
 
-from ._custom_types import Condition, Scalar, Time
+from ._custom_types import as_times, Condition, Scalar, Time, TimeLike
 from ._field import AbstractField, stopped
 from .nn import AbstractAttention, StoppedTangent
 
@@ -62,13 +62,14 @@ class FusedJVP(AbstractDerivative):
         self,
         field: AbstractField,
         z: Float[Array, "*data"],
-        r: Time,
-        t: Time,
+        r: TimeLike,
+        t: TimeLike,
         condition: Condition,
         *,
         tangent: tuple[Float[Array, "*data"], float, float],
         key: Key[Array, ""] | None,
     ) -> tuple[Float[Array, "*data"], Float[Array, "*data"]]:
+        r, t = as_times(r, t, z)
         field = _in_forward_mode(field)
         u, dudt = _jvp(field, z, r, t, condition, tangent, key)
         return u, _refuse_gradient(dudt, (u, z, r, t, tangent[0])) if _has_stopped_tangent(field) else dudt
@@ -87,13 +88,14 @@ class StoppedJVP(AbstractDerivative):
         self,
         field: AbstractField,
         z: Float[Array, "*data"],
-        r: Time,
-        t: Time,
+        r: TimeLike,
+        t: TimeLike,
         condition: Condition,
         *,
         tangent: tuple[Float[Array, "*data"], float, float],
         key: Key[Array, ""] | None,
     ) -> tuple[Float[Array, "*data"], Float[Array, "*data"]]:
+        r, t = as_times(r, t, z)
         u = field(z, r, t, condition, key=key)
         teacher = _in_forward_mode(stopped(field))
         _, dudt = _jvp(teacher, *stopped((z, r, t, condition, tangent)), key)
@@ -123,13 +125,14 @@ class CentralDifference(AbstractDerivative):
         self,
         field: AbstractField,
         z: Float[Array, "*data"],
-        r: Time,
-        t: Time,
+        r: TimeLike,
+        t: TimeLike,
         condition: Condition,
         *,
         tangent: tuple[Float[Array, "*data"], float, float],
         key: Key[Array, ""] | None,
     ) -> tuple[Float[Array, "*data"], Float[Array, "*data"]]:
+        r, t = as_times(r, t, z)
         u = _checked(field(z, r, t, condition, key=key), z)
         origins = (u, z, r, t, tangent[0])
         teacher, (z, r, t, condition), (dz, dr, dt) = stopped((field, (z, r, t, condition), tangent))
@@ -146,8 +149,8 @@ def total_derivative(
     field: AbstractField,
     z: Float[Array, "*data"],
     v: Float[Array, "*data"],
-    r: Time,
-    t: Time,
+    r: TimeLike,
+    t: TimeLike,
     condition: Condition = None,
     *,
     key: Key[Array, ""] | None = None,

@@ -21,7 +21,17 @@ class AbstractField(eqx.Module):
     """An average velocity. Subclass it to make any network of your own a field.
 
     Called for one example; batches are the caller's `jax.vmap`. The call must be differentiable in forward mode with
-    respect to `z`, `r` and `t`; a fused attention kernel, which is not, must be an `mf_eqx.nn.AbstractAttention`.
+    respect to `z`, `r` and `t`; a fused attention kernel, which is not, must be an `mf_eqx.nn.AbstractAttention`. As it
+    sees one example, nothing in it may look at a batch: `eqx.nn.GroupNorm` or `LayerNorm`, no `BatchNorm`.
+
+    Every floating-point array in a field, of JAX or of NumPy, is a parameter: it is trained, decayed by weight decay,
+    and averaged. An array that no gradient reaches, be it by `stop_gradient` in the call, is still decayed. Integer and
+    boolean arrays, numbers of Python and static fields are left alone. So to keep constants out of training
+
+    - compute them in the call, from NumPy (as `DiT` does its position embedding), or hold a tuple of numbers in
+      `eqx.field(static=True)`, and make an array of it in the call;
+    - or give them no update: `optax.partition({"learnt": ..., "constant": optax.set_to_zero()}, labels)`, with labels
+      by the paths of the arrays.
     """
 
     @abc.abstractmethod
@@ -37,7 +47,8 @@ class AbstractField(eqx.Module):
         """u(z, r, t | condition).
 
         **Arguments:** `z` state at time `t`; `r <= t` times in [0, 1]; `condition` a PyTree without batch axis, or
-        None; `key` for dropout, or None to evaluate without it.
+        None; `key` for dropout, or None to evaluate without it. This package hands in times as arrays of shape (); its
+        own fields also take numbers of Python and NumPy.
 
         **Returns:** the average velocity over [r, t], of the shape of `z`, at least float32.
         """
@@ -46,3 +57,16 @@ class AbstractField(eqx.Module):
 def stopped(tree: _Tree) -> _Tree:
     """`tree` with every inexact array behind `stop_gradient`: a field that teaches and does not learn."""
     return jax.tree.map(lambda leaf: jax.lax.stop_gradient(leaf) if eqx.is_inexact_array(leaf) else leaf, tree)
+
+
+def check_per_example(field: AbstractField) -> None:
+    """Raises a `ValueError` if the field holds a `BatchNorm` outside of inference mode, which needs a batch."""
+
+    def is_norm(node: object) -> bool:
+        return isinstance(node, eqx.nn.BatchNorm)
+
+    if any(is_norm(node) and not node.inference for node in jax.tree.leaves(field, is_leaf=is_norm)):
+        raise ValueError(
+            "field must be a function of one example, got an eqx.nn.BatchNorm, which needs a batch: use "
+            "eqx.nn.GroupNorm or eqx.nn.LayerNorm"
+        )

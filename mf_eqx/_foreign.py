@@ -26,6 +26,14 @@ def _same(tensor: Shaped[np.ndarray, "..."]) -> Shaped[np.ndarray, "..."]:
     return tensor
 
 
+_DTYPES = {
+    **{"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16, "C64": np.complex64},
+    **{"I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8, "BOOL": np.bool_},
+    **{"U64": np.uint64, "U32": np.uint32, "U16": np.uint16, "U8": np.uint8},
+}
+"""Of safetensors, by their names in its files. It may know more, which nothing here reads (float8 and smaller)."""
+
+
 class Origin(NamedTuple):
     """Where one array of a module comes from.
 
@@ -38,19 +46,26 @@ class Origin(NamedTuple):
 
 
 def read_safetensors(path: str | Path) -> dict[str, Shaped[np.ndarray, "..."]]:
-    """The tensors of a safetensors file by their names.
+    """The tensors of a safetensors file by their names; bfloat16 and float16 as float32, which loses nothing.
 
     **Raises:** `OSError` if it cannot be read; `ValueError` that names it if it is no safetensors file, cut off, or
-    has tensors in a type that NumPy lacks (bfloat16).
+    has a tensor in a type such as float8.
     """
     with optional("safetensors", extra="export"):
         import safetensors
-        import safetensors.numpy
     content = Path(path).read_bytes()
     try:
-        return safetensors.numpy.load(content)
+        held = safetensors.deserialize(content)
     except (safetensors.SafetensorError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: must be a safetensors file, but it cannot be read: {error}") from error
+    return {name: _array(name, tensor, path) for name, tensor in held}
+
+
+def _array(name: str, tensor: Mapping[str, Any], path: str | Path) -> Shaped[np.ndarray, "..."]:
+    if (dtype := _DTYPES.get(tensor["dtype"])) is None:
+        raise ValueError(f"{path}: {name} must have a dtype among {', '.join(_DTYPES)}, got {tensor['dtype']}")
+    array = np.frombuffer(tensor["data"], dtype).reshape(tensor["shape"])
+    return array.astype(np.float32) if tensor["dtype"] in ("BF16", "F16") else array
 
 
 def read_torch(path: str | Path) -> dict[str, Any]:
@@ -113,7 +128,13 @@ def fill(
         array = origin.convert(*(tensors[foreign] for foreign in origin.names))
         if array.shape != leaf.shape:
             raise RuntimeError(f"origin of {name} must give shape {leaf.shape}, got {array.shape}")
-        arrays[name] = jnp.asarray(array, leaf.dtype)
+        with np.errstate(over="ignore"):
+            arrays[name] = array.astype(leaf.dtype)
+        if not np.isfinite(arrays[name]).all():  # checked in the precision that is used
+            raise ValueError(
+                f"{path}: must hold values that are finite in {leaf.dtype}, but has others in {some([*origin.names])}"
+            )
+    arrays = {name: jnp.asarray(array) for name, array in arrays.items()}
     return rebuilt(eqx.filter_eval_shape(lambda: module), arrays)
 
 

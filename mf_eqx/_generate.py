@@ -8,20 +8,23 @@ Sample i follows from the key and i alone, whatever the batch and the devices.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, ArrayLike, Float, Int, Key, Real
 
+from ._check import check_sizes
+from ._custom_types import Label
 from ._field import AbstractField
-from ._sample import check_times, sample
+from ._sample import check_times, sample, Times
 from ._sharding import Parallelism
 
 
-def _as_times(times: Sequence[float]) -> tuple[float, ...]:
+def _as_times(times: Times) -> tuple[float, ...]:
     return tuple(map(float, times))
 
 
@@ -53,29 +56,29 @@ class Generator(eqx.Module):
 
     def __check_init__(self):
         check_times(self.times)
-        if not all(isinstance(size, int) and size >= 1 for size in self.data_shape):
-            raise ValueError(f"data_shape must be of integers >= 1, got {self.data_shape}")
+        check_sizes(data_shape=self.data_shape)
         if self.labels is not None and not (isinstance(self.labels, int) and self.labels >= 1):
             raise ValueError(f"labels must be an integer >= 1 or None, got {self.labels}")
         if self.balanced and self.labels is None:
             raise ValueError("labels must be given to be balanced, got None")
 
-    @eqx.filter_jit
-    def __call__(self, numbers: Int[Array | np.ndarray, " rows"]) -> Float[Array, "rows *data"]:
+    def __call__(self, numbers: Int[ArrayLike, " rows"] | Sequence[int]) -> Float[Array, "rows *data"]:
         """Samples of these numbers, on the devices on which the numbers lie."""
-        return self.from_noise(*jax.vmap(self.inputs)(jnp.asarray(numbers)))
+        return _numbered(self, jnp.asarray(numbers))
 
-    def inputs(self, number: Int[Array, ""]) -> tuple[Float[Array, "*data"], Int[Array, ""] | None]:
+    def inputs(self, number: Int[ArrayLike, ""]) -> tuple[Float[Array, "*data"], Int[Array, ""] | None]:
         """Noise and label of a sample."""
+        number = jnp.asarray(number)
         eps_key, label_key = jr.split(jr.fold_in(self.key, number))
         eps = jr.normal(eps_key, self.data_shape)
         if self.labels is None:
             return eps, None
         return eps, number % self.labels if self.balanced else jr.randint(label_key, (), 0, self.labels)
 
-    @eqx.filter_jit
     def from_noise(
-        self, eps: Float[Array, "rows *data"], label: Int[Array, " rows"] | None = None
+        self,
+        eps: Real[ArrayLike, "rows *data"] | Sequence[Any],
+        label: Int[ArrayLike, " rows"] | Sequence[int] | None = None,
     ) -> Float[Array, "rows *data"]:
         """Samples from noise and labels that are given.
 
@@ -83,11 +86,7 @@ class Generator(eqx.Module):
         """
         if (label is None) != (self.labels is None):
             raise ValueError(f"label must be given with labels, and only then, got {label} with {self.labels} labels")
-
-        def one(eps: Float[Array, "*data"], label: Int[Array, ""] | None) -> Float[Array, "*data"]:
-            return self.method(self.field, eps, label, times=self.times, unroll=self.unroll)
-
-        return jax.vmap(one)(eps, label)
+        return _from_noise(self, jnp.asarray(eps), None if label is None else jnp.asarray(label))
 
     def batches(self, count: int, batch: int, devices: Parallelism) -> Iterator[Float[Array, "batch *data"]]:
         """Samples 0, 1, ... in equal batches, whose rows are spread over all devices; the last batch may go beyond
@@ -106,3 +105,18 @@ class Generator(eqx.Module):
         here = devices.positions(batch).astype(np.int32)
         everywhere = devices.replicate(self)
         return (everywhere(devices.place(start + here, batch)) for start in range(0, count, batch))
+
+
+@eqx.filter_jit
+def _numbered(generator: Generator, numbers: Int[Array, " rows"]) -> Float[Array, "rows *data"]:
+    return generator.from_noise(*jax.vmap(generator.inputs)(numbers))
+
+
+@eqx.filter_jit
+def _from_noise(
+    generator: Generator, eps: Real[Array, "rows *data"], label: Int[Array, " rows"] | None
+) -> Float[Array, "rows *data"]:
+    def one(eps: Real[Array, "*data"], label: Label | None) -> Float[Array, "*data"]:
+        return generator.method(generator.field, eps, label, times=generator.times, unroll=generator.unroll)
+
+    return jax.vmap(one)(eps, label)

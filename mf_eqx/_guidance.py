@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Key
 
-from ._custom_types import Condition, Time
+from ._custom_types import as_scalar, as_times, Condition, TimeLike
 from ._field import AbstractField
 
 
@@ -66,7 +66,7 @@ class Guidance(eqx.Module):
         v: Float[Array, "*data"],
         conditional: Float[Array, "*data"] | None,
         unconditional: Float[Array, "*data"],
-        t: Time,
+        t: TimeLike,
     ) -> Float[Array, "*data"]:
         r"""The guided velocity $\tilde v_t$ of Eq. 21.
 
@@ -80,7 +80,7 @@ class Guidance(eqx.Module):
             guided = guided + self.mix * conditional
         elif self.mix != 0:
             raise ValueError(f"conditional must be given unless mix is 0, got None with mix = {self.mix}")
-        low, high = self.interval
+        (low, high), t = self.interval, as_scalar("t", t)
         return jnp.where((t >= low) & (t <= high), guided, v)
 
 
@@ -110,12 +110,13 @@ class GuidedField(AbstractField):
     def __call__(
         self,
         z: Float[Array, "*data"],
-        r: Time,
-        t: Time,
+        r: TimeLike,
+        t: TimeLike,
         condition: Condition = None,
         *,
         key: Key[Array, ""] | None = None,
     ) -> Float[Array, "*data"]:
+        r, t = as_times(r, t, z)
         with_condition, without = (self.field(z, r, t, c, key=key) for c in (condition, self.null))
         return self.scale * with_condition + (1 - self.scale) * without
 

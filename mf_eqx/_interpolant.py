@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from ._custom_types import Time
+from ._custom_types import as_scalar, Time, TimeLike
 
 
 class AbstractInterpolant(eqx.Module):
@@ -29,15 +29,16 @@ class AbstractInterpolant(eqx.Module):
     def sigma(self, t: Time) -> Time:
         r"""The share of noise, $\sigma_t$ (the paper's $b_t$): 0 at t = 0, 1 at t = 1."""
 
-    def rates(self, t: Time) -> tuple[Time, Time, Time, Time]:
+    def rates(self, t: TimeLike) -> tuple[Time, Time, Time, Time]:
         r"""$(\alpha_t, \sigma_t, \dot\alpha_t, \dot\sigma_t)$; the last two by forward-mode differentiation."""
+        t = as_scalar("t", t)
         (alpha, sigma), (alpha_rate, sigma_rate) = jax.jvp(
             lambda t: (self.alpha(t), self.sigma(t)), (t,), (jnp.ones_like(t),)
         )
         return alpha, sigma, alpha_rate, sigma_rate
 
     def state_and_velocity(
-        self, x: Float[Array, "*data"], eps: Float[Array, "*data"], t: Time
+        self, x: Float[Array, "*data"], eps: Float[Array, "*data"], t: TimeLike
     ) -> tuple[Float[Array, "*data"], Float[Array, "*data"]]:
         r"""State and conditional velocity of one example.
 
@@ -47,7 +48,7 @@ class AbstractInterpolant(eqx.Module):
 
         **Returns:** the pair `(z, v)`.
         """
-        alpha, sigma, alpha_rate, sigma_rate = self.rates(t)
+        alpha, sigma, alpha_rate, sigma_rate = self.rates(as_scalar("t", t, x))
         return alpha * x + sigma * eps, alpha_rate * x + sigma_rate * eps
 
 
@@ -58,11 +59,11 @@ class LinearInterpolant(AbstractInterpolant):
     2209.03003) elsewhere; the default of the MeanFlow paper.
     """
 
-    def alpha(self, t: Time) -> Time:
-        return 1 - t
+    def alpha(self, t: TimeLike) -> Time:
+        return 1 - as_scalar("t", t)
 
-    def sigma(self, t: Time) -> Time:
-        return t
+    def sigma(self, t: TimeLike) -> Time:
+        return as_scalar("t", t)
 
 
 class TrigonometricInterpolant(AbstractInterpolant):
@@ -72,8 +73,8 @@ class TrigonometricInterpolant(AbstractInterpolant):
     2025, arXiv 2410.11081, where time runs to $\pi/2$).
     """
 
-    def alpha(self, t: Time) -> Time:
-        return jnp.cos(jnp.pi / 2 * t)
+    def alpha(self, t: TimeLike) -> Time:
+        return jnp.cos(jnp.pi / 2 * as_scalar("t", t))
 
-    def sigma(self, t: Time) -> Time:
-        return jnp.sin(jnp.pi / 2 * t)
+    def sigma(self, t: TimeLike) -> Time:
+        return jnp.sin(jnp.pi / 2 * as_scalar("t", t))

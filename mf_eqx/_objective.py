@@ -26,8 +26,9 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, Key, PyTree, Shaped
 
-from ._custom_types import at_least_float32, Condition, Scalar, Time
-from ._field import AbstractField, stopped
+from ._check import quotient
+from ._custom_types import at_least_float32, Condition, Scalar, Time, TimeLike
+from ._field import AbstractField, check_per_example, stopped
 from ._guidance import first_lost, Guidance, LabelDropout
 from ._identity import AbstractIdentity, Context, MeanFlow
 from ._interpolant import AbstractInterpolant, LinearInterpolant
@@ -78,9 +79,10 @@ class Mean(eqx.Module):
         return Mean(self.total + other.total, self.count + other.count)
 
     @property
-    def value(self) -> Float[ArrayLike, "*bins"]:
-        """total / count; NaN where nothing was counted."""
-        return self.total / self.count
+    def value(self) -> Float[Array | np.ndarray, "*bins"]:
+        """total / count; NaN where nothing was counted. Known values are divided on the host: there
+        `jax.debug_nans`, which stops at each NaN that JAX computes, does not stop at these."""
+        return quotient(self.total, self.count)
 
 
 Metrics: TypeAlias = dict[str, Mean]
@@ -215,6 +217,7 @@ class Objective(AbstractObjective):
         self, field: AbstractField, batch: Batch, boundary: bool, key: Key[Array, ""], context: Context | None
     ) -> Metrics:
         """The metrics of rows of one kind."""
+        check_per_example(field)
 
         def evaluate(row: Batch) -> tuple[Scalar, Scalar, Scalar]:
             drawn = self._draw(row, key, boundary)
@@ -234,7 +237,7 @@ class Objective(AbstractObjective):
         eps_key, times_key, drop_key, field_key = jr.split(jr.fold_in(key, row.index), 4)
         x = at_least_float32(row.x)
         r, t = self._draw_times(times_key, boundary)
-        r, t = r.astype(x.dtype), t.astype(x.dtype)
+        r, t = jnp.asarray(r, x.dtype), jnp.asarray(t, x.dtype)
         z, v = self.interpolant.state_and_velocity(x, jr.normal(eps_key, x.shape, x.dtype), t)
         dropped, condition = jnp.asarray(False), row.condition
         if self.label_dropout is not None and (boundary or self._drops_any_row):
@@ -246,7 +249,7 @@ class Objective(AbstractObjective):
                 raise ValueError(f"velocity must return the shape of z, {z.shape}, got {v.shape}")
         return _Row(z, v, r, t, condition, dropped, field_key)
 
-    def _draw_times(self, key: Key[Array, ""], boundary: bool) -> tuple[Time, Time]:
+    def _draw_times(self, key: Key[Array, ""], boundary: bool) -> tuple[TimeLike, TimeLike]:
         if boundary and self.boundary_times is not None:
             t = self.boundary_times(key=key)
             return t, t

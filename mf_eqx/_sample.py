@@ -10,14 +10,17 @@ needs an ODE solver; Euler and Heun are the baselines. All functions are per exa
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, ArrayLike, Float, Real
 
 from ._custom_types import at_least_float32, Condition, Time
-from ._field import AbstractField
+from ._field import AbstractField, check_per_example
+
+Times: TypeAlias = Sequence[float] | Real[Array | np.ndarray, " times"]
 
 
 def uniform_times(steps: int) -> tuple[float, ...]:
@@ -32,44 +35,45 @@ def uniform_times(steps: int) -> tuple[float, ...]:
 
 def sample(
     field: AbstractField,
-    eps: Float[Array, "*data"],
+    eps: Real[ArrayLike, "*data"] | Sequence[Any],
     condition: Condition = None,
     *,
-    times: Sequence[float] = (1.0, 0.0),
+    times: Times = (1.0, 0.0),
     unroll: bool = False,
 ) -> Float[Array, "*data"]:
     """One sample by average velocities (Alg. 2), one evaluation of the field per interval of `times`.
 
-    **Arguments:** `field`; `eps` standard normal noise of the data's shape; `condition`; `times` a strictly decreasing
-    grid in [0, 1], from 1 (noise) to 0 (data) by default; `uniform_times(n)` makes one of n steps; `unroll` True for no
-    loop over them (a single step never is one): for convolutions on CPUs, which XLA runs without its fast kernels in
-    loops (a small U-Net in two steps: 3.8 s in a loop, 0.13 s without).
+    **Arguments:** `field`; `eps` standard normal noise of the data's shape, an array or a list; `condition`; `times` a
+    strictly decreasing grid in [0, 1], from 1 (noise) to 0 (data) by default; `uniform_times(n)` makes one of n steps;
+    `unroll` True for no loop over them (a single step never is one): for convolutions on CPUs, which XLA runs without
+    its fast kernels in loops (a small U-Net in two steps: 3.8 s in a loop, 0.13 s without).
 
     **Returns:** the state at the last time, data if that is 0, in float32 or better.
 
-    **Raises:** `ValueError` if `times` is not such a grid.
+    **Raises:** `ValueError` if `times` is not such a grid, if `eps` is empty, or if the field holds a `BatchNorm`,
+    which needs a batch.
     """
-    return _integrate(lambda z, r, t: z - (t - r) * field(z, r, t, condition), eps, times, unroll)
+    return _integrate(field, lambda z, r, t: z - (t - r) * field(z, r, t, condition), eps, times, unroll)
 
 
 def sample_euler(
     field: AbstractField,
-    eps: Float[Array, "*data"],
+    eps: Real[ArrayLike, "*data"] | Sequence[Any],
     condition: Condition = None,
     *,
-    times: Sequence[float],
+    times: Times,
     unroll: bool = False,
 ) -> Float[Array, "*data"]:
     """One sample of the ODE dz/dt = u(z, t, t) by Euler's method: arguments as of `sample`, one evaluation per step."""
-    return _integrate(lambda z, r, t: z - (t - r) * field(z, t, t, condition), eps, times, unroll)
+    return _integrate(field, lambda z, r, t: z - (t - r) * field(z, t, t, condition), eps, times, unroll)
 
 
 def sample_heun(
     field: AbstractField,
-    eps: Float[Array, "*data"],
+    eps: Real[ArrayLike, "*data"] | Sequence[Any],
     condition: Condition = None,
     *,
-    times: Sequence[float],
+    times: Times,
     unroll: bool = False,
 ) -> Float[Array, "*data"]:
     """One sample of the ODE dz/dt = u(z, t, t) by Heun's method: arguments as of `sample`, two evaluations per step."""
@@ -79,10 +83,10 @@ def sample_heun(
         predicted = z - (t - r) * v
         return z - (t - r) / 2 * (v + field(predicted, r, r, condition))
 
-    return _integrate(step, eps, times, unroll)
+    return _integrate(field, step, eps, times, unroll)
 
 
-def check_times(times: Sequence[float]) -> None:
+def check_times(times: Times) -> None:
     """Refuses what is no grid from noise to data: `ValueError`."""
     grid = np.asarray(times, np.float64)
     if grid.ndim != 1 or len(grid) < 2 or not (np.diff(grid) < 0).all() or grid[0] > 1 or grid[-1] < 0:
@@ -90,13 +94,17 @@ def check_times(times: Sequence[float]) -> None:
 
 
 def _integrate(
+    field: AbstractField,
     step: Callable[[Float[Array, "*data"], Time, Time], Float[Array, "*data"]],
-    eps: Float[Array, "*data"],
-    times: Sequence[float],
+    eps: Real[ArrayLike, "*data"] | Sequence[Any],
+    times: Times,
     unroll: bool,
 ) -> Float[Array, "*data"]:
     check_times(times)
-    eps = at_least_float32(eps)
+    check_per_example(field)
+    eps = at_least_float32(jnp.asarray(eps))
+    if eps.size < 1:
+        raise ValueError(f"eps must hold at least one value, got shape {eps.shape}")
     grid = jnp.asarray(times, eps.dtype)
 
     def one(z: Float[Array, "*data"], pair: Sequence[Time]) -> tuple[Float[Array, "*data"], None]:

@@ -116,7 +116,7 @@ def as_share(share: Fraction | float | int | str) -> Fraction:
     return fraction
 
 
-def check_batch_size(batch: int, share: Fraction, *, shards: int = 1, accumulation: int = 1) -> None:
+def check_batch_size(batch: int, share: Fraction | float, *, shards: int = 1, accumulation: int = 1) -> None:
     """Refuses a batch that the strided split does not divide.
 
     With share n/k every k consecutive rows form a group; each device and each accumulation step must hold whole groups.
@@ -126,6 +126,7 @@ def check_batch_size(batch: int, share: Fraction, *, shards: int = 1, accumulati
 
     **Raises:** `ValueError` unless batch % (k x shards x accumulation) == 0.
     """
+    share = as_share(share)
     divisor = share.denominator * shards * accumulation
     if batch <= 0 or batch % divisor:
         raise ValueError(
@@ -134,7 +135,7 @@ def check_batch_size(batch: int, share: Fraction, *, shards: int = 1, accumulati
         )
 
 
-def split_rows(rows: _Rows, share: Fraction) -> tuple[_Rows, _Rows]:
+def split_rows(rows: _Rows, share: Fraction | float) -> tuple[_Rows, _Rows]:
     """The static strided split: of every k consecutive rows the first n go to the identity.
 
     **Arguments:** `rows` a PyTree whose leaves share a leading batch axis, divisible by k; `share` = n/k in lowest
@@ -142,6 +143,7 @@ def split_rows(rows: _Rows, share: Fraction) -> tuple[_Rows, _Rows]:
 
     **Returns:** `(identity_rows, boundary_rows)`, of batch sizes B n/k and B (k - n)/k.
     """
+    share = as_share(share)
     n, k = share.numerator, share.denominator
 
     def part(start: int, stop: int) -> _Rows:

@@ -10,7 +10,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-from ._custom_types import Scalar
+from ._custom_types import Scalar, ScalarLike
 
 
 class AbstractWeight(eqx.Module):
@@ -31,8 +31,8 @@ class ConstantWeight(AbstractWeight):
         if not self.value > 0:
             raise ValueError(f"value must be > 0, got {self.value}")
 
-    def __call__(self, error: Scalar) -> Scalar:
-        return jnp.full_like(error, self.value)
+    def __call__(self, error: ScalarLike) -> Scalar:
+        return jnp.full(jnp.shape(error), self.value, jnp.result_type(error, float))
 
 
 class AdaptiveWeight(AbstractWeight):
@@ -52,5 +52,5 @@ class AdaptiveWeight(AbstractWeight):
         if not self.offset > 0:
             raise ValueError(f"offset must be > 0, got {self.offset}")
 
-    def __call__(self, error: Scalar) -> Scalar:
-        return jax.lax.stop_gradient((error + self.offset) ** -self.power)
+    def __call__(self, error: ScalarLike) -> Scalar:
+        return jax.lax.stop_gradient((jnp.asarray(error) + self.offset) ** -self.power)

@@ -3,11 +3,14 @@ from collections.abc import Callable
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import jax.random as jr
 import numpy as np
+import optax
 import pytest
 
+import mf_eqx as mfx
 from mf_eqx import AbstractField
-from mf_eqx._field import stopped
+from mf_eqx._field import check_per_example, stopped
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -63,3 +66,104 @@ def test_stopping_keeps_leaves_that_are_no_parameters():
     field = affine()
     assert stopped(field).activation is field.activation
     assert stopped(field).offset is field.offset
+
+
+# What is trained
+
+
+class Constants(AbstractField):
+    """A user's field: u = weight z + t, beside constants of every kind."""
+
+    weight: jax.Array
+    stopped: jax.Array
+    unused: jax.Array
+    host: np.ndarray
+    integer: jax.Array
+    boolean: jax.Array
+    number: float
+    static: tuple[float, ...] = eqx.field(static=True)
+
+    def __call__(self, z, r, t, condition=None, *, key=None):
+        computed = jnp.asarray(np.full(2, 0.5))
+        return self.weight * z + t + jax.lax.stop_gradient(self.stopped) + computed + jnp.asarray(self.static)
+
+
+def constants():
+    half = jnp.full(2, 0.5)
+    return Constants(half, half, half, np.full(2, 0.5), jnp.ones(2, int), jnp.ones(2, bool), 0.5, (0.5, 0.5))
+
+
+def trained(optimizer):
+    """The field after three steps with weight decay, and its average."""
+    step = mfx.TrainStep(mfx.Objective(), optimizer, [mfx.ExponentialAverage(0.5)])
+    state = mfx.init_state(constants(), optimizer, [mfx.ExponentialAverage(0.5)], key=jr.key(0))
+    for _ in range(3):
+        state, _ = step(state, mfx.Batch(jnp.ones((4, 2))))
+    return state.field, state.averages[0]
+
+
+@pytest.fixture(scope="module")
+def decayed():
+    with jax.enable_x64(True):
+        return trained(optax.adamw(0.1, weight_decay=0.5))
+
+
+@pytest.mark.parametrize("name", ["stopped", "unused", "host"])
+def test_floating_point_array_that_no_gradient_reaches_is_decayed_and_averaged(decayed, name):
+    np.testing.assert_allclose(getattr(decayed[0], name), 0.5 * 0.95**3, rtol=1e-12)
+    assert (getattr(decayed[1], name) > 0.5 * 0.95**3).all() and (getattr(decayed[1], name) < 0.5).all()
+
+
+@pytest.mark.parametrize("name", ["integer", "boolean", "number", "static"])
+def test_what_is_no_floating_point_array_is_left_alone(decayed, name):
+    for field in decayed:
+        np.testing.assert_array_equal(getattr(field, name), getattr(constants(), name))
+
+
+def test_array_without_an_update_stays_while_others_learn(x64):
+    def labels(field):
+        def label(path, _):
+            return "learnt" if jax.tree_util.keystr(path) == ".weight" else "constant"
+
+        return jax.tree_util.tree_map_with_path(label, field)
+
+    rules = {"learnt": optax.adamw(0.1, weight_decay=0.5), "constant": optax.set_to_zero()}
+    for field in trained(optax.partition(rules, labels)):
+        for name in ("stopped", "unused", "host"):
+            np.testing.assert_array_equal(getattr(field, name), 0.5)
+        assert (field.weight != 0.5).all()
+
+
+# Batches
+
+
+class Normalised(AbstractField):
+    norm: eqx.nn.BatchNorm
+    state: eqx.nn.State
+
+    def __call__(self, z, r, t, condition=None, *, key=None):
+        return self.norm(z, self.state)[0] + t
+
+
+def normalised():
+    with jax.enable_x64(False):
+        return Normalised(*eqx.nn.make_with_state(eqx.nn.BatchNorm)(2, "batch", mode="ema"))
+
+
+@pytest.mark.parametrize("sampler", [mfx.sample, mfx.sample_euler, mfx.sample_heun])
+def test_sampler_refuses_batch_norm_with_what_to_take_instead(sampler):
+    with pytest.raises(
+        ValueError, match=r"field must be a function of one example, got an eqx\.nn\.BatchNorm.*GroupNorm"
+    ):
+        sampler(normalised(), jnp.ones(2), times=(1.0, 0.0))
+
+
+def test_objective_refuses_batch_norm_with_what_to_take_instead():
+    with pytest.raises(
+        ValueError, match=r"field must be a function of one example, got an eqx\.nn\.BatchNorm.*GroupNorm"
+    ):
+        mfx.Objective()(normalised(), mfx.Batch(jnp.ones((4, 2))), key=jr.key(0))
+
+
+def test_batch_norm_in_inference_mode_is_a_function_of_one_example():
+    check_per_example(eqx.nn.inference_mode(normalised()))

@@ -124,6 +124,20 @@ def test_given_noise_is_used():
     np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
 
 
+def test_given_noise_labels_and_numbers_may_be_lists():
+    eps = np.asarray(jr.normal(jr.key(2), (2, *SHAPE)))
+    generator = make_generator()
+    expected = generator.from_noise(jnp.asarray(eps), jnp.asarray([2, 0]))
+    np.testing.assert_array_equal(generator.from_noise(eps.tolist(), [2, 0]), expected)
+    np.testing.assert_array_equal(generator.from_noise(eps, np.asarray([2, 0])), expected)
+    np.testing.assert_array_equal(generator([3, 1]), generator(jnp.asarray([3, 1])))
+
+
+def test_inputs_of_a_number_of_python_are_those_of_an_array():
+    for found, expected in zip(make_generator().inputs(5), make_generator().inputs(jnp.asarray(5)), strict=True):
+        np.testing.assert_array_equal(found, expected)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -155,6 +155,22 @@ def test_point_mass_is_reached_in_one_step():
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize(
+    "times", [[1, 0.5, 0], np.array([1, 0.5, 0]), jnp.array([1, 0.5, 0])], ids=["list", "np", "jnp"]
+)
+def test_noise_and_times_may_be_lists_and_arrays(sampler, times):
+    expected = sampler(gaussian(), jnp.array([1.0, 2.0]), times=(1.0, 0.5, 0.0))
+    for eps in ([1.0, 2.0], (1.0, 2.0), np.array([1.0, 2.0])):
+        np.testing.assert_array_equal(sampler(gaussian(), eps, times=times), expected)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_noise_without_values_is_refused(sampler):
+    with pytest.raises(ValueError, match=r"eps must hold at least one value, got shape \(0,\)"):
+        sampler(gaussian(), jnp.ones(0), times=(1.0, 0.0))
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
 def test_jit_and_eager_agree(sampler):
     field, eps = gaussian(), noise()
     jitted = jax.jit(lambda eps: sampler(field, eps, times=(1.0, 0.5, 0.0)))(eps)

@@ -249,3 +249,10 @@ def test_split_of_a_contiguous_shard_is_the_shard_of_the_split(share):
     shards = [split_rows(shard, share) for shard in jnp.split(rows, 4)]
     for whole, *parts in zip(split_rows(rows, share), *shards, strict=True):
         np.testing.assert_array_equal(whole, np.concatenate(parts))
+
+
+def test_share_may_be_a_number_of_python():
+    for found, expected in zip(split_rows(np.arange(8), 0.25), split_rows(np.arange(8), Fraction(1, 4)), strict=True):
+        np.testing.assert_array_equal(found, expected)
+    with pytest.raises(ValueError, match="batch must be a positive multiple of 4"):
+        check_batch_size(6, 0.25)

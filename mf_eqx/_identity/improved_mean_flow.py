@@ -15,7 +15,7 @@ from typing import ClassVar
 import jax
 from jaxtyping import Array, Float, Key
 
-from .._custom_types import Condition, Time
+from .._custom_types import as_times, Condition, TimeLike
 from .._derivative import AbstractDerivative, FusedJVP
 from .._field import AbstractField, stopped
 from .base import AbstractIdentity, Context
@@ -39,13 +39,14 @@ class ImprovedMeanFlow(AbstractIdentity):
         field: AbstractField,
         z: Float[Array, "*data"],
         v: Float[Array, "*data"],
-        r: Time,
-        t: Time,
+        r: TimeLike,
+        t: TimeLike,
         condition: Condition,
         *,
         key: Key[Array, ""] | None,
         context: Context | None = None,
     ) -> Float[Array, "*data"]:
+        r, t = as_times(r, t, z)
         predicted = stopped(field)(z, t, t, condition, key=key)
         u, dudt = self.derivative(field, z, r, t, condition, tangent=(predicted, 0.0, 1.0), key=key)
         return u - jax.lax.stop_gradient(v - (t - r) * dudt)

@@ -11,7 +11,7 @@ import equinox as eqx
 import jax
 from jaxtyping import Array, Float, Key
 
-from .._custom_types import Condition, Time
+from .._custom_types import as_times, Condition, TimeLike
 from .._derivative import AbstractDerivative, FusedJVP
 from .._field import AbstractField
 from .base import AbstractIdentity, Context
@@ -38,13 +38,14 @@ class MeanFlow(AbstractIdentity):
         field: AbstractField,
         z: Float[Array, "*data"],
         v: Float[Array, "*data"],
-        r: Time,
-        t: Time,
+        r: TimeLike,
+        t: TimeLike,
         condition: Condition,
         *,
         key: Key[Array, ""] | None,
         context: Context | None = None,
     ) -> Float[Array, "*data"]:
+        r, t = as_times(r, t, z)
         tangent = (v, self.tangent_r, self.tangent_t)
         u, dudt = self.derivative(field, z, r, t, condition, tangent=tangent, key=key)
         return u - jax.lax.stop_gradient(v - (t - r) * dudt)

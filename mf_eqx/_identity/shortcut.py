@@ -11,10 +11,9 @@ Source: One Step Diffusion via Shortcut Models, Frans, Hafner, Levine, Abbeel, 2
 
 from typing import ClassVar
 
-import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from .._custom_types import Condition, Time
+from .._custom_types import Condition, TimeLike
 from .._field import AbstractField
 from .base import AbstractIdentity, Context
 from .split_mean_flow import semigroup_residual
@@ -31,11 +30,11 @@ class Shortcut(AbstractIdentity):
         field: AbstractField,
         z: Float[Array, "*data"],
         v: Float[Array, "*data"],
-        r: Time,
-        t: Time,
+        r: TimeLike,
+        t: TimeLike,
         condition: Condition,
         *,
         key: Key[Array, ""] | None,
         context: Context | None = None,
     ) -> Float[Array, "*data"]:
-        return semigroup_residual(field, z, r, t, jnp.full_like(t, 0.5), condition, key=key)
+        return semigroup_residual(field, z, r, t, 0.5, condition, key=key)

@@ -11,10 +11,11 @@ Source: SplitMeanFlow: Interval Splitting Consistency in Few-Step Generative Mod
 from typing import ClassVar
 
 import jax
+import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, Key
 
-from .._custom_types import Condition, Time
+from .._custom_types import as_scalar, as_times, Condition, ScalarLike, TimeLike
 from .._field import AbstractField, stopped
 from .._times import AbstractTimes, UniformTimes
 from .base import AbstractIdentity, Context
@@ -25,9 +26,9 @@ _SPLIT = 0x53504C49  # folds the key away from those that a field splits off: jr
 def semigroup_residual(
     field: AbstractField,
     z: Float[Array, "*data"],
-    r: Time,
-    t: Time,
-    split: Time,
+    r: TimeLike,
+    t: TimeLike,
+    split: ScalarLike,
     condition: Condition = None,
     *,
     key: Key[Array, ""] | None = None,
@@ -38,7 +39,8 @@ def semigroup_residual(
     **Arguments:** `field`; `z` state at `t`; `r <= t` times; `split` the share $\lambda$ of the interval above s, so
     that $s = t - \lambda (t - r)$; `condition`; `key` for dropout, the same in all three evaluations.
     """
-    teacher = stopped(field)
+    r, t = as_times(r, t, z)
+    split, teacher = as_scalar("split", split, t), stopped(field)
     s = t - split * (t - r)
     upper = teacher(z, s, t, condition, key=key)
     lower = teacher(z - (t - s) * upper, r, s, condition, key=key)
@@ -61,8 +63,8 @@ class SplitMeanFlow(AbstractIdentity):
         field: AbstractField,
         z: Float[Array, "*data"],
         v: Float[Array, "*data"],
-        r: Time,
-        t: Time,
+        r: TimeLike,
+        t: TimeLike,
         condition: Condition,
         *,
         key: Key[Array, ""] | None,
@@ -70,5 +72,6 @@ class SplitMeanFlow(AbstractIdentity):
     ) -> Float[Array, "*data"]:
         if key is None:
             raise ValueError("key must be given, since SplitMeanFlow draws s from it; got None")
-        split = self.split(key=jr.fold_in(key, _SPLIT)).astype(t.dtype)
+        r, t = as_times(r, t, z)
+        split = jnp.asarray(self.split(key=jr.fold_in(key, _SPLIT)), t.dtype)
         return semigroup_residual(field, z, r, t, split, condition, key=key)

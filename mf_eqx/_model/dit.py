@@ -20,9 +20,10 @@ import jax.numpy as jnp
 import jax.random as jr
 from jax.nn.initializers import zeros
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Key
 
-from .._custom_types import Time
+from .._check import check_sizes
+from .._custom_types import as_times, Label, TimeLike
 from .._field import AbstractField
 from ..nn import (
     AbstractAttention,
@@ -107,6 +108,10 @@ class DiT(AbstractField):
     - `remat`, `unroll`: memory against time and compile time, see `mf_eqx.nn.Stack`.
     - `key`.
 
+    **Raises:** `ValueError` if a size is below 1 or does not fit the others, or `dtype` not floating point; when
+    called, if `z` does not have the data_shape, or if the condition is not one integer label for a field with labels,
+    and None for one without.
+
     With 1000 labels and a (4, 32, 32) input: S/4 33,142,336 parameters, S/2 33,105,424, B/4 131,165,248, B/2
     131,091,472, M/2 308,019,216, L/2 459,137,040, XL/2 676,440,592.
     """
@@ -135,6 +140,7 @@ class DiT(AbstractField):
         key: Key[Array, ""],
     ):
         channels, height, width = data_shape
+        check_sizes(data_shape=data_shape)
         if min(size) < 1:
             raise ValueError(f"size must be positive throughout, got {size}")
         if not jnp.issubdtype(dtype, jnp.floating):
@@ -171,14 +177,15 @@ class DiT(AbstractField):
     def __call__(
         self,
         z: Float[Array, "channels height width"],
-        r: Time,
-        t: Time,
-        condition: Int[Array, ""] | None = None,
+        r: TimeLike,
+        t: TimeLike,
+        condition: Label | None = None,
         *,
         key: Key[Array, ""] | None = None,
     ) -> Float[Array, "channels height width"]:
         if z.shape != self.data_shape:
             raise ValueError(f"z must have the data_shape {self.data_shape}, got {z.shape}")
+        r, t = as_times(r, t, z)
         c = jax.nn.silu(self.embedding(r, t, condition)).astype(self.dtype)
         tokens = self.stack(lambda block, x: cast(block, self.dtype)(x, c), self._tokens(z.astype(self.dtype)))
         shift, scale = jnp.split(cast(self.modulation, self.dtype)(c), 2)

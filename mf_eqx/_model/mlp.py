@@ -6,9 +6,10 @@ import jax.numpy as jnp
 import jax.random as jr
 from jax.nn.initializers import xavier_uniform, zeros
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Key
 
-from .._custom_types import Time
+from .._check import check_sizes
+from .._custom_types import as_times, Label, TimeLike
 from .._field import AbstractField
 from ..nn import (
     cast,
@@ -55,7 +56,8 @@ class MLP(AbstractField):
       Parameters, times and their embedding, and the result stay float32 or better.
     - `key`.
 
-    **Raises:** `ValueError` if `dtype` is not floating point.
+    **Raises:** `ValueError` if a size is below 1, or `dtype` not floating point; when called, if the condition is not
+    one integer label for a field with labels, and None for one without.
     """
 
     first: Linear
@@ -76,6 +78,7 @@ class MLP(AbstractField):
         dtype: DTypeLike | None = None,
         key: Key[Array, ""],
     ):
+        check_sizes(size=size, width=width, depth=depth)
         if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
             raise ValueError(f"dtype must be floating point, got {dtype}")
         first_key, time_key, label_key, stack_key, out_key = jr.split(key, 5)
@@ -98,12 +101,13 @@ class MLP(AbstractField):
     def __call__(
         self,
         z: Float[Array, " size"],
-        r: Time,
-        t: Time,
-        condition: Int[Array, ""] | None = None,
+        r: TimeLike,
+        t: TimeLike,
+        condition: Label | None = None,
         *,
         key: Key[Array, ""] | None = None,
     ) -> Float[Array, " size"]:
+        r, t = as_times(r, t, z)
         dtype = jnp.promote_types(self.out.weight.dtype, z.dtype) if self.dtype is None else self.dtype
         c = jax.nn.silu(self.embedding(r, t, condition)).astype(dtype)
         x = self.stack(lambda block, x: cast(block, dtype)(x, c), cast(self.first, dtype)(z.astype(dtype)))

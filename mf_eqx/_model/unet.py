@@ -25,9 +25,10 @@ import jax.numpy as jnp
 import jax.random as jr
 from jax.nn.initializers import Initializer, normal, variance_scaling
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Key
 
-from .._custom_types import Time
+from .._check import check_sizes
+from .._custom_types import as_times, Label, Time, TimeLike
 from .._field import AbstractField
 from ..nn import (
     AbstractAttention,
@@ -45,6 +46,7 @@ from ..nn import (
     upsample,
     XLAAttention,
 )
+from ..nn._embedding import check_label_given
 
 
 class UNetSize(NamedTuple):
@@ -68,7 +70,7 @@ class UNetCondition(NamedTuple):
     """What a U-Net is conditioned on: an integer label, and numbers that tell how the image was augmented (None for
     not at all, as when sampling)."""
 
-    label: Int[Array, ""] | None = None
+    label: Label | None = None
     augmentation: Float[Array, " numbers"] | None = None
 
 
@@ -245,9 +247,7 @@ class UNetEmbedding(eqx.Module):
         return jnp.roll(sinusoidal_embedding(value, size, endpoint=True), size // 2)
 
     def _check(self, condition: UNetCondition) -> None:
-        if (condition.label is None) != (self.label is None):
-            rule = "None for a field without labels" if self.label is None else "given for a field with labels"
-            raise ValueError(f"label must be {rule}, got {condition.label}")
+        check_label_given(condition.label, self.label)
         numbers = 0 if self.augmentation is None else len(self.augmentation)
         if condition.augmentation is not None and jnp.shape(condition.augmentation) != (numbers,):
             raise ValueError(f"augmentation must have shape ({numbers},), got {jnp.shape(condition.augmentation)}")
@@ -275,6 +275,9 @@ class UNet(AbstractField):
       pixels, forward: 6.5 s in a loop, 0.07 s without). `unroll=1` halves the time to compile (on a CPU: 88 against 165
       s for a step of width 32); what it costs on a GPU has not been measured.
     - `key`.
+
+    **Raises:** `ValueError` if a size is below 1 or does not fit the others; when called, if `z` does not have the
+    data_shape, or if the condition is not one integer label for a field with labels, and without one for others.
 
     `UNet((3, 32, 32), UNET_CIFAR10, augmentation=6, dropout=0.2, key=key)` is the paper's network for CIFAR-10:
     55,932,419 parameters, 55,929,347 without the augmentation's label.
@@ -346,9 +349,9 @@ class UNet(AbstractField):
     def __call__(
         self,
         z: Float[Array, "channels height width"],
-        r: Time,
-        t: Time,
-        condition: UNetCondition | Int[Array, ""] | None = None,
+        r: TimeLike,
+        t: TimeLike,
+        condition: UNetCondition | Label | None = None,
         *,
         key: Key[Array, ""] | None = None,
     ) -> Float[Array, "channels height width"]:
@@ -356,6 +359,7 @@ class UNet(AbstractField):
             raise ValueError(f"z must have the data_shape {self.data_shape}, got {z.shape}")
         if not isinstance(condition, UNetCondition):
             condition = UNetCondition(condition)
+        r, t = as_times(r, t, z)
         c = self.embedding(r, t, condition).astype(self.dtype)
         keys = iter([None] * self._stacks if key is None else jr.split(key, self._stacks))
 
@@ -398,12 +402,13 @@ class UNet(AbstractField):
 def _check_arguments(
     data_shape: tuple[int, int, int], size: UNetSize, augmentation: int, dropout: float, dtype: DTypeLike
 ) -> None:
+    check_sizes(data_shape=data_shape)
     if size.width < 4 or size.width % 4:
         raise ValueError(f"width must be a positive multiple of 4, got {size.width}")
-    if not size.multipliers or min(size.multipliers) < 1:
-        raise ValueError(f"multipliers must be at least one number >= 1, got {size.multipliers}")
     if size.blocks < 1:
         raise ValueError(f"blocks must be >= 1, got {size.blocks}")
+    if not size.multipliers or min(size.multipliers) < 1:
+        raise ValueError(f"multipliers must be at least one number >= 1, got {size.multipliers}")
     rows = [data_shape[1] >> level for level in range(len(size.multipliers))]
     if unknown := [number for number in size.attention if number not in rows]:
         raise ValueError(f"attention must be at resolutions among {rows} rows, got {unknown}")

@@ -114,7 +114,8 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         import safetensors.numpy
     content, rule = path.read_bytes(), f"{path}: must be a file of save_weights"
     try:
-        arrays, metadata = safetensors.numpy.load(content), _metadata(content)
+        metadata = _metadata(content)  # of another program's file, tensors may have types that NumPy lacks
+        arrays = safetensors.numpy.load(content) if metadata.get("format") == _FORMAT else {}
     except (safetensors.SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{rule}, but it cannot be read: {error}") from error
     if (found := metadata.get("format")) != _FORMAT:

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from jaxtyping import Int, Shaped
 
-from .._custom_types import Integer
+from .._custom_types import Count
 from .._optional import optional
 from ._check import as_labels
 from ._file import as_paths, name_of, open_regular, PathLike
@@ -99,7 +99,7 @@ class ArrayRecordSource(AbstractSource):
         paths: PathLike | Sequence[PathLike],
         *,
         decode: Callable[[bytes], Record] = decode_npy,
-        labels: Integer | None = None,
+        labels: Count | None = None,
     ):
         self._paths, self._decode = as_paths("paths", paths), decode
         self.name, self.labels = name_of(self._paths), None if labels is None else as_labels(labels)

@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int, Shaped
 
-from .._custom_types import as_count, Integer
+from .._custom_types import as_count, Count
 
 _MOST_LABELS = 1 << 31
 """The largest label is then that of int32."""
 
 
-def as_labels(labels: Integer) -> int:
+def as_labels(labels: Count) -> int:
     """A number of different labels as an int. **Raises:** `ValueError` unless each of them, from 0, is an int32."""
     labels = as_count("labels", labels)
     if labels > _MOST_LABELS:
@@ -28,7 +28,7 @@ def check_rows(
     label: Shaped[np.ndarray, "..."] | None = None,
     *,
     data_shape: tuple[int, ...],
-    labels: Integer | None = None,
+    labels: Count | None = None,
     numbers: Int[np.ndarray, " rows"] | None = None,
 ) -> None:
     """Refuses data that a field of `data_shape` and `labels` cannot be trained on.
@@ -78,7 +78,7 @@ def check_finite(x: Shaped[np.ndarray, "rows *data"], numbers: Int[np.ndarray, "
 def check_labels(
     label: Shaped[np.ndarray, "..."],
     rows: int,
-    labels: Integer | None = None,
+    labels: Count | None = None,
     numbers: Int[np.ndarray, " rows"] | None = None,
 ) -> int:
     """How many labels there are, by default the largest and one more. Refuses labels that are not one integer in

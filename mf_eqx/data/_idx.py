@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Shaped
 
-from .._custom_types import as_count, Integer
+from .._custom_types import as_count, Count
 from ._file import most_unpacked, open_unpacked, PathLike, read_up_to
 from ._source import ArraySource, check_labels
 
@@ -20,7 +20,7 @@ _MOST_AXES = 8
 
 
 def read_idx(
-    images: PathLike, label: PathLike | None = None, *, labels: Integer | None = None, most_bytes: Integer = 1 << 33
+    images: PathLike, label: PathLike | None = None, *, labels: Count | None = None, most_bytes: Count = 1 << 33
 ) -> ArraySource:
     """Rows of IDX files, gzipped or not, in memory.
 

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import numpy as np
 from jaxtyping import Int, UInt8
 
-from .._custom_types import as_count, Integer
+from .._custom_types import as_count, Count
 from .._leaves import some
 from .._optional import optional
 from ._file import PathLike, read_regular
@@ -55,7 +55,7 @@ class ImageFolderSource(AbstractSource):
     arXiv:2105.05233.
     """
 
-    def __init__(self, root: PathLike, *, size: Integer):
+    def __init__(self, root: PathLike, *, size: Count):
         size = as_count("size", size)
         _pillow()
         self._root, self._size = Path(root), size

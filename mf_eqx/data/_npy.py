@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int, Shaped
 
-from .._custom_types import Integer
+from .._custom_types import Count
 from ._file import as_paths, name_of, open_regular, PathLike
 from ._source import AbstractSource, check_labels, Rows
 
@@ -49,7 +49,7 @@ class NpySource(AbstractSource):
         x: PathLike | Sequence[PathLike],
         label: PathLike | Sequence[PathLike] | None = None,
         *,
-        labels: Integer | None = None,
+        labels: Count | None = None,
     ):
         paths = as_paths("x", x)
         self.name = name_of(paths)
@@ -149,7 +149,7 @@ def _check_alike(path: Path, shard: np.ndarray, first_path: Path, first: np.ndar
 
 
 def _read_labels(
-    paths: list[Path], x_paths: list[Path], shards: list[np.ndarray], labels: Integer | None
+    paths: list[Path], x_paths: list[Path], shards: list[np.ndarray], labels: Count | None
 ) -> tuple[Int[np.ndarray, " rows"], int]:
     """All labels in memory, and how many different ones there are."""
     if len(paths) != len(shards):

@@ -26,7 +26,7 @@ from typing import BinaryIO, NamedTuple, NoReturn
 import numpy as np
 from jaxtyping import Int, Shaped, UInt32
 
-from .._custom_types import as_count, Integer
+from .._custom_types import as_count, Count
 from ._file import open_regular, PathLike
 from ._manifest import as_text, File, MANIFEST, Manifest, name_of_file, read_manifest, VERSION
 from ._npy import map_npy, NpySource, NUMBERS
@@ -45,7 +45,7 @@ def write_shards(
     source: AbstractSource,
     folder: PathLike,
     *,
-    rows_per_shard: Integer = 4096,
+    rows_per_shard: Count = 4096,
     progress: Callable[[int], None] | None = None,
 ) -> None:
     """Write all rows of `source` into a new folder, for `ShardSource`.

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int, Shaped
 
-from .._custom_types import Integer
+from .._custom_types import Count
 from . import _check
 
 
@@ -65,7 +65,7 @@ class ArraySource(AbstractSource):
         x: Shaped[np.ndarray, "rows *data"],
         label: Shaped[np.ndarray, " rows"] | None = None,
         *,
-        labels: Integer | None = None,
+        labels: Count | None = None,
         name: str = "arrays",
     ):
         if x.ndim < 1 or 0 in x.shape:
@@ -83,7 +83,7 @@ class ArraySource(AbstractSource):
         return Rows(x, None if self.label is None else self.label[rows].astype(np.int32))
 
 
-def check_labels(name: str, label: Shaped[np.ndarray, "..."], rows: int, labels: Integer | None) -> int:
+def check_labels(name: str, label: Shaped[np.ndarray, "..."], rows: int, labels: Count | None) -> int:
     """How many labels there are; refuses anything but an integer in [0, labels) for each row.
 
     **Arguments:** `name` of the file or source, in front of the message; `label`; `rows` that it must have; `labels`,

@@ -21,7 +21,7 @@ import jax
 import numpy as np
 from jaxtyping import Int
 
-from .._custom_types import as_count, Integer
+from .._custom_types import as_count, Count
 from .._objective import Batch
 from .._sharding import Parallelism
 from ._source import AbstractSource, check_source, check_taken
@@ -49,13 +49,13 @@ class Stream:
     def __init__(
         self,
         source: AbstractSource,
-        batch: Integer,
+        batch: Count,
         *,
-        seed: Integer = 0,
+        seed: Count = 0,
         parallelism: Parallelism | None = None,
         shuffle: bool = True,
-        threads: Integer = 2,
-        ahead: Integer = 4,
+        threads: Count = 2,
+        ahead: Count = 4,
     ):
         check_source(source)
         batch = as_count("batch", batch)
@@ -67,7 +67,7 @@ class Stream:
         self._positions = np.arange(batch) if parallelism is None else parallelism.positions(batch)
         self._order = _order(len(source), self.seed, shuffle)
 
-    def __getitem__(self, step: Integer) -> Batch:
+    def __getitem__(self, step: Count) -> Batch:
         """The batch of a step, counted from 0, on the host: those rows that this process needs.
 
         **Raises:** `ValueError` that names source and row for a label out of range, a value that is not finite, or rows
@@ -80,11 +80,11 @@ class Stream:
         """Where rows lie on the devices; None on one device."""
         return None if self._parallelism is None else self._parallelism.rows
 
-    def rows(self, step: Integer) -> Int[np.ndarray, " batch"]:
+    def rows(self, step: Count) -> Int[np.ndarray, " batch"]:
         """The numbers of all rows of a step's global batch."""
         return self._rows(step, np.arange(self.batch))
 
-    def batches(self, start: Integer = 0, stop: Integer | None = None) -> Iterator[Batch]:
+    def batches(self, start: Count = 0, stop: Count | None = None) -> Iterator[Batch]:
         """Batches on the devices, from step `start` on, up to `stop` or for ever."""
         import grain
 
@@ -113,7 +113,7 @@ class Stream:
             "seed": self.seed if self.shuffle else None,
         }
 
-    def _rows(self, step: Integer, positions: Int[np.ndarray, " local"]) -> Int[np.ndarray, " local"]:
+    def _rows(self, step: Count, positions: Int[np.ndarray, " local"]) -> Int[np.ndarray, " local"]:
         first = as_count("step", step, 0) * self.batch
         return np.array([self._order[first + int(i)] for i in positions], np.int64)
 

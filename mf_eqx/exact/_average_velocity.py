@@ -16,7 +16,7 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Key
 
-from .._custom_types import Condition, Time
+from .._custom_types import as_times, Condition, TimeLike
 from .._field import AbstractField
 from ._base import Velocity
 
@@ -60,14 +60,14 @@ class AverageVelocity(AbstractField):
     def __call__(
         self,
         z: Float[Array, "*data"],
-        r: Time,
-        t: Time,
+        r: TimeLike,
+        t: TimeLike,
         condition: Condition = None,
         *,
         key: Key[Array, ""] | None = None,
     ) -> Float[Array, "*data"]:
         self._check_precision(z.dtype)
-        r, t = r.astype(z.dtype), t.astype(z.dtype)
+        r, t = (time.astype(z.dtype) for time in as_times(r, t, z))
         solution = diffrax.diffeqsolve(
             diffrax.ODETerm(_slope),
             self.solver,
@@ -81,7 +81,7 @@ class AverageVelocity(AbstractField):
             max_steps=self.max_steps,
         )
         assert solution.ys is not None
-        return solution.ys[0]
+        return solution.ys[0].astype(z.dtype)  # where float64 is enabled, times of the solver are float64
 
     def _check_precision(self, dtype: jnp.dtype) -> None:
         reachable = 10 * float(jnp.finfo(dtype).eps)

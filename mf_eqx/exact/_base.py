@@ -12,8 +12,6 @@ from collections.abc import Callable
 from typing import TypeAlias
 
 import equinox as eqx
-import jax
-import numpy as np
 from jaxtyping import Array, Float, Key
 
 from .._custom_types import Condition, Time
@@ -41,13 +39,3 @@ class AbstractDistribution(eqx.Module):
     @abc.abstractmethod
     def sample(self, *, key: Key[Array, ""], condition: Condition = None) -> Float[Array, "*data"]:
         """One point of data, given `condition` or, if it is None, of the whole distribution."""
-
-
-def check_positive(name: str, values: Float[Array, " component"]) -> None:
-    """Raises a `ValueError` unless all `values` are > 0 and finite. Values that jit traces are not known, and pass."""
-    try:
-        known = np.asarray(values)
-    except jax.errors.TracerArrayConversionError:
-        return
-    if not np.all(np.isfinite(known) & (known > 0)):
-        raise ValueError(f"{name} must be > 0 and finite, got {known}")

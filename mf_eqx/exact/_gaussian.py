@@ -15,7 +15,7 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from .._custom_types import Condition, Time
+from .._custom_types import as_times, Condition, Time, TimeLike
 from .._field import AbstractField
 
 
@@ -39,12 +39,13 @@ class GaussianAverageVelocity(AbstractField):
     def __call__(
         self,
         z: Float[Array, "*data"],
-        r: Time,
-        t: Time,
+        r: TimeLike,
+        t: TimeLike,
         condition: Condition = None,
         *,
         key: Key[Array, ""] | None = None,
     ) -> Float[Array, "*data"]:
+        r, t = as_times(r, t, z)
         at_r, at_t = self._scale(r), self._scale(t)
         slope = ((t + r) - self.std**2 * (2 - t - r)) / (at_t * (at_t + at_r))
         return slope * (z - (1 - t) * self.mean) - self.mean

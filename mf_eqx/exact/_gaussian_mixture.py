@@ -19,9 +19,10 @@ import numpy as np
 from jax.scipy.special import logsumexp
 from jaxtyping import Array, Float, Int, Key
 
-from .._custom_types import Condition, Scalar, Time
+from .._check import check_finite, check_positive
+from .._custom_types import as_scalar, Condition, Scalar, TimeLike
 from .._interpolant import AbstractInterpolant
-from ._base import AbstractDistribution, check_positive
+from ._base import AbstractDistribution
 
 
 class GaussianMixture(AbstractDistribution):
@@ -36,7 +37,8 @@ class GaussianMixture(AbstractDistribution):
       then means. A condition that no component carries has no velocity (the result is NaN) and no samples (those of
       the last component are returned): check labels on the host.
 
-    **Raises:** `ValueError` if shapes do not fit, or if a standard deviation or weight is not positive and finite.
+    **Raises:** `ValueError` if shapes do not fit, if a mean is not finite, or if a standard deviation or weight is not
+    positive and finite.
     """
 
     mean: Float[Array, "component *data"]
@@ -60,29 +62,33 @@ class GaussianMixture(AbstractDistribution):
 
     def __check_init__(self):
         components = self.mean.shape[:1]
-        if components in ((), (0,)):
-            raise ValueError(f"mean must have at least one component along its first axis, got shape {self.mean.shape}")
+        if self.mean.ndim < 1 or self.mean.size < 1:
+            raise ValueError(
+                f"mean must have at least one component along its first axis, of at least one value, got shape "
+                f"{self.mean.shape}"
+            )
         for name, value in (("std", self.std), ("weight", self.weight), ("label", self.label)):
             if value is not None and value.shape != components:
                 raise ValueError(f"{name} must have one value per component, {components}, got shape {value.shape}")
+        check_finite("mean", self.mean)
         check_positive("std", self.std)
         check_positive("weight", self.weight)
 
     def velocity(
-        self, interpolant: AbstractInterpolant, z: Float[Array, "*data"], t: Time, condition: Condition = None
+        self, interpolant: AbstractInterpolant, z: Float[Array, "*data"], t: TimeLike, condition: Condition = None
     ) -> Float[Array, "*data"]:
         velocity, _, mass = self.posterior(interpolant, z, t, condition)
         return jnp.tensordot(mass, velocity, 1, precision="highest")  # accelerators round the factors by default
 
     def posterior(
-        self, interpolant: AbstractInterpolant, z: Float[Array, "*data"], t: Time, condition: Condition = None
+        self, interpolant: AbstractInterpolant, z: Float[Array, "*data"], t: TimeLike, condition: Condition = None
     ) -> tuple[Float[Array, "component *data"], Float[Array, " component"], Float[Array, " component"]]:
         r"""The distribution of the conditional velocity $v_t$ given $z_t = z$, a mixture as well.
 
         **Returns:** for each component the mean of $v_t$, its standard deviation in every direction,
         $|\dot\alpha_t \sigma_t - \dot\sigma_t \alpha_t|\, s_k / S_k$, and its posterior mass.
         """
-        alpha, sigma, alpha_rate, sigma_rate = interpolant.rates(t)
+        alpha, sigma, alpha_rate, sigma_rate = interpolant.rates(as_scalar("t", t, z))
         variance = (alpha * self.std) ** 2 + sigma**2
         offset = z - alpha * self.mean
         slope = (alpha_rate * alpha * self.std**2 + sigma_rate * sigma) / variance

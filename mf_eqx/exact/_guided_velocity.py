@@ -3,7 +3,7 @@ r"""The velocity of classifier-free guidance: what a guided target teaches (Sec.
 import equinox as eqx
 from jaxtyping import Array, Float
 
-from .._custom_types import Condition, Time
+from .._custom_types import as_scalar, Condition, TimeLike
 from ._base import Velocity
 
 
@@ -21,6 +21,7 @@ class GuidedVelocity(eqx.Module):
     velocity: Velocity
     scale: float = eqx.field(converter=float)
 
-    def __call__(self, z: Float[Array, "*data"], t: Time, condition: Condition = None) -> Float[Array, "*data"]:
+    def __call__(self, z: Float[Array, "*data"], t: TimeLike, condition: Condition = None) -> Float[Array, "*data"]:
         """v_cfg(z, t | condition)."""
+        t = as_scalar("t", t, z)
         return self.scale * self.velocity(z, t, condition) + (1 - self.scale) * self.velocity(z, t, None)

@@ -3,7 +3,7 @@ r"""The marginal velocity of a distribution along one path, as a function of sta
 import equinox as eqx
 from jaxtyping import Array, Float
 
-from .._custom_types import Condition, Time
+from .._custom_types import as_scalar, Condition, TimeLike
 from .._interpolant import AbstractInterpolant, LinearInterpolant
 from ._base import AbstractDistribution
 
@@ -17,6 +17,6 @@ class MarginalVelocity(eqx.Module):
     distribution: AbstractDistribution
     interpolant: AbstractInterpolant = LinearInterpolant()
 
-    def __call__(self, z: Float[Array, "*data"], t: Time, condition: Condition = None) -> Float[Array, "*data"]:
+    def __call__(self, z: Float[Array, "*data"], t: TimeLike, condition: Condition = None) -> Float[Array, "*data"]:
         """v(z, t | condition); without a condition, of the whole distribution."""
-        return self.distribution.velocity(self.interpolant, z, t, condition)
+        return self.distribution.velocity(self.interpolant, z, as_scalar("t", t, z), condition)

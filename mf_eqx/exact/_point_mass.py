@@ -4,7 +4,7 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from .._custom_types import Condition, Time
+from .._custom_types import as_times, Condition, TimeLike
 from .._field import AbstractField
 
 
@@ -23,10 +23,11 @@ class PointMassAverageVelocity(AbstractField):
     def __call__(
         self,
         z: Float[Array, "*data"],
-        r: Time,
-        t: Time,
+        r: TimeLike,
+        t: TimeLike,
         condition: Condition = None,
         *,
         key: Key[Array, ""] | None = None,
     ) -> Float[Array, "*data"]:
+        _, t = as_times(r, t, z)
         return (z - self.point) / t

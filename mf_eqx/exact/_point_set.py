@@ -16,9 +16,10 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, Float, Key
 
-from .._custom_types import Condition, Time
+from .._check import check_finite, check_positive
+from .._custom_types import as_scalar, Condition, TimeLike
 from .._interpolant import AbstractInterpolant
-from ._base import AbstractDistribution, check_positive
+from ._base import AbstractDistribution
 
 
 class PointSet(AbstractDistribution):
@@ -31,7 +32,7 @@ class PointSet(AbstractDistribution):
     division costs three digits (an absolute error near 1e-13 in float64, 1e-4 in float32, for points of order one);
     at t = 0 the result is NaN.
 
-    **Raises:** `ValueError` if shapes do not fit, or if a mass is not positive and finite.
+    **Raises:** `ValueError` if shapes do not fit, if a point is not finite, or if a mass is not positive and finite.
     """
 
     points: Float[Array, "point *data"]
@@ -50,17 +51,21 @@ class PointSet(AbstractDistribution):
 
     def __check_init__(self):
         number = self.points.shape[:1]
-        if number in ((), (0,)):
-            raise ValueError(f"points must hold at least one point along its first axis, got shape {self.points.shape}")
+        if self.points.ndim < 1 or self.points.size < 1:
+            raise ValueError(
+                f"points must hold at least one point along its first axis, of at least one value, got shape "
+                f"{self.points.shape}"
+            )
         if self.weight.shape != number:
             raise ValueError(f"weight must have one value per point, {number}, got shape {self.weight.shape}")
+        check_finite("points", self.points)
         check_positive("weight", self.weight)
 
     def velocity(
-        self, interpolant: AbstractInterpolant, z: Float[Array, "*data"], t: Time, condition: Condition = None
+        self, interpolant: AbstractInterpolant, z: Float[Array, "*data"], t: TimeLike, condition: Condition = None
     ) -> Float[Array, "*data"]:
         _check_condition(condition)
-        alpha, sigma, alpha_rate, sigma_rate = interpolant.rates(t)
+        alpha, sigma, alpha_rate, sigma_rate = interpolant.rates(as_scalar("t", t, z))
         offset = (z - alpha * self.points).reshape(len(self.points), -1)
         logits = jnp.log(self.weight) - jnp.sum(offset**2, axis=1) / (2 * sigma**2)
         x = jnp.tensordot(jax.nn.softmax(logits), self.points, 1, precision="highest")

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, Key
 
-from .._custom_types import Condition, Scalar, Time
+from .._custom_types import Condition, Scalar, TimeLike
 from .._interpolant import AbstractInterpolant
 from ._base import AbstractDistribution
 from ._gaussian_mixture import GaussianMixture
@@ -37,7 +37,7 @@ class StackedMixture(AbstractDistribution):
             raise ValueError(f"copies must be >= 1, got {self.copies}")
 
     def velocity(
-        self, interpolant: AbstractInterpolant, z: Float[Array, " dim"], t: Time, condition: Condition = None
+        self, interpolant: AbstractInterpolant, z: Float[Array, " dim"], t: TimeLike, condition: Condition = None
     ) -> Float[Array, " dim"]:
         velocity = jax.vmap(lambda part: self.mixture.velocity(interpolant, part, t, condition))
         return velocity(self._parts(z)).reshape(z.shape)

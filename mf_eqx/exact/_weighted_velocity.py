@@ -32,7 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from .._custom_types import Condition, Time
+from .._custom_types import Condition, TimeLike
 from .._interpolant import AbstractInterpolant, LinearInterpolant
 from .._weight import AdaptiveWeight
 from ._gaussian_mixture import GaussianMixture
@@ -75,7 +75,7 @@ class WeightedVelocity(eqx.Module):
         if self.iterations < 1:
             raise ValueError(f"iterations must be >= 1, got {self.iterations}")
 
-    def __call__(self, z: Float[Array, " dim"], t: Time, condition: Condition = None) -> Float[Array, " dim"]:
+    def __call__(self, z: Float[Array, " dim"], t: TimeLike, condition: Condition = None) -> Float[Array, " dim"]:
         """u(z, t | condition)."""
         mean, std, mass = self.mixture.posterior(self.interpolant, z, t, condition)
         start = _sum(mass, mean)

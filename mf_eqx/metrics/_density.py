@@ -16,14 +16,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from .._check import check_finite
 from .._custom_types import at_least_float32, Scalar
+from ._distance import nan_unless_finite
 
 
 def mode_coverage(
-    x: Float[Array, "sample dim"],
-    mean: Float[Array, "component dim"],
-    std: Float[Array, " component"],
-    weight: Float[Array, " component"],
+    x: Float[Array | np.ndarray, "sample dim"],
+    mean: Float[Array | np.ndarray, "component dim"],
+    std: Float[Array | np.ndarray, " component"],
+    weight: Float[Array | np.ndarray, " component"],
     label: Int[Array | np.ndarray, " component"] | None = None,
     *,
     radius: float = 3.0,
@@ -42,7 +44,8 @@ def mode_coverage(
 
     **Returns:** a number in [0, 1].
 
-    **Raises:** `ValueError` if shapes do not fit, a label is out of range, or `radius` is not positive.
+    **Raises:** `ValueError` if shapes do not fit, a value is not finite, a label is out of range, or `radius` is not
+    positive. Under `jax.jit` values are not known: there the result is NaN if one is not finite.
 
     **Reference:** modes and high-quality samples within three standard deviations as in VEEGAN, Srivastava, Valkov,
     Russell, Gutmann and Sutton, 2017; there a mode counts from one sample on, here by its mass.
@@ -55,7 +58,11 @@ def mode_coverage(
     mode = np.arange(components) if label is None else np.asarray(label)
     if mode.min() < 0 or mode.max() >= components:
         raise ValueError(f"`label` must lie in [0, {components}), got {mode.min()} to {mode.max()}.")
-    return _mode_coverage(at_least_float32(x), mean, std, weight, jnp.asarray(mode), jnp.asarray(radius, std.dtype))
+    x, mean, std, weight = (at_least_float32(jnp.asarray(values)) for values in (x, mean, std, weight))
+    for name, values in (("`x`", x), ("`mean`", mean), ("`std`", std), ("`weight`", weight)):
+        check_finite(name, values)
+    share = _mode_coverage(x, mean, std, weight, jnp.asarray(mode), jnp.asarray(radius, std.dtype))
+    return nan_unless_finite(share, x, mean, std, weight)
 
 
 @jax.jit
@@ -82,7 +89,7 @@ def _mode_coverage(
 
 
 def total_variation(
-    x: Float[Array, "sample dim"],
+    x: Float[Array | np.ndarray, "sample dim"],
     log_density: Callable[[Float[Array, " dim"]], Scalar],
     *,
     low: Sequence[float],
@@ -103,20 +110,25 @@ def total_variation(
 
     **Returns:** a number in [0, 1], up to the error of the midpoint rule.
 
-    **Raises:** `ValueError` if the corners do not have one number per dimension, low < high does not hold, or `bins` or
-    `nodes` is below 1.
+    **Raises:** `ValueError` if `x` is not (sample, dim) with at least one point, a value is not finite, the corners do
+    not have one number per dimension, low < high does not hold, or `bins` or `nodes` is below 1. Under `jax.jit` values
+    are not known: there the result is NaN if one is not finite.
     """
+    if np.ndim(x) != 2 or min(np.shape(x)) < 1:
+        raise ValueError(f"`x` must have shape (sample, dim) with at least one point, got {np.shape(x)}.")
     corners = np.asarray(low, np.float64), np.asarray(high, np.float64)
     dim = np.shape(x)[-1]
     if any(corner.shape != (dim,) for corner in corners) or not (corners[0] < corners[1]).all():
         raise ValueError(f"`low` and `high` must be {dim} numbers each, with low < high, got {low} and {high}.")
     if bins < 1 or nodes < 1:
         raise ValueError(f"`bins` and `nodes` must be at least 1, got {bins} and {nodes}.")
-    x = at_least_float32(x)
+    x = at_least_float32(jnp.asarray(x))
+    check_finite("`x`", x)
     points, volume = _midpoints(*corners, bins * nodes)
     density = _densities(log_density, jnp.asarray(points, x.dtype)).reshape((bins, nodes) * dim)
     expected = volume * jnp.sum(density, axis=tuple(range(1, 2 * dim, 2))).reshape(-1)
-    return _total_variation(x, expected, *(jnp.asarray(corner, x.dtype) for corner in corners), bins)
+    distance = _total_variation(x, expected, *(jnp.asarray(corner, x.dtype) for corner in corners), bins)
+    return nan_unless_finite(distance, x)
 
 
 @functools.partial(jax.jit, static_argnums=4)

@@ -17,6 +17,7 @@ None is meant as a loss: the derivative of a root at zero makes their gradients 
 import functools
 import operator
 from collections.abc import Callable
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -24,24 +25,41 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
+from .._check import check_finite, known
+
 # Bounds the temporary of distances between all pairs: 2**20 differences are 4 MiB in float32.
 _DIFFERENCES_PER_BLOCK = 2**20
 
 
-def check_samples(a, b, *, least: int = 1) -> None:
-    """Raises a `ValueError` unless `a` and `b` are two samples of at least `least` points in the same space."""
-    for name, points in (("a", a), ("b", b)):
+def check_samples(*, least: int = 1, **samples: Any) -> None:
+    """Raises a `ValueError` unless these are samples of at least `least` points in the same space."""
+    for name, points in samples.items():
         shape = np.shape(points)
         if len(shape) != 2 or shape[0] < least or shape[1] < 1:
             raise ValueError(
                 f"`{name}` must have shape (sample, dim) with sample >= {least} and dim >= 1, got shape {shape}."
             )
-    if np.shape(a)[1] != np.shape(b)[1]:
-        raise ValueError(f"`a` and `b` must have the same dim, got shapes {np.shape(a)} and {np.shape(b)}.")
+    (a, first), (b, second) = samples.items()
+    if np.shape(first)[1] != np.shape(second)[1]:
+        raise ValueError(
+            f"`{a}` and `{b}` must have the same dim, got shapes {np.shape(first)} and {np.shape(second)}."
+        )
+
+
+def nan_unless_finite(result: Float[Array, ""], *samples: Float[Array, "..."]) -> Float[Array, ""]:
+    """`result`, or NaN if the samples, whose values JAX traces, turn out not to be finite."""
+    if all(known(points) is not None for points in samples):
+        return result
+    finite = [jnp.all(jnp.isfinite(points)) for points in samples]
+    return jnp.where(functools.reduce(operator.and_, finite), result, jnp.nan)
 
 
 def sliced_wasserstein(
-    a: Float[Array, "sample_a dim"], b: Float[Array, "sample_b dim"], *, projections: int = 128, key: Key[Array, ""]
+    a: Float[Array | np.ndarray, "sample_a dim"],
+    b: Float[Array | np.ndarray, "sample_b dim"],
+    *,
+    projections: int = 128,
+    key: Key[Array, ""],
 ) -> Float[Array, ""]:
     r"""Sliced Wasserstein-2 distance of two samples, by Monte Carlo over directions.
 
@@ -61,19 +79,22 @@ def sliced_wasserstein(
 
     **Returns:** the distance, a scalar of at least float32.
 
-    **Raises:** `ValueError` if `a` or `b` is not (sample, dim) with at least one point, if their dims differ, or if
-    `projections` is below one.
+    **Raises:** `ValueError` if `a` or `b` is not (sample, dim) with at least one point, if their dims differ, if a
+    value is not finite, or if `projections` is below one. Under `jax.jit` values are not known: there the result is NaN
+    if one is not finite.
 
     **Reference:** Sliced and Radon Wasserstein Barycenters of Measures, Bonneel, Rabin, Peyré and Pfister, 2015.
     """
-    check_samples(a, b)
     if projections < 1:
         raise ValueError(f"`projections` must be at least 1, got {projections}.")
-    a, b = _at_least_float32(a, b)
-    return _sliced_wasserstein(a, b, _directions(projections, a.shape[1], a.dtype, key=key))
+    a, b = _checked(a, b)
+    distance = _sliced_wasserstein(a, b, _directions(projections, a.shape[1], a.dtype, key=key))
+    return nan_unless_finite(distance, a, b)
 
 
-def energy_distance(a: Float[Array, "sample_a dim"], b: Float[Array, "sample_b dim"]) -> Float[Array, ""]:
+def energy_distance(
+    a: Float[Array | np.ndarray, "sample_a dim"], b: Float[Array | np.ndarray, "sample_b dim"]
+) -> Float[Array, ""]:
     r"""Energy distance of two samples, as a V-statistic and without a root.
 
     $$D(a, b) = \frac{2}{nm} \sum_{i,j} |a_i - b_j| - \frac{1}{n^2} \sum_{i,i'} |a_i - a_{i'}|
@@ -93,17 +114,22 @@ def energy_distance(a: Float[Array, "sample_a dim"], b: Float[Array, "sample_b d
     **Returns:** $D(a, b)$, a scalar of at least float32. It is a difference of mean distances, so its absolute error is
     that of the mean distance: values below about 1e-6 of that are rounding in float32.
 
-    **Raises:** `ValueError` if `a` or `b` is not (sample, dim) with at least one point, or if their dims differ.
+    **Raises:** `ValueError` if `a` or `b` is not (sample, dim) with at least one point, if their dims differ, or if a
+    value is not finite. Under `jax.jit` values are not known: there the result is NaN if one is not finite.
 
     **Reference:** Energy statistics: A class of statistics based on distances, Székely and Rizzo, 2013.
     """
-    check_samples(a, b)
-    a, b = _at_least_float32(a, b)
-    return 2 * _mean_of_pairs(_distance, a, b) - _mean_of_pairs(_distance, a, a) - _mean_of_pairs(_distance, b, b)
+    a, b = _checked(a, b)
+    distance = 2 * _mean_of_pairs(_distance, a, b) - _mean_of_pairs(_distance, a, a) - _mean_of_pairs(_distance, b, b)
+    return nan_unless_finite(distance, a, b)
 
 
 def maximum_mean_discrepancy(
-    a: Float[Array, "sample_a dim"], b: Float[Array, "sample_b dim"], *, bandwidth: float = 1.0, halvings: int = 3
+    a: Float[Array | np.ndarray, "sample_a dim"],
+    b: Float[Array | np.ndarray, "sample_b dim"],
+    *,
+    bandwidth: float = 1.0,
+    halvings: int = 3,
 ) -> Float[Array, ""]:
     r"""Squared maximum mean discrepancy (MMD²) of two samples, as a V-statistic, for a mean of Gaussian kernels.
 
@@ -122,28 +148,35 @@ def maximum_mean_discrepancy(
     **Returns:** MMD², a scalar of at least float32 in [0, 2], without a unit. Below about 1e-6 it is rounding in
     float32.
 
-    **Raises:** `ValueError` if `a` or `b` is not (sample, dim) with at least one point, if their dims differ, if
-    `bandwidth` is not positive, or if `halvings` is negative.
+    **Raises:** `ValueError` if `a` or `b` is not (sample, dim) with at least one point, if their dims differ, if a
+    value is not finite, if `bandwidth` is not positive, or if `halvings` is negative. Under `jax.jit` values are not
+    known: there the result is NaN if one is not finite.
 
     **Reference:** A Kernel Two-Sample Test, Gretton, Borgwardt, Rasch, Schölkopf and Smola, 2012.
     """
-    check_samples(a, b)
     if not bandwidth > 0:
         raise ValueError(f"`bandwidth` must be > 0, got {bandwidth}.")
     if halvings < 0:
         raise ValueError(f"`halvings` must be >= 0, got {halvings}.")
-    a, b = _at_least_float32(a, b)
+    a, b = _checked(a, b)
     a, b = a / bandwidth, b / bandwidth
     kernel = functools.partial(_kernel, halvings)
-    return _mean_of_pairs(kernel, a, a) + _mean_of_pairs(kernel, b, b) - 2 * _mean_of_pairs(kernel, a, b)
+    discrepancy = _mean_of_pairs(kernel, a, a) + _mean_of_pairs(kernel, b, b) - 2 * _mean_of_pairs(kernel, a, b)
+    return nan_unless_finite(discrepancy, a, b)
 
 
-def _at_least_float32(a, b) -> tuple[Float[Array, "sample_a dim"], Float[Array, "sample_b dim"]]:
-    a, b = jnp.asarray(a), jnp.asarray(b)
+def _checked(a, b) -> tuple[Float[Array, "sample_a dim"], Float[Array, "sample_b dim"]]:
+    """Both samples in one precision, float32 or better."""
+    check_samples(a=a, b=b)
+    with np.errstate(over="ignore"):  # such are refused
+        a, b = jnp.asarray(a), jnp.asarray(b)
     # Generated points may be bfloat16 and the truth float32; meeting here is meant, also under strict promotion.
     with jax.numpy_dtype_promotion("standard"):
         dtype = jnp.promote_types(jnp.promote_types(a.dtype, b.dtype), jnp.float32)
-    return a.astype(dtype), b.astype(dtype)
+    a, b = a.astype(dtype), b.astype(dtype)
+    check_finite("`a`", a)
+    check_finite("`b`", b)
+    return a, b
 
 
 def _directions(projections: int, dim: int, dtype, *, key: Key[Array, ""]) -> Float[Array, "projection dim"]:
@@ -153,7 +186,9 @@ def _directions(projections: int, dim: int, dtype, *, key: Key[Array, ""]) -> Fl
 
 @jax.jit
 def _sliced_wasserstein(
-    a: Float[Array, "sample_a dim"], b: Float[Array, "sample_b dim"], directions: Float[Array, "projection dim"]
+    a: Float[Array | np.ndarray, "sample_a dim"],
+    b: Float[Array | np.ndarray, "sample_b dim"],
+    directions: Float[Array, "projection dim"],
 ) -> Float[Array, ""]:
     # Accelerators round the factors of a default product to 10 bits or fewer, which would drown small distances.
     a = jnp.matmul(directions, a.T, precision="highest")

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Array, Float, Shaped
 
+from .._check import check_finite
 from .._files import write_whole
 
 _MEAN, _COVARIANCE = ("mu", "ref_mu"), ("sigma", "ref_sigma")
@@ -63,9 +64,7 @@ class RunningMoments:
         wide = np.asarray(features, np.float64)
         if wide.ndim != 2 or len(wide) < 1:
             raise ValueError(f"features must have shape (rows, features) with rows >= 1, got {wide.shape}")
-        if not np.isfinite(wide).all():
-            row = int(np.argmin(np.isfinite(wide).all(axis=1)))
-            raise ValueError(f"features must be finite, got NaN or infinity in row {row}")
+        check_finite("features", wide)
         mean = wide.mean(axis=0)
         centred = wide - mean
         return cls(len(wide), mean, centred.T @ centred)
@@ -88,7 +87,12 @@ class RunningMoments:
 
 
 def save_moments(path: str | Path, moments: FeatureMoments) -> None:
-    """Write moments as .npz: `mu`, `sigma`, and as far as known `count`, `protocol`, `weights`. Whole or not at all."""
+    """Write moments as .npz: `mu`, `sigma`, and as far as known `count`, `protocol`, `weights`. Whole or not at all.
+
+    **Raises:** `ValueError` if a moment is not finite, which no reader would take; `OSError` if it cannot be written.
+    """
+    for name, value in (("mean", moments.mean), ("cov", moments.cov)):
+        check_finite(name, value)
     known = {name: value for name in ("count", "protocol", "weights") if (value := getattr(moments, name)) is not None}
     content = io.BytesIO()
     np.savez(content, mu=moments.mean, sigma=moments.cov, **known)
@@ -133,10 +137,7 @@ def _either(path: str | Path, held: Mapping[str, Any], names: tuple[str, str]) -
     for name in found:
         if held[name].dtype.kind != "f":
             raise ValueError(f"{path}: {name} must be floating point, got {held[name].dtype}")
-        if not np.isfinite(held[name]).all():
-            raise ValueError(
-                f"{path}: {name} must be finite, got {np.sum(~np.isfinite(held[name]))} values that are not"
-            )
+        check_finite(f"{path}: {name}", held[name])
     if len(found) == 2 and not np.array_equal(held[names[0]], held[names[1]]):
         raise ValueError(f"{path}: {names[0]} and {names[1]} must be equal if both are there, but they differ")
     return held[found[0]].astype(np.float64)

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, UInt8
 
-from .._custom_types import as_count, Integer
+from .._custom_types import as_count, Count
 from .._leaves import digest, leaves, on_host
 from ._feature_moments import FeatureMoments, RunningMoments
 from ._inception import Features
@@ -66,7 +66,7 @@ _Batch = Float[Array | np.ndarray, "_ 3 _ _"] | UInt8[Array | np.ndarray, "_ 3 _
 
 
 def collect_features(
-    extractor: FeatureExtractor, batches: Iterable[_Batch], count: Integer | None = None
+    extractor: FeatureExtractor, batches: Iterable[_Batch], count: Count | None = None
 ) -> SampleFeatures:
     """Features of the images in `batches`, kept on the host: 12 kB for each image.
 
@@ -85,7 +85,7 @@ def collect_features(
 
 
 def stream_moments(
-    extractor: FeatureExtractor, batches: Iterable[_Batch], count: Integer | None = None
+    extractor: FeatureExtractor, batches: Iterable[_Batch], count: Count | None = None
 ) -> FeatureMoments:
     """Mean and covariance of the features of images, which are not kept: for a reference, or a FID alone.
 
@@ -96,7 +96,7 @@ def stream_moments(
     return total.moments(extractor.protocol.name, extractor.digest())
 
 
-def _stream(extractor: FeatureExtractor, batches: Iterable[_Batch], count: Integer | None) -> Iterator[Features]:
+def _stream(extractor: FeatureExtractor, batches: Iterable[_Batch], count: Count | None) -> Iterator[Features]:
     """Features on the host, batch by batch, `count` rows in all."""
     count = None if count is None else as_count("count", count, 2)  # of fewer there is no covariance
     done = 0

@@ -11,10 +11,12 @@ it.
 Without a known truth there are still the equations that every average velocity satisfies. Their residuals, relative to
 the size of the velocity, say how consistent a field is with itself, though not with the data.
 
-All functions take rows (a leading batch axis), compile themselves, and evaluate fields without dropout.
+All functions take rows (a leading batch axis), compile themselves, and evaluate fields without dropout. A value that
+is not finite, handed in or computed by a field, leaves no finite result: a field that diverged is a line of a table.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -23,6 +25,7 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, Float, Int, Key, PyTree, Shaped
 
+from .._check import quotient
 from .._custom_types import at_least_float32, Condition, Scalar, Time
 from .._field import AbstractField
 from .._identity import AbstractIdentity, Context, semigroup_residual
@@ -44,9 +47,9 @@ class RelativeError(eqx.Module):
         return jax.tree.map(jnp.add, self, other)
 
     @property
-    def value(self) -> Float[Array, "*cells"]:
-        """E|u - u*|² / E|u*|²; NaN where there is no row."""
-        return self.error / self.truth
+    def value(self) -> Float[Array | np.ndarray, "*cells"]:
+        """E|u - u*|² / E|u*|²; NaN where there is no row (computed as `mf_eqx.Mean.value`)."""
+        return quotient(self.error, self.truth)
 
 
 class FieldErrors(eqx.Module):
@@ -157,6 +160,7 @@ def relative_error_by_cell(
     lower edge, the last one its upper edge too; rows outside all cells do not count.
 
     **Returns:** a `RelativeError` of shape (cells of r, cells of t). Cells with r > t hold no row, hence NaN as value.
+    A value that is not finite makes its own cell NaN, and all of them if it is a time.
 
     **Raises:** `ValueError` if `edges` are fewer than two or not strictly increasing.
     """
@@ -172,7 +176,8 @@ def relative_error_by_cell(
         return jax.ops.segment_sum(values, index, cells**2).reshape(cells, cells)
 
     error, size = _squares(field, truth, z, r, t, condition)
-    return RelativeError(total(error), total(size), total(jnp.ones_like(index, jnp.int32)))
+    timed = jnp.all(jnp.isfinite(r) & jnp.isfinite(t))  # others would count as outside all cells
+    return RelativeError(jnp.where(timed, total(error), jnp.nan), total(size), total(jnp.ones_like(index, jnp.int32)))
 
 
 @eqx.filter_jit
@@ -226,7 +231,6 @@ def field_errors(
     )
 
 
-@eqx.filter_jit
 def relative_identity_residual(
     identity: AbstractIdentity,
     field: AbstractField,
@@ -238,7 +242,7 @@ def relative_identity_residual(
     *,
     context: Context | None = None,
     key: Key[Array, ""] | None = None,
-) -> Scalar:
+) -> Float[Array | np.ndarray, ""]:
     r"""The root-mean-square residual of an identity, relative to the given velocities.
 
     $$\Big( \frac{\sum_i |\mathrm{residual}_i|^2}{\sum_i |v_i|^2} \Big)^{1/2},$$
@@ -251,16 +255,9 @@ def relative_identity_residual(
 
     **Returns:** the ratio, 0 for an average velocity.
     """
-    keys = None if key is None else jr.split(key, len(z))
-    quiet = _WithoutDropout(field)
-
-    def residual(z, v, r, t, condition, key):
-        return identity.residual(quiet, z, v, r, t, condition, key=key, context=context)
-
-    return _root_ratio(jax.vmap(residual)(z, v, r, t, condition, keys), v)
+    return _root_ratio(_identity_residuals(identity, field, (z, v, r, t, condition), context, key), v)
 
 
-@eqx.filter_jit
 def relative_semigroup_residual(
     field: AbstractField,
     z: Float[Array, "rows *data"],
@@ -269,7 +266,7 @@ def relative_semigroup_residual(
     condition: PyTree[Shaped[Array, "rows ..."]] = None,
     *,
     split: float | Float[Array, " rows"] = 0.5,
-) -> Scalar:
+) -> Float[Array | np.ndarray, ""]:
     r"""The root-mean-square residual of the semigroup property (`mf_eqx.semigroup_residual`), relative to the field.
 
     $$\Big( \frac{\sum_i |u(z_i, r_i, t_i) - (1 - \lambda_i)\, u(z_{s_i}, r_i, s_i) - \lambda_i\, u(z_i, s_i, t_i)|^2}
@@ -284,8 +281,7 @@ def relative_semigroup_residual(
     **Returns:** the ratio, 0 for an average velocity.
     """
     shares = jnp.broadcast_to(jnp.asarray(split, t.dtype), t.shape)
-    residuals = jax.vmap(lambda z, r, t, split, c: semigroup_residual(field, z, r, t, split, c))
-    return _root_ratio(residuals(z, r, t, shares, condition), jax.vmap(field)(z, r, t, condition))
+    return _root_ratio(*_semigroup_residuals(field, (z, r, t, shares, condition)))
 
 
 class _WithoutDropout(AbstractField):
@@ -334,5 +330,32 @@ def _cell(times: Float[Array, " rows"], bounds: Float[np.ndarray, " edges"]) -> 
     return jnp.where(cell < 0, cells, cell)
 
 
-def _root_ratio(residual: Float[Array, "rows *data"], size: Float[Array, "rows *data"]) -> Scalar:
-    return jnp.sqrt(jnp.sum(at_least_float32(residual) ** 2) / jnp.sum(at_least_float32(size) ** 2))
+@eqx.filter_jit
+def _identity_residuals(
+    identity: AbstractIdentity, field: AbstractField, rows: Any, context: Context | None, key: Key[Array, ""] | None
+) -> Float[Array, "rows *data"]:
+    quiet, keys = _WithoutDropout(field), None if key is None else jr.split(key, len(rows[0]))
+
+    def residual(row, key):
+        return identity.residual(quiet, *row, key=key, context=context)
+
+    return jax.vmap(residual)(rows, keys)
+
+
+@eqx.filter_jit
+def _semigroup_residuals(
+    field: AbstractField, rows: Any
+) -> tuple[Float[Array, "rows *data"], Float[Array, "rows *data"]]:
+    """Residuals, and the field itself."""
+    z, r, t, _, condition = rows
+    residuals = jax.vmap(lambda row: semigroup_residual(field, *row))(rows)
+    return residuals, jax.vmap(field)(z, r, t, condition)
+
+
+def _root_ratio(
+    residual: Float[Array, "rows *data"], size: Float[Array, "rows *data"]
+) -> Float[Array | np.ndarray, ""]:
+    """NaN where both are zero."""
+    squares = (jnp.sum(at_least_float32(jnp.asarray(values)) ** 2) for values in (residual, size))
+    ratio = quotient(*squares)
+    return jnp.sqrt(ratio) if isinstance(ratio, jax.Array) else np.asarray(np.sqrt(ratio))

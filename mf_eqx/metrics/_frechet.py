@@ -13,6 +13,7 @@ All of it runs in float64 on the host: features come in thousands, and the trace
 import numpy as np
 from jaxtyping import Array, Float
 
+from .._check import check_finite
 from ._distance import check_samples
 
 # Asymmetry and negative eigenvalues, relative to the largest, that still count as rounding. Float64 alone would allow
@@ -42,7 +43,7 @@ def frechet_distance(
     **Reference:** GANs Trained by a Two Time-Scale Update Rule Converge to a Local Nash Equilibrium, Heusel, Ramsauer,
     Unterthiner, Nessler and Hochreiter, 2017, arXiv:1706.08500.
     """
-    check_samples(a, b, least=2)
+    check_samples(a=a, b=b, least=2)
     return frechet_distance_of_moments(*_moments("a", a), *_moments("b", b))
 
 
@@ -81,8 +82,7 @@ def frechet_distance_of_moments(
 
 def _moments(name: str, features) -> tuple[Float[np.ndarray, " dim"], Float[np.ndarray, "dim dim"]]:
     features = np.asarray(features, np.float64)
-    if not np.isfinite(features).all():
-        raise ValueError(f"`{name}` must be finite, got {np.sum(~np.isfinite(features))} values that are not.")
+    check_finite(f"`{name}`", features)
     mean = features.mean(axis=0)
     centred = features - mean
     return mean, centred.T @ centred / (len(features) - 1)
@@ -95,8 +95,7 @@ def _check_moments(name: str, mean, cov) -> tuple[Float[np.ndarray, " dim"], Flo
     if cov.shape != (mean.size, mean.size):
         raise ValueError(f"`cov_{name}` must have shape {(mean.size, mean.size)} as its mean has, got {cov.shape}.")
     for argument, value in ((f"mean_{name}", mean), (f"cov_{name}", cov)):
-        if not np.isfinite(value).all():
-            raise ValueError(f"`{argument}` must be finite, got {np.sum(~np.isfinite(value))} values that are not.")
+        check_finite(f"`{argument}`", value)
     asymmetry = np.abs(cov - cov.T).max()
     if asymmetry > _ROUNDING * np.abs(cov).max():
         raise ValueError(f"`cov_{name}` must be symmetric, got entries that differ by {asymmetry} from their mirror.")

@@ -10,6 +10,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Array, Float
 
+from .._check import check_finite
+
 
 class MeanAndStd(NamedTuple):
     """The mean of a number over parts of a sample, and its standard deviation (of the parts, not of the mean)."""
@@ -39,14 +41,13 @@ def inception_score(logits: Float[Array | np.ndarray, "rows classes"], *, splits
     rows = len(logits)
     if not 1 <= splits <= rows:
         raise ValueError(f"splits must be at least 1 and at most the {rows} rows, got {splits}")
+    check_finite("logits", logits)
     bounds = [split * rows // splits for split in range(splits + 1)]
     scores = [_score(np.asarray(logits[a:b], np.float64)) for a, b in itertools.pairwise(bounds)]
     return MeanAndStd(float(np.mean(scores)), float(np.std(scores)))
 
 
 def _score(logits: Float[np.ndarray, "rows classes"]) -> float:
-    if not np.isfinite(logits).all():
-        raise ValueError(f"logits must be finite, got {np.sum(~np.isfinite(logits))} values that are not")
     shifted = logits - logits.max(axis=1, keepdims=True)
     log_p = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
     p = np.exp(log_p)

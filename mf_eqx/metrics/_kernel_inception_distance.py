@@ -8,6 +8,7 @@ without bias, unlike the Fréchet distance, so that samples of different sizes c
 import numpy as np
 from jaxtyping import Array, Float
 
+from .._check import check_finite
 from ._distance import check_samples
 from ._inception_score import MeanAndStd
 
@@ -36,12 +37,14 @@ def kernel_inception_distance(
 
     **Returns:** mean and standard deviation over subsets. Some tables give 1000 times these.
 
-    **Raises:** `ValueError` if `a` or `b` is not (sample, dim), if their dims differ, if `size` is below two or above
-    one of the samples, or if `subsets` is below one.
+    **Raises:** `ValueError` if `a` or `b` is not (sample, dim), if their dims differ, if a value is not finite, if
+    `size` is below two or above one of the samples, or if `subsets` is below one.
 
     **Reference:** Demystifying MMD GANs, Bińkowski, Sutherland, Arbel and Gretton, 2018, arXiv 1801.01401.
     """
-    check_samples(a, b)
+    check_samples(a=a, b=b)
+    check_finite("`a`", a)
+    check_finite("`b`", b)
     least = min(len(a), len(b))
     if not 2 <= size <= least:
         raise ValueError(f"size of subsets must be at least 2 and at most the smaller sample, {least}, got {size}")

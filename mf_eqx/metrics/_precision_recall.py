@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from .._check import check_finite
 from ._distance import check_samples
 
 # Bounds the temporary of squared distances: 2**25 of them are 128 MiB in float32.
@@ -44,18 +45,22 @@ def precision_recall(
     **Arguments:** `generated`, `real` features, one point per row; `neighbours` k.
 
     **Raises:** `ValueError` if a sample is not (sample, dim) with more than `neighbours` points, if their dims differ,
-    or if `neighbours` is below one.
+    if a value is not finite or so large that the square of a distance is not, or if `neighbours` is below one.
 
     **Reference:** Improved Precision and Recall Metric for Assessing Generative Models, Kynkäänniemi, Karras, Laine,
     Lehtinen and Aila, 2019, arXiv 1904.06991.
     """
-    check_samples(generated, real)
+    check_samples(generated=generated, real=real)
     if not 1 <= neighbours < min(len(generated), len(real)):
         raise ValueError(
             f"neighbours must be at least 1 and below the numbers of points, {len(generated)} and {len(real)}, "
             f"got {neighbours}"
         )
+    check_finite("`generated`", generated)
+    check_finite("`real`", real)
     g, r = _centred(generated, real)
+    for name, points in (("generated", g), ("real", r)):
+        check_finite(f"squares of `{name}` in float32", jnp.sum(points**2, axis=1))
     precise = np.asarray(_covered(g, r, _squared_radii(r, neighbours)))
     recalled = np.asarray(_covered(r, g, _squared_radii(g, neighbours)))
     return PrecisionRecall(float(precise.mean()), float(recalled.mean()))
@@ -63,8 +68,9 @@ def precision_recall(
 
 def _centred(*samples: Float[Array | np.ndarray, "_ dim"]) -> list[Float[Array, "_ dim"]]:
     """Both samples about the mean of the last: near the origin, distances from products lose less to rounding."""
-    centre = np.asarray(samples[-1]).mean(axis=0, dtype=np.float64).astype(np.float32)
-    return [jnp.asarray(np.asarray(points, np.float32) - centre) for points in samples]
+    with np.errstate(over="ignore", invalid="ignore"):  # such are refused
+        centre = np.asarray(samples[-1]).mean(axis=0, dtype=np.float64).astype(np.float32)
+        return [jnp.asarray(np.asarray(points, np.float32) - centre) for points in samples]
 
 
 @functools.partial(jax.jit, static_argnums=1)

@@ -15,11 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from .._custom_types import as_count, Integer
+from .._custom_types import as_count, Count
 
 
 def resize_tensorflow1(
-    x: Float[Array, "*rows height width"], size: Integer = 299
+    x: Float[Array, "*rows height width"], size: Count = 299
 ) -> Float[Array, "*rows new_height new_width"]:
     r"""Bilinear interpolation as the graph of the FID literature does it: TensorFlow 1's `resize_bilinear` with
     `align_corners=False`, without half-pixel centres and without a filter against aliasing.
@@ -41,7 +41,7 @@ def resize_tensorflow1(
 
 
 def resize_half_pixel(
-    x: Float[Array, "*rows height width"], size: Integer = 299
+    x: Float[Array, "*rows height width"], size: Count = 299
 ) -> Float[Array, "*rows new_height new_width"]:
     """Bilinear interpolation between pixel centres, with a triangle filter as wide as the step where it shrinks.
 

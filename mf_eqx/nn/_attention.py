@@ -25,6 +25,7 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, Float, Key
 
+from .._check import check_sizes
 from ._linear import Linear
 
 
@@ -167,6 +168,8 @@ class SelfAttention(eqx.Module):
     """Multi-head self-attention with one joint qkv matrix and a bias; its output times a `gate`, if one is given.
 
     **Arguments:** `width` of the tokens, a multiple of `heads`; `attention` how queries meet keys; `key`.
+
+    **Raises:** `ValueError` unless both are >= 1 and `width` is such a multiple.
     """
 
     qkv: Linear
@@ -175,6 +178,7 @@ class SelfAttention(eqx.Module):
     heads: int = eqx.field(static=True)
 
     def __init__(self, width: int, heads: int, *, attention: AbstractAttention = XLAAttention(), key: Key[Array, ""]):
+        check_sizes(width=width)
         if heads < 1 or width % heads:
             raise ValueError(f"width must be a multiple of heads, got width {width} and heads {heads}")
         qkv_key, out_key = jr.split(key)

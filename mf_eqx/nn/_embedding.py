@@ -16,36 +16,41 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 from jax.nn.initializers import normal
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Key
 
-from .._custom_types import at_least_float32, Scalar, Time
+from .._check import check_sizes, known
+from .._custom_types import as_scalar, as_times, at_least_float32, Label, ScalarLike, Time, TimeLike
 from ._linear import Linear
 
 TimeVariables: TypeAlias = Callable[[Time, Time], tuple[Time, ...]]
 
 
-def end_start(r: Time, t: Time) -> tuple[Time, ...]:
+def end_start(r: TimeLike, t: TimeLike) -> tuple[Time, ...]:
     """(t, r): FID 61.75 in Tab. 1c."""
+    r, t = as_times(r, t)
     return t, r
 
 
-def end_duration(r: Time, t: Time) -> tuple[Time, ...]:
+def end_duration(r: TimeLike, t: TimeLike) -> tuple[Time, ...]:
     """(t, t - r): FID 61.06 in Tab. 1c, the paper's default."""
+    r, t = as_times(r, t)
     return t, t - r
 
 
-def end_start_duration(r: Time, t: Time) -> tuple[Time, ...]:
+def end_start_duration(r: TimeLike, t: TimeLike) -> tuple[Time, ...]:
     """(t, r, t - r): FID 63.98 in Tab. 1c."""
+    r, t = as_times(r, t)
     return t, r, t - r
 
 
-def duration(r: Time, t: Time) -> tuple[Time, ...]:
+def duration(r: TimeLike, t: TimeLike) -> tuple[Time, ...]:
     """t - r alone: FID 63.13 in Tab. 1c."""
+    r, t = as_times(r, t)
     return (t - r,)
 
 
 def sinusoidal_embedding(
-    value: Scalar, size: int, *, max_period: float = 10_000.0, endpoint: bool = False
+    value: ScalarLike, size: int, *, max_period: float = 10_000.0, endpoint: bool = False
 ) -> Float[Array, " size"]:
     r"""Cosines, then sines, of $value \cdot P^{-k / (size/2)}$ for k = 0 .. size/2 - 1, in float32 or better.
 
@@ -56,7 +61,7 @@ def sinusoidal_embedding(
     """
     if size < 2 or size % 2:
         raise ValueError(f"size must be even and positive, got {size}")
-    half = size // 2
+    half, value = size // 2, as_scalar("value", value)
     frequencies = max_period ** (-np.arange(half) / max(half - endpoint, 1))
     angles = at_least_float32(value) * jnp.asarray(frequencies, np.promote_types(value.dtype, np.float32))
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)])
@@ -92,6 +97,7 @@ class TimePairEmbedding(eqx.Module):
         init: jax.nn.initializers.Initializer = normal(0.02),
         key: Key[Array, ""],
     ):
+        check_sizes(width=width)
         if size < 2 or size % 2:
             raise ValueError(f"size must be even and positive, got {size}")
         count = len(variables(jnp.zeros(()), jnp.ones(())))
@@ -102,7 +108,9 @@ class TimePairEmbedding(eqx.Module):
         self.size = size
         self.time_scale = float(time_scale)
 
-    def __call__(self, r: Time, t: Time) -> Float[Array, " width"]:
+    def __call__(self, r: TimeLike, t: TimeLike) -> Float[Array, " width"]:
+        r, t = as_times(r, t, self.hidden[0].weight)
+
         def embed(value: Time, hidden: Linear, out: Linear) -> Float[Array, " width"]:
             return out(jax.nn.silu(hidden(sinusoidal_embedding(self.time_scale * value, self.size))))
 
@@ -114,8 +122,11 @@ class LabelEmbedding(eqx.Module):
     """A table with one row per label and one more for "no label".
 
     **Arguments:** `labels` how many there are; `width` of a row; `init` normal with standard deviation 0.02 as in DiT;
-    `key`. A label outside [0, labels] reads some other row without a complaint, as any JAX lookup does: check labels on
-    the host.
+    `key`. Traced by JAX, a label outside [0, labels] reads some other row without a complaint, as any lookup does:
+    check labels on the host.
+
+    **Raises:** `ValueError` if `labels` or `width` is below 1; when called, unless the label is one integer of shape ()
+    and, where its value is known, in [0, labels].
     """
 
     table: Float[Array, "labels+1 width"]
@@ -128,8 +139,7 @@ class LabelEmbedding(eqx.Module):
         init: jax.nn.initializers.Initializer = normal(0.02),
         key: Key[Array, ""],
     ):
-        if labels < 1:
-            raise ValueError(f"labels must be >= 1, got {labels}")
+        check_sizes(labels=labels, width=width)
         self.table = init(key, (labels + 1, width), jnp.float32)
 
     @property
@@ -137,8 +147,24 @@ class LabelEmbedding(eqx.Module):
         """The label that means "no label"."""
         return self.table.shape[0] - 1
 
-    def __call__(self, label: Int[Array, ""]) -> Float[Array, " width"]:
+    def __call__(self, label: Label) -> Float[Array, " width"]:
+        dtype = getattr(label, "dtype", None) or np.asarray(label).dtype
+        if np.shape(label) != () or not jnp.issubdtype(dtype, jnp.integer):
+            raise ValueError(
+                f"condition must be one integer label of shape () (functions are per example: jax.vmap makes batches), "
+                f"got {dtype} of shape {np.shape(label)}"
+            )
+        value = known(label)
+        if value is not None and not 0 <= value <= self.null_label:
+            raise ValueError(f"condition must be a label in [0, {self.null_label}], got {value}")
         return self.table[label]
+
+
+def check_label_given(label: Label | None, embedding: LabelEmbedding | None) -> None:
+    """Raises a `ValueError` unless there is a label for a field with labels, and none for one without."""
+    if (label is None) != (embedding is None):
+        rule = "None for a field without labels" if embedding is None else "a label for a field with labels"
+        raise ValueError(f"condition must be {rule}, got {label}")
 
 
 class ConditionEmbedding(eqx.Module):
@@ -160,10 +186,8 @@ class ConditionEmbedding(eqx.Module):
             raise ValueError("labels must be given for a null label to exist, got None")
         return self.label.null_label
 
-    def __call__(self, r: Time, t: Time, label: Int[Array, ""] | None) -> Float[Array, " width"]:
-        if (label is None) != (self.label is None):
-            rule = "None for a field without labels" if self.label is None else "a label for a field with labels"
-            raise ValueError(f"condition must be {rule}, got {label}")
+    def __call__(self, r: TimeLike, t: TimeLike, label: Label | None) -> Float[Array, " width"]:
+        check_label_given(label, self.label)
         embedded = self.times(r, t)
         return embedded if self.label is None or label is None else embedded + self.label(label)
 
@@ -174,10 +198,11 @@ def sinusoidal_positions(height: int, width: int, size: int) -> Float[np.ndarray
     The first half of the features encodes the column, the second the row; each half holds size/4 sines, then size/4
     cosines, of position x 10000^(-k / (size/4)). A constant, not a parameter.
 
-    **Arguments:** `height`, `width` of the grid of tokens; `size` a multiple of 4.
+    **Arguments:** `height`, `width` of the grid of tokens; `size` a positive multiple of 4.
     """
-    if size % 4:
-        raise ValueError(f"size must be a multiple of 4, got {size}")
+    check_sizes(height=height, width=width)
+    if size < 4 or size % 4:
+        raise ValueError(f"size must be a positive multiple of 4, got {size}")
     rows, columns = np.meshgrid(np.arange(height), np.arange(width), indexing="ij")
     frequencies = 10_000.0 ** (-np.arange(size // 4) / (size // 4))
 

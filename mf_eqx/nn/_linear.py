@@ -6,6 +6,8 @@ import jax.numpy as jnp
 from jax.nn.initializers import Initializer
 from jaxtyping import Array, Float, Key
 
+from .._check import check_sizes
+
 
 class Linear(eqx.Module):
     """y = x W + b on the last axis, any number of leading axes.
@@ -15,6 +17,8 @@ class Linear(eqx.Module):
 
     **Arguments:** `in_size`, `out_size`; `init` a `jax.nn.initializers` function for the weight, Xavier-uniform by
     default (the bias starts at zero); `key`.
+
+    **Raises:** `ValueError` if a size is below 1.
     """
 
     weight: Float[Array, "in out"]
@@ -28,6 +32,7 @@ class Linear(eqx.Module):
         init: Initializer = jax.nn.initializers.xavier_uniform(),
         key: Key[Array, ""],
     ):
+        check_sizes(in_size=in_size, out_size=out_size)
         self.weight = init(key, (in_size, out_size), jnp.float32)
         self.bias = jnp.zeros(out_size, jnp.float32)
 

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from .._check import check_sizes
 from .._custom_types import at_least_float32
 
 
@@ -42,6 +43,8 @@ class GroupNorm(eqx.Module):
 
     **Arguments:** `groups`; `channels` a multiple of them; `epsilon`.
 
+    **Raises:** `ValueError` unless both are >= 1 and channels are such a multiple.
+
     **Reference:** Group Normalization, Wu, He, 2018, arXiv 1803.08494.
     """
 
@@ -51,6 +54,7 @@ class GroupNorm(eqx.Module):
     epsilon: float = eqx.field(static=True)
 
     def __init__(self, groups: int, channels: int, *, epsilon: float = 1e-6):
+        check_sizes(channels=channels)
         if groups < 1 or channels % groups:
             raise ValueError(f"channels must be a multiple of groups, got {channels} channels and {groups} groups")
         self.weight, self.bias = jnp.ones(channels, jnp.float32), jnp.zeros(channels, jnp.float32)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Real, UInt8
 
-from .._custom_types import as_count, Integer
+from .._custom_types import as_count, Count
 from .._files import write_whole
 from .._optional import optional
 
@@ -26,7 +26,7 @@ def save_image_grid(
     low: int | float,
     high: int | float,
     *,
-    scale: Integer | None = None,
+    scale: Count | None = None,
     row_labels: Sequence[str] | None = None,
     column_labels: Sequence[str] | None = None,
     title: str | None = None,

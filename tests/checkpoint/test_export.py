@@ -169,6 +169,14 @@ def test_a_file_of_another_program_is_refused(tmp_path):
         checkpoint.load_weights(tmp_path / "other", make_field)
 
 
+def test_a_bfloat16_file_of_another_program_is_refused_by_its_format(tmp_path):
+    tensor = {"dtype": "BF16", "shape": [1], "data_offsets": [0, 2]}
+    header = json.dumps({"__metadata__": {"format": "pt"}, "a": tensor}).encode()
+    (tmp_path / "other").write_bytes(len(header).to_bytes(8, "little") + header + b"\x80\x3f")
+    with pytest.raises(ValueError, match="must be a file of save_weights in the format 'mf_eqx weights 1', got 'pt'"):
+        checkpoint.load_weights(tmp_path / "other", make_field)
+
+
 def forged(path, arrays, **metadata):
     """A file with these words beside its arrays, and the digest that belongs to them."""
     import safetensors.numpy

@@ -126,3 +126,13 @@ def test_bad_input_ends_in_one_line(digits, arguments, message, capsys, tmp_path
     assert ended.value.code == 2
     assert re.search(message, line), line
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_digits_that_are_not_finite_score_nan_in_the_table(digits, value):
+    rows = digits.load(digits.Config())
+    judge, label = digits.Judge(rows), digits.label_of(rows.every)
+    x = np.array(rows.every.x)
+    x[3, 0, 4, 4] = value
+    x = digits.pixels(x)
+    assert np.isnan([judge.frechet(x), *judge.read(x, label), judge.nearer_to_training(x)]).all()

@@ -155,3 +155,12 @@ def test_bad_input_ends_in_one_line(toy_2d, arguments, message, capsys, tmp_path
     assert ended.value.code == 2
     assert re.search(message, line), line
     assert not list(tmp_path.iterdir())
+
+
+def test_samples_that_are_not_finite_score_nan_in_the_table(toy_2d):
+    config = dataclasses.replace(toy_2d.Config(), samples=20, large_samples=20, rows=10)
+    problem = toy_2d.make_problem(config, "three_gaussians")
+    for value in (np.nan, np.inf):
+        x = problem.data.at[3].set(value)
+        assert np.isnan(toy_2d.quality(problem, x)).all()
+        assert np.isnan(toy_2d.large_distance(config, problem, x))

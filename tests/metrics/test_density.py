@@ -48,10 +48,21 @@ def test_point_between_the_modes_costs_its_share_of_the_sample():
     np.testing.assert_allclose(coverage(x), 0.99, rtol=1e-14)
 
 
-def test_point_that_is_not_finite_is_no_modes():
-    x = at_the_modes(50, 20, 30)
-    x[7], x[60] = np.nan, np.inf
-    np.testing.assert_allclose(coverage(x), 0.98, rtol=1e-14)
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize(("place", "name"), enumerate(("x", "mean", "std", "weight")))
+def test_coverage_of_what_is_not_finite_is_refused_by_name(place, name, value):
+    arguments = [at_the_modes(50, 20, 30), MEAN.copy(), STD.copy(), WEIGHT.copy()]
+    arguments[place][1] = value
+    with pytest.raises(ValueError, match=f"`{name}` must be finite, got [12] values that are not"):
+        mode_coverage(*map(jnp.asarray, arguments))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("place", range(4))
+def test_coverage_of_what_is_not_finite_is_nan_inside_another_jit(place, value):
+    arguments = [at_the_modes(50, 20, 30), MEAN.copy(), STD.copy(), WEIGHT.copy()]
+    arguments[place][1] = value
+    assert jnp.isnan(jax.jit(mode_coverage)(*arguments))
 
 
 @pytest.mark.parametrize("radius", [1.0, 3.0])
@@ -208,11 +219,30 @@ def test_mass_outside_of_the_grid_counts(low, expected):
     np.testing.assert_allclose(found, expected, atol=5e-3)
 
 
-@pytest.mark.parametrize("place", [-5.0, 5.0, np.nan, np.inf])
+@pytest.mark.parametrize("place", [-5.0, 5.0])
 def test_points_outside_of_the_grid_count(place):
     x = jnp.full((10, 1), place)
     found = total_variation(x, flat_log_density, low=[0], high=[1], bins=4)
     np.testing.assert_allclose(found, 1, rtol=1e-14)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_total_variation_of_what_is_not_finite_is_refused_and_nan_inside_another_jit(value):
+    x = jnp.zeros((10, 1)).at[3].set(value)
+
+    def distance(x):
+        return total_variation(x, flat_log_density, low=[0], high=[1], bins=4)
+
+    with pytest.raises(ValueError, match="`x` must be finite, got 1 values that are not"):
+        distance(x)
+    assert jnp.isnan(jax.jit(distance)(x))
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("shape", [(5,), (0, 1), (5, 0)])
+def test_total_variation_of_what_is_no_sample_is_refused(shape):
+    with pytest.raises(ValueError, match=r"`x` must have shape \(sample, dim\) with at least one point, got \("):
+        total_variation(jnp.zeros(shape), flat_log_density, low=[0], high=[1])
 
 
 def test_edges_belong_to_the_cell_above_them_and_the_last_to_the_last_cell():

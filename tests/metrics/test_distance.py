@@ -286,6 +286,29 @@ def test_wrong_shapes_are_refused(distance, a, b, message):
         distance(jnp.zeros(a), jnp.zeros(b))
 
 
+@every
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("name", ["a", "b"])
+def test_samples_that_are_not_finite_are_refused_by_name(distance, name, value):
+    samples = {"a": normal(1, 20, 3), "b": normal(2, 33, 3)}
+    samples[name] = jnp.asarray(samples[name]).at[4, 1:].set(value)
+    with pytest.raises(ValueError, match=f"`{name}` must be finite, got 2 values that are not"):
+        distance(**samples)
+
+
+@every
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_distance_of_what_is_not_finite_is_nan_under_jit(distance, value):
+    a, b = jnp.asarray(normal(1, 20, 3)), jnp.asarray(normal(2, 33, 3)).at[4, 1].set(value)
+    assert jnp.isnan(jax.jit(distance)(a, b)) and jnp.isnan(jax.jit(distance)(b, a))
+
+
+@every
+def test_values_that_float32_does_not_hold_are_refused(distance):
+    with jax.enable_x64(False), pytest.raises(ValueError, match="`a` must be finite, got 1 values that are not"):
+        distance(np.array([[0.0], [1e300]]), np.zeros((2, 1)))
+
+
 @pytest.mark.parametrize("projections", [0, -3])
 def test_fewer_than_one_projection_is_refused(projections):
     with pytest.raises(ValueError, match=f"`projections` must be at least 1, got {projections}"):

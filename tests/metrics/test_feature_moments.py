@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 import operator
 
@@ -58,11 +59,20 @@ def test_single_feature_has_no_covariance():
         RunningMoments.of(features(1)).moments()
 
 
-def test_features_that_are_not_finite_are_named_by_row():
+def test_features_that_are_not_finite_are_refused():
     x = features()
     x[4, 2] = np.nan
-    with pytest.raises(ValueError, match="finite, got NaN or infinity in row 4"):
+    with pytest.raises(ValueError, match="features must be finite, got 1 values that are not"):
         RunningMoments.of(x)
+
+
+@pytest.mark.parametrize("name", ["mean", "cov"])
+def test_moments_that_are_not_finite_are_not_saved(name, tmp_path):
+    moments = RunningMoments.of(features()).moments()
+    moments = dataclasses.replace(moments, **{name: np.where(getattr(moments, name) == moments.cov[0, 0], 1, np.nan)})
+    with pytest.raises(ValueError, match=rf"{name} must be finite, got \d+ values that are not"):
+        save_moments(tmp_path / "moments.npz", moments)
+    assert not list(tmp_path.iterdir())
 
 
 def test_empty_batch_of_features_is_refused():

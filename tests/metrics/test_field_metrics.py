@@ -150,6 +150,23 @@ def test_value_that_is_not_finite_spoils_its_own_cell_only():
     assert jnp.isnan(errors.error[1, 1])
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("which", [0, 1], ids=["r", "t"])
+def test_time_that_is_not_finite_spoils_all_cells(which, value):
+    truth = gaussian()
+    z, *times = states(truth)
+    times[which] = times[which].at[3].set(value)
+    assert np.isnan(relative_error_by_cell(ScaledField(truth, 1.5), truth, z, *times).value).all()
+
+
+def test_empty_cells_are_nan_without_a_stop_by_debug_nans():
+    truth = gaussian()
+    rows = states(truth)
+    with jax.debug_nans(True):
+        found = relative_error_by_cell(ScaledField(truth, 1.5), truth, *rows).value
+    np.testing.assert_array_equal(np.isnan(found), np.tri(4, k=-1, dtype=bool))
+
+
 def test_cells_add_up_to_the_overall_error():
     truth, field = gaussian(), WrongTimes(gaussian())
     drawn = states(truth)
@@ -368,3 +385,20 @@ def test_identity_that_draws_asks_for_its_key():
     z, r, t = states(truth, 3)
     with pytest.raises(ValueError, match="key must be given, since SplitMeanFlow draws s from it"):
         relative_identity_residual(SplitMeanFlow(), truth, z, z, r, t)
+
+
+def test_residual_of_a_field_that_is_zero_is_nan_without_a_stop_by_debug_nans():
+    z, r, t = states(gaussian(), 5)
+    with jax.debug_nans(True):
+        found = relative_semigroup_residual(ScaledField(gaussian(), 0.0), z, r, t)
+    assert np.isnan(found)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_values_that_are_not_finite_make_residuals_and_errors_nan(value):
+    truth = gaussian()
+    z, r, t = states(truth, 5)
+    z = z.at[2, 1].set(value)
+    assert np.isnan(relative_error(ScaledField(truth, 1.5), truth, z, r, t).value)
+    assert np.isnan(relative_semigroup_residual(truth, z, r, t))
+    assert np.isnan(relative_identity_residual(MeanFlow(), truth, z, z, r, t))

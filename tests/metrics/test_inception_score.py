@@ -54,8 +54,8 @@ def test_splits_without_rows_are_refused(splits):
 
 def test_logits_that_are_not_finite_are_refused():
     x = logits(20)
-    x[3, 2] = np.inf
-    with pytest.raises(ValueError, match="finite, got 1 values"):
+    x[3, 2], x[17, 0] = np.inf, np.nan  # in two of the splits
+    with pytest.raises(ValueError, match="logits must be finite, got 2 values"):
         inception_score(x)
 
 

@@ -66,6 +66,15 @@ def test_wrong_subsets_are_refused(arguments, message):
         kernel_inception_distance(points(40), points(30), **arguments)
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("name", ["a", "b"])
+def test_features_that_are_not_finite_are_refused_by_name(name, value):
+    samples = {"a": points(30), "b": points(30, seed=1)}
+    samples[name][29, 3] = value  # whether or not a subset would meet it
+    with pytest.raises(ValueError, match=f"`{name}` must be finite, got 1 values that are not"):
+        kernel_inception_distance(**samples, subsets=1, size=2)
+
+
 @pytest.mark.parity
 def test_kernel_distance_is_that_of_torch_fidelity_on_whole_samples():
     torch = pytest.importorskip("torch")

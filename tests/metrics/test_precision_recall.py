@@ -57,6 +57,24 @@ def test_wrong_numbers_of_neighbours_are_refused(rows, neighbours):
         precision_recall(points(rows), points(20), neighbours=neighbours)
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("name", ["generated", "real"])
+def test_features_that_are_not_finite_are_refused_by_name(name, value):
+    samples = {"generated": points(30, seed=1), "real": points(30)}
+    samples[name][:5, 3] = value
+    with pytest.raises(ValueError, match=f"`{name}` must be finite, got 5 values that are not"):
+        precision_recall(**samples)
+
+
+@pytest.mark.parametrize("value", [1e20, 1e300], ids=["its square", "itself"])
+@pytest.mark.parametrize("name", ["generated", "real"])
+def test_features_whose_distances_float32_does_not_hold_are_refused(name, value):
+    samples = {"generated": points(30, seed=1).astype(np.float64), "real": points(30).astype(np.float64)}
+    samples[name][3, 3] = value
+    with pytest.raises(ValueError, match=r"squares of `\w+` in float32 must be finite, got \d+ values that are not"):
+        precision_recall(**samples)
+
+
 @pytest.mark.parity
 @pytest.mark.parametrize("neighbours", [3, 5])
 def test_shares_are_those_of_torch_fidelity(neighbours):

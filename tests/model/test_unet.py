@@ -463,7 +463,7 @@ def test_size_that_makes_no_network_is_refused(change, message):
         ({"dropout": 1.0}, r"dropout must lie in \[0, 1\), got 1.0"),
         ({"dropout": -0.1}, r"dropout must lie in \[0, 1\), got -0.1"),
         ({"augmentation": -1}, "augmentation must be >= 0, got -1"),
-        ({"labels": 0}, "labels must be >= 1, got 0"),
+        ({"labels": 0}, "labels must be an integer >= 1, got 0"),
         ({"dtype": jnp.int32}, "dtype must be floating point, got"),
     ],
 )
@@ -475,10 +475,10 @@ def test_option_out_of_its_range_is_refused(option, message):
 def test_label_missing_or_given_in_vain_is_refused():
     z, r, t, condition = inputs()
     for missing in (None, mfx.UNetCondition(augmentation=condition.augmentation)):
-        with pytest.raises(ValueError, match="label must be given for a field with labels, got None"):
+        with pytest.raises(ValueError, match="condition must be a label for a field with labels, got None"):
             small()(z, r, t, missing)
     for label in (condition.label, condition):
-        with pytest.raises(ValueError, match="label must be None for a field without labels, got 1"):
+        with pytest.raises(ValueError, match="condition must be None for a field without labels, got 1"):
             small(labels=None)(z, r, t, label)
 
 

@@ -4,6 +4,7 @@ import jax.random as jr
 import numpy as np
 import pytest
 
+import mf_eqx as mfx
 from mf_eqx import nn
 
 R, T = 0.25, 0.75
@@ -106,6 +107,24 @@ def test_sizes_that_do_not_split_into_cosines_and_sines_are_refused(size):
 # Labels
 
 
+def mlp(labels=3):
+    return mfx.MLP(2, width=4, depth=1, labels=labels, key=jr.key(0)), jnp.ones(2), lambda label: label
+
+
+def dit(labels=3):
+    size = mfx.DiTSize(1, 4, 1, 2)
+    return mfx.DiT((1, 4, 4), size, labels=labels, key=jr.key(0)), jnp.ones((1, 4, 4)), lambda label: label
+
+
+def unet(labels=3):
+    size = mfx.UNetSize(4, (1,), 1, ())
+    return mfx.UNet((1, 4, 4), size, labels=labels, key=jr.key(0)), jnp.ones((1, 4, 4)), lambda label: label
+
+
+def unet_condition(labels=3):
+    return *unet(labels)[:2], lambda label: mfx.UNetCondition(label)
+
+
 def test_label_reads_its_row_and_no_label_the_last():
     layer = nn.LabelEmbedding(10, 4, key=jr.key(0))
     assert layer.table.shape == (11, 4)
@@ -136,13 +155,61 @@ def test_label_missing_or_given_in_vain_is_refused():
         nn.ConditionEmbedding(times)(r, t, jnp.asarray(1))
 
 
+LABELS = {
+    "one of a batch": (lambda: jnp.ones(1, int), r"int\d+ of shape \(1,\)"),
+    "several": (lambda: np.arange(3), r"int64 of shape \(3,\)"),
+    "a list": (lambda: [1], r"int64 of shape \(1,\)"),
+    "True": (lambda: True, r"bool of shape \(\)"),
+    "a boolean array": (lambda: jnp.asarray(False), r"bool of shape \(\)"),
+    "a float": (lambda: 1.0, r"float64 of shape \(\)"),
+    "a float array": (lambda: jnp.ones(()), r"float32 of shape \(\)"),
+    "a one-hot vector": (lambda: jnp.eye(3)[1], r"float32 of shape \(3,\)"),
+}
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("name", LABELS)
+@pytest.mark.parametrize("make", [mlp, dit, unet, unet_condition], ids=lambda make: make.__name__)
+def test_label_that_is_not_one_integer_is_refused_with_its_shape_and_dtype(make, name):
+    label, got = LABELS[name]
+    field, z, condition = make()
+    message = rf"condition must be one integer label of shape \(\) \(.*jax.vmap.*\), got {got}$"
+    with pytest.raises(ValueError, match=message):
+        field(z, 0.0, 1.0, condition(label()))
+
+
+@pytest.mark.parametrize("label", [2, np.int8(2), np.asarray(2), jnp.asarray(2, jnp.uint8)], ids=repr)
+@pytest.mark.parametrize("make", [mlp, dit, unet, unet_condition], ids=lambda make: make.__name__)
+def test_label_may_be_any_integer(make, label):
+    field, z, condition = make()
+    np.testing.assert_array_equal(
+        field(z, 0.0, 1.0, condition(label)), field(z, 0.0, 1.0, condition(jnp.asarray(2, jnp.int32)))
+    )
+
+
+@pytest.mark.parametrize("label", [-1, 4, np.int64(2**32), jnp.asarray(4)], ids=repr)
+def test_label_out_of_range_is_refused_where_its_value_is_known(label):
+    with pytest.raises(ValueError, match=rf"condition must be a label in \[0, 3\], got {int(label)}"):
+        nn.LabelEmbedding(3, 4, key=jr.key(0))(label)
+
+
+@pytest.mark.parametrize("make", [mlp, dit, unet, unet_condition], ids=lambda make: make.__name__)
+def test_label_missing_or_in_vain_is_refused_by_every_network(make):
+    field, z, condition = make()
+    with pytest.raises(ValueError, match="condition must be a label for a field with labels, got None"):
+        field(z, 0.0, 1.0)
+    field, z, condition = make(labels=None)
+    with pytest.raises(ValueError, match="condition must be None for a field without labels, got 1"):
+        field(z, 0.0, 1.0, condition(jnp.asarray(1)))
+
+
 def test_null_label_needs_labels():
     with pytest.raises(ValueError, match="labels must be given for a null label to exist"):
         _ = nn.ConditionEmbedding(nn.TimePairEmbedding(4, key=jr.key(0))).null_label
 
 
 def test_zero_labels_are_refused():
-    with pytest.raises(ValueError, match="labels must be >= 1, got 0"):
+    with pytest.raises(ValueError, match="labels must be an integer >= 1, got 0"):
         nn.LabelEmbedding(0, 4, key=jr.key(0))
 
 
@@ -169,7 +236,7 @@ def test_positions_encode_the_column_in_the_first_half_and_the_row_in_the_second
 
 
 def test_positions_refuse_a_size_without_quarters():
-    with pytest.raises(ValueError, match="size must be a multiple of 4, got 6"):
+    with pytest.raises(ValueError, match="size must be a positive multiple of 4, got 6"):
         nn.sinusoidal_positions(2, 2, 6)
 
 

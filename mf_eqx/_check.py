@@ -1,0 +1,47 @@
+"""Checks of arguments that several parts share. Values that JAX traces are not known, and pass."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, ArrayLike, Shaped
+
+
+def known(values: Any) -> Shaped[np.ndarray, "..."] | None:
+    """`values` on the host, or None where JAX traces them."""
+    try:
+        return np.asarray(values)
+    except jax.errors.TracerArrayConversionError:
+        return None
+
+
+def check_finite(name: str, values: Any) -> None:
+    """Raises a `ValueError` unless all `values` are finite."""
+    on_host = known(values)
+    if on_host is not None and not (finite := np.isfinite(on_host)).all():
+        raise ValueError(f"{name} must be finite, got {np.sum(~finite)} values that are not")
+
+
+def check_positive(name: str, values: Any) -> None:
+    """Raises a `ValueError` unless all `values` are > 0 and finite."""
+    on_host = known(values)
+    if on_host is not None and not np.all(np.isfinite(on_host) & (on_host > 0)):
+        raise ValueError(f"{name} must be > 0 and finite, got {on_host}")
+
+
+def check_sizes(**sizes: Any) -> None:
+    """Raises a `ValueError` unless each of these, an integer or several, is >= 1."""
+    for name, size in sizes.items():
+        several = isinstance(size, tuple | list)
+        if not all(isinstance(one, int | np.integer) and one >= 1 for one in (size if several else (size,))):
+            raise ValueError(f"{name} must be {'of integers' if several else 'an integer'} >= 1, got {size}")
+
+
+def quotient(total: ArrayLike, count: ArrayLike) -> Array | np.ndarray:
+    """total / count, NaN without a word where both are 0: on the host, unless JAX traces them."""
+    dividend, divisor = known(total), known(count)
+    if dividend is None or divisor is None:
+        return jnp.divide(total, count)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.asarray(np.divide(dividend, divisor))

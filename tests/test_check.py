@@ -1,0 +1,146 @@
+"""Checks of arguments, and what they are used for: sizes of zero everywhere, and 0/0 that is meant."""
+
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import optax
+import pytest
+
+import mf_eqx as mfx
+from mf_eqx import exact, nn
+from mf_eqx._check import check_finite, check_positive, check_sizes
+
+KEY = jr.key(0)
+
+
+def dit(shape=(4, 8, 8), **size):
+    return mfx.DiT(shape, mfx.DiTSize(**({"depth": 1, "width": 8, "heads": 2, "patch": 2} | size)), key=KEY)
+
+
+def unet(shape=(3, 8, 8), **size):
+    default = {"width": 8, "multipliers": (1,), "blocks": 1, "attention": ()}
+    return mfx.UNet(shape, mfx.UNetSize(**(default | size)), key=KEY)
+
+
+def generator():
+    return mfx.Generator(mfx.MLP(2, width=4, depth=1, key=KEY), KEY, (2,))
+
+
+EMPTY = {
+    "MLP of size 0": (lambda: mfx.MLP(0, key=KEY), "size must be an integer >= 1, got 0"),
+    "MLP of width 0": (lambda: mfx.MLP(2, width=0, key=KEY), "width must be an integer >= 1, got 0"),
+    "MLP of depth 0": (lambda: mfx.MLP(2, depth=0, key=KEY), "depth must be an integer >= 1, got 0"),
+    "MLP of half a layer": (lambda: mfx.MLP(2, depth=1.5, key=KEY), "depth must be an integer >= 1, got 1.5"),
+    "MLP of 0 labels": (lambda: mfx.MLP(2, labels=0, key=KEY), "labels must be an integer >= 1, got 0"),
+    **{
+        f"{name} of shape {shape}": (
+            lambda make=make, shape=shape: make(shape),
+            rf"data_shape must be of integers >= 1, got \({', '.join(map(str, shape))}\)",
+        )
+        for name, make in (("DiT", dit), ("U-Net", unet))
+        for shape in ((0, 8, 8), (3, 0, 8), (3, 8, 0))
+    },
+    **{
+        f"DiT of {name} 0": (lambda name=name: dit(**{name: 0}), rf"size must be positive .*\b{name}=0")
+        for name in mfx.DiTSize._fields
+    },
+    "U-Net of width 0": (lambda: unet(width=0), "width must be a positive multiple of 4, got 0"),
+    "U-Net of blocks 0": (lambda: unet(blocks=0), "blocks must be >= 1, got 0"),
+    "U-Net of multiplier 0": (lambda: unet(multipliers=(0,)), "multipliers must be at least one number >= 1, got"),
+    "Linear from 0": (lambda: nn.Linear(0, 3, key=KEY), "in_size must be an integer >= 1, got 0"),
+    "Linear to 0": (lambda: nn.Linear(3, 0, key=KEY), "out_size must be an integer >= 1, got 0"),
+    "GroupNorm of 0 groups": (lambda: nn.GroupNorm(0, 4), "channels must be a multiple of groups, got 4 .* 0 groups"),
+    "GroupNorm of 0 channels": (lambda: nn.GroupNorm(1, 0), "channels must be an integer >= 1, got 0"),
+    "SelfAttention of 0 heads": (lambda: nn.SelfAttention(4, 0, key=KEY), "width must be a multiple of heads, got"),
+    "SelfAttention of width 0": (lambda: nn.SelfAttention(0, 2, key=KEY), "width must be an integer >= 1, got 0"),
+    "LabelEmbedding of width 0": (lambda: nn.LabelEmbedding(3, 0, key=KEY), "width must be an integer >= 1, got 0"),
+    "TimePairEmbedding of width 0": (lambda: nn.TimePairEmbedding(0, key=KEY), "width must be an integer >= 1, got 0"),
+    "positions of size 0": (lambda: nn.sinusoidal_positions(2, 2, 0), "size must be a positive multiple of 4, got 0"),
+    "positions of height 0": (lambda: nn.sinusoidal_positions(0, 2, 4), "height must be an integer >= 1, got 0"),
+    "sinusoids of size 0": (lambda: nn.sinusoidal_embedding(0.5, 0), "size must be even and positive, got 0"),
+    "no noise": (
+        lambda: mfx.sample(generator().field, jnp.ones(0)),
+        r"eps must hold at least one value, got shape \(0,\)",
+    ),
+    "batches of 0": (lambda: generator().batches(1, 0, mfx.Parallelism()), "batch must be >= 1, got 0"),
+    "mixture without values": (
+        lambda: exact.GaussianMixture(jnp.ones((3, 0)), 1.0),
+        r"mean must .* got shape \(3, 0\)",
+    ),
+    "points without values": (lambda: exact.PointSet(jnp.ones((3, 0))), r"points must .* got shape \(3, 0\)"),
+    "stack of 0 copies": (lambda: exact.StackedMixture(exact.eight_gaussians(), 0), "copies must be >= 1, got 0"),
+    "draw of 0": (lambda: exact.draw(exact.eight_gaussians(), 0, KEY), "number must be an integer >= 1, got 0"),
+    "Draw of 0": (lambda: exact.Draw(exact.eight_gaussians(), 0), "batch must be an integer >= 1, got 0"),
+    "DrawLabelled of 0": (
+        lambda: exact.DrawLabelled(exact.eight_gaussians(), 0),
+        "batch must be an integer >= 1, got 0",
+    ),
+}
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(("make", "message"), EMPTY.values(), ids=EMPTY)
+def test_what_would_be_empty_is_refused_by_name(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize("size", [1, np.int64(3), (1, 2), []])
+def test_sizes_of_at_least_one_are_taken(size):
+    check_sizes(size=size)
+
+
+@pytest.mark.parametrize("check", [check_finite, check_positive])
+def test_values_that_are_traced_pass(check):
+    assert jax.jit(lambda x: (check("x", x), x)[1])(jnp.nan) is not None
+
+
+# 0 / 0
+
+
+@pytest.mark.parametrize("kind", [np.asarray, jnp.asarray])
+def test_mean_of_nothing_is_nan_without_a_stop_by_debug_nans(kind):
+    mean = mfx.Mean(kind([3.0, 0.0]), kind([2.0, 0.0]))
+    with jax.debug_nans(True):
+        found = mean.value
+    np.testing.assert_array_equal(found, [1.5, np.nan])
+    assert found.dtype == mean.total.dtype and found.shape == (2,)
+
+
+def test_single_mean_of_nothing_is_nan_without_a_warning(recwarn):
+    assert np.isnan(mfx.Mean(jnp.zeros(()), jnp.zeros(())).value)
+    assert not recwarn.list
+
+
+def test_mean_of_traced_values_is_traced():
+    found = jax.jit(lambda total: mfx.Mean(total, jnp.asarray([2.0, 0.0])).value)(jnp.asarray([3.0, 0.0]))
+    np.testing.assert_array_equal(found, [1.5, np.nan])
+
+
+IDENTITIES = [None, mfx.MeanFlow(), mfx.ImprovedMeanFlow(), mfx.Shortcut(), mfx.SplitMeanFlow()]
+
+
+@pytest.mark.parametrize("identity", IDENTITIES, ids=lambda identity: type(identity).__name__)
+def test_a_step_and_its_metrics_make_no_nan_on_the_way(identity):
+    label_dropout, guidance = mfx.LabelDropout(0.1, 2), mfx.Guidance(2.0, 0.5)
+    # Times at both ends, and data without any variation.
+    times = mfx.TimePairs(AtTheEnds())
+    share = 0.0 if identity is None else 0.5
+    objective = mfx.Objective(
+        identity, time_pairs=times, identity_share=share, guidance=guidance, label_dropout=label_dropout
+    )
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
+    average = [mfx.ExponentialAverage(0.9)]
+    with jax.debug_nans(True):
+        state = mfx.init_state(mfx.MLP(2, width=4, depth=1, labels=2, key=KEY), optimizer, average, key=KEY)
+        step = mfx.TrainStep(objective, optimizer, average)
+        for _ in range(2):
+            state, metrics = step(state, mfx.Batch(jnp.zeros((8, 2)), jnp.zeros(8, jnp.int32)))
+        assert np.isfinite(metrics["loss"].value)
+        assert all(mean.value is not None for mean in metrics.values())
+
+
+class AtTheEnds(mfx.AbstractTimes):
+    def __call__(self, *, key):
+        return jnp.round(jr.uniform(key))
