@@ -33,21 +33,11 @@ TimeLike: TypeAlias = Real[ArrayLike, ""]
 Label: TypeAlias = Integer[ArrayLike, ""]
 Condition: TypeAlias = PyTree[Any]
 """A PyTree of arrays without batch axis (an integer label, an embedding), or None."""
-Count: TypeAlias = int | np.integer
 
 
 def at_least_float32(x: Inexact[Array, "*any"] | Inexact[np.ndarray, "*any"]) -> Inexact[Array, "*any"]:
     """`x` in float32 or better. Times, targets, losses and averages never go below: in bfloat16, 1 + 1e-3 == 1."""
     return jnp.asarray(x, np.promote_types(x.dtype, np.float32))
-
-
-def as_count(name: str, value: Count, least: int = 1) -> int:
-    """`value` as an int. **Raises:** `ValueError` that names it unless it is an integer, no truth value, >= `least`."""
-    if isinstance(value, bool) or not isinstance(value, int | np.integer):
-        raise ValueError(f"{name} must be an integer, got {value!r}")
-    if value < least:
-        raise ValueError(f"{name} must be >= {least}, got {value}")
-    return int(value)
 
 
 def as_scalar(

@@ -17,11 +17,11 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Int, Key, Real
 
-from ._check import check_sizes
 from ._custom_types import Label
 from ._field import AbstractField
 from ._sample import check_times, sample, Times
 from ._sharding import Parallelism
+from ._validate import check_sizes
 
 
 def _as_times(times: Times) -> tuple[float, ...]:

@@ -26,13 +26,13 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, Key, PyTree, Shaped
 
-from ._check import quotient
 from ._custom_types import at_least_float32, Condition, Scalar, Time, TimeLike
 from ._field import AbstractField, check_per_example, stopped
 from ._guidance import first_lost, Guidance, LabelDropout
 from ._identity import AbstractIdentity, Context, MeanFlow
 from ._interpolant import AbstractInterpolant, LinearInterpolant
 from ._times import AbstractTimes, as_share, check_batch_size, split_rows, TimePairs
+from ._validate import quotient
 from ._weight import AbstractWeight, AdaptiveWeight
 
 

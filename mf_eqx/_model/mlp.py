@@ -8,9 +8,9 @@ from jax.nn.initializers import xavier_uniform, zeros
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key
 
-from .._check import check_sizes
 from .._custom_types import as_times, Label, TimeLike
 from .._field import AbstractField
+from .._validate import check_sizes
 from ..nn import (
     cast,
     ConditionEmbedding,

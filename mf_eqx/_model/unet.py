@@ -27,9 +27,9 @@ from jax.nn.initializers import Initializer, normal, variance_scaling
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key
 
-from .._check import check_sizes
 from .._custom_types import as_times, Label, Time, TimeLike
 from .._field import AbstractField
+from .._validate import check_sizes
 from ..nn import (
     AbstractAttention,
     cast,

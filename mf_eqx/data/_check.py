@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int, Shaped
 
-from .._custom_types import as_count, Count
+from .._validate import as_count, Count
 
 _MOST_LABELS = 1 << 31
 """The largest label is then that of int32."""

@@ -7,8 +7,8 @@ import jax
 import jax.random as jr
 from jaxtyping import Array, Int, Key, Num
 
-from .._custom_types import as_count
 from .._objective import Batch
+from .._validate import as_count
 
 
 class DrawRows(eqx.Module):

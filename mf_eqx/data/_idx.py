@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Shaped
 
-from .._custom_types import as_count, Count
+from .._validate import as_count, Count
 from ._file import most_unpacked, open_unpacked, PathLike, read_up_to
 from ._source import ArraySource, check_labels
 

@@ -13,9 +13,9 @@ from typing import Any, NoReturn
 import numpy as np
 from jaxtyping import Int, UInt8
 
-from .._custom_types import as_count, Count
 from .._leaves import some
 from .._optional import optional
+from .._validate import as_count, Count
 from ._file import PathLike, read_regular
 from ._source import AbstractSource, Rows
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int, Shaped
 
-from .._custom_types import Count
+from .._validate import Count
 from ._file import as_paths, name_of, open_regular, PathLike
 from ._source import AbstractSource, check_labels, Rows
 

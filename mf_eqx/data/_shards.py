@@ -26,7 +26,7 @@ from typing import BinaryIO, NamedTuple, NoReturn
 import numpy as np
 from jaxtyping import Int, Shaped, UInt32
 
-from .._custom_types import as_count, Count
+from .._validate import as_count, Count
 from ._file import open_regular, PathLike
 from ._manifest import as_text, File, MANIFEST, Manifest, name_of_file, read_manifest, VERSION
 from ._npy import map_npy, NpySource, NUMBERS

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int, Shaped
 
-from .._custom_types import Count
+from .._validate import Count
 from . import _check
 
 

@@ -21,9 +21,9 @@ import jax
 import numpy as np
 from jaxtyping import Int
 
-from .._custom_types import as_count, Count
 from .._objective import Batch
 from .._sharding import Parallelism
+from .._validate import as_count, Count
 from ._source import AbstractSource, check_source, check_taken
 
 _SAMPLED = 64

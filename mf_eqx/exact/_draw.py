@@ -5,8 +5,8 @@ import jax
 import jax.random as jr
 from jaxtyping import Array, Float, Key
 
-from .._check import check_sizes
 from .._objective import Batch
+from .._validate import check_sizes
 from ._base import AbstractDistribution
 from ._gaussian_mixture import GaussianMixture
 

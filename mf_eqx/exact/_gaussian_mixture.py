@@ -19,9 +19,9 @@ import numpy as np
 from jax.scipy.special import logsumexp
 from jaxtyping import Array, Float, Int, Key
 
-from .._check import check_finite, check_positive
 from .._custom_types import as_scalar, Condition, Scalar, TimeLike
 from .._interpolant import AbstractInterpolant
+from .._validate import check_finite, check_positive
 from ._base import AbstractDistribution
 
 

@@ -16,9 +16,9 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, Float, Key
 
-from .._check import check_finite, check_positive
 from .._custom_types import as_scalar, Condition, TimeLike
 from .._interpolant import AbstractInterpolant
+from .._validate import check_finite, check_positive
 from ._base import AbstractDistribution
 
 

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from .._check import check_finite
 from .._custom_types import at_least_float32, Scalar
+from .._validate import check_finite
 from ._distance import nan_unless_finite
 
 

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
-from .._check import check_finite, known
+from .._validate import check_finite, known
 
 # Bounds the temporary of distances between all pairs: 2**20 differences are 4 MiB in float32.
 _DIFFERENCES_PER_BLOCK = 2**20

@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Array, Float, Shaped
 
-from .._check import check_finite
 from .._files import write_whole
+from .._validate import check_finite
 
 _MEAN, _COVARIANCE = ("mu", "ref_mu"), ("sigma", "ref_sigma")
 

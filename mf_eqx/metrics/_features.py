@@ -19,8 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, UInt8
 
-from .._custom_types import as_count, Count
 from .._leaves import digest, leaves, on_host
+from .._validate import as_count, Count
 from ._feature_moments import FeatureMoments, RunningMoments
 from ._inception import Features
 from ._protocol import Protocol

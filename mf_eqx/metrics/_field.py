@@ -25,12 +25,12 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, Float, Int, Key, PyTree, Shaped
 
-from .._check import quotient
 from .._custom_types import at_least_float32, Condition, Scalar, Time
 from .._field import AbstractField
 from .._identity import AbstractIdentity, Context, semigroup_residual
 from .._interpolant import AbstractInterpolant
 from .._times import TimePairs
+from .._validate import quotient
 
 
 class RelativeError(eqx.Module):

@@ -13,7 +13,7 @@ All of it runs in float64 on the host: features come in thousands, and the trace
 import numpy as np
 from jaxtyping import Array, Float
 
-from .._check import check_finite
+from .._validate import check_finite
 from ._distance import check_samples
 
 # Asymmetry and negative eigenvalues, relative to the largest, that still count as rounding. Float64 alone would allow

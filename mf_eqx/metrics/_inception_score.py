@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Array, Float
 
-from .._check import check_finite
+from .._validate import check_finite
 
 
 class MeanAndStd(NamedTuple):

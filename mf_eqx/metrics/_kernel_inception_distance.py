@@ -8,7 +8,7 @@ without bias, unlike the Fréchet distance, so that samples of different sizes c
 import numpy as np
 from jaxtyping import Array, Float
 
-from .._check import check_finite
+from .._validate import check_finite
 from ._distance import check_samples
 from ._inception_score import MeanAndStd
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from .._check import check_finite
+from .._validate import check_finite
 from ._distance import check_samples
 
 # Bounds the temporary of squared distances: 2**25 of them are 128 MiB in float32.

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from .._custom_types import as_count, Count
+from .._validate import as_count, Count
 
 
 def resize_tensorflow1(

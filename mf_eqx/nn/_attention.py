@@ -25,7 +25,7 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, Float, Key
 
-from .._check import check_sizes
+from .._validate import check_sizes
 from ._linear import Linear
 
 

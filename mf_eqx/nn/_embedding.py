@@ -18,8 +18,8 @@ import numpy as np
 from jax.nn.initializers import normal
 from jaxtyping import Array, Float, Key
 
-from .._check import check_sizes, known
 from .._custom_types import as_scalar, as_times, at_least_float32, Label, ScalarLike, Time, TimeLike
+from .._validate import check_sizes, known
 from ._linear import Linear
 
 TimeVariables: TypeAlias = Callable[[Time, Time], tuple[Time, ...]]

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax.nn.initializers import Initializer
 from jaxtyping import Array, Float, Key
 
-from .._check import check_sizes
+from .._validate import check_sizes
 
 
 class Linear(eqx.Module):

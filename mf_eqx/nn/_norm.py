@@ -5,8 +5,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from .._check import check_sizes
 from .._custom_types import at_least_float32
+from .._validate import check_sizes
 
 
 def layer_norm(x: Float[Array, "*rows width"], *, epsilon: float = 1e-6) -> Float[Array, "*rows width"]:

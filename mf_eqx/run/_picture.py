@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Real, UInt8
 
-from .._custom_types import as_count, Count
 from .._files import write_whole
 from .._optional import optional
+from .._validate import as_count, Count
 
 _DPI = 128
 _GAP = 4

@@ -98,10 +98,10 @@ def test_label_that_int32_does_not_hold_is_refused(dtype):
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
-        (0, "labels must be >= 1, got 0"),
+        (0, "labels must be an integer >= 1, got 0"),
         (2**31 + 1, "labels must be at most 2147483648, since a label is used as int32, got 2147483649"),
-        (True, "labels must be an integer, got True"),
-        (2.5, "labels must be an integer, got 2.5"),
+        (True, "labels must be an integer >= 1, got True"),
+        (2.5, "labels must be an integer >= 1, got 2.5"),
     ],
 )
 def test_what_is_no_number_of_labels_is_refused(unchecked, labels, message):

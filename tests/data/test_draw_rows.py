@@ -34,9 +34,9 @@ def test_batch_may_be_an_integer_of_numpy():
 @pytest.mark.parametrize(
     ("x", "label", "batch", "message"),
     [
-        (jnp.zeros((6, 1)), None, 0, "batch must be >= 1, got 0"),
-        (jnp.zeros((6, 1)), None, 2.5, "batch must be an integer, got 2.5"),
-        (jnp.zeros((6, 1)), None, True, "batch must be an integer, got True"),
+        (jnp.zeros((6, 1)), None, 0, "batch must be an integer >= 1, got 0"),
+        (jnp.zeros((6, 1)), None, 2.5, "batch must be an integer >= 1, got 2.5"),
+        (jnp.zeros((6, 1)), None, True, "batch must be an integer >= 1, got True"),
         (
             jnp.zeros((6, 1)),
             jnp.zeros(3, int),

@@ -170,5 +170,5 @@ def test_truncated_file_is_refused(data, content, path):
 
 @pytest.mark.parametrize("most_bytes", [1.5, True])
 def test_number_of_bytes_that_is_no_integer_is_refused(unchecked, most_bytes, write):
-    with pytest.raises(ValueError, match=f"most_bytes must be an integer, got {most_bytes}"):
+    with pytest.raises(ValueError, match=f"most_bytes must be an integer >= 1, got {most_bytes}"):
         read_idx(write("images", WHOLE), most_bytes=most_bytes)

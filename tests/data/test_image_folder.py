@@ -200,13 +200,13 @@ def test_missing_pillow_is_told(monkeypatch, tmp_path):
 
 
 def test_no_size_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="size must be >= 1, got 0"):
+    with pytest.raises(ValueError, match="size must be an integer >= 1, got 0"):
         ImageFolderSource(tmp_path, size=0)
 
 
 @pytest.mark.parametrize("size", [2.5, True])
 def test_size_that_is_no_integer_is_refused(unchecked, size, tmp_path):
-    with pytest.raises(ValueError, match=f"size must be an integer, got {size}"):
+    with pytest.raises(ValueError, match=f"size must be an integer >= 1, got {size}"):
         ImageFolderSource(tmp_path, size=size)
 
 

@@ -178,13 +178,13 @@ def test_source_of_nothing_is_refused(length, row_shape, tmp_path):
 
 
 def test_shards_of_no_rows_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="rows_per_shard must be >= 1, got 0"):
+    with pytest.raises(ValueError, match="rows_per_shard must be an integer >= 1, got 0"):
         write(tmp_path / "s", rows_per_shard=0)
 
 
 @pytest.mark.parametrize("rows_per_shard", [2.5, True])
 def test_rows_per_shard_that_are_no_integer_are_refused(unchecked, rows_per_shard, tmp_path):
-    with pytest.raises(ValueError, match=f"rows_per_shard must be an integer, got {rows_per_shard}"):
+    with pytest.raises(ValueError, match=f"rows_per_shard must be an integer >= 1, got {rows_per_shard}"):
         write(tmp_path / "s", rows_per_shard=rows_per_shard)
 
 

@@ -349,20 +349,20 @@ def test_batch_that_the_source_cannot_fill_is_refused():
     ("name", "value", "least"), [("batch", 0, 1), ("batch", -1, 1), ("seed", -1, 0), ("threads", 0, 1), ("ahead", 0, 1)]
 )
 def test_numbers_below_the_least_are_refused(name, value, least):
-    with pytest.raises(ValueError, match=f"{name} must be >= {least}, got {value}"):
+    with pytest.raises(ValueError, match=f"{name} must be an integer >= {least}, got {value}"):
         stream(**{name: value})
 
 
 @pytest.mark.parametrize("read", [lambda s: s[-1], lambda s: s.rows(-1), lambda s: next(s.batches(-2))])
 def test_negative_step_is_refused(read):
-    with pytest.raises(ValueError, match="step must be >= 0, got -"):
+    with pytest.raises(ValueError, match="step must be an integer >= 0, got -"):
         read(Stream(ArraySource(np.zeros((9, 1), np.float32)), 3))
 
 
 @pytest.mark.parametrize("value", [2.5, 2.0, True, "2", None])
 @pytest.mark.parametrize("name", ["batch", "seed", "threads", "ahead"])
 def test_what_is_no_integer_is_refused_when_the_stream_is_made(unchecked, name, value):
-    with pytest.raises(ValueError, match=f"{name} must be an integer, got {value!r}"):
+    with pytest.raises(ValueError, match=f"{name} must be an integer >= {int(name != 'seed')}, got {value!r}"):
         stream(**{name: value})
 
 
@@ -375,7 +375,7 @@ def test_integers_of_numpy_count_like_those_of_python():
 
 @pytest.mark.parametrize("read", [lambda s: s[1.5], lambda s: s.rows(1.5), lambda s: next(s.batches(1.5))])
 def test_step_that_is_no_integer_is_refused(unchecked, read):
-    with pytest.raises(ValueError, match=r"step must be an integer, got 1.5"):
+    with pytest.raises(ValueError, match=r"step must be an integer >= 0, got 1.5"):
         read(stream())
 
 

@@ -121,10 +121,10 @@ def test_sample_that_is_not_finite_is_named_by_its_number():
         ([jnp.zeros((2, 3, 4, 4))], 3, "must hold 3 images, got 2"),
         ([], None, "must hold at least 1 images, got 0"),
         ([jnp.zeros((2, 3, 0, 4))], None, r"none of them 0, got \(2, 3, 0, 4\)"),
-        ([jnp.zeros((2, 3, 4, 4))], 0, "count must be >= 2, got 0"),
-        ([jnp.zeros((2, 3, 4, 4))], 1, "count must be >= 2, got 1"),
-        ([jnp.zeros((2, 3, 4, 4))], 1.5, "count must be an integer, got 1.5"),
-        ([jnp.zeros((2, 3, 4, 4))], True, "count must be an integer, got True"),
+        ([jnp.zeros((2, 3, 4, 4))], 0, "count must be an integer >= 2, got 0"),
+        ([jnp.zeros((2, 3, 4, 4))], 1, "count must be an integer >= 2, got 1"),
+        ([jnp.zeros((2, 3, 4, 4))], 1.5, "count must be an integer >= 2, got 1.5"),
+        ([jnp.zeros((2, 3, 4, 4))], True, "count must be an integer >= 2, got True"),
     ],
 )
 def test_wrong_batches_of_images_are_refused(batches, count, message):

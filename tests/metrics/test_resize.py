@@ -109,7 +109,7 @@ def test_images_without_pixels_are_refused(unchecked, resize, shape):
 
 @RESIZES
 @pytest.mark.parametrize(
-    ("size", "message"), [(0, "size must be >= 1, got 0"), (2.5, "size must be an integer, got 2.5")]
+    ("size", "message"), [(0, "size must be an integer >= 1, got 0"), (2.5, "size must be an integer >= 1, got 2.5")]
 )
 def test_size_of_no_pixels_is_refused(unchecked, resize, size, message):
     with pytest.raises(ValueError, match=message):

@@ -86,7 +86,7 @@ def test_pixels_that_are_not_finite_are_red(tmp_path):
         (grid(), {"low": -np.inf, "high": 1.0}, "low must be < high, both finite, got -inf and 1.0"),
         (grid(), {"low": 0.0, "high": np.nan}, "low must be < high, both finite, got 0.0 and nan"),
         (grid().astype(np.uint8), {"low": -1.0, "high": 1.0}, "low must be >= 0 for images in uint8, got -1.0"),
-        (grid(), {"scale": 0}, "scale must be >= 1, got 0"),
+        (grid(), {"scale": 0}, "scale must be an integer >= 1, got 0"),
         (grid(), {"row_labels": ["a"]}, "row_labels must be 2 texts, got 1"),
         (grid(), {"column_labels": ["a"]}, "column_labels must be 3 texts, got 1"),
     ],
@@ -105,5 +105,5 @@ def test_what_is_no_real_numbers_is_refused(unchecked, tmp_path, dtype):
 
 @pytest.mark.parametrize("scale", [2.5, True])
 def test_scale_that_is_no_integer_is_refused(unchecked, tmp_path, scale):
-    with pytest.raises(ValueError, match=f"scale must be an integer, got {scale}"):
+    with pytest.raises(ValueError, match=f"scale must be an integer >= 1, got {scale}"):
         saved(tmp_path, grid(), scale=scale)

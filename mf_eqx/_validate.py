@@ -1,11 +1,15 @@
 """Checks of arguments that several parts share. Values that JAX traces are not known, and pass."""
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Shaped
+
+Count: TypeAlias = int | np.integer
+"""How many there are of something."""
 
 
 def known(values: Any) -> Shaped[np.ndarray, "..."] | None:
@@ -30,12 +34,24 @@ def check_positive(name: str, values: Any) -> None:
         raise ValueError(f"{name} must be > 0 and finite, got {on_host}")
 
 
-def check_sizes(**sizes: Any) -> None:
+def as_count(name: str, value: Count, least: int = 1) -> int:
+    """`value` as an int. **Raises:** `ValueError` unless it is an integer, no truth value, and >= `least`."""
+    if not _is_count(value, least):
+        raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
+    return int(value)
+
+
+def check_sizes(**sizes: Count | Sequence[Count]) -> None:
     """Raises a `ValueError` unless each of these, an integer or several, is >= 1."""
     for name, size in sizes.items():
-        several = isinstance(size, tuple | list)
-        if not all(isinstance(one, int | np.integer) and one >= 1 for one in (size if several else (size,))):
-            raise ValueError(f"{name} must be {'of integers' if several else 'an integer'} >= 1, got {size}")
+        if not isinstance(size, Sequence):
+            as_count(name, size)
+        elif not all(_is_count(one) for one in size):
+            raise ValueError(f"{name} must be of integers >= 1, got {size}")
+
+
+def _is_count(value: Any, least: int = 1) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool) and int(value) >= least
 
 
 def quotient(total: ArrayLike, count: ArrayLike) -> Array | np.ndarray:

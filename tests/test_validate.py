@@ -9,7 +9,7 @@ import pytest
 
 import mf_eqx as mfx
 from mf_eqx import exact, nn
-from mf_eqx._check import check_finite, check_positive, check_sizes
+from mf_eqx._validate import check_finite, check_positive, check_sizes
 
 KEY = jr.key(0)
 
