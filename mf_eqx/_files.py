@@ -7,14 +7,15 @@ from pathlib import Path
 _PART = ".part"
 
 
-def write_whole(path: str | Path, content: bytes) -> None:
+def write_whole(path: str | Path, *pieces: bytes | memoryview) -> None:
     """Write a file, and the folders that it is in: under its name there is what was there before, or all of it."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(path.name + _PART)
     try:
         with beside.open("wb") as file:
-            file.write(content)
+            for piece in pieces:
+                file.write(piece)
             file.flush()
             os.fsync(file.fileno())  # or a machine that loses power may keep the new name without the content
         beside.replace(path)

@@ -8,8 +8,9 @@
 Both need the extra `export`.
 """
 
+import contextlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,7 +35,8 @@ _LONGEST_HEADER = 100_000_000
 
 def save_weights(path: str | Path, field: AbstractField, config: Mapping[str, Any] | None = None) -> None:
     """Write the arrays of a field as safetensors, each under its path in the field, with the configuration that the
-    field is made from. The file is whole or absent. One process writes; all must call it.
+    field is made from. The file is whole or absent, and its bytes are the same each time for the same arrays and
+    configuration. One process writes; all must call it.
 
     **Arguments:** `path` of the file; `field` usually an average; `config` anything that JSON can hold.
 
@@ -49,7 +51,7 @@ def save_weights(path: str | Path, field: AbstractField, config: Mapping[str, An
     if jax.process_index() == 0:
         text = json.dumps(dict(config or {}))
         content = {"format": _FORMAT, "config": text, "sha256": _digest(arrays, text)}
-        write_whole(path, safetensors.numpy.save(arrays, content))
+        write_whole(path, *_with_ordered_header(safetensors.numpy.save(arrays, content)))
 
 
 def load_weights(
@@ -87,7 +89,8 @@ def export_sampler(
 
     needs nothing but JAX. The number of rows is free. The weights are inside the program: a few hundred MB are fine, a
     format limit of 2 GB is not far from the largest networks. Unlike the other files here it has no checksum, since
-    JAX alone reads it: where it is copied far, send its SHA-256 along.
+    JAX alone reads it: where it is copied far, send its SHA-256 along. Names and lines of source files are left out, so
+    that one version of JAX writes the same bytes for the same field wherever it is called from.
 
     **Arguments:** `path` of the file; `field`; `data_shape` of one row; `condition` of one row, whose structure, shapes
     and dtypes count, or None; `times` as of `sample`; `platforms` that it may run on.
@@ -102,7 +105,8 @@ def export_sampler(
     conditions = () if condition is None else (condition,)
     given = [jax.ShapeDtypeStruct((rows, *data_shape), jnp.float32)]
     given += jax.tree.map(lambda c: jax.ShapeDtypeStruct((rows, *np.shape(c)), jnp.result_type(c)), conditions)
-    exported = jax.export.export(jax.jit(draw), platforms=list(platforms))(*given)
+    with _without_source_lines():
+        exported = jax.export.export(jax.jit(draw), platforms=list(platforms))(*given)
     if jax.process_index() == 0:
         write_whole(path, bytes(exported.serialize()))
 
@@ -142,6 +146,28 @@ def _metadata(content: bytes) -> dict[str, str]:
     if length > min(len(content), _LONGEST_HEADER):
         raise ValueError(f"its header has {length} bytes")
     return json.loads(content[8 : 8 + length])["__metadata__"] or {}
+
+
+def _with_ordered_header(content: bytes) -> tuple[bytes, memoryview]:
+    """The header and the arrays of a safetensors file, with its metadata sorted: the library writes them in an order
+    that differs from call to call."""
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:start])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # the arrays begin at a multiple of eight bytes
+    return len(text).to_bytes(8, "little") + text, memoryview(content)[start:]
+
+
+@contextlib.contextmanager
+def _without_source_lines() -> Iterator[None]:
+    """A context in which JAX notes no tracebacks in the programs that it makes."""
+    before = jax.config.jax_traceback_in_locations_limit  # pyright: ignore[reportAttributeAccessIssue]
+    jax.config.update("jax_traceback_in_locations_limit", 0)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_traceback_in_locations_limit", before)
 
 
 def _placed(field: _Field, parallelism: Parallelism | None) -> _Field:

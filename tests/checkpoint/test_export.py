@@ -60,6 +60,17 @@ def test_nothing_but_the_file_is_left_in_its_directory(path):
     assert [entry.name for entry in path.parent.iterdir()] == [path.name]
 
 
+def test_weights_are_the_same_bytes_each_time(path, field):
+    content = path.read_bytes()
+    for _ in range(20):  # in the library's own order one of six each time
+        checkpoint.save_weights(path, field, CONFIG)
+        assert path.read_bytes() == content
+
+
+def test_header_of_weights_ends_where_arrays_may_begin(path):
+    assert int.from_bytes(path.read_bytes()[:8], "little") % 8 == 0
+
+
 def test_other_programs_can_read_every_leaf_by_its_path(path, field):
     import safetensors.numpy
 
@@ -314,6 +325,16 @@ def test_a_sampler_without_a_condition_takes_noise_alone(field, tmp_path):
     checkpoint.export_sampler(tmp_path / "plain", plain, (2,), platforms=("cpu",))
     called = jax.export.deserialize(bytearray((tmp_path / "plain").read_bytes())).call(normal(3))
     np.testing.assert_allclose(called, jax.vmap(lambda eps: mfx.sample(plain, eps))(normal(3)), rtol=1e-5, atol=1e-6)
+
+
+def test_a_sampler_is_the_same_bytes_wherever_it_is_written_from(field, tmp_path):
+    pytest.importorskip("flatbuffers")
+    checkpoint.export_sampler(tmp_path / "a", field, (2,), jnp.asarray(0), platforms=("cpu",))
+    code = "\n\ndef save(path, field): checkpoint.export_sampler(path, field, (2,), jnp.asarray(0), platforms=('cpu',))"
+    exec(compile(code, "elsewhere.py", "exec"), there := {"checkpoint": checkpoint, "jnp": jnp})
+    there["save"](tmp_path / "b", field)
+    content = (tmp_path / "a").read_bytes()
+    assert (tmp_path / "b").read_bytes() == content and b".py" not in content
 
 
 def test_a_sampler_is_written_for_every_platform_by_default(field, tmp_path):
