@@ -193,7 +193,7 @@ def open_subject(config: Config, devices: mfx.Parallelism) -> Subject:
     tokenizer = devices.replicate(prepare_latents.open_tokenizer(config.vae, size)) if is_latent else None
     if tokenizer is not None and description.get("vae", digest := tokenizer.digest()) != digest:
         raise ValueError(f"--vae must hold the tokenizer that {config.weights} was trained with, got {config.vae}")
-    return Subject(field, description, digest_of_file(config.weights), tokenizer)
+    return Subject(field, description, run.sha256_of_file(config.weights), tokenizer)
 
 
 def open_yardstick(config: Config, subject: Subject, devices: mfx.Parallelism) -> Yardstick:
@@ -204,7 +204,7 @@ def open_yardstick(config: Config, subject: Subject, devices: mfx.Parallelism) -
         rule = f"--protocol {config.protocol} is for images of shape {wanted}"
         raise ValueError(f"{config.weights}: {rule}, got {subject.image_shape}")
     if config.reference.endswith(".npz"):
-        reference, digest = metrics.load_moments(config.reference), digest_of_file(config.reference)
+        reference, digest = metrics.load_moments(config.reference), run.sha256_of_file(config.reference)
         check_made_by(config, "protocol", reference.protocol, protocol.name)
     else:
         reference = open_images(config, subject)
@@ -243,11 +243,6 @@ def open_images(config: Config, subject: Subject) -> data.AbstractSource:
     if len(source) < least:
         raise ValueError(f"{path}: must hold at least {least} images, got {len(source)}")
     return source
-
-
-def digest_of_file(path: str) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def digest_of_images(source: data.AbstractSource) -> str:

@@ -18,7 +18,6 @@ written says what it was made from, and is read by
 """
 
 import dataclasses
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -152,16 +151,11 @@ def import_sit(path: str, config: Config) -> Imported:
 IMPORTS = {"dit": import_dit, "unet": import_unet, "sit": import_sit}
 
 
-def sha256(path: str) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def main(config: Config) -> None:
     """Import released weights."""
     kind = check_flags(config)
     path = getattr(config, kind)
-    digest = sha256(path)
+    digest = run.sha256_of_file(path)
     if kind == "inception":
         metrics.convert_inception(path, config.to)
         print(f"{config.to}: Inception-v3 from {path}, sha256 {digest}")

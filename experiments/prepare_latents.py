@@ -196,8 +196,13 @@ def read_notes(folder: str | Path) -> Notes:
     """
     path = Path(folder) / NOTES
     try:
-        return Notes(**json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
+        notes = Notes(**run.read_json_object(path))
+        for name, most in {"rows": 1 << 40, "size": 1 << 16, "parts": 1 << 16}.items():
+            if type(value := getattr(notes, name)) is not int or not 1 <= value <= most:
+                raise ValueError(f"{name} must be an integer in [1, {most}], got {value!r:.40}")
+        _ = notes.tokenizer_size
+        return notes
+    except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path}: must be the notes of prepare_latents.py, but cannot be read: {error}") from error
 
 

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Shaped
 
+from ._files import open_regular, read_regular
 from ._leaves import leaves, rebuilt, some
 from ._optional import optional
 
@@ -53,7 +54,7 @@ def read_safetensors(path: str | Path) -> dict[str, Shaped[np.ndarray, "..."]]:
     """
     with optional("safetensors", extra="export"):
         import safetensors
-    content = Path(path).read_bytes()
+    content = read_regular(path)
     try:
         held = safetensors.deserialize(content)
     except (safetensors.SafetensorError, ValueError, KeyError, TypeError) as error:
@@ -78,13 +79,14 @@ def read_torch(path: str | Path) -> dict[str, Any]:
     """
     with optional("torch", extra=None):
         import torch  # pyright: ignore[reportMissingImports]
-    try:
-        held = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:  # of many kinds, by torch, zipfile and the restricted unpickler
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"{path}: must be a file of torch.save with tensors alone, got: {reason}") from error
+    with open_regular(path) as file:
+        try:
+            held = torch.load(file, map_location="cpu", weights_only=True)
+        except OSError:
+            raise
+        except Exception as error:  # of many kinds, by torch, zipfile and the restricted unpickler
+            reason = str(error).partition("\n")[0]
+            raise ValueError(f"{path}: must be a file of torch.save with tensors alone, got: {reason}") from error
     if not isinstance(held, dict):
         raise ValueError(f"{path}: must hold a dictionary, got {type(held).__name__}")
 

@@ -19,7 +19,7 @@ ROOT = PACKAGE.parent
 
 # Import layers, downward only: a part may import parts of its own layer or of lower ones.
 LAYERS = {
-    0: ["_custom_types", "_optional", "_leaves", "_files", "_foreign", "_validate"],
+    0: ["_custom_types", "_optional", "_leaves", "_files", "_json", "_foreign", "_validate"],
     1: ["_interpolant", "_times", "_weight", "_field", "_derivative", "nn"],
     2: ["_guidance", "_model", "_identity"],
     3: ["_objective", "_sample", "exact", "metrics", "vae"],

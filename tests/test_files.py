@@ -1,10 +1,14 @@
+import dataclasses
 import os
 import subprocess
 import sys
+import threading
 
+import jax.numpy as jnp
 import pytest
 
-from mf_eqx._files import remove, remove_parts, write_whole
+from mf_eqx import checkpoint, data, metrics, released, run, vae
+from mf_eqx._files import append, read_regular, remove, remove_parts, write_whole
 
 
 def test_file_and_its_folders_are_made(tmp_path):
@@ -75,3 +79,106 @@ def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path):
     remove_parts(tmp_path / "run")
     assert not list(path.parent.iterdir())
     assert sorted(entry.name for entry in (tmp_path / "run").iterdir()) == ["a.parts", "folder.part", "part", "partly"]
+
+
+# What is no ordinary file
+
+
+def checkpoint_read(folder, name):
+    """Reads checkpoints of which one file is a pipe."""
+    pytest.importorskip("orbax.checkpoint")
+    checkpoints = checkpoint.Checkpoints(folder)
+    checkpoints.save(1, jnp.zeros(3))
+    checkpoints.wait()
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    checkpoints.load(lambda: jnp.zeros(3))
+
+
+def tokenizer_read(folder):
+    (folder / "diffusion_pytorch_model.safetensors").touch()
+    vae.load_autoencoder(folder)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    name: str
+
+
+def run_opened(folder):
+    (folder / ".lock").touch()
+    with run.opened(Config(folder.name), root=folder.parent.parent, script=folder.parent.name):
+        pass
+
+
+READERS = {
+    "load_weights": ("a", lambda folder: checkpoint.load_weights(folder / "a", lambda config: None)),
+    "load_inception": ("a", lambda folder: metrics.load_inception(folder / "a")),
+    "convert_inception": ("a", lambda folder: metrics.convert_inception(folder / "a", folder / "b")),
+    "load_moments": ("a", lambda folder: metrics.load_moments(folder / "a")),
+    "load_autoencoder": ("a.safetensors", lambda folder: vae.load_autoencoder(folder / "a.safetensors")),
+    "load_autoencoder_of_folder": ("diffusion_pytorch_model.safetensors", vae.load_autoencoder),
+    "config_of_autoencoder": ("config.json", tokenizer_read),
+    "read_flax": ("a", lambda folder: released.read_flax(folder / "a")),
+    "read_cifar10": ("a", lambda folder: data.read_cifar10(folder / "a")),
+    "read_cifar10_of_folder": ("data_batch_1.bin", data.read_cifar10),
+    "read_idx": ("a", lambda folder: data.read_idx(folder / "a")),
+    "NpySource": ("a", lambda folder: data.NpySource(folder / "a")),
+    "manifest_of_shards": ("manifest.json", data.ShardSource),
+    "record_of_checkpoint": (None, lambda folder: checkpoint_read(folder, "00000001.json")),
+    "arrays_of_checkpoint": (None, lambda folder: checkpoint_read(folder, "00000001/_CHECKPOINT_METADATA")),
+    "records": ("metrics.jsonl", lambda folder: run.RunDirectory(folder).records()),
+    "drop_records_after": ("metrics.jsonl", lambda folder: run.RunDirectory(folder).drop_records_after(1)),
+    "log": ("metrics.jsonl", lambda folder: run.RunDirectory(folder).log(1, {})),
+    "config_of_run": ("config.json", run_opened),
+    "starts_of_run": ("starts.jsonl", run_opened),
+    "Ledger": ("a", lambda folder: run.Ledger(folder / "a")),
+    "read_json_object": ("a", lambda folder: run.read_json_object(folder / "a")),
+    "sha256_of_file": ("a", lambda folder: run.sha256_of_file(folder / "a")),
+    "write_whole": ("a.part", lambda folder: write_whole(folder / "a", b"")),
+    "append": ("a", lambda folder: append(folder / "a", b"")),
+}
+
+
+def outcome(call):
+    """What a call ends with within a minute: its result, an error, or "it waits"."""
+    ended = []
+
+    def end():
+        try:
+            ended.append(call())
+        except Exception as error:
+            ended.append(error)
+
+    thread = threading.Thread(target=end, daemon=True)
+    thread.start()
+    thread.join(60)
+    return ended[0] if ended else "it waits"
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_pipe_in_place_of_a_file_is_refused_without_waiting(reader, tmp_path):
+    name, read = READERS[reader]
+    folder = tmp_path / "runs" / "a"
+    folder.mkdir(parents=True)
+    if name is not None:
+        os.mkfifo(folder / name)
+    found = outcome(lambda: read(folder))
+    if isinstance(found, run.MissingDependency):
+        pytest.skip(str(found))
+    assert isinstance(found, ValueError | OSError | checkpoint.CheckpointError), found
+    assert "ordinary file" in str(found) or "No such device" in str(found)
+    assert "\n" not in str(found)
+
+
+def test_pipe_in_place_of_a_summary_is_replaced(tmp_path):
+    os.mkfifo(tmp_path / "summary.json")
+    assert outcome(lambda: run.RunDirectory(tmp_path).add_session(0, 1, {"steps": 1.0, "wall": 1.0})) is None
+    assert (tmp_path / "summary.json").is_file()
+
+
+def test_larger_file_than_may_be_read_is_refused(tmp_path):
+    (tmp_path / "a").write_bytes(bytes(11))
+    assert read_regular(tmp_path / "a", 11) == bytes(11)
+    with pytest.raises(ValueError, match="a: must hold at most 10 bytes, got 11"):
+        read_regular(tmp_path / "a", 10)

@@ -31,6 +31,7 @@ from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 
 from .._files import remove
+from .._json import parse_json, read_json_object
 from .._leaves import compare, leaves, plain, rebuilt, shapes, some
 from .._sharding import Parallelism
 from ._digest import digests
@@ -223,14 +224,15 @@ class Checkpoints:
     def _record(self, step: int) -> dict[str, Any]:
         """What was written beside the arrays."""
         try:
-            sealed = json.loads(self._record_path(step).read_text(encoding="utf-8"))
+            sealed = read_json_object(self._record_path(step))
             text, checksum = sealed["record"], sealed["sha256"]
             matches = _sha256(text) == checksum
+            record = parse_json(text.encode(), finite=False) if matches else {}
         except Exception as error:
             raise _Damage(f"its record cannot be read: {_in_short(error)}") from error
         if not matches:
             raise _Damage("its record does not have its checksum")
-        record = json.loads(text)
+        _check_record(record)
         if record["format"] != _FORMAT:
             raise ValueError(f"{self.path(step)}: format must be {_FORMAT}, got {record['format']}")
         if record["step"] != step:
@@ -241,12 +243,15 @@ class Checkpoints:
         """The arrays, whatever they hold."""
         from orbax.checkpoint import v1 as ocp
 
+        path = self.path(step)
         targets = {name: _target(plain(leaf), parallelism) for name, leaf in leaves(wanted).items()}
         arrays, reason = {}, None
         with _same_everywhere():
+            if odd := _irregular(path):
+                raise _Damage(f"it has what is no ordinary file: {some(odd)}")
             with _quiet():
                 try:
-                    arrays = ocp.load(str(self.path(step)), targets)
+                    arrays = ocp.load(str(path), targets)
                 except Exception as error:  # damaged files raise whatever their reader stumbles over
                     reason = f"it cannot be read: {_in_short(error)}"
             if reason is not None:
@@ -279,6 +284,27 @@ class Checkpoints:
             aside = self.path(step).with_suffix(_DAMAGED)
             remove(aside)
             self.path(step).rename(aside)
+        remove(self._record_path(step))
+
+
+def _check_record(record: Any) -> None:
+    """Refuses, as damage, a record that lacks one of its parts or has another type there."""
+    wanted = {"format": int, "step": int, "leaves": dict, "digests": dict, "notes": dict}
+    if not isinstance(record, dict):
+        raise _Damage(f"its record is a {type(record).__name__}")
+    if wrong := [name for name, kind in wanted.items() if type(record.get(name)) is not kind]:
+        raise _Damage(f"its record has no {some(wrong)}, or of another type")
+    if record["leaves"].keys() != record["digests"].keys():
+        raise _Damage("its record has digests of other leaves")
+    for name, leaf in record["leaves"].items():
+        if type(leaf) is not list or [*map(type, leaf)] != [list, str]:
+            raise _Damage(f"its record has no shape and dtype of {name}")
+
+
+def _irregular(folder: Path) -> list[str]:
+    """What is in a folder, at any depth, and is neither an ordinary file nor a folder: Orbax would wait for a pipe."""
+    paths = (Path(root) / name for root, _, names in os.walk(folder) for name in names)
+    return [str(path.relative_to(folder)) for path in paths if path.exists() and not path.is_file()]
 
 
 def _is_folder(path: Path) -> bool:

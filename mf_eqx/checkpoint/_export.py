@@ -21,7 +21,8 @@ import numpy as np
 
 from .._custom_types import Condition
 from .._field import AbstractField
-from .._files import write_whole
+from .._files import read_regular, write_whole
+from .._json import parse_json
 from .._leaves import compare, digest, leaves, on_host, plain, rebuilt, shapes, some
 from .._optional import optional
 from .._sample import sample
@@ -116,7 +117,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     with optional("safetensors", extra="export"):
         import safetensors
         import safetensors.numpy
-    content, rule = path.read_bytes(), f"{path}: must be a file of save_weights"
+    content, rule = read_regular(path), f"{path}: must be a file of save_weights"
     try:
         metadata = _metadata(content)  # of another program's file, tensors may have types that NumPy lacks
         arrays = safetensors.numpy.load(content) if metadata.get("format") == _FORMAT else {}
@@ -127,8 +128,8 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     if metadata.get("sha256") != _digest(arrays, metadata.get("config", "")):
         raise ValueError(f"{path}: must hold the weights as written, but their sha256 differs: the file is damaged")
     try:
-        config = json.loads(metadata["config"])
-    except (ValueError, KeyError, RecursionError) as error:
+        config = parse_json(metadata["config"].encode(), finite=False)
+    except (ValueError, KeyError) as error:
         raise ValueError(f"{rule}, but its configuration cannot be read: {error}") from error
     if not isinstance(config, dict):
         raise ValueError(f"{rule}, whose configuration is an object, got {type(config).__name__}")

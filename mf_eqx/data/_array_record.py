@@ -12,10 +12,11 @@ from typing import Any, TypeAlias
 import numpy as np
 from jaxtyping import Int, Shaped
 
+from .._files import open_regular
 from .._optional import optional
 from .._validate import Count
 from ._check import as_labels
-from ._file import as_paths, name_of, open_regular, PathLike
+from ._file import as_paths, name_of, PathLike
 from ._npy import LONGEST_HEADER, parse_header
 from ._source import AbstractSource, Rows
 

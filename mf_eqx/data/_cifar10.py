@@ -14,7 +14,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import UInt8
 
-from ._file import open_unpacked, PathLike, read_regular
+from .._files import read_regular
+from ._file import open_unpacked, PathLike
 from ._plain_pickle import read_plain_pickle
 from ._source import ArraySource, check_labels
 

@@ -4,16 +4,16 @@ import contextlib
 import gzip
 import io
 import os
-import stat
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
+from .._files import open_regular
+
 PathLike: TypeAlias = str | os.PathLike[str]
 
 _GZIP = b"\x1f\x8b"
-_PIECE = 1 << 20
 _MOST_DEFLATED = 1032
 """Deflate never makes more than this many bytes of one."""
 
@@ -32,35 +32,6 @@ def name_of(paths: Sequence[Path]) -> str:
 
 
 @contextlib.contextmanager
-def open_regular(path: Path, most: int | None = None) -> Iterator[io.BufferedReader]:
-    """An ordinary file, or a link to one. Opening never waits, as it would for who writes into a pipe.
-
-    **Raises:** `OSError` with the file's name if it cannot be opened; `ValueError` if it is a pipe, a device or the
-    like, or holds more than `most` bytes.
-    """
-    with open(path, "rb", opener=_open_at_once) as file:
-        found = os.fstat(file.fileno())
-        if not stat.S_ISREG(found.st_mode):
-            raise ValueError(f"{path}: must be an ordinary file, got a pipe, a device or the like")
-        if most is not None and found.st_size > most:
-            raise ValueError(f"{path}: must hold at most {most:,} bytes, got {found.st_size:,}")
-        yield file
-
-
-def _open_at_once(path: str, flags: int) -> int:
-    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
-
-
-def read_regular(path: Path, most: int) -> bytes:
-    """All of an ordinary file. **Raises:** as `open_regular` does."""
-    with open_regular(path, most) as file:
-        content = read_up_to(file, most + 1)
-    if len(content) > most:  # it grew, or is one of those in /proc, which tell no length
-        raise ValueError(f"{path}: must hold at most {most:,} bytes, got more")
-    return bytes(content)
-
-
-@contextlib.contextmanager
 def open_unpacked(path: Path, most: int | None = None) -> Iterator[io.BufferedIOBase]:
     """An ordinary file's content, unpacked if the first bytes are those of gzip, whatever its name.
 
@@ -75,14 +46,6 @@ def open_unpacked(path: Path, most: int | None = None) -> Iterator[io.BufferedIO
                 yield file
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise ValueError(f"{path}: must be a whole gzip file, got: {error}") from error
-
-
-def read_up_to(file: io.BufferedIOBase, size: int) -> bytearray:
-    """The next `size` bytes, fewer at the end of the file. Memory grows with what is there, not with what is asked."""
-    content = bytearray()
-    while piece := file.read(min(_PIECE, size - len(content))):
-        content += piece
-    return content
 
 
 def most_unpacked(path: Path) -> int:

@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Shaped
 
+from .._files import read_up_to
 from .._validate import as_count, Count
-from ._file import most_unpacked, open_unpacked, PathLike, read_up_to
+from ._file import most_unpacked, open_unpacked, PathLike
 from ._source import ArraySource, check_labels
 
 _DTYPES = {0x08: "u1", 0x09: "i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}

@@ -13,10 +13,11 @@ from typing import Any, NoReturn
 import numpy as np
 from jaxtyping import Int, UInt8
 
+from .._files import read_regular
 from .._leaves import some
 from .._optional import optional
 from .._validate import as_count, Count
-from ._file import PathLike, read_regular
+from ._file import PathLike
 from ._source import AbstractSource, Rows
 
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}

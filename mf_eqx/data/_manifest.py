@@ -8,13 +8,10 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ._file import read_regular
+from .._json import read_json_object
 
 MANIFEST = "manifest.json"
 VERSION = 2
-
-_LARGEST = 1 << 26
-"""Bytes; some 200,000 shards."""
 
 
 class File(NamedTuple):
@@ -66,12 +63,8 @@ def _digest(manifest: Manifest) -> str:
 
 def read_manifest(path: Path) -> Manifest:
     """The manifest, with every field checked for itself."""
-    content = read_regular(path, _LARGEST)
-    try:
-        values = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: must be JSON, got: {error}") from error
-    if isinstance(values, dict) and values.get("version", VERSION) != VERSION:
+    values = read_json_object(path)
+    if values.get("version", VERSION) != VERSION:
         found = _short(values["version"])
         raise ValueError(f"{path}: version must be {VERSION}, got {found}: the data must be converted again")
     fields = _fields(str(path), values, Manifest)

@@ -11,8 +11,9 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int, Shaped
 
+from .._files import open_regular
 from .._validate import Count
-from ._file import as_paths, name_of, open_regular, PathLike
+from ._file import as_paths, name_of, PathLike
 from ._source import AbstractSource, check_labels, Rows
 
 NUMBERS = "biuf"

@@ -21,13 +21,14 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 from jaxtyping import Int, Shaped, UInt32
 
+from .._files import sha256_of_file
 from .._validate import as_count, Count
-from ._file import open_regular, PathLike
+from ._file import PathLike
 from ._manifest import as_text, File, MANIFEST, Manifest, name_of_file, read_manifest, VERSION
 from ._npy import map_npy, NpySource, NUMBERS
 from ._source import AbstractSource, check_source, check_taken, Rows
@@ -310,14 +311,5 @@ def _check_length(path: Path, file: File) -> None:
 
 
 def _check_digest(path: Path, file: File) -> None:
-    with open_regular(path) as content:
-        found = _sha256(content)
-    if found != file.sha256:
+    if (found := sha256_of_file(path)) != file.sha256:
         raise ValueError(f"{path}: must have SHA-256 {file.sha256[:16]}... as {MANIFEST} tells, got {found[:16]}...")
-
-
-def _sha256(file: BinaryIO) -> str:
-    taken = hashlib.sha256()
-    while piece := file.read(_PIECE):
-        taken.update(piece)
-    return taken.hexdigest()

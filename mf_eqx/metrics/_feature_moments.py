@@ -23,10 +23,15 @@ from typing import Any
 import numpy as np
 from jaxtyping import Array, Float, Shaped
 
-from .._files import write_whole
+from .._files import open_regular, write_whole
 from .._validate import check_finite
 
 _MEAN, _COVARIANCE = ("mu", "ref_mu"), ("sigma", "ref_sigma")
+_LARGEST_ARRAY = 1 << 30
+"""Bytes; a covariance of 2,048 features has 32 million."""
+_UNREADABLE = (ValueError, EOFError, KeyError, NotImplementedError, MemoryError, zipfile.BadZipFile, zlib.error)
+_ENCRYPTED = 1
+"""The bit among the flags of a member of an archive."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -119,14 +124,26 @@ def load_moments(path: str | Path) -> FeatureMoments:
 
 def _read(path: str | Path, names: tuple[str, ...]) -> dict[str, Shaped[np.ndarray, "..."]]:
     """The arrays of these names that an .npz file holds."""
-    try:
-        file = np.load(path, allow_pickle=False)
-        if isinstance(file, np.ndarray):
-            raise ValueError("it holds one array without a name")
-        with file:
-            return {name: file[name] for name in names if name in file.files}
-    except (ValueError, EOFError, KeyError, NotImplementedError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"{path}: must be an .npz file of plain arrays, but it cannot be read: {error}") from error
+    with open_regular(path) as raw:
+        try:
+            file = np.load(raw, allow_pickle=False)
+            if isinstance(file, np.ndarray):
+                raise ValueError("it holds one array without a name")
+            with file:
+                _check_members(file.zip.infolist())
+                return {name: file[name] for name in names if name in file.files}
+        except _UNREADABLE as error:
+            reason = f"must be an .npz file of plain arrays, but it cannot be read: {error}"
+            raise ValueError(f"{path}: {reason}") from error
+
+
+def _check_members(members: list[zipfile.ZipInfo]) -> None:
+    """Refuses what could unpack to any size, or not at all."""
+    for info in members:
+        if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) or info.flag_bits & _ENCRYPTED:
+            raise ValueError(f"{info.filename} must be stored or deflated, and not encrypted")
+        if info.file_size > _LARGEST_ARRAY:
+            raise ValueError(f"{info.filename} must have at most {_LARGEST_ARRAY:,} bytes, got {info.file_size:,}")
 
 
 def _either(path: str | Path, held: Mapping[str, Any], names: tuple[str, str]) -> Float[np.ndarray, "..."]:

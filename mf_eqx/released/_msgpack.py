@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Shaped
 
+from .._files import open_regular
 from .._leaves import some
 from .._optional import optional
 
@@ -43,7 +44,7 @@ def read_flax(path: str | Path, part: str | None = None) -> dict[str, Any]:
     """
     with optional("msgpack", extra=None):
         import msgpack
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         try:
             held = _read(file, part)
         except (msgpack.UnpackException, ValueError, OverflowError, RecursionError) as error:

@@ -36,6 +36,8 @@ Imported explicitly (`from mf_eqx import run`). The command line needs tyro and 
 extra `experiments`; they are loaded where they are used, and their absence says what to install.
 """
 
+from .._files import sha256_of_file as sha256_of_file
+from .._json import read_json_object as read_json_object
 from .._optional import MissingDependency as MissingDependency, optional as optional
 from ._cells import announce as announce, train_cells as train_cells, Training as Training
 from ._cli import main as main

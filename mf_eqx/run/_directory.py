@@ -22,10 +22,16 @@ from typing import Any
 import jax
 from jaxtyping import ArrayLike
 
-from .._files import write_whole
+from .._files import append, read_regular, write_whole
+from .._json import parse_json, read_json_object
 from .._objective import Mean
 from ._lock import check_in_place
 from ._values import fetch
+
+_LARGEST_LOG = 1 << 30
+"""Bytes of metrics.jsonl; some three million lines."""
+_LONGEST = 1e12
+"""Seconds that a session may have taken, above which a summary is not believed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,8 +66,7 @@ class RunDirectory:
         start = _provenance()
         if not (self.root / "config.json").exists():
             write_whole(self.path("config.json"), _document(as_json({"config": config, **start})))
-        with self.path("starts.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(as_json(start)) + "\n")
+        append(self.path("starts.jsonl"), (json.dumps(as_json(start)) + "\n").encode())
 
     def path(self, name: str) -> Path:
         """The path of the file `name`, with its parent directories made: `path("previews/000500.png")`.
@@ -81,17 +86,16 @@ class RunDirectory:
         become null.
         """
         record = {"step": int(step), **{name: _or_null(value) for name, value in fetch(metrics).items()}}
-        with self.path("metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record, allow_nan=False) + "\n")
+        append(self.path("metrics.jsonl"), (json.dumps(record, allow_nan=False) + "\n").encode())
 
     def records(self) -> list[dict[str, Any]]:
         """All that was logged. A last line that was cut off by a crash is left out.
 
-        **Raises:** `ValueError` that names file and line for any other that is no record.
+        **Raises:** `ValueError` that names the file if it is a pipe or the like or holds more than a GiB, and file and
+        line for any other line that is no record.
         """
         path = self.root / "metrics.jsonl"
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-        return [_record(path, i, line) for i, line in enumerate(lines, 1) if line.endswith("\n")]
+        return _records(path, read_regular(path, _LARGEST_LOG)) if path.exists() else []
 
     def drop_records_after(self, step: int) -> int:
         """Take back what was logged after a step, and any line that was cut off: a run that continues logs it anew.
@@ -100,11 +104,12 @@ class RunDirectory:
         """
         check_in_place(self.root)
         path = self.root / "metrics.jsonl"
-        kept = [record for record in self.records() if record["step"] <= step]
-        if path.exists():
-            text = "".join(json.dumps(record, allow_nan=False) + "\n" for record in kept)
-            if text != path.read_text(encoding="utf-8"):
-                write_whole(path, text.encode())
+        content = read_regular(path, _LARGEST_LOG) if path.exists() else b""
+        kept = [record for record in _records(path, content) if record["step"] <= step]
+        if content:
+            text = "".join(json.dumps(record, allow_nan=False) + "\n" for record in kept).encode()
+            if text != content:
+                write_whole(path, text)
         return len(kept)
 
     def add_session(self, start: int, stop: int, seconds: Mapping[str, float]) -> None:
@@ -143,25 +148,35 @@ def _document(value: Any) -> bytes:
     return (json.dumps(value, indent=2, allow_nan=False) + "\n").encode()
 
 
-def _record(path: Path, number: int, line: str) -> dict[str, Any]:
+def _records(path: Path, content: bytes) -> list[dict[str, Any]]:
+    """The lines of a log, without a last one that was cut off."""
+    lines = content.split(b"\n")[:-1]
+    return [_record(path, number, line) for number, line in enumerate(lines, start=1)]
+
+
+def _record(path: Path, number: int, line: bytes) -> dict[str, Any]:
     """A line of a log, which must be an object with its step."""
+    rule = f"{path}, line {number}: must be a record with a step"
     try:
-        record = json.loads(line)
-        int(record["step"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path}, line {number}: must be a record with a step, but it cannot be read: {error}"
-        ) from error
+        record = parse_json(line)
+    except ValueError as error:
+        raise ValueError(f"{rule}, but it cannot be read: {error}") from error
+    if not isinstance(record, dict) or type(step := record.get("step")) is not int or step < 0:
+        raise ValueError(f"{rule}, an integer >= 0, got {line[:60].decode(errors='replace')!r}")
     return record
 
 
 def _sessions(path: Path) -> list[dict[str, Any]]:
     """The sessions in a summary; none if there is none, or one that cannot be read: it is no more than a count."""
     try:
-        sessions = json.loads(path.read_text(encoding="utf-8"))["sessions"]
-        return [session for session in sessions if isinstance(session["seconds"], dict)]
-    except (OSError, ValueError, KeyError, TypeError):
+        sessions = read_json_object(path)["sessions"]
+        return [session for session in sessions if all(map(_is_time, session["seconds"].values()))]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return []
+
+
+def _is_time(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) < _LONGEST
 
 
 def _new_by_name(parent: Path, name: str) -> Path:

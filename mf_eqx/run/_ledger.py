@@ -7,8 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from .._files import read_regular
+from .._json import parse_json
 from ._directory import as_json, commit
 from ._lock import check_in_place
+
+_LARGEST = 1 << 30
+"""Bytes."""
 
 
 class Ledger:
@@ -22,7 +27,8 @@ class Ledger:
     **Arguments:** `path` of the file, read now if it exists. A last line that was cut off by a crash is left out, and
     removed by the next `put`.
 
-    **Raises:** `ValueError` if any other line is not one of a ledger.
+    **Raises:** `ValueError` if any other line is not one of a ledger, or the file is a pipe or the like or holds more
+    than a GiB.
     """
 
     def __init__(self, path: str | Path):
@@ -30,14 +36,14 @@ class Ledger:
         self._commit = commit(Path(sys.argv[0]).parent)
         self._results: dict[str, Any] = {}
         self._commits: dict[str, str | None] = {}
-        data = self._path.read_bytes() if self._path.exists() else b""
+        data = read_regular(self._path, _LARGEST) if self._path.exists() else b""
         for number, line in enumerate(data.splitlines(keepends=True), start=1):
             if line.endswith(b"\n"):
                 self._read(number, line)
 
     def _read(self, number: int, line: bytes) -> None:
         try:
-            record = json.loads(line)
+            record = parse_json(line, finite=False)
             key, result, at = _text(record["settings"]), record["result"], record["commit"]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{self._path}, line {number}, must be a result of a ledger: {error}") from error

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+from .._files import read_regular
 from .._optional import optional
 from ._values import Value
 
@@ -68,7 +69,7 @@ def _identity(folder: Path) -> str:
     file = folder / "wandb_id"
     if not file.exists():
         file.write_text(secrets.token_hex(8), encoding="utf-8")
-    return file.read_text(encoding="utf-8")
+    return read_regular(file, 1000).decode()
 
 
 def flat(values: Mapping[str, Value]) -> dict[str, float]:

@@ -1,7 +1,6 @@
 """The directory that a configuration belongs to, new or continued, for one process tree at a time."""
 
 import contextlib
-import json
 import os
 import shutil
 import sys
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .._files import remove, remove_parts
+from .._json import read_json_object
 from .._optional import MissingDependency
 from ._directory import as_json, RunDirectory
 from ._lock import in_place, locked
@@ -76,12 +76,12 @@ def _taken_back_if_refused(path: Path, was_there: bool) -> Iterator[None]:
     """A context after whose refusal, of bad input before anything was trained, the directory is as it was."""
     starts = path / "starts.jsonl"
     before = _others(path)
-    size = starts.stat().st_size if starts.exists() else 0
+    size = starts.stat().st_size if starts.is_file() else 0
     try:
         yield
     except (ValueError, OSError, MissingDependency):
         if _others(path) == before:
-            if was_there and starts.exists():
+            if was_there and starts.is_file():
                 os.truncate(starts, size)
             elif not was_there:
                 shutil.rmtree(path, ignore_errors=True)
@@ -121,10 +121,7 @@ def _saved_config(path: Path) -> dict[str, Any] | None:
     file = path / "config.json"
     if not file.exists():
         return None
-    try:
-        saved = json.loads(file.read_text(encoding="utf-8"))["config"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file}: must be the configuration of a run, but it cannot be read: {error}") from error
+    saved = read_json_object(file).get("config")
     if not isinstance(saved, dict):
         raise ValueError(f"{file}: must be the configuration of a run, got {saved!r}"[:200])
     return saved

@@ -14,6 +14,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Shaped
 
 from .._foreign import fill, Origin, read_safetensors
+from .._json import read_json_object
 from .._leaves import leaves, some
 from ._autoencoder import Autoencoder, AutoencoderSize, SD_VAE
 
@@ -59,7 +60,7 @@ def load_autoencoder(
     path = Path(path)
     file = _file(path)
     config = file.with_name("config.json")
-    if path.is_dir() and config.is_file():
+    if path.is_dir() and config.exists():
         _check_config(config, size)
     network = eqx.filter_eval_shape(lambda key: Autoencoder(size, dtype=dtype, key=key), jr.key(0))
     tensors = read_safetensors(file)
@@ -69,7 +70,7 @@ def load_autoencoder(
 
 def _file(path: Path) -> Path:
     """The file with the weights."""
-    if path.is_file():
+    if path.exists() and not path.is_dir():
         if path.suffix != ".safetensors":
             raise ValueError(f"{path}: must be a .safetensors file (nothing pickled is read), got {path.name}")
         return path
@@ -77,7 +78,7 @@ def _file(path: Path) -> Path:
         rule = f"must be a .safetensors file or a folder with {WEIGHTS}, but is not there"
         raise FileNotFoundError(errno.ENOENT, rule, str(path))
     for folder in (path, path / "vae"):
-        if (folder / WEIGHTS).is_file():
+        if (folder / WEIGHTS).exists():
             return folder / WEIGHTS
     pickled = any((folder / _PICKLED).is_file() for folder in (path, path / "vae"))
     found = f"{_PICKLED} alone, which is pickled and not read" if pickled else "neither it nor vae/ with it"
@@ -85,14 +86,8 @@ def _file(path: Path) -> Path:
 
 
 def _check_config(path: Path, size: AutoencoderSize) -> None:
-    try:
-        config = json.loads(path.read_bytes())
-    except ValueError as error:  # no JSON, or no text
-        raise ValueError(f"{path}: must be JSON, but it cannot be read: {error}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{path}: must hold an object, got {type(config).__name__}")
     # The tensors tell what a missing key would, except the number of groups, of which they know nothing.
-    config = {"norm_num_groups": 32} | config
+    config = {"norm_num_groups": 32} | read_json_object(path)
     differing = [
         f"{key} is {json.dumps(config[key])}, not {json.dumps(value)}"
         for key, value in _config(size).items()

@@ -1,7 +1,12 @@
 """A state that comes back is the state that was saved, or the step is passed over and says why."""
 
+import functools
+import hashlib
 import itertools
+import json
+import os
 import shutil
+import threading
 import time
 
 import equinox as eqx
@@ -348,6 +353,61 @@ def test_empty_directory_named_like_a_newer_step_is_passed_over(tmp_path):
     found = checkpoints.load(State)
     assert found.step == 1
     assert found.passed_over[9].startswith("its record cannot be read: FileNotFoundError")
+
+
+def forge(checkpoints, step, record):
+    """Writes a record under the checksum that belongs to it."""
+    text = json.dumps(record)
+    sealed = {"record": text, "sha256": hashlib.sha256(text.encode()).hexdigest()}
+    checkpoints.path(step).with_suffix(".json").write_text(json.dumps(sealed))
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"format": None}, "its record has no format, or of another type"),
+        ({"step": "2"}, "its record has no step, or of another type"),
+        ({"notes": [1]}, "its record has no notes, or of another type"),
+        ({"leaves": 3, "digests": "a"}, "its record has no leaves, digests, or of another type"),
+        ({"digests": {"a": 1}}, "its record has digests of other leaves"),
+        ({"leaves": {"a": 3}, "digests": {"a": 1}}, "its record has no shape and dtype of a"),
+        ({"notes": functools.reduce(lambda inner, _: {"a": inner}, range(500), {})}, "nested more than 64 times"),
+    ],
+    ids=range(7),
+)
+def test_record_of_other_content_than_a_record_is_passed_over(change, reason, tmp_path):
+    checkpoints = saved(tmp_path, 1, 2)
+    record = {"step": 2, "format": 1, "leaves": {}, "digests": {}, "notes": {}}
+    forge(checkpoints, 2, record | change)
+    found = checkpoints.load(State)
+    assert found.step == 1 and reason in found.passed_over[2]
+
+
+def test_record_that_is_no_object_is_passed_over(tmp_path):
+    checkpoints = saved(tmp_path, 1, 2)
+    forge(checkpoints, 2, [1])
+    assert "its record is a list" in checkpoints.load(State).passed_over[2]
+
+
+def test_notes_that_are_not_finite_come_back(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, State(), {"best": float("inf")})
+    checkpoints.wait()
+    assert checkpoints.load(State).notes == {"best": float("inf")}
+
+
+def test_step_whose_record_is_a_pipe_is_saved_anew(tmp_path):
+    checkpoints = saved(tmp_path, 1, 2)
+    record = checkpoints.path(2).with_suffix(".json")
+    record.unlink()
+    os.mkfifo(record)
+    assert checkpoints.load(State).step == 1
+    thread = threading.Thread(target=checkpoints.save, args=(2, State(2)), daemon=True)
+    thread.start()
+    thread.join(60)
+    assert not thread.is_alive()
+    checkpoints.wait()
+    assert checkpoints.load(State).step == 2
 
 
 def test_other_files_and_directories_are_ignored(tmp_path):

@@ -345,11 +345,11 @@ def test_file_that_holds_something_else_than_checksums_is_refused(folder):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "must be JSON, got: "),
-        (b"{", "must be JSON, got: "),
-        (b"\xff\xfe\xfd", "must be JSON, got: "),
-        (b"[" * 100_000, "must be JSON, got: "),
-        (b"1" * 10_000, "must be JSON, got: "),
+        (b"", "must be JSON, but it cannot be read: "),
+        (b"{", "must be JSON, but it cannot be read: "),
+        (b"\xff\xfe\xfd", "must be JSON, but it cannot be read: "),
+        (b"[" * 100_000, "must be JSON, but it cannot be read: "),
+        (b"1" * 10_000, "must be JSON, but it cannot be read: "),
         (b"[]", "must be an object, got list"),
         (b"{}", "must have version, rows, .*; got no version, rows, row_shape, dtype, labels, x, label, crc, digest"),
         (b'{"version": 1, "more": 1}', "version must be 2, got 1: the data must be converted again"),

@@ -268,6 +268,20 @@ def test_notes_that_cannot_be_read_are_refused(convert, prepare_latents, capsys)
         prepare_latents.open_latents("latents")
 
 
+@pytest.mark.parametrize(
+    "changed",
+    [{"parts": "1"}, {"parts": 10**12}, {"rows": None}, {"size": 0}, {"tokenizer": 3}, {"tokenizer": {}}],
+    ids=str,
+)
+def test_notes_of_wrong_types_are_refused(changed, prepare_latents, tmp_path):
+    notes = prepare_latents.Notes("images", 1, None, 8, 1, "0", TINY._asdict(), False)
+    (tmp_path / "latents.json").write_text(json.dumps(notes._asdict()))
+    assert prepare_latents.read_notes(tmp_path).tokenizer_size == TINY
+    (tmp_path / "latents.json").write_text(json.dumps(notes._asdict() | changed))
+    with pytest.raises(ValueError, match=r"latents\.json: must be the notes of prepare_latents\.py, but"):
+        prepare_latents.read_notes(tmp_path)
+
+
 def test_broken_image_is_named_and_its_part_is_not_there(convert, capsys):
     content = pathlib.Path("images/dog/8.png").read_bytes()  # the last one
     pathlib.Path("images/dog/8.png").write_bytes(content[:100])

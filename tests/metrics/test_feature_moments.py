@@ -1,6 +1,9 @@
 import dataclasses
 import functools
+import io
 import operator
+import time
+import zipfile
 
 import numpy as np
 import pytest
@@ -161,6 +164,42 @@ def test_damaged_moments_are_refused(tmp_path):
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"moments\.npz: .*CRC"):
         load_moments(path)
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_moments_packed_without_a_bound_are_refused(method, tmp_path):
+    with zipfile.ZipFile(tmp_path / "moments.npz", "w", method) as archive:
+        archive.writestr("mu.npy", b"a")
+    with pytest.raises(ValueError, match=r"moments\.npz: .*mu.npy must be stored or deflated, and not encrypted"):
+        load_moments(tmp_path / "moments.npz")
+
+
+def test_moments_that_unpack_to_too_much_are_refused(tmp_path):
+    save_moments(tmp_path / "moments.npz", FeatureMoments(np.zeros(2), np.eye(2)))
+    content = bytearray((tmp_path / "moments.npz").read_bytes())
+    entry = content.index(b"PK\1\2") + 24  # the size of the first member
+    content[entry : entry + 4] = (1 << 31).to_bytes(4, "little")
+    (tmp_path / "moments.npz").write_bytes(content)
+    with pytest.raises(ValueError, match=r"moments\.npz: .*mu.npy must have at most 1,073,741,824 bytes"):
+        load_moments(tmp_path / "moments.npz")
+
+
+def test_moments_that_announce_more_than_memory_are_refused(tmp_path):
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "<f8", "fortran_order": False, "shape": (1 << 58,)})
+    with zipfile.ZipFile(tmp_path / "moments.npz", "w") as archive:
+        archive.writestr("mu.npy", header.getvalue())
+    with pytest.raises(ValueError, match=r"moments\.npz: must be an \.npz file"):
+        load_moments(tmp_path / "moments.npz")
+
+
+def test_saved_moments_are_the_same_bytes_at_any_time(tmp_path, monkeypatch):
+    moments = RunningMoments.of(features()).moments()
+    save_moments(tmp_path / "a", moments)
+    monkeypatch.setattr(time, "time", lambda: 2e9)
+    monkeypatch.setattr(time, "localtime", lambda *_: time.gmtime(2e9))
+    save_moments(tmp_path / "b", moments)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
 def test_missing_file_of_moments_is_no_wrong_file(tmp_path):

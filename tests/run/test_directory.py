@@ -168,3 +168,77 @@ def test_results_are_markdown_and_strict_json(tmp_path):
     directory.save_results("# A table", [{"a": 1.5, "b": [float("nan"), {"c": float("inf")}]}])
     assert (tmp_path / "results.md").read_text() == "# A table\n"
     assert json.loads((tmp_path / "results.json").read_text()) == [{"a": 1.5, "b": [None, {"c": None}]}]
+
+
+# Files that others changed
+
+
+UNREADABLE = "must be a record with a step, but it cannot be read"
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b"\xff\xfe", f"{UNREADABLE}: .*can't decode"),
+        (
+            b'{"step": 1e999}',
+            f"{UNREADABLE}: its numbers must be finite, got 1e999",
+        ),
+        (
+            b'{"step": 1, "loss": NaN}',
+            f"{UNREADABLE}: its numbers must be finite, got NaN",
+        ),
+        (
+            b'{"step": 1, "loss": ' + b"[" * 100_000,
+            f"{UNREADABLE}: it is nested more than 64 times",
+        ),
+        (b'{"step": "7"}', """must be a record with a step, an integer >= 0, got '{"step": "7"}'"""),
+        (b'{"step": 7.5}', "must be a record with a step, an integer >= 0"),
+        (b'{"step": true}', "must be a record with a step, an integer >= 0"),
+        (b'{"step": -1}', "must be a record with a step, an integer >= 0"),
+        (b'{"loss": 1}', "must be a record with a step, an integer >= 0"),
+        (b"[7]", "must be a record with a step, an integer >= 0"),
+    ],
+    ids=range(10),
+)
+@pytest.mark.parametrize("call", ["records", "drop_records_after"])
+def test_line_that_is_no_record_is_refused_by_its_number(call, line, message, tmp_path):
+    directory = run.RunDirectory(tmp_path)
+    directory.log(1, {"loss": 2.0})
+    with directory.path("metrics.jsonl").open("ab") as file:
+        file.write(line + b"\n")
+    with pytest.raises(ValueError, match=rf"metrics.jsonl, line 2: {message}"):
+        directory.records() if call == "records" else directory.drop_records_after(1)
+
+
+def test_last_record_that_was_cut_within_a_letter_is_left_out(tmp_path):
+    directory = run.RunDirectory(tmp_path)
+    directory.log(1, {"loss": 2.0})
+    with directory.path("metrics.jsonl").open("ab") as file:
+        file.write('{"step": 2, "ä'.encode()[:-1])
+    assert directory.records() == [{"step": 1, "loss": 2.0}]
+
+
+@pytest.mark.parametrize(
+    "summary",
+    [
+        b"\xff",
+        b"[" * 100_000,
+        b"[]",
+        b'{"sessions": 3}',
+        b'{"sessions": [3]}',
+        b'{"sessions": [{"seconds": {"wall": "1"}}]}',
+        b'{"sessions": [{"seconds": {"wall": NaN}}]}',
+        b'{"sessions": [{"seconds": {"wall": 1e999}}]}',
+        b'{"sessions": [{"seconds": {"wall": [1]}}]}',
+        b'{"sessions": [{"seconds": {"wall": ' + b"9" * 400 + b"}}]}",
+        b'{"sessions": [{"seconds": {"wall": 1}, "more": ' + b"[" * 500 + b"]" * 500 + b"}]}",
+    ],
+    ids=range(11),
+)
+def test_summary_that_cannot_be_read_is_begun_anew(summary, tmp_path):
+    (tmp_path / "summary.json").write_bytes(summary)
+    run.RunDirectory(tmp_path).add_session(0, 2, {"steps": 1.0, "wall": 2.0})
+    written = json.loads((tmp_path / "summary.json").read_text(), parse_constant=pytest.fail)
+    assert written["sessions"] == [{"start": 0, "stop": 2, "seconds": {"steps": 1.0, "wall": 2.0}}]
+    assert (written["goodput"], written["seconds"]["wall"]) == (0.5, 2.0)

@@ -263,7 +263,7 @@ def test_a_damaged_configuration_is_refused_by_its_file(undisturbed, tmp_path):
     before = tree(tmp_path)
     found = trained(tmp_path, *FLAGS)
     assert found.code == 2
-    assert f"{file}: must be the configuration of a run, but it cannot be read" in error_line(found)
+    assert f"{file}: must be JSON, but it cannot be read" in error_line(found)
     assert tree(tmp_path) == before
 
 

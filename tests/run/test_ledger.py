@@ -158,7 +158,7 @@ def test_reading_a_whole_file_does_not_change_it(path):
     assert path.read_bytes() == before
 
 
-@pytest.mark.parametrize("broken", ['{"settings": {"se', "", "no JSON at all"])
+@pytest.mark.parametrize("broken", ['{"settings": {"se', "", "no JSON at all", "[" * 100_000, "[1]"])
 def test_a_broken_line_before_the_last_is_an_error(path, broken):
     filled(path)
     first, *others = path.read_text().splitlines()

@@ -93,7 +93,14 @@ def test_a_name_that_leaves_the_root_is_refused(name, tmp_path):
     assert "name must be a path below" in refused(tmp_path, name=name)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"config": 3}', "null"])
+DEEP = ["[" * 100_000, '{"config": {"rate": ' + "[" * 900 + "]" * 900 + "}}"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", "{}", '{"config": 3}', "null", '{"config": {"rate": NaN}}', '{"config": {"a": 1e999}}', *DEEP],
+    ids=range(10),
+)
 def test_a_configuration_that_cannot_be_read_is_refused_by_its_file(text, tmp_path):
     file = made(tmp_path, name="a") / "config.json"
     file.write_text(text)

@@ -243,7 +243,7 @@ def test_a_config_of_another_network_is_refused_by_its_keys(changes, message, tm
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [(b"{", "must be JSON"), (b"\xff\xfe\xff", "must be JSON"), (b"[]", "must hold an object")]
+    ("content", "message"), [(b"{", "must be JSON"), (b"\xff\xfe\xff", "must be JSON"), (b"[]", "must be an object")]
 )
 def test_a_damaged_config_is_refused(content, message, tmp_path):
     (write_folder(tmp_path) / "config.json").write_bytes(content)
