@@ -7,7 +7,7 @@ Reference: Alex Krizhevsky, "Learning multiple layers of features from tiny imag
 
 import io
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
@@ -18,6 +18,7 @@ from .._files import read_regular
 from ._file import open_unpacked, PathLike
 from ._plain_pickle import read_plain_pickle
 from ._source import ArraySource, check_labels
+from ._tar import TarReader
 
 _LABELS = 10
 _PIXELS = 3 * 32 * 32
@@ -92,30 +93,22 @@ def _read_archive(path: Path, names: Sequence[str]) -> dict[str, bytes]:
     contents = {}
     with open_unpacked(path, _LARGEST_ARCHIVE) as file:
         limited = _Limited(file, path)
+        archive = TarReader(limited, most_members=_MOST_MEMBERS, most_bytes=_LARGEST_ARCHIVE)
         try:
-            with tarfile.open(fileobj=limited, mode="r|") as archive:
-                for member in _members(archive, path):
-                    if (name := PurePosixPath(member.name).name) in names:
-                        _check_member(path, member, name, contents)
-                        extracted = archive.extractfile(member)
-                        contents[name] = extracted.read() if extracted else b""
-        except (tarfile.TarError, UnicodeError, OverflowError) as error:
+            for member in archive:
+                if (name := PurePosixPath(member.name).name) in names:
+                    _check_member(path, member, name, contents)
+                    contents[name] = archive.read()
+        except tarfile.TarError as error:
             raise ValueError(f"{path}: must be a tar archive of CIFAR-10, gzipped or not, got: {error}") from error
         while limited.read(1 << 20):  # to the end, where gzip has its checksum
             pass
     return contents
 
 
-def _members(archive: tarfile.TarFile, path: Path) -> Iterator[tarfile.TarInfo]:
-    for number, member in enumerate(archive):
-        if number >= _MOST_MEMBERS:
-            raise ValueError(f"{path}: must have at most {_MOST_MEMBERS} members, got more")
-        yield member
-
-
 def _check_member(path: Path, member: tarfile.TarInfo, name: str, contents: dict[str, bytes]) -> None:
     """Refuses a member that has the name of a batch and is something else."""
-    if not member.isreg() or member.issparse():
+    if not member.isreg():
         raise ValueError(f"{path}: {name} must be an ordinary file, got a link, a device or the like")
     parts = PurePosixPath(member.name).parts
     if ".." in parts or member.name.startswith("/"):

@@ -34,6 +34,8 @@ from ._npy import map_npy, NpySource, NUMBERS
 from ._source import AbstractSource, check_source, check_taken, Rows
 
 _PIECE = 1 << 24
+_MOST_SHARDS = 50_000
+"""What a manifest may name: it is read as JSON of at most a million values."""
 """Bytes that are read or written at once, roughly."""
 _ABANDONED = 3600
 """Seconds without a write after which nobody works on a folder any more."""
@@ -63,15 +65,19 @@ def write_shards(
     - `rows_per_shard`: rows of every file but the last. A `ShardSource` keeps one file open for each.
     - `progress`: called with the number of rows written so far.
 
-    **Raises:** `ValueError` if `rows_per_shard` is no integer >= 1, `folder` is not empty, `source` has no rows or
-    another dtype, or gives rows of another shape or dtype than it says, values that are not finite (float64 ones, if
-    `jax_enable_x64` is off, as float32), or labels out of range, with the row's number. `OSError` if it cannot be
-    written.
+    **Raises:** `ValueError` if `rows_per_shard` is no integer >= 1 or gives more than 50,000 shards, `folder` is not
+    empty, `source` has no rows or another dtype, or gives rows of another shape or dtype than it says, values that are
+    not finite (float64 ones, if `jax_enable_x64` is off, as float32), or labels out of range, with the row's number.
+    `OSError` if it cannot be written.
     """
     rows_per_shard = as_count("rows_per_shard", rows_per_shard)
     check_source(source)
     if source.dtype.kind not in NUMBERS:
         raise ValueError(f"{source.name}: dtype must be one that .npy files keep, got {source.dtype}")
+    if (number := -(-len(source) // rows_per_shard)) > _MOST_SHARDS:
+        raise ValueError(
+            f"rows_per_shard must give at most {_MOST_SHARDS:,} shards, got {rows_per_shard} for {number:,}"
+        )
     target = Path(folder)
     _check_free(target)
     with _placed(target) as partial:

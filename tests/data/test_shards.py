@@ -16,8 +16,8 @@ import pytest
 import trainer
 from damage import flipped, flips, given, opens_or_is_refused, QUICK, read_all, st
 
-from mf_eqx import data, run
-from mf_eqx.data import _shards
+from mf_eqx import _json, data, run
+from mf_eqx.data import _manifest, _shards
 from mf_eqx.data._shards import ShardSource, write_shards
 from mf_eqx.data._source import ArraySource
 
@@ -180,6 +180,23 @@ def test_source_of_nothing_is_refused(length, row_shape, tmp_path):
 def test_shards_of_no_rows_are_refused(tmp_path):
     with pytest.raises(ValueError, match="rows_per_shard must be an integer >= 1, got 0"):
         write(tmp_path / "s", rows_per_shard=0)
+
+
+def test_more_shards_than_a_manifest_may_name_are_not_written(tmp_path):
+    with pytest.raises(ValueError, match="rows_per_shard must give at most 50,000 shards, got 1 for 50,001"):
+        write(tmp_path / "s", np.zeros((50_001, 1), np.uint8), None, None, rows_per_shard=1)
+    assert not list(tmp_path.iterdir())
+
+
+def test_manifest_of_as_many_shards_as_may_be_written_can_be_read():
+    share = _shards._MOST_SHARDS // 100
+    files = [
+        [_manifest.File(_manifest.name_of_file(kind, n), 1 << 20, 1 << 40, "0" * 64) for n in range(100)]
+        for kind in ("x", "label", "crc")
+    ]
+    text = _manifest.as_text(_manifest.Manifest(_manifest.VERSION, 100, [1], "uint8", 1, *files, ""))
+    assert share * len(text) < _json._MOST_BYTES
+    assert share * sum(map(text.count, ",[{")) < _json._MOST_VALUES
 
 
 @pytest.mark.parametrize("rows_per_shard", [2.5, True])
@@ -350,6 +367,7 @@ def test_file_that_holds_something_else_than_checksums_is_refused(folder):
         (b"\xff\xfe\xfd", "must be JSON, but it cannot be read: "),
         (b"[" * 100_000, "must be JSON, but it cannot be read: "),
         (b"1" * 10_000, "must be JSON, but it cannot be read: "),
+        (b'{"x": [' + b"[], " * 1_100_000 + b"[]]}", "must be JSON, but it cannot be read: it has more than 1,048,576"),
         (b"[]", "must be an object, got list"),
         (b"{}", "must have version, rows, .*; got no version, rows, row_shape, dtype, labels, x, label, crc, digest"),
         (b'{"version": 1, "more": 1}', "version must be 2, got 1: the data must be converted again"),
