@@ -126,7 +126,8 @@ def test_what_is_no_transformation_is_refused(unchecked, build):
         build(optax.MultiSteps(OPTIMIZER, 2))
 
 
-def test_numbers_of_python_in_a_state_follow_the_updates():
+@pytest.mark.parametrize("wide", [False, True])
+def test_numbers_of_python_in_a_state_follow_the_updates(wide):
     decaying = optax.GradientTransformation(
         lambda parameters: {"rate": 0.5, "count": 0},
         lambda updates, state, parameters=None: (
@@ -135,11 +136,14 @@ def test_numbers_of_python_in_a_state_follow_the_updates():
         ),
     )
     objective = Probe()
-    step, current = mfx.TrainStep(objective, decaying), mfx.init_state(field(), decaying, key=jr.key(1))
-    for _ in range(3):
-        current, _ = step(current, batch())
+    with jax.enable_x64(wide):  # where Python's numbers have 64 bits, and parameters 32
+        start = mfx.nn.cast(field(), jnp.float32)
+        step, current = mfx.TrainStep(objective, decaying), mfx.init_state(start, decaying, key=jr.key(1))
+        for _ in range(3):
+            current, _ = step(current, batch())
     assert current.opt_state["count"] == 3
     assert current.opt_state["rate"] == 0.5**4
+    assert current.field.weight.dtype == jnp.float32
     assert len(objective.traces) == 1
 
 

@@ -49,7 +49,7 @@ def test_point_between_the_modes_costs_its_share_of_the_sample():
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
-@pytest.mark.parametrize(("place", "name"), enumerate(("x", "mean", "std", "weight")))
+@pytest.mark.parametrize(("place", "name"), [*enumerate(("x", "mean", "std", "weight"))])
 def test_coverage_of_what_is_not_finite_is_refused_by_name(place, name, value):
     arguments = [at_the_modes(50, 20, 30), MEAN.copy(), STD.copy(), WEIGHT.copy()]
     arguments[place][1] = value
