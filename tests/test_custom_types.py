@@ -180,7 +180,9 @@ def test_function_takes_numbers_for_times_in_the_precision_of_the_data(name, num
 
 
 @pytest.mark.parametrize("number", [0.5, 1, np.float32(0.5), np.int32(1)], ids=repr)
-@pytest.mark.parametrize("function", [lambda n: nn.sinusoidal_embedding(n, 8), mfx.ConstantWeight(0.25)], ids=["embedding", "weight"])
+@pytest.mark.parametrize(
+    "function", [lambda n: nn.sinusoidal_embedding(n, 8), mfx.ConstantWeight(0.25)], ids=["embedding", "weight"]
+)
 def test_function_of_a_number_alone_gives_an_array_in_floating_point(function, number):
     found = function(number)
     assert found.dtype == jnp.float32
