@@ -29,6 +29,7 @@ from jaxtyping import Array, Float, Key, PyTree
 
 from ._custom_types import as_times, Condition, Scalar, Time, TimeLike
 from ._field import AbstractField, stopped
+from ._validate import check_positive
 from .nn import AbstractAttention, StoppedTangent
 
 
@@ -112,14 +113,13 @@ class CentralDifference(AbstractDerivative):
 
     **Arguments:** `step` the $\epsilon$ above, in units of time.
 
-    **Raises:** `ValueError` unless step > 0; when called, if the field computes in less than float32.
+    **Raises:** `ValueError` unless step is > 0 and finite; when called, if the field computes in less than float32.
     """
 
     step: float = eqx.field(default=5e-3, converter=float)
 
     def __check_init__(self):
-        if not self.step > 0:
-            raise ValueError(f"step must be > 0, got {self.step}")
+        check_positive("step", self.step)
 
     def __call__(
         self,

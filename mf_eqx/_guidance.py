@@ -9,7 +9,6 @@ whose fixed point is $v_{cfg} = \omega' v(z_t, t \mid c) + (1 - \omega')\, v(z_t
 $\omega' = \omega / (1 - \kappa)$.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,6 +20,7 @@ from jaxtyping import Array, ArrayLike, Float, Key
 
 from ._custom_types import as_scalar, as_times, Condition, TimeLike
 from ._field import AbstractField
+from ._validate import check_positive
 
 
 def _interval(ends: Sequence[float | int]) -> tuple[float, float]:
@@ -34,7 +34,7 @@ class Guidance(eqx.Module):
 
     **Arguments:**
 
-    - `scale`: the paper's $\omega$, > 0 ("cfg scale" elsewhere, but see `effective_scale`).
+    - `scale`: the paper's $\omega$, > 0 and finite ("cfg scale" elsewhere, but see `effective_scale`).
     - `mix`: its $\kappa$, in [0, 1); 0 is Eq. 19 and saves the conditional pass on identity rows.
     - `interval`: interval of t inside which guidance applies, closed at both ends as in the authors' ImageNet code;
       outside it the target is plain $v_t$.
@@ -49,8 +49,7 @@ class Guidance(eqx.Module):
 
     def __check_init__(self):
         low, high = self.interval
-        if not self.scale > 0:
-            raise ValueError(f"scale must be > 0, got {self.scale}")
+        check_positive("scale", self.scale)
         if not 0 <= self.mix < 1:
             raise ValueError(f"mix must lie in [0, 1), got {self.mix}")
         if not 0 <= low <= high <= 1:
@@ -103,8 +102,7 @@ class GuidedField(AbstractField):
     null: Condition
 
     def __check_init__(self):
-        if not 0 <= self.scale < math.inf:
-            raise ValueError(f"scale must lie in [0, infinity), got {self.scale}")
+        check_positive("scale", self.scale, or_zero=True)
         _check_null(self.null)
 
     def __call__(

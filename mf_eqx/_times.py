@@ -24,6 +24,7 @@ import numpy as np
 from jaxtyping import Array, Key
 
 from ._custom_types import Time
+from ._validate import check_finite, check_positive
 
 _Rows = TypeVar("_Rows")
 
@@ -46,17 +47,17 @@ class UniformTimes(AbstractTimes):
 class LogitNormalTimes(AbstractTimes):
     r"""Times $t = \mathrm{sigmoid}(\mu + s n)$ with $n \sim N(0, 1)$: "lognorm(mu, sigma)" of the paper.
 
-    **Arguments:** `mean` the paper's $\mu$; `std` its $\sigma$, > 0. Values in use: (-0.4, 1.0) in the ImageNet
-    experiments (the defaults); (-2, 2) for CIFAR-10 in the paper; t from (-0.6, 1.6) and r from (-4, 1.6) in the later
-    CIFAR-10 code (see `TimePairs`).
+    **Arguments:** `mean` the paper's $\mu$, finite; `std` its $\sigma$, > 0 and finite. Values in use: (-0.4, 1.0) in
+    the ImageNet experiments (the defaults); (-2, 2) for CIFAR-10 in the paper; t from (-0.6, 1.6) and r from (-4, 1.6)
+    in the later CIFAR-10 code (see `TimePairs`).
     """
 
     mean: float = eqx.field(default=-0.4, converter=float)
     std: float = eqx.field(default=1.0, converter=float)
 
     def __check_init__(self):
-        if not self.std > 0:
-            raise ValueError(f"std must be > 0, got {self.std}")
+        check_finite("mean", self.mean)
+        check_positive("std", self.std)
 
     def __call__(self, *, key: Key[Array, ""]) -> Time:
         return jax.nn.sigmoid(self.mean + self.std * jr.normal(key))

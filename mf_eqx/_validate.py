@@ -27,11 +27,11 @@ def check_finite(name: str, values: Any) -> None:
         raise ValueError(f"{name} must be finite, got {np.sum(~finite)} values that are not")
 
 
-def check_positive(name: str, values: Any) -> None:
-    """Raises a `ValueError` unless all `values` are > 0 and finite."""
+def check_positive(name: str, values: Any, *, or_zero: bool = False) -> None:
+    """Raises a `ValueError` unless all `values` are > 0, or >= 0 with `or_zero`, and finite."""
     on_host = known(values)
-    if on_host is not None and not np.all(np.isfinite(on_host) & (on_host > 0)):
-        raise ValueError(f"{name} must be > 0 and finite, got {on_host}")
+    if on_host is not None and not np.all(np.isfinite(on_host) & ((on_host > 0) | (or_zero & (on_host == 0)))):
+        raise ValueError(f"{name} must be {'>= 0' if or_zero else '> 0'} and finite, got {on_host}")
 
 
 def as_count(name: str, value: Count, least: int = 1) -> int:

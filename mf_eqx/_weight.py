@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from ._custom_types import Scalar, ScalarLike
+from ._validate import check_positive
 
 
 class AbstractWeight(eqx.Module):
@@ -28,8 +29,7 @@ class ConstantWeight(AbstractWeight):
     value: float = eqx.field(default=1.0, converter=float)
 
     def __check_init__(self):
-        if not self.value > 0:
-            raise ValueError(f"value must be > 0, got {self.value}")
+        check_positive("value", self.value)
 
     def __call__(self, error: ScalarLike) -> Scalar:
         return jnp.full(jnp.shape(error), self.value, jnp.result_type(error, float))
@@ -38,19 +38,18 @@ class ConstantWeight(AbstractWeight):
 class AdaptiveWeight(AbstractWeight):
     r"""The adaptive weight of Eq. 22, $w = 1 / (\|\Delta\|^2 + c)^p$.
 
-    **Arguments:** `power` the paper's p; `offset` its c, > 0. Values in use: p = 1, c = 0.01 (ImageNet, the defaults);
-    p = 0.75, c = 1e-3 (CIFAR-10); p = 0.5 resembles Pseudo-Huber. With p = 1 the weighted loss reads about 1 for ever:
-    watch the raw errors. It also biases the field wherever the conditional variance dominates the error.
+    **Arguments:** `power` the paper's p, >= 0; `offset` its c, > 0; both finite. Values in use: p = 1, c = 0.01
+    (ImageNet, the defaults); p = 0.75, c = 1e-3 (CIFAR-10); p = 0.5 resembles Pseudo-Huber. With p = 1 the weighted
+    loss reads about 1 for ever: watch the raw errors. It also biases the field wherever the conditional variance
+    dominates the error.
     """
 
     power: float = eqx.field(default=1.0, converter=float)
     offset: float = eqx.field(default=0.01, converter=float)
 
     def __check_init__(self):
-        if not self.power >= 0:
-            raise ValueError(f"power must be >= 0, got {self.power}")
-        if not self.offset > 0:
-            raise ValueError(f"offset must be > 0, got {self.offset}")
+        check_positive("power", self.power, or_zero=True)
+        check_positive("offset", self.offset)
 
     def __call__(self, error: ScalarLike) -> Scalar:
         return jax.lax.stop_gradient((jnp.asarray(error) + self.offset) ** -self.power)

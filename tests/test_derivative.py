@@ -231,7 +231,7 @@ def test_error_of_a_central_difference_falls_with_the_square_of_its_step():
 
 @pytest.mark.parametrize("step", [0.0, -1e-3, float("nan")])
 def test_step_that_is_not_positive_is_refused(step):
-    with pytest.raises(ValueError, match=f"step must be > 0, got {step}"):
+    with pytest.raises(ValueError, match=f"step must be > 0 and finite, got {step}"):
         CentralDifference(step)
 
 

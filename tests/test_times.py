@@ -72,7 +72,7 @@ def test_default_times_have_the_quantiles_of_the_papers_lognorm(level):
 
 @pytest.mark.parametrize("std", [0.0, -1.0, float("nan")])
 def test_logit_normal_refuses_a_std_that_is_not_positive(std):
-    with pytest.raises(ValueError, match=f"std must be > 0, got {std}"):
+    with pytest.raises(ValueError, match=f"std must be > 0 and finite, got {std}"):
         LogitNormalTimes(0.0, std)
 
 

@@ -1,5 +1,8 @@
 """Checks of arguments, and what they are used for: sizes of zero everywhere, and 0/0 that is meant."""
 
+import dataclasses
+
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -8,7 +11,7 @@ import optax
 import pytest
 
 import mf_eqx as mfx
-from mf_eqx import exact, nn
+from mf_eqx import data, exact, nn
 from mf_eqx._validate import check_finite, check_positive, check_sizes
 
 KEY = jr.key(0)
@@ -144,3 +147,62 @@ def test_a_step_and_its_metrics_make_no_nan_on_the_way(identity):
 class AtTheEnds(mfx.AbstractTimes):
     def __call__(self, *, key):
         return jnp.round(jr.uniform(key))
+
+
+# Numbers that are not finite. As constants of a program XLA:CPU makes other numbers of them: jitted, sigmoid(NaN + n)
+# was 2e-44, and a training with NaN for times had a finite loss.
+
+FLOATS = {
+    "AdaptiveWeight.offset": lambda value: mfx.AdaptiveWeight(offset=value),
+    "AdaptiveWeight.power": lambda value: mfx.AdaptiveWeight(power=value),
+    "AverageVelocity.atol": lambda value: exact.AverageVelocity(lambda z, t, c: z, atol=value),
+    "AverageVelocity.rtol": lambda value: exact.AverageVelocity(lambda z, t, c: z, rtol=value),
+    "CentralDifference.step": mfx.CentralDifference,
+    "ConstantWeight.value": mfx.ConstantWeight,
+    "EDMAugmentation.flip": lambda value: data.EDMAugmentation(flip=value),
+    "EDMAugmentation.probability": lambda value: data.EDMAugmentation(probability=value),
+    "EDMAugmentation.scale": lambda value: data.EDMAugmentation(scale=value),
+    "EDMAugmentation.shift": lambda value: data.EDMAugmentation(shift=value),
+    "EDMAugmentation.turned": lambda value: data.EDMAugmentation(turned=value),
+    "ExponentialAverage.decay": mfx.ExponentialAverage,
+    "GaussianAverageVelocity.std": lambda value: exact.GaussianAverageVelocity(jnp.zeros(2), value),
+    "GroupNorm.epsilon": lambda value: nn.GroupNorm(1, 2, epsilon=value),
+    "Guidance.mix": lambda value: mfx.Guidance(1.0, value),
+    "Guidance.scale": mfx.Guidance,
+    "GuidedField.scale": lambda value: mfx.GuidedField(mfx.MLP(2, labels=2, key=KEY), value, null=2),
+    "GuidedVelocity.scale": lambda value: exact.GuidedVelocity(lambda z, t, c: z, value),
+    "LabelDropout.rate": lambda value: mfx.LabelDropout(value, 2),
+    "LogitNormalTimes.mean": lambda value: mfx.LogitNormalTimes(value, 1.0),
+    "LogitNormalTimes.std": lambda value: mfx.LogitNormalTimes(0.0, value),
+    "MeanFlow.tangent_r": lambda value: mfx.MeanFlow(tangent_r=value),
+    "MeanFlow.tangent_t": lambda value: mfx.MeanFlow(tangent_t=value),
+    "RandomFlip.probability": data.RandomFlip,
+    "SamplePosterior.scale": data.SamplePosterior,
+    "TimePairEmbedding.time_scale": lambda value: nn.TimePairEmbedding(4, time_scale=value, key=KEY),
+    "TimePairs.equal": lambda value: mfx.TimePairs(equal=value),
+    "UNetBlock.dropout": lambda value: mfx.UNet(
+        (3, 8, 8), mfx.UNetSize(width=8, multipliers=(1,), blocks=1, attention=()), dropout=value, key=KEY
+    ),
+}
+
+
+def float_fields():
+    """All fields of modules of the package that are floats."""
+    found, left = set(), [eqx.Module]
+    while left:
+        cls = left.pop()
+        left += cls.__subclasses__()
+        if cls.__module__.startswith("mf_eqx.") and dataclasses.is_dataclass(cls):
+            found |= {f"{cls.__name__}.{field.name}" for field in dataclasses.fields(cls) if field.type is float}
+    return found
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("name", FLOATS)
+def test_a_float_that_is_not_finite_is_refused_by_name(name, value):
+    with pytest.raises(ValueError, match=f"{name.partition('.')[2]} .*got {value}|must be finite, got 1 values"):
+        FLOATS[name](value)
+
+
+def test_every_float_of_a_module_is_in_the_list():
+    assert float_fields() == set(FLOATS)

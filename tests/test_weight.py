@@ -49,11 +49,11 @@ def test_weight_has_the_precision_of_the_error(weight, dtype):
 
 @pytest.mark.parametrize("power", [-0.5, float("nan")])
 def test_negative_power_is_refused(power):
-    with pytest.raises(ValueError, match=f"power must be >= 0, got {power}"):
+    with pytest.raises(ValueError, match=f"power must be >= 0 and finite, got {power}"):
         AdaptiveWeight(power=power)
 
 
 @pytest.mark.parametrize("offset", [0.0, -1.0, float("nan")])
 def test_offset_that_is_not_positive_is_refused(offset):
-    with pytest.raises(ValueError, match=f"offset must be > 0, got {offset}"):
+    with pytest.raises(ValueError, match=f"offset must be > 0 and finite, got {offset}"):
         AdaptiveWeight(offset=offset)

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Key
 from .._custom_types import as_times, Condition, TimeLike
 from .._derivative import AbstractDerivative, FusedJVP
 from .._field import AbstractField
+from .._validate import check_finite
 from .base import AbstractIdentity, Context
 
 
@@ -32,6 +33,10 @@ class MeanFlow(AbstractIdentity):
 
     needs_boundary: ClassVar[bool] = False
     uses_velocity: ClassVar[bool] = True
+
+    def __check_init__(self):
+        check_finite("tangent_r", self.tangent_r)
+        check_finite("tangent_t", self.tangent_t)
 
     def residual(
         self,

@@ -25,6 +25,7 @@ from jaxtyping import Array, Bool, Float, Key
 from .._custom_types import Scalar
 from .._model import UNetCondition
 from .._objective import Batch
+from .._validate import check_positive
 
 _SYM6 = np.array(
     [
@@ -89,8 +90,7 @@ class EDMAugmentation(eqx.Module):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must lie in [0, 1], got {getattr(self, name)}")
         for name in ("scale", "shift"):
-            if not 0 <= getattr(self, name) < np.inf:
-                raise ValueError(f"{name} must be finite and >= 0, got {getattr(self, name)}")
+            check_positive(name, getattr(self, name), or_zero=True)
 
     def __call__(self, row: Batch, key: Key[Array, ""]) -> Batch:
         drawn = self.draw(key)

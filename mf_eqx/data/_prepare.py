@@ -18,6 +18,7 @@ from jaxtyping import Key
 
 from .._custom_types import at_least_float32
 from .._objective import Batch
+from .._validate import check_positive
 
 
 class InTurn(eqx.Module):
@@ -76,12 +77,16 @@ class SamplePosterior(eqx.Module):
     r"""A latent drawn anew at every read, $s (\mu + \sigma \epsilon)$, from rows of moments: the channels of the mean
     $\mu$, then those of the standard deviation $\sigma$, as `experiments/prepare_latents.py` keeps them.
 
-    **Arguments:** `scale` s, `mf_eqx.vae.SCALE` for the tokenizer of Stable Diffusion.
+    **Arguments:** `scale` s, > 0 and finite: `mf_eqx.vae.SCALE` for the tokenizer of Stable Diffusion.
 
-    **Raises:** `ValueError` if x is not floating point or has an odd number of channels, when called.
+    **Raises:** `ValueError` for another `scale`; when called, if x is not floating point or has an odd number of
+    channels.
     """
 
     scale: float
+
+    def __check_init__(self):
+        check_positive("scale", self.scale)
 
     def __call__(self, row: Batch, key: Key[jax.Array, ""]) -> Batch:
         x = jnp.asarray(row.x)

@@ -18,6 +18,7 @@ from jaxtyping import Array, ArrayLike, Float, Key
 
 from .._custom_types import as_times, Condition, TimeLike
 from .._field import AbstractField
+from .._validate import check_positive
 from ._base import Velocity
 
 
@@ -50,10 +51,8 @@ class AverageVelocity(AbstractField):
     max_steps: int = 4096
 
     def __check_init__(self):
-        if not self.rtol >= 0:
-            raise ValueError(f"rtol must be >= 0, got {self.rtol}")
-        if not self.atol > 0:
-            raise ValueError(f"atol must be > 0, got {self.atol}")
+        check_positive("rtol", self.rtol, or_zero=True)
+        check_positive("atol", self.atol)
         if self.max_steps < 1:
             raise ValueError(f"max_steps must be >= 1, got {self.max_steps}")
 

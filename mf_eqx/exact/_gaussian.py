@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Key
 
 from .._custom_types import as_times, Condition, Time, TimeLike
 from .._field import AbstractField
+from .._validate import check_finite, check_positive
 
 
 class GaussianAverageVelocity(AbstractField):
@@ -24,17 +25,17 @@ class GaussianAverageVelocity(AbstractField):
 
     No division by t - r: at r = t it is v itself, smooth in all arguments.
 
-    **Arguments:** `mean` m; `std` s > 0, in the unit of the data.
+    **Arguments:** `mean` m, finite; `std` s > 0 and finite, in the unit of the data.
 
-    **Raises:** `ValueError` if `std` is not positive.
+    **Raises:** `ValueError` if one of them is not so.
     """
 
     mean: Float[Array, "*data"] = eqx.field(converter=jnp.asarray)
     std: float = eqx.field(converter=float)
 
     def __check_init__(self):
-        if not self.std > 0:
-            raise ValueError(f"std must be > 0, got {self.std}")
+        check_finite("mean", self.mean)
+        check_positive("std", self.std)
 
     def __call__(
         self,

@@ -4,6 +4,7 @@ import equinox as eqx
 from jaxtyping import Array, Float
 
 from .._custom_types import as_scalar, Condition, TimeLike
+from .._validate import check_finite
 from ._base import Velocity
 
 
@@ -15,11 +16,14 @@ class GuidedVelocity(eqx.Module):
     Without a condition both terms agree and it is plain v(z, t), as for rows whose label was dropped.
 
     **Arguments:** `velocity` called as (z, t, condition), with condition None for the unconditional one; `scale` the
-    *effective* $\omega'$, that is `Guidance.effective_scale`; 1 is no guidance.
+    *effective* $\omega'$, that is `Guidance.effective_scale`, finite; 1 is no guidance.
     """
 
     velocity: Velocity
     scale: float = eqx.field(converter=float)
+
+    def __check_init__(self):
+        check_finite("scale", self.scale)
 
     def __call__(self, z: Float[Array, "*data"], t: TimeLike, condition: Condition = None) -> Float[Array, "*data"]:
         """v_cfg(z, t | condition)."""

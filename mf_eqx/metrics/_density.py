@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from .._custom_types import at_least_float32, Scalar
-from .._validate import check_finite
+from .._validate import check_finite, check_positive
 from ._distance import nan_unless_finite
 
 
@@ -50,8 +50,7 @@ def mode_coverage(
     **Reference:** modes and high-quality samples within three standard deviations as in VEEGAN, Srivastava, Valkov,
     Russell, Gutmann and Sutton, 2017; there a mode counts from one sample on, here by its mass.
     """
-    if not radius > 0:
-        raise ValueError(f"`radius` must be > 0, got {radius}.")
+    check_positive("radius", radius)
     components = len(mean)
     if np.ndim(x) != 2 or len(x) < 1 or np.shape(x)[1:] != np.shape(mean)[1:]:
         raise ValueError(f"`x` must have shape (sample, {np.shape(mean)[-1]}) as `mean`, got {np.shape(x)}.")
@@ -120,6 +119,8 @@ def total_variation(
     dim = np.shape(x)[-1]
     if any(corner.shape != (dim,) for corner in corners) or not (corners[0] < corners[1]).all():
         raise ValueError(f"`low` and `high` must be {dim} numbers each, with low < high, got {low} and {high}.")
+    check_finite("low", corners[0])
+    check_finite("high", corners[1])
     if bins < 1 or nodes < 1:
         raise ValueError(f"`bins` and `nodes` must be at least 1, got {bins} and {nodes}.")
     x = at_least_float32(jnp.asarray(x))

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
-from .._validate import check_finite, known
+from .._validate import check_finite, check_positive, known
 
 # Bounds the temporary of distances between all pairs: 2**20 differences are 4 MiB in float32.
 _DIFFERENCES_PER_BLOCK = 2**20
@@ -154,8 +154,7 @@ def maximum_mean_discrepancy(
 
     **Reference:** A Kernel Two-Sample Test, Gretton, Borgwardt, Rasch, Schölkopf and Smola, 2012.
     """
-    if not bandwidth > 0:
-        raise ValueError(f"`bandwidth` must be > 0, got {bandwidth}.")
+    check_positive("bandwidth", bandwidth)
     if halvings < 0:
         raise ValueError(f"`halvings` must be >= 0, got {halvings}.")
     a, b = _checked(a, b)

@@ -19,7 +19,7 @@ from jax.nn.initializers import normal
 from jaxtyping import Array, Float, Key
 
 from .._custom_types import as_scalar, as_times, at_least_float32, Label, ScalarLike, Time, TimeLike
-from .._validate import check_sizes, known
+from .._validate import check_finite, check_sizes, known
 from ._linear import Linear
 
 TimeVariables: TypeAlias = Callable[[Time, Time], tuple[Time, ...]]
@@ -98,6 +98,7 @@ class TimePairEmbedding(eqx.Module):
         key: Key[Array, ""],
     ):
         check_sizes(width=width)
+        check_finite("time_scale", time_scale)
         if size < 2 or size % 2:
             raise ValueError(f"size must be even and positive, got {size}")
         count = len(variables(jnp.zeros(()), jnp.ones(())))

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from .._custom_types import at_least_float32
-from .._validate import check_sizes
+from .._validate import check_positive, check_sizes
 
 
 def layer_norm(x: Float[Array, "*rows width"], *, epsilon: float = 1e-6) -> Float[Array, "*rows width"]:
@@ -55,6 +55,7 @@ class GroupNorm(eqx.Module):
 
     def __init__(self, groups: int, channels: int, *, epsilon: float = 1e-6):
         check_sizes(channels=channels)
+        check_positive("epsilon", epsilon)
         if groups < 1 or channels % groups:
             raise ValueError(f"channels must be a multiple of groups, got {channels} channels and {groups} groups")
         self.weight, self.bias = jnp.ones(channels, jnp.float32), jnp.zeros(channels, jnp.float32)

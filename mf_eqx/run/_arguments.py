@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, TypeVar
 
 from .._optional import optional
+from ._settings import check_numbers
 
 _Config = TypeVar("_Config")
 
@@ -35,6 +36,7 @@ def parse(choices: Mapping[str, tuple[str, _Config]], program: str, description:
                 args=argv,
                 return_unknown_args=True,
             )
+        check_numbers(parsed.config)
     except ValueError as error:
         raise BadArguments(_name_flag(str(error), choices[name][1])) from error
     if unknown:

@@ -60,20 +60,21 @@ def _enter(stack: contextlib.ExitStack, config: Any, path: Path, is_test: bool, 
         _check_is_test(path)
     elif not is_shared:
         _check_recipe(config, path)
-    was_there = path.exists()
+    made = [folder for folder in (path, *path.parents) if not folder.exists()]
     path.mkdir(parents=True, exist_ok=True)
     stack.enter_context(locked(path))
     if is_test:
         _empty(path)
     remove_parts(path)
-    stack.enter_context(_taken_back_if_refused(path, was_there))
+    stack.enter_context(_taken_back_if_refused(path, made))
     stack.enter_context(in_place(path))
     RunDirectory(path).add_start(config)
 
 
 @contextlib.contextmanager
-def _taken_back_if_refused(path: Path, was_there: bool) -> Iterator[None]:
-    """A context after whose refusal, of bad input before anything was trained, the directory is as it was."""
+def _taken_back_if_refused(path: Path, made: list[Path]) -> Iterator[None]:
+    """A context after whose refusal, of bad input before anything was trained, the directory is as it was; `made` are
+    it and those above it that were new."""
     starts = path / "starts.jsonl"
     before = _others(path)
     size = starts.stat().st_size if starts.is_file() else 0
@@ -81,10 +82,13 @@ def _taken_back_if_refused(path: Path, was_there: bool) -> Iterator[None]:
         yield
     except (ValueError, OSError, MissingDependency):
         if _others(path) == before:
-            if was_there and starts.is_file():
-                os.truncate(starts, size)
-            elif not was_there:
+            if made:
                 shutil.rmtree(path, ignore_errors=True)
+            elif starts.is_file():
+                os.truncate(starts, size)
+            for folder in made[1:]:
+                with contextlib.suppress(OSError):  # another run is in it
+                    folder.rmdir()
         raise
 
 

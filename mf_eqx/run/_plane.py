@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 
 from .._field import AbstractField
 from .._optional import optional
+from .._validate import check_positive
 
 _SIDE = 2.2
 _DPI = 100
@@ -158,8 +159,7 @@ def _check(rows: Mapping[str, Sequence[Any]], columns: Sequence[str], limit: flo
     for name, row in rows.items():
         if len(row) != len(columns):
             raise ValueError(f"columns must be {len(row)} titles as in the row {name!r}, got {len(columns)}")
-    if not limit > 0:
-        raise ValueError(f"limit must be > 0, got {limit}")
+    check_positive("limit", limit)
 
 
 def _panels(rows: int, columns: int, title: str | None, *, side: float = _SIDE) -> tuple[Any, Any]:

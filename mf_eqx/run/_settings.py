@@ -3,7 +3,9 @@
 import dataclasses
 import hashlib
 import json
+import math
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -37,10 +39,13 @@ class CommonSettings:
     """Two steps of everything, in a directory of its own that each such run begins anew."""
 
     def check(self, **least: int) -> None:
-        """Refuses values that make no run. **Arguments:** `least` values of the script's own fields, by their names.
+        """Refuses values that make no run, and what `check_numbers` refuses.
+
+        **Arguments:** `least` values of the script's own fields, by their names.
 
         **Raises:** `ValueError`.
         """
+        check_numbers(self)
         for name, bound in (_LEAST | least).items():
             if getattr(self, name, bound) < bound:
                 raise ValueError(f"{name} must be >= {bound}, got {getattr(self, name)}")
@@ -91,6 +96,34 @@ class CellSettings(CommonSettings):
     A cell can be stopped after each."""
     workers: int = max(1, min(os.cpu_count() or 1, 8))
     """Trainings at a time."""
+
+
+def check_numbers(config: Any) -> None:
+    """Refuses numbers that no script computes with: `ValueError` with the field's name for a float that is not finite,
+    and for an integer beyond int32, in which devices count.
+
+    A float that is not finite must not reach a compiled program as a constant: XLA:CPU takes it for a number, and makes
+    another one of it.
+
+    **Arguments:** `config` a dataclass; dataclasses, tuples and lists in it are looked through.
+    """
+    for name, value in _numbers(config):
+        if isinstance(value, int) and not -(2**31) <= value < 2**31:
+            raise ValueError(f"{name} must lie in [{-(2**31)}, {2**31 - 1}], got {value}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{name} must be finite, got {value}")
+
+
+def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, int | float]]:
+    """All numbers in a configuration, with the names of the fields that they are in."""
+    if dataclasses.is_dataclass(value):
+        for field in dataclasses.fields(value):
+            yield from _numbers(getattr(value, field.name), f"{name}.{field.name}" if name else field.name)
+    elif isinstance(value, tuple | list):
+        for one in value:
+            yield from _numbers(one, name)
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        yield name, value
 
 
 def parallelism(settings: Settings) -> Parallelism | None:

@@ -154,8 +154,8 @@ def test_float32_works_at_its_own_tolerance():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"rtol": -1e-9}, "rtol must be >= 0, got -1e-09"),
-        ({"atol": 0.0}, "atol must be > 0, got 0.0"),
+        ({"rtol": -1e-9}, "rtol must be >= 0 and finite, got -1e-09"),
+        ({"atol": 0.0}, "atol must be > 0 and finite, got 0.0"),
         ({"max_steps": 0}, "max_steps must be >= 1, got 0"),
     ],
 )

@@ -45,5 +45,5 @@ def test_jvp_equals_finite_differences_also_at_equal_times(direction):
 
 
 def test_std_must_be_positive():
-    with pytest.raises(ValueError, match=r"std must be > 0, got 0\.0"):
+    with pytest.raises(ValueError, match=r"std must be > 0 and finite, got 0\.0"):
         GaussianAverageVelocity(MEAN, 0.0)

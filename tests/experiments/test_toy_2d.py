@@ -142,7 +142,7 @@ def test_quick_is_no_larger_than_what_is_asked_for(toy_2d):
         ("--steps 0", "--steps must be >= 1, got 0"),
         ("--batch 7", "--batch must be a positive multiple of"),
         ("--identity-share 1", "--identity-share must be below 1 for ImprovedMeanFlow"),
-        ("--power -1", "--power must be >= 0, got -1"),
+        ("--power -1", "--power must be >= 0 and finite, got -1"),
         ("--clip 0", "--clip must be > 0, got 0.0"),
         ("--decay 1", "--decay must lie in"),
     ],

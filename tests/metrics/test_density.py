@@ -124,7 +124,7 @@ def test_coverage_is_the_same_inside_another_jit():
 
 @pytest.mark.parametrize("radius", [0.0, -1.0, np.nan])
 def test_radius_that_is_not_positive_is_refused(radius):
-    with pytest.raises(ValueError, match=f"`radius` must be > 0, got {radius}"):
+    with pytest.raises(ValueError, match=f"radius must be > 0 and finite, got {radius}"):
         coverage(at_the_modes(1, 1, 1), radius=radius)
 
 

@@ -195,7 +195,7 @@ def test_bandwidth_of_maximum_mean_discrepancy_scales_with_the_points():
 
 @pytest.mark.parametrize("bandwidth", [0.0, -1.0, np.nan])
 def test_bandwidth_that_is_not_positive_is_refused(bandwidth):
-    with pytest.raises(ValueError, match=f"`bandwidth` must be > 0, got {bandwidth}"):
+    with pytest.raises(ValueError, match=f"bandwidth must be > 0 and finite, got {bandwidth}"):
         maximum_mean_discrepancy(jnp.zeros((4, 2)), jnp.zeros((4, 2)), bandwidth=bandwidth)
 
 

@@ -251,20 +251,23 @@ def test_docstring_has_a_recipe_for_decay_muon_clipping_and_muon_within():
 
 
 @pytest.mark.parametrize("recipe", recipes())
-def test_recipes_train_a_transformer(recipe):
-    rule, field = recipes()[recipe], dit()
-    objective = mfx.Objective(identity=None, identity_share=0)
-    step = mfx.TrainStep(objective, rule)
-    state = mfx.init_state(field, rule, key=jr.key(1))
-    for seed in (2, 3):
-        state, _ = step(state, mfx.Batch(jr.normal(jr.key(seed), (4, 1, 4, 4)), jnp.arange(4) % 4))
-    assert state.faults.total == 0
-    assert np.abs(state.field.out.weight - field.out.weight).max() > 0
+def test_recipes_fit_the_training_step_of_a_transformer(recipe):
+    rule = recipes()[recipe]
+    step = mfx.TrainStep(mfx.Objective(identity=None, identity_share=0), rule)
+    state = eqx.filter_eval_shape(lambda: mfx.init_state(dit(), rule, key=jr.key(1)))
+    rows = mfx.Batch(jnp.zeros((4, 1, 4, 4)), jnp.zeros(4, jnp.int32))
+    after, _ = eqx.filter_eval_shape(step, state, rows)
+    assert eqx.tree_equal(*(eqx.filter(s, is_shape) for s in (state, after)))
+
+
+def is_shape(leaf):
+    return isinstance(leaf, jax.ShapeDtypeStruct)
 
 
 def test_recipe_of_the_docstring_leaves_ends_and_embeddings_to_adam():
     (rule,) = (rule for line, rule in recipes().items() if "hidden" in line)
-    nodes = jax.tree.leaves(rule.init(eqx.filter(dit(), eqx.is_inexact_array)), is_leaf=is_muon)
+    state = eqx.filter_eval_shape(lambda: rule.init(eqx.filter(dit(), eqx.is_inexact_array)))
+    nodes = jax.tree.leaves(state, is_leaf=is_muon)
     (muon,) = filter(is_muon, nodes)
     held = {jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(muon.mu)}
     blocks = {".attention.qkv", ".attention.out", ".hidden", ".out", ".modulation"}

@@ -20,6 +20,7 @@ from hypothesis import given, HealthCheck, settings, strategies as st  # noqa: E
 
 EXPERIMENTS = pathlib.Path(__file__).parents[2] / "experiments"
 SCRIPTS = ("toy_2d", "digits", "ablations", "weight_bias", "prepare_data")
+ALL_SCRIPTS = (*SCRIPTS, "cifar10", "imagenet_latents", "evaluate", "prepare_latents", "import_weights")
 LONGEST = 60  # seconds for one command line; usual are 0.02 to 0.2
 
 
@@ -138,3 +139,21 @@ def test_any_values_make_a_configuration_or_one_line(script):
 @pytest.mark.parametrize("value", [2**31, 2**63 + 1])
 def test_huge_sizes_are_judged_at_once(script, flag, value):
     check(script, [flag, str(value)])
+
+
+def numbers(script):
+    """Each flag of a script that takes a number, or several, with how many it has by default and of what type."""
+    for field in dataclasses.fields(first(script)):
+        value = getattr(first(script), field.name)
+        several = value if isinstance(value, tuple) else (value,)
+        if several and all(type(one) in (int, float) for one in several):
+            yield field.name.replace("_", "-"), len(several), type(several[0])
+
+
+@pytest.mark.parametrize("script", ALL_SCRIPTS)
+def test_numbers_that_nothing_computes_with_are_refused_in_one_line(script):
+    importlib.import_module(script)
+    for flag, count, kind in numbers(script):
+        for value in ("nan", "inf", "1e400") if kind is float else ("2147483648", "4294967296", "1" + 30 * "0"):
+            line = check(script, [f"--{flag}", *[value] * count])
+            assert isinstance(line, str) and (flag in line or flag.replace("-", "_") in line), (flag, value, line)

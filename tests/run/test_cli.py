@@ -186,7 +186,7 @@ def test_value_error_of_the_script_is_one_line_with_a_hint(capsys):
 
 
 def test_value_error_of_a_module_of_the_package_is_one_line(capsys):
-    assert "scale must be > 0, got -1.0" in refusal(capsys, function=lambda config: Guidance(-1.0))
+    assert "scale must be > 0 and finite, got -1.0" in refusal(capsys, function=lambda config: Guidance(-1.0))
 
 
 def test_value_error_of_the_package_under_jit_is_one_line(capsys):

@@ -173,3 +173,17 @@ def test_a_test_run_in_use_is_not_emptied(tmp_path):
 def test_a_run_named_like_a_test_run_is_never_emptied(tmp_path):
     (made(tmp_path, name="a-test") / "metrics.jsonl").write_text("precious")
     refused(tmp_path, name="a", test_run=True)
+
+
+def test_a_refusal_inside_leaves_no_directory_that_was_not_there(tmp_path):
+    with pytest.raises(ValueError, match="bad"), opened(tmp_path / "new", name="a/b"):
+        raise ValueError("bad")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_refusal_inside_leaves_the_directories_of_others(tmp_path):
+    made(tmp_path, name="a")
+    before = tree(tmp_path)
+    with pytest.raises(ValueError, match="bad"), opened(tmp_path, name="b"):
+        raise ValueError("bad")
+    assert tree(tmp_path) == before

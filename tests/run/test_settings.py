@@ -4,7 +4,7 @@ import jax
 import pytest
 
 from mf_eqx import run
-from mf_eqx.run._settings import default_name, difference, recipe
+from mf_eqx.run._settings import check_numbers, default_name, difference, recipe
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,3 +129,22 @@ def test_fields_of_the_script_are_checked_with_the_settings():
         Config(steps=3).check(steps=4)
     with pytest.raises(ValueError, match="save_every must be >= 1, got 0"):
         Config(save_every=0).check(steps=4)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"scale": float("nan")}, "scale must be finite, got nan"),
+        ({"scale": 1e400}, "scale must be finite, got inf"),
+        ({"inner": Inner(rate=-float("inf"))}, "inner.rate must be finite, got -inf"),
+        ({"steps": 2**31}, r"steps must lie in \[-2147483648, 2147483647\], got 2147483648"),
+        ({"inner": Inner(sizes=(1, -(10**20)))}, r"inner.sizes must lie in .* got -100000000000000000000"),
+    ],
+)
+def test_numbers_that_nothing_computes_with_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(Config(), **fields).check()
+
+
+def test_the_largest_integers_pass():
+    check_numbers(Config(steps=2**31 - 1, inner=Inner(sizes=(-(2**31), True))))
