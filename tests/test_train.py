@@ -577,6 +577,13 @@ def test_step_of_networks_passes_strict_promotion_in_every_precision(strict, nam
     trace(STRICT["MeanFlow"], lambda: NETWORKS[name](dtype), labelled((1, 4, 4)))
 
 
+def test_step_of_an_mlp_in_low_precision_passes_strict_promotion(strict):
+    def make_field():
+        return mfx.MLP(2, width=8, depth=2, labels=4, dtype=jnp.bfloat16, key=jr.key(0))
+
+    trace(STRICT["MeanFlow"], make_field, labelled())
+
+
 def test_parameters_of_low_precision_pass_strict_promotion(strict):
     optimizer = optax.adamw(0.1, mu_dtype=jnp.float32)
     low = mfx.nn.cast(field(), jnp.bfloat16)

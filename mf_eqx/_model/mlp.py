@@ -4,6 +4,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+import numpy as np
 from jax.nn.initializers import xavier_uniform, zeros
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key
@@ -108,7 +109,7 @@ class MLP(AbstractField):
         key: Key[Array, ""] | None = None,
     ) -> Float[Array, " size"]:
         r, t = as_times(r, t, z)
-        dtype = jnp.promote_types(self.out.weight.dtype, z.dtype) if self.dtype is None else self.dtype
+        dtype = np.promote_types(self.out.weight.dtype, z.dtype) if self.dtype is None else self.dtype
         c = jax.nn.silu(self.embedding(r, t, condition)).astype(dtype)
         x = self.stack(lambda block, x: cast(block, dtype)(x, c), cast(self.first, dtype)(z.astype(dtype)))
-        return cast(self.out, dtype)(x).astype(jnp.result_type(dtype, z.dtype, jnp.float32))
+        return cast(self.out, dtype)(x).astype(np.promote_types(np.promote_types(dtype, z.dtype), np.float32))
