@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import inspect
 import os
+import pathlib
 import resource
 import subprocess
 import sys
@@ -24,6 +25,7 @@ if importlib.util.find_spec("beartype") is not None:
 # The second is known to XLA up to JAX 0.10. An XLA that does not know a flag ends the process.
 QUICK = ["--xla_backend_optimization_level=0", "--xla_cpu_use_fusion_emitters=false"]
 MOST_MEMORY = 4e9  # bytes that all processes of a run may need together
+MOST_KEPT = 1.2e9  # bytes that a process may keep after a module
 PEAKS = []
 PROBE = "import jax; jax.jit(lambda: 0)(); assert jax.default_backend() == 'cpu'"
 
@@ -81,14 +83,25 @@ def pytest_terminal_summary(terminalreporter):
 
 @pytest.fixture(scope="module", autouse=True)
 def settled():
-    """What a module leaves behind is dropped, programs first; the rest is not searched for garbage again and again."""
+    """What a module leaves behind is not searched for garbage again and again, and programs are dropped when there are
+    many: not after each module, since all use the same small ones."""
     yield
-    eqx.clear_caches()
-    jax.clear_caches()
+    if resident() > MOST_KEPT:
+        gc.unfreeze()
+        eqx.clear_caches()
+        jax.clear_caches()
+        gc.collect()
+        if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
+            trim(0)  # what is free goes back to the system
     gc.collect()
     gc.freeze()
-    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
-        trim(0)  # what is free goes back to the system: half of what the processes had
+
+
+def resident():
+    """Bytes of memory that this process has; where the system does not tell, the most that it had."""
+    if sys.platform == "linux":
+        return int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 @pytest.fixture
