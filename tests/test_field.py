@@ -89,8 +89,8 @@ class Constants(AbstractField):
 
 
 def constants():
-    half = jnp.full(2, 0.5)
-    return Constants(half, half, half, np.full(2, 0.5), jnp.ones(2, int), jnp.ones(2, bool), 0.5, (0.5, 0.5))
+    weight, idle, unused = jnp.full((3, 2), 0.5)
+    return Constants(weight, idle, unused, np.full(2, 0.5), jnp.ones(2, int), jnp.ones(2, bool), 0.5, (0.5, 0.5))
 
 
 def trained(optimizer):
