@@ -178,7 +178,7 @@ def test_without_augmentation_images_are_only_mirrored_and_told_nothing(cifar10)
         ("--steps -1", "--steps must be >= 0, got -1"),
         ("--warmup -1", "--warmup must be >= 0, got -1"),
         ("--learning-rate 0", r"--learning-rate must lie in \(0, 1\), got 0.0"),
-        ("--learning-rate nan", r"--learning-rate must lie in \(0, 1\), got nan"),
+        ("--learning-rate nan", "--learning-rate must be finite, got nan"),
         ("--betas 0.9 1", r"--betas must lie in \[0, 1\), got \(0.9, 1.0\)"),
         ("--betas 0.9", "--betas"),
         ("--decays 0.9 0.9", r"--decays must be at least one number, each once, got \(0.9, 0.9\)"),

@@ -128,7 +128,7 @@ def save_weights(networks, path):
             "start must be of size {'depth': 2, .*}, got {'depth': 1, .*} in other.safetensors",
         ),
         ("--epochs 0", "--epochs must be > 0 and finite, got 0.0"),
-        ("--epochs inf", "--epochs must be > 0 and finite, got inf"),
+        ("--epochs inf", "--epochs must be finite, got inf"),
         ("--seed -1", "--seed must be >= 0, got -1"),
         ("--learning-rate 1", r"--learning-rate must lie in \(0, 1\), got 1.0"),
         ("--betas 1 0.95", r"--betas must lie in \[0, 1\), got \(1.0, 0.95\)"),
