@@ -17,8 +17,13 @@ _PART = ".part"
 
 
 def write_whole(path: str | Path, *pieces: bytes | memoryview) -> None:
-    """Write a file, and the folders that it is in: under its name there is what was there before, or all of it."""
+    """Write a file, and the folders that it is in: under its name there is what was there before, or all of it.
+
+    **Raises:** `ValueError` if there is a pipe, a device or the like under its name, which a rename would replace.
+    """
     path = Path(path)
+    if path.exists() and not path.is_file():
+        raise ValueError(_not_regular(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(path.name + _PART)
     try:
@@ -63,8 +68,12 @@ def _check_regular(file: IO[bytes], path: str | Path) -> int:
     """The size of a file, if it is an ordinary one."""
     found = os.fstat(file.fileno())
     if not stat.S_ISREG(found.st_mode):
-        raise ValueError(f"{path}: must be an ordinary file, got a pipe, a device or the like")
+        raise ValueError(_not_regular(path))
     return found.st_size
+
+
+def _not_regular(path: str | Path) -> str:
+    return f"{path}: must be an ordinary file, got a pipe, a device or the like"
 
 
 def read_regular(path: str | Path, most: int | None = None) -> bytes:

@@ -11,7 +11,7 @@ number of devices.
 import contextlib
 import dataclasses
 import json
-import os
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -75,7 +75,8 @@ def train(
     - `directory`: from `opened`.
     - `steps`: number of the last step; with `config.test_run`, 2 at most.
     - `name`: of this training, where one run has several: checkpoints of any other are refused.
-    - `preview`: draws a picture of a state into a PNG file. Called in all processes; the first one's file is kept.
+    - `preview`: draws a picture of a state into a PNG file. Called in all processes, since the state is spread over
+      them; the file of the first is kept, those of the others lie in a temporary directory.
     - `shown`: metrics of the progress line.
     - `loggers`: where metrics go besides metrics.jsonl, TensorBoard and Weights & Biases.
 
@@ -296,7 +297,11 @@ class _Training:
         if self.preview is not None:
             with self.watch.part("preview"):
                 name = f"previews/{self.number:08}.png"
-                self.preview(state, self.directory.path(name) if is_first() else Path(os.devnull))
+                if is_first():
+                    self.preview(state, self.directory.path(name))
+                else:
+                    with tempfile.TemporaryDirectory() as folder:
+                        self.preview(state, Path(folder) / "preview.png")
 
     def _save(self, state: TrainState) -> None:
         """Start to save, with the metrics that no line of the log has yet."""

@@ -453,6 +453,20 @@ def test_a_logger_of_ones_own_gets_what_metrics_jsonl_gets_and_is_closed(tmp_pat
     assert logger.closed == 1
 
 
+def test_pictures_of_other_processes_than_the_first_are_dropped(tmp_path, monkeypatch):
+    drawn = []
+
+    def preview(state, path):
+        path.write_bytes(b"a picture")
+        drawn.append(path)
+
+    monkeypatch.setattr(run_train, "is_first", lambda: False)
+    trained(tmp_path, configured(preview_every=4), preview=preview)
+    assert drawn and {path.suffix for path in drawn} == {".png"}
+    assert not any(path.exists() or path.is_relative_to(tmp_path / "trainer") for path in drawn)
+    assert not list(tmp_path.rglob("*.png"))
+
+
 def test_loggers_are_closed_after_an_error_too(tmp_path):
     def preview(state, path):
         raise KeyError("no picture")
