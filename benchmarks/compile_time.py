@@ -68,6 +68,7 @@ class Config:
     """Name of the run below runs/compile_time/; by default the time of day."""
 
     def __post_init__(self):
+        run.check_sizes(self, batch=1 << 20, repeats=1000)
         known = {"model": (*DITS, *UNETS), "form": FORMS, "remat": REMATS, "variant": VARIANTS}
         for name, allowed in known.items():
             if not (values := getattr(self, name)):

@@ -55,6 +55,7 @@ class Config:
     """Name of the run below runs/device_scaling/; by default the time of day."""
 
     def __post_init__(self):
+        run.check_sizes(self, devices=1024, batch=1 << 20)
         if self.model not in SIZES:
             raise ValueError(f"model must be among {', '.join(SIZES)}; got {self.model}")
         if not self.devices or min(self.devices) < 1:

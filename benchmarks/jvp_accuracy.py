@@ -59,6 +59,7 @@ class Config:
     """Name of the run below runs/jvp_accuracy/; by default the time of day."""
 
     def __post_init__(self):
+        run.check_sizes(self, rows=10**5)
         if self.model not in DITS:
             raise ValueError(f"model must be among {', '.join(DITS)}; got {self.model}")
         if self.rows < 1:

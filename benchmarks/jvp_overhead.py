@@ -90,6 +90,7 @@ class Config:
     """Name of the run below runs/jvp_overhead/; by default the time of day."""
 
     def __post_init__(self):
+        run.check_sizes(self, batch=1 << 20)
         known = {
             "model": MODELS,
             "dtype": DTYPES,

@@ -56,6 +56,7 @@ class Config:
     """Name of the run below runs/loader_throughput/; by default the time of day."""
 
     def __post_init__(self):
+        run.check_sizes(self, rows=10**7, images=10**7, batches=10**5, threads=1024)
         for name in ("rows", "images", "batch", "batches", "steps", "threads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")

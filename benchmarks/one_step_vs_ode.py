@@ -76,6 +76,7 @@ class Config:
     """Name of the run below runs/one_step_vs_ode/; by default the time of day."""
 
     def __post_init__(self):
+        run.check_sizes(self, samples=10**6, euler=10**4, heun=10**4)
         known = ("digits", *toy_2d.DATA)
         if not self.data:
             raise ValueError(f"data must be at least one of {', '.join(known)}; got none")

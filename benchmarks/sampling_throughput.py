@@ -51,6 +51,7 @@ class Config:
     """Name of the run below runs/sampling_throughput/; by default the time of day."""
 
     def __post_init__(self):
+        run.check_sizes(self, batch=1 << 20, evaluations=10**4)
         if not self.model:
             raise ValueError(f"model must be at least one of {', '.join(MODELS)}; got none")
         if wrong := [model for model in self.model if model not in MODELS]:
@@ -61,6 +62,8 @@ class Config:
         for name in ("batch", "evaluations"):
             if not getattr(self, name) or min(getattr(self, name)) < 1:
                 raise ValueError(f"{name} must be positive numbers, got {getattr(self, name)}")
+        if self.attention == "cudnn" and self.dtype != "bfloat16":
+            raise ValueError(f"attention cudnn must come with dtype bfloat16, got {self.dtype}")
         if self.rounds < 1:
             raise ValueError(f"rounds must be >= 1, got {self.rounds}")
 
@@ -110,6 +113,8 @@ def main(config: Config) -> None:
         importlib.import_module("matplotlib")
     if config.quick:
         config = dataclasses.replace(config, model=("tiny", "S/4"), batch=(1, 4, 16))
+    if config.attention == "cudnn" and jax.default_backend() != "gpu":
+        raise ValueError(f"attention must be xla without an NVIDIA GPU, got cudnn on {jax.default_backend()}")
     directory = run.RunDirectory.create(config, config.name)
     peak = run.matmul_peak(DTYPES[config.dtype])
     fields = {

@@ -99,6 +99,7 @@ class Config:
     """Check everything, print what would be computed, and stop."""
 
     def __post_init__(self):
+        run.check_sizes(self, samples=10**8, evaluations=10**4, batch=1 << 20, decode_batch=1 << 20)
         for name, bound in {"batch": 1, "decode_batch": 1, "seed": 0, "samples": LEAST}.items():
             if getattr(self, name) < bound:
                 raise ValueError(f"{name} must be >= {bound}, got {getattr(self, name)}")

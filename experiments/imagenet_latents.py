@@ -98,6 +98,7 @@ class Config(run.Settings):
 
     def __post_init__(self):
         self.check()
+        run.check_sizes(self, batch=1 << 20, depth=1000, width=1 << 14, patch=1 << 10)
         if not 0 < self.epochs < math.inf:
             raise ValueError(f"epochs must be > 0 and finite, got {self.epochs}")
         if self.seed < 0:

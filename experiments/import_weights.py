@@ -57,6 +57,7 @@ class Config:
     """New file to write."""
 
     def __post_init__(self):
+        run.check_sizes(self, heads=1 << 14, image_size=1 << 14)
         if self.heads is not None and self.heads < 1:
             raise ValueError(f"heads must be >= 1, got {self.heads}")
         if min(self.image_size) < 1:

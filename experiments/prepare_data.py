@@ -52,6 +52,7 @@ class Config:
     """Folder of shards to compare with its manifest, byte by byte; nothing is written."""
 
     def __post_init__(self):
+        run.check_sizes(self, size=1 << 16)
         if self.rows_per_shard < 1:
             raise ValueError(f"rows_per_shard must be >= 1, got {self.rows_per_shard}")
         if self.labels is not None and self.labels < 1:

@@ -73,6 +73,8 @@ class Config:
     """Groups of its normalisations."""
 
     def __post_init__(self):
+        run.check_sizes(self, size=1 << 16, parts=1 << 16, batch=1 << 20, threads=1024)
+        run.check_sizes(self, widths=1 << 14, blocks=100, latent=1 << 14, groups=1 << 14)
         for name, bound in {"size": 1, "parts": 1, "first_part": 0, "last_part": -1, "batch": 1, "threads": 1}.items():
             if getattr(self, name) < bound:
                 raise ValueError(f"{name} must be >= {bound}, got {getattr(self, name)}")

@@ -66,6 +66,7 @@ from ._program import (
 from ._progress import Progress as Progress, Work as Work
 from ._settings import (
     CellSettings as CellSettings,
+    check_sizes as check_sizes,
     digest as digest,
     parallelism as parallelism,
     setting as setting,

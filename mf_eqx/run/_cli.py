@@ -6,7 +6,7 @@ once, 130 and 143 stopped by SIGINT and SIGTERM; 1 with a traceback is a bug.
 
 Bad input is what the parser or the configuration's own checks refuse and, once the script's function runs, a
 `ValueError` that this package or the script itself raises, a file that cannot be opened, a full disk, checkpoints that
-cannot be read or written, or a missing optional package.
+cannot be read or written, a missing optional package, or more than fits into the memory of host or device.
 A `ValueError` from anywhere else (an array library, say) was not foreseen by a check of ours, and keeps its traceback.
 """
 
@@ -25,7 +25,16 @@ from ._arguments import BadArguments, parse
 from ._lock import InUse, Moved
 from ._meeting import Missing
 from ._noise import leave_out
-from ._processes import connect, is_one_of_several, leave, RefusedElsewhere, Separated, Stopped, together
+from ._processes import (
+    connect,
+    is_one_of_several,
+    is_out_of_memory,
+    leave,
+    RefusedElsewhere,
+    Separated,
+    Stopped,
+    together,
+)
 from ._settings import Settings
 from ._train import NonFinite
 
@@ -40,6 +49,8 @@ _EXPECTED = {
     (Separated, Missing): 5,
 }
 """Exit codes of errors whose message says all."""
+_LONGEST = 300
+"""Characters of what an allocator says, which may list all that it holds."""
 _NO_ROOM = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS)
 """A disk that takes no more: what writes knows no file's name."""
 
@@ -112,6 +123,9 @@ def _ending(error: BaseException, script: str) -> tuple[int, str]:
     for kinds, code in _EXPECTED.items():
         if isinstance(error, kinds):
             return code, f"error: {error}"
+    if is_out_of_memory(error):
+        found = (str(error).strip() or "no more could be had").splitlines()[0][:_LONGEST]
+        return 2, f"error: out of memory: {found} ({_TRACEBACK}=1 shows where)"
     unreadable = isinstance(error, OSError) and (error.filename is not None or error.errno in _NO_ROOM)
     if unreadable or (isinstance(error, ValueError) and _is_raised_by_us(error, script)):
         return 2, f"error: {error} ({_TRACEBACK}=1 shows where)"

@@ -13,7 +13,7 @@ from .._json import read_json_object
 from .._optional import MissingDependency
 from ._directory import as_json, RunDirectory
 from ._lock import in_place, locked
-from ._processes import agree, once
+from ._processes import agree, is_out_of_memory, once
 from ._settings import default_name, difference, recipe
 
 _OF_EVERY_START = (".lock", "config.json", "starts.jsonl")
@@ -80,8 +80,9 @@ def _taken_back_if_refused(path: Path, made: list[Path]) -> Iterator[None]:
     size = starts.stat().st_size if starts.is_file() else 0
     try:
         yield
-    except (ValueError, OSError, MissingDependency):
-        if _others(path) == before:
+    except Exception as error:
+        refused = isinstance(error, ValueError | OSError | MissingDependency) or is_out_of_memory(error)
+        if refused and _others(path) == before:
             if made:
                 shutil.rmtree(path, ignore_errors=True)
             elif starts.is_file():

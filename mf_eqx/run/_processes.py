@@ -157,6 +157,12 @@ def local(tree: _Tree) -> _Tree:
     return jax.tree.map(fetch, tree)
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that the host's memory or a device's was too small."""
+    exhausted = isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
+    return exhausted or isinstance(error, MemoryError)
+
+
 class RefusedElsewhere(RuntimeError):
     """What the first process refused; it says why."""
 
@@ -171,7 +177,7 @@ def together() -> Iterator[None]:
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() == 1:
+        if jax.process_count() == 1 or is_out_of_memory(error):
             raise
         reason = " ".join(str(error).split())[:200]
         raise Separated(

@@ -16,6 +16,7 @@ from ._meeting import WAIT
 
 _LEAST = {"save_every": 1, "keep_last": 1, "keep_every": 0, "log_every": 1, "preview_every": 0}
 _LEAST |= {"most_faults": 1, "fsdp": 1, "accumulation": 1, "workers": 1}
+_MOST_WORKERS = 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +50,8 @@ class CommonSettings:
         for name, bound in (_LEAST | least).items():
             if getattr(self, name, bound) < bound:
                 raise ValueError(f"{name} must be >= {bound}, got {getattr(self, name)}")
+        if hasattr(self, "workers"):
+            check_sizes(self, workers=_MOST_WORKERS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,6 +115,20 @@ def check_numbers(config: Any) -> None:
             raise ValueError(f"{name} must lie in [{-(2**31)}, {2**31 - 1}], got {value}")
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{name} must be finite, got {value}")
+
+
+def check_sizes(config: Any, **most: int) -> None:
+    """Refuses sizes with which a script would fill all memory, or never end, before it can say anything: `ValueError`
+    with the field's name.
+
+    **Arguments:** `config` a dataclass; `most` the largest values of its fields, by their names, far above all that
+    make sense. Of several numbers in one field each counts; None is no size.
+    """
+    for name, bound in most.items():
+        value = getattr(config, name)
+        for size in value if isinstance(value, tuple) else (value,):
+            if size is not None and size > bound:
+                raise ValueError(f"{name} must be at most {bound}, got {size}")
 
 
 def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, int | float]]:
