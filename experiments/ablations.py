@@ -144,7 +144,7 @@ class Config(run.CellSettings):
 
     def __post_init__(self):
         self.check(seeds=1)
-        run.check_sizes(self, seeds=1000)
+        run.check_sizes(self, seeds=100)
         if unknown := [name for name in self.only if name not in TABLES]:
             raise ValueError(f"only must be among {', '.join(TABLES)}; got {', '.join(unknown)}")
         if len(set(self.only)) < len(self.only):

@@ -92,7 +92,7 @@ class Config(run.Settings):
 
     def __post_init__(self):
         self.check()
-        run.check_sizes(self, batch=1 << 20, width=1 << 14, multipliers=1 << 10, blocks=100)
+        run.check_sizes(self, batch=1 << 20, width=1 << 14, multipliers=1 << 10, blocks=32)
         for name, bound in {"steps": 0, "warmup": 0, "seed": 0}.items():
             if getattr(self, name) < bound:
                 raise ValueError(f"{name} must be >= {bound}, got {getattr(self, name)}")

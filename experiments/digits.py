@@ -91,7 +91,7 @@ class Config(run.Settings):
         for name, bound in least.items():
             if getattr(self, name) < bound:
                 raise ValueError(f"{name} must be >= {bound}, got {getattr(self, name)}")
-        run.check_sizes(self, width=1 << 14, depth=100)
+        run.check_sizes(self, width=1 << 12, depth=100)
         if not 0.02 <= self.holdout <= 0.5:
             raise ValueError(f"holdout must lie in [0.02, 0.5], got {self.holdout}")
         if not 0 < self.learning_rate < 1:

@@ -137,7 +137,7 @@ class Config(run.CellSettings):
 
     def __post_init__(self):
         self.check(seeds=1, steps=1, width=1, depth=1, copies=1, samples=10, large_samples=10, rows=10)
-        run.check_sizes(self, seeds=1000, batch=1 << 20, width=1 << 14, depth=1000, copies=1000)
+        run.check_sizes(self, seeds=100, batch=1 << 20, width=1 << 14, depth=1000, copies=1000)
         run.check_sizes(self, samples=10**6, large_samples=10**7, rows=10**6)
         for name, known in (("data", DATA), ("methods", METHODS)):
             if unknown := [item for item in getattr(self, name) if item not in known]:

@@ -66,8 +66,8 @@ class Config(run.CellSettings):
             raise ValueError(f"offsets must be > 0, got {wrong[0]}")
         if len(self.offsets) > len(LINES):
             raise ValueError(f"offsets must be at most {len(LINES)}, got {len(self.offsets)}")
-        if not 1 <= self.seeds <= 1000:
-            raise ValueError(f"seeds must lie in [1, 1000], got {self.seeds}")
+        if not 1 <= self.seeds <= 100:
+            raise ValueError(f"seeds must lie in [1, 100], got {self.seeds}")
         for cell in cells(self):
             toy_config(self, cell)
 

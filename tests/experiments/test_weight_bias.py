@@ -47,7 +47,7 @@ def test_targets_are_compared_at_every_weight(weight_bias):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--seeds 0", r"--seeds must lie in \[1, 1000\], got 0"),
+        ("--seeds 0", r"--seeds must lie in \[1, 100\], got 0"),
         ("--powers -1", "--powers must be 0 or lie in"),
         ("--offsets 0", "--offsets must be > 0, got 0.0"),
         ("--data moons", "--data must be among"),

@@ -7,6 +7,7 @@ import io
 import pathlib
 import signal
 import sys
+import typing
 
 import jax
 import pytest
@@ -18,9 +19,11 @@ for package in ("tyro", "hypothesis", "matplotlib", "sklearn", "beartype"):
 
 from hypothesis import given, HealthCheck, settings, strategies as st  # noqa: E402
 
-EXPERIMENTS = pathlib.Path(__file__).parents[2] / "experiments"
+EXPERIMENTS, BENCHMARKS = (pathlib.Path(__file__).parents[2] / name for name in ("experiments", "benchmarks"))
 SCRIPTS = ("toy_2d", "digits", "ablations", "weight_bias", "prepare_data")
 ALL_SCRIPTS = (*SCRIPTS, "cifar10", "imagenet_latents", "evaluate", "prepare_latents", "import_weights")
+TIMED = ("checkpoint_blocking", "compile_time", "device_scaling", "jvp_accuracy", "jvp_overhead", "loader_throughput")
+TIMED += ("one_step_vs_ode", "sampling_throughput")
 LONGEST = 60  # seconds for one command line; usual are 0.02 to 0.2
 
 
@@ -28,6 +31,7 @@ LONGEST = 60  # seconds for one command line; usual are 0.02 to 0.2
 def alone():
     """Scripts can be imported, and several processes are never really joined."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(BENCHMARKS)
         patch.syspath_prepend(EXPERIMENTS)
         patch.setattr(jax.distributed, "initialize", lambda *flags, **options: None)
         patch.setattr(sys, "argv", ["script.py"])
@@ -157,3 +161,87 @@ def test_numbers_that_nothing_computes_with_are_refused_in_one_line(script):
         for value in ("nan", "inf", "1e400") if kind is float else ("2147483648", "4294967296", "1" + 30 * "0"):
             line = check(script, [f"--{flag}", *[value] * count])
             assert isinstance(line, str) and (flag in line or flag.replace("-", "_") in line), (flag, value, line)
+
+
+def integers(script):
+    """Each flag of a script that takes an integer, or several, with how many."""
+    hints = typing.get_type_hints(type(first(script)))
+    for field in dataclasses.fields(first(script)):
+        kinds = {hints[field.name], *typing.get_args(hints[field.name])}
+        kinds |= {one for kind in kinds for one in typing.get_args(kind)}
+        if int in kinds:
+            value = getattr(first(script), field.name)
+            count = len(value) if isinstance(value, tuple) and value else 1
+            yield field.name.replace("_", "-"), 2 if field.name == "cell" else count
+
+
+@pytest.mark.parametrize("script", [*ALL_SCRIPTS, *TIMED])
+def test_sizes_of_all_magnitudes_make_a_configuration_or_one_line(script):
+    importlib.import_module(script)
+    flags = st.sampled_from(list(integers(script)))
+    magnitudes = st.integers(10, 31).flatmap(lambda bits: st.integers(2 ** (bits - 1), 2**bits - 1))
+    multiples = magnitudes.map(lambda size: max(size // 64 * 64, 64))  # which the rules on divisors let through
+
+    @settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @given(flags, magnitudes | multiples)
+    def holds(flag, size):
+        name, count = flag
+        check(script, [f"--{name}", *[str(size)] * count])
+
+    holds()
+
+
+def ended(script, arguments):
+    """Exit code, lines of error, and what is left in the directory that the script is run in."""
+    module, err = importlib.import_module(script), io.StringIO()
+    before = signal.signal(signal.SIGALRM, too_long)
+    signal.alarm(LONGEST)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(err):
+            run.main(module.main, presets(script), argv=arguments.split())
+    except SystemExit as stop:
+        return stop.code, err.getvalue().splitlines(), list(pathlib.Path.cwd().iterdir())
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+    raise AssertionError(f"{script} {arguments} was to end before it computes")
+
+
+HUGE, EVEN = 2**31 - 1, 2_000_000_000
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments"),
+    [
+        *(("toy_2d", f"--{name} {EVEN} --dry-run") for name in ("copies", "seeds", "batch", "workers", "rows")),
+        *(("digits", f"--{name} {EVEN} --dry-run") for name in ("width", "depth", "batch", "fsdp", "accumulation")),
+        *(("weight_bias", f"--{name} {EVEN} --dry-run") for name in ("seeds", "samples", "workers")),
+        ("ablations", f"--seeds {EVEN} --dry-run"),
+        ("ablations", f"--data digits --workers {EVEN} --dry-run"),
+        *(("cifar10", f"--preset tiny --{name} {EVEN} --dry-run") for name in ("blocks", "width", "fsdp")),
+        ("imagenet_latents", f"--patch {HUGE} --dry-run"),
+        ("evaluate", f"--evaluations {EVEN} --dry-run"),
+        ("digits", "--fsdp 3"),
+        ("sampling_throughput", "--quick --dtype bfloat16 --attention cudnn"),
+        ("sampling_throughput", "--quick --attention cudnn"),
+        ("jvp_accuracy", "--seed 9999999999999999999999999"),
+    ],
+)
+def test_a_run_of_sizes_that_cannot_be_is_refused_in_one_line_and_leaves_nothing(
+    script, arguments, tmp_path, monkeypatch
+):
+    if jax.default_backend() == "gpu" and "cudnn" in arguments:
+        pytest.skip("cuDNN is there")
+    if jax.device_count() % 3 == 0 and "--fsdp 3" in arguments:
+        pytest.skip("three devices are there")
+    monkeypatch.chdir(tmp_path)
+    code, lines, left = ended(script, arguments)
+    assert code == 2 and not left
+    assert len([line for line in lines if "error: " in line]) == 1, lines
+
+
+@pytest.mark.parametrize("arguments", [f"--steps {HUGE} --log-every {HUGE}", f"--keep-last {HUGE} --copies 1000"])
+def test_a_dry_run_of_large_numbers_that_can_be_ends(arguments, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    few = "--data eight_gaussians --methods MeanFlow --seeds 1 --dry-run"
+    assert ended("toy_2d", f"{few} {arguments}") == (0, [], [])

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import pytest
 
@@ -315,3 +316,35 @@ def test_a_script_without_settings_joins_nobody(monkeypatch):
 def test_flags_of_several_processes_are_refused_in_one_line(capsys):
     line = refusal(capsys, "--processes", "2", presets=Trained())
     assert "coordinator, processes and process must be given together, or none of them" in line
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (MemoryError("Unable to allocate 29.8 GiB"), "Unable to allocate 29.8 GiB"),
+        (MemoryError(), "no more could be had"),
+        (
+            jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory\nheld: much"),
+            "RESOURCE_EXHAUSTED: Out of memory",
+        ),
+    ],
+)
+def test_memory_that_ends_is_one_line(capsys, error, told):
+    def function(config):
+        raise error
+
+    line = refusal(capsys, function=function)
+    assert line == f"script.py: error: out of memory: {told} (MF_EQX_TRACEBACK=1 shows where)"
+
+
+def test_an_array_that_no_memory_holds_is_one_line(capsys):
+    line = refusal(capsys, function=lambda config: jax.block_until_ready(jnp.zeros((2**30, 2**20))))
+    assert line.startswith("script.py: error: out of memory: ")
+
+
+def test_other_errors_of_the_device_keep_their_traceback():
+    def function(config):
+        raise jax.errors.JaxRuntimeError("INTERNAL: no such thing")
+
+    with pytest.raises(jax.errors.JaxRuntimeError):
+        run.main(function, PRESETS, argv=[])
