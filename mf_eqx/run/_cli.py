@@ -22,6 +22,7 @@ from typing import TypeVar
 from .._optional import MissingDependency
 from ..checkpoint import CheckpointError
 from ._arguments import BadArguments, parse
+from ._directory import CREATED, take_back
 from ._lock import InUse, Moved
 from ._meeting import Missing
 from ._noise import leave_out
@@ -89,6 +90,7 @@ def main(
     choices = presets if isinstance(presets, Mapping) else {"default": ("", presets)}
     about = description or inspect.getdoc(function) or ""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    created = len(CREATED)
     if not _wants_traceback():
         leave_out()
     try:
@@ -99,6 +101,8 @@ def main(
             return function(config)
     except (Exception, KeyboardInterrupt) as error:
         code, message = _ending(error, function.__module__)
+        if code == 2:
+            take_back(CREATED[created:])
         if code == 1 or _wants_traceback():
             if is_one_of_several():
                 traceback.print_exc()

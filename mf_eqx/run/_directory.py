@@ -7,15 +7,17 @@ runs/<script>/<name>/config.json     configuration, command, versions, device, c
                      ...             pictures, results, whatever else `path` is asked for
 """
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import json
 import math
 import platform
+import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,8 @@ _LARGEST_LOG = 1 << 30
 """Bytes of metrics.jsonl; some three million lines."""
 _LONGEST = 1e12
 """Seconds that a session may have taken, above which a summary is not believed."""
+CREATED: list[Path] = []
+"""What `RunDirectory.create` has made in this process."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +62,7 @@ class RunDirectory:
         """
         parent = Path(root) / (Path(sys.argv[0]).stem if script is None else script)
         directory = cls(_new_by_time(parent) if name is None else _new_by_name(parent, name))
+        CREATED.append(directory.root.absolute())
         write_whole(directory.path("config.json"), _document(as_json({"config": config, **_provenance()})))
         return directory
 
@@ -136,6 +141,16 @@ class RunDirectory:
         """
         write_whole(self.path("results.md"), (text.rstrip("\n") + "\n").encode())
         write_whole(self.path("results.json"), _document(_or_null(list(records))))
+
+
+def take_back(created: Iterable[Path]) -> None:
+    """Remove those directories that hold nothing yet but their `config.json`, and what is empty above them then."""
+    for path in created:
+        if path.is_dir() and {entry.name for entry in path.iterdir()} <= {"config.json"}:
+            shutil.rmtree(path, ignore_errors=True)
+            with contextlib.suppress(OSError):  # other runs are there
+                path.parent.rmdir()
+                path.parent.parent.rmdir()
 
 
 def missing_lines(directory: RunDirectory, found: int, written: int, step: int) -> str:

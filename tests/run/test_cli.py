@@ -348,3 +348,25 @@ def test_other_errors_of_the_device_keep_their_traceback():
 
     with pytest.raises(jax.errors.JaxRuntimeError):
         run.main(function, PRESETS, argv=[])
+
+
+def create_and_run_out_of_memory(*files):
+    def function(config):
+        directory = run.RunDirectory.create(config, root="runs")
+        for name in files:
+            directory.path(name).write_text("result")
+        raise MemoryError
+
+    return function
+
+
+def test_a_refusal_takes_back_a_directory_that_holds_nothing_yet(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    refusal(capsys, function=create_and_run_out_of_memory())
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_refusal_leaves_a_directory_that_holds_results(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    refusal(capsys, function=create_and_run_out_of_memory("results.md"))
+    assert len(list(tmp_path.glob("runs/script/*/results.md"))) == 1

@@ -175,9 +175,12 @@ def test_a_run_named_like_a_test_run_is_never_emptied(tmp_path):
     refused(tmp_path, name="a", test_run=True)
 
 
-def test_a_refusal_inside_leaves_no_directory_that_was_not_there(tmp_path):
-    with pytest.raises(ValueError, match="bad"), opened(tmp_path / "new", name="a/b"):
-        raise ValueError("bad")
+@pytest.mark.parametrize(
+    "error", [ValueError("bad"), MemoryError("bad"), jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: bad")]
+)
+def test_a_refusal_inside_leaves_no_directory_that_was_not_there(error, tmp_path):
+    with pytest.raises(type(error), match="bad"), opened(tmp_path / "new", name="a/b"):
+        raise error
     assert not list(tmp_path.iterdir())
 
 
