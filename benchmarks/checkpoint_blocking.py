@@ -42,7 +42,7 @@ class Config:
     """Name of the run below runs/checkpoint_blocking/; by default the time of day."""
 
     def __post_init__(self):
-        run.check_sizes(self, megabytes=10**6)
+        run.check_sizes(self, megabytes=10**5)
         if not self.megabytes or min(self.megabytes) < 1:
             raise ValueError(f"megabytes must be at least one number >= 1, got {self.megabytes}")
         if self.rounds < 1:

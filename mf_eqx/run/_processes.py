@@ -159,8 +159,9 @@ def local(tree: _Tree) -> _Tree:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that the host's memory or a device's was too small."""
-    exhausted = isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
-    return exhausted or isinstance(error, MemoryError)
+    if isinstance(error, jax.errors.JaxRuntimeError):  # in a program that runs already, XLA:CPU says INTERNAL
+        return "RESOURCE_EXHAUSTED" in str(error) or "out of memory" in str(error).lower()
+    return isinstance(error, MemoryError)
 
 
 class RefusedElsewhere(RuntimeError):

@@ -182,7 +182,7 @@ def test_sizes_of_all_magnitudes_make_a_configuration_or_one_line(script):
     magnitudes = st.integers(10, 31).flatmap(lambda bits: st.integers(2 ** (bits - 1), 2**bits - 1))
     multiples = magnitudes.map(lambda size: max(size // 64 * 64, 64))  # which the rules on divisors let through
 
-    @settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
     @given(flags, magnitudes | multiples)
     def holds(flag, size):
         name, count = flag
