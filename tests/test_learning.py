@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import optax
+import pytest
 
 import mf_eqx as mfx
 from mf_eqx import exact, metrics
@@ -56,6 +57,7 @@ def test_training_lowers_the_error_against_the_truth():
     assert after.one_step.value < before.one_step.value / 5  # seen: 7; the cell that training visits least
 
 
+@pytest.mark.slow
 def test_flow_matching_alone_misses_one_step_sampling():
     without, with_identity = one_step_energy_distance(trained(0)), one_step_energy_distance(trained(0.25))
     assert without > 3 * with_identity  # seen: 78 times

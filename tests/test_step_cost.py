@@ -43,13 +43,13 @@ def cost(name, batch, **options):
     return run.compile_program(step, *inputs, donate=(0,)).cost
 
 
-@pytest.mark.parametrize("name", ["MeanFlow", "guided"])
+@pytest.mark.parametrize("name", ["MeanFlow", pytest.param("guided", marks=pytest.mark.slow)])
 def test_tangents_and_the_split_cost_no_memory(name):
     # Kinds of rows are differentiated one after the other, so that it is less: three quarters of the rows at a time.
     assert cost(name, 256).temporary_bytes <= 0.85 * cost("Flow Matching", 256).temporary_bytes
 
 
-@pytest.mark.parametrize("name", ["MeanFlow", "guided"])
+@pytest.mark.parametrize("name", ["MeanFlow", pytest.param("guided", marks=pytest.mark.slow)])
 def test_a_small_batch_costs_at_most_one_more_copy_of_the_parameters(name):
     assert cost(name, 16).temporary_bytes <= cost("Flow Matching", 16).temporary_bytes + PARAMETERS
 
@@ -88,10 +88,12 @@ def test_backward_pass_keeps_little_beyond_the_factors_of_products():
     assert kept() <= 22
 
 
+@pytest.mark.slow
 def test_remat_keeps_a_sixth():
     assert kept(remat=True) <= 22 / 6
 
 
+@pytest.mark.slow
 def test_remat_of_all_but_products_lies_between():
     policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
     full, some, none = (cost("Flow Matching", 256, remat=remat).temporary_bytes for remat in (True, policy, False))

@@ -26,6 +26,7 @@ def records(directory):
     return {(r["model"], r["form"]): r for r in json.loads((directory / "results.json").read_text())}
 
 
+@pytest.mark.slow
 def test_a_run_compiles_every_network_in_every_form(directory, records):
     assert list(records) == [("tiny", "scan"), ("tiny", "unroll"), ("S/4", "scan"), ("S/4", "unroll")]
     for record in records.values():
@@ -33,15 +34,18 @@ def test_a_run_compiles_every_network_in_every_form(directory, records):
     assert (directory / "compile_time.png").stat().st_size > 0
 
 
+@pytest.mark.slow
 def test_a_scanned_program_does_not_grow_with_depth(records):
     assert records["S/4", "scan"]["program_lines"] == records["tiny", "scan"]["program_lines"]
 
 
+@pytest.mark.slow
 def test_an_unrolled_program_grows_with_depth(records):
     # Blocks are called, forwards and backwards: what grows are calls and what is passed along, not blocks.
     assert records["S/4", "unroll"]["program_lines"] > records["tiny", "unroll"]["program_lines"] + 3 * 2 * 10
 
 
+@pytest.mark.slow
 def test_all_of_the_state_is_donated(compile_time, directory, records):
     for record in records.values():
         batch = 4 * 4 * (math.prod(compile_time.data_shape("tiny")) + 1)  # bytes of rows and labels

@@ -26,6 +26,7 @@ def records(script, finished):
     return json.loads((directory / "results.json").read_text())
 
 
+@pytest.mark.slow
 def test_every_source_is_read_and_trained_on(records):
     names = ["arrays in memory", "one .npy file", "shards with a manifest", "ArrayRecord", "PNG files"]
     assert [record["source"] for record in records] == names

@@ -86,6 +86,7 @@ def test_remat_costs_what_it_does_again(steps, setting, remat):
 UNET = "U-Net tiny"
 
 
+@pytest.mark.slow
 def test_unet_by_formula_is_what_xla_counts(steps):
     counted = {name: steps.xla_flops(UNET, name, 0.75) for name in ("Flow Matching", "MeanFlow")}
     unet = steps.Setting(UNET, share=0.75)

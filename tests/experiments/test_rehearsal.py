@@ -18,6 +18,8 @@ import pytest
 
 from mf_eqx import checkpoint, data, metrics, run, vae
 
+pytestmark = pytest.mark.slow
+
 TESTS = pathlib.Path(__file__).parents[1]
 DRAWS = np.random.default_rng(3)
 JUDGED = "--inception random --samples 10 --batch 10"
