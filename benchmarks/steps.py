@@ -228,7 +228,7 @@ def xla_flops(model: str, name: str, share: float = 0.25) -> float:
     without a loop, and all other blocks cost what the second costs.
     """
     setting, objective = Setting(model, form="unroll"), variants(share)[name].objective
-    group = objective.identity_share.denominator
+    group = objective.divisor
     rows = group * math.ceil(16 / group)  # as many as the share wants
 
     def gradient(field: mfx.AbstractField, x: jax.Array, label: jax.Array, key: jax.Array) -> Any:

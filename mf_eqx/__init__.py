@@ -1,6 +1,8 @@
 """One-step generative modelling with average velocities: MeanFlow and its relatives, in Equinox."""
 
 from . import nn as nn
+from ._batch import Batch as Batch
+from ._batch_objective import FrechetLoss as FrechetLoss, RunningMoments as RunningMoments
 from ._derivative import (
     AbstractDerivative as AbstractDerivative,
     CentralDifference as CentralDifference,
@@ -14,18 +16,25 @@ from ._generate import Generator as Generator
 from ._guidance import Guidance as Guidance, GuidedField as GuidedField, LabelDropout as LabelDropout
 from ._identity import (
     AbstractIdentity as AbstractIdentity,
-    Context as Context,
+    AbstractIdentityWithLoss as AbstractIdentityWithLoss,
+    AlphaFlow as AlphaFlow,
+    ConsistencyTraining as ConsistencyTraining,
+    Facts as Facts,
     ImprovedMeanFlow as ImprovedMeanFlow,
+    InductiveMomentMatching as InductiveMomentMatching,
+    LagrangianSelfDistillation as LagrangianSelfDistillation,
     MeanFlow as MeanFlow,
     semigroup_residual as semigroup_residual,
     Shortcut as Shortcut,
     SplitMeanFlow as SplitMeanFlow,
+    TerminalVelocityMatching as TerminalVelocityMatching,
 )
 from ._interpolant import (
     AbstractInterpolant as AbstractInterpolant,
     LinearInterpolant as LinearInterpolant,
     TrigonometricInterpolant as TrigonometricInterpolant,
 )
+from ._mean import Mean as Mean, Metrics as Metrics, total as total
 from ._model import (
     DiT as DiT,
     DIT_B2 as DIT_B2,
@@ -43,19 +52,18 @@ from ._model import (
     UNetSize as UNetSize,
 )
 from ._objective import (
+    AbstractMeanObjective as AbstractMeanObjective,
     AbstractObjective as AbstractObjective,
-    Batch as Batch,
-    Mean as Mean,
-    Metrics as Metrics,
     Objective as Objective,
-    total as total,
 )
+from ._row import Context as Context, Row as Row
 from ._sample import (
     sample as sample,
     sample_euler as sample_euler,
     sample_heun as sample_heun,
     uniform_times as uniform_times,
 )
+from ._schedule import Schedule as Schedule, SigmoidSchedule as SigmoidSchedule
 from ._sharding import Parallelism as Parallelism, Placement as Placement
 from ._times import (
     AbstractTimes as AbstractTimes,

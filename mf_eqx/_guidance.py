@@ -145,6 +145,10 @@ class LabelDropout(eqx.Module):
             raise ValueError(f"rate must lie in [0, 1], got {self.rate}")
         _check_null(self.null)
 
+    def null_like(self, condition: Condition) -> Condition:
+        """The null condition as arrays like those of one row's condition."""
+        return jax.tree.map(lambda null, c: jnp.broadcast_to(jnp.asarray(null, c.dtype), c.shape), self.null, condition)
+
 
 def _check_null(null: Condition) -> None:
     """Refuses numbers of NumPy that become others as soon as JAX takes them: 2^32 is 0 in int32."""

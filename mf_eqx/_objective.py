@@ -1,9 +1,7 @@
 r"""Objectives: from a batch to a loss.
 
-An `Objective` is a boundary condition plus an identity. Each row draws noise and times from a key of its own, folded
-from the row's index in the *global* batch, so that no result depends on how rows are spread over devices or
-micro-batches. Then the batch is split, statically and strided: a share of the rows carries the identity, the others
-regress u(z, t, t) on the velocity and never pay for a JVP.
+An `Objective` is a boundary condition plus an identity. The batch is split, statically and strided: a share of the rows
+carries the identity, the others regress u(z, t, t) on the velocity and never pay for a JVP.
 
     loss = mean over all rows of sg(w(error)) error,   error = sum over dimensions of residual^2
 
@@ -13,91 +11,67 @@ is mixed in.
 """
 
 import abc
-import functools
-import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from fractions import Fraction
-from typing import TypeAlias
+from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import jax.random as jr
 import numpy as np
-from jaxtyping import Array, ArrayLike, Bool, Float, Int, Key, PyTree, Shaped
+from jaxtyping import Array, ArrayLike, Float, Key, PyTree
 
-from ._custom_types import at_least_float32, Condition, Scalar, Time, TimeLike
+from ._batch import Batch
+from ._custom_types import at_least_float32, Condition, Scalar, Time
 from ._field import AbstractField, check_per_example, stopped
 from ._guidance import first_lost, Guidance, LabelDropout
-from ._identity import AbstractIdentity, Context, MeanFlow
+from ._identity import AbstractIdentity, AbstractIdentityWithLoss, Facts, MeanFlow
 from ._interpolant import AbstractInterpolant, LinearInterpolant
-from ._times import AbstractTimes, as_share, check_batch_size, split_rows, TimePairs
-from ._validate import quotient
+from ._mean import errors_by_kind, mean_of, Metrics, total
+from ._row import Context, Drawing, Row
+from ._times import AbstractTimes, as_share, check_batch_size, rows_per_group, split_rows, TimePairs
 from ._weight import AbstractWeight, AdaptiveWeight
 
 
-class Batch(eqx.Module):
-    """Rows of training data.
-
-    **Arguments:** `x` data with a leading batch axis (channels first for images; a PyTree if `TrainStep.prepare` makes
-    data of it); `condition` a PyTree with the same leading axis, or None; `index` each row's index in the global batch,
-    0, 1, ... by default (pass it when `x` is a part of a larger batch). With a scalar `index` it is a single row
-    without batch axis.
-    """
-
-    x: PyTree[Shaped[ArrayLike, "..."]]
-    condition: PyTree[Shaped[ArrayLike, "..."]]
-    index: Int[Array | np.ndarray, "..."]
-
-    def __init__(
-        self,
-        x: PyTree[Shaped[ArrayLike, "..."]],
-        condition: PyTree[Shaped[ArrayLike, "..."]] = None,
-        index: Int[Array | np.ndarray, "..."] | None = None,
-    ):
-        self.x = x
-        self.condition = condition
-        if index is not None and np.ndim(index) == 0:  # one row, as `TrainStep.prepare` sees it
-            self.index = index
-            return
-        shapes = [np.shape(leaf)[:1] for leaf in jax.tree.leaves((x, condition, index))]
-        if len(set(shapes)) != 1 or shapes[0] == ():
-            raise ValueError(f"x, condition and index must share their leading batch axis, got {shapes}")
-        self.index = np.arange(*shapes[0], dtype=np.int32) if index is None else index
-
-
-class Mean(eqx.Module):
-    """A mean as (total, count), so that the means of micro-batches and devices add up to that of the whole batch.
-
-    **Arguments:** `total` sum of the values; `count` how many there were, of the same shape.
-    """
-
-    total: Float[ArrayLike, "*bins"]
-    count: Float[ArrayLike, "*bins"]
-
-    def __add__(self, other: "Mean") -> "Mean":
-        return Mean(self.total + other.total, self.count + other.count)
+class AbstractObjective(eqx.Module):
+    """A loss over a batch, and what a `TrainStep` must know to differentiate it."""
 
     @property
-    def value(self) -> Float[Array | np.ndarray, "*bins"]:
-        """total / count; NaN where nothing was counted. Known values are divided on the host: there
-        `jax.debug_nans`, which stops at each NaN that JAX computes, does not stop at these."""
-        return quotient(self.total, self.count)
+    @abc.abstractmethod
+    def divisor(self) -> int | None:
+        """Rows of which a batch, and each part that a device or a micro-batch gets, must be a multiple: the loss is the
+        mean over parts. None if it is no such mean: such a loss is differentiated on the whole batch at once."""
+
+    @property
+    @abc.abstractmethod
+    def needs_teacher(self) -> bool:
+        """Whether it evaluates `Context.teacher`."""
+
+    @abc.abstractmethod
+    def parts(self, batch: Batch) -> list[tuple["AbstractObjective", Batch]]:
+        """Rows of different kinds, each with an objective for them alone. The loss is the mean over all rows, so one
+        part may be differentiated after the other, which holds the intermediate results of one at a time.
+
+        **Raises:** `ValueError` if the batch does not fit.
+        """
+
+    @abc.abstractmethod
+    def init(self) -> PyTree[Array]:
+        """A state of the objective's own before the first step, such as moments that run; None without one. It lives in
+        `TrainState.objective`. Only an objective whose `divisor` is None may have one."""
+
+    @abc.abstractmethod
+    def evaluate(
+        self, field: AbstractField, batch: Batch, state: Any, *, key: Key[Array, ""], context: Context | None = None
+    ) -> tuple[Scalar, tuple[Metrics, Any]]:
+        """The loss, and beside it the metrics and the state after the step.
+
+        **Arguments:** `field`; `batch`; `state` from `init` or the step before; `key` of the step; `context`.
+        """
 
 
-Metrics: TypeAlias = dict[str, Mean]
-
-
-def total(metrics: Sequence[Metrics]) -> Metrics:
-    """The metrics of several steps, or parts of a step, as if of one: every `Mean` over all that they count.
-
-    **Arguments:** `metrics` at least one, all with the same names.
-    """
-    return {name: functools.reduce(operator.add, (part[name] for part in metrics)) for name in metrics[0]}
-
-
-class AbstractObjective(eqx.Module):
-    """A loss over a batch."""
+class AbstractMeanObjective(AbstractObjective):
+    """A loss that is a mean over all rows, whatever they are, without a state of its own."""
 
     @abc.abstractmethod
     def __call__(
@@ -105,17 +79,25 @@ class AbstractObjective(eqx.Module):
     ) -> tuple[Scalar, Metrics]:
         """The pair `(loss, metrics)`."""
 
+    @property
+    def divisor(self) -> int:
+        return 1
 
-class _Row(eqx.Module):
-    """One drawn example: where the field is evaluated, and the velocity of its path."""
+    @property
+    def needs_teacher(self) -> bool:
+        return False
 
-    z: Float[Array, "*data"]
-    v: Float[Array, "*data"]
-    r: Time
-    t: Time
-    condition: Condition
-    dropped: Bool[Array, ""]
-    key: Key[Array, ""]
+    def parts(self, batch: Batch) -> list[tuple[AbstractObjective, Batch]]:
+        return [(self, batch)]
+
+    def init(self) -> None:
+        return None
+
+    def evaluate(
+        self, field: AbstractField, batch: Batch, state: None, *, key: Key[Array, ""], context: Context | None = None
+    ) -> tuple[Scalar, tuple[Metrics, None]]:
+        loss, metrics = self(field, batch, key=key, context=context)
+        return loss, (metrics, None)
 
 
 class Objective(AbstractObjective):
@@ -162,9 +144,16 @@ class Objective(AbstractObjective):
         share = self.identity_share
         if self.identity is None and share != 0:
             raise ValueError(f"identity_share must be 0 without an identity (Flow Matching), got {share}")
-        if share == 1 and self.identity is not None and self.identity.needs_boundary:
-            name = type(self.identity).__name__
+        facts, name = self._facts, type(self.identity).__name__
+        if share == 1 and facts.degenerate:
             raise ValueError(f"identity_share must be below 1 for {name}, which leaves u(z, t, t) open; got {share}")
+        if facts.group > 1 and not isinstance(self.identity, AbstractIdentityWithLoss):
+            raise ValueError(f"group must be 1 for {name}, which is no AbstractIdentityWithLoss; got {facts.group}")
+        if facts.group > 1 and facts.uses_velocity and self.guidance is not None:
+            raise ValueError(f"guidance must be None for {name}, whose rows share times; got {self.guidance}")
+        for part, given in (("guidance", self.guidance), ("velocity", self.velocity)):
+            if facts.uses_pair and given is not None:
+                raise ValueError(f"{part} must be None for {name}, which learns from x and eps alone; got {given}")
         if self.guidance is not None and self.label_dropout is None:
             raise ValueError("label_dropout must be given with guidance: it names the null condition; got None")
         if self.label_dropout is not None and self._drop_probability > 1:
@@ -176,7 +165,8 @@ class Objective(AbstractObjective):
     @property
     def _drop_probability(self) -> float:
         """Of a row that may be dropped at all."""
-        assert self.label_dropout is not None
+        if self.label_dropout is None:
+            return 0.0
         return self.label_dropout.rate / (1.0 if self._drops_any_row else float(1 - self.identity_share))
 
     @property
@@ -186,22 +176,41 @@ class Objective(AbstractObjective):
     def __call__(
         self, field: AbstractField, batch: Batch, *, key: Key[Array, ""], context: Context | None = None
     ) -> tuple[Scalar, Metrics]:
-        metrics = total([part(field, rows, key=key, context=context)[1] for part, rows in self.parts(batch)])
-        return jnp.asarray(metrics["loss"].value), metrics
+        """The pair `(loss, metrics)`."""
+        loss, (metrics, _) = self.evaluate(field, batch, None, key=key, context=context)
+        return loss, metrics
+
+    def evaluate(
+        self, field: AbstractField, batch: Batch, state: None, *, key: Key[Array, ""], context: Context | None = None
+    ) -> tuple[Scalar, tuple[Metrics, None]]:
+        parts = [part.evaluate(field, rows, None, key=key, context=context) for part, rows in self.parts(batch)]
+        metrics = total([metrics for _, (metrics, _) in parts])
+        return jnp.asarray(metrics["loss"].value), (metrics, None)
+
+    def init(self) -> None:
+        return None
+
+    @property
+    def divisor(self) -> int:
+        return rows_per_group(self.identity_share, self._facts.group)
+
+    @property
+    def needs_teacher(self) -> bool:
+        return self._facts.needs_teacher
+
+    @property
+    def _facts(self) -> Facts:
+        return Facts() if self.identity is None else self.identity.facts
 
     def parts(self, batch: Batch) -> list[tuple[AbstractObjective, Batch]]:
-        """The rows of each kind, r = t first, with an objective for them alone: the loss is the mean over all rows, so
-        losses, gradients and metrics may be computed one part after the other.
-
-        **Raises:** `ValueError` if the batch does not fit.
-        """
+        """The rows of each kind, r = t first. **Raises:** `ValueError` if the batch does not fit."""
         self._check(batch)
         identity_rows, boundary_rows = split_rows(batch, self.identity_share)
         parts = [(_Part(self, boundary=True), boundary_rows), (_Part(self, boundary=False), identity_rows)]
         return [(part, rows) for part, rows in parts if rows.index.shape[0]]
 
     def _check(self, batch: Batch) -> None:
-        check_batch_size(batch.index.shape[0], self.identity_share)
+        check_batch_size(batch.index.shape[0], self.identity_share, group=self._facts.group)
         dtype = getattr(batch.x, "dtype", None)
         if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
             raise ValueError(f"x must be one floating-point array here (TrainStep.prepare can make it so), got {dtype}")
@@ -218,81 +227,91 @@ class Objective(AbstractObjective):
     ) -> Metrics:
         """The metrics of rows of one kind."""
         check_per_example(field)
+        draw, group = self._drawing(boundary), 1 if boundary else self._facts.group
 
-        def evaluate(row: Batch) -> tuple[Scalar, Scalar, Scalar]:
-            drawn = self._draw(row, key, boundary)
-            if boundary:
-                difference = self._boundary_residual(field, drawn)
-            else:
-                difference = self._identity_residual(field, drawn, context)
-            error = jnp.sum(difference**2)
-            loss = jax.lax.stop_gradient(self.weight(error)) * error
-            return loss, error / difference.size, drawn.t - drawn.r
+        def evaluate(example: Batch) -> tuple[Scalar, Scalar, Scalar]:
+            row = draw(example, key, context)
+            residual, loss = (self._boundary_term if boundary else self._identity_term)(field, row)
+            return loss, _per_dimension(residual), row.t - row.r
 
-        losses, errors, gaps = jax.vmap(evaluate)(batch)
-        metrics = {"loss": _mean(losses), **_errors_by_kind(errors, gaps)}
+        def evaluate_group(examples: Batch) -> tuple[Float[Array, "..."], Float[Array, "..."], Float[Array, "..."]]:
+            rows = draw.group(examples, key, context)
+            residuals, loss = self._group_term(field, rows)
+            return jnp.broadcast_to(loss, (group,)), jax.vmap(_per_dimension)(residuals), rows.t - rows.r
+
+        if group == 1:
+            losses, errors, gaps = jax.vmap(evaluate)(batch)
+        else:
+            groups = jax.tree.map(lambda leaf: leaf.reshape(-1, group, *leaf.shape[1:]), batch)
+            losses, errors, gaps = (values.reshape(-1) for values in jax.vmap(evaluate_group)(groups))
+        metrics = {"loss": mean_of(losses), **errors_by_kind(errors, gaps)}
         return metrics if self.identity_share > 0 else {name: metrics[name] for name in ("loss", "boundary_error")}
 
-    def _draw(self, row: Batch, key: Key[Array, ""], boundary: bool) -> _Row:
-        eps_key, times_key, drop_key, field_key = jr.split(jr.fold_in(key, row.index), 4)
-        x = at_least_float32(row.x)
-        r, t = self._draw_times(times_key, boundary)
-        r, t = jnp.asarray(r, x.dtype), jnp.asarray(t, x.dtype)
-        z, v = self.interpolant.state_and_velocity(x, jr.normal(eps_key, x.shape, x.dtype), t)
-        dropped, condition = jnp.asarray(False), row.condition
-        if self.label_dropout is not None and (boundary or self._drops_any_row):
-            dropped = jr.bernoulli(drop_key, self._drop_probability)
-            condition = jax.tree.map(lambda null, c: jnp.where(dropped, null, c), self._null_like(condition), condition)
-        if self.velocity is not None:
-            v = jax.lax.stop_gradient(self.velocity(z, t, condition).astype(z.dtype))
-            if v.shape != z.shape:
-                raise ValueError(f"velocity must return the shape of z, {z.shape}, got {v.shape}")
-        return _Row(z, v, r, t, condition, dropped, field_key)
-
-    def _draw_times(self, key: Key[Array, ""], boundary: bool) -> tuple[TimeLike, TimeLike]:
-        if boundary and self.boundary_times is not None:
-            t = self.boundary_times(key=key)
-            return t, t
-        r, t = self.time_pairs(key=key)
-        return (t, t) if boundary else (r, t)
-
-    def _null_like(self, condition: Condition) -> Condition:
-        """The null condition as arrays like those of one row."""
-        assert self.label_dropout is not None
-        return jax.tree.map(
-            lambda null, c: jnp.broadcast_to(jnp.asarray(null, c.dtype), c.shape), self.label_dropout.null, condition
+    def _drawing(self, boundary: bool) -> Drawing:
+        """How rows of one kind are drawn."""
+        return Drawing(
+            is_boundary=boundary,
+            ends_at_data=self._facts.ends_at_data,
+            path=self.interpolant,
+            time_pairs=self.time_pairs,
+            boundary_times=self.boundary_times,
+            drop_probability=self._drop_probability if boundary or self._drops_any_row else 0.0,
+            label_dropout=self.label_dropout,
+            velocity=self.velocity,
         )
 
-    def _boundary_residual(self, field: AbstractField, row: _Row) -> Float[Array, "*data"]:
-        u = at_least_float32(field(row.z, row.t, row.t, row.condition, key=row.key))
+    def _boundary_term(self, field: AbstractField, row: Row) -> tuple[Float[Array, "*data"], Scalar]:
+        """Residual and loss of a row with r = t: u(z, t, t) = v."""
+        u = at_least_float32(row.evaluate(field, row.z, row.t, row.t))
         if u.shape != row.z.shape:
             raise ValueError(f"field must return the shape of z, {row.z.shape}, got {u.shape}")
-        return u - self._guided(field, row, jax.lax.stop_gradient(u))
+        residual = u - self._guided(field, row, jax.lax.stop_gradient(u))
+        return residual, self._weighted(residual, row)
 
-    def _identity_residual(self, field: AbstractField, row: _Row, context: Context | None) -> Float[Array, "*data"]:
+    def _identity_term(self, field: AbstractField, row: Row) -> tuple[Float[Array, "*data"], Scalar]:
+        """Residual and loss of a row that carries the identity."""
         assert self.identity is not None
-        v = row.v
-        if self.guidance is not None and self.identity.uses_velocity:
-            conditional = None
-            if self.guidance.mix != 0:
-                conditional = at_least_float32(stopped(field)(row.z, row.t, row.t, row.condition, key=row.key))
-            v = self._guided(field, row, conditional)
-        residual = self.identity.residual(field, row.z, v, row.r, row.t, row.condition, key=row.key, context=context)
-        return at_least_float32(residual)
+        row = self._with_guided_velocity(field, row)
+        if isinstance(self.identity, AbstractIdentityWithLoss):
+            return self.identity.residual_and_loss(field, row)
+        residual = at_least_float32(self.identity.residual(field, row))
+        return residual, self._weighted(residual, row)
+
+    def _group_term(self, field: AbstractField, rows: Row) -> tuple[Float[Array, "group *data"], Scalar]:
+        """The residuals of a group of rows, and their loss on average."""
+        assert isinstance(self.identity, AbstractIdentityWithLoss)
+        return self.identity.residual_and_loss(field, rows)
+
+    def _weighted(self, residual: Float[Array, "*data"], row: Row) -> Scalar:
+        error = jnp.sum(residual**2)
+        return jax.lax.stop_gradient(self.weight(error, row)) * error
+
+    def _with_guided_velocity(self, field: AbstractField, row: Row) -> Row:
+        if self.guidance is None or not self._facts.uses_velocity:
+            return row
+        conditional = None
+        if self.guidance.mix != 0:
+            conditional = at_least_float32(row.evaluate(stopped(field), row.z, row.t, row.t))
+        return eqx.tree_at(lambda row: row.v, row, self._guided(field, row, conditional))
 
     def _guided(
-        self, field: AbstractField, row: _Row, conditional: Float[Array, "*data"] | None
+        self, field: AbstractField, row: Row, conditional: Float[Array, "*data"] | None
     ) -> Float[Array, "*data"]:
         """The velocity to regress on: guided (Eq. 21), or plain v where the condition was dropped."""
-        if self.guidance is None:
+        if self.guidance is None or self.label_dropout is None:
             return row.v
-        null = self._null_like(row.condition)
+        null = self.label_dropout.null_like(row.condition)
         unconditional = at_least_float32(stopped(field)(row.z, row.t, row.t, null, key=row.key))
         guided = self.guidance.velocity(row.v, conditional, unconditional, row.t)
         return jnp.where(row.dropped, row.v, guided)
 
 
-class _Part(AbstractObjective):
+def _per_dimension(residual: Float[Array, "*data"]) -> Scalar:
+    """The mean squared error."""
+    return jnp.sum(residual**2) / residual.size
+
+
+class _Part(AbstractMeanObjective):
     """The rows of one kind."""
 
     objective: Objective
@@ -320,20 +339,3 @@ def _check_null(null: ArrayLike, condition: ArrayLike) -> None:
         return
     if lost is not None:
         raise ValueError(f"label_dropout.null must be a number of the condition's dtype {dtype}, got {lost}")
-
-
-def _mean(values: Float[Array, " batch"]) -> Mean:
-    return Mean(jnp.sum(values), jnp.full((), values.size, values.dtype))
-
-
-def _errors_by_kind(errors: Float[Array, " batch"], gaps: Float[Array, " batch"], bins: int = 4) -> Metrics:
-    """Raw errors of rows with r = t, which identity rows may have too, and with r < t, also by equal bins of t - r."""
-    bin_of = jnp.where(gaps > 0, jnp.minimum((gaps * bins).astype(int), bins - 1), bins)
-    member = bin_of[:, None] == jnp.arange(bins + 1)
-    total = jnp.sum(jnp.where(member, errors[:, None], 0), axis=0)  # no product: a NaN must stay in its bin
-    count = jnp.sum(member, axis=0, dtype=errors.dtype)
-    return {
-        "boundary_error": Mean(total[bins], count[bins]),
-        "identity_error": Mean(jnp.sum(total[:bins]), jnp.sum(count[:bins])),
-        "identity_error_by_gap": Mean(total[:bins], count[:bins]),
-    }

@@ -13,6 +13,7 @@ for it; splitting with a stride means that a data-sharded batch splits without m
 """
 
 import abc
+import math
 from fractions import Fraction
 from typing import TypeVar
 
@@ -117,21 +118,40 @@ def as_share(share: Fraction | float | int | str) -> Fraction:
     return fraction
 
 
-def check_batch_size(batch: int, share: Fraction | float, *, shards: int = 1, accumulation: int = 1) -> None:
-    """Refuses a batch that the strided split does not divide.
+def rows_per_group(share: Fraction | float, group: int = 1) -> int:
+    """The fewest consecutive rows that the strided split divides, so that the identity's are whole groups of `group`.
 
-    With share n/k every k consecutive rows form a group; each device and each accumulation step must hold whole groups.
-
-    **Arguments:** `batch` rows of the global batch; `share` the identity's share n/k; `shards` devices along the data
-    axis; `accumulation` micro-batches per step.
-
-    **Raises:** `ValueError` unless batch % (k x shards x accumulation) == 0.
+    With share n/k they are k, or more such that n rows of every k make whole groups.
     """
     share = as_share(share)
-    divisor = share.denominator * shards * accumulation
+    return share.denominator * (group // math.gcd(share.numerator, group))
+
+
+def check_batch_size(
+    batch: int, share: Fraction | float, *, shards: int = 1, accumulation: int = 1, group: int = 1
+) -> None:
+    """Refuses a batch that the strided split does not divide.
+
+    With share n/k every k consecutive rows belong together; each device and each accumulation step must hold whole
+    multiples of k, and where the identity compares rows in groups, whole groups.
+
+    **Arguments:** `batch` rows of the global batch; `share` the identity's share n/k; `shards` devices along the data
+    axis; `accumulation` micro-batches per step; `group` rows that the identity compares.
+
+    **Raises:** `ValueError` unless batch % (k x shards x accumulation) == 0, with groups a multiple of k in its place.
+    """
+    share = as_share(share)
+    rows = rows_per_group(share, group)
+    reason = f"denominator of identity_share = {share}" + (f", for groups of {group} rows" if group > 1 else "")
+    check_divisible(batch, rows, reason, shards=shards, accumulation=accumulation)
+
+
+def check_divisible(batch: int, rows: int, reason: str, *, shards: int, accumulation: int) -> None:
+    """Refuses a batch that is no multiple of rows x shards x accumulation: `ValueError` with these numbers."""
+    divisor = rows * shards * accumulation
     if batch <= 0 or batch % divisor:
         raise ValueError(
-            f"batch must be a positive multiple of {share.denominator} (denominator of identity_share = {share}) "
+            f"batch must be a positive multiple of {rows} ({reason}) "
             f"x {shards} (data shards) x {accumulation} (accumulation steps) = {divisor}, got {batch}"
         )
 

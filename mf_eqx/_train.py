@@ -7,9 +7,7 @@ from the row's index in the global batch. Nothing else is random, so a state tha
 nothing had happened.
 """
 
-import functools
 from collections.abc import Callable, Sequence
-from fractions import Fraction
 from typing import Any, TypeVar
 
 import equinox as eqx
@@ -19,15 +17,18 @@ import jax.random as jr
 import optax
 from jaxtyping import Array, Bool, Int, Key, PyTree
 
+from ._batch import Batch
 from ._custom_types import Scalar
 from ._ema import ExponentialAverage
 from ._field import AbstractField
-from ._identity import Context
+from ._gradient import Differentiation
 from ._leaves import leaves, shapes, some
-from ._objective import AbstractObjective, Batch, Mean, Metrics, Objective
+from ._mean import Mean, Metrics
+from ._objective import AbstractObjective
 from ._optimizer import check_optimizer, copy, init_optimizer, is_number, standard_promotion, update_optimizer
+from ._row import Context
 from ._sharding import Parallelism
-from ._times import check_batch_size
+from ._times import check_divisible
 
 _Tree = TypeVar("_Tree")
 
@@ -58,7 +59,8 @@ class TrainState(eqx.Module):
     """Everything that training changes.
 
     **Arguments:** `field` being learnt; `opt_state` of the optimiser; `averages` of the field, each a complete field;
-    `step` number of finished steps; `key` of the whole run, never changed; `faults` counted so far.
+    `step` number of finished steps; `key` of the whole run, never changed; `faults` counted so far; `objective` state
+    of an objective that has one, see `AbstractObjective.init`.
     """
 
     field: AbstractField
@@ -67,19 +69,22 @@ class TrainState(eqx.Module):
     step: Int[Array, ""]
     key: Key[Array, ""]
     faults: Faults
+    objective: PyTree[Any] = None
 
 
 def init_state(
     field: AbstractField,
     optimizer: optax.GradientTransformation,
     averages: Sequence[ExponentialAverage] = (),
+    objective: AbstractObjective | None = None,
     *,
     key: Key[Array, ""],
 ) -> TrainState:
     """The state before the first step.
 
     **Arguments:** `field` freshly made or trained before; `optimizer` and `averages` the same as the `TrainStep`'s;
-    `key` of the run. All arrays are copied, those of the optimiser's state too, because steps donate the state.
+    `objective` too if it has a state of its own; `key` of the run. All arrays are copied, those of the optimiser's
+    state too, because steps donate the state.
 
     **Raises:** `ValueError` if the field holds one parameter twice, which training would change apart, or if a step
     cannot serve the optimiser, see `TrainStep`.
@@ -89,7 +94,8 @@ def init_state(
     opt_state = init_optimizer(optimizer, eqx.filter(field, eqx.is_inexact_array))
     none = Faults(*(jnp.zeros((), jnp.int32) for _ in range(4)))
     averaged = tuple(average.init(field) for average in averages)
-    return TrainState(field, opt_state, averaged, jnp.zeros((), jnp.int32), copy(key), none)
+    own = jax.tree.map(copy, objective.init()) if objective is not None else None
+    return TrainState(field, opt_state, averaged, jnp.zeros((), jnp.int32), copy(key), none, own)
 
 
 def _check_untied(field: AbstractField) -> None:
@@ -114,7 +120,9 @@ class TrainStep(eqx.Module):
       Refused are those that make one update of several steps (`optax.MultiSteps`), and those that need the loss as a
       function of the parameters: line searches, estimates of the Hessian. Rules per leaf must know where the blocks of
       a `mf_eqx.nn.Stack` lie: see `mf_eqx.nn.per_block`.
-    - `averages`: of the parameters, updated after each step. The first is the `teacher` of the objective's context.
+    - `averages`: of the parameters, updated after each step.
+    - `teacher`: None, or the `teacher` of the objective's context: the number of one of the averages, or a frozen
+      field, which is neither trained nor averaged nor part of the state.
     - `prepare`: None, or a function `(row, key) -> row` applied to each row of the batch on the device, before the
       objective: augmentation, dequantisation, posterior sampling. `row` is a `Batch` without its leading axis.
     - `accumulation`: equal parts that the rows of each device are differentiated in, one after the other: memory for
@@ -132,8 +140,9 @@ class TrainStep(eqx.Module):
     **Returns** (when called with a state and a batch): the new state and the metrics, those of the objective and
     `gradient_norm`. The old state is donated; using it again raises an error.
 
-    **Raises:** `ValueError` unless every part is a whole number of groups of rows, or if the optimiser changes the
-    structure or a dtype of its state.
+    **Raises:** `ValueError` if a part of the rows that is differentiated apart is no multiple of the objective's
+    `divisor`, if the objective wants a teacher and there is none, or if the optimiser changes the structure or a dtype
+    of its state.
     """
 
     objective: AbstractObjective
@@ -143,23 +152,38 @@ class TrainStep(eqx.Module):
     accumulation: int = 1
     parallelism: Parallelism | None = None
     unroll: bool = False
+    teacher: int | AbstractField | None = None
 
     def __check_init__(self):
         check_optimizer(self.optimizer)
         if self.accumulation < 1:
             raise ValueError(f"accumulation must be >= 1, got {self.accumulation}")
+        if self.accumulation > 1 and self.objective.divisor is None:
+            raise ValueError(f"accumulation must be 1 for a loss that is no mean over rows, got {self.accumulation}")
+        if self.objective.needs_teacher and self.teacher is None:
+            raise ValueError("teacher must be one of the averages or a frozen field for this objective, got None")
+        if isinstance(self.teacher, int) and not 0 <= self.teacher < len(self.averages):
+            raise ValueError(f"teacher must be the number of one of {len(self.averages)} averages, got {self.teacher}")
 
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         if len(state.averages) != len(self.averages):
             raise ValueError(f"averages must be as many as the state's {len(state.averages)}, got {len(self.averages)}")
+        if jax.tree.structure(state.objective) != jax.tree.structure(jax.eval_shape(self.objective.init)):
+            name = type(self.objective).__name__
+            raise ValueError(f"init_state must be given the objective, {name}, which has a state; got another or none")
         self.check_batch_size(batch.index.shape[0])
         return _train_step((self, batch), state)
 
     def check_batch_size(self, rows: int) -> None:
         """Refuses a global batch that cannot be spread evenly: `ValueError` with the numbers."""
-        share = self.objective.identity_share if isinstance(self.objective, Objective) else Fraction(1)
         shards = 1 if self.parallelism is None else self.parallelism.shards
-        check_batch_size(rows, share, shards=shards, accumulation=self.accumulation)
+        reason = "divisor of the objective"
+        check_divisible(rows, self.objective.divisor or 1, reason, shards=shards, accumulation=self.accumulation)
+
+    def context(self, state: TrainState) -> Context:
+        """What the objective may know of a state."""
+        teacher = state.averages[self.teacher] if isinstance(self.teacher, int) else self.teacher
+        return Context(state.step, teacher)
 
 
 def scan_steps(
@@ -187,47 +211,62 @@ def _train_step(kept: tuple[TrainStep, Batch], state: TrainState) -> tuple[Train
     prepare_key, objective_key = jr.split(jr.fold_in(state.key, state.step))
     if (prepare := train_step.prepare) is not None:
         batch = jax.vmap(lambda row: prepare(row, jr.fold_in(prepare_key, row.index)))(batch)
-    field, teacher = _gathered(train_step, (state.field, state.averages[0] if state.averages else None))
-    metrics, gradients = _differentiate(train_step, field, batch, objective_key, Context(state.step, teacher))
+    field, context, own = _gathered(train_step, (state.field, train_step.context(state), state.objective))
+    differentiate = Differentiation(
+        train_step.objective,
+        train_step.accumulation,
+        train_step.parallelism,
+        train_step.unroll,
+        objective_key,
+        context,
+    )
+    metrics, gradients, own = differentiate(field, batch, own)
     with standard_promotion():
         norm = optax.tree.norm(gradients)
     finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"].total)
-    state = _update_if_finite(train_step, state, jnp.asarray(metrics["loss"].value), gradients, finite)
+    state = _update_if_finite(train_step, state, jnp.asarray(metrics["loss"].value), gradients, own, finite)
     return _spread(train_step, state), {**metrics, "gradient_norm": Mean(norm, jnp.ones(()))}
 
 
 def _update_if_finite(
-    train_step: TrainStep, state: TrainState, loss: Scalar, gradients: PyTree[Any], finite: Bool[Array, ""]
+    train_step: TrainStep,
+    state: TrainState,
+    loss: Scalar,
+    gradients: PyTree[Any],
+    own: PyTree[Any],
+    finite: Bool[Array, ""],
 ) -> TrainState:
-    """The state after the step: with field, optimiser and averages updated if all was `finite` and the update is, too.
+    """The state after the step: with field, optimiser, averages and the objective's `own` state updated if all was
+    `finite` and the update is, too.
 
     In a branch they are updated in their own memory; selecting leaf by leaf would hold both states, and pass over both.
     So the update is looked at before the branch, and computed again in it.
     """
     step = state.step + 1
-    arrays, rest = eqx.partition((state.field, state.opt_state, state.averages), eqx.is_array)
+    arrays, rest = eqx.partition((state.field, state.opt_state, state.averages, state.objective), eqx.is_array)
 
     def propose(arrays: PyTree[Any]) -> tuple[PyTree[Any], PyTree[Any]]:
-        field, opt_state, _ = eqx.combine(arrays, rest)
+        field, opt_state, *_ = eqx.combine(arrays, rest)
         parameters = eqx.filter(field, eqx.is_inexact_array)
         return update_optimizer(train_step.optimizer, loss, gradients, opt_state, parameters)
 
     def update(arrays: PyTree[Any]) -> PyTree[Any]:
-        field, _, averages = eqx.combine(arrays, rest)
+        field, _, averages, _ = eqx.combine(arrays, rest)
         updates, opt_state = propose(arrays)
         with standard_promotion():
             parameters: Any = optax.apply_updates(eqx.filter(field, eqx.is_inexact_array), updates)
         field = eqx.combine(parameters, field)
         rules = zip(train_step.averages, averages, strict=True)
         averages = tuple(rule.update(average, field, step) for rule, average in rules)
-        after = eqx.filter((field, opt_state, averages), eqx.is_array)
+        after = eqx.filter((field, opt_state, averages, own), eqx.is_array)
         _check_kept(arrays, after)
         return after
 
-    for leaf in jax.tree.leaves(propose(arrays)[0]):
+    for leaf in jax.tree.leaves((propose(arrays)[0], eqx.filter(own, eqx.is_inexact_array))):
         finite &= jnp.all(jnp.isfinite(leaf))
-    field, opt_state, averages = eqx.combine(jax.lax.cond(finite, update, lambda arrays: arrays, arrays), rest)
-    return TrainState(field, opt_state, averages, step, state.key, state.faults.after(step, finite))
+    after = eqx.combine(jax.lax.cond(finite, update, lambda arrays: arrays, arrays), rest)
+    field, opt_state, averages, own = after
+    return TrainState(field, opt_state, averages, step, state.key, state.faults.after(step, finite), own)
 
 
 def _check_numbers(state: TrainState) -> None:
@@ -254,84 +293,6 @@ def _gathered(train_step: TrainStep, tree: _Tree) -> _Tree:
 def _spread(train_step: TrainStep, tree: _Tree) -> _Tree:
     """The same arrays, each device keeping what the rule gives it."""
     return tree if train_step.parallelism is None else train_step.parallelism.spread(tree)
-
-
-def _differentiate(
-    train_step: TrainStep, field: AbstractField, batch: Batch, key: Key[Array, ""], context: Context
-) -> tuple[Metrics, PyTree[Any]]:
-    """Metrics and gradients of the mean over all rows.
-
-    Each device's rows are differentiated apart and the results meet once, at the end. Otherwise the compiler sums over
-    devices wherever a gradient arises: in every turn of a backward loop, and once for each kind of rows.
-    """
-
-    def differentiate(rows: Batch) -> tuple[Metrics, PyTree[Any]]:
-        return _differentiate_in_turn(train_step, field, rows, key, context)
-
-    if train_step.parallelism is None:
-        return differentiate(batch)
-    metrics, gradients = jax.vmap(differentiate)(_in_parts(batch, train_step.parallelism.shards))
-    metrics = jax.tree.map(lambda m: jnp.sum(m, axis=0), metrics)
-    return metrics, _spread(train_step, jax.tree.map(lambda g: jnp.mean(g, axis=0), gradients))
-
-
-def _in_parts(batch: Batch, parts: int) -> Batch:
-    return jax.tree.map(lambda leaf: leaf.reshape(parts, -1, *leaf.shape[1:]), batch)
-
-
-def _differentiate_in_turn(
-    train_step: TrainStep, field: AbstractField, batch: Batch, key: Key[Array, ""], context: Context
-) -> tuple[Metrics, PyTree[Any]]:
-    """One part of the rows of a device after the other."""
-    parts = train_step.accumulation
-    if parts == 1:
-        return _differentiate_kinds(train_step, field, batch, key, context)
-
-    def differentiate(rows: Batch) -> tuple[Metrics, PyTree[Any]]:
-        metrics, gradients = _differentiate_kinds(train_step, field, rows, key, context)
-        return metrics, jax.tree.map(lambda g: g / parts, gradients)
-
-    return _sum_over(differentiate, _in_parts(batch, parts))
-
-
-def _sum_over(function: Callable[[Any], Any], items: Any) -> Any:
-    """The sum of what the function returns for each item along the leading axis, one after the other in a loop."""
-
-    def add(sums: Any, item: Any) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, sums, function(item)), None
-
-    one = jax.tree.map(lambda leaf: leaf[0], items)
-    nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(function, one))
-    return jax.lax.scan(add, nothing, items)[0]
-
-
-def _differentiate_kinds(
-    train_step: TrainStep, field: AbstractField, batch: Batch, key: Key[Array, ""], context: Context
-) -> tuple[Metrics, PyTree[Any]]:
-    """One kind of rows after the other, so that intermediate results of only one kind are held at a time.
-
-    In a loop: of a sum, the compiler would run both forward passes before either backward pass.
-    """
-    objective = train_step.objective
-    parts = objective.parts(batch) if isinstance(objective, Objective) else [(objective, batch)]
-
-    def differentiate(part: AbstractObjective, rows: Batch) -> tuple[Metrics, PyTree[Any]]:
-        share = rows.index.shape[0] / batch.index.shape[0]
-
-        @functools.partial(eqx.filter_grad, has_aux=True)
-        def gradient(field: AbstractField) -> tuple[Scalar, Metrics]:
-            loss, metrics = part(field, rows, key=key, context=context)
-            return share * loss, metrics
-
-        gradients, metrics = gradient(field)
-        return metrics, gradients
-
-    kinds = [functools.partial(differentiate, *part) for part in parts]
-    if len(kinds) == 1:
-        return kinds[0]()
-    if train_step.unroll:
-        return functools.reduce(functools.partial(jax.tree.map, jnp.add), (kind() for kind in kinds))
-    return _sum_over(lambda kind: jax.lax.switch(kind, kinds), jnp.arange(len(kinds)))
 
 
 @eqx.filter_jit(donate="all-except-first")

@@ -1,4 +1,4 @@
-r"""Loss weights: from the error of one example to its part in the loss.
+r"""Loss weights: from the error of one example, and what is known of it, to its part in the loss.
 
 With $\|\Delta\|^2$ the squared error *summed* over all dimensions of one example, its loss is
 $\mathrm{sg}(w)\,\|\Delta\|^2$.
@@ -11,15 +11,20 @@ import jax
 import jax.numpy as jnp
 
 from ._custom_types import Scalar, ScalarLike
+from ._row import Row
 from ._validate import check_positive
 
 
 class AbstractWeight(eqx.Module):
-    """The weight w of one example as a function of its squared error."""
+    """The weight w of one example as a function of its squared error, and of the example."""
 
     @abc.abstractmethod
-    def __call__(self, error: Scalar) -> Scalar:
-        r"""The weight for `error` = $\|\Delta\|^2$, summed over the dimensions. No gradient passes through it."""
+    def __call__(self, error: Scalar, row: Row) -> Scalar:
+        r"""The weight. No gradient passes through it.
+
+        **Arguments:** `error` $\|\Delta\|^2$, summed over the dimensions; `row` the example: its times, its training
+        step.
+        """
 
 
 class ConstantWeight(AbstractWeight):
@@ -31,7 +36,7 @@ class ConstantWeight(AbstractWeight):
     def __check_init__(self):
         check_positive("value", self.value)
 
-    def __call__(self, error: ScalarLike) -> Scalar:
+    def __call__(self, error: ScalarLike, row: Row | None = None) -> Scalar:
         return jnp.full(jnp.shape(error), self.value, jnp.result_type(error, float))
 
 
@@ -51,5 +56,5 @@ class AdaptiveWeight(AbstractWeight):
         check_positive("power", self.power, or_zero=True)
         check_positive("offset", self.offset)
 
-    def __call__(self, error: ScalarLike) -> Scalar:
+    def __call__(self, error: ScalarLike, row: Row | None = None) -> Scalar:
         return jax.lax.stop_gradient((jnp.asarray(error) + self.offset) ** -self.power)

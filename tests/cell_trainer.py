@@ -29,7 +29,7 @@ class Config(run.CellSettings):
     """How many."""
 
 
-class Square(mfx.AbstractObjective):
+class Square(mfx.AbstractMeanObjective):
     """Mean squared output, at random times. An objective of the package would take seconds to compile."""
 
     def __call__(self, field, batch, *, key, context=None):

@@ -10,6 +10,7 @@ import jax.random as jr
 import numpy as np
 import pytest
 from fields import GaussianField, refilled
+from methods import ONE_ROW, taught_by
 
 import mf_eqx as mfx
 from mf_eqx import exact, nn
@@ -139,7 +140,12 @@ def gaussian(z):
 
 
 def residual(identity):
-    return lambda z, r, t: identity.residual(Strict(), z, jnp.cos(z), r, t, None, key=jr.key(0))
+    def function(z, r, t):
+        pair = {"x": z, "eps": z + 1, "path": mfx.LinearInterpolant()}
+        context = taught_by(identity, Strict())
+        return identity.residual(Strict(), mfx.Row(z, jnp.cos(z), r, t, key=jr.key(0), context=context, **pair))
+
+    return function
 
 
 def engine(derivative):
@@ -149,8 +155,7 @@ def engine(derivative):
 FUNCTIONS = {
     "semigroup_residual": lambda z, r, t: mfx.semigroup_residual(Strict(), z, r, t, 0.5),
     "split": lambda z, r, t: mfx.semigroup_residual(Strict(), z, r, jnp.ones((), z.dtype), t),
-    **{type(i).__name__: residual(i) for i in (mfx.MeanFlow(), mfx.ImprovedMeanFlow(), mfx.SplitMeanFlow())},
-    "Shortcut": residual(mfx.Shortcut()),
+    **{name: residual(identity) for name, identity in ONE_ROW.items()},
     "total_derivative": lambda z, r, t: mfx.total_derivative(Strict(), z, jnp.cos(z), r, t),
     **{type(d).__name__: engine(d) for d in (mfx.FusedJVP(), mfx.StoppedJVP(), mfx.CentralDifference(0.125))},
     "Guidance": lambda z, r, t: mfx.Guidance(2.0, 0.5, (0.5, 1.0)).velocity(z, z + 1, z - 1, t),

@@ -208,7 +208,7 @@ class Tripled(mfx.AbstractDerivative):
 @pytest.mark.parametrize("identity", [mfx.MeanFlow, mfx.ImprovedMeanFlow])
 def test_identity_takes_its_derivative_from_an_engine_of_the_user(identity):
     field, (z, r, t), v = curved(), point(), direction()
-    found = identity(derivative=Tripled(mfx.StoppedJVP())).residual(field, z, v, r, t, None, key=None)
+    found = identity(derivative=Tripled(mfx.StoppedJVP())).residual(field, mfx.Row(z, v, r, t))
     along = v if identity is mfx.MeanFlow else field(z, t, t)
     u, dudt = mfx.total_derivative(field, z, along, r, t)
     np.testing.assert_allclose(found, u - v + (t - r) * 3 * dudt, rtol=1e-13)
@@ -281,7 +281,9 @@ def residual_gradient(engine):
     (z, r, t), v = point(), direction()
 
     def loss(field):
-        return jnp.sum(MeanFlow(derivative=engine).residual(field, z, v, r, t, jnp.ones(3), key=jr.key(1)) ** 2)
+        return jnp.sum(
+            MeanFlow(derivative=engine).residual(field, mfx.Row(z, v, r, t, jnp.ones(3), key=jr.key(1))) ** 2
+        )
 
     return flat(jax.jit(jax.grad(loss))(curved()))
 

@@ -65,7 +65,13 @@ def test_flow_matching_costs_three_forward_passes(width):
         # Tangents for every row, the paper's algorithm. Wider, since at 256 the attention's share is 3.9%.
         (mfx.Objective(identity_share=1), 512, lambda T: 3 + T, 1.345),
         # u(z, t, t) without a label on all rows.
-        (mfx.Objective(guidance=mfx.Guidance(2.0), label_dropout=DROPOUT), 256, lambda T: 3 + T / 4 + 1, 1.42),
+        pytest.param(
+            mfx.Objective(guidance=mfx.Guidance(2.0), label_dropout=DROPOUT),
+            256,
+            lambda T: 3 + T / 4 + 1,
+            1.42,
+            marks=pytest.mark.slow,
+        ),
         # And with the label, on identity rows alone: on r = t rows it is the loss's own output.
         (
             mfx.Objective(guidance=mfx.Guidance(1.0, 0.5), label_dropout=DROPOUT),
@@ -76,21 +82,31 @@ def test_flow_matching_costs_three_forward_passes(width):
         # u(z, t, t) as the tangent.
         (mfx.Objective(identity=mfx.ImprovedMeanFlow()), 256, lambda T: 3 + T / 4 + 1 / 4, 1.175),
         # With guidance that tangent is the pass which is mixed in: no more than MeanFlow.
-        (
+        pytest.param(
             mfx.Objective(identity=mfx.ImprovedMeanFlow(), guidance=mfx.Guidance(1.0, 0.5), label_dropout=DROPOUT),
             256,
             lambda T: 3 + T / 4 + 1 + 1 / 4,
             1.51,
+            marks=pytest.mark.slow,
         ),
         # Two forward passes for the target, and no tangent.
         (mfx.Objective(identity=mfx.SplitMeanFlow()), 256, lambda T: 3 + 2 / 4, 1.17),
         # No v on identity rows, hence no guidance passes there.
-        (
+        pytest.param(
             mfx.Objective(identity=mfx.SplitMeanFlow(), guidance=mfx.Guidance(1.0, 0.5), label_dropout=DROPOUT),
             256,
             lambda T: 3 + 2 / 4 + 3 / 4,
             1.42,
+            marks=pytest.mark.slow,
         ),
+        # Reverse mode goes through the tangent pass, too; and u at the end of the flow map.
+        (mfx.Objective(mfx.LagrangianSelfDistillation()), 256, lambda T: 3 + (3 * T + 1) / 4, 1.36),
+        # One forward pass for the target of each, and no tangent.
+        (mfx.Objective(mfx.AlphaFlow(0.5)), 256, lambda T: 3 + 1 / 4, 1.09),
+        pytest.param(
+            mfx.Objective(mfx.ConsistencyTraining(0.5)), 256, lambda T: 3 + 1 / 4, 1.09, marks=pytest.mark.slow
+        ),
+        (mfx.Objective(mfx.InductiveMomentMatching()), 256, lambda T: 3 + 1 / 4, 1.09),
     ],
     ids=[
         "MeanFlow",
@@ -101,6 +117,10 @@ def test_flow_matching_costs_three_forward_passes(width):
         "ImprovedMeanFlow, guided",
         "SplitMeanFlow",
         "SplitMeanFlow, guided",
+        "LagrangianSelfDistillation",
+        "AlphaFlow",
+        "ConsistencyTraining",
+        "InductiveMomentMatching",
     ],
 )
 def test_gradient_step_has_no_wasted_pass(objective, width, passes, gate):
@@ -110,5 +130,6 @@ def test_gradient_step_has_no_wasted_pass(objective, width, passes, gate):
     np.testing.assert_allclose(measured, passes(tangent(width)) / 3, rtol=0.003)
 
 
+@pytest.mark.slow
 def test_label_dropout_without_guidance_costs_nothing():
     np.testing.assert_allclose(flops(mfx.Objective(label_dropout=DROPOUT)), flops(mfx.Objective()), rtol=1e-3)

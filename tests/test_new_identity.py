@@ -1,7 +1,5 @@
 """A method that the package does not have, defined and trained with its public names alone."""
 
-from typing import ClassVar
-
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -23,14 +21,14 @@ class Lagrangian(mfx.AbstractIdentity):
 
     derivative: mfx.AbstractDerivative = mfx.FusedJVP()
 
-    needs_boundary: ClassVar[bool] = True
-    uses_velocity: ClassVar[bool] = False
+    facts = mfx.Facts(degenerate=True, uses_velocity=False)
 
-    def residual(self, field, z, v, r, t, condition, *, key, context=None):
-        tangent = (jnp.zeros_like(z), 1.0, 0.0)
-        u, slope = self.derivative(field, z, r, t, condition, tangent=tangent, key=key)
-        end = field(z - (t - r) * u, r, r, condition, key=key)
-        return u - jax.lax.stop_gradient(end + (t - r) * slope)
+    def residual(self, field, row):
+        tangent = (jnp.zeros_like(row.z), 1.0, 0.0)
+        u, slope = self.derivative(field, row.z, row.r, row.t, row.condition, tangent=tangent, key=row.key)
+        h = row.t - row.r
+        end = row.evaluate(field, row.z - h * u, row.r, row.r)
+        return u - jax.lax.stop_gradient(end + h * slope)
 
 
 @eqx.filter_jit
@@ -55,7 +53,7 @@ def test_residual_of_one_gaussian_is_zero():
 
     with jax.enable_x64(True):
         z, r, t = jnp.array([0.3, -1.2]), jnp.asarray(0.2), jnp.asarray(0.7)
-        residual = Lagrangian().residual(Gaussian(1.5, 0.4), z, jnp.full(2, jnp.nan), r, t, None, key=None)
+        residual = Lagrangian().residual(Gaussian(1.5, 0.4), mfx.Row(z, jnp.full(2, jnp.nan), r, t))
         np.testing.assert_allclose(residual, 0, rtol=0, atol=1e-14)
 
 

@@ -9,7 +9,7 @@ jitted objective would take seconds. So most batches have four rows of either ki
 import dataclasses
 import math
 from fractions import Fraction
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import equinox as eqx
 import jax
@@ -30,6 +30,7 @@ from mf_eqx import (
     Batch,
     ConstantWeight,
     Context,
+    Facts,
     Guidance,
     ImprovedMeanFlow,
     LabelDropout,
@@ -37,6 +38,7 @@ from mf_eqx import (
     Mean,
     MeanFlow,
     Objective,
+    Row,
     Shortcut,
     SplitMeanFlow,
     TimePairs,
@@ -116,11 +118,10 @@ class Fixed(AbstractTimes):
 class Regression(AbstractIdentity):
     """u(z, r, t) = v: no method, but the simplest thing to ask of a row with r < t."""
 
-    needs_boundary: ClassVar[bool] = False
-    uses_velocity: ClassVar[bool] = True
+    facts = Facts()
 
-    def residual(self, field, z, v, r, t, condition, *, key, context=None):
-        return field(z, r, t, condition, key=key) - v
+    def residual(self, field, row):
+        return row.evaluate(field, row.z, row.r, row.t) - row.v
 
 
 class Probe(AbstractField):
@@ -407,7 +408,7 @@ def test_every_identity_is_averaged_over_its_own_rows(identity):
     def residuals(field):
         for i, (z, v, r, t, label, n) in enumerate(rows_of(drawn)):
             if carries_identity(i, Fraction(1, 2)):
-                yield identity.residual(Given(field, n), z, v, r, t, label, key=jr.key(0))
+                yield identity.residual(Given(field, n), Row(z, v, r, t, label, key=jr.key(0)))
             else:
                 yield boundary_residual(field, z, v, r, t, label, n)
 
@@ -418,7 +419,7 @@ def test_no_gradient_passes_through_a_users_weight():
     class Careless(AbstractWeight):
         """Eq. 22 without stop-gradient."""
 
-        def __call__(self, error):
+        def __call__(self, error, row):
             return 1 / (error + 0.01)
 
     careless, careful = (run(Objective(weight=w), network(), Batch(data(16))) for w in (Careless(), AdaptiveWeight()))
@@ -443,7 +444,7 @@ def test_data_below_float32_are_computed_in_float32():
             return (self.scale * z).astype(jnp.bfloat16)
 
     class Float32Weight(AbstractWeight):
-        def __call__(self, error):
+        def __call__(self, error, row):
             assert error.dtype == jnp.float32
             return jnp.ones_like(error)
 
@@ -457,11 +458,10 @@ def test_context_reaches_the_identity():
     class Scheduled(AbstractIdentity):
         """A residual of size `step`."""
 
-        needs_boundary: ClassVar[bool] = False
-        uses_velocity: ClassVar[bool] = True
+        facts = Facts()
 
-        def residual(self, field, z, v, r, t, condition, *, key, context=None):
-            return context.step + 0 * field(z, r, t, condition, key=key)
+        def residual(self, field, row):
+            return row.context.step + 0 * row.evaluate(field, row.z, row.r, row.t)
 
     objective = Objective(Scheduled(), identity_share=1.0, weight=PLAIN)
     loss, _, _ = run(objective, network(), Batch(data(4)), Context(jnp.asarray(5)))

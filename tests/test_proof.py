@@ -14,15 +14,17 @@ import numpy as np
 import pytest
 import scipy.optimize
 import scipy.stats
+from methods import EXACT, METHODS, taught_by
 
 from mf_eqx import (
     AbstractField,
+    AlphaFlow,
+    ConsistencyTraining,
     Guidance,
-    ImprovedMeanFlow,
+    InductiveMomentMatching,
     LinearInterpolant,
     MeanFlow,
-    Shortcut,
-    SplitMeanFlow,
+    Row,
     TrigonometricInterpolant,
 )
 from mf_eqx.exact import (
@@ -38,7 +40,7 @@ from mf_eqx.exact import (
 pytestmark = pytest.mark.usefixtures("x64")
 
 PATHS = (LinearInterpolant(), TrigonometricInterpolant())
-IDENTITIES = (MeanFlow(), ImprovedMeanFlow(), SplitMeanFlow(), Shortcut())
+MEAN_FLOW = next(name for name in EXACT if "MeanFlow" in name)
 MEAN = np.array([[-1.5, 0.0], [0.5, 1.0], [1.0, -1.0]])
 STD, WEIGHT, LABEL = np.array([0.3, 0.5, 0.2]), np.array([0.5, 0.2, 0.3]), np.array([0, 1, 1])
 NUMBER = 256
@@ -73,10 +75,12 @@ def marginal(path):
 @eqx.filter_jit
 def residuals(identity, field, velocity, z, r, t):
     """Of many points at once; each row has a key of its own, as in an objective."""
-    keys = jr.split(jr.key(1), len(z))
-    return jax.vmap(
-        lambda z, r, t, key: identity.residual(field, z, velocity(z, t, None), r, t, None, key=key),
-    )(z, r, t, keys)
+    keys, context = jr.split(jr.key(1), len(z)), taught_by(identity, field)
+
+    def residual(z, r, t, key):
+        return identity.residual(field, Row(z, velocity(z, t, None), r, t, key=key, context=context))
+
+    return jax.vmap(residual)(z, r, t, keys)
 
 
 @eqx.filter_jit
@@ -98,24 +102,99 @@ def largest(values):
 
 
 @functools.cache
-def flagship(identity, path):
+def flagship(method, path):
     velocity, field, points = marginal(path)
-    return residuals(identity, field, velocity, *points)
+    return residuals(METHODS[method], field, velocity, *points)
 
 
 @pytest.mark.parametrize("path", PATHS, ids=by_name)
-@pytest.mark.parametrize("identity", IDENTITIES, ids=by_name)
-def test_exact_field_satisfies_identity(identity, path):
-    assert flagship(identity, path).shape == (NUMBER, 2)
-    assert largest(flagship(identity, path)) < 1e-6
+@pytest.mark.parametrize("method", EXACT)
+def test_exact_field_satisfies_identity(method, path):
+    assert flagship(method, path).shape == (NUMBER, 2)
+    assert largest(flagship(method, path)) < 1e-6
 
 
-@pytest.mark.parametrize("identity", IDENTITIES, ids=by_name)
-def test_exact_field_satisfies_identity_outside_of_jit(identity):
+@pytest.mark.parametrize("method", EXACT)
+def test_a_field_with_wrong_times_leaves_a_residual_a_thousand_times_larger(method):
+    class Earlier(AbstractField):
+        field: AbstractField
+
+        def __call__(self, z, r, t, condition=None, *, key=None):
+            return self.field(z, 0.9 * r, t)
+
+    velocity, field, points = marginal(PATHS[0])
+    wrong = residuals(METHODS[method], Earlier(field), velocity, *points)
+    typical = np.median(np.linalg.norm(wrong, axis=1))
+    assert typical > 1_000 * largest(flagship(method, PATHS[0]))
+    assert typical > 1e-3
+
+
+@pytest.mark.parametrize("method", EXACT)
+def test_exact_field_satisfies_identity_outside_of_jit(method):
     velocity, field, (z, r, t) = marginal(PATHS[0])
+    context = taught_by(METHODS[method], field)
     for i in (NUMBER // 3, NUMBER - 1):
-        v = velocity(z[i], t[i])
-        assert largest(identity.residual(field, z[i], v, r[i], t[i], None, key=jr.key(2))) < 1e-6
+        row = Row(z[i], velocity(z[i], t[i]), r[i], t[i], key=jr.key(2), context=context)
+        assert largest(METHODS[method].residual(field, row)) < 1e-6
+
+
+def test_alpha_flow_leaves_a_residual_of_first_order_in_alpha():
+    velocity, field, points = marginal(PATHS[0])
+    coarse, fine = (residuals(AlphaFlow(alpha), field, velocity, *points) for alpha in (0.04, 0.02))
+    ratio = np.linalg.norm(coarse, axis=1) / np.linalg.norm(fine, axis=1)
+    assert 1.9 < np.median(ratio) < 2.1
+
+
+# Methods that learn from pairs of data and noise: exact where the path of each pair is the flow, of first order
+# elsewhere.
+
+
+def pair_residuals(identity, field, path, x):
+    """Of one row for each x, with noise and times of its own, r where the method wants it."""
+    group = identity.facts.group
+    eps = jr.normal(jr.key(6), x.shape)
+    t = jnp.repeat(jr.uniform(jr.key(7), (len(x) // group,), minval=0.2, maxval=0.9), group)
+    r = jnp.zeros_like(t) if identity.facts.ends_at_data else t / 3
+
+    def make(x, eps, r, t):
+        return Row(*path.state_and_velocity(x, eps, t), r, t, x=x, eps=eps)
+
+    def residual(rows):
+        rows = eqx.tree_at(lambda row: row.path, rows, path, is_leaf=lambda node: node is None)
+        return identity.residual(field, rows)
+
+    rows = jax.vmap(make)(x, eps, r, t)
+    if group > 1:
+        rows = jax.tree.map(lambda leaf: leaf.reshape(-1, group, *leaf.shape[1:]), rows)
+    return jax.vmap(residual)(rows).reshape(x.shape)
+
+
+PAIRS = [ConsistencyTraining, InductiveMomentMatching]
+
+
+@pytest.mark.parametrize("method", PAIRS)
+def test_method_of_pairs_holds_on_a_point_where_each_pair_moves_along_the_flow(method):
+    point = np.array([0.7, -1.2])
+    x = jnp.broadcast_to(point, (NUMBER, 2))
+
+    class Earlier(AbstractField):
+        def __call__(self, z, r, t, condition=None, *, key=None):
+            return PointMassAverageVelocity(point)(z, r, 0.9 * t)
+
+    right, wrong = (
+        pair_residuals(method(0.125), field, PATHS[0], x) for field in (PointMassAverageVelocity(point), Earlier())
+    )
+    assert largest(right) < 1e-12
+    assert np.median(np.linalg.norm(wrong, axis=1)) > 1e-3
+
+
+@pytest.mark.parametrize("method", PAIRS)
+def test_method_of_pairs_leaves_a_residual_of_first_order_elsewhere(method):
+    _, field, _ = marginal(PATHS[0])
+    x = jax.vmap(lambda key: mixture().sample(key=key))(jr.split(jr.key(8), 64))
+    coarse, fine = (pair_residuals(method(gap), field, PATHS[0], x) for gap in (0.002, 0.001))
+    ratio = np.linalg.norm(coarse, axis=1) / np.linalg.norm(fine, axis=1)
+    assert 1.9 < np.median(ratio) < 2.1
 
 
 def test_exact_field_of_a_point_set_satisfies_identity_down_to_its_earliest_time():
@@ -131,7 +210,7 @@ def test_wrong_tangent_leaves_a_residual_a_thousand_times_larger(tangent_r, tang
     velocity, field, points = marginal(PATHS[0])
     wrong = residuals(MeanFlow(tangent_r, tangent_t), field, velocity, *points)
     typical = np.median(np.linalg.norm(wrong, axis=1))
-    assert typical > 1_000 * largest(flagship(MeanFlow(), PATHS[0]))  # the worst right one
+    assert typical > 1_000 * largest(flagship(MEAN_FLOW, PATHS[0]))  # the worst right one
     assert typical > 1e-2
 
 
@@ -159,13 +238,13 @@ CLOSED_FORMS = (
 )
 
 
-@pytest.mark.parametrize("identity", IDENTITIES, ids=by_name)
+@pytest.mark.parametrize("method", EXACT)
 @pytest.mark.parametrize(("make", "earliest"), CLOSED_FORMS, ids=["gaussian", "point_mass"])
-def test_closed_form_field_satisfies_identity_to_rounding(make, earliest, identity):
+def test_closed_form_field_satisfies_identity_to_rounding(make, earliest, method):
     field = make()
     z = jr.normal(jr.key(3), (NUMBER, 2))
     r, t = jnp.sort(jr.uniform(jr.key(4), (2, NUMBER), minval=earliest), axis=0)
-    assert largest(residuals(identity, field, lambda z, t, _: field(z, t, t), z, r, t)) < 1e-12
+    assert largest(residuals(METHODS[method], field, lambda z, t, _: field(z, t, t), z, r, t)) < 1e-12
 
 
 # The exact field itself, against anchors that were found another way.
@@ -303,27 +382,27 @@ class Smooth(AbstractField):
 
 
 @functools.cache
-def left_at(identity, gap):
+def left_at(method, gap):
     """Points, and the residual of `Smooth` at t - r = gap."""
     velocity, _, (z, _, t) = marginal(PATHS[0])
     t = 0.1 + 0.9 * t
-    return z, t, residuals(identity, Smooth(), velocity, z, t - gap, t)
+    return z, t, residuals(METHODS[method], Smooth(), velocity, z, t - gap, t)
 
 
-@pytest.mark.parametrize("identity", IDENTITIES[:2], ids=by_name)
-def test_residual_of_a_velocity_identity_tends_to_u_minus_v(identity):
+@pytest.mark.parametrize("method", [name for name in EXACT if METHODS[name].facts.uses_velocity])
+def test_residual_of_a_velocity_identity_tends_to_u_minus_v(method):
     velocity, *_ = marginal(PATHS[0])
-    z, t, exact = left_at(identity, 0.0)
+    z, t, exact = left_at(method, 0.0)
     boundary = evaluate(Smooth(), z, t, t) - velocities(velocity, z, t)
-    far, near = (largest(left_at(identity, gap)[2] - boundary) for gap in (1e-2, 1e-4))
+    far, near = (largest(left_at(method, gap)[2] - boundary) for gap in (1e-2, 1e-4))
     assert largest(boundary) > 1 and far > 1e-3
     assert near < 0.02 * far  # of first order in t - r
     assert largest(exact - boundary) < 1e-14
 
 
-@pytest.mark.parametrize("identity", IDENTITIES[2:], ids=by_name)
-def test_residual_of_a_semigroup_identity_tends_to_zero_whatever_the_field(identity):
-    far, near = (largest(left_at(identity, gap)[2]) for gap in (1e-2, 1e-4))
+@pytest.mark.parametrize("method", [name for name in EXACT if not METHODS[name].facts.uses_velocity])
+def test_residual_of_an_identity_without_velocity_tends_to_zero_whatever_the_field(method):
+    far, near = (largest(left_at(method, gap)[2]) for gap in (1e-2, 1e-4))
     assert far > 1e-3
     assert near < 0.02 * far
-    assert largest(left_at(identity, 0.0)[2]) < 1e-14
+    assert largest(left_at(method, 0.0)[2]) < 1e-14

@@ -9,6 +9,7 @@ import optax
 import pytest
 from devices import run_on_devices
 from fields import refilled
+from methods import guidance, METHODS
 
 import mf_eqx as mfx
 from mf_eqx._train import _DRAW
@@ -28,7 +29,7 @@ class Affine(mfx.AbstractField):
         return self.weight @ z + self.rates[0] * r + self.rates[1] * t
 
 
-class Probe(mfx.AbstractObjective):
+class Probe(mfx.AbstractMeanObjective):
     """Mean squared output on the data themselves; reports what it was given, and counts how often it is traced."""
 
     traces: list = eqx.field(static=True, default_factory=list)
@@ -195,19 +196,44 @@ def test_averages_follow_the_parameters():
         np.testing.assert_allclose(current.averages[1].weight, slow, rtol=1e-5)
 
 
-def test_objective_is_given_the_step_and_the_first_average_as_teacher():
-    step = mfx.TrainStep(Probe(), OPTIMIZER, AVERAGES)
+@pytest.mark.parametrize("number", range(len(AVERAGES)))
+def test_objective_is_given_the_step_and_the_average_that_teaches(number):
+    step = mfx.TrainStep(Probe(), OPTIMIZER, AVERAGES, teacher=number)
     current, teacher = state(), np.asarray(field().weight)
-    for number in range(3):
+    for finished in range(3):
         current, metrics = step(current, batch())
-        assert metrics["step"].value == number
+        assert metrics["step"].value == finished
         np.testing.assert_array_equal(metrics["teacher"].value, teacher)
-        teacher = np.asarray(current.averages[0].weight)
+        teacher = np.asarray(current.averages[number].weight)
 
 
-def test_without_averages_there_is_no_teacher():
-    _, metrics = mfx.TrainStep(Probe(), OPTIMIZER)(state(()), batch())
+def test_a_frozen_teacher_stays_as_it_is_and_is_no_part_of_the_state():
+    teacher = Affine(jnp.full((DIM, DIM), 3.0), jnp.zeros(2))
+    step = mfx.TrainStep(Probe(), OPTIMIZER, AVERAGES, teacher=teacher)
+    current = state()
+    size = len(arrays(current))
+    for _ in range(2):
+        current, metrics = step(current, batch())
+        np.testing.assert_array_equal(metrics["teacher"].value, teacher.weight)
+    assert len(arrays(current)) == size
+
+
+def test_there_is_no_teacher_unless_one_is_given():
+    _, metrics = mfx.TrainStep(Probe(), OPTIMIZER, AVERAGES)(state(), batch())
     assert metrics["teacher"].value == 0
+
+
+@pytest.mark.parametrize("number", [-1, len(AVERAGES)])
+def test_a_teacher_that_is_none_of_the_averages_is_refused(number):
+    with pytest.raises(ValueError, match=f"teacher must be the number of one of {len(AVERAGES)} averages"):
+        mfx.TrainStep(Probe(), OPTIMIZER, AVERAGES, teacher=number)
+
+
+def test_a_method_that_wants_a_teacher_is_refused_without_one():
+    objective = mfx.Objective(mfx.TerminalVelocityMatching())
+    with pytest.raises(ValueError, match="teacher must be one of the averages or a frozen field"):
+        mfx.TrainStep(objective, OPTIMIZER, AVERAGES)
+    mfx.TrainStep(objective, OPTIMIZER, AVERAGES, teacher=1)
 
 
 def test_steps_reduce_the_raw_error_of_an_objective():
@@ -259,7 +285,7 @@ def test_batch_is_not_donated():
 
 
 def test_numbers_inside_the_step_are_not_donated():
-    class Scaled(mfx.AbstractObjective):
+    class Scaled(mfx.AbstractMeanObjective):
         scale: jax.Array
 
         def __call__(self, field, batch, *, key, context=None):
@@ -318,7 +344,7 @@ def test_key_of_the_run_is_never_changed():
 # Faults
 
 
-class Cliff(mfx.AbstractObjective):
+class Cliff(mfx.AbstractMeanObjective):
     """sqrt(mean of the data) in value, but its gradient is 1 / (2 sqrt): finite and infinite at zero."""
 
     def __call__(self, field, batch, *, key, context=None):
@@ -366,7 +392,7 @@ def test_loss_at_the_cliff_is_finite_and_its_gradient_is_not():
 
 
 def test_loss_that_is_not_finite_is_a_fault_even_if_its_gradient_is():
-    class Lost(mfx.AbstractObjective):
+    class Lost(mfx.AbstractMeanObjective):
         def __call__(self, field, batch, *, key, context=None):
             loss = jnp.sum(field.weight**2) + jnp.sum(batch.x)
             return loss, {"loss": mfx.Mean(loss, jnp.ones(()))}
@@ -515,9 +541,9 @@ def strict():
 GUIDED = {"guidance": mfx.Guidance(2.0, 0.5), "label_dropout": mfx.LabelDropout(0.1, 4)}
 STRICT = {
     "Flow Matching": mfx.Objective(identity=None, identity_share=0),
+    "MeanFlow": mfx.Objective(identity_share=0.5, **GUIDED),
     **{
-        type(identity).__name__: mfx.Objective(identity, identity_share=0.5, **GUIDED)
-        for identity in (mfx.MeanFlow(), mfx.ImprovedMeanFlow(), mfx.SplitMeanFlow(), mfx.Shortcut())
+        name: mfx.Objective(identity, identity_share=0.5, **guidance(identity, 4)) for name, identity in METHODS.items()
     },
     "StoppedJVP": mfx.Objective(mfx.MeanFlow(derivative=mfx.StoppedJVP())),
     "CentralDifference": mfx.Objective(mfx.MeanFlow(derivative=mfx.CentralDifference())),
@@ -589,7 +615,7 @@ def test_parameters_of_low_precision_pass_strict_promotion(strict):
     low = mfx.nn.cast(field(), jnp.bfloat16)
     rows = mfx.Batch(jnp.ones((ROWS, DIM), jnp.bfloat16))
 
-    class Low(mfx.AbstractObjective):
+    class Low(mfx.AbstractMeanObjective):
         def __call__(self, field, batch, *, key, context=None):
             loss = jnp.mean(jax.vmap(lambda x: jnp.sum((field.weight @ x) ** 2))(batch.x)).astype(jnp.float32)
             return loss, {"loss": mfx.Mean(loss, jnp.ones(()))}
@@ -754,10 +780,8 @@ def on_devices():
 
 LAYOUTS = (
     "2 devices",
-    "4 devices",
     "8 devices",
     "2 x fsdp 4",
-    "1 x fsdp 2",
     "4 x 16 rows in turn",
     "2 devices, 2 x 16 rows in turn",
 )

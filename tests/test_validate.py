@@ -9,6 +9,7 @@ import jax.random as jr
 import numpy as np
 import optax
 import pytest
+from methods import guidance, METHODS, trainer
 
 import mf_eqx as mfx
 from mf_eqx import data, exact, nn
@@ -121,23 +122,18 @@ def test_mean_of_traced_values_is_traced():
     np.testing.assert_array_equal(found, [1.5, np.nan])
 
 
-IDENTITIES = [None, mfx.MeanFlow(), mfx.ImprovedMeanFlow(), mfx.Shortcut(), mfx.SplitMeanFlow()]
-
-
-@pytest.mark.parametrize("identity", IDENTITIES, ids=lambda identity: type(identity).__name__)
-def test_a_step_and_its_metrics_make_no_nan_on_the_way(identity):
-    label_dropout, guidance = mfx.LabelDropout(0.1, 2), mfx.Guidance(2.0, 0.5)
-    # Times at both ends, and data without any variation.
-    times = mfx.TimePairs(AtTheEnds())
-    share = 0.0 if identity is None else 0.5
-    objective = mfx.Objective(
-        identity, time_pairs=times, identity_share=share, guidance=guidance, label_dropout=label_dropout
-    )
+@pytest.mark.parametrize("method", [None, *METHODS])
+def test_a_step_and_its_metrics_make_no_nan_on_the_way(method):
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
     average = [mfx.ExponentialAverage(0.9)]
+    # Times at both ends, and data without any variation.
+    times = mfx.TimePairs(AtTheEnds())
+    if method is None:
+        step = mfx.TrainStep(mfx.Objective(None, time_pairs=times, identity_share=0), optimizer, average)
+    else:
+        step = trainer(METHODS[method], optimizer, average, time_pairs=times, **guidance(METHODS[method], 2))
     with jax.debug_nans(True):
         state = mfx.init_state(mfx.MLP(2, width=4, depth=1, labels=2, key=KEY), optimizer, average, key=KEY)
-        step = mfx.TrainStep(objective, optimizer, average)
         for _ in range(2):
             state, metrics = step(state, mfx.Batch(jnp.zeros((8, 2)), jnp.zeros(8, jnp.int32)))
         assert np.isfinite(metrics["loss"].value)
@@ -154,6 +150,10 @@ class AtTheEnds(mfx.AbstractTimes):
 
 FLOATS = {
     "AdaptiveWeight.offset": lambda value: mfx.AdaptiveWeight(offset=value),
+    "AlphaFlow.clip": lambda value: mfx.AlphaFlow(0.5, clip=value),
+    "ConsistencyTraining.offset": lambda value: mfx.ConsistencyTraining(0.5, offset=value),
+    "FrechetLoss.decay": lambda value: mfx.FrechetLoss(np.zeros(2), np.eye(2), decay=value),
+    "SigmoidSchedule.steepness": lambda value: mfx.SigmoidSchedule(0, 1, value),
     "AdaptiveWeight.power": lambda value: mfx.AdaptiveWeight(power=value),
     "AverageVelocity.atol": lambda value: exact.AverageVelocity(lambda z, t, c: z, atol=value),
     "AverageVelocity.rtol": lambda value: exact.AverageVelocity(lambda z, t, c: z, rtol=value),

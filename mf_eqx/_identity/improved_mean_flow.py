@@ -10,15 +10,14 @@ Source: Improved Mean Flows: On the Challenges of Fastforward Generative Models,
 2025, arXiv 2512.02012.
 """
 
-from typing import ClassVar
-
 import jax
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float
 
-from .._custom_types import as_times, Condition, TimeLike
 from .._derivative import AbstractDerivative, FusedJVP
 from .._field import AbstractField, stopped
-from .base import AbstractIdentity, Context
+from .._row import Row
+from .base import AbstractIdentity
+from .facts import Facts
 
 
 class ImprovedMeanFlow(AbstractIdentity):
@@ -31,22 +30,11 @@ class ImprovedMeanFlow(AbstractIdentity):
 
     derivative: AbstractDerivative = FusedJVP()
 
-    needs_boundary: ClassVar[bool] = True
-    uses_velocity: ClassVar[bool] = True
+    @property
+    def facts(self) -> Facts:
+        return Facts(degenerate=True, trains_velocity=False)
 
-    def residual(
-        self,
-        field: AbstractField,
-        z: Float[Array, "*data"],
-        v: Float[Array, "*data"],
-        r: TimeLike,
-        t: TimeLike,
-        condition: Condition,
-        *,
-        key: Key[Array, ""] | None,
-        context: Context | None = None,
-    ) -> Float[Array, "*data"]:
-        r, t = as_times(r, t, z)
-        predicted = stopped(field)(z, t, t, condition, key=key)
-        u, dudt = self.derivative(field, z, r, t, condition, tangent=(predicted, 0.0, 1.0), key=key)
-        return u - jax.lax.stop_gradient(v - (t - r) * dudt)
+    def residual(self, field: AbstractField, row: Row) -> Float[Array, "*data"]:
+        tangent = (row.evaluate(stopped(field), row.z, row.t, row.t), 0.0, 1.0)
+        u, dudt = self.derivative(field, row.z, row.r, row.t, row.condition, tangent=tangent, key=row.key)
+        return u - jax.lax.stop_gradient(row.v - (row.t - row.r) * dudt)

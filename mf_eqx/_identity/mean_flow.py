@@ -5,17 +5,16 @@ $$u(z_t, r, t) = v(z_t, t) - (t - r)\, \frac{d}{dt} u(z_t, r, t) \qquad (6)$$
 Source: Mean Flows for One-step Generative Modeling, Geng, Deng, Bai, Kolter, He, 2025, arXiv 2505.13447.
 """
 
-from typing import ClassVar
-
 import equinox as eqx
 import jax
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float
 
-from .._custom_types import as_times, Condition, TimeLike
 from .._derivative import AbstractDerivative, FusedJVP
 from .._field import AbstractField
+from .._row import Row
 from .._validate import check_finite
-from .base import AbstractIdentity, Context
+from .base import AbstractIdentity
+from .facts import Facts
 
 
 class MeanFlow(AbstractIdentity):
@@ -31,26 +30,15 @@ class MeanFlow(AbstractIdentity):
     tangent_t: float = eqx.field(default=1.0, converter=float)
     derivative: AbstractDerivative = FusedJVP()
 
-    needs_boundary: ClassVar[bool] = False
-    uses_velocity: ClassVar[bool] = True
-
     def __check_init__(self):
         check_finite("tangent_r", self.tangent_r)
         check_finite("tangent_t", self.tangent_t)
 
-    def residual(
-        self,
-        field: AbstractField,
-        z: Float[Array, "*data"],
-        v: Float[Array, "*data"],
-        r: TimeLike,
-        t: TimeLike,
-        condition: Condition,
-        *,
-        key: Key[Array, ""] | None,
-        context: Context | None = None,
-    ) -> Float[Array, "*data"]:
-        r, t = as_times(r, t, z)
-        tangent = (v, self.tangent_r, self.tangent_t)
-        u, dudt = self.derivative(field, z, r, t, condition, tangent=tangent, key=key)
-        return u - jax.lax.stop_gradient(v - (t - r) * dudt)
+    @property
+    def facts(self) -> Facts:
+        return Facts(exact=(self.tangent_r, self.tangent_t) == (0, 1))
+
+    def residual(self, field: AbstractField, row: Row) -> Float[Array, "*data"]:
+        tangent = (row.v, self.tangent_r, self.tangent_t)
+        u, dudt = self.derivative(field, row.z, row.r, row.t, row.condition, tangent=tangent, key=row.key)
+        return u - jax.lax.stop_gradient(row.v - (row.t - row.r) * dudt)

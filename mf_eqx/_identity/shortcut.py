@@ -9,32 +9,21 @@ splits.
 Source: One Step Diffusion via Shortcut Models, Frans, Hafner, Levine, Abbeel, 2024, arXiv 2410.12557.
 """
 
-from typing import ClassVar
+from jaxtyping import Array, Float
 
-from jaxtyping import Array, Float, Key
-
-from .._custom_types import Condition, TimeLike
 from .._field import AbstractField
-from .base import AbstractIdentity, Context
+from .._row import Row
+from .base import AbstractIdentity
+from .facts import Facts
 from .split_mean_flow import semigroup_residual
 
 
 class Shortcut(AbstractIdentity):
     """The semigroup property at the midpoint of [r, t]. Needs boundary rows; uses no v and no JVP."""
 
-    needs_boundary: ClassVar[bool] = True
-    uses_velocity: ClassVar[bool] = False
+    @property
+    def facts(self) -> Facts:
+        return Facts(degenerate=True, trains_velocity=False, uses_velocity=False)
 
-    def residual(
-        self,
-        field: AbstractField,
-        z: Float[Array, "*data"],
-        v: Float[Array, "*data"],
-        r: TimeLike,
-        t: TimeLike,
-        condition: Condition,
-        *,
-        key: Key[Array, ""] | None,
-        context: Context | None = None,
-    ) -> Float[Array, "*data"]:
-        return semigroup_residual(field, z, r, t, 0.5, condition, key=key)
+    def residual(self, field: AbstractField, row: Row) -> Float[Array, "*data"]:
+        return semigroup_residual(field, row.z, row.r, row.t, 0.5, row.condition, key=row.key)

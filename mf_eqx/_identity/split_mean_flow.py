@@ -8,8 +8,6 @@ Source: SplitMeanFlow: Interval Splitting Consistency in Few-Step Generative Mod
 2025, arXiv 2507.16884.
 """
 
-from typing import ClassVar
-
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -17,8 +15,10 @@ from jaxtyping import Array, Float, Key
 
 from .._custom_types import as_scalar, as_times, Condition, ScalarLike, TimeLike
 from .._field import AbstractField, stopped
+from .._row import Row
 from .._times import AbstractTimes, UniformTimes
-from .base import AbstractIdentity, Context
+from .base import AbstractIdentity
+from .facts import Facts
 
 _SPLIT = 0x53504C49  # folds the key away from those that a field splits off: jr.fold_in(key, i) is jr.split(key, n)[i]
 
@@ -55,23 +55,12 @@ class SplitMeanFlow(AbstractIdentity):
 
     split: AbstractTimes = UniformTimes()
 
-    needs_boundary: ClassVar[bool] = True
-    uses_velocity: ClassVar[bool] = False
+    @property
+    def facts(self) -> Facts:
+        return Facts(degenerate=True, trains_velocity=False, uses_velocity=False)
 
-    def residual(
-        self,
-        field: AbstractField,
-        z: Float[Array, "*data"],
-        v: Float[Array, "*data"],
-        r: TimeLike,
-        t: TimeLike,
-        condition: Condition,
-        *,
-        key: Key[Array, ""] | None,
-        context: Context | None = None,
-    ) -> Float[Array, "*data"]:
-        if key is None:
+    def residual(self, field: AbstractField, row: Row) -> Float[Array, "*data"]:
+        if row.key is None:
             raise ValueError("key must be given, since SplitMeanFlow draws s from it; got None")
-        r, t = as_times(r, t, z)
-        split = jnp.asarray(self.split(key=jr.fold_in(key, _SPLIT)), t.dtype)
-        return semigroup_residual(field, z, r, t, split, condition, key=key)
+        split = jnp.asarray(self.split(key=jr.fold_in(row.key, _SPLIT)), row.t.dtype)
+        return semigroup_residual(field, row.z, row.r, row.t, split, row.condition, key=row.key)

@@ -22,9 +22,9 @@ import numpy as np
 from jax.scipy.ndimage import map_coordinates
 from jaxtyping import Array, Bool, Float, Key
 
+from .._batch import Batch
 from .._custom_types import Scalar
 from .._model import UNetCondition
-from .._objective import Batch
 from .._validate import check_positive
 
 _SYM6 = np.array(

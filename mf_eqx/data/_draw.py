@@ -7,7 +7,7 @@ import jax
 import jax.random as jr
 from jaxtyping import Array, Int, Key, Num
 
-from .._objective import Batch
+from .._batch import Batch
 from .._validate import as_count
 
 

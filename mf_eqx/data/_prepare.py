@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Key
 
+from .._batch import Batch
 from .._custom_types import at_least_float32
-from .._objective import Batch
 from .._validate import check_positive
 
 

@@ -21,7 +21,7 @@ import jax
 import numpy as np
 from jaxtyping import Int
 
-from .._objective import Batch
+from .._batch import Batch
 from .._sharding import Parallelism
 from .._validate import as_count, Count
 from ._source import AbstractSource, check_source, check_taken

@@ -5,7 +5,7 @@ import jax
 import jax.random as jr
 from jaxtyping import Array, Float, Key
 
-from .._objective import Batch
+from .._batch import Batch
 from .._validate import check_sizes
 from ._base import AbstractDistribution
 from ._gaussian_mixture import GaussianMixture

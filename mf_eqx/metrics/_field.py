@@ -27,8 +27,9 @@ from jaxtyping import Array, Float, Int, Key, PyTree, Shaped
 
 from .._custom_types import at_least_float32, Condition, Scalar, Time
 from .._field import AbstractField
-from .._identity import AbstractIdentity, Context, semigroup_residual
+from .._identity import AbstractIdentity, semigroup_residual
 from .._interpolant import AbstractInterpolant
+from .._row import Context, Row
 from .._times import TimePairs
 from .._validate import quotient
 
@@ -337,7 +338,7 @@ def _identity_residuals(
     quiet, keys = _WithoutDropout(field), None if key is None else jr.split(key, len(rows[0]))
 
     def residual(row, key):
-        return identity.residual(quiet, *row, key=key, context=context)
+        return identity.residual(quiet, Row(*row, key=key, context=context))
 
     return jax.vmap(residual)(rows, keys)
 

@@ -29,8 +29,9 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, Key
 
+from .._batch import Batch
 from .._field import AbstractField
-from .._objective import Batch, Metrics
+from .._mean import Metrics
 from .._train import init_state, scan_steps, TrainState, TrainStep
 from ..checkpoint import Checkpoints
 from ._directory import as_json, made_by, missing_lines, RunDirectory

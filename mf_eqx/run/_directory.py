@@ -26,7 +26,7 @@ from jaxtyping import ArrayLike
 
 from .._files import append, read_regular, write_whole
 from .._json import parse_json, read_json_object
-from .._objective import Mean
+from .._mean import Mean
 from ._lock import check_in_place
 from ._values import fetch
 

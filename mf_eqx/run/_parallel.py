@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from jaxtyping import ArrayLike
 
-from .._objective import Mean
+from .._mean import Mean
 from ._progress import Progress
 
 _Task = TypeVar("_Task")

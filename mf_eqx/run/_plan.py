@@ -10,8 +10,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 
-from .._identity import Context
-from .._objective import Batch
+from .._batch import Batch
 from .._sharding import arrays_of
 from .._train import TrainState, TrainStep
 from ..data import Stream
@@ -62,13 +61,16 @@ def flops_of_step(step: TrainStep, state: TrainState, batch: Batch) -> int:
     **Arguments:** `step`; `state` and `batch` arrays or their shapes.
     """
 
-    def gradient(field: Any, batch: Batch, key: Any) -> Any:
+    def gradient(state: TrainState, batch: Batch, key: Any) -> Any:
         if step.prepare is not None:
             batch = jax.vmap(step.prepare)(batch, jr.split(key, batch.index.shape[0]))
-        context = Context(jnp.zeros((), jnp.int32), field if state.averages else None)
-        return eqx.filter_grad(lambda field: step.objective(field, batch, key=key, context=context)[0])(field)
 
-    return product_flops(gradient, state.field, batch, jax.eval_shape(lambda: jr.key(0)))
+        def loss(field: Any) -> Any:
+            return step.objective.evaluate(field, batch, state.objective, key=key, context=step.context(state))[0]
+
+        return eqx.filter_grad(loss)(state.field)
+
+    return product_flops(gradient, state, batch, jax.eval_shape(lambda: jr.key(0)))
 
 
 def batch_shapes(stream: Stream) -> Batch:

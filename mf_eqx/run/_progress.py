@@ -18,7 +18,7 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 from jaxtyping import ArrayLike
 
-from .._objective import Mean
+from .._mean import Mean
 from ._values import fetch, short
 
 

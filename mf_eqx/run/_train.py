@@ -20,7 +20,8 @@ import equinox as eqx
 import jax
 import numpy as np
 
-from .._objective import Batch, Mean, Metrics, total
+from .._batch import Batch
+from .._mean import Mean, Metrics, total
 from .._train import Faults, TrainState, TrainStep
 from ..checkpoint import Checkpoints, Restored
 from ..data import Stream

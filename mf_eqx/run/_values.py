@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from jaxtyping import ArrayLike
 
-from .._objective import Mean
+from .._mean import Mean
 
 Value: TypeAlias = int | float | list[Any]
 """A number, or nested lists of numbers for a metric in bins."""

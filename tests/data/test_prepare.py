@@ -190,7 +190,7 @@ def test_part_draws_the_same_wherever_the_parts_before_end():
 # Inside a step
 
 
-class Seen(mfx.AbstractObjective):
+class Seen(mfx.AbstractMeanObjective):
     """Reports the rows that it was given."""
 
     def __call__(self, field, batch, *, key, context=None):

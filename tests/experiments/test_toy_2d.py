@@ -82,24 +82,23 @@ def test_every_identity_is_a_method_and_later_ones_appear_by_themselves(toy_2d):
     import mf_eqx as mfx
 
     class Later(mfx.AbstractIdentity):
-        needs_boundary = True
-        uses_velocity = False
+        facts = mfx.Facts(degenerate=True, uses_velocity=False)
 
-        def residual(self, field, z, v, r, t, condition, *, key, context=None):
-            return z
+        def residual(self, field, row):
+            return row.z
 
     class Unfinished(mfx.AbstractIdentity):
         strength: float
-        needs_boundary = True
-        uses_velocity = False
+        facts = mfx.Facts(degenerate=True, uses_velocity=False)
 
-        def residual(self, field, z, v, r, t, condition, *, key, context=None):
-            return z
+        def residual(self, field, row):
+            return row.z
 
     names = {**vars(mfx), "Later": Later, "Unfinished": Unfinished}
-    known = {"MeanFlow", "ImprovedMeanFlow", "SplitMeanFlow", "Shortcut"}
-    assert set(toy_2d.identities(names)) == known | {"Later"}
-    assert set(toy_2d.Config().methods) == known | {"FlowMatching", "Exact"}
+    usual = {"MeanFlow", "ImprovedMeanFlow", "SplitMeanFlow", "Shortcut"}
+    assert set(toy_2d.identities(names)) > usual | {"TerminalVelocityMatching", "Later"}
+    assert set(toy_2d.Config().methods) == usual | {"FlowMatching", "Exact"}
+    assert "Unfinished" not in toy_2d.identities(names)
 
 
 def test_flow_matching_samples_by_euler(toy_2d):

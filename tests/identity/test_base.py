@@ -6,14 +6,17 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
+from methods import ONE_ROW, taught_by
 
 from mf_eqx import (
     AbstractField,
     AbstractIdentity,
+    AbstractIdentityWithLoss,
     AbstractTimes,
     ImprovedMeanFlow,
+    LinearInterpolant,
     MeanFlow,
-    Shortcut,
+    Row,
     SplitMeanFlow,
 )
 
@@ -29,14 +32,15 @@ class Fixed(AbstractTimes):
         return jnp.asarray(self.time)
 
 
-IDENTITIES = [
-    MeanFlow(),
-    MeanFlow(1.0, 0.0),
-    ImprovedMeanFlow(),
-    SplitMeanFlow(),
-    SplitMeanFlow(Fixed(0.3)),
-    Shortcut(),
-]
+IDENTITIES = [*ONE_ROW.values(), MeanFlow(1.0, 0.0), SplitMeanFlow(Fixed(0.3))]
+
+
+def own_loss(identity):
+    return isinstance(identity, AbstractIdentityWithLoss)
+
+
+def that(condition):
+    return [identity for identity in IDENTITIES if condition(identity.facts)]
 
 
 class Network(AbstractField):
@@ -79,23 +83,37 @@ def point():
     return jnp.array([0.3, -1.2, 0.5]), jnp.array([1.1, 0.4, -0.6]), jnp.asarray(0.2), jnp.asarray(0.7)
 
 
-def residual(identity, field, *, v=None, condition=None, seed=3):
+def row(identity, *, v=None, condition=None, seed=3, gap=1.0):
+    """A row of the method's kind at `point()`, with its x and eps."""
     z, given, r, t = point()
-    return identity.residual(field, z, given if v is None else v, r, t, condition, key=jr.key(seed))
+    r = jnp.zeros(()) if identity.facts.ends_at_data else t - gap * (t - r)
+    v = given if v is None else v
+    x, path = jnp.array([0.2, 0.9, -0.4]), LinearInterpolant()
+    context = taught_by(identity, Network(*(leaf / 2 for leaf in jax.tree.leaves(network()))))
+    pair = {"x": x, "eps": (z - (1 - t) * x) / t, "path": path}
+    return Row(z, v, r, t, condition, key=jr.key(seed), context=context, **pair)
+
+
+def residual(identity, field, **options):
+    return identity.residual(field, row(identity, **options))
 
 
 def half_square(identity, field, **options):
     return 0.5 * jnp.sum(residual(identity, field, **options) ** 2)
 
 
-@pytest.mark.parametrize("identity", IDENTITIES)
+LEARN_BY_U = [i for i in that(lambda facts: not facts.learns_through_derivative) if not own_loss(i)]
+WITHOUT_VELOCITY = that(lambda facts: not facts.uses_velocity and not facts.uses_pair)
+
+
+@pytest.mark.parametrize("identity", LEARN_BY_U)
 def test_gradient_of_the_error_treats_the_target_as_a_constant(identity):
-    field, (z, _, r, t) = network(), point()
+    field, at = network(), row(identity)
     gradient = jax.grad(lambda field: half_square(identity, field))(field)
-    _, transpose = jax.vjp(lambda field: field(z, r, t, key=jr.key(3)), field)
+    _, transpose = jax.vjp(lambda field: field(at.z, at.r, at.t, key=at.key), field)
     (expected,) = transpose(residual(identity, field))
     assert (gradient.matrix != 0).all()
-    assert eqx.tree_equal(gradient, expected, rtol=1e-13, atol=1e-14)
+    assert eqx.tree_equal(gradient, expected, rtol=1e-12, atol=1e-13)
 
 
 @pytest.mark.parametrize("identity", IDENTITIES)
@@ -112,7 +130,7 @@ def test_every_evaluation_gets_the_same_key(identity):
     assert (residual(identity, Frozen(network(), jr.key(4))) != expected).all()
 
 
-@pytest.mark.parametrize("identity", IDENTITIES)
+@pytest.mark.parametrize("identity", that(lambda facts: not facts.needs_teacher))
 def test_every_evaluation_gets_the_condition(identity):
     class Shifted(AbstractField):
         field: AbstractField
@@ -131,13 +149,19 @@ def test_every_evaluation_gets_the_condition(identity):
 def test_velocity_enters_exactly_if_the_identity_says_so(identity):
     field, (_, v, _, _) = network(), point()
     enters = bool((residual(identity, field, v=v) != residual(identity, field, v=2 * v)).any())
-    assert enters is identity.uses_velocity
+    assert enters is identity.facts.uses_velocity
 
 
-@pytest.mark.parametrize("identity", [identity for identity in IDENTITIES if not identity.uses_velocity])
-def test_identity_without_velocity_is_solved_by_zero_and_needs_the_boundary(identity):
-    np.testing.assert_array_equal(residual(identity, Zero()), 0)
-    assert identity.needs_boundary
+@pytest.mark.parametrize("identity", that(lambda facts: facts.degenerate and not facts.uses_velocity))
+def test_degenerate_identity_without_velocity_is_solved_by_zero(identity):
+    context = taught_by(identity, Zero())
+    at = eqx.tree_at(lambda row: row.context, row(identity), context, is_leaf=lambda node: node is None)
+    np.testing.assert_array_equal(identity.residual(Zero(), at), 0)
+
+
+@pytest.mark.parametrize("identity", that(lambda facts: not facts.degenerate))
+def test_other_identities_are_not_solved_by_zero(identity):
+    assert (residual(identity, Zero()) != 0).all()
 
 
 def test_improved_mean_flow_leaves_its_predicted_velocity_untrained_and_needs_the_boundary():
@@ -145,25 +169,27 @@ def test_improved_mean_flow_leaves_its_predicted_velocity_untrained_and_needs_th
     np.testing.assert_array_equal(gradient.boundary, 0)
     moved = eqx.tree_at(lambda field: field.boundary, network(), replace_fn=lambda leaf: 2 * leaf)
     assert (residual(ImprovedMeanFlow(), network()) != residual(ImprovedMeanFlow(), moved)).all()
-    assert ImprovedMeanFlow().needs_boundary
+    assert ImprovedMeanFlow().facts.degenerate
 
 
 def test_mean_flow_is_not_solved_by_zero_and_needs_no_boundary():
     np.testing.assert_array_equal(residual(MeanFlow(), Zero()), -point()[1])
-    assert not MeanFlow().needs_boundary
+    assert not MeanFlow().facts.degenerate
 
 
-@pytest.mark.parametrize("identity", [identity for identity in IDENTITIES if identity.uses_velocity])
+@pytest.mark.parametrize("identity", that(lambda facts: facts.uses_velocity))
 def test_residual_at_equal_times_is_that_of_flow_matching_if_the_velocity_enters(identity):
-    field, (z, v, _, t) = network(), point()
-    found = identity.residual(field, z, v, t, t, None, key=jr.key(3))
-    np.testing.assert_allclose(found, field(z, t, t, key=jr.key(3)) - v, rtol=1e-15)
+    field, at = network(), row(identity, gap=0.0)
+    expected = row(identity).evaluate(field, at.z, at.t, at.t) - at.v
+    np.testing.assert_allclose(identity.residual(field, at), expected, rtol=1e-13)
 
 
-@pytest.mark.parametrize("identity", [identity for identity in IDENTITIES if not identity.uses_velocity])
-def test_residual_at_equal_times_is_zero_if_no_velocity_enters(identity):
-    field, (z, v, _, t) = network(), point()
-    np.testing.assert_allclose(identity.residual(field, z, v, t, t, None, key=jr.key(3)), 0, rtol=0, atol=1e-15)
+@pytest.mark.parametrize("identity", WITHOUT_VELOCITY)
+def test_residual_at_equal_times_is_that_between_field_and_teacher_if_no_velocity_enters(identity):
+    field, at = network(), row(identity, gap=0.0)
+    teacher = None if at.context is None else at.context.teacher
+    expected = 0 if teacher is None else at.evaluate(field, at.z, at.t, at.t) - teacher(at.z, at.t, at.t)
+    np.testing.assert_allclose(identity.residual(field, at), expected, rtol=0, atol=1e-15)
 
 
 @pytest.mark.parametrize("identity", IDENTITIES)
@@ -174,8 +200,8 @@ def test_residual_is_the_same_under_jit(identity):
 
 def test_identity_that_states_no_facts_cannot_be_made():
     class Silent(AbstractIdentity):
-        def residual(self, field, z, v, r, t, condition, *, key, context=None):
-            return z
+        def residual(self, field, row):
+            return row.z
 
-    with pytest.raises(TypeError, match=r"needs_boundary|uses_velocity"):
+    with pytest.raises(TypeError, match="facts"):
         Silent()

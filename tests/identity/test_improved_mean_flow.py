@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mf_eqx import AbstractField, ImprovedMeanFlow, MeanFlow
+from mf_eqx import AbstractField, ImprovedMeanFlow, MeanFlow, Row
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -30,7 +30,7 @@ def point():
 
 def residual(identity, v):
     z, _, r, t = point()
-    return identity.residual(linear(), z, v, r, t, None, key=None)
+    return identity.residual(linear(), Row(z, v, r, t))
 
 
 def test_tangent_is_the_predicted_velocity():

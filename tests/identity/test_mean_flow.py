@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mf_eqx import AbstractDerivative, AbstractField, MeanFlow
+from mf_eqx import AbstractDerivative, AbstractField, MeanFlow, Row
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -34,14 +34,14 @@ def point():
 def test_residual_of_a_linear_field_is_the_one_by_hand():
     field, (z, v, r, t) = linear(), point()
     expected = field(z, r, t) - v + (t - r) * (field.matrix @ v + field.t_rate)
-    np.testing.assert_allclose(MeanFlow().residual(field, z, v, r, t, None, key=None), expected, rtol=0, atol=1e-15)
+    np.testing.assert_allclose(MeanFlow().residual(field, Row(z, v, r, t)), expected, rtol=0, atol=1e-15)
 
 
 @pytest.mark.parametrize(("dr", "dt"), TANGENTS)
 def test_residual_with_a_tangent_of_table_1b_is_the_one_by_hand(dr, dt):
     field, (z, v, r, t) = linear(), point()
     expected = field(z, r, t) - v + (t - r) * (field.matrix @ v + dr * field.r_rate + dt * field.t_rate)
-    found = MeanFlow(dr, dt).residual(field, z, v, r, t, None, key=None)
+    found = MeanFlow(dr, dt).residual(field, Row(z, v, r, t))
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-15)
 
 
@@ -56,7 +56,7 @@ def test_data_at_one_point_leave_no_residual():
 
     z, _, r, t = point()
     field = PointMass(jnp.array([2.0, -1.0, 0.5]))
-    np.testing.assert_allclose(MeanFlow().residual(field, z, field(z, t, t), r, t, None, key=None), 0, atol=1e-14)
+    np.testing.assert_allclose(MeanFlow().residual(field, Row(z, field(z, t, t), r, t)), 0, atol=1e-14)
 
 
 def test_residual_uses_the_engine_it_is_given():
@@ -78,5 +78,5 @@ def test_residual_uses_the_engine_it_is_given():
     z, _, r, t = point()
     step = 0.1  # so large that its error shows: d(t^3)/dt becomes 3 t^2 + step^2, with v = 0
     identity = MeanFlow(derivative=CentralDifference(step))
-    found = identity.residual(Square(), z, jnp.zeros(3), r, t, None, key=None)
+    found = identity.residual(Square(), Row(z, jnp.zeros(3), r, t))
     np.testing.assert_allclose(found, t**3 * z + (t - r) * (3 * t**2 + step**2) * z, rtol=1e-13)

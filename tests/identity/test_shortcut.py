@@ -4,7 +4,7 @@ import jax.random as jr
 import numpy as np
 import pytest
 
-from mf_eqx import AbstractField, AbstractTimes, Shortcut, SplitMeanFlow
+from mf_eqx import AbstractField, AbstractTimes, Row, Shortcut, SplitMeanFlow
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -41,11 +41,11 @@ def test_one_step_is_compared_with_two_half_steps():
     halfway = z - (t - r) / 2 * field(z, middle, t)
     twice = halfway - (t - r) / 2 * field(halfway, r, middle)
     once = z - (t - r) * field(z, r, t)
-    found = Shortcut().residual(field, z, v, r, t, None, key=None)
+    found = Shortcut().residual(field, Row(z, v, r, t))
     np.testing.assert_allclose((t - r) * found, twice - once, rtol=0, atol=1e-15)
 
 
 def test_shortcut_is_split_mean_flow_at_the_midpoint():
-    arguments = (curved(), *point(), None)
-    expected = SplitMeanFlow(Fixed(0.5)).residual(*arguments, key=jr.key(0))
-    np.testing.assert_allclose(Shortcut().residual(*arguments, key=jr.key(1)), expected, rtol=0, atol=1e-15)
+    expected = SplitMeanFlow(Fixed(0.5)).residual(curved(), Row(*point(), key=jr.key(0)))
+    found = Shortcut().residual(curved(), Row(*point(), key=jr.key(1)))
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-15)

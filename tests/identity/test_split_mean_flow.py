@@ -6,7 +6,7 @@ import pytest
 import scipy.special
 import scipy.stats
 
-from mf_eqx import AbstractField, AbstractTimes, LogitNormalTimes, semigroup_residual, SplitMeanFlow
+from mf_eqx import AbstractField, AbstractTimes, LogitNormalTimes, Row, semigroup_residual, SplitMeanFlow
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -54,14 +54,14 @@ def test_residual_times_the_interval_is_the_papers_equation(split):
     s = t - split * (t - r)
     z_s = z - (t - s) * field(z, s, t)
     expected = (t - r) * field(z, r, t) - (t - s) * field(z, s, t) - (s - r) * field(z_s, r, s)
-    found = SplitMeanFlow(Fixed(split)).residual(field, z, v, r, t, None, key=jr.key(0))
+    found = SplitMeanFlow(Fixed(split)).residual(field, Row(z, v, r, t, key=jr.key(0)))
     np.testing.assert_allclose((t - r) * found, expected, rtol=0, atol=1e-15)
 
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_identity_with_a_fixed_split_is_the_public_semigroup_residual(split):
     field, (z, v, r, t) = curved(), point()
-    found = SplitMeanFlow(Fixed(split)).residual(field, z, v, r, t, None, key=jr.key(0))
+    found = SplitMeanFlow(Fixed(split)).residual(field, Row(z, v, r, t, key=jr.key(0)))
     np.testing.assert_array_equal(found, semigroup_residual(field, z, r, t, jnp.asarray(split)))
 
 
@@ -69,7 +69,7 @@ def test_identity_with_a_fixed_split_is_the_public_semigroup_residual(split):
 def test_data_at_one_point_leave_no_residual(split):
     z, v, r, t = point()
     field = PointMass(jnp.array([2.0, -1.0, 0.5]))
-    found = SplitMeanFlow(Fixed(split)).residual(field, z, v, r, t, None, key=jr.key(0))
+    found = SplitMeanFlow(Fixed(split)).residual(field, Row(z, v, r, t, key=jr.key(0)))
     np.testing.assert_allclose(found, 0, rtol=0, atol=1e-14)
 
 
@@ -92,7 +92,7 @@ def test_split_is_drawn_from_its_distribution_for_each_key(identity, cdf):
 
     z, zero, one = jnp.zeros(()), jnp.asarray(0.0), jnp.asarray(1.0)
     keys = jr.split(jr.key(0), 5000)
-    shares = -jax.vmap(lambda key: identity.residual(Start(), z, z, zero, one, None, key=key))(keys)
+    shares = -jax.vmap(lambda key: identity.residual(Start(), Row(z, z, zero, one, key=key)))(keys)
     # Kolmogorov-Smirnov statistic that the right distribution exceeds with probability 1e-3.
     assert scipy.stats.kstest(np.asarray(shares), cdf).statistic < np.sqrt(np.log(2 / 1e-3) / (2 * 5000))
 
@@ -107,14 +107,14 @@ def test_split_is_not_drawn_from_the_key_of_the_dropout_mask():
     z, zero, one = jnp.zeros(()), jnp.asarray(0.0), jnp.asarray(1.0)
     keys = jr.split(jr.key(0), 2000)
     noise = jax.vmap(jr.uniform)(keys)
-    found = jax.vmap(lambda key: SplitMeanFlow().residual(Noise(), z, z, zero, one, None, key=key))(keys)
+    found = jax.vmap(lambda key: SplitMeanFlow().residual(Noise(), Row(z, z, zero, one, key=key)))(keys)
     assert abs(np.corrcoef(-found / noise, noise)[0, 1]) < 4 / np.sqrt(2000)
 
 
 def test_missing_key_is_refused():
     z, v, r, t = point()
     with pytest.raises(ValueError, match="key must be given, since SplitMeanFlow draws s from it; got None"):
-        SplitMeanFlow().residual(curved(), z, v, r, t, None, key=None)
+        SplitMeanFlow().residual(curved(), Row(z, v, r, t))
 
 
 def test_split_does_not_use_a_key_that_the_field_may_split_off():
@@ -132,6 +132,6 @@ def test_split_does_not_use_a_key_that_the_field_may_split_off():
             return jnp.asarray(0.5)
 
     key, zero = jr.key(0), jnp.zeros(())
-    SplitMeanFlow(Recording()).residual(Splitting(), jnp.zeros(2), jnp.zeros(2), zero, zero + 1, None, key=key)
+    SplitMeanFlow(Recording()).residual(Splitting(), Row(jnp.zeros(2), jnp.zeros(2), zero, zero + 1, key=key))
     for n in (2, 4, 64):
         assert not any(np.array_equal(seen[0], other) for other in jr.key_data(jr.split(key, n)))

@@ -1,0 +1,90 @@
+r"""The Frechet distance as a loss: between the features of generated samples and those of the data,
+
+$$|\mu - \mu_*|^2 + \mathrm{tr}\big(\Sigma + \Sigma_* - 2\, (\Sigma_*^{1/2} \Sigma\, \Sigma_*^{1/2})^{1/2}\big),$$
+
+with $\mu, \Sigma$ as running averages over steps, $m \leftarrow d\, m + (1 - d)\, m_{batch}$; the gradient goes through
+the current batch alone. It moves the distribution of one-step samples, not the field elsewhere: for a field that is
+already trained. Judge the result by other features than these.
+
+Source: arXiv 2604.28190 (FD-loss).
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+from jaxtyping import Array, Float, Key
+
+from .._batch import Batch
+from .._custom_types import at_least_float32, Scalar
+from .._field import AbstractField
+from .._mean import Mean, Metrics
+from .._objective import AbstractObjective
+from .._row import Context
+from .._sample import sample
+
+
+class RunningMoments(eqx.Module):
+    """Sums over steps, each weighed by what is left of it: `weight`, and that times mean and mean product."""
+
+    weight: Float[Array, ""]
+    mean: Float[Array, " features"]
+    product: Float[Array, "features features"]
+
+
+class FrechetLoss(AbstractObjective):
+    r"""The Frechet distance of one-step samples.
+
+    Its state, `RunningMoments`, lives in the training state: give the objective to `init_state` too. The loss is no
+    mean over rows, so the whole batch is differentiated at once: no accumulation.
+
+    **Arguments:** `mean`, `covariance` of the features of the data; `features` from one sample to a vector, by default
+    the sample as one; `decay` d of the running averages, in [0, 1): 0.999 in the paper.
+    """
+
+    mean: Float[Array, " features"] = eqx.field(converter=jnp.asarray)
+    covariance: Float[Array, "features features"] = eqx.field(converter=jnp.asarray)
+    features: Callable[[Float[Array, "*data"]], Float[Array, " features"]] = jnp.ravel
+    decay: float = eqx.field(default=0.999, converter=float)
+
+    def __check_init__(self):
+        if not 0 <= self.decay < 1:
+            raise ValueError(f"decay must lie in [0, 1), got {self.decay}")
+
+    @property
+    def divisor(self) -> None:
+        return None
+
+    @property
+    def needs_teacher(self) -> bool:
+        return False
+
+    def parts(self, batch: Batch) -> list[tuple[AbstractObjective, Batch]]:
+        return [(self, batch)]
+
+    def init(self) -> RunningMoments:
+        return jax.tree.map(jnp.zeros_like, RunningMoments(jnp.zeros((), self.mean.dtype), self.mean, self.covariance))
+
+    def evaluate(
+        self, field: AbstractField, batch: Batch, state: Any, *, key: Key[Array, ""], context: Context | None = None
+    ) -> tuple[Scalar, tuple[Metrics, RunningMoments]]:
+        def generated(example: Batch) -> Float[Array, " features"]:
+            eps = jr.normal(jr.fold_in(key, example.index), example.x.shape, at_least_float32(example.x).dtype)
+            return self.features(sample(field, eps, example.condition))
+
+        y = jax.vmap(generated)(batch).astype(self.mean.dtype)
+        new = RunningMoments(jnp.ones((), y.dtype), jnp.mean(y, axis=0), y.T @ y / len(y))
+        state = jax.tree.map(lambda old, new: self.decay * old + (1 - self.decay) * new, state, new)
+        mean = state.mean / state.weight
+        loss = self._distance(mean, state.product / state.weight - jnp.outer(mean, mean))
+        return loss, ({"loss": Mean(loss, jnp.ones(()))}, jax.lax.stop_gradient(state))
+
+    def _distance(self, mean: Float[Array, " features"], covariance: Float[Array, "features features"]) -> Scalar:
+        values, vectors = jnp.linalg.eigh(self.covariance)
+        root = (vectors * jnp.sqrt(jnp.maximum(values, 0))) @ vectors.T
+        squares = jnp.linalg.eigvalsh(root @ covariance @ root)
+        cross = jnp.sum(jnp.sqrt(jnp.maximum(squares, jnp.finfo(squares.dtype).tiny)))
+        return jnp.sum((mean - self.mean) ** 2) + jnp.trace(covariance) + jnp.trace(self.covariance) - 2 * cross

@@ -1,0 +1,109 @@
+"""Gradients of an objective in turn: one kind of rows after the other, one micro-batch after the other, each device's
+rows apart. So only the intermediate results of one kind of one micro-batch are held, and devices meet once.
+
+The mean over all rows is the mean over parts of equal size, and the sum over kinds of their shares: that is all that is
+used of the objective here. One that is no such mean (`AbstractObjective.divisor` is None) is differentiated whole.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Key, PyTree
+
+from ._batch import Batch
+from ._custom_types import Scalar
+from ._field import AbstractField
+from ._mean import Metrics
+from ._objective import AbstractObjective
+from ._row import Context
+from ._sharding import Parallelism
+
+
+class Differentiation(eqx.Module):
+    """How an objective is differentiated.
+
+    **Arguments:** `objective`; `key` of the step; `context` of the step; the others as in `TrainStep`.
+    """
+
+    objective: AbstractObjective
+    accumulation: int
+    parallelism: Parallelism | None
+    unroll: bool
+    key: Key[Array, ""]
+    context: Context
+
+    def __call__(self, field: AbstractField, batch: Batch, state: Any) -> tuple[Metrics, PyTree[Any], Any]:
+        """Metrics, gradients, and the objective's state after the step."""
+        if self.objective.divisor is None:
+            return self._part(self.objective, field, batch, state, 1.0)
+        metrics, gradients = self._devices(field, batch)
+        return metrics, gradients, state
+
+    def _devices(self, field: AbstractField, batch: Batch) -> tuple[Metrics, PyTree[Any]]:
+        """Each device's rows are differentiated apart and the results meet once, at the end. Otherwise the compiler
+        sums over devices wherever a gradient arises: in every turn of a backward loop, and once for each kind of
+        rows."""
+        if self.parallelism is None:
+            return self._micro_batches(field, batch)
+        apart = jax.vmap(lambda rows: self._micro_batches(field, rows))
+        metrics, gradients = apart(_in_parts(batch, self.parallelism.shards))
+        metrics = jax.tree.map(lambda m: jnp.sum(m, axis=0), metrics)
+        return metrics, self.parallelism.spread(jax.tree.map(lambda g: jnp.mean(g, axis=0), gradients))
+
+    def _micro_batches(self, field: AbstractField, batch: Batch) -> tuple[Metrics, PyTree[Any]]:
+        """One part of the rows of a device after the other."""
+        if self.accumulation == 1:
+            return self._kinds(field, batch)
+
+        def differentiate(rows: Batch) -> tuple[Metrics, PyTree[Any]]:
+            metrics, gradients = self._kinds(field, rows)
+            return metrics, jax.tree.map(lambda g: g / self.accumulation, gradients)
+
+        return _sum_over(differentiate, _in_parts(batch, self.accumulation))
+
+    def _kinds(self, field: AbstractField, batch: Batch) -> tuple[Metrics, PyTree[Any]]:
+        """One kind of rows after the other, in a loop: of a sum, the compiler would run both forward passes before
+        either backward pass."""
+
+        def differentiate(part: AbstractObjective, rows: Batch) -> tuple[Metrics, PyTree[Any]]:
+            share = rows.index.shape[0] / batch.index.shape[0]
+            return self._part(part, field, rows, None, share)[:2]
+
+        kinds = [functools.partial(differentiate, *part) for part in self.objective.parts(batch)]
+        if len(kinds) == 1:
+            return kinds[0]()
+        if self.unroll:
+            return functools.reduce(functools.partial(jax.tree.map, jnp.add), (kind() for kind in kinds))
+        return _sum_over(lambda kind: jax.lax.switch(kind, kinds), jnp.arange(len(kinds)))
+
+    def _part(
+        self, part: AbstractObjective, field: AbstractField, rows: Batch, state: Any, share: float
+    ) -> tuple[Metrics, PyTree[Any], Any]:
+        """Metrics, gradients of the share of the loss, and state."""
+
+        @functools.partial(eqx.filter_grad, has_aux=True)
+        def gradient(field: AbstractField) -> tuple[Scalar, tuple[Metrics, Any]]:
+            loss, after = part.evaluate(field, rows, state, key=self.key, context=self.context)
+            return share * loss, after
+
+        gradients, (metrics, state) = gradient(field)
+        return metrics, gradients, state
+
+
+def _in_parts(batch: Batch, parts: int) -> Batch:
+    return jax.tree.map(lambda leaf: leaf.reshape(parts, -1, *leaf.shape[1:]), batch)
+
+
+def _sum_over(function: Callable[[Any], Any], items: Any) -> Any:
+    """The sum of what the function returns for each item along the leading axis, one after the other in a loop."""
+
+    def add(sums: Any, item: Any) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, sums, function(item)), None
+
+    one = jax.tree.map(lambda leaf: leaf[0], items)
+    nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(function, one))
+    return jax.lax.scan(add, nothing, items)[0]

@@ -1,0 +1,35 @@
+"""What holds of a method: declared once, in its own file, and used wherever it matters."""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """What holds of a method. It decides which objectives are refused, and what proofs and scripts do with it.
+
+    **Raises:** `ValueError` unless group >= 1.
+    """
+
+    degenerate: bool = False
+    """Whether the equation alone leaves the average velocity open: u = 0 solves it, say, or it follows u(z, t, t),
+    which it does not train. Then an identity share of 1 is refused."""
+    trains_velocity: bool = True
+    """Whether it alone determines u(z, t, t)."""
+    uses_velocity: bool = True
+    """Whether `Row.v` enters. If not, no guidance passes are spent on its rows: guidance comes from the boundary."""
+    uses_pair: bool = False
+    """Whether x and eps enter by `Row.at`, which know nothing of guidance or of a given velocity: both are refused."""
+    ends_at_data: bool = False
+    """Whether it is an equation for r = 0 alone: its rows are drawn so."""
+    learns_through_derivative: bool = False
+    """Whether the gradient goes through a derivative of the field, which fused attention refuses."""
+    needs_teacher: bool = False
+    """Whether it evaluates `Context.teacher`: `TrainStep` must be given one."""
+    group: int = 1
+    """How many rows its loss compares: they share r and t, and lie next to each other in the batch."""
+    exact: bool = True
+    """Whether the average velocity, with the marginal v, leaves no residual. If not, only a limit of it does."""
+
+    def __post_init__(self):
+        if self.group < 1:
+            raise ValueError(f"group must be >= 1, got {self.group}")

@@ -1,0 +1,50 @@
+r"""Lagrangian self-distillation: the flow map X moves, with its end, along the velocity there.
+
+With $X_{t \to r}(z) = z - (t - r)\, u(z, r, t)$, the equation $\partial_r X_{t \to r}(z) = v(X_{t \to r}(z), r)$ is
+
+$$u(z_t, r, t) - (t - r)\, \partial_r u(z_t, r, t) = v(X_{t \to r}(z_t), r),$$
+
+where v is the network's own u(z, r, r), and the left side learns as a whole: through the derivative, too.
+
+Source: How to build a consistency model: Learning flow maps via self-distillation, Boffi, Albergo, Vanden-Eijnden,
+2025, arXiv 2505.18825; the equation is from Flow map matching, the same authors, 2024, arXiv 2406.07507.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from .._derivative import FusedJVP
+from .._field import AbstractField, stopped
+from .._row import Row
+from .base import AbstractIdentity
+from .facts import Facts
+
+
+def lagrangian_sides(field: AbstractField, row: Row) -> tuple[Float[Array, "*data"], Float[Array, "*data"]]:
+    r"""The left side of the equation, and where the flow map ends.
+
+    **Returns:** $u - (t - r)\, \partial_r u$, through both of which a gradient passes, and $X_{t \to r}(z)$ behind
+    stop-gradient.
+    """
+    along_r = (jnp.zeros_like(row.z), 1.0, 0.0)
+    u, slope = FusedJVP()(field, row.z, row.r, row.t, row.condition, tangent=along_r, key=row.key)
+    h = row.t - row.r
+    return u - h * slope, jax.lax.stop_gradient(row.z - h * u)
+
+
+class LagrangianSelfDistillation(AbstractIdentity):
+    r"""The residual $u - (t - r)\, \partial_r u - \mathrm{sg}(u(X, r, r))$.
+
+    Needs boundary rows, from which v is learnt; no v on its own rows. Costs a JVP with its gradient and a pass more, so
+    3 + s (3 T + 1) forward passes of the batch with a share s of such rows and tangent passes T; fused attention, whose
+    derivative has no gradient, is refused.
+    """
+
+    @property
+    def facts(self) -> Facts:
+        return Facts(degenerate=True, trains_velocity=False, uses_velocity=False, learns_through_derivative=True)
+
+    def residual(self, field: AbstractField, row: Row) -> Float[Array, "*data"]:
+        left, end = lagrangian_sides(field, row)
+        return left - row.evaluate(stopped(field), end, row.r, row.r)

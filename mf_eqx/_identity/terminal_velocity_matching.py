@@ -1,0 +1,45 @@
+r"""Terminal velocity matching: the Lagrangian equation with the velocity of an averaged copy at the end.
+
+$$u(z_t, r, t) - (t - r)\, \partial_r u(z_t, r, t) = \bar v(X_{t \to r}(z_t), r), \qquad
+X_{t \to r}(z) = z - (t - r)\, u(z, r, t),$$
+
+with $\bar v(z, r) = \bar u(z, r, r)$ of an exponential average of the parameters, of decay 0.99 in the paper.
+
+Source: Terminal Velocity Matching, Zhou, Parger, Haque, Song, 2025, arXiv 2511.19797.
+"""
+
+import jax
+from jaxtyping import Array, Float
+
+from .._field import AbstractField
+from .._row import Row
+from .base import AbstractIdentity
+from .facts import Facts
+from .lagrangian_self_distillation import lagrangian_sides
+
+
+class TerminalVelocityMatching(AbstractIdentity):
+    r"""The residual $u - (t - r)\, \partial_r u - \bar u(X, r, r)$ with the teacher's $\bar u$.
+
+    The teacher is one of the averages, `TrainStep(..., averages=[ExponentialAverage(0.99), ...], teacher=0)`, and may
+    be another than the one which is judged; or a frozen field. Needs boundary rows; costs as
+    `LagrangianSelfDistillation` does.
+
+    **Raises** (when called): `ValueError` without a teacher.
+    """
+
+    @property
+    def facts(self) -> Facts:
+        return Facts(
+            degenerate=True,
+            trains_velocity=False,
+            uses_velocity=False,
+            learns_through_derivative=True,
+            needs_teacher=True,
+        )
+
+    def residual(self, field: AbstractField, row: Row) -> Float[Array, "*data"]:
+        if row.context is None or row.context.teacher is None:
+            raise ValueError("context must have a teacher for TerminalVelocityMatching, got none")
+        left, end = lagrangian_sides(field, row)
+        return left - jax.lax.stop_gradient(row.context.teacher(end, row.r, row.r, row.condition, key=None))

@@ -1,0 +1,60 @@
+"""Means as (total, count): those of micro-batches, devices and steps add up to the mean over all rows."""
+
+import functools
+import operator
+from collections.abc import Sequence
+from typing import TypeAlias
+
+import equinox as eqx
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, ArrayLike, Float
+
+from ._validate import quotient
+
+
+class Mean(eqx.Module):
+    """A mean as (total, count), so that the means of micro-batches and devices add up to that of the whole batch.
+
+    **Arguments:** `total` sum of the values; `count` how many there were, of the same shape.
+    """
+
+    total: Float[ArrayLike, "*bins"]
+    count: Float[ArrayLike, "*bins"]
+
+    def __add__(self, other: "Mean") -> "Mean":
+        return Mean(self.total + other.total, self.count + other.count)
+
+    @property
+    def value(self) -> Float[Array | np.ndarray, "*bins"]:
+        """total / count; NaN where nothing was counted. Known values are divided on the host: there
+        `jax.debug_nans`, which stops at each NaN that JAX computes, does not stop at these."""
+        return quotient(self.total, self.count)
+
+
+Metrics: TypeAlias = dict[str, Mean]
+
+
+def total(metrics: Sequence[Metrics]) -> Metrics:
+    """The metrics of several steps, or parts of a step, as if of one: every `Mean` over all that they count.
+
+    **Arguments:** `metrics` at least one, all with the same names.
+    """
+    return {name: functools.reduce(operator.add, (part[name] for part in metrics)) for name in metrics[0]}
+
+
+def mean_of(values: Float[Array, " batch"]) -> Mean:
+    return Mean(jnp.sum(values), jnp.full((), values.size, values.dtype))
+
+
+def errors_by_kind(errors: Float[Array, " batch"], gaps: Float[Array, " batch"], bins: int = 4) -> Metrics:
+    """Raw errors of rows with r = t, which identity rows may have too, and with r < t, also by equal bins of t - r."""
+    bin_of = jnp.where(gaps > 0, jnp.minimum((gaps * bins).astype(int), bins - 1), bins)
+    member = bin_of[:, None] == jnp.arange(bins + 1)
+    total = jnp.sum(jnp.where(member, errors[:, None], 0), axis=0)  # no product: a NaN must stay in its bin
+    count = jnp.sum(member, axis=0, dtype=errors.dtype)
+    return {
+        "boundary_error": Mean(total[bins], count[bins]),
+        "identity_error": Mean(jnp.sum(total[:bins]), jnp.sum(count[:bins])),
+        "identity_error_by_gap": Mean(total[:bins], count[:bins]),
+    }

@@ -1,0 +1,61 @@
+"""Schedules: hyper-parameters that change with the training step."""
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from ._custom_types import Scalar, ScalarLike
+from ._row import Context
+from ._validate import check_positive
+
+Schedule: TypeAlias = float | Callable[[Int[Array, ""]], ScalarLike]
+"""A number, or a function from the number of finished training steps to one, such as those of `optax.schedules`."""
+
+
+class SigmoidSchedule(eqx.Module):
+    r"""From 1 at the step `start` to 0 at `end`, as $1 / (1 + e^{\gamma (2 p - 1) / 2})$ with p the part that is done.
+
+    **Arguments:** `start` and `end` in steps; `steepness` $\gamma$, 25 in AlphaFlow (arXiv 2510.20771).
+
+    **Raises:** `ValueError` unless start < end and steepness > 0.
+    """
+
+    start: int
+    end: int
+    steepness: float = eqx.field(default=25.0, converter=float)
+
+    def __check_init__(self):
+        if not self.start < self.end:
+            raise ValueError(f"end must be > start = {self.start}, got {self.end}")
+        check_positive("steepness", self.steepness)
+
+    def __call__(self, step: Int[Array, ""]) -> Scalar:
+        part = (jnp.asarray(step, float) - self.start) / (self.end - self.start)
+        return jax.nn.sigmoid(self.steepness * (0.5 - part))
+
+
+def as_schedule(name: str, least: float, most: float) -> Callable[[Any], Any]:
+    """A converter: a function stays, a number must lie in [least, most], else `ValueError`."""
+
+    def convert(value: Any) -> Any:
+        if callable(value):
+            return value
+        if not least <= float(value) <= most:
+            raise ValueError(f"{name} must lie in [{least:g}, {most:g}] or be a schedule, got {value}")
+        return float(value)
+
+    return convert
+
+
+def at_step(schedule: Schedule, context: Context | None) -> Scalar:
+    """The value of a schedule at a training step.
+
+    Where nothing trains (`context` is None: in proofs and metrics) it is the value that the schedule ends with: that of
+    the last step which int32 can count.
+    """
+    step = jnp.asarray(jnp.iinfo(jnp.int32).max, jnp.int32) if context is None else context.step
+    return jnp.asarray(schedule(step) if callable(schedule) else schedule, float)

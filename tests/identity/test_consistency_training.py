@@ -1,0 +1,101 @@
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import optax
+import pytest
+
+import mf_eqx as mfx
+
+pytestmark = pytest.mark.usefixtures("x64")
+
+PATHS = [mfx.LinearInterpolant(), mfx.TrigonometricInterpolant()]
+STAGES = optax.exponential_decay(1.0, 100, 0.5, staircase=True)
+
+
+def field():
+    return mfx.nn.cast(mfx.MLP(3, width=8, depth=2, key=jr.key(0)), jnp.float64)
+
+
+def row(path=PATHS[0], step=None, t=0.7):
+    x, eps = jnp.array([0.3, -1.2, 0.5]), jnp.array([1.1, 0.4, -0.6])
+    context = None if step is None else mfx.Context(jnp.asarray(step))
+    return mfx.Row(*path.state_and_velocity(x, eps, t), 0.0, t, x=x, eps=eps, path=path, context=context)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_ends_of_two_states_of_one_pair_are_compared(path):
+    u, at = field(), row(path)
+    s = 0.75 * 0.7
+    earlier = path.state_and_velocity(at.x, at.eps, s)[0]
+    expected = (at.z - 0.7 * u(at.z, 0.0, 0.7)) - (earlier - s * u(earlier, 0.0, s))
+    residual, loss = mfx.ConsistencyTraining(0.25, offset=0.1).residual_and_loss(u, at)
+    np.testing.assert_allclose(residual, expected, rtol=0, atol=1e-14)
+    huber = np.sqrt(np.sum(expected**2) + 0.03) - np.sqrt(0.03)
+    np.testing.assert_allclose(loss, huber / (0.7 - s), rtol=1e-12)
+
+
+def test_the_first_stage_is_regression_on_the_data():
+    at = row(step=0)
+    expected = at.z - 0.7 * field()(at.z, 0.0, 0.7) - at.x
+    np.testing.assert_allclose(mfx.ConsistencyTraining(STAGES).residual(field(), at), expected, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize(("step", "gap"), [(99, 1.0), (100, 0.5), (399, 0.125)])
+def test_stages_halve_the_gap(step, gap):
+    found = mfx.ConsistencyTraining(STAGES).residual(field(), row(step=step))
+    np.testing.assert_allclose(found, mfx.ConsistencyTraining(gap).residual(field(), row()), rtol=0, atol=1e-14)
+
+
+def test_no_gradient_passes_through_the_earlier_end():
+    def loss(u):
+        return mfx.ConsistencyTraining(0.25).residual_and_loss(u, row())[1]
+
+    class Scaled(mfx.AbstractField):
+        scale: jax.Array
+
+        def __call__(self, z, r, t, condition=None, *, key=None):
+            return self.scale * z
+
+    at, s = row(), 0.75 * 0.7
+    c = 0.00054 * np.sqrt(3)
+    residual, _ = mfx.ConsistencyTraining(0.25).residual_and_loss(Scaled(jnp.asarray(0.4)), at)
+    expected = np.sum(residual * -0.7 * at.z) / np.sqrt(np.sum(residual**2) + c**2) / (0.7 - s)
+    np.testing.assert_allclose(jax.grad(loss)(Scaled(jnp.asarray(0.4))).scale, expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("time_pairs", [mfx.TimePairs(), mfx.TimePairs(equal=0.5)])
+def test_rows_have_r_zero_and_the_weight_of_the_objective_counts_for_the_boundary_alone(time_pairs):
+    method = mfx.ConsistencyTraining(0.25)
+    objectives = [
+        mfx.Objective(method, time_pairs=time_pairs, identity_share=share, weight=mfx.ConstantWeight(weight))
+        for share, weight in ((1, 1.0), (1, 2.0), (0.5, 1.0), (0.5, 2.0))
+    ]
+    batch = mfx.Batch(jr.normal(jr.key(1), (32, 3)))
+    found = [objective(field(), batch, key=jr.key(2)) for objective in objectives]
+    assert found[0][0] == found[1][0] and found[2][0] != found[3][0]
+    assert found[0][1]["boundary_error"].count == 0 and found[0][1]["identity_error"].count == 32
+
+
+@pytest.mark.parametrize("method", [mfx.ConsistencyTraining(0.25), mfx.InductiveMomentMatching()])
+def test_guidance_and_a_given_velocity_are_refused_by_name(method):
+    name = type(method).__name__
+    dropout = mfx.LabelDropout(0.1, 2)
+    with pytest.raises(ValueError, match=f"guidance must be None for {name}, which learns from x and eps alone"):
+        mfx.Objective(method, guidance=mfx.Guidance(2.0), label_dropout=dropout)
+    with pytest.raises(ValueError, match=f"velocity must be None for {name}, which learns from x and eps alone"):
+        mfx.Objective(method, velocity=lambda z, t, c: z)
+    mfx.Objective(method, label_dropout=dropout)
+
+
+def test_a_row_that_knows_no_pair_is_refused():
+    at = mfx.Row(jnp.zeros(3), jnp.zeros(3), 0.0, 0.7)
+    with pytest.raises(ValueError, match="x, eps and path must be given for the state at another time"):
+        mfx.ConsistencyTraining(0.25).residual(field(), at)
+
+
+@pytest.mark.parametrize("gap", [0.0, -0.5, 1.5, float("nan")])
+def test_a_gap_that_is_none_is_refused(gap):
+    for method in (mfx.ConsistencyTraining, mfx.InductiveMomentMatching):
+        with pytest.raises(ValueError, match="gap must"):
+            method(gap)

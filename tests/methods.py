@@ -1,0 +1,53 @@
+"""The methods that the tests of all methods go through. A new method is one line here; its facts say what is asked."""
+
+import jax.numpy as jnp
+
+import mf_eqx as mfx
+
+_INSTANCES = (
+    mfx.MeanFlow(),
+    mfx.ImprovedMeanFlow(),
+    mfx.SplitMeanFlow(),
+    mfx.Shortcut(),
+    mfx.LagrangianSelfDistillation(),
+    mfx.TerminalVelocityMatching(),
+    mfx.AlphaFlow(0.0),
+    mfx.AlphaFlow(0.5),
+    mfx.AlphaFlow(mfx.SigmoidSchedule(-1, 1)),
+    mfx.ConsistencyTraining(0.25),
+    mfx.InductiveMomentMatching(),
+)
+
+
+def name_of(identity):
+    """The class, and the values that are not the default."""
+    return f"{type(identity).__name__}{'' if identity.facts.exact else ', inexact'}"
+
+
+METHODS = {f"{number} {name_of(identity)}": identity for number, identity in enumerate(_INSTANCES)}
+
+
+def those(condition):
+    """The methods whose facts meet a condition."""
+    return {name: identity for name, identity in METHODS.items() if condition(identity.facts)}
+
+
+ONE_ROW = those(lambda facts: facts.group == 1)
+EXACT = those(lambda facts: facts.exact)
+
+
+def taught_by(identity, teacher):
+    """The context of a method: with a teacher if it wants one, None if it wants nothing."""
+    return mfx.Context(jnp.zeros((), jnp.int32), teacher) if identity.facts.needs_teacher else None
+
+
+def guidance(identity, null):
+    """Guidance and label dropout as options of an objective, as far as the method takes them."""
+    options = {"label_dropout": mfx.LabelDropout(0.1, null)}
+    return options if identity.facts.uses_pair else {**options, "guidance": mfx.Guidance(2.0, 0.5)}
+
+
+def trainer(identity, optimizer, averages, **options):
+    """A step with half of the rows for the method, taught by the first average if it wants a teacher."""
+    objective = mfx.Objective(identity, identity_share=0.5, **options)
+    return mfx.TrainStep(objective, optimizer, averages, teacher=0 if identity.facts.needs_teacher else None)
