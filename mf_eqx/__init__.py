@@ -11,7 +11,11 @@ from ._derivative import (
     total_derivative as total_derivative,
 )
 from ._ema import ExponentialAverage as ExponentialAverage
-from ._field import AbstractField as AbstractField
+from ._field import (
+    AbstractField as AbstractField,
+    AbstractFieldWithVelocity as AbstractFieldWithVelocity,
+    WithVelocity as WithVelocity,
+)
 from ._generate import Generator as Generator
 from ._guidance import Guidance as Guidance, GuidedField as GuidedField, LabelDropout as LabelDropout
 from ._identity import (

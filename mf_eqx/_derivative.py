@@ -18,19 +18,23 @@ training on zeros instead would look like training.
 """
 
 import abc
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, TypeAlias, TypeVar
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jax.extend.core import jaxpr_as_fun
 from jaxtyping import Array, Float, Key, PyTree
 
 from ._custom_types import as_times, Condition, Scalar, Time, TimeLike
-from ._field import AbstractField, stopped
+from ._engine_guards import refuse_custom_vjp, refuse_gradient, refuse_low_precision, traced
+from ._field import AbstractField, stopped, WithVelocity
 from ._validate import check_positive
 from .nn import AbstractAttention, StoppedTangent
+
+_Field = TypeVar("_Field", bound=eqx.Module)
+
+Values: TypeAlias = PyTree[Float[Array, "*data"]]
+"""What a field gives: u, or u and more, each of the shape of z."""
 
 
 class AbstractDerivative(eqx.Module):
@@ -39,7 +43,7 @@ class AbstractDerivative(eqx.Module):
     @abc.abstractmethod
     def __call__(
         self,
-        field: AbstractField,
+        field: AbstractField | WithVelocity,
         z: Float[Array, "*data"],
         r: Time,
         t: Time,
@@ -47,8 +51,9 @@ class AbstractDerivative(eqx.Module):
         *,
         tangent: tuple[Float[Array, "*data"], float, float],
         key: Key[Array, ""] | None,
-    ) -> tuple[Float[Array, "*data"], Float[Array, "*data"]]:
-        """The pair `(u, dudt)` at `(z, r, t)` in direction `tangent` = (dz, dr, dt)."""
+    ) -> tuple[Values, Values]:
+        """The pair `(u, dudt)` at `(z, r, t)` in direction `tangent` = (dz, dr, dt). Of a field that gives more than u,
+        such as `WithVelocity`, both are what it gives."""
 
 
 class FusedJVP(AbstractDerivative):
@@ -61,7 +66,7 @@ class FusedJVP(AbstractDerivative):
 
     def __call__(
         self,
-        field: AbstractField,
+        field: AbstractField | WithVelocity,
         z: Float[Array, "*data"],
         r: TimeLike,
         t: TimeLike,
@@ -69,11 +74,11 @@ class FusedJVP(AbstractDerivative):
         *,
         tangent: tuple[Float[Array, "*data"], float, float],
         key: Key[Array, ""] | None,
-    ) -> tuple[Float[Array, "*data"], Float[Array, "*data"]]:
+    ) -> tuple[Values, Values]:
         r, t = as_times(r, t, z)
         field = _in_forward_mode(field)
         u, dudt = _jvp(field, z, r, t, condition, tangent, key)
-        return u, _refuse_gradient(dudt, (u, z, r, t, tangent[0])) if _has_stopped_tangent(field) else dudt
+        return u, refuse_gradient(dudt, (u, z, r, t, tangent[0])) if _has_stopped_tangent(field) else dudt
 
 
 class StoppedJVP(AbstractDerivative):
@@ -87,7 +92,7 @@ class StoppedJVP(AbstractDerivative):
 
     def __call__(
         self,
-        field: AbstractField,
+        field: AbstractField | WithVelocity,
         z: Float[Array, "*data"],
         r: TimeLike,
         t: TimeLike,
@@ -95,12 +100,12 @@ class StoppedJVP(AbstractDerivative):
         *,
         tangent: tuple[Float[Array, "*data"], float, float],
         key: Key[Array, ""] | None,
-    ) -> tuple[Float[Array, "*data"], Float[Array, "*data"]]:
+    ) -> tuple[Values, Values]:
         r, t = as_times(r, t, z)
-        u = field(z, r, t, condition, key=key)
+        u: Values = field(z, r, t, condition, key=key)
         teacher = _in_forward_mode(stopped(field))
         _, dudt = _jvp(teacher, *stopped((z, r, t, condition, tangent)), key)
-        return u, _refuse_gradient(dudt, (u, z, r, t, tangent[0]))
+        return u, refuse_gradient(dudt, (u, z, r, t, tangent[0]))
 
 
 class CentralDifference(AbstractDerivative):
@@ -123,7 +128,7 @@ class CentralDifference(AbstractDerivative):
 
     def __call__(
         self,
-        field: AbstractField,
+        field: AbstractField | WithVelocity,
         z: Float[Array, "*data"],
         r: TimeLike,
         t: TimeLike,
@@ -131,18 +136,19 @@ class CentralDifference(AbstractDerivative):
         *,
         tangent: tuple[Float[Array, "*data"], float, float],
         key: Key[Array, ""] | None,
-    ) -> tuple[Float[Array, "*data"], Float[Array, "*data"]]:
+    ) -> tuple[Values, Values]:
         r, t = as_times(r, t, z)
         u = _checked(field(z, r, t, condition, key=key), z)
         origins = (u, z, r, t, tangent[0])
         teacher, (z, r, t, condition), (dz, dr, dt) = stopped((field, (z, r, t, condition), tangent))
 
-        def moved(step: Scalar) -> Float[Array, "*data"]:
+        def moved(step: Scalar) -> Values:
             return teacher(z + step * dz.astype(z.dtype), r + step * dr, t + step * dt, condition, key=key)
 
-        at = _traced(moved, _refuse_low_precision, jnp.zeros((), z.dtype))
+        at = traced(moved, refuse_low_precision, jnp.zeros((), z.dtype))
         after, before = (at(jnp.asarray(step, z.dtype)) for step in (self.step, -self.step))
-        return u, _refuse_gradient((after - before) / (2 * self.step), origins)
+        dudt = jax.tree.map(lambda after, before: (after - before) / (2 * self.step), after, before)
+        return u, refuse_gradient(dudt, origins)
 
 
 def total_derivative(
@@ -166,27 +172,31 @@ def total_derivative(
 
 
 def _jvp(
-    field: AbstractField,
+    field: AbstractField | WithVelocity,
     z: Float[Array, "*data"],
     r: Time,
     t: Time,
     condition: Condition,
     tangent: tuple[Float[Array, "*data"], float, float],
     key: Key[Array, ""] | None,
-) -> tuple[Float[Array, "*data"], Float[Array, "*data"]]:
+) -> tuple[Values, Values]:
     dz, dr, dt = tangent
     primals, tangents = (z, r, t), (dz.astype(z.dtype), jnp.full_like(r, dr), jnp.full_like(t, dt))
 
-    def differentiate(primals: Any, tangents: Any) -> tuple[Float[Array, "*data"], Float[Array, "*data"] | None]:
+    def differentiate(primals: Any, tangents: Any) -> tuple[Values, Values]:
         return eqx.filter_jvp(lambda z, r, t: field(z, r, t, condition, key=key), primals, tangents)
 
-    u, dudt = _traced(differentiate, _refuse_custom_vjp, primals, tangents)(primals, tangents)
-    return _checked(u, z), jnp.zeros_like(u) if dudt is None else dudt  # None: u does not depend on z, r or t
+    u, dudt = traced(differentiate, refuse_custom_vjp, primals, tangents)(primals, tangents)
+
+    def rate(u: Array, rate: Array | None) -> Array:
+        return jnp.zeros_like(u) if rate is None else rate  # None: u does not depend on z, r or t
+
+    return _checked(u, z), jax.tree.map(rate, u, dudt, is_leaf=lambda node: node is None)
 
 
-def _checked(u: Float[Array, "..."], z: Float[Array, "*data"]) -> Float[Array, "*data"]:
-    if u.shape != z.shape:
-        raise ValueError(f"field must return the shape of z, {z.shape}, got {u.shape}")
+def _checked(u: PyTree[Float[Array, "..."]], z: Float[Array, "*data"]) -> Values:
+    if wrong := [leaf.shape for leaf in jax.tree.leaves(u) if leaf.shape != z.shape]:
+        raise ValueError(f"field must return the shape of z, {z.shape}, got {wrong[0]}")
     return u
 
 
@@ -194,69 +204,10 @@ def _is_attention(node: object) -> bool:
     return isinstance(node, AbstractAttention)
 
 
-def _in_forward_mode(field: AbstractField) -> AbstractField:
+def _in_forward_mode(field: _Field) -> _Field:
     """`field` with every attention in the form that a JVP passes."""
     return jax.tree.map(lambda node: node.forward_mode() if _is_attention(node) else node, field, is_leaf=_is_attention)
 
 
-def _has_stopped_tangent(field: AbstractField) -> bool:
+def _has_stopped_tangent(field: AbstractField | WithVelocity) -> bool:
     return any(isinstance(node, StoppedTangent) for node in jax.tree.leaves(field, is_leaf=_is_attention))
-
-
-@jax.custom_vjp
-def _refuse_gradient(dudt: Float[Array, "*data"], origins: PyTree[Array]) -> Float[Array, "*data"]:
-    """`dudt`, which has no way back to what it was computed from: who asks for its gradient gets an error.
-
-    The `origins`, on which it depends in truth, make JAX notice. Behind `stop_gradient` nobody asks.
-    """
-    return dudt
-
-
-def _refuse(_: None, __: Any) -> Any:
-    raise ValueError(
-        "du/dt must be behind stop_gradient here: this engine, or its attention, stops it, and its gradient would be "
-        "zero. To learn through du/dt use FusedJVP and XLAAttention"
-    )
-
-
-_refuse_gradient.defvjp(lambda dudt, origins: (dudt, None), _refuse)
-
-
-def _traced(function: Callable[..., Any], check: Callable[[Iterable[Any]], None], *inputs: Any) -> Callable[..., Any]:
-    """`function`, after a look at the equations of its program; traced once, however often it is called."""
-    program, shapes = jax.make_jaxpr(function, return_shape=True)(*inputs)
-    check(_equations(program.jaxpr))
-
-    def run(*inputs: Any) -> Any:
-        return jax.tree.unflatten(jax.tree.structure(shapes), jaxpr_as_fun(program)(*jax.tree.leaves(inputs)))
-
-    return run
-
-
-def _refuse_custom_vjp(equations: Iterable[Any]) -> None:
-    """Say it while tracing, with the remedy: JAX would say it when lowering."""
-    if any(equation.primitive.name == "custom_lin" for equation in equations):
-        raise ValueError(
-            "field must be differentiable in forward mode, got a jax.custom_vjp function between (z, r, t) and u. A "
-            "fused attention kernel must be an mf_eqx.nn.AbstractAttention, which engines replace; for anything else "
-            "there is CentralDifference"
-        )
-
-
-def _refuse_low_precision(equations: Iterable[Any]) -> None:
-    dtypes = {variable.aval.dtype for equation in equations for variable in equation.outvars}
-    low = [d.name for d in dtypes if jnp.issubdtype(d, jnp.floating) and jnp.finfo(d).bits < 32]
-    if low:
-        raise ValueError(
-            f"field must compute in float32 or better for a finite difference, got {', '.join(sorted(low))}"
-        )
-
-
-def _equations(jaxpr: Any) -> Iterator[Any]:
-    """All equations of a program, those of its loops and calls too."""
-    for equation in jaxpr.eqns:
-        yield equation
-        for value in jax.tree.leaves(tuple(equation.params.values()), is_leaf=lambda v: hasattr(v, "eqns")):
-            inner = getattr(value, "jaxpr", value)
-            if hasattr(inner, "eqns"):
-                yield from _equations(inner)

@@ -54,6 +54,54 @@ class AbstractField(eqx.Module):
         """
 
 
+class AbstractFieldWithVelocity(AbstractField):
+    """An average velocity whose network also predicts the instantaneous velocity, by a head of its own: v(z, t), in the
+    same evaluation as u."""
+
+    @abc.abstractmethod
+    def with_velocity(
+        self,
+        z: Float[Array, "*data"],
+        r: Time,
+        t: Time,
+        condition: Condition = None,
+        *,
+        key: Key[Array, ""] | None = None,
+    ) -> tuple[Float[Array, "*data"], Float[Array, "*data"]]:
+        """The pair (u(z, r, t), v(z, t)). **Arguments:** as of the field."""
+
+    def __call__(
+        self,
+        z: Float[Array, "*data"],
+        r: Time,
+        t: Time,
+        condition: Condition = None,
+        *,
+        key: Key[Array, ""] | None = None,
+    ) -> Float[Array, "*data"]:
+        return self.with_velocity(z, r, t, condition, key=key)[0]
+
+
+class WithVelocity(eqx.Module):
+    """A field as the function that gives (u, v): for engines, whose JVP then carries v along without a second pass.
+
+    (u, v), (dudt, _) = engine(WithVelocity(field), z, r, t, condition, tangent=tangent, key=key)
+    """
+
+    field: AbstractFieldWithVelocity
+
+    def __call__(
+        self,
+        z: Float[Array, "*data"],
+        r: Time,
+        t: Time,
+        condition: Condition = None,
+        *,
+        key: Key[Array, ""] | None = None,
+    ) -> tuple[Float[Array, "*data"], Float[Array, "*data"]]:
+        return self.field.with_velocity(z, r, t, condition, key=key)
+
+
 def stopped(tree: _Tree) -> _Tree:
     """`tree` with every inexact array behind `stop_gradient`: a field that teaches and does not learn."""
     return jax.tree.map(lambda leaf: jax.lax.stop_gradient(leaf) if eqx.is_inexact_array(leaf) else leaf, tree)

@@ -23,7 +23,7 @@ from jaxtyping import Array, ArrayLike, Float, Key, PyTree
 
 from ._batch import Batch
 from ._custom_types import at_least_float32, Condition, Scalar, Time
-from ._field import AbstractField, check_per_example, stopped
+from ._field import AbstractField, AbstractFieldWithVelocity, check_per_example, stopped
 from ._guidance import first_lost, Guidance, LabelDropout
 from ._identity import AbstractIdentity, AbstractIdentityWithLoss, Facts, MeanFlow
 from ._interpolant import AbstractInterpolant, LinearInterpolant
@@ -227,6 +227,9 @@ class Objective(AbstractObjective):
     ) -> Metrics:
         """The metrics of rows of one kind."""
         check_per_example(field)
+        if self._facts.needs_velocity_head and not isinstance(field, AbstractFieldWithVelocity):
+            name = type(self.identity).__name__
+            raise ValueError(f"field must be an AbstractFieldWithVelocity for {name}, got {type(field).__name__}")
         draw, group = self._drawing(boundary), 1 if boundary else self._facts.group
 
         def evaluate(example: Batch) -> tuple[Scalar, Scalar, Scalar]:

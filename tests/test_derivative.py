@@ -469,3 +469,88 @@ def test_central_difference_passes_a_custom_vjp(form, rows):
     found = jax.jit(evaluation(CentralDifference(STEP), IN_THE_WAY[form], opaque, rows))(*values)
     exact = jax.jit(evaluation(FusedJVP(), IN_THE_WAY[form], jnp.sin, rows))(*values)
     np.testing.assert_allclose(found, exact, rtol=0, atol=TOLERANCE)
+
+
+# A field that gives more than u
+
+
+class TwoHeaded(mfx.AbstractFieldWithVelocity):
+    """Both heads on one hidden layer."""
+
+    trunk: jax.Array
+    u_head: jax.Array
+    v_head: jax.Array
+
+    def with_velocity(self, z, r, t, condition=None, *, key=None):
+        hidden = jnp.tanh(self.trunk @ jnp.concatenate([z, jnp.stack([r, t])]))
+        return self.u_head @ hidden, self.v_head @ hidden
+
+
+class Head(mfx.AbstractField):
+    """One head of a `TwoHeaded` alone."""
+
+    field: TwoHeaded
+    which: int
+
+    def __call__(self, z, r, t, condition=None, *, key=None):
+        return self.field.with_velocity(z, r, t, condition, key=key)[self.which]
+
+
+def two_headed(width=5, dim=3):
+    rng = np.random.default_rng(1)
+    return TwoHeaded(*(jnp.asarray(rng.normal(size=shape)) for shape in ((width, dim + 2), (dim, width), (dim, width))))
+
+
+def at(dim=3):
+    z, v = jnp.linspace(-1, 1, dim), jnp.linspace(2, 0.5, dim)
+    return (z, jnp.asarray(0.2), jnp.asarray(0.7), None), {"tangent": (v, 0.0, 1.0), "key": None}
+
+
+@pytest.mark.parametrize("engine", [mfx.FusedJVP(), mfx.StoppedJVP(), mfx.CentralDifference(1e-4)])
+def test_an_engine_carries_a_second_output_along(engine):
+    field, (where, how) = two_headed(), at()
+    values, rates = engine(mfx.WithVelocity(field), *where, **how)
+    np.testing.assert_array_equal(field(*where[:3]), values[0])
+    for which in (0, 1):
+        value, rate = mfx.FusedJVP()(Head(field, which), *where, **how)
+        np.testing.assert_allclose(values[which], value, rtol=1e-13)
+        np.testing.assert_allclose(rates[which], rate, rtol=1e-6)
+
+
+def test_a_second_output_costs_no_second_pass():
+    """Of two wide layers and two small heads, u and du/dt with v cost a head more than without."""
+    wide, (where, how) = two_headed(512, 8), at(8)
+
+    def flops(field):
+        def both(field):
+            values, rates = mfx.FusedJVP()(field, *where, **how)
+            return values, rates[0] if isinstance(rates, tuple) else rates
+
+        return eqx.filter_jit(both).lower(field).compile().compiled.cost_analysis()["flops"]
+
+    with_v, without = flops(mfx.WithVelocity(wide)), flops(Head(wide, 0))
+    head = 2 * 512 * 8
+    assert without < with_v < without + 1.2 * head
+
+
+class Distilled(mfx.AbstractIdentityWithLoss):
+    """MeanFlow along the velocity that the head predicts, which learns beside it."""
+
+    facts = mfx.Facts(needs_velocity_head=True)
+
+    def residual_and_loss(self, field, row):
+        tangent = (jax.lax.stop_gradient(field.with_velocity(row.z, row.t, row.t)[1]), 0.0, 1.0)
+        (u, v), (dudt, _) = mfx.FusedJVP()(
+            mfx.WithVelocity(field), row.z, row.r, row.t, None, tangent=tangent, key=None
+        )
+        residual = u - jax.lax.stop_gradient(row.v - (row.t - row.r) * dudt)
+        return residual, jnp.sum(residual**2) + jnp.sum((v - row.v) ** 2)
+
+
+def test_a_method_that_wants_a_second_output_trains_it_and_refuses_fields_without():
+    objective = mfx.Objective(Distilled(), identity_share=0.5)
+    batch = mfx.Batch(jr.normal(jr.key(0), (8, 3)))
+    gradient = eqx.filter_grad(lambda field: objective(field, batch, key=jr.key(1))[0])(two_headed())
+    assert all((leaf != 0).any() for leaf in jax.tree.leaves(gradient))
+    with pytest.raises(ValueError, match="field must be an AbstractFieldWithVelocity for Distilled, got Head"):
+        objective(Head(two_headed(), 0), batch, key=jr.key(1))

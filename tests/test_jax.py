@@ -12,7 +12,7 @@ import jax.numpy as jnp
 @functools.cache
 def primitives():
     """An equation of each kind in a program with products, convolutions, loops, branches and a `jax.custom_vjp`."""
-    from mf_eqx._derivative import _equations
+    from mf_eqx._engine_guards import _equations
 
     @jax.custom_vjp
     def twice(x):

@@ -25,6 +25,8 @@ class Facts:
     """Whether the gradient goes through a derivative of the field, which fused attention refuses."""
     needs_teacher: bool = False
     """Whether it evaluates `Context.teacher`: `TrainStep` must be given one."""
+    needs_velocity_head: bool = False
+    """Whether it evaluates `AbstractFieldWithVelocity.with_velocity`: other fields are refused."""
     group: int = 1
     """How many rows its loss compares: they share r and t, and lie next to each other in the batch."""
     exact: bool = True
