@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Shaped
 
 from ._files import open_regular, read_regular
-from ._leaves import leaves, rebuilt, some
+from ._leaves import leaves, listed, rebuilt
 from ._optional import optional
 
 _Module = TypeVar("_Module")
@@ -134,7 +134,7 @@ def fill(
             arrays[name] = array.astype(leaf.dtype)
         if not np.isfinite(arrays[name]).all():  # checked in the precision that is used
             raise ValueError(
-                f"{path}: must hold values that are finite in {leaf.dtype}, but has others in {some([*origin.names])}"
+                f"{path}: must hold values that are finite in {leaf.dtype}, but has others in {listed([*origin.names])}"
             )
     arrays = {name: jnp.asarray(array) for name, array in arrays.items()}
     return rebuilt(eqx.filter_eval_shape(lambda: module), arrays)
@@ -151,7 +151,7 @@ def _check(
         ("differs:", [f"{n} is {tensors[n].shape}, not {wanted[n]}" for n in shared if tensors[n].shape != wanted[n]]),
         ("has values that are no finite real numbers in", [n for n in shared if not _is_finite(tensors[n])]),
     ]
-    if text := "; ".join(f"{word} {some(sorted(names))}" for word, names in parts if names):
+    if text := "; ".join(f"{word} {listed(sorted(names))}" for word, names in parts if names):
         raise ValueError(f"{path}: must hold the tensors of the network, but it {text}")
 
 

@@ -91,11 +91,11 @@ def compare(saved: Mapping[str, Any], wanted: Mapping[str, Any], path: Path) -> 
         if saved[name] != wanted[name]
     ]
     parts = [("lacks", missing), ("has, and nothing asks for,", extra), ("differs:", changed)]
-    if text := "; ".join(f"{word} {some(sorted(names))}" for word, names in parts if names):
+    if text := "; ".join(f"{word} {listed(sorted(names))}" for word, names in parts if names):
         raise ValueError(f"{path}: must hold the arrays that are asked for, but it {text}")
 
 
-def some(names: list[str], most: int = 3) -> str:
+def listed(names: list[str], most: int = 3) -> str:
     """The first few of them, and how many more there are."""
     left = len(names) - most
     return ", ".join(names[:most]) + (f" and {left} more" if left > 0 else "")

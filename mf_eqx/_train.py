@@ -22,7 +22,7 @@ from ._custom_types import Scalar
 from ._ema import ExponentialAverage
 from ._field import AbstractField
 from ._gradient import Differentiation
-from ._leaves import leaves, shapes, some
+from ._leaves import leaves, listed, shapes
 from ._mean import Mean, Metrics
 from ._objective import AbstractObjective
 from ._optimizer import check_optimizer, copy, init_optimizer, is_number, standard_promotion, update_optimizer
@@ -205,8 +205,8 @@ def scan_steps(
 
 
 @eqx.filter_jit(donate="all-except-first")
-def _train_step(kept: tuple[TrainStep, Batch], state: TrainState) -> tuple[TrainState, Metrics]:
-    train_step, batch = kept
+def _train_step(constant: tuple[TrainStep, Batch], state: TrainState) -> tuple[TrainState, Metrics]:
+    train_step, batch = constant
     _check_numbers(state)
     prepare_key, objective_key = jr.split(jr.fold_in(state.key, state.step))
     if (prepare := train_step.prepare) is not None:
@@ -281,7 +281,7 @@ def _check_kept(before: PyTree[Any], after: PyTree[Any]) -> None:
     old, new = shapes(leaves(before)), shapes(leaves(after))
     if changed := sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name)):
         raise ValueError(
-            f"optimizer must keep structure, shapes and dtypes of its state, but it changes {some(changed)}"
+            f"optimizer must keep structure, shapes and dtypes of its state, but it changes {listed(changed)}"
         )
 
 
@@ -297,9 +297,9 @@ def _spread(train_step: TrainStep, tree: _Tree) -> _Tree:
 
 @eqx.filter_jit(donate="all-except-first")
 def _scan_steps(
-    kept: tuple[TrainStep, Callable[[Key[Array, ""]], Batch], int], state: TrainState
+    constant: tuple[TrainStep, Callable[[Key[Array, ""]], Batch], int], state: TrainState
 ) -> tuple[TrainState, Metrics]:
-    train_step, draw, steps = kept
+    train_step, draw, steps = constant
     changing, fixed = eqx.partition(state, eqx.is_array)
 
     def one(changing: TrainState, _: None) -> tuple[TrainState, Metrics]:

@@ -32,7 +32,7 @@ from jaxtyping import PyTree
 
 from .._files import remove
 from .._json import parse_json, read_json_object
-from .._leaves import compare, leaves, plain, rebuilt, shapes, some
+from .._leaves import compare, leaves, listed, plain, rebuilt, shapes
 from .._sharding import Parallelism
 from ._digest import digests
 
@@ -218,7 +218,7 @@ class Checkpoints:
             compare(record["leaves"], shapes(leaves(wanted)), self.path(step))
         state = rebuilt(wanted, self._read(step, wanted, parallelism))
         if wrong := [name for name, digest in digests(state).items() if record["digests"][name] != digest]:
-            raise _Damage(f"{some(wrong)} not as saved, by the digest")
+            raise _Damage(f"{listed(wrong)} not as saved, by the digest")
         return state, record["notes"]
 
     def _record(self, step: int) -> dict[str, Any]:
@@ -248,7 +248,7 @@ class Checkpoints:
         arrays, reason = {}, None
         with _same_everywhere():
             if odd := _irregular(path):
-                raise _Damage(f"it has what is no ordinary file: {some(odd)}")
+                raise _Damage(f"it has what is no ordinary file: {listed(odd)}")
             with _quiet():
                 try:
                     arrays = ocp.load(str(path), targets)
@@ -293,7 +293,7 @@ def _check_record(record: Any) -> None:
     if not isinstance(record, dict):
         raise _Damage(f"its record is a {type(record).__name__}")
     if wrong := [name for name, kind in wanted.items() if type(record.get(name)) is not kind]:
-        raise _Damage(f"its record has no {some(wrong)}, or of another type")
+        raise _Damage(f"its record has no {listed(wrong)}, or of another type")
     if record["leaves"].keys() != record["digests"].keys():
         raise _Damage("its record has digests of other leaves")
     for name, leaf in record["leaves"].items():

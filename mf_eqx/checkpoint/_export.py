@@ -23,7 +23,7 @@ from .._custom_types import Condition
 from .._field import AbstractField
 from .._files import read_regular, write_whole
 from .._json import parse_json
-from .._leaves import compare, digest, leaves, on_host, plain, rebuilt, shapes, some
+from .._leaves import compare, digest, leaves, listed, on_host, plain, rebuilt, shapes
 from .._optional import optional
 from .._sample import sample
 from .._sharding import Parallelism
@@ -48,7 +48,7 @@ def save_weights(path: str | Path, field: AbstractField, config: Mapping[str, An
         import safetensors.numpy
     arrays = {name: on_host(plain(leaf)) for name, leaf in leaves(field).items()}
     if unknown := [f"{name} in {array.dtype}" for name, array in arrays.items() if not _is_kept(array.dtype)]:
-        raise ValueError(f"field must have arrays that safetensors keeps, got {some(unknown)}: cast them to float32")
+        raise ValueError(f"field must have arrays that safetensors keeps, got {listed(unknown)}: cast them to float32")
     if jax.process_index() == 0:
         text = json.dumps(dict(config or {}))
         content = {"format": _FORMAT, "config": text, "sha256": _digest(arrays, text)}

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Int, UInt8
 
 from .._files import read_regular
-from .._leaves import some
+from .._leaves import listed
 from .._optional import optional
 from .._validate import as_count, Count
 from ._file import PathLike
@@ -85,7 +85,7 @@ class ImageFolderSource(AbstractSource):
     def passed_over_as_text(self) -> str:
         """The files that are not used, in a line."""
         kinds = sorted(self.passed_over, key=lambda kind: -self.passed_over[kind])
-        return some([f"{self.passed_over[kind]:,} {kind}" for kind in kinds], 8) or "nothing"
+        return listed([f"{self.passed_over[kind]:,} {kind}" for kind in kinds], 8) or "nothing"
 
     def __len__(self) -> int:
         return len(self.paths)

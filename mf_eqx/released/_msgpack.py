@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Shaped
 
 from .._files import open_regular
-from .._leaves import some
+from .._leaves import listed
 from .._optional import optional
 
 _ARRAYS = (1, 3)
@@ -53,7 +53,7 @@ def read_flax(path: str | Path, part: str | None = None) -> dict[str, Any]:
     if part is None:
         return held
     if not isinstance(held.get(part), dict):
-        found = some(sorted(held), 8) or "nothing"
+        found = listed(sorted(held), 8) or "nothing"
         raise ValueError(f"{path}: must hold a dictionary named {part}, got {found}")
     return held[part]
 
@@ -109,7 +109,7 @@ def _map(pairs: list[tuple[Any, Any]]) -> Any:
         raise ValueError(f"its names must be text, got {unknown[0]!r:.40}")
     held = dict(pairs)
     if len(held) < len(pairs):
-        raise ValueError(f"its names must differ within each dictionary, got {some(_repeated(pairs))} twice")
+        raise ValueError(f"its names must differ within each dictionary, got {listed(_repeated(pairs))} twice")
     return _joined(held) if _CHUNKED in held else held
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Shaped
 
 from .._foreign import read_torch
-from .._leaves import some
+from .._leaves import listed
 
 
 def read_state_dicts(path: str | Path, anchor: str) -> dict[str, dict[str, Shaped[np.ndarray, "..."]]]:
@@ -26,7 +26,7 @@ def read_state_dicts(path: str | Path, anchor: str) -> dict[str, dict[str, Shape
     held = dict(_named(read_torch(path)))
     before = [name.removesuffix(anchor) for name in held if f".{name}".endswith(f".{anchor}")]
     if not before:
-        raise ValueError(f"{path}: must hold {anchor}, alone or with a prefix, got {some(sorted(held)) or 'nothing'}")
+        raise ValueError(f"{path}: must hold {anchor}, alone or with a prefix, got {listed(sorted(held)) or 'nothing'}")
     return {prefix.removesuffix("."): _beneath(prefix, held, path) for prefix in before}
 
 
@@ -42,5 +42,5 @@ def _named(tree: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any
 def _beneath(prefix: str, held: Mapping[str, Any], path: str | Path) -> dict[str, Shaped[np.ndarray, "..."]]:
     found = {name.removeprefix(prefix): value for name, value in held.items() if name.startswith(prefix)}
     if others := sorted(name for name, value in found.items() if not isinstance(value, np.ndarray)):
-        raise ValueError(f"{path}: must hold tensors alone beneath {prefix!r}, got others in {some(others)}")
+        raise ValueError(f"{path}: must hold tensors alone beneath {prefix!r}, got others in {listed(others)}")
     return found

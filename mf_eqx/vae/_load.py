@@ -15,7 +15,7 @@ from jaxtyping import Shaped
 
 from .._foreign import fill, Origin, read_safetensors
 from .._json import read_json_object
-from .._leaves import leaves, some
+from .._leaves import leaves, listed
 from ._autoencoder import Autoencoder, AutoencoderSize, SD_VAE
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -94,7 +94,7 @@ def _check_config(path: Path, size: AutoencoderSize) -> None:
         if key in config and config[key] != value
     ]
     if differing:
-        raise ValueError(f"{path}: must describe a network of the given size, but {some(differing)}")
+        raise ValueError(f"{path}: must describe a network of the given size, but {listed(differing)}")
 
 
 def _config(size: AutoencoderSize) -> dict[str, Any]:
