@@ -68,7 +68,7 @@ def make_state(megabytes: int) -> mfx.TrainState:
     return mfx.init_state(field, optimizer, averages, key=jr.key(1))
 
 
-def measure(config: Config, megabytes: int, folder: Path) -> Result:
+def measured(config: Config, megabytes: int, folder: Path) -> Result:
     state = make_state(megabytes)
     arrays = [leaf for leaf in jax.tree.leaves(state) if isinstance(leaf, jax.Array)]
     checkpoints = checkpoint.Checkpoints(folder / str(megabytes), keep_last=1)
@@ -101,7 +101,7 @@ def main(config: Config) -> None:
         run.Progress(len(config.megabytes), doing="saving") as progress,
     ):
         for megabytes in config.megabytes:
-            results.append(measure(config, megabytes, Path(folder)))
+            results.append(measured(config, megabytes, Path(folder)))
             progress.update(len(results), {"blocks": results[-1].blocks})
     headers = ("state", "leaves", "blocks, s", "written, s", "load, s", "digests, s", "digests, GB/s")
     rows = [

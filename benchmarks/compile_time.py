@@ -41,7 +41,7 @@ from steps import (
 )
 
 import mf_eqx as mfx
-from mf_eqx import run
+from mf_eqx import measure, run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +92,7 @@ class Cell(NamedTuple):
     variant: str
 
 
-def compile_cell(config: Config, cell: Cell) -> run.Cost:
+def compile_cell(config: Config, cell: Cell) -> measure.Cost:
     setting = Setting(cell.model, config.batch, config.dtype, cell.form, cell.remat)
     state = eqx.filter_eval_shape(lambda key: make_state(setting, key=key), jr.key(0))
     rows = jax.ShapeDtypeStruct((config.batch, *data_shape(cell.model)), jnp.float32)
@@ -103,10 +103,10 @@ def compile_cell(config: Config, cell: Cell) -> run.Cost:
         return step(state, mfx.Batch(x, label))
 
     jax.clear_caches()  # or the second time would trace nothing
-    return run.compile_program(take, state, rows, labels, donate=(0,)).cost
+    return measure.compile_program(take, state, rows, labels, donate=(0,)).cost
 
 
-def save_figure(path: Path, costs: dict[Cell, list[run.Cost]]) -> None:
+def save_figure(path: Path, costs: dict[Cell, list[measure.Cost]]) -> None:
     """A bar per program, in three parts."""
     with run.optional("matplotlib"):
         from matplotlib.figure import Figure
@@ -139,7 +139,7 @@ def main(config: Config) -> None:
     jax.config.update("jax_enable_compilation_cache", False)
     directory = run.RunDirectory.create(config, config.name)
     cells = [Cell(*values) for values in itertools.product(config.model, config.form, config.remat, config.variant)]
-    costs: dict[Cell, list[run.Cost]] = {cell: [] for cell in cells}
+    costs: dict[Cell, list[measure.Cost]] = {cell: [] for cell in cells}
     with run.Progress(1 + len(cells) * config.repeats) as progress:
         compile_cell(config, Cell("tiny", "scan", "none", FLOW_MATCHING))
         progress.update(1, {})

@@ -26,7 +26,7 @@ import numpy as np
 import optax
 
 import mf_eqx as mfx
-from mf_eqx import run
+from mf_eqx import measure, run
 
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 SIZES = {"small": mfx.DiTSize(2, 128, 4, 4), "S/4": mfx.DIT_S4, "B/4": mfx.DIT_B4, "XL/2": mfx.DIT_XL2}
@@ -85,7 +85,7 @@ class Result(NamedTuple):
     collectives: dict[str, int]
 
 
-def measure(config: Config, devices: int, fsdp: int) -> Result:
+def measured(config: Config, devices: int, fsdp: int) -> Result:
     """One mesh, in this process."""
     parallelism = mfx.Parallelism(fsdp=fsdp, devices=jax.devices()[:devices])
     optimizer, averages = optax.adam(1e-4), [mfx.ExponentialAverage(0.9999)]
@@ -99,14 +99,14 @@ def measure(config: Config, devices: int, fsdp: int) -> Result:
     x = rng.standard_normal((config.batch, *SHAPE)).astype(np.float32)
     batch = parallelism.place(mfx.Batch(x, rng.integers(0, LABELS, config.batch).astype(np.int32)))
     state = parallelism.make(make_state)
-    program = run.compile_program(step, state, batch, donate=(0,))
+    program = measure.compile_program(step, state, batch, donate=(0,))
 
     def once() -> jax.Array:
         nonlocal state
         state, _ = program(state, batch)
         return state.step
 
-    times, cost = run.time_interleaved({"step": once}, config.rounds, warm_up=2)["step"], program.cost
+    times, cost = measure.time_interleaved({"step": once}, config.rounds, warm_up=2)["step"], program.cost
     counts = {name: len(re.findall(rf" {name}(?:-start)?\(", program.text)) for name in COLLECTIVES}
     found = {name: count for name, count in counts.items() if count}
     placed = sum(placement.bytes_per_device for placement in parallelism.table(state))
@@ -159,7 +159,7 @@ def report(results: list[Result]) -> str:
 def main(config: Config) -> None:
     """Time a training step on meshes."""
     if config.cell is not None:
-        print(json.dumps(measure(config, *config.cell)._asdict()))
+        print(json.dumps(measured(config, *config.cell)._asdict()))
         return
     began = time.perf_counter()
     if config.quick:
@@ -170,7 +170,7 @@ def main(config: Config) -> None:
     results = []
     with run.Progress(len(cells(config)), doing="compiling") as progress:
         for devices, fsdp in cells(config):
-            results.append((measure if config.real else measure_apart)(config, devices, fsdp))
+            results.append((measured if config.real else measure_apart)(config, devices, fsdp))
             progress.update(len(results), {"seconds": results[-1].seconds})
     text = report(results)
     directory.save_results(text, [row._asdict() for row in results])

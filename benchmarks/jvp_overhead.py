@@ -53,7 +53,7 @@ from steps import (
 )
 
 import mf_eqx as mfx
-from mf_eqx import run
+from mf_eqx import measure, run
 
 # What is asked for
 
@@ -148,8 +148,8 @@ class Measurement(NamedTuple):
     name: str
     flops: float
     xla_ratio: float | None
-    cost: run.Cost | None
-    times: run.Times | None
+    cost: measure.Cost | None
+    times: measure.Times | None
     peak_bytes: int | None
 
 
@@ -175,7 +175,7 @@ def counted(config: Config, setting: Setting) -> bool:
     return config.count and setting.model != "MLP" and setting.remat == "none"
 
 
-def measure(config: Config, setting: Setting, meter: Meter) -> list[Measurement]:
+def measured(config: Config, setting: Setting, meter: Meter) -> list[Measurement]:
     """All variants in one setting, their steps interleaved on one state."""
     names = chosen(config, setting)
     state, batch = make_state(setting, key=jr.key(0)), make_batch(setting, key=jr.key(1))
@@ -197,7 +197,7 @@ def measure(config: Config, setting: Setting, meter: Meter) -> list[Measurement]
         if name not in peaks:  # the state went with it
             state = make_state(setting, key=jr.key(0))
     calls = {name: functools.partial(take, name) for name in names if name in peaks}
-    times = run.time_interleaved(calls, config.rounds, progress=meter.progress, done=meter.done)
+    times = measure.time_interleaved(calls, config.rounds, report=meter.progress.update, done=meter.done)
     meter.done += len(calls) * (config.rounds + 1)
     ratios = count_ratios(names, setting, meter) if counted(config, setting) else {}
     return [
@@ -216,12 +216,12 @@ def measure(config: Config, setting: Setting, meter: Meter) -> list[Measurement]
 
 def compile_steps(
     names: list[str], setting: Setting, state: mfx.TrainState, batch: mfx.Batch, meter: Meter
-) -> dict[str, run.Program[tuple[mfx.TrainState, mfx.Metrics]]]:
+) -> dict[str, measure.Program[tuple[mfx.TrainState, mfx.Metrics]]]:
     """Those that memory is large enough for."""
     programs = {}
     for name in names:
         with telling_memory(meter.progress, setting, name):
-            programs[name] = run.compile_program(make_step(setting, name), state, batch, donate=(0,))
+            programs[name] = measure.compile_program(make_step(setting, name), state, batch, donate=(0,))
             meter.report(programs[name].cost.compile_seconds)
     return programs
 
@@ -403,9 +403,9 @@ def main(config: Config) -> None:
         for setting in wanted:
             progress.note(f"{setting}: {len(chosen(config, setting))} steps")
             if setting.dtype not in peaks:
-                peaks[setting.dtype] = run.matmul_peak(DTYPES[setting.dtype])
+                peaks[setting.dtype] = measure.matmul_peak(DTYPES[setting.dtype])
             began_at = meter.done
-            groups.append(measure(config, setting, meter))
+            groups.append(measured(config, setting, meter))
             meter.done = began_at + parts(config, setting)  # steps that found no memory, too
             texts.append(describe(groups[-1], peaks[setting.dtype]))
             records = [as_record(m, peaks[m.setting.dtype]) for group in groups for m in group]

@@ -143,7 +143,7 @@ def make_training() -> Training:
     return Training(step, lambda: mfx.init_state(field, optimizer, key=jr.key(1)))
 
 
-def measure(config: Config, source: data.AbstractSource, training: Training) -> Result:
+def measured(config: Config, source: data.AbstractSource, training: Training) -> Result:
     rng = np.random.default_rng(1)
     chosen = [rng.integers(0, len(source), config.batch) for _ in range(config.batches)]
     take = seconds_of(lambda: [source.take(rows) for rows in chosen]) / config.batches
@@ -201,7 +201,7 @@ def main(config: Config) -> None:
     results = []
     with tempfile.TemporaryDirectory() as folder, run.Progress(5, doing="writing the data") as progress:
         for source in make_sources(config, Path(folder)):
-            results.append(measure(config, source, training))
+            results.append(measured(config, source, training))
             progress.update(len(results), {"rows_per_second": results[-1].stream})
     headers = ("source", "take, rows/s", "stream, rows/s", "wait, ms per step", "step, ms", "share of waiting")
     rows = [

@@ -39,7 +39,7 @@ import digits
 import toy_2d
 
 import mf_eqx as mfx
-from mf_eqx import run
+from mf_eqx import measure, run
 
 FIXED = {"Euler": (mfx.sample_euler, 1), "Heun": (mfx.sample_heun, 2)}  # with evaluations per step
 ADAPTIVE = {"Bosh3": (diffrax.Bosh3(), 3), "Tsit5": (diffrax.Tsit5(), 6)}  # with evaluations per step
@@ -238,7 +238,7 @@ def judge(config: Config, problem: Problem) -> list[Point]:
         for i, sampler in enumerate(wanted):
             made[str(sampler)] = jax.block_until_ready(sampler.generate(problem.eps, problem.condition))
             progress.update(i + 1, {})
-        times = run.time_interleaved(calls, config.rounds, progress=progress, done=len(wanted))
+        times = measure.time_interleaved(calls, config.rounds, report=progress.update, done=len(wanted))
     points = []
     for sampler in wanted:
         (x, evaluations), measured = made[str(sampler)], times[str(sampler)]

@@ -26,7 +26,7 @@ import jax.random as jr
 from steps import ATTENTIONS, count_passes, data_shape, DTYPES, LABELS, make_field, MODELS, Setting, UNETS
 
 import mf_eqx as mfx
-from mf_eqx import run
+from mf_eqx import measure, run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +116,7 @@ def main(config: Config) -> None:
     if config.attention == "cudnn" and jax.default_backend() != "gpu":
         raise ValueError(f"attention must be xla without an NVIDIA GPU, got cudnn on {jax.default_backend()}")
     directory = run.RunDirectory.create(config, config.name)
-    peak = run.matmul_peak(DTYPES[config.dtype])
+    peak = measure.matmul_peak(DTYPES[config.dtype])
     fields = {
         model: make_field(Setting(model, 1, config.dtype, attention=config.attention), key=jr.key(0))
         for model in config.model
@@ -124,7 +124,7 @@ def main(config: Config) -> None:
     cells = [Cell(*values) for values in itertools.product(config.model, config.batch, config.evaluations)]
     calls = {str(cell): make_call(config, cell, fields[cell.model]) for cell in cells}
     with run.Progress(len(cells) * (config.rounds + 1)) as progress:
-        times = run.time_interleaved(calls, config.rounds, progress=progress)
+        times = measure.time_interleaved(calls, config.rounds, report=progress.update)
     rows, rates, records = [], {}, []
     for cell in cells:
         measured = times[str(cell)]

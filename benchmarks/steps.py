@@ -16,7 +16,7 @@ import jax.random as jr
 import optax
 
 import mf_eqx as mfx
-from mf_eqx import nn, run
+from mf_eqx import measure, nn
 
 LABELS = 1000
 PLANE, IMAGE, LATENT = (2,), (3, 32, 32), (4, 32, 32)
@@ -188,8 +188,8 @@ class Passes(NamedTuple):
 def count_passes(model: str) -> Passes:
     """From the program of one row, as it is traced."""
     field, *row = _row(Setting(model))
-    forward = run.product_flops(lambda f, z, t, c: f(z, t, t, c), field, *row)
-    both = run.product_flops(lambda f, z, t, c: mfx.total_derivative(f, z, z, t, t, c), field, *row)
+    forward = measure.product_flops(lambda f, z, t, c: f(z, t, t, c), field, *row)
+    both = measure.product_flops(lambda f, z, t, c: mfx.total_derivative(f, z, z, t, t, c), field, *row)
     return Passes(forward, both / forward - 1)
 
 
@@ -201,7 +201,7 @@ def count_again(model: str, remat: str) -> float:
         z, t, label = row
         return eqx.filter_grad(lambda field: jnp.sum(field(z, t, t, label)))(field)
 
-    more, plain = (run.product_flops(gradient, *_row(Setting(model, remat=r))) for r in (remat, "none"))
+    more, plain = (measure.product_flops(gradient, *_row(Setting(model, remat=r))) for r in (remat, "none"))
     return (more - plain) / count_passes(model).forward
 
 
@@ -237,7 +237,7 @@ def xla_flops(model: str, name: str, share: float = 0.25) -> float:
     def count(depth: int | None = None) -> float:
         x = jax.ShapeDtypeStruct((rows, *data_shape(model)), jnp.float32)
         inputs = (shapes_of(setting, depth), x, jax.ShapeDtypeStruct((rows,), jnp.int32), jr.key(0))
-        return run.compile_program(gradient, *inputs, options=quick_options()).cost.flops * 16 / rows
+        return measure.compile_program(gradient, *inputs, options=quick_options()).cost.flops * 16 / rows
 
     with jax.default_device(jax.devices("cpu")[0]):
         if model not in DITS:
@@ -252,7 +252,7 @@ def quick_options() -> dict[str, str | bool] | None:
     passes that remove work."""
     options: dict[str, str | bool] = {"xla_backend_optimization_level": "0", "xla_cpu_use_fusion_emitters": False}
     try:
-        run.compile_program(lambda: jnp.zeros(()), options=options)
+        measure.compile_program(lambda: jnp.zeros(()), options=options)
     except jax.errors.JaxRuntimeError:  # an XLA that does not know them
         return None
     return options

@@ -32,7 +32,7 @@ from jaxtyping import Array, install_import_hook, Key, UInt8
 # Shapes and types are checked while the step is traced. JAXTYPING_DISABLE=1 turns this off.
 with install_import_hook("mf_eqx", "beartype.beartype"):
     import mf_eqx as mfx
-    from mf_eqx import checkpoint, data, run
+    from mf_eqx import checkpoint, data, picture, run
 
 SHAPES = "shapes"
 """The name of the data that are drawn."""
@@ -178,7 +178,7 @@ def save_samples(field: mfx.AbstractField, path: Path, *, evaluations: int, side
     key, times = jr.key(PREVIEW_SEED), mfx.uniform_times(evaluations)
     generator = mfx.Generator(field, key, (3, 32, 32), times, unroll=loops_are_slow())
     x = np.asarray(generator.from_noise(jr.normal(key, (side**2, 3, 32, 32))))
-    run.save_image_grid(path, x.reshape(side, side, 3, 32, 32), -1, 1)
+    picture.save_image_grid(path, x.reshape(side, side, 3, 32, 32), -1, 1)
 
 
 def main(config: Config) -> None:
@@ -219,7 +219,7 @@ def save(config: Config, directory: run.RunDirectory, state: mfx.TrainState) -> 
         for evaluations in (1, 2):
             save_samples(field, directory.path(f"samples_{evaluations}.png"), evaluations=evaluations, side=8)
         if records := directory.records():
-            run.save_curves(directory.path("curves.png"), records)
+            picture.save_curves(directory.path("curves.png"), records)
 
 
 TINY = Config(

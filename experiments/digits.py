@@ -36,7 +36,7 @@ from sklearn.svm import SVC
 # Shapes and types are checked while the step is traced. JAXTYPING_DISABLE=1 turns this off.
 with install_import_hook("mf_eqx", "beartype.beartype"):
     import mf_eqx as mfx
-    from mf_eqx import data, metrics, run
+    from mf_eqx import data, metrics, picture, run
 
 CLASSES = 10
 """Digits; the same number is the label that means "no label"."""
@@ -221,7 +221,7 @@ def save_samples(method: Method, field: mfx.AbstractField, path: Path, rows: int
     label = jnp.tile(jnp.arange(CLASSES), rows)
     x = generate(field, method.sampler, label, mfx.uniform_times(method.shown), jr.key(PICTURE_SEED))
     title = f"{method.name}, {evaluations(method.shown)} per digit"
-    run.save_image_grid(path, x.reshape(rows, CLASSES, 1, 8, 8), -1, 1, column_labels="0123456789", title=title)
+    picture.save_image_grid(path, x.reshape(rows, CLASSES, 1, 8, 8), -1, 1, column_labels="0123456789", title=title)
 
 
 def evaluations(number: int) -> str:
@@ -237,7 +237,7 @@ def save_comparison(path: Path, real: data.ArraySource, trained: list[tuple[Meth
             x = generate(field, method.sampler, jnp.asarray(label), mfx.uniform_times(number), jr.key(PICTURE_SEED))
             rows[f"{method.name}, {evaluations(number)}"] = np.asarray(x)
     columns = [str(digit) for digit in label]
-    run.save_image_grid(path, np.stack([*rows.values()]), -1, 1, row_labels=[*rows], column_labels=columns)
+    picture.save_image_grid(path, np.stack([*rows.values()]), -1, 1, row_labels=[*rows], column_labels=columns)
 
 
 class Judge:
@@ -335,7 +335,7 @@ def main(config: Config) -> None:
             if run.is_first():
                 save_samples(method, field, part.path("samples.png"), rows=10)
                 if records := part.records():
-                    run.save_curves(part.path("curves.png"), records)
+                    picture.save_curves(part.path("curves.png"), records)
         if run.is_first():
             save_comparison(directory.path("comparison.png"), digits.holdout, trained)
             results = references(digits, judge, config.seed) + results

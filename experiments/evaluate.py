@@ -32,7 +32,7 @@ import prepare_latents
 from jaxtyping import Array, Float, Int, UInt8
 
 import mf_eqx as mfx
-from mf_eqx import checkpoint, data, metrics, run, vae
+from mf_eqx import checkpoint, data, metrics, picture, run, vae
 
 _Tree = TypeVar("_Tree")
 
@@ -481,7 +481,7 @@ def save_picture(job: Evaluation, row: Row, path: Path) -> None:
     z = job.generator(row).from_noise(eps, None if shown is None else jnp.tile(shown, 8))
     x = np.concatenate([*map(np.asarray, job.images([z]))])[: len(eps)]
     names = None if shown is None else [str(label) for label in shown]
-    run.save_image_grid(path, x.reshape(8, columns, *job.subject.image_shape), -1, 1, column_labels=names)
+    picture.save_image_grid(path, x.reshape(8, columns, *job.subject.image_shape), -1, 1, column_labels=names)
 
 
 def main(config: Config) -> None:

@@ -36,7 +36,7 @@ from jaxtyping import Array, Float, install_import_hook, Key
 # Shapes and types are checked while the step is traced. JAXTYPING_DISABLE=1 turns this off.
 with install_import_hook("mf_eqx", "beartype.beartype"):
     import mf_eqx as mfx
-    from mf_eqx import checkpoint, data, run, vae
+    from mf_eqx import checkpoint, data, picture, run, vae
 
 PREVIEW_SEED = 2**31 - 1
 """Of the noise of all pictures."""
@@ -201,7 +201,7 @@ def generate(
 def save_samples(field: mfx.AbstractField, tokenizer: vae.Autoencoder, description: dict, path: Path) -> None:
     """A square of sixteen generated images."""
     x = np.asarray(generate(field, tokenizer, 16, description["labels"], tuple(description["data_shape"])))
-    run.save_image_grid(path, x.reshape(4, 4, *x.shape[1:]), -1, 1)
+    picture.save_image_grid(path, x.reshape(4, 4, *x.shape[1:]), -1, 1)
 
 
 def main(config: Config) -> None:
@@ -264,7 +264,7 @@ def save(
         if tokenizer is not None:
             save_samples(field, tokenizer, description, directory.path("samples.png"))
         if records := directory.records():
-            run.save_curves(directory.path("curves.png"), records)
+            picture.save_curves(directory.path("curves.png"), records)
 
 
 def of_size(size: mfx.DiTSize, **changes: Any) -> Config:

@@ -32,7 +32,7 @@ from jaxtyping import Array, Float, install_import_hook, Key
 # Shapes and types are checked while the step is traced. JAXTYPING_DISABLE=1 turns this off.
 with install_import_hook("mf_eqx", "beartype.beartype"):
     import mf_eqx as mfx
-    from mf_eqx import exact, metrics, run
+    from mf_eqx import exact, metrics, picture, run
 
 DATA: dict[str, Callable[[], exact.GaussianMixture]] = {
     "eight_gaussians": exact.eight_gaussians,
@@ -391,14 +391,16 @@ def save_pictures(config: Config, problem: Problem, results: Sequence[Result], d
     shown |= {method: [x[:, :2] for x in result.samples] for method, result in first.items()}
     counts = [f"{number} evaluation{'s' if number > 1 else ''}" for number in EVALUATIONS]
     path = directory.path(f"{problem.name}_samples.png")
-    run.save_point_grid(path, shown, counts, limit=problem.limit, title=f"{problem.name}: samples from the same noise")
+    picture.save_point_grid(
+        path, shown, counts, limit=problem.limit, title=f"{problem.name}: samples from the same noise"
+    )
     maps = {}
     for method in first.keys() - {"Exact"}:
         cells = [result.cells for result in results if result.method == method]
         maps[method] = functools.reduce(metrics.RelativeError.__add__, cells).value
     shown = {method: maps[method] for method in config.methods if np.any(np.asarray(maps.get(method, 0)) > 0)}
     if shown:
-        run.save_heat_maps(
+        picture.save_heat_maps(
             directory.path(f"{problem.name}_errors.png"),
             shown,
             EDGES,
@@ -410,9 +412,9 @@ def save_pictures(config: Config, problem: Problem, results: Sequence[Result], d
     if config.copies == 1:
         fields = {"truth": problem.truth} | {m: result.field for m, result in first.items() if m != "Exact"}
         eps = jr.normal(judged_keys().noise, (40, 2))
-        flows = {name: run.flow_of(field, eps, FLOW_TIMES, limit=problem.limit) for name, field in fields.items()}
+        flows = {name: picture.flow_of(field, eps, FLOW_TIMES, limit=problem.limit) for name, field in fields.items()}
         columns = [f"-u(z, 0, {t}), towards the data" for t in FLOW_TIMES]
-        run.save_flows(directory.path(f"{problem.name}_flows.png"), flows, columns, limit=problem.limit + 0.5)
+        picture.save_flows(directory.path(f"{problem.name}_flows.png"), flows, columns, limit=problem.limit + 0.5)
 
 
 def as_record(result: Result) -> dict[str, Any]:

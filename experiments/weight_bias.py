@@ -30,7 +30,7 @@ from jaxtyping import Array, Float, install_import_hook
 # Shapes and types are checked while the step is traced. JAXTYPING_DISABLE=1 turns this off.
 with install_import_hook("mf_eqx", "beartype.beartype"):
     import mf_eqx as mfx
-    from mf_eqx import exact, metrics, run
+    from mf_eqx import exact, metrics, picture, run
 
 EXACT, CONDITIONAL, MARGINAL = "flow of the weighted v", "MeanFlow, conditional target", "MeanFlow, marginal target"
 LINES = ("-", "--", ":", "-.")
@@ -142,18 +142,20 @@ def save_figure(path: Path, results: dict[Cell, Result]) -> None:
     """Errors and distances against p: colours are kinds, lines are offsets, points are seeds."""
     offsets, powers = (sorted(set(values)) for values in ([c.offset for c in results], [c.power for c in results]))
 
-    def series(name: str, kind: str, colour: str, offset: float, line: str) -> run.Series:
+    def series(name: str, kind: str, colour: str, offset: float, line: str) -> picture.Series:
         found = {
             c: r.figures[name] for c, r in results.items() if c.kind == kind and (c.offset == offset or not c.power)
         }
         values = {p: [value for c, value in found.items() if c.power == p] for p in powers}
-        return run.Series(f"{kind}, c = {offset:g}", values, colour, line)
+        return picture.Series(f"{kind}, c = {offset:g}", values, colour, line)
 
     kinds = ((EXACT, "black"), (CONDITIONAL, "C0"), (MARGINAL, "C1"))
     lines = list(zip(offsets, LINES, strict=False))
     names = ("error of v", "error of u", "sliced W2", "energy distance")
     panels = {name: [series(name, *kind, *line) for kind in kinds for line in lines] for name in names}
-    run.save_trends(path, panels, "power p", least=1e-4)  # without a weight it is the true flow: no error to be drawn
+    picture.save_trends(
+        path, panels, "power p", least=1e-4
+    )  # without a weight it is the true flow: no error to be drawn
 
 
 def note(cell: Cell, result: Result) -> str:
@@ -189,7 +191,7 @@ def save(config: Config, results: dict[Cell, Result], limit: float, directory: r
         for kind in (EXACT, CONDITIONAL, MARGINAL)
     }
     columns = [f"p = {power:g}" for power in config.powers]
-    run.save_point_grid(directory.path("samples.png"), shown, columns, limit=limit)
+    picture.save_point_grid(directory.path("samples.png"), shown, columns, limit=limit)
     print(
         f"{text}\n\n{time.perf_counter() - directory.opened:.0f} seconds. Pictures and results are in {directory.root}."
     )

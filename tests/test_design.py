@@ -25,7 +25,7 @@ LAYERS = {
     3: ["_objective", "_sample", "exact", "metrics", "vae"],
     4: ["_batch_objective", "_ema", "_optimizer", "_sharding", "_gradient"],
     5: ["_generate", "_train"],
-    6: ["checkpoint", "data", "released"],
+    6: ["checkpoint", "data", "measure", "picture", "released"],
     7: ["run"],
     9: ["__init__"],
 }

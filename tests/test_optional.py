@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from mf_eqx import run
+from mf_eqx import picture, run
 
 
 def test_missing_package_names_the_extra_to_install():
@@ -17,7 +17,7 @@ def test_missing_matplotlib_names_the_extra_to_install(monkeypatch, tmp_path):
     for name in ["matplotlib", *(name for name in sys.modules if name.startswith("matplotlib."))]:
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(run.MissingDependency, match="matplotlib is not installed"):
-        run.save_curves(tmp_path / "curves.png", [{"step": 1, "loss": 1.0}])
+        picture.save_curves(tmp_path / "curves.png", [{"step": 1, "loss": 1.0}])
 
 
 def test_import_that_fails_inside_another_package_passes_unchanged():

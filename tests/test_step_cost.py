@@ -13,7 +13,7 @@ import optax
 import pytest
 
 import mf_eqx as mfx
-from mf_eqx import run
+from mf_eqx import measure
 
 SHAPE, LABELS = (4, 32, 32), 1000
 DROPOUT = mfx.LabelDropout(0.1, LABELS)
@@ -40,7 +40,7 @@ def step_and_inputs(name, size, batch, **options):
 @functools.cache
 def cost(name, batch, **options):
     step, inputs = step_and_inputs(name, mfx.DIT_B4, batch, **options)
-    return run.compile_program(step, *inputs, donate=(0,)).cost
+    return measure.compile_program(step, *inputs, donate=(0,)).cost
 
 
 @pytest.mark.parametrize("name", ["MeanFlow", pytest.param("guided", marks=pytest.mark.slow)])
@@ -71,7 +71,7 @@ def test_gradient_moves_no_more_bytes_than_one_in_plain_flax():
     def moved(depth):
         size = mfx.DIT_B4._replace(depth=depth)
         _, (state, *rows) = step_and_inputs("Flow Matching", size, 16, unroll=True)
-        return run.compile_program(gradient, state.field, *rows, jr.key(0)).cost.bytes_accessed
+        return measure.compile_program(gradient, state.field, *rows, jr.key(0)).cost.bytes_accessed
 
     assert moved(3) - moved(2) <= 969e6 + 51e6 * (jax.__version_info__ >= (0, 11))
 

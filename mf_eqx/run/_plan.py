@@ -14,8 +14,8 @@ from .._batch import Batch
 from .._sharding import arrays_of
 from .._train import TrainState, TrainStep
 from ..data import Stream
+from ..measure import compile_program, product_flops
 from ._directory import as_json
-from ._program import compile_program, product_flops
 from ._progress import Work
 from ._settings import Settings
 from ._table import table

@@ -9,7 +9,7 @@ import jax
 import pytest
 
 import mf_eqx as mfx
-from mf_eqx import run
+from mf_eqx import measure, run
 
 ROOT = pathlib.Path(__file__).parents[2]
 NEEDED = {"one_step_vs_ode": ("sklearn", "beartype")}  # by the experiments that it imports
@@ -66,7 +66,7 @@ def finished(benchmark_script, resized, tmp_path_factory):
 
     def finish(name, sizes=(), **config):
         script, root = benchmark_script(name), tmp_path_factory.mktemp(name)
-        peak = functools.partial(run.matmul_peak, size=64, rounds=1)
+        peak = functools.partial(measure.matmul_peak, size=64, rounds=1)
         with resized(sizes), pytest.MonkeyPatch.context() as patch:
             patch.chdir(root)
             patch.setattr(run, "matmul_peak", peak)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mf_eqx import run
-from mf_eqx.run import Cost, Times
+from mf_eqx.measure import Cost, Times
 
 
 @pytest.fixture(scope="module")
@@ -251,7 +251,7 @@ def test_a_step_without_memory_costs_the_others_nothing(jvp_overhead, steps, set
     monkeypatch.setattr(run, "compile_program", compile_program)
     setting, config = setting._replace(model="MLP"), jvp_overhead.Config(model=("MLP",), variant=chosen, rounds=2)
     meter = jvp_overhead.Meter(run.Progress(1, stream=io.StringIO()))
-    found = {m.name: m.times for m in jvp_overhead.measure(config, setting, meter)}
+    found = {m.name: m.times for m in jvp_overhead.measured(config, setting, meter)}
     assert tuple(found) == chosen
     assert found["MeanFlow"] is None
     assert found["Flow Matching"].wall.size == found["SplitMeanFlow"].wall.size == 2

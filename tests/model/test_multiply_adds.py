@@ -7,7 +7,7 @@ import jax.random as jr
 import pytest
 
 import mf_eqx as mfx
-from mf_eqx import run
+from mf_eqx import measure
 
 # In units of 10^9; computed from the paper's description. The paper itself says 5.6, 23.1, 54.0 and 119.0.
 EXPECTED = {"B4": 5.56, "B2": 23.0, "M2": 53.8, "L2": 80.7, "XL2": 118.6}
@@ -23,7 +23,7 @@ def forward(size, unroll):
 @pytest.mark.parametrize("name", EXPECTED)
 def test_products_of_a_forward_pass_are_those_of_the_paper(name):
     inputs = forward(getattr(mfx, f"DIT_{name}"), 1)
-    flops = run.product_flops(lambda field, *inputs: field(*inputs), *inputs)
+    flops = measure.product_flops(lambda field, *inputs: field(*inputs), *inputs)
     assert flops / 2e9 == pytest.approx(EXPECTED[name], rel=0.01)
 
 

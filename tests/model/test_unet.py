@@ -9,7 +9,7 @@ import pytest
 from fields import FusedAttention
 
 import mf_eqx as mfx
-from mf_eqx import nn, run
+from mf_eqx import measure, nn
 
 SMALL = mfx.UNetSize(width=8, multipliers=(1, 2), blocks=2, attention=(4,))
 FLAT = mfx.UNetSize(width=8, multipliers=(1,), blocks=2, attention=())  # one resolution, with stacks of 2 and 3 blocks
@@ -128,7 +128,7 @@ def products_by_hand():
 def test_preset_costs_the_multiply_adds_of_its_blocks():
     time = jax.ShapeDtypeStruct((), jnp.float32)
     z = jax.ShapeDtypeStruct((3, 32, 32), jnp.float32)
-    flops = run.product_flops(lambda field, *inputs: field(*inputs), cifar10(), z, time, time)
+    flops = measure.product_flops(lambda field, *inputs: field(*inputs), cifar10(), z, time, time)
     assert products_by_hand() == pytest.approx(21.17e9, rel=1e-3)
     assert flops / 2 == pytest.approx(products_by_hand(), rel=1e-3)
 

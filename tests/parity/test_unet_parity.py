@@ -17,7 +17,7 @@ import pytest
 from random_tensors import random_tensor
 
 import mf_eqx as mfx
-from mf_eqx import nn, released, run
+from mf_eqx import measure, nn, released
 
 FROZEN = Path(__file__).with_name("unet.npz")
 SIDE, CHANNELS = 8, 3
@@ -241,7 +241,7 @@ def test_preset_costs_the_multiply_adds_of_torch():
         expected = unet_reference.multiply_adds(network, torch.zeros(1, 3, 32, 32), torch.zeros(1), torch.zeros(1))
     field = eqx.filter_eval_shape(lambda key: mfx.UNet((3, 32, 32), mfx.UNET_CIFAR10, key=key), jr.key(0))
     z, time = jax.ShapeDtypeStruct((3, 32, 32), jnp.float32), jax.ShapeDtypeStruct((), jnp.float32)
-    flops = run.product_flops(lambda field, *inputs: field(*inputs), field, z, time, time)
+    flops = measure.product_flops(lambda field, *inputs: field(*inputs), field, z, time, time)
     assert flops / 2 == pytest.approx(expected, rel=0.02)  # theirs has the products of resampling, too
 
 

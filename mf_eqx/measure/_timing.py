@@ -16,8 +16,6 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Float
 
-from ._progress import Progress
-
 
 @dataclasses.dataclass(frozen=True)
 class Times:
@@ -57,13 +55,14 @@ def time_interleaved(
     *,
     warm_up: int = 1,
     seed: int = 0,
-    progress: Progress | None = None,
+    report: Callable[[int, Mapping[str, float]], None] | None = None,
     done: int = 0,
 ) -> dict[str, Times]:
     """Time several things in rounds, each round in a new random order.
 
     **Arguments:** `calls` by name, each returning arrays to wait for; `rounds` to time; `warm_up` rounds before them,
-    not timed; `seed` of the order; `progress` told after each call, counting from `done`.
+    not timed; `seed` of the order; `report` called after each with the number of calls so far, counting from
+    `done`, and the seconds.
 
     **Raises:** `ValueError` unless rounds >= 1.
     """
@@ -79,8 +78,8 @@ def time_interleaved(
             if turn >= 0:
                 seconds[name].append(spent)
             done += 1
-            if progress is not None:
-                progress.update(done, {"seconds": spent[0]})
+            if report is not None:
+                report(done, {"seconds": spent[0]})
     return {name: Times(*np.array(pairs).T) for name, pairs in seconds.items()}
 
 

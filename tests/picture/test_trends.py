@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mf_eqx import run
+from mf_eqx import picture
 
 pytest.importorskip("matplotlib")
 
@@ -16,13 +16,13 @@ def drawn(path, monkeypatch, panels, **options):
     monkeypatch.setattr(
         Figure, "savefig", lambda figure, *rest, **more: figures.append(figure) or save(figure, *rest, **more)
     )
-    run.save_trends(path, panels, "p", **options)
+    picture.save_trends(path, panels, "p", **options)
     assert path.read_bytes().startswith(b"\x89PNG")
     return figures[0]
 
 
 def test_points_are_seeds_and_lines_their_means(tmp_path, monkeypatch):
-    series = run.Series("one", {0.0: [1.0, 3.0], 1.0: [4.0, 8.0]}, "C0", "--")
+    series = picture.Series("one", {0.0: [1.0, 3.0], 1.0: [4.0, 8.0]}, "C0", "--")
     (panel,) = drawn(tmp_path / "a.png", monkeypatch, {"error": [series]}).axes
     points, means = panel.lines
     np.testing.assert_array_equal(points.get_xydata(), [[0, 1], [0, 3], [1, 4], [1, 8]])
@@ -31,6 +31,9 @@ def test_points_are_seeds_and_lines_their_means(tmp_path, monkeypatch):
 
 
 def test_values_that_a_logarithmic_axis_has_no_place_for_are_left_out(tmp_path, monkeypatch):
-    series = [run.Series("one", {0.0: [1e-6], 1.0: [2.0]}, "C0"), run.Series("none", {0.0: [0.0], 1.0: [0.0]}, "C1")]
+    series = [
+        picture.Series("one", {0.0: [1e-6], 1.0: [2.0]}, "C0"),
+        picture.Series("none", {0.0: [0.0], 1.0: [0.0]}, "C1"),
+    ]
     (panel,) = drawn(tmp_path / "a.png", monkeypatch, {"error": series}, least=1e-4).axes
     assert [line.get_xydata().tolist() for line in panel.lines] == [[[1, 2]], [[1, 2]]]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mf_eqx import run
-from mf_eqx.run import _timing, matmul_peak, time_interleaved, Times
+from mf_eqx.measure import _timing, matmul_peak, time_interleaved, Times
 
 
 def recorder(names):
@@ -71,7 +71,7 @@ def test_spread_is_the_distance_of_the_quartiles():
 def test_progress_counts_every_call():
     progress, seen = run.Progress(20), []
     progress.update = lambda step, metrics: seen.append(step)
-    time_interleaved({"a": lambda: None, "b": lambda: None}, 2, warm_up=1, progress=progress, done=10)
+    time_interleaved({"a": lambda: None, "b": lambda: None}, 2, warm_up=1, report=progress.update, done=10)
     assert seen == [11, 12, 13, 14, 15, 16]
 
 

@@ -4,7 +4,7 @@ import warnings
 import numpy as np
 import pytest
 
-from mf_eqx import run
+from mf_eqx import picture
 
 image = pytest.importorskip("matplotlib.image")
 figure = pytest.importorskip("matplotlib.figure")
@@ -13,9 +13,9 @@ RNG = np.random.default_rng(0)
 POINTS = {"MeanFlow": [RNG.uniform(-1, 1, (n, 2)) for n in (5, 6)], "truth": [RNG.uniform(-1, 1, (7, 2))] * 2}
 
 
-def flow(seed: int) -> run.Flow:
+def flow(seed: int) -> picture.Flow:
     rng = np.random.default_rng(seed)
-    return run.Flow(*(rng.uniform(-1, 1, shape) for shape in ((3, 4, 2), (6, 2), (2, 6, 2))))
+    return picture.Flow(*(rng.uniform(-1, 1, shape) for shape in ((3, 4, 2), (6, 2), (2, 6, 2))))
 
 
 FLOWS = {"truth": flow(0), "MeanFlow": flow(1)}
@@ -24,9 +24,9 @@ MAP = 10.0 ** -np.arange(9.0).reshape(3, 3)
 LABELS = {"row_label": "r", "column_label": "t", "value_label": "error"}
 
 SAVERS = {
-    "points": lambda path, **options: run.save_point_grid(path, POINTS, ["one", "two"], limit=2, **options),
-    "flows": lambda path, **options: run.save_flows(path, FLOWS, ["one", "two"], limit=2, **options),
-    "maps": lambda path, **options: run.save_heat_maps(path, {"MeanFlow": MAP}, EDGES, **LABELS, **options),
+    "points": lambda path, **options: picture.save_point_grid(path, POINTS, ["one", "two"], limit=2, **options),
+    "flows": lambda path, **options: picture.save_flows(path, FLOWS, ["one", "two"], limit=2, **options),
+    "maps": lambda path, **options: picture.save_heat_maps(path, {"MeanFlow": MAP}, EDGES, **LABELS, **options),
 }
 each = pytest.mark.parametrize("save", SAVERS.values(), ids=SAVERS)
 
@@ -100,7 +100,7 @@ def test_global_state_of_pyplot_is_not_touched(path, save):
 
 
 def test_each_sample_is_drawn_in_the_panel_of_its_row_and_column(path, saved):
-    run.save_point_grid(path, POINTS, ["one", "two"], limit=2)
+    picture.save_point_grid(path, POINTS, ["one", "two"], limit=2)
     for row, samples in zip(grid(saved), POINTS.values(), strict=True):
         for panel, sample in zip(row, samples, strict=True):
             (drawn,) = panel.collections
@@ -108,12 +108,12 @@ def test_each_sample_is_drawn_in_the_panel_of_its_row_and_column(path, saved):
 
 
 def test_names_of_samples_stand_left_and_those_of_columns_above(path, saved):
-    run.save_point_grid(path, POINTS, ["one", "two"], limit=2)
+    picture.save_point_grid(path, POINTS, ["one", "two"], limit=2)
     assert names(grid(saved)) == (["one", "two"], ["MeanFlow", "truth"])
 
 
 def test_a_single_sample_is_drawn(path, saved):
-    run.save_point_grid(path, {"truth": [np.zeros((1, 2))]}, ["one"], limit=2)
+    picture.save_point_grid(path, {"truth": [np.zeros((1, 2))]}, ["one"], limit=2)
     assert names(grid(saved)) == (["one"], ["truth"])
 
 
@@ -130,19 +130,19 @@ def test_all_panels_of_the_plane_have_the_same_limits(path, saved, kind):
 )
 def test_the_share_of_points_outside_is_written(path, saved, outside):
     sample = np.concatenate([np.zeros((7, 2)), [outside]])
-    run.save_point_grid(path, {"truth": [sample, np.zeros((8, 2))]}, ["one", "two"], limit=2)
+    picture.save_point_grid(path, {"truth": [sample, np.zeros((8, 2))]}, ["one", "two"], limit=2)
     assert [texts(panel) for panel in grid(saved)[0]] == [["12.5% outside"], []]
 
 
 def test_points_on_the_edge_are_not_outside(path, saved):
-    run.save_point_grid(path, {"truth": [np.array([[2.0, -2.0]])]}, ["one"], limit=2)
+    picture.save_point_grid(path, {"truth": [np.array([[2.0, -2.0]])]}, ["one"], limit=2)
     assert texts(grid(saved)[0, 0]) == []
 
 
 def test_an_empty_sample_is_an_empty_panel_without_a_warning(path, saved):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        run.save_point_grid(path, {"truth": [np.zeros((0, 2))]}, ["one"], limit=2)
+        picture.save_point_grid(path, {"truth": [np.zeros((0, 2))]}, ["one"], limit=2)
     assert texts(grid(saved)[0, 0]) == []
 
 
@@ -150,12 +150,12 @@ def test_an_empty_sample_is_an_empty_panel_without_a_warning(path, saved):
 
 
 def test_trajectories_come_first_and_then_the_arrows_of_each_column(path, saved):
-    run.save_flows(path, FLOWS, ["one", "two"], limit=2)
+    picture.save_flows(path, FLOWS, ["one", "two"], limit=2)
     assert names(grid(saved)) == (["trajectories", "one", "two"], ["truth", "MeanFlow"])
 
 
 def test_each_field_has_its_paths_above_the_true_ones(path, saved):
-    run.save_flows(path, FLOWS, ["one", "two"], limit=2)
+    picture.save_flows(path, FLOWS, ["one", "two"], limit=2)
     for row, own in zip(grid(saved), FLOWS.values(), strict=True):
         drawn = [line.get_xydata() for line in row[0].lines]
         np.testing.assert_array_equal(drawn, [*FLOWS["truth"].paths, *own.paths])
@@ -163,14 +163,14 @@ def test_each_field_has_its_paths_above_the_true_ones(path, saved):
 
 
 def test_dots_mark_the_ends_of_the_paths(path, saved):
-    run.save_flows(path, FLOWS, ["one", "two"], limit=2)
+    picture.save_flows(path, FLOWS, ["one", "two"], limit=2)
     for row, own in zip(grid(saved), FLOWS.values(), strict=True):
         (dots,) = row[0].collections
         np.testing.assert_array_equal(dots.get_offsets(), own.paths[:, -1])
 
 
 def test_arrows_are_the_vectors_at_the_points(path, saved):
-    run.save_flows(path, FLOWS, ["one", "two"], limit=2)
+    picture.save_flows(path, FLOWS, ["one", "two"], limit=2)
     for row, own in zip(grid(saved), FLOWS.values(), strict=True):
         for panel, vectors in zip(row[1:], own.arrows, strict=True):
             (arrows,) = panel.collections
@@ -179,12 +179,12 @@ def test_arrows_are_the_vectors_at_the_points(path, saved):
 
 
 def test_all_arrows_have_one_scale(path, saved):
-    run.save_flows(path, FLOWS, ["one", "two"], limit=2)
+    picture.save_flows(path, FLOWS, ["one", "two"], limit=2)
     assert {panel.collections[0].scale for panel in grid(saved)[:, 1:].flat} == {10}
 
 
 def test_a_field_without_columns_has_its_paths_only(path, saved):
-    run.save_flows(path, {"truth": flow(0)._replace(arrows=np.zeros((0, 6, 2)))}, [], limit=2)
+    picture.save_flows(path, {"truth": flow(0)._replace(arrows=np.zeros((0, 6, 2)))}, [], limit=2)
     assert names(grid(saved)) == (["trajectories"], ["truth"])
 
 
@@ -192,7 +192,7 @@ def test_a_field_without_columns_has_its_paths_only(path, saved):
 
 
 def maps_saved(path, saved, maps):
-    run.save_heat_maps(path, maps, EDGES, **LABELS)
+    picture.save_heat_maps(path, maps, EDGES, **LABELS)
     return saved[-1].axes[: len(maps)]
 
 
@@ -234,7 +234,7 @@ def test_empty_cells_have_no_colour(path, saved):
 
 
 def test_a_map_of_equal_values_is_drawn(path):
-    run.save_heat_maps(path, {"MeanFlow": np.full((3, 3), 0.1)}, EDGES, **LABELS)
+    picture.save_heat_maps(path, {"MeanFlow": np.full((3, 3), 0.1)}, EDGES, **LABELS)
     assert image.imread(path).std() > 0.01
 
 
@@ -245,21 +245,21 @@ def test_a_map_of_equal_values_is_drawn(path):
 def test_columns_that_do_not_fit_a_row_are_refused(path, columns):
     message = f"columns must be 2 titles as in the row '{{}}', got {len(columns)}"
     with pytest.raises(ValueError, match=message.format("MeanFlow")):
-        run.save_point_grid(path, POINTS, columns, limit=2)
+        picture.save_point_grid(path, POINTS, columns, limit=2)
     with pytest.raises(ValueError, match=message.format("truth")):
-        run.save_flows(path, FLOWS, columns, limit=2)
+        picture.save_flows(path, FLOWS, columns, limit=2)
     assert not path.exists()
 
 
 @pytest.mark.parametrize("limit", [0.0, -1.0, float("nan")])
 def test_a_limit_that_is_not_positive_is_refused(path, limit):
     with pytest.raises(ValueError, match="limit must be > 0"):
-        run.save_point_grid(path, POINTS, ["one", "two"], limit=limit)
+        picture.save_point_grid(path, POINTS, ["one", "two"], limit=limit)
     with pytest.raises(ValueError, match="limit must be > 0"):
-        run.save_flows(path, FLOWS, ["one", "two"], limit=limit)
+        picture.save_flows(path, FLOWS, ["one", "two"], limit=limit)
 
 
 @pytest.mark.parametrize("maps", [{}, {"MeanFlow": np.full((3, 3), np.nan)}, {"MeanFlow": np.zeros((3, 3))}])
 def test_maps_without_a_positive_number_are_refused(path, maps):
     with pytest.raises(ValueError, match="maps must hold at least one positive number"):
-        run.save_heat_maps(path, maps, EDGES, **LABELS)
+        picture.save_heat_maps(path, maps, EDGES, **LABELS)

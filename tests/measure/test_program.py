@@ -5,7 +5,7 @@ import jax.random as jr
 import numpy as np
 import pytest
 
-from mf_eqx.run import compile_program, product_flops
+from mf_eqx.measure import compile_program, product_flops
 
 
 class Model(eqx.Module):

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from mf_eqx import run
+from mf_eqx import picture
 
 image = pytest.importorskip("matplotlib.image")
 
@@ -14,7 +14,7 @@ def grid(rows: int = 2, columns: int = 3, channels: int = 1, height: int = 4, wi
 
 def saved(tmp_path, images, low: float = 0.0, high: float = 16.0, **options) -> np.ndarray:
     """The colours of the saved file, as bytes."""
-    run.save_image_grid(tmp_path / "grid.png", images, low, high, **options)
+    picture.save_image_grid(tmp_path / "grid.png", images, low, high, **options)
     return np.round(255 * image.imread(tmp_path / "grid.png")[..., :3]).astype(np.uint8)
 
 

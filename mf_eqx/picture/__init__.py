@@ -1,0 +1,22 @@
+"""What is drawn of a run, as PNG files, by matplotlib (extra `experiments`), which is loaded where it is used.
+
+    save_image_grid     samples of images
+    save_point_grid     samples in the plane, by method and number of evaluations
+    save_flows          paths of points in the plane (`flow_of` follows a field)
+    save_heat_maps      a number by cells of two axes, such as an error by r and t
+    save_curves         metrics of runs over steps
+    save_trends         one number over another, by series
+
+Imported explicitly (`from mf_eqx import picture`).
+"""
+
+from ._curves import save_curves as save_curves
+from ._image_grid import save_image_grid as save_image_grid
+from ._plane import (
+    Flow as Flow,
+    flow_of as flow_of,
+    save_flows as save_flows,
+    save_heat_maps as save_heat_maps,
+    save_point_grid as save_point_grid,
+)
+from ._trends import save_trends as save_trends, Series as Series
