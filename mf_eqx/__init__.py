@@ -14,6 +14,7 @@ from ._ema import ExponentialAverage as ExponentialAverage
 from ._field import (
     AbstractField as AbstractField,
     AbstractFieldWithVelocity as AbstractFieldWithVelocity,
+    stopped as stopped,
     WithVelocity as WithVelocity,
 )
 from ._generate import Generator as Generator
@@ -67,7 +68,7 @@ from ._sample import (
     sample_heun as sample_heun,
     uniform_times as uniform_times,
 )
-from ._schedule import Schedule as Schedule, SigmoidSchedule as SigmoidSchedule
+from ._schedule import at_step as at_step, Schedule as Schedule, SigmoidSchedule as SigmoidSchedule
 from ._sharding import Parallelism as Parallelism, Placement as Placement
 from ._times import (
     AbstractTimes as AbstractTimes,

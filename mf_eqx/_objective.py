@@ -261,6 +261,7 @@ class Objective(AbstractObjective):
             drop_probability=self._drop_probability if boundary or self._drops_any_row else 0.0,
             label_dropout=self.label_dropout,
             velocity=self.velocity,
+            with_pair=self.guidance is None and self.velocity is None,
         )
 
     def _boundary_term(self, field: AbstractField, row: Row) -> tuple[Float[Array, "*data"], Scalar]:

@@ -50,7 +50,8 @@ class Row(eqx.Module):
       see the same dropout mask. Fold it with a large number for draws of your own: `fold_in(key, i)` with a small i is
       `split(key, n)[i]`, which the field may use. None without dropout and draws.
     - `context`: training step and teacher. None where nothing trains: in proofs and metrics.
-    - `x`, `eps`, `path`: data, noise and interpolant that made z. None where z was drawn otherwise.
+    - `x`, `eps`, `path`: data, noise and interpolant that made z. None where z was drawn otherwise, and where an
+      objective guides or has a `velocity`, of which they know nothing.
     - `dropped`: whether the condition was dropped.
     """
 
@@ -93,7 +94,10 @@ class Row(eqx.Module):
         **Raises:** `ValueError` if the row does not know its x, eps and path.
         """
         if self.x is None or self.eps is None or self.path is None:
-            raise ValueError("x, eps and path must be given for the state at another time, this row has z and v alone")
+            raise ValueError(
+                "x, eps and path must be given for the state at another time, this row has z and v alone (in training "
+                "with guidance or a given velocity, which they know nothing of, or where none trains)"
+            )
         return self.path.state_and_velocity(self.x, self.eps, time)[0]
 
     def evaluate(self, field: AbstractField, z: Float[Array, "*data"], r: Time, t: Time) -> Float[Array, "..."]:
@@ -116,7 +120,7 @@ class Drawing:
     """How rows of one kind are drawn: those of the boundary, r = t, or those of an identity.
 
     **Arguments:** `is_boundary` the kind; `ends_at_data` whether r is 0; `drop_probability` of each row's condition;
-    the others as in `Objective`.
+    `with_pair` whether rows know their x and eps; the others as in `Objective`.
     """
 
     is_boundary: bool
@@ -127,6 +131,7 @@ class Drawing:
     drop_probability: float
     label_dropout: LabelDropout | None
     velocity: Callable[[Float[Array, "*data"], Time, Condition], Float[Array, "*data"]] | None
+    with_pair: bool
 
     def __call__(self, example: Batch, key: Key[Array, ""], context: Context | None) -> Row:
         """The row of one example.
@@ -162,7 +167,8 @@ class Drawing:
             v = jax.lax.stop_gradient(self.velocity(z, t, condition).astype(z.dtype))
             if v.shape != z.shape:
                 raise ValueError(f"velocity must return the shape of z, {z.shape}, got {v.shape}")
-        return Row(z, v, r, t, condition, key=field_key, context=context, x=x, eps=eps, path=self.path, dropped=dropped)
+        pair = {"x": x, "eps": eps, "path": self.path} if self.with_pair else {}
+        return Row(z, v, r, t, condition, key=field_key, context=context, dropped=dropped, **pair)
 
     def _draw_times(self, key: Key[Array, ""]) -> tuple[TimeLike, TimeLike]:
         if self.is_boundary and self.boundary_times is not None:

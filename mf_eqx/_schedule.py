@@ -13,7 +13,8 @@ from ._row import Context
 from ._validate import check_positive
 
 Schedule: TypeAlias = float | Callable[[Int[Array, ""]], ScalarLike]
-"""A number, or a function from the number of finished training steps to one, such as those of `optax.schedules`."""
+"""A number, or a function from the number of finished training steps to one, such as those of `optax.schedules`. The
+range of a number is checked, that of a function is not."""
 
 
 class SigmoidSchedule(eqx.Module):

@@ -14,6 +14,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+import numpy as np
 import optax
 from jaxtyping import Array, Bool, Int, Key, PyTree
 
@@ -152,7 +153,7 @@ class TrainStep(eqx.Module):
     accumulation: int = 1
     parallelism: Parallelism | None = None
     unroll: bool = False
-    teacher: int | AbstractField | None = None
+    teacher: int | np.integer | AbstractField | None = None
 
     def __check_init__(self):
         check_optimizer(self.optimizer)
@@ -160,9 +161,11 @@ class TrainStep(eqx.Module):
             raise ValueError(f"accumulation must be >= 1, got {self.accumulation}")
         if self.accumulation > 1 and self.objective.divisor is None:
             raise ValueError(f"accumulation must be 1 for a loss that is no mean over rows, got {self.accumulation}")
+        if self.objective.divisor is not None and jax.tree.leaves(jax.eval_shape(self.objective.init)):
+            raise ValueError("objective must have divisor None if it has a state, which parts of a batch cannot share")
         if self.objective.needs_teacher and self.teacher is None:
             raise ValueError("teacher must be one of the averages or a frozen field for this objective, got None")
-        if isinstance(self.teacher, int) and not 0 <= self.teacher < len(self.averages):
+        if isinstance(self.teacher, int | np.integer) and not 0 <= self.teacher < len(self.averages):
             raise ValueError(f"teacher must be the number of one of {len(self.averages)} averages, got {self.teacher}")
 
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -182,7 +185,7 @@ class TrainStep(eqx.Module):
 
     def context(self, state: TrainState) -> Context:
         """What the objective may know of a state."""
-        teacher = state.averages[self.teacher] if isinstance(self.teacher, int) else self.teacher
+        teacher = state.averages[self.teacher] if isinstance(self.teacher, int | np.integer) else self.teacher
         return Context(state.step, teacher)
 
 

@@ -22,8 +22,8 @@ class AbstractWeight(eqx.Module):
     def __call__(self, error: Scalar, row: Row) -> Scalar:
         r"""The weight. No gradient passes through it.
 
-        **Arguments:** `error` $\|\Delta\|^2$, summed over the dimensions; `row` the example: its times, its training
-        step.
+        **Arguments:** `error` $\|\Delta\|^2$, summed over the dimensions; `row` the example: its times, which may
+        be exactly 0 and 1, its training step.
         """
 
 

@@ -26,6 +26,7 @@ if importlib.util.find_spec("beartype") is not None:
 QUICK = ["--xla_backend_optimization_level=0", "--xla_cpu_use_fusion_emitters=false"]
 MOST_MEMORY = 4e9  # bytes that all processes of a run may need together
 MOST_KEPT = 1.2e9  # bytes that a process may keep after a module
+MOST_WITHIN = 1.7e9  # and after a test
 PEAKS = []
 PROBE = "import jax; jax.jit(lambda: 0)(); assert jax.default_backend() == 'cpu'"
 
@@ -87,14 +88,26 @@ def settled():
     many: not after each module, since all use the same small ones."""
     yield
     if resident() > MOST_KEPT:
-        gc.unfreeze()
-        eqx.clear_caches()
-        jax.clear_caches()
-        gc.collect()
-        if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
-            trim(0)  # what is free goes back to the system
+        drop_programs()
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def within_memory():
+    """Programs are dropped within a module too, if it makes very many."""
+    yield
+    if resident() > MOST_WITHIN:
+        drop_programs()
+
+
+def drop_programs():
+    gc.unfreeze()
+    eqx.clear_caches()
+    jax.clear_caches()
+    gc.collect()
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
+        trim(0)  # what is free goes back to the system
 
 
 def resident():

@@ -25,10 +25,21 @@ from .._mean import Mean, Metrics
 from .._objective import AbstractObjective
 from .._row import Context
 from .._sample import sample
+from .._validate import check_finite
+
+
+def _as_floats(values: Any) -> Float[Array, "..."]:
+    values = jnp.asarray(values)
+    return at_least_float32(values if jnp.issubdtype(values.dtype, jnp.floating) else values.astype(float))
+
+
+def _product(a: Float[Array, "n k"], b: Float[Array, "k m"]) -> Float[Array, "n m"]:
+    return jnp.matmul(a, b, precision="highest")  # on recent GPUs float32 products are TF32 otherwise
 
 
 class RunningMoments(eqx.Module):
-    """Sums over steps, each weighed by what is left of it: `weight`, and that times mean and mean product."""
+    """Sums over steps of the features minus the mean of the data's, each weighed by what is left of it: `weight`, and
+    that times mean and mean product."""
 
     weight: Float[Array, ""]
     mean: Float[Array, " features"]
@@ -43,14 +54,19 @@ class FrechetLoss(AbstractObjective):
 
     **Arguments:** `mean`, `covariance` of the features of the data; `features` from one sample to a vector, by default
     the sample as one; `decay` d of the running averages, in [0, 1): 0.999 in the paper.
+
+    The dtype of the moments is that of the computation. In float32 eigenvalues below some 1e-6 of the largest are lost,
+    and with them their part of the gradient: hand in float64 moments where the device has it.
     """
 
-    mean: Float[Array, " features"] = eqx.field(converter=jnp.asarray)
-    covariance: Float[Array, "features features"] = eqx.field(converter=jnp.asarray)
+    mean: Float[Array, " features"] = eqx.field(converter=_as_floats)
+    covariance: Float[Array, "features features"] = eqx.field(converter=_as_floats)
     features: Callable[[Float[Array, "*data"]], Float[Array, " features"]] = jnp.ravel
     decay: float = eqx.field(default=0.999, converter=float)
 
     def __check_init__(self):
+        check_finite("mean", self.mean)
+        check_finite("covariance", self.covariance)
         if not 0 <= self.decay < 1:
             raise ValueError(f"decay must lie in [0, 1), got {self.decay}")
 
@@ -73,10 +89,10 @@ class FrechetLoss(AbstractObjective):
     ) -> tuple[Scalar, tuple[Metrics, RunningMoments]]:
         def generated(example: Batch) -> Float[Array, " features"]:
             eps = jr.normal(jr.fold_in(key, example.index), example.x.shape, at_least_float32(example.x).dtype)
-            return self.features(sample(field, eps, example.condition))
+            return self.features(sample(field, eps, example.condition)).astype(self.mean.dtype) - self.mean
 
-        y = jax.vmap(generated)(batch).astype(self.mean.dtype)
-        new = RunningMoments(jnp.ones((), y.dtype), jnp.mean(y, axis=0), y.T @ y / len(y))
+        y = jax.vmap(generated)(batch)
+        new = RunningMoments(jnp.ones((), y.dtype), jnp.mean(y, axis=0), _product(y.T, y) / len(y))
         state = jax.tree.map(lambda old, new: self.decay * old + (1 - self.decay) * new, state, new)
         mean = state.mean / state.weight
         loss = self._distance(mean, state.product / state.weight - jnp.outer(mean, mean))
@@ -84,7 +100,7 @@ class FrechetLoss(AbstractObjective):
 
     def _distance(self, mean: Float[Array, " features"], covariance: Float[Array, "features features"]) -> Scalar:
         values, vectors = jnp.linalg.eigh(self.covariance)
-        root = (vectors * jnp.sqrt(jnp.maximum(values, 0))) @ vectors.T
-        squares = jnp.linalg.eigvalsh(root @ covariance @ root)
+        root = _product(vectors * jnp.sqrt(jnp.maximum(values, 0)), vectors.T)
+        squares = jnp.linalg.eigvalsh(_product(root, _product(covariance, root)))
         cross = jnp.sum(jnp.sqrt(jnp.maximum(squares, jnp.finfo(squares.dtype).tiny)))
-        return jnp.sum((mean - self.mean) ** 2) + jnp.trace(covariance) + jnp.trace(self.covariance) - 2 * cross
+        return jnp.sum(mean**2) + jnp.trace(covariance) + jnp.trace(self.covariance) - 2 * cross

@@ -30,6 +30,8 @@ from .._validate import check_positive
 from .base import AbstractIdentityWithLoss
 from .facts import Facts
 
+LEAST_GAP = 1 / 1024
+
 
 class ConsistencyTraining(AbstractIdentityWithLoss):
     r"""The residual $X_{t \to 0}(z_t) - \mathrm{sg}(X_{s \to 0}(z_s))$ with s = (1 - gap) t, on rows with r = 0.
@@ -37,8 +39,9 @@ class ConsistencyTraining(AbstractIdentityWithLoss):
     Learns from x and $\epsilon$, so that neither guidance nor a given velocity reaches it. u(z, r, t) for r > 0, and so
     sampling by several steps of u, is learnt from boundary rows at most.
 
-    **Arguments:** `gap` in (0, 1], or a schedule of it: `optax.exponential_decay(1.0, d, 0.5, staircase=True)` for
-    stages of d steps. `offset` c for one dimension, > 0: for n of them it is $c \sqrt{n}$; 0.00054 in iCT.
+    **Arguments:** `gap` in (0, 1], or a schedule of it: `optax.exponential_decay(1.0, d, 0.5, staircase=True,
+    end_value=1 / 256)` for stages of d steps; below 1/1024 it counts as that, since s = t says nothing. `offset` c for
+    one dimension, > 0: for n of them it is $c \sqrt{n}$; 0.00054 in iCT.
     """
 
     gap: Schedule = eqx.field(converter=as_schedule("gap", 0.0, 1.0))
@@ -54,7 +57,8 @@ class ConsistencyTraining(AbstractIdentityWithLoss):
         return Facts(trains_velocity=False, uses_velocity=False, uses_pair=True, ends_at_data=True, exact=False)
 
     def residual_and_loss(self, field: AbstractField, row: Row) -> tuple[Float[Array, "*data"], Scalar]:
-        s = row.t * (1 - at_step(self.gap, row.context).astype(row.t.dtype))
+        gap = jnp.maximum(at_step(self.gap, row.context), LEAST_GAP).astype(row.t.dtype)
+        s = row.t * (1 - gap)
         start, zero = row.at(s), jnp.zeros_like(row.t)
         end = start - s * row.evaluate(stopped(field), start, zero, s)
         residual = row.z - row.t * row.evaluate(field, row.z, zero, row.t) - jax.lax.stop_gradient(end)

@@ -11,10 +11,11 @@ class Facts:
     """
 
     degenerate: bool = False
-    """Whether the equation alone leaves the average velocity open: u = 0 solves it, say, or it follows u(z, t, t),
-    which it does not train. Then an identity share of 1 is refused."""
+    """Whether rows with r < t alone do not determine the average velocity: another field, such as u = 0, solves the
+    equation too. Then an identity share of 1 is refused."""
     trains_velocity: bool = True
-    """Whether it alone determines u(z, t, t)."""
+    """Whether rows with r < t also train u(z, t, t), as a limit. If not, v and sampling by Euler steps rest on the
+    boundary rows alone."""
     uses_velocity: bool = True
     """Whether `Row.v` enters. If not, no guidance passes are spent on its rows: guidance comes from the boundary."""
     uses_pair: bool = False
@@ -28,9 +29,10 @@ class Facts:
     needs_velocity_head: bool = False
     """Whether it evaluates `AbstractFieldWithVelocity.with_velocity`: other fields are refused."""
     group: int = 1
-    """How many rows its loss compares: they share r and t, and lie next to each other in the batch."""
+    """How many rows its loss compares: they share r and t, and follow one another among the identity's rows."""
     exact: bool = True
-    """Whether the average velocity, with the marginal v, leaves no residual. If not, only a limit of it does."""
+    """Whether the average velocity, with the marginal v and without guidance, leaves no residual. If not, it does so in
+    a limit of the method's parameters alone."""
 
     def __post_init__(self):
         if self.group < 1:

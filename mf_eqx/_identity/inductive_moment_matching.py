@@ -23,6 +23,7 @@ from .._field import AbstractField, stopped
 from .._row import Row
 from .._schedule import as_schedule, at_step, Schedule
 from .base import AbstractIdentityWithLoss
+from .consistency_training import LEAST_GAP
 from .facts import Facts
 
 
@@ -31,7 +32,8 @@ class InductiveMomentMatching(AbstractIdentityWithLoss):
 
     Learns from x and $\epsilon$, so that neither guidance nor a given velocity reaches it.
 
-    **Arguments:** `gap` of time in (0, 1], or a schedule of it; `particles` M, 4 in the paper.
+    **Arguments:** `gap` of time in (0, 1], or a schedule of it; below 1/1024 it counts as that. `particles` M, 4 in the
+    paper.
     """
 
     gap: Schedule = eqx.field(default=1 / 64, converter=as_schedule("gap", 0.0, 1.0))
@@ -48,7 +50,7 @@ class InductiveMomentMatching(AbstractIdentityWithLoss):
         return Facts(uses_velocity=False, uses_pair=True, group=self.particles, exact=False)
 
     def residual_and_loss(self, field: AbstractField, row: Row) -> tuple[Float[Array, "particles *data"], Scalar]:
-        gap = at_step(self.gap, row.context).astype(row.t.dtype)
+        gap = jnp.maximum(at_step(self.gap, row.context), LEAST_GAP).astype(row.t.dtype)
 
         def ends(row: Row) -> tuple[Float[Array, "*data"], Float[Array, "*data"]]:
             s = jnp.maximum(row.r, row.t - gap)

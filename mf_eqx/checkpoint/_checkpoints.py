@@ -374,9 +374,11 @@ def _quietly() -> Iterator[None]:
             logger.setLevel(logging.CRITICAL + 1)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            yield
+            try:
+                yield
+            finally:
+                gc.collect()  # asyncio tells of abandoned tasks when it drops them: now, not later
     finally:
-        gc.collect()  # asyncio tells the errors of abandoned tasks when it drops them: now, not later
         sys.unraisablehook = hook
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)

@@ -255,7 +255,14 @@ def relative_identity_residual(
     or None; `context` for identities that want one; `key` for those that draw (`SplitMeanFlow`), else None.
 
     **Returns:** the ratio, 0 for an average velocity.
+
+    **Raises:** `ValueError` for methods that want more than z and v: the pair of x and noise, a group of rows, or a
+    velocity head.
     """
+    facts = identity.facts
+    if facts.uses_pair or facts.group > 1 or facts.needs_velocity_head:
+        name = type(identity).__name__
+        raise ValueError(f"identity must be an equation of z and v alone here, got {name}")
     return _root_ratio(_identity_residuals(identity, field, (z, v, r, t, condition), context, key), v)
 
 

@@ -143,3 +143,21 @@ def on_devices():
 @pytest.mark.parametrize("name", ["FrechetLoss", "InductiveMomentMatching", "TerminalVelocityMatching"])
 def test_eight_devices_train_as_one_does(on_devices, name):
     assert on_devices[name] < 1e-10
+
+
+def test_integers_are_moments_and_moments_that_are_not_finite_are_refused():
+    whole = mfx.FrechetLoss([0, 1], [[1, 0], [0, 1]])
+    gradient = eqx.filter_grad(lambda f: whole.evaluate(f, BATCH, whole.init(), key=jr.key(0))[0])(affine())
+    assert all((leaf != 0).any() for leaf in jax.tree.leaves(gradient))
+    for moments in (([np.nan, 0.0], np.eye(2)), ([0.0, 0.0], np.diag([1.0, np.inf]))):
+        with pytest.raises(ValueError, match="must be finite"):
+            mfx.FrechetLoss(*moments)
+
+
+def test_a_mean_far_from_zero_costs_no_precision():
+    def slope(mean):
+        objective = mfx.FrechetLoss(np.full(2, mean), 0.01 * np.eye(2))
+        field = Affine(0.2 * jnp.eye(2), objective.mean)
+        return eqx.filter_grad(lambda f: objective.evaluate(f, BATCH, objective.init(), key=jr.key(0))[0])(field).matrix
+
+    np.testing.assert_allclose(slope(1000.0), slope(0.0), rtol=0.02, atol=0.002)

@@ -9,7 +9,7 @@ import jax
 import pytest
 
 import mf_eqx as mfx
-from mf_eqx import measure, run
+from mf_eqx import measure
 
 ROOT = pathlib.Path(__file__).parents[2]
 NEEDED = {"one_step_vs_ode": ("sklearn", "beartype")}  # by the experiments that it imports
@@ -69,7 +69,7 @@ def finished(benchmark_script, resized, tmp_path_factory):
         peak = functools.partial(measure.matmul_peak, size=64, rounds=1)
         with resized(sizes), pytest.MonkeyPatch.context() as patch:
             patch.chdir(root)
-            patch.setattr(run, "matmul_peak", peak)
+            patch.setattr(measure, "matmul_peak", peak)
             script.main(script.Config(**config))
         (directory,) = (root / "runs").glob("*/*")
         return directory

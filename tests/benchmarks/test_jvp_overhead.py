@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from mf_eqx import run
+from mf_eqx import measure, run
 from mf_eqx.measure import Cost, Times
 
 
@@ -248,7 +248,7 @@ def test_a_step_without_memory_costs_the_others_nothing(jvp_overhead, steps, set
         program.cost = cost(temporary_bytes=chosen.index(name))
         return program
 
-    monkeypatch.setattr(run, "compile_program", compile_program)
+    monkeypatch.setattr(measure, "compile_program", compile_program)
     setting, config = setting._replace(model="MLP"), jvp_overhead.Config(model=("MLP",), variant=chosen, rounds=2)
     meter = jvp_overhead.Meter(run.Progress(1, stream=io.StringIO()))
     found = {m.name: m.times for m in jvp_overhead.measured(config, setting, meter)}

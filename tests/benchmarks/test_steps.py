@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from mf_eqx import run
+from mf_eqx import measure
 
 NAMES = (
     "Flow Matching", "MeanFlow on every row", "MeanFlow", "stopped JVP", "finite difference", "guided on every row",
@@ -52,7 +52,7 @@ def test_blocks_beyond_the_second_count_as_the_second(steps, monkeypatch):
         depth = jax.tree.leaves(field.stack)[0].shape[0]
         return types.SimpleNamespace(cost=types.SimpleNamespace(flops=10.0 + 3.0 * depth))
 
-    monkeypatch.setattr(run, "compile_program", compile_program)
+    monkeypatch.setattr(measure, "compile_program", compile_program)
     assert steps.xla_flops.__wrapped__("S/4", "Flow Matching") == 10 + 3 * 12
 
 

@@ -99,3 +99,10 @@ def test_a_gap_that_is_none_is_refused(gap):
     for method in (mfx.ConsistencyTraining, mfx.InductiveMomentMatching):
         with pytest.raises(ValueError, match="gap must"):
             method(gap)
+
+
+def test_a_gap_that_falls_to_nothing_stays_large_enough_to_learn_from():
+    falling = optax.exponential_decay(1.0, 100, 0.5, staircase=True)
+    at_end = mfx.ConsistencyTraining(falling).residual(field(), row())  # where nothing trains: the last step
+    np.testing.assert_array_equal(at_end, mfx.ConsistencyTraining(1 / 1024).residual(field(), row()))
+    assert (at_end != 0).all()
