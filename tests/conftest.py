@@ -25,9 +25,10 @@ if importlib.util.find_spec("beartype") is not None:
 # The second is known to XLA up to JAX 0.10. An XLA that does not know a flag ends the process.
 QUICK = ["--xla_backend_optimization_level=0", "--xla_cpu_use_fusion_emitters=false"]
 MOST_MEMORY = 4e9  # bytes that all processes of a run may need together
-MOST_KEPT = 1.2e9  # bytes that a process may keep after a module
-MOST_WITHIN = 1.7e9  # and after a test
-PEAKS = []
+MOST_KEPT = 0.9e9  # bytes that a process may keep after a module
+MOST_WITHIN = 1.3e9  # and after a test
+HIGHEST = {"peak": 0, "test": ""}  # bytes of this process, and the test in which it needed them
+PEAKS = []  # of all processes
 PROBE = "import jax; jax.jit(lambda: 0)(); assert jax.default_backend() == 'cpu'"
 
 
@@ -65,20 +66,20 @@ def pytest_sessionstart(session):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node, error):
-    PEAKS.append(node.workeroutput.get("peak", 0) if hasattr(node, "workeroutput") else 0)
+    PEAKS.append(getattr(node, "workeroutput", {}).get("highest", HIGHEST))
 
 
 def pytest_sessionfinish(session):
     """Fails if the processes of a parallel run needed more memory than they may."""
     if hasattr(session.config, "workeroutput"):
-        session.config.workeroutput["peak"] = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    elif sum(PEAKS) > MOST_MEMORY:
+        session.config.workeroutput["highest"] = HIGHEST
+    elif sum(found["peak"] for found in PEAKS) > MOST_MEMORY:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 def pytest_terminal_summary(terminalreporter):
     if PEAKS:
-        found = " + ".join(f"{peak / 1e9:.2f}" for peak in PEAKS)
+        found = " + ".join(f"{found['peak'] / 1e9:.2f} ({found['test']})" for found in PEAKS)
         terminalreporter.write_line(f"peak memory of the test processes: {found} GB; at most {MOST_MEMORY / 1e9:g} GB")
 
 
@@ -94,9 +95,11 @@ def settled():
 
 
 @pytest.fixture(autouse=True)
-def within_memory():
+def within_memory(request):
     """Programs are dropped within a module too, if it makes very many."""
     yield
+    if (peak := 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) > HIGHEST["peak"]:
+        HIGHEST.update(peak=peak, test=request.node.nodeid)
     if resident() > MOST_WITHIN:
         drop_programs()
 
