@@ -51,6 +51,7 @@ WRAPPED = {
     "lbfgs without a line search": lambda: optax.lbfgs(1e-3, linesearch=None),
     "adam on a plateau": lambda: optax.chain(optax.adam(1e-3), optax.contrib.reduce_on_plateau()),
 }
+COMMON = {"adam", "adamw", "sgd", "muon", "lamb", "adafactor", "schedule_free_adamw", "inject_hyperparams"}
 OPTIMISERS = {**{name: lambda function=function: made(function) for name, function in FOUND.items()}, **WRAPPED}
 
 
@@ -58,7 +59,9 @@ def test_optimisers_are_found():
     assert {"adamw", "lamb", "polyak_sgd", "prodigy", "dog", "dowg", "momo", "muon", "cocob"} <= set(FOUND)
 
 
-@pytest.mark.parametrize("name", OPTIMISERS)
+@pytest.mark.parametrize(
+    "name", [name if name in COMMON else pytest.param(name, marks=pytest.mark.slow) for name in OPTIMISERS]
+)
 def test_every_optimiser_takes_two_steps(name):
     optimizer = OPTIMISERS[name]()
     step, current = mfx.TrainStep(Probe(), optimizer), mfx.init_state(field(), optimizer, key=jr.key(1))

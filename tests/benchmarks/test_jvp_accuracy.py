@@ -60,6 +60,7 @@ def small(jvp_accuracy, resized):
 # Conclusions
 
 
+@pytest.mark.slow
 def test_a_run_judges_every_engine_precision_and_time_scale(directory, errors):
     assert len(errors) == (2 + 2) * 3 * 2
     assert np.isfinite(list(errors.values())).all()
@@ -67,30 +68,36 @@ def test_a_run_judges_every_engine_precision_and_time_scale(directory, errors):
     assert (directory / "results.md").read_text().count("fused JVP") == 3 * 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["fused JVP", "stopped JVP"])
 def test_jvp_in_float32_is_exact_to_float32(errors, engine):
     assert errors[engine, None, "float32", 1.0] < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("time_scale", [1.0, 1000.0])
 def test_finite_difference_in_float32_is_worse_than_the_jvp(errors, time_scale):
     assert errors["central difference", 5e-3, "float32", time_scale] > 10 * errors["fused JVP", None, "float32", 1.0]
 
 
+@pytest.mark.slow
 def test_finite_difference_over_a_tenth_is_worse_than_over_a_two_hundredth(errors):
     wide, narrow = (errors["central difference", step, "float32", 1.0] for step in (1e-1, 5e-3))
     assert wide > 50 * narrow  # 400 times but for rounding: of second order
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("time_scale", [1.0, 1000.0])
 def test_jvp_in_bfloat16_is_within_two_percent(errors, time_scale):
     assert 1e-3 < errors["fused JVP", None, "bfloat16", time_scale] < 0.02
 
 
+@pytest.mark.slow
 def test_finite_difference_in_bfloat16_is_of_no_use(errors):
     assert errors["central difference", 5e-3, "bfloat16", 1.0] > 0.1
 
 
+@pytest.mark.slow
 def test_bfloat16_times_ruin_the_jvp_at_the_large_time_scale_alone(errors):
     assert errors["fused JVP", None, "bfloat16 times", 1.0] < 0.02
     assert errors["fused JVP", None, "bfloat16 times", 1000.0] > 0.1
@@ -99,6 +106,7 @@ def test_bfloat16_times_ruin_the_jvp_at_the_large_time_scale_alone(errors):
 # What they are drawn from
 
 
+@pytest.mark.slow
 def test_reference_has_digits_that_float32_has_not(jvp_accuracy, whole_run, small):
     rows, found = whole_run[1][1.0]
     field = jvp_accuracy.make_field(small[0], "float64", 1.0)

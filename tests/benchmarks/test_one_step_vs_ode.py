@@ -162,6 +162,7 @@ def records(directory):
     return json.loads((directory / "results.json").read_text())
 
 
+@pytest.mark.slow
 def test_a_run_leaves_costs_and_distances_of_every_sampler(records):
     assert len(records) == 3 + 2 * 4
     for record in records:
@@ -170,6 +171,7 @@ def test_a_run_leaves_costs_and_distances_of_every_sampler(records):
         assert min(numbers) > 0
 
 
+@pytest.mark.slow
 def test_a_run_leaves_a_table_with_the_exact_distance_and_a_picture(directory):
     text = (directory / "results.md").read_text()
     assert text.startswith("**three_gaussians**")

@@ -109,6 +109,7 @@ def test_tables_of_earlier_calls_stay_in_the_files(ablations, finished):
     assert "Tab. 1a" in text and "Tab. 1b" in text and "Tab. 1c" not in text
 
 
+@pytest.mark.slow
 def test_exact_guided_field_is_judged_right(ablations):
     mixture = exact.eight_gaussians()
     mixture = exact.GaussianMixture(mixture.mean, mixture.std, label=jnp.arange(8) % 4)

@@ -107,6 +107,7 @@ def test_stack_is_optimised_as_its_blocks_are(x64, name):
             np.testing.assert_allclose(result, leaf, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PLAIN)
 def test_rule_that_is_given_stacks_as_they_are_mixes_blocks(x64, name):
     (found, expected), _ = both(PLAIN[name], PLAIN[name])
@@ -116,6 +117,7 @@ def test_rule_that_is_given_stacks_as_they_are_mixes_blocks(x64, name):
     np.testing.assert_allclose(found.first.weight, expected.first.weight, rtol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["adamw with mask", "muon"])
 def test_rules_with_a_mask_of_ranks_are_right_per_block_too(x64, name):
     (found, expected), _ = both(nn.per_block(PLAIN[name]), PLAIN[name])

@@ -156,6 +156,7 @@ def assert_near(found, expected, tolerance):
     np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance * np.abs(expected).max())
 
 
+@pytest.mark.slow
 def test_u_and_its_derivative_are_those_of_torch_in_float32():
     for found, name in zip(of_ours(filled(tensors())), ("u", "dudt"), strict=True):
         assert_near(found, frozen()[name], 1e-5)
