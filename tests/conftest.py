@@ -25,8 +25,8 @@ if importlib.util.find_spec("beartype") is not None:
 # The second is known to XLA up to JAX 0.10. An XLA that does not know a flag ends the process.
 QUICK = ["--xla_backend_optimization_level=0", "--xla_cpu_use_fusion_emitters=false"]
 MOST_MEMORY = 4e9  # bytes that all processes of a run may need together
-MOST_KEPT = 0.9e9  # bytes that a process may keep after a module
-MOST_WITHIN = 1.3e9  # and after a test
+MOST_KEPT = 0.95e9  # bytes that a process may keep after a test: single ones need as much again
+LEFT = [0]  # bytes that were left when programs were last dropped
 HIGHEST = {"peak": 0, "test": ""}  # bytes of this process, and the test in which it needed them
 PEAKS = []  # of all processes
 PROBE = "import jax; jax.jit(lambda: 0)(); assert jax.default_backend() == 'cpu'"
@@ -85,23 +85,21 @@ def pytest_terminal_summary(terminalreporter):
 
 @pytest.fixture(scope="module", autouse=True)
 def settled():
-    """What a module leaves behind is not searched for garbage again and again, and programs are dropped when there are
-    many: not after each module, since all use the same small ones."""
+    """What a module leaves behind is not searched for garbage again and again."""
     yield
-    if resident() > MOST_KEPT:
-        drop_programs()
     gc.collect()
     gc.freeze()
 
 
 @pytest.fixture(autouse=True)
 def within_memory(request):
-    """Programs are dropped within a module too, if it makes very many."""
+    """Programs are dropped when there are many: not after each test or module, since all use the same small ones."""
     yield
     if (peak := 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) > HIGHEST["peak"]:
         HIGHEST.update(peak=peak, test=request.node.nodeid)
-    if resident() > MOST_WITHIN:
+    if resident() > max(MOST_KEPT, LEFT[0] + 2e8):
         drop_programs()
+        LEFT[0] = resident()
 
 
 def drop_programs():
