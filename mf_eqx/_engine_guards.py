@@ -51,6 +51,7 @@ def refuse_custom_vjp(equations: Iterable[Any]) -> None:
 
 
 def refuse_low_precision(equations: Iterable[Any]) -> None:
+    """Refuses a program that computes in less than float32 anywhere: a finite difference would be rounding."""
     dtypes = {variable.aval.dtype for equation in equations for variable in equation.outvars}
     low = [d.name for d in dtypes if jnp.issubdtype(d, jnp.floating) and jnp.finfo(d).bits < 32]
     if low:

@@ -44,6 +44,7 @@ def total(metrics: Sequence[Metrics]) -> Metrics:
 
 
 def mean_of(values: Float[Array, " batch"]) -> Mean:
+    """The mean over all rows."""
     return Mean(jnp.sum(values), jnp.full((), values.size, values.dtype))
 
 

@@ -95,8 +95,8 @@ class Row(eqx.Module):
         """
         if self.x is None or self.eps is None or self.path is None:
             raise ValueError(
-                "x, eps and path must be given for the state at another time, this row has z and v alone (in training "
-                "with guidance or a given velocity, which they know nothing of, or where none trains)"
+                "x, eps and path must be given for the state at another time, but this row has z and v alone (an "
+                "objective gives them unless it guides or has a velocity, which x and eps know nothing of)"
             )
         return self.path.state_and_velocity(self.x, self.eps, time)[0]
 

@@ -171,9 +171,6 @@ class TrainStep(eqx.Module):
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         if len(state.averages) != len(self.averages):
             raise ValueError(f"averages must be as many as the state's {len(state.averages)}, got {len(self.averages)}")
-        if jax.tree.structure(state.objective) != jax.tree.structure(jax.eval_shape(self.objective.init)):
-            name = type(self.objective).__name__
-            raise ValueError(f"init_state must be given the objective, {name}, which has a state; got another or none")
         self.check_batch_size(batch.index.shape[0])
         return _train_step((self, batch), state)
 
@@ -211,6 +208,9 @@ def scan_steps(
 def _train_step(constant: tuple[TrainStep, Batch], state: TrainState) -> tuple[TrainState, Metrics]:
     train_step, batch = constant
     _check_numbers(state)
+    if jax.tree.structure(state.objective) != jax.tree.structure(jax.eval_shape(train_step.objective.init)):
+        name = type(train_step.objective).__name__
+        raise ValueError(f"init_state must be given the objective, {name}, which has a state; got another or none")
     prepare_key, objective_key = jr.split(jr.fold_in(state.key, state.step))
     if (prepare := train_step.prepare) is not None:
         batch = jax.vmap(lambda row: prepare(row, jr.fold_in(prepare_key, row.index)))(batch)

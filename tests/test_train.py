@@ -787,8 +787,10 @@ def on_devices():
 
 LAYOUTS = (
     "2 devices",
+    "4 devices",
     "8 devices",
     "2 x fsdp 4",
+    "1 x fsdp 2",
     "4 x 16 rows in turn",
     "2 devices, 2 x 16 rows in turn",
 )

@@ -31,8 +31,10 @@ class Layout(NamedTuple):
 ONE = Layout(1)
 LAYOUTS = {
     "2 devices": Layout(2),
+    "4 devices": Layout(4),
     "8 devices": Layout(8),
     "2 x fsdp 4": Layout(8, fsdp=4),
+    "1 x fsdp 2": Layout(2, fsdp=2),
     "4 x 16 rows in turn": Layout(1, accumulation=4),
     "2 devices, 2 x 16 rows in turn": Layout(2, accumulation=2),
 }
