@@ -68,7 +68,7 @@ def _check_instructions(content: bytes, what: str) -> None:
         tuples += opcode.name.startswith("TUPLE")
         if tuples > _MOST_TUPLES:
             raise _Refused(f"must hold at most {_MOST_TUPLES:,} tuples, got more")
-        if opcode.name == "LONG_BINPUT" and argument > number:  # the reader would make that much room at once
+        if opcode.name == "LONG_BINPUT" and (argument or 0) > number:  # the reader would make that much room at once
             raise _Refused(f"must number its values one after the other, got number {argument:,}")
 
 
