@@ -15,7 +15,6 @@ Every method is held against that truth, and its samples against the density. RE
 import dataclasses
 import functools
 import importlib
-import inspect
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -46,27 +45,13 @@ DATA: dict[str, Callable[[], exact.GaussianMixture]] = {
 }
 
 
-def identities(names: Mapping[str, Any]) -> dict[str, mfx.AbstractIdentity]:
-    """Every identity among `names` that can be made without arguments."""
-    found = {}
-    for name, member in names.items():
-        if isinstance(member, type) and issubclass(member, mfx.AbstractIdentity) and not inspect.isabstract(member):
-            parameters = inspect.signature(member).parameters.values()
-            if all(parameter.default is not parameter.empty for parameter in parameters):
-                found[name] = member()
-    return found
-
-
 def is_usual(facts: mfx.Facts) -> bool:
     return facts.exact and not facts.needs_teacher and not facts.learns_through_derivative
 
 
-IDENTITIES: dict[str, mfx.AbstractIdentity | None] = {
-    "FlowMatching": None,
-    **identities(vars(mfx)),
-}
-METHODS = [*IDENTITIES, "WrongTangent", "Exact"]
-USUAL = [name for name, identity in IDENTITIES.items() if identity is None or is_usual(identity.facts)]
+IDENTITIES = mfx.identities_in(vars(mfx), steps=1)
+METHODS = ["FlowMatching", *IDENTITIES, "WrongTangent", "Exact"]
+USUAL = ["FlowMatching", *(name for name, identity in IDENTITIES.items() if is_usual(identity.facts))]
 EVALUATIONS = (1, 2, 4, 8)
 EDGES = tuple(np.linspace(0, 1, 9).tolist())
 FLOW_TIMES = (0.5, 0.7, 1.0)
@@ -170,7 +155,8 @@ def shrunk(config: Config) -> Config:
 
 def objective(config: Config, method: str) -> mfx.Objective:
     """The method's objective, without the velocity of `marginal`, which depends on the data."""
-    identity = mfx.MeanFlow(tangent_t=0) if method == "WrongTangent" else IDENTITIES.get(method)
+    wrong = mfx.MeanFlow(tangent_t=0)
+    identity = wrong if method == "WrongTangent" else mfx.identities_in(vars(mfx), config.steps).get(method)
     return mfx.Objective(
         identity,
         time_pairs=mfx.TimePairs(mfx.LogitNormalTimes(*config.pair_times)),

@@ -7,6 +7,7 @@ from ._derivative import (
     AbstractDerivative as AbstractDerivative,
     CentralDifference as CentralDifference,
     FusedJVP as FusedJVP,
+    Passes as Passes,
     StoppedJVP as StoppedJVP,
     total_derivative as total_derivative,
 )
@@ -22,17 +23,28 @@ from ._guidance import Guidance as Guidance, GuidedField as GuidedField, LabelDr
 from ._identity import (
     AbstractIdentity as AbstractIdentity,
     AbstractIdentityWithLoss as AbstractIdentityWithLoss,
+    AbstractScheduledIdentity as AbstractScheduledIdentity,
+    AlignYourFlow as AlignYourFlow,
     AlphaFlow as AlphaFlow,
     ConsistencyTraining as ConsistencyTraining,
+    ContinuousConsistency as ContinuousConsistency,
+    ect_earlier_time as ect_earlier_time,
+    EulerianSelfDistillation as EulerianSelfDistillation,
     Facts as Facts,
+    FlowAnchoredConsistency as FlowAnchoredConsistency,
+    ict_earlier_time as ict_earlier_time,
+    identities_in as identities_in,
+    imm_earlier_time as imm_earlier_time,
     ImprovedMeanFlow as ImprovedMeanFlow,
     InductiveMomentMatching as InductiveMomentMatching,
     LagrangianSelfDistillation as LagrangianSelfDistillation,
     MeanFlow as MeanFlow,
     semigroup_residual as semigroup_residual,
     Shortcut as Shortcut,
+    SoFlow as SoFlow,
     SplitMeanFlow as SplitMeanFlow,
     TerminalVelocityMatching as TerminalVelocityMatching,
+    TransitionModel as TransitionModel,
 )
 from ._interpolant import (
     AbstractInterpolant as AbstractInterpolant,
@@ -70,6 +82,7 @@ from ._sample import (
 )
 from ._schedule import at_step as at_step, Schedule as Schedule, SigmoidSchedule as SigmoidSchedule
 from ._sharding import Parallelism as Parallelism, Placement as Placement
+from ._stable_target import StableTarget as StableTarget
 from ._times import (
     AbstractTimes as AbstractTimes,
     check_batch_size as check_batch_size,

@@ -18,7 +18,7 @@ training on zeros instead would look like training.
 """
 
 import abc
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import equinox as eqx
 import jax
@@ -37,8 +37,20 @@ Values: TypeAlias = PyTree[Float[Array, "*data"]]
 """What a field gives: u, or u and more, each of the shape of z."""
 
 
+class Passes(NamedTuple):
+    """Work in units of one evaluation of a field: `forward` passes and `tangent` passes, those of a JVP."""
+
+    forward: float = 0
+    tangent: float = 0
+
+
 class AbstractDerivative(eqx.Module):
     """A way to compute a field together with its directional derivative."""
+
+    @property
+    @abc.abstractmethod
+    def passes(self) -> Passes | None:
+        """What du/dt costs on top of u with its gradient. None if that is not known."""
 
     @abc.abstractmethod
     def __call__(
@@ -63,6 +75,10 @@ class FusedJVP(AbstractDerivative):
 
     **Raises** (when called): `ValueError` if a `jax.custom_vjp` function stands between (z, r, t) and u.
     """
+
+    @property
+    def passes(self) -> Passes:
+        return Passes(tangent=1)
 
     def __call__(
         self,
@@ -89,6 +105,10 @@ class StoppedJVP(AbstractDerivative):
 
     **Raises** (when called): as `FusedJVP`.
     """
+
+    @property
+    def passes(self) -> Passes:
+        return Passes(forward=1, tangent=1)
 
     def __call__(
         self,
@@ -125,6 +145,10 @@ class CentralDifference(AbstractDerivative):
 
     def __check_init__(self):
         check_positive("step", self.step)
+
+    @property
+    def passes(self) -> Passes:
+        return Passes(forward=2)
 
     def __call__(
         self,

@@ -29,6 +29,7 @@ from ._identity import AbstractIdentity, AbstractIdentityWithLoss, Facts, MeanFl
 from ._interpolant import AbstractInterpolant, LinearInterpolant
 from ._mean import errors_by_kind, mean_of, Metrics, total
 from ._row import Context, Drawing, Row
+from ._stable_target import StableTarget
 from ._times import AbstractTimes, as_share, check_batch_size, rows_per_group, split_rows, TimePairs
 from ._weight import AbstractWeight, AdaptiveWeight
 
@@ -122,6 +123,8 @@ class Objective(AbstractObjective):
       and as tangent: a trained Flow Matching field (distillation), or the marginal velocity itself
       (`mf_eqx.exact.MarginalVelocity`), to see what the variance of $v_t$ costs. No gradient enters it. Rows whose
       condition was dropped ask it for the null condition, which a mixture does not know (NaN): wrap it.
+    - `stable_target`: None, or reference data from which $v_t$ is estimated with less variance, instead of from the
+      row's own x alone.
 
     **Metrics**, each a `Mean`: `loss` (weighted); `boundary_error` and `identity_error`, the *raw* mean squared error
     per dimension of rows with r = t and with r < t; `identity_error_by_gap`, the latter in four equal bins of t - r.
@@ -139,6 +142,7 @@ class Objective(AbstractObjective):
     guidance: Guidance | None = None
     label_dropout: LabelDropout | None = None
     velocity: Callable[[Float[Array, "*data"], Time, Condition], Float[Array, "*data"]] | None = None
+    stable_target: StableTarget | None = None
 
     def __check_init__(self):
         share = self.identity_share
@@ -151,9 +155,11 @@ class Objective(AbstractObjective):
             raise ValueError(f"group must be 1 for {name}, which is no AbstractIdentityWithLoss; got {facts.group}")
         if facts.group > 1 and facts.uses_velocity and self.guidance is not None:
             raise ValueError(f"guidance must be None for {name}, whose rows share times; got {self.guidance}")
-        for part, given in (("guidance", self.guidance), ("velocity", self.velocity)):
-            if facts.uses_pair and given is not None:
+        for part in ("guidance", "velocity", "stable_target"):
+            if facts.uses_pair and (given := getattr(self, part)) is not None:
                 raise ValueError(f"{part} must be None for {name}, which learns from x and eps alone; got {given}")
+        if self.velocity is not None and self.stable_target is not None:
+            raise ValueError("stable_target must be None with a velocity, which replaces it; got both")
         if self.guidance is not None and self.label_dropout is None:
             raise ValueError("label_dropout must be given with guidance: it names the null condition; got None")
         if self.label_dropout is not None and self._drop_probability > 1:
@@ -261,7 +267,8 @@ class Objective(AbstractObjective):
             drop_probability=self._drop_probability if boundary or self._drops_any_row else 0.0,
             label_dropout=self.label_dropout,
             velocity=self.velocity,
-            with_pair=self.guidance is None and self.velocity is None,
+            stable_target=self.stable_target,
+            with_pair=self.guidance is None and self.velocity is None and self.stable_target is None,
         )
 
     def _boundary_term(self, field: AbstractField, row: Row) -> tuple[Float[Array, "*data"], Scalar]:

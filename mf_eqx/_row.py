@@ -22,6 +22,7 @@ from ._custom_types import as_times, at_least_float32, Condition, Time, TimeLike
 from ._field import AbstractField
 from ._guidance import LabelDropout
 from ._interpolant import AbstractInterpolant
+from ._stable_target import StableTarget
 from ._times import AbstractTimes, TimePairs
 
 
@@ -50,8 +51,8 @@ class Row(eqx.Module):
       see the same dropout mask. Fold it with a large number for draws of your own: `fold_in(key, i)` with a small i is
       `split(key, n)[i]`, which the field may use. None without dropout and draws.
     - `context`: training step and teacher. None where nothing trains: in proofs and metrics.
-    - `x`, `eps`, `path`: data, noise and interpolant that made z. None where z was drawn otherwise, and where an
-      objective guides or has a `velocity`, of which they know nothing.
+    - `x`, `eps`, `path`: data, noise and interpolant that made z. None where z was drawn otherwise; x and eps also
+      where an objective guides, or has a `velocity` or a `stable_target`, of which they know nothing.
     - `dropped`: whether the condition was dropped.
     """
 
@@ -131,6 +132,7 @@ class Drawing:
     drop_probability: float
     label_dropout: LabelDropout | None
     velocity: Callable[[Float[Array, "*data"], Time, Condition], Float[Array, "*data"]] | None
+    stable_target: StableTarget | None
     with_pair: bool
 
     def __call__(self, example: Batch, key: Key[Array, ""], context: Context | None) -> Row:
@@ -163,12 +165,14 @@ class Drawing:
             dropped = jr.bernoulli(drop_key, self.drop_probability)
             null = self.label_dropout.null_like(condition)
             condition = jax.tree.map(lambda null, c: jnp.where(dropped, null, c), null, condition)
+        if self.stable_target is not None:
+            v = self.stable_target.velocity(self.path, x, eps, t, condition, dropped, key=key)
         if self.velocity is not None:
             v = jax.lax.stop_gradient(self.velocity(z, t, condition).astype(z.dtype))
             if v.shape != z.shape:
                 raise ValueError(f"velocity must return the shape of z, {z.shape}, got {v.shape}")
-        pair = {"x": x, "eps": eps, "path": self.path} if self.with_pair else {}
-        return Row(z, v, r, t, condition, key=field_key, context=context, dropped=dropped, **pair)
+        pair = {"x": x, "eps": eps} if self.with_pair else {}
+        return Row(z, v, r, t, condition, key=field_key, context=context, path=self.path, dropped=dropped, **pair)
 
     def _draw_times(self, key: Key[Array, ""]) -> tuple[TimeLike, TimeLike]:
         if self.is_boundary and self.boundary_times is not None:

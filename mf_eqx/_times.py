@@ -76,15 +76,19 @@ class TimePairs(eqx.Module):
     - `equal`: the probability of the coin that sets r = t, keeping t. 0 by default, because the objective's strided
       split already gives the boundary its rows. 0.25 with an identity share of 1 is the authors' CIFAR-10 code. In "v1"
       the minimum collapses more pairs, about 30% in all.
+    - `at_data`: the probability of the coin that sets r = 0, where one step to the data starts (transition models,
+      arXiv 2509.04394); a pair with r = t stays one.
     """
 
     times: AbstractTimes = LogitNormalTimes()
     r_times: AbstractTimes | None = None
     equal: float = eqx.field(default=0.0, converter=float)
+    at_data: float = eqx.field(default=0.0, converter=float)
 
     def __check_init__(self):
-        if not 0 <= self.equal <= 1:
-            raise ValueError(f"equal is a probability and must lie in [0, 1], got {self.equal}")
+        for name, probability in (("equal", self.equal), ("at_data", self.at_data)):
+            if not 0 <= probability <= 1:
+                raise ValueError(f"{name} is a probability and must lie in [0, 1], got {probability}")
 
     def __call__(self, *, key: Key[Array, ""]) -> tuple[Time, Time]:
         """One pair `(r, t)`."""
@@ -95,6 +99,8 @@ class TimePairs(eqx.Module):
             r, t = jnp.minimum(first, second), jnp.maximum(first, second)
         else:
             r, t = jnp.minimum(self.r_times(key=second_key), first), first
+        if self.at_data > 0:
+            r = jnp.where(jr.bernoulli(jr.fold_in(coin_key, 1), self.at_data), 0, r)
         return jnp.where(jr.bernoulli(coin_key, self.equal), t, r), t
 
 

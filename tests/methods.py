@@ -7,6 +7,7 @@ import mf_eqx as mfx
 METHODS = {
     "MeanFlow": mfx.MeanFlow(),
     "ImprovedMeanFlow": mfx.ImprovedMeanFlow(),
+    "mixed tangent": mfx.ImprovedMeanFlow(0.5),
     "SplitMeanFlow": mfx.SplitMeanFlow(),
     "Shortcut": mfx.Shortcut(),
     "LagrangianSelfDistillation": mfx.LagrangianSelfDistillation(),
@@ -14,7 +15,15 @@ METHODS = {
     "AlphaFlow at its end": mfx.AlphaFlow(0.0),
     "AlphaFlow halfway": mfx.AlphaFlow(0.5),
     "AlphaFlow by a schedule": mfx.AlphaFlow(mfx.SigmoidSchedule(-1, 1)),
+    "AlignYourFlow without regularisation": mfx.AlignYourFlow(1.0),
+    "AlignYourFlow": mfx.AlignYourFlow(),
+    "EulerianSelfDistillation": mfx.EulerianSelfDistillation(),
+    "SoFlow": mfx.SoFlow(0.1),
     "ConsistencyTraining": mfx.ConsistencyTraining(0.25),
+    "ConsistencyTraining by iCT": mfx.ConsistencyTraining.improved(1),
+    "ContinuousConsistency": mfx.ContinuousConsistency(),
+    "FlowAnchoredConsistency": mfx.FlowAnchoredConsistency(),
+    "TransitionModel": mfx.TransitionModel(),
     "InductiveMomentMatching": mfx.InductiveMomentMatching(),
 }
 

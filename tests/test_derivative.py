@@ -199,6 +199,7 @@ class Tripled(mfx.AbstractDerivative):
     """An engine of a user's own: three times the derivative of another."""
 
     engine: mfx.AbstractDerivative
+    passes = None
 
     def __call__(self, field, z, r, t, condition, *, tangent, key):
         u, dudt = self.engine(field, z, r, t, condition, tangent=tangent, key=key)

@@ -21,7 +21,7 @@ ROOT = PACKAGE.parent
 # Import layers, downward only: a part may import parts of its own layer or of lower ones.
 LAYERS = {
     0: ["_custom_types", "_optional", "_leaves", "_files", "_json", "_foreign", "_validate"],
-    1: ["_batch", "_mean", "_interpolant", "_times", "_field", "_derivative", "_engine_guards", "nn"],
+    1: ["_batch", "_mean", "_interpolant", "_stable_target", "_times", "_field", "_derivative", "_engine_guards", "nn"],
     2: ["_guidance", "_model", "_row", "_weight", "_schedule", "_identity"],
     3: ["_objective", "_sample", "exact", "metrics", "vae"],
     4: ["_batch_objective", "_ema", "_optimizer", "_sharding", "_gradient"],

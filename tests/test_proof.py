@@ -18,13 +18,16 @@ from methods import EXACT, METHODS, taught_by
 
 from mf_eqx import (
     AbstractField,
+    AlignYourFlow,
     AlphaFlow,
     ConsistencyTraining,
+    ContinuousConsistency,
     Guidance,
     InductiveMomentMatching,
     LinearInterpolant,
     MeanFlow,
     Row,
+    SoFlow,
     TrigonometricInterpolant,
 )
 from mf_eqx.exact import (
@@ -137,11 +140,20 @@ def test_exact_field_satisfies_identity_outside_of_jit(method):
         assert largest(METHODS[method].residual(field, row)) < 1e-6
 
 
-def test_alpha_flow_leaves_a_residual_of_first_order_in_alpha():
+@pytest.mark.parametrize("method", [AlphaFlow, SoFlow])
+def test_a_method_of_finite_steps_leaves_a_residual_of_first_order_in_them(method):
     velocity, field, points = marginal(PATHS[0])
-    coarse, fine = (residuals(AlphaFlow(alpha), field, velocity, *points) for alpha in (0.04, 0.02))
+    coarse, fine = (residuals(method(step), field, velocity, *points) for step in (0.04, 0.02))
     ratio = np.linalg.norm(coarse, axis=1) / np.linalg.norm(fine, axis=1)
     assert 1.9 < np.median(ratio) < 2.1
+
+
+@pytest.mark.parametrize("method", [AlignYourFlow, ContinuousConsistency])
+def test_a_part_of_the_derivative_leaves_the_other_part_of_u_minus_v(method):
+    velocity, field, (z, r, t) = marginal(PATHS[0])
+    expected = 0.01 * (evaluate(field, z, r, t) - velocities(velocity, z, t))
+    assert largest(residuals(method(0.99), field, velocity, z, r, t) - expected) < 1e-6
+    assert largest(expected) > 1e-3
 
 
 # Methods that learn from pairs of data and noise: exact where the path of each pair is the flow, of first order

@@ -4,10 +4,10 @@ With $s = t - \alpha (t - r)$ and $z_s = z_t - (t - s)\, v_t$, a step of the giv
 
 $$u(z_t, r, t) = \alpha v_t + (1 - \alpha)\, u(z_s, r, s).$$
 
-The paper's loss weighs the squared residual of this, $S$, by $\alpha / (S + c)$. The residual here is divided by
-$\alpha$: that of MeanFlow, with the finite difference $(u - u(z_s, r, s)) / \alpha$ in place of $(t - r)\, du/dt$. So
-its size and any weight mean the same at every $\alpha$, and weight $1 / (S + c)$ on it is the paper's with offset
-$\alpha^2 c$: with a fixed offset, rows would fade out as $\alpha$ falls.
+The paper weighs the squared residual of this, $S$, by $\alpha / (S + c)$. Here the residual is divided by $\alpha$,
+which makes it MeanFlow's with the finite difference $(u - u(z_s, r, s)) / \alpha$ for $(t - r)\, du/dt$, of one size
+at every $\alpha$. Weight $1 / (S + c)$ on it is the paper's with offset $\alpha^2 c$; with a fixed one, rows would fade
+out.
 
 Source: AlphaFlow: Understanding and Improving MeanFlow Models, Zhang, Siarohin, Menapace, Vasilkovsky, Tulyakov, Qu,
 Skorokhodov, 2025, arXiv 2510.20771.
@@ -18,16 +18,16 @@ import jax
 from jaxtyping import Array, Float
 
 from .._custom_types import Scalar
-from .._derivative import AbstractDerivative, FusedJVP
+from .._derivative import AbstractDerivative, FusedJVP, Passes
 from .._field import AbstractField, stopped
 from .._row import Row
-from .._schedule import as_schedule, at_step, Schedule
-from .base import AbstractIdentity
+from .._schedule import as_schedule, at_step, Schedule, SigmoidSchedule
+from .base import AbstractScheduledIdentity
 from .facts import Facts
 from .mean_flow import MeanFlow
 
 
-class AlphaFlow(AbstractIdentity):
+class AlphaFlow(AbstractScheduledIdentity):
     r"""The residual $u - \mathrm{sg}(v - (1 - \alpha)(u - u(z_s, r, s)) / \alpha)$.
 
     **Arguments:** `alpha` in [0, 1] or a schedule of it: from 1 to 0 along a sigmoid in the paper. Below `clip` it
@@ -39,13 +39,20 @@ class AlphaFlow(AbstractIdentity):
     clip: float = 0.005
     derivative: AbstractDerivative = FusedJVP()
 
+    @classmethod
+    def for_training(cls, steps: int) -> AbstractScheduledIdentity:
+        return cls(SigmoidSchedule(0, max(steps, 1)))
+
     def __check_init__(self):
         if not 0 < self.clip < 0.5:
             raise ValueError(f"clip must lie in (0, 0.5), got {self.clip}")
 
     @property
     def facts(self) -> Facts:
-        return Facts(exact=not callable(self.alpha) and self.alpha < self.clip)
+        if callable(self.alpha):
+            return Facts(exact=False)
+        branch = (self.alpha >= self.clip) + (self.alpha > 1 - self.clip)
+        return Facts(exact=branch == 0, passes=[self.derivative.passes, Passes(forward=1), Passes()][branch])
 
     def residual(self, field: AbstractField, row: Row) -> Float[Array, "*data"]:
         alpha = at_step(self.alpha, row.context).astype(row.z.dtype)
@@ -53,19 +60,17 @@ class AlphaFlow(AbstractIdentity):
         def mean_flow() -> Float[Array, "*data"]:
             return MeanFlow(derivative=self.derivative).residual(field, row)
 
-        def between() -> Float[Array, "*data"]:
-            return _between(field, row, alpha)
-
         def flow_matching() -> Float[Array, "*data"]:
             return row.evaluate(field, row.z, row.r, row.t) - jax.lax.stop_gradient(row.v)
 
-        branches = [mean_flow, between, flow_matching]
+        branches = [mean_flow, lambda: difference_residual(field, row, alpha), flow_matching]
         if not callable(self.alpha):
             return branches[(self.alpha >= self.clip) + (self.alpha > 1 - self.clip)]()
         return jax.lax.switch((alpha >= self.clip).astype(int) + (alpha > 1 - self.clip).astype(int), branches)
 
 
-def _between(field: AbstractField, row: Row, alpha: Scalar) -> Float[Array, "*data"]:
+def difference_residual(field: AbstractField, row: Row, alpha: Scalar) -> Float[Array, "*data"]:
+    """The residual for alpha in (0, 1]."""
     u = row.evaluate(field, row.z, row.r, row.t)
     s = row.t - alpha * (row.t - row.r)
     earlier = row.evaluate(stopped(field), row.z - (row.t - s) * row.v, row.r, s)

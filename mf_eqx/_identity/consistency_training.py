@@ -5,47 +5,61 @@ With $X_{t \to 0}(z) = z - t\, u(z, 0, t)$, for z_t and z_s of the same x and $\
 $$X_{t \to 0}(z_t) = X_{s \to 0}(z_s), \qquad X_{0 \to 0}(x) = x,$$
 
 which the average velocity satisfies as s -> t, in the mean over x and $\epsilon$. The loss is the pseudo-Huber one,
+$(\sqrt{|\Delta|^2 + c^2} - c) / (t - s)$.
 
-$$\frac{\sqrt{|\Delta|^2 + c^2} - c}{t - s}.$$
+Easy Consistency Tuning (ECT) starts at s = 0, regression on x, and halves the gap by stages; its code has c = 0 and the
+weight 4 + ((1 - t) / t)^2. Improved Consistency Training (iCT) has a grid of times that becomes finer. Both draw t as
+`LogitNormalTimes(-1.1, 2.0)`.
 
-Easy Consistency Tuning starts at s = 0, which is regression on x, and moves s to t by stages. The paper lets
-s = (1 - gap) t hold for noise levels of its path, gap = n(t) / 2^stage; here it holds for times, and n = 1.
-
-Source: Consistency Models Made Easy, Geng, Pokle, Luo, Lin, Kolter, 2024, arXiv 2406.14548; pseudo-Huber loss from
-Improved Techniques for Training Consistency Models, Song, Dhariwal, 2023, arXiv 2310.14189.
+Source: Consistency Models Made Easy, Geng, Pokle, Luo, Lin, Kolter, 2024, arXiv 2406.14548; Improved Techniques for
+Training Consistency Models, Song, Dhariwal, 2023, arXiv 2310.14189.
 """
 
-import math
+import dataclasses
+from collections.abc import Callable
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import optax
 from jaxtyping import Array, Float
 
-from .._custom_types import Scalar
+from .._custom_types import Scalar, Time
+from .._derivative import Passes
 from .._field import AbstractField, stopped
 from .._row import Row
 from .._schedule import as_schedule, at_step, Schedule
 from .._validate import check_positive
-from .base import AbstractIdentityWithLoss
+from .base import AbstractIdentityWithLoss, AbstractScheduledIdentity
+from .earlier_times import ect_earlier_time, ict_earlier_time
 from .facts import Facts
 
-LEAST_GAP = 1 / 1024
+_LEAST_GAP = 1 / 2048
 
 
-class ConsistencyTraining(AbstractIdentityWithLoss):
-    r"""The residual $X_{t \to 0}(z_t) - \mathrm{sg}(X_{s \to 0}(z_s))$ with s = (1 - gap) t, on rows with r = 0.
+class ConsistencyTraining(AbstractIdentityWithLoss, AbstractScheduledIdentity):
+    r"""The residual $X_{t \to 0}(z_t) - \mathrm{sg}(X_{s \to 0}(z_s))$ on rows with r = 0.
 
-    Learns from x and $\epsilon$, so that neither guidance nor a given velocity reaches it. u(z, r, t) for r > 0, and so
-    sampling by several steps of u, is learnt from boundary rows at most.
+    Learns from x and $\epsilon$, which know nothing of guidance or a given velocity; and nothing for r > 0.
 
-    **Arguments:** `gap` in (0, 1], or a schedule of it: `optax.exponential_decay(1.0, d, 0.5, staircase=True,
-    end_value=1 / 256)` for stages of d steps; below 1/1024 it counts as that, since s = t says nothing. `offset` c for
-    one dimension, > 0: for n of them it is $c \sqrt{n}$; 0.00054 in iCT.
+    **Arguments:** `gap` in (0, 1], or a schedule; below 1/2048 it counts as that, since s = t says nothing; `offset` c
+    for one dimension, > 0 (for n of them it is $c \sqrt{n}$): 0.00054 in iCT; `earlier_time` from t and the gap to s.
     """
 
     gap: Schedule = eqx.field(converter=as_schedule("gap", 0.0, 1.0))
     offset: float = eqx.field(default=0.00054, converter=float)
+    earlier_time: Callable[[Time, Scalar], Time] = ect_earlier_time
+
+    @classmethod
+    def for_training(cls, steps: int) -> AbstractScheduledIdentity:
+        """ECT's settings: the gap is halved eight times."""
+        return cls(optax.exponential_decay(1.0, max(steps // 8, 1), 0.5, staircase=True, end_value=1 / 256))
+
+    @classmethod
+    def improved(cls, steps: int) -> AbstractScheduledIdentity:
+        """iCT's settings: grids of 10, 20, ..., 1280 steps."""
+        gap = optax.exponential_decay(1 / 10, max(steps // 8, 1), 0.5, staircase=True, end_value=1 / 1280)
+        return cls(gap, earlier_time=ict_earlier_time)
 
     def __check_init__(self):
         check_positive("offset", self.offset)
@@ -54,14 +68,13 @@ class ConsistencyTraining(AbstractIdentityWithLoss):
 
     @property
     def facts(self) -> Facts:
-        return Facts(trains_velocity=False, uses_velocity=False, uses_pair=True, ends_at_data=True, exact=False)
+        pairs = Facts(uses_velocity=False, uses_pair=True, exact=False, passes=Passes(forward=1))
+        return dataclasses.replace(pairs, trains_velocity=False, ends_at_data=True)
 
     def residual_and_loss(self, field: AbstractField, row: Row) -> tuple[Float[Array, "*data"], Scalar]:
-        gap = jnp.maximum(at_step(self.gap, row.context), LEAST_GAP).astype(row.t.dtype)
-        s = row.t * (1 - gap)
-        start, zero = row.at(s), jnp.zeros_like(row.t)
-        end = start - s * row.evaluate(stopped(field), start, zero, s)
+        gap = jnp.maximum(at_step(self.gap, row.context), _LEAST_GAP).astype(row.t.dtype)
+        s, zero = self.earlier_time(row.t, gap), jnp.zeros_like(row.t)
+        end = row.at(s) - s * row.evaluate(stopped(field), row.at(s), zero, s)
         residual = row.z - row.t * row.evaluate(field, row.z, zero, row.t) - jax.lax.stop_gradient(end)
-        c = self.offset * math.sqrt(residual.size)
-        huber = jnp.sqrt(jnp.sum(residual**2) + c**2) - c
-        return residual, huber / jnp.maximum(row.t - s, jnp.finfo(s.dtype).eps)
+        c, gap = self.offset * residual.size**0.5, jnp.maximum(row.t - s, jnp.finfo(s.dtype).eps)
+        return residual, (jnp.sqrt(jnp.sum(residual**2) + c**2) - c) / gap

@@ -2,6 +2,13 @@
 
 import dataclasses
 
+from .._derivative import Passes
+
+
+def and_forward(passes: Passes | None, number: float) -> Passes | None:
+    """So many forward passes more, if the others are known."""
+    return passes and passes._replace(forward=passes.forward + number)
+
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
@@ -33,6 +40,10 @@ class Facts:
     exact: bool = True
     """Whether the average velocity, with the marginal v and without guidance, leaves no residual. If not, it does so in
     a limit of the method's parameters alone."""
+
+    passes: Passes | None = None
+    """What one of its rows costs beyond a gradient step of Flow Matching, whose 3 forward passes are one pass and its
+    gradient; without guidance. None if it changes in training, or is not known."""
 
     def __post_init__(self):
         if self.group < 1:

@@ -1,40 +1,52 @@
 r"""Improved MeanFlow, without an extra head: the MeanFlow identity along the *predicted* velocity.
 
-$$u(z_t, r, t) = v_t - (t - r)\, \frac{d}{dt} u(z_t, r, t) \quad\text{along}\quad \dot z = u(z_t, t, t)$$
+$$u(z_t, r, t) = v_t - (t - r)\, \frac{d}{dt} u(z_t, r, t) \quad\text{along}\quad
+\dot z = \beta v_t + (1 - \beta)\, u(z_t, t, t), \qquad \beta = 0$$
 
 The conditional velocity is a noisy tangent; u(z, t, t) is the network's own estimate of the marginal one. The
 regression target keeps the conditional (or guided) v_t, so the minimiser is the same average velocity, reached with
-less variance.
+less variance. Between this and MeanFlow ($\beta = 1$) lie mixed tangents.
 
 Source: Improved Mean Flows: On the Challenges of Fastforward Generative Models, Geng, Lu, Wu, Shechtman, Kolter, He,
-2025, arXiv 2512.02012.
+2025, arXiv 2512.02012; mixed tangents: On
+Variance Reduction in Learning Mean Flows, Lu, Wang, 2026, arXiv 2605.09235, whose beta is 1 less this one.
 """
 
+import equinox as eqx
 import jax
 from jaxtyping import Array, Float
 
 from .._derivative import AbstractDerivative, FusedJVP
 from .._field import AbstractField, stopped
 from .._row import Row
+from .._schedule import as_schedule, at_step, Schedule
 from .base import AbstractIdentity
-from .facts import Facts
+from .facts import and_forward, Facts
 
 
 class ImprovedMeanFlow(AbstractIdentity):
-    r"""The improved MeanFlow identity: $u - \mathrm{sg}(v - (t - r)\, du/dt)$ with tangent (u(z, t, t), 0, 1).
+    r"""The improved MeanFlow identity: $u - \mathrm{sg}(v - (t - r)\, du/dt)$ with tangent
+    $(\beta v + (1 - \beta)\, u(z, t, t), 0, 1)$.
 
     One forward pass more than `MeanFlow` on its rows. Needs boundary rows, or u(z, t, t) is never trained.
 
-    **Arguments:** `derivative` the engine that computes du/dt.
+    **Arguments:** `conditional` the part $\beta$ of the given velocity in the tangent, in [0, 1), or a schedule of it;
+    0 in the paper. `derivative` the engine that computes du/dt.
     """
 
+    conditional: Schedule = eqx.field(default=0.0, converter=as_schedule("conditional", 0.0, 1.0))
     derivative: AbstractDerivative = FusedJVP()
+
+    def __check_init__(self):
+        if self.conditional == 1:
+            raise ValueError("conditional must be below 1, which is MeanFlow; got 1.0")
 
     @property
     def facts(self) -> Facts:
-        return Facts(degenerate=True, trains_velocity=False)
+        return Facts(degenerate=True, trains_velocity=False, passes=and_forward(self.derivative.passes, 1))
 
     def residual(self, field: AbstractField, row: Row) -> Float[Array, "*data"]:
-        tangent = (row.evaluate(stopped(field), row.z, row.t, row.t), 0.0, 1.0)
-        u, dudt = self.derivative(field, row.z, row.r, row.t, row.condition, tangent=tangent, key=row.key)
+        v = row.evaluate(stopped(field), row.z, row.t, row.t)
+        v = v + at_step(self.conditional, row.context).astype(v.dtype) * (row.v - v)
+        u, dudt = self.derivative(field, row.z, row.r, row.t, row.condition, tangent=(v, 0.0, 1.0), key=row.key)
         return u - jax.lax.stop_gradient(row.v - (row.t - row.r) * dudt)

@@ -14,11 +14,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from .._derivative import FusedJVP
+from .._derivative import FusedJVP, Passes
 from .._field import AbstractField, stopped
 from .._row import Row
 from .base import AbstractIdentity
 from .facts import Facts
+
+LAGRANGIAN_PASSES = Passes(forward=1, tangent=3)
+"""The velocity at the end, and a JVP with its gradient."""
 
 
 def lagrangian_sides(field: AbstractField, row: Row) -> tuple[Float[Array, "*data"], Float[Array, "*data"]]:
@@ -43,7 +46,13 @@ class LagrangianSelfDistillation(AbstractIdentity):
 
     @property
     def facts(self) -> Facts:
-        return Facts(degenerate=True, trains_velocity=False, uses_velocity=False, learns_through_derivative=True)
+        return Facts(
+            degenerate=True,
+            trains_velocity=False,
+            uses_velocity=False,
+            learns_through_derivative=True,
+            passes=LAGRANGIAN_PASSES,
+        )
 
     def residual(self, field: AbstractField, row: Row) -> Float[Array, "*data"]:
         left, end = lagrangian_sides(field, row)

@@ -11,6 +11,7 @@ Source: One Step Diffusion via Shortcut Models, Frans, Hafner, Levine, Abbeel, 2
 
 from jaxtyping import Array, Float
 
+from .._derivative import Passes
 from .._field import AbstractField
 from .._row import Row
 from .base import AbstractIdentity
@@ -23,7 +24,7 @@ class Shortcut(AbstractIdentity):
 
     @property
     def facts(self) -> Facts:
-        return Facts(degenerate=True, trains_velocity=False, uses_velocity=False)
+        return Facts(degenerate=True, trains_velocity=False, uses_velocity=False, passes=Passes(forward=2))
 
     def residual(self, field: AbstractField, row: Row) -> Float[Array, "*data"]:
         return semigroup_residual(field, row.z, row.r, row.t, 0.5, row.condition, key=row.key)

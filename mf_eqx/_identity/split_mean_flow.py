@@ -14,6 +14,7 @@ import jax.random as jr
 from jaxtyping import Array, Float, Key
 
 from .._custom_types import as_scalar, as_times, Condition, ScalarLike, TimeLike
+from .._derivative import Passes
 from .._field import AbstractField, stopped
 from .._row import Row
 from .._times import AbstractTimes, UniformTimes
@@ -57,7 +58,7 @@ class SplitMeanFlow(AbstractIdentity):
 
     @property
     def facts(self) -> Facts:
-        return Facts(degenerate=True, trains_velocity=False, uses_velocity=False)
+        return Facts(degenerate=True, trains_velocity=False, uses_velocity=False, passes=Passes(forward=2))
 
     def residual(self, field: AbstractField, row: Row) -> Float[Array, "*data"]:
         if row.key is None:

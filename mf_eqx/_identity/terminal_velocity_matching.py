@@ -15,7 +15,7 @@ from .._field import AbstractField
 from .._row import Row
 from .base import AbstractIdentity
 from .facts import Facts
-from .lagrangian_self_distillation import lagrangian_sides
+from .lagrangian_self_distillation import LAGRANGIAN_PASSES, lagrangian_sides
 
 
 class TerminalVelocityMatching(AbstractIdentity):
@@ -36,6 +36,7 @@ class TerminalVelocityMatching(AbstractIdentity):
             uses_velocity=False,
             learns_through_derivative=True,
             needs_teacher=True,
+            passes=LAGRANGIAN_PASSES,
         )
 
     def residual(self, field: AbstractField, row: Row) -> Float[Array, "*data"]:

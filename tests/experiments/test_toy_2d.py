@@ -95,7 +95,7 @@ def test_every_identity_is_a_method_and_later_ones_appear_by_themselves(toy_2d):
             return row.z
 
     names = {**vars(mfx), "Later": Later, "Unfinished": Unfinished}
-    found = toy_2d.identities(names)
+    found = mfx.identities_in(names, 100)
     assert found.keys() > {"MeanFlow", "Shortcut", "TerminalVelocityMatching", "Later"}
     assert "Unfinished" not in found
     assert {"FlowMatching", "MeanFlow", "Exact"} < set(toy_2d.Config().methods) < {"FlowMatching", "Exact", *found}

@@ -11,7 +11,7 @@ import mf_eqx as mfx
 pytestmark = pytest.mark.usefixtures("x64")
 
 PATH = mfx.LinearInterpolant()
-IMM = mfx.InductiveMomentMatching(0.125)
+IMM = mfx.InductiveMomentMatching(0.125, power=2.0, earlier_time=lambda t, gap: t - gap)
 
 
 def field(dtype=jnp.float64):
@@ -25,6 +25,11 @@ def group(r=0.2, t=0.7, size=4):
         return mfx.Row(*PATH.state_and_velocity(x, eps, t), r, t, x=x, eps=eps)
 
     return eqx.tree_at(lambda row: row.path, jax.vmap(make)(x, eps), PATH, is_leaf=lambda node: node is None)
+
+
+@eqx.filter_jit
+def value_and_gradient(identity, rows, dtype=jnp.float64):
+    return eqx.filter_value_and_grad(lambda u: identity.residual_and_loss(u, rows)[1])(field(dtype))
 
 
 def ends(u, rows, r, t, s):
@@ -42,15 +47,18 @@ def test_loss_is_the_discrepancy_of_a_group_and_the_residual_that_of_its_rows(r,
         distances = np.linalg.norm(a[:, None] - b[None], axis=-1)
         return np.mean(np.exp(-distances / (2 * (0.7 - r))))
 
-    residual, loss = IMM.residual_and_loss(field(), rows)
+    residual, loss = eqx.filter_jit(IMM.residual_and_loss)(field(), rows)
     np.testing.assert_allclose(residual, y - target, rtol=0, atol=1e-14)
-    expected = mean_kernel(y, y) + mean_kernel(target, target) - 2 * mean_kernel(y, target)
+    discrepancy = mean_kernel(y, y) + mean_kernel(target, target) - 2 * mean_kernel(y, target)
+    log_ratio = 2 * np.log(0.3 / 0.7)
+    weight = 0.3**2 / 2 / (0.3**2 + 0.7**2) * (2 / 0.3 + 2 / 0.7) / (1 + np.exp(log_ratio - 4.0))
+    expected = weight * discrepancy
     np.testing.assert_allclose(loss, expected, rtol=0, atol=1e-12)
 
 
 def test_equal_samples_have_neither_loss_nor_gradient_that_is_not_finite():
     rows = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf[:1], leaf.shape), group(0.7, 0.7))
-    loss, gradient = eqx.filter_value_and_grad(lambda u: IMM.residual_and_loss(u, rows)[1])(field())
+    loss, gradient = value_and_gradient(IMM, rows)
     np.testing.assert_allclose(loss, 0, atol=1e-15)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
 
@@ -69,10 +77,10 @@ class Times(mfx.AbstractIdentityWithLoss):
 
 def test_rows_of_a_group_share_their_times_and_groups_do_not():
     objective = mfx.Objective(Times(), identity_share=0.5)
-    _, metrics = objective(field(), mfx.Batch(jnp.zeros((64, 2))), key=jr.key(0))
+    _, metrics = eqx.filter_jit(objective)(field(), mfx.Batch(jnp.zeros((64, 2))), key=jr.key(0))
     assert metrics["identity_error"].value > 0
     only = mfx.Objective(Times(), identity_share=1)
-    loss, metrics = only(field(), mfx.Batch(jnp.zeros((64, 2))), key=jr.key(0))
+    loss, metrics = eqx.filter_jit(only)(field(), mfx.Batch(jnp.zeros((64, 2))), key=jr.key(0))
     assert loss == 0
     assert np.count_nonzero(metrics["identity_error_by_gap"].count) > 1
 
@@ -113,3 +121,13 @@ def test_a_group_without_a_loss_of_its_own_is_refused():
 def test_fewer_than_two_particles_are_refused(particles):
     with pytest.raises(ValueError, match=f"particles must be >= 2, got {particles}"):
         mfx.InductiveMomentMatching(particles=particles)
+
+
+@pytest.mark.parametrize("t", [0.0, 1.0])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+def test_loss_is_finite_at_both_ends_of_time(t, dtype):
+    rows = jax.tree.map(lambda leaf: leaf.astype(dtype) if eqx.is_inexact_array(leaf) else leaf, group(0.0, t))
+    loss, gradient = eqx.filter_value_and_grad(lambda u: mfx.InductiveMomentMatching().residual_and_loss(u, rows)[1])(
+        field(dtype)
+    )
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((loss, gradient)))

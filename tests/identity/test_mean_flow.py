@@ -62,6 +62,7 @@ def test_data_at_one_point_leave_no_residual():
 def test_residual_uses_the_engine_it_is_given():
     class CentralDifference(AbstractDerivative):
         step: float
+        passes = None
 
         def __call__(self, field, z, r, t, condition, *, tangent, key):
             dz, dr, dt = tangent

@@ -305,6 +305,7 @@ class Pair(mfx.AbstractDerivative):
 
     value: mfx.AbstractField
     derivative: mfx.AbstractField
+    passes = None
 
     def __call__(self, field, z, r, t, condition, *, tangent, key):
         u = self.value(z, r, t, condition, key=key)

@@ -1,0 +1,69 @@
+r"""Continuous-time consistency models (sCM): the end of the flow map stays while its start moves along the velocity.
+
+With $X_{t \to 0}(z) = z - t\, u(z, 0, t)$, the derivative of the end along the path, $dX/dt = v - u - t\, du/dt$, is
+zero. u is moved along
+
+$$\frac{g}{|g| + c}, \qquad g = \frac{\alpha_t}{\sqrt{\alpha_t^2 + \sigma_t^2}}
+\left(v_t - u - \rho\, t\, \frac{d}{dt} u(z_t, 0, t)\right), \qquad \rho: 0 \to 1 \text{ (tangent warm-up)}.$$
+
+The paper has the circular path, where the first factor is its cos(t), and a network F with $X = \cos(t)\, z -
+\sin(t)\, F$; here u is the average velocity on any path. Its learnt weight of t is left out: with g normalised, its
+optimum hardly depends on t. |g| is the root of the mean square over dimensions, as in NVIDIA's FastGen; the paper
+writes a norm.
+
+Consistency training (sCT) takes the conditional velocity. Distillation (sCD) takes that of a frozen Flow Matching
+field: `Objective.velocity`. Times: $\tan t = e^n / 0.5$ there, n normal with mean -1 and deviation 1.4 to 1.6.
+
+Source: Simplifying, Stabilizing and Scaling Continuous-Time Consistency Models, Lu, Song, 2024, arXiv 2410.11081.
+"""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float
+
+from .._custom_types import Scalar
+from .._derivative import AbstractDerivative, FusedJVP
+from .._field import AbstractField
+from .._interpolant import LinearInterpolant
+from .._row import Row
+from .._schedule import as_schedule, at_step, Schedule
+from .._validate import check_positive
+from .base import AbstractIdentityWithLoss, AbstractScheduledIdentity, step_of_unit_length
+from .facts import Facts
+
+
+class ContinuousConsistency(AbstractIdentityWithLoss, AbstractScheduledIdentity):
+    r"""The residual $u - \mathrm{sg}(v - \rho\, t\, du/dt)$ on rows with r = 0, with sCM's loss.
+
+    u(z, r, t) for 0 < r < t is not learnt: sample with one evaluation, or with new noise in between.
+
+    **Arguments:** `warm_up` the part $\rho$ of the derivative, in [0, 1], or a schedule of it; `offset` c, > 0: 0.1 in
+    the paper; `derivative` the engine that computes du/dt.
+    """
+
+    warm_up: Schedule = eqx.field(default=1.0, converter=as_schedule("warm_up", 0.0, 1.0))
+    offset: float = eqx.field(default=0.1, converter=float)
+    derivative: AbstractDerivative = FusedJVP()
+
+    @classmethod
+    def for_training(cls, steps: int) -> AbstractScheduledIdentity:
+        """With a warm-up over the first tenth of the training; over 10,000 steps in the paper."""
+        return cls(optax.linear_schedule(0.0, 1.0, max(steps // 10, 1)))
+
+    def __check_init__(self):
+        check_positive("offset", self.offset)
+
+    @property
+    def facts(self) -> Facts:
+        return Facts(trains_velocity=False, ends_at_data=True, exact=self.warm_up == 1, passes=self.derivative.passes)
+
+    def residual_and_loss(self, field: AbstractField, row: Row) -> tuple[Float[Array, "*data"], Scalar]:
+        at, rho = (row.z, row.r, row.t, row.condition), at_step(self.warm_up, row.context).astype(row.z.dtype)
+        u, dudt = self.derivative(field, *at, tangent=(row.v, 0.0, 1.0), key=row.key)
+        residual = u - jax.lax.stop_gradient(row.v - rho * (row.t - row.r) * dudt)
+        alpha, sigma, *_ = (row.path or LinearInterpolant()).rates(row.t)
+        return residual, step_of_unit_length(
+            alpha / jnp.hypot(alpha, sigma) * residual, self.offset, root_mean_square=True
+        )

@@ -1,0 +1,57 @@
+r"""Flow-anchored consistency models (FACM): continuous consistency on rows with r = 0, held by Flow Matching.
+
+$$g = u(z_t, 0, t) - \left(v_t - t\, \frac{d}{dt} u(z_t, 0, t)\right), \qquad
+\text{target} = \mathrm{sg}\left(u - \alpha(t)\, \mathrm{clip}(g, -1, 1)\right), \qquad \alpha(t) = 1 - (1 - t)^p.$$
+
+Clipping and $\alpha$ shorten the way to the target and leave the solution g = 0, MeanFlow's at r = 0. With e the mean
+squared error to the target over dimensions, the loss is $\sin(\pi t / 2)\, e / \sqrt{\mathrm{sg}(e) + 0.001}$.
+
+The anchor are the boundary rows of the objective. The paper adds both losses on the same rows, and one minus the cosine
+similarity of u(z, t, t) and v to the anchor's; its network without an r sees the anchor's times as t - 2 or so instead
+(the "expanded interval"). Times are $t = \frac{2}{\pi} \arctan e^n$ with n normal, mean -0.8 and deviation 1.6.
+
+Source: FACM: Flow-Anchored Consistency Models, 2025, arXiv 2507.03738, and the authors' code.
+"""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from .._custom_types import Scalar
+from .._derivative import AbstractDerivative, FusedJVP
+from .._field import AbstractField
+from .._row import Row
+from .._validate import check_positive
+from .base import AbstractIdentityWithLoss
+from .facts import Facts
+
+_OFFSET = 1e-3
+
+
+class FlowAnchoredConsistency(AbstractIdentityWithLoss):
+    r"""The residual g, on rows with r = 0, with FACM's loss.
+
+    u(z, r, t) for 0 < r < t is not learnt: sample with one evaluation, or with new noise in between.
+
+    **Arguments:** `power` p of $\alpha$, > 0: 0.5 in the authors' code; `derivative` the engine that computes du/dt.
+    """
+
+    power: float = eqx.field(default=0.5, converter=float)
+    derivative: AbstractDerivative = FusedJVP()
+
+    def __check_init__(self):
+        check_positive("power", self.power)
+
+    @property
+    def facts(self) -> Facts:
+        return Facts(trains_velocity=False, ends_at_data=True, passes=self.derivative.passes)
+
+    def residual_and_loss(self, field: AbstractField, row: Row) -> tuple[Float[Array, "*data"], Scalar]:
+        at = (row.z, row.r, row.t, row.condition)
+        u, dudt = self.derivative(field, *at, tangent=(row.v, 0.0, 1.0), key=row.key)
+        residual = u - jax.lax.stop_gradient(row.v - (row.t - row.r) * dudt)
+        way = (1 - (1 - row.t) ** self.power) * jnp.clip(residual, -1, 1)
+        error = jnp.mean((u - jax.lax.stop_gradient(u - way)) ** 2)
+        weight = jnp.sin(jnp.pi / 2 * row.t) / jnp.sqrt(jax.lax.stop_gradient(error) + _OFFSET)
+        return residual, weight * error

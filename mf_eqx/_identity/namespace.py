@@ -1,0 +1,25 @@
+"""The methods that a namespace holds, for scripts that compare all of them."""
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from .base import AbstractIdentity, AbstractScheduledIdentity
+
+
+def identities_in(namespace: Mapping[str, Any], steps: int) -> dict[str, AbstractIdentity]:
+    """Every method in a namespace such as `vars(mf_eqx)` or `globals()`, by name, with its paper's settings.
+
+    Made by `for_training` if it has schedules, without arguments else; a method that needs arguments is left out.
+
+    **Arguments:** `namespace`; `steps` of the training.
+    """
+    methods = {}
+    for name, member in namespace.items():
+        if not (isinstance(member, type) and issubclass(member, AbstractIdentity)) or inspect.isabstract(member):
+            continue
+        if issubclass(member, AbstractScheduledIdentity):
+            methods[name] = member.for_training(steps)
+        elif all(p.default is not p.empty for p in inspect.signature(member).parameters.values()):
+            methods[name] = member()
+    return methods

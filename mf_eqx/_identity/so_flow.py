@@ -1,0 +1,56 @@
+r"""Solution flow models: two points of one step of the given velocity have the same end.
+
+With $X_{t \to r}(z) = z - (t - r)\, u(z, r, t)$, $l = t - k (t - r)$ and $z_l = z_t - (t - l)\, v_t$,
+
+$$X_{t \to r}(z_t) = X_{l \to r}(z_l), \qquad k: 0.1 \to 0.002.$$
+
+Divided by t - l, which the paper's loss does, the difference of both sides is the residual of `AlphaFlow` with
+$\alpha = k$ and the other sign: the two methods differ in schedule and weights. There is no derivative.
+
+The paper's loss weighs by $1 / (\overline{\Delta^2} + 0.01)^p$ with the *mean* over dimensions, p = 0.5 or 1: in
+`AdaptiveWeight`, which takes the sum, the offset is 0.01 times the number of dimensions. Three quarters of the rows are
+boundary rows; in the authors' code their gradient has a factor 2 that the others lack.
+
+Source: SoFlow: Solution Flow Models for One-Step Generative Modeling, Luo, Yuan, Liu, 2025, arXiv 2512.15657, and the
+authors' code.
+"""
+
+import equinox as eqx
+import optax
+from jaxtyping import Array, Float
+
+from .._derivative import Passes
+from .._field import AbstractField
+from .._row import Row
+from .._schedule import as_schedule, at_step, Schedule
+from .alpha_flow import difference_residual
+from .base import AbstractScheduledIdentity
+from .facts import Facts
+
+FIRST_STEP, LAST_STEP = 0.1, 0.002
+
+
+class SoFlow(AbstractScheduledIdentity):
+    r"""The residual $(X_{l \to r}(z_l) - X_{t \to r}(z_t)) / (t - l)$, its first term behind stop-gradient.
+
+    An exact field leaves a residual of order k.
+
+    **Arguments:** `step` the part k of [r, t] that one step spans, in (0, 1], or a schedule of it.
+    """
+
+    step: Schedule = eqx.field(default=LAST_STEP, converter=as_schedule("step", 0.0, 1.0))
+
+    @classmethod
+    def for_training(cls, steps: int) -> AbstractScheduledIdentity:
+        return cls(optax.exponential_decay(FIRST_STEP, max(steps, 1), LAST_STEP / FIRST_STEP, end_value=LAST_STEP))
+
+    def __check_init__(self):
+        if self.step == 0:
+            raise ValueError("step must be > 0, got 0.0")
+
+    @property
+    def facts(self) -> Facts:
+        return Facts(exact=False, passes=Passes(forward=1))
+
+    def residual(self, field: AbstractField, row: Row) -> Float[Array, "*data"]:
+        return difference_residual(field, row, at_step(self.step, row.context).astype(row.z.dtype))
