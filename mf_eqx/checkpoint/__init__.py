@@ -1,10 +1,10 @@
-"""States on disk: checkpoints that a run continues from, and exports for those who only sample.
+"""States on disk: checkpoints from which a run continues, and exports for users who only sample.
 
     checkpoints = checkpoint.Checkpoints("runs/first/checkpoints", keep_last=2, keep_every=10_000)
-    found = checkpoints.load(make_state, parallelism)            None at first
-    checkpoints.save(step, state)                                returns before all is written
+    restored = checkpoints.load(make_state, parallelism)         None if there is no checkpoint yet
+    checkpoints.save(step, state)                                returns before everything is written
 
-Imported explicitly (`from mf_eqx import checkpoint`); Orbax is loaded where it is used.
+Import this part explicitly (`from mf_eqx import checkpoint`); Orbax is imported where it is used.
 """
 
 from ._checkpoints import CheckpointError as CheckpointError, Checkpoints as Checkpoints, Restored as Restored

@@ -1,13 +1,13 @@
-"""Checkpoints of a training state, written by Orbax and believed only after a look.
+"""Checkpoints of a training state, written by Orbax and verified when they are loaded.
 
 directory/00000500/            the arrays of one step, complete: written under another name, then renamed
-          00000500.json        its record
-          00000500.damaged/    what stood there and was passed over, when step 500 was reached again
+          00000500.json        the record of this step
+          00000500.damaged/    an earlier checkpoint of step 500, moved aside when step 500 was saved again
 
-Orbax writes arrays atomically, in the background, and reads them back onto any mesh. What it does not do is done here:
-the record has the path, shape, dtype and digest of every leaf, and is itself under a checksum. Loading first compares
-the structure, leaf by leaf, then reads, then compares digests; a step that fails is passed over for the newest good one
-before it.
+Orbax writes arrays atomically, in the background, and reads them back onto any mesh. This file adds verification: the
+record has the path, shape, dtype and digest of every leaf, and a checksum of its own. Loading first compares the
+structure, leaf by leaf, then reads the arrays, then compares digests. A step that fails is skipped, and the newest
+usable step before it is loaded instead.
 """
 
 import contextlib
@@ -39,24 +39,24 @@ from ._digest import digests
 _State = TypeVar("_State")
 
 _FORMAT = 1
-_DAMAGED, _DOOMED = ".damaged", ".deleted"
-_QUIET = threading.Lock()
+_DAMAGED, _DELETED = ".damaged", ".deleted"
+_QUIET_LOCK = threading.Lock()
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that could not be written, or none that could be read; the message says which and why."""
+    """A checkpoint could not be written, or no checkpoint could be read; the message says which one and why."""
 
 
 class _Damage(Exception):
-    """Why one step cannot be used."""
+    """The checkpoint of one step is damaged; the message is the reason."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Restored(Generic[_State]):
-    """What was loaded.
+    """A state that was loaded from a checkpoint.
 
-    **Arguments:** `step` its number; `state`; `notes` that were saved with it; `passed_over` newer steps that could not
-    be used, each with the reason.
+    **Arguments:** `step` its number; `state`; `notes` that were saved with it; `passed_over` the newer steps that were
+    skipped because they could not be used, each with the reason.
     """
 
     step: int
@@ -70,19 +70,20 @@ class Checkpoints:
 
     **Arguments:**
 
-    - `directory`: made by the first save.
-    - `keep_last`: how many of the newest are kept.
-    - `keep_every`: steps that are multiples of it are kept for ever; None for none.
+    - `directory`: created by the first save.
+    - `keep_last`: how many of the newest checkpoints are kept.
+    - `keep_every`: steps that are multiples of this number are never removed; None for no such steps.
 
-    What can be lost: a save is complete by a rename in the background, for which nobody has to wait, and the next one
-    begins only then. So a process that saves every k steps and is killed comes back at its last save if that was
-    complete, else at the one before. It loses less than k steps and those that it took while a state was being written;
-    2 k at most, where writing takes as long as k steps. Two things cost more: a step that is saved again, because it
-    was passed over, is moved aside first and not found until its new save is complete; and a machine that loses power
-    may spoil the newest step, too, which leaves none with keep_last = 1.
+    How many steps can be lost: a save becomes complete when its folder is renamed in the background, while the caller
+    continues; the next save begins only after that. So a process that saves every k steps and is killed continues from
+    its last save if that was complete, otherwise from the one before. It loses fewer than k steps plus the steps that
+    it took while a state was being written: at most 2 k, if writing takes as long as k steps. More steps are lost in
+    two cases. A step that is saved again, because it was skipped by `load`, is moved aside first and cannot be loaded
+    until its new save is complete. And if a machine loses power, the newest checkpoint may be damaged as well, which
+    leaves none if keep_last = 1.
 
-    One process tree at a time may save: `run.train` locks the run's directory. All processes of a multi-process run
-    call every method together.
+    Only one process tree at a time may save: `run.train` locks the run's directory. All processes of a multi-process
+    run must call every method together.
 
     **Raises:** `ValueError` unless keep_last >= 1 and keep_every >= 1.
     """
@@ -97,7 +98,7 @@ class Checkpoints:
         self._passed_over: set[int] = set()
 
     def steps(self) -> list[int]:
-        """The steps on disk, in ascending order, whether they can be read or not: also links that point nowhere now."""
+        """The steps on disk, in ascending order, whether they can be read or not; broken links are included."""
         if not self.directory.is_dir():
             return []
         named = [path for path in self.directory.iterdir() if path.name.isdecimal() and _is_folder(path)]
@@ -111,30 +112,30 @@ class Checkpoints:
         return self.path(step).with_suffix(".json")
 
     def save(self, step: int, state: PyTree[Any], notes: Mapping[str, Any] | None = None) -> None:
-        """Start to write a state. Returns when it may be donated, usually long before all is on disk.
+        """Start writing a state. Returns when the state may be donated, usually long before everything is on disk.
 
-        Waits for the save before. What stands at this step already is moved aside first, and so is what `load` passed
-        over.
+        Waits for the previous save. An existing checkpoint of this step is moved aside first, and so are the steps that
+        `load` skipped.
 
-        **Arguments:** `step` number of finished steps; `state` any PyTree, of which arrays are written; `notes` that
-        JSON can hold, to be read by whoever loads: configuration, versions, where the data stand.
+        **Arguments:** `step` number of finished steps; `state` any PyTree, of which the arrays are written; `notes` any
+        JSON values, which `load` returns: configuration, versions, position in the data.
 
-        **Raises:** `CheckpointError` if this one cannot be begun or the one before could not be finished.
+        **Raises:** `CheckpointError` if this save cannot be started or the previous one failed.
         """
         from orbax.checkpoint import v1 as ocp
 
         self.wait()
         arrays = leaves(state)
         record = {"format": _FORMAT, "step": step, "leaves": shapes(arrays), "digests": digests(state)}
-        with self._failing(step, "saved"):
-            sealed = _sealed({**record, "notes": notes or {}})
+        with self._as_checkpoint_error(step, "could not be saved"):
+            content = _with_checksum({**record, "notes": notes or {}})
             if jax.process_index() == 0:
                 self.directory.mkdir(parents=True, exist_ok=True)
-                for gone in {step, *self._passed_over}:
-                    self._move_aside(gone)
-                remove(self._record_path(step))  # and never write to where a link points
+                for replaced in {step, *self._passed_over}:
+                    self._move_aside(replaced)
+                remove(self._record_path(step))  # if it is a link, its target must not be overwritten
                 with self._record_path(step).open("x", encoding="utf-8") as file:
-                    file.write(sealed)
+                    file.write(content)
                     file.flush()
                     os.fsync(file.fileno())
             self._passed_over.clear()
@@ -142,17 +143,17 @@ class Checkpoints:
             self._pending = (step, ocp.save_async(str(self.path(step)), plain_arrays))
 
     def wait(self) -> None:
-        """Return when the last save is on disk; then remove what is not to be kept.
+        """Wait until the last save is on disk, then remove the checkpoints that are not to be kept.
 
-        **Raises:** `CheckpointError` if it failed: no space left, say.
+        **Raises:** `CheckpointError` if the save failed, for example because no space was left.
         """
         if self._pending is None:
             return
         (step, response), self._pending = self._pending, None
-        with self._failing(step, "saved"):
+        with self._as_checkpoint_error(step, "could not be saved"):
             response.result()
         if jax.process_index() == 0:
-            with self._failing(step, "kept alone"):
+            with self._as_checkpoint_error(step, "was saved, but older steps could not be removed"):
                 self._prune(step)
 
     def load(
@@ -163,22 +164,23 @@ class Checkpoints:
         step: int | None = None,
         check: Callable[[Mapping[str, Any]], None] | None = None,
     ) -> Restored[_State] | None:
-        """The newest state that is what it was when it was saved; None if there never was one. Nothing is written.
+        """The newest state that is unchanged since it was saved; None if nothing was ever saved. Nothing is written.
 
-        **Arguments:** `make_state` as for `Parallelism.make`: only shapes are taken of what it returns, and whatever is
-        no array; `parallelism` of the state, which need not be the one that it was saved with; `step` for this one and
-        no other; `check` a function that is shown a step's notes and raises `ValueError` if they do not fit.
+        **Arguments:** `make_state` as for `Parallelism.make`: from its result only the shapes and dtypes of arrays and
+        everything that is not an array are used; `parallelism` of the loaded state, which may differ from that of the
+        saved one; `step` to load this step and no other; `check` a function that is called with a step's notes and
+        raises `ValueError` if they do not fit.
 
-        Leaves in float64 need `jax_enable_x64` set for all threads, by `jax.config.update`.
+        Leaves in float64 require that `jax_enable_x64` is set for all threads, by `jax.config.update`.
 
-        **Raises:** `ValueError` that names the leaves if the saved state has other ones, or others of these shapes and
-        dtypes; `CheckpointError` if there are checkpoints and none can be used.
+        **Raises:** `ValueError` that names the leaves if the saved state has other leaves, shapes or dtypes than that
+        of `make_state`; `CheckpointError` if there are checkpoints but none can be used.
         """
         wanted = eqx.filter_eval_shape(make_state)
         passed_over: dict[int, str] = {}
-        for candidate in reversed(_of_first(self.steps())) if step is None else [step]:
+        for candidate in reversed(_from_first_process(self.steps())) if step is None else [step]:
             try:
-                state, notes = self._usable(candidate, wanted, parallelism, check)
+                state, notes = self._load_step(candidate, wanted, parallelism, check)
             except _Damage as damage:
                 passed_over[candidate] = str(damage)
                 self._passed_over.add(candidate)
@@ -186,16 +188,16 @@ class Checkpoints:
                 return Restored(candidate, state, notes, passed_over)
         if passed_over:
             reasons = "; ".join(f"step {number}: {reason}" for number, reason in passed_over.items())
-            message = f"no checkpoint can be used ({reasons}); remove or rename this directory to begin anew"
+            message = f"no checkpoint can be used ({reasons}); remove or rename this directory to start from step 0"
             raise CheckpointError(f"{self.directory}: {message}")
         return None
 
     def clean(self) -> None:
-        """Remove what a killed run left half written or half deleted, and of what was moved aside all but the newest.
-        Only whoever may save may clean."""
+        """Remove partially written or partially deleted checkpoints of killed runs, and all but the newest of the
+        checkpoints that were moved aside. Only a process that may save may call this."""
         if jax.process_index() == 0 and self.directory.is_dir():
             for path in self.directory.iterdir():
-                if _is_folder(path) and (".orbax-checkpoint-tmp" in path.name or path.suffix == _DOOMED):
+                if _is_folder(path) and (".orbax-checkpoint-tmp" in path.name or path.suffix == _DELETED):
                     remove(path)
             for old in sorted(self.directory.glob(f"*{_DAMAGED}"))[:-1]:
                 remove(old)
@@ -203,15 +205,15 @@ class Checkpoints:
                 if path.suffix == ".json" and path.stem.isdecimal() and not os.path.lexists(path.with_suffix("")):
                     remove(path)
 
-    def _usable(
+    def _load_step(
         self,
         step: int,
         wanted: _State,
         parallelism: Parallelism | None,
         check: Callable[[Mapping[str, Any]], None] | None,
     ) -> tuple[_State, dict[str, Any]]:
-        """State and notes of a step, unless something is wrong with it."""
-        with _same_everywhere():
+        """State and notes of a step. **Raises:** `_Damage` or `ValueError` if the step cannot be used."""
+        with _raising_everywhere():
             record = self._record(step)
             if check is not None:
                 check(record["notes"])
@@ -222,16 +224,16 @@ class Checkpoints:
         return state, record["notes"]
 
     def _record(self, step: int) -> dict[str, Any]:
-        """What was written beside the arrays."""
+        """The record that was written beside the arrays of a step."""
         try:
-            sealed = read_json_object(self._record_path(step))
-            text, checksum = sealed["record"], sealed["sha256"]
+            content = read_json_object(self._record_path(step))
+            text, checksum = content["record"], content["sha256"]
             matches = _sha256(text) == checksum
             record = parse_json(text.encode(), finite=False) if matches else {}
         except Exception as error:
-            raise _Damage(f"its record cannot be read: {_in_short(error)}") from error
+            raise _Damage(f"its record cannot be read: {_short_text(error)}") from error
         if not matches:
-            raise _Damage("its record does not have its checksum")
+            raise _Damage("its record does not match its checksum")
         _check_record(record)
         if record["format"] != _FORMAT:
             raise ValueError(f"{self.path(step)}: format must be {_FORMAT}, got {record['format']}")
@@ -240,44 +242,45 @@ class Checkpoints:
         return record
 
     def _read(self, step: int, wanted: PyTree[Any], parallelism: Parallelism | None) -> dict[str, Any]:
-        """The arrays, whatever they hold."""
+        """The arrays of a step, whose values are not yet verified."""
         from orbax.checkpoint import v1 as ocp
 
         path = self.path(step)
         targets = {name: _target(plain(leaf), parallelism) for name, leaf in leaves(wanted).items()}
         arrays, reason = {}, None
-        with _same_everywhere():
-            if odd := _irregular(path):
-                raise _Damage(f"it has what is no ordinary file: {listed(odd)}")
+        with _raising_everywhere():
+            if irregular := _irregular_files(path):
+                raise _Damage(f"it contains other things than ordinary files: {listed(irregular)}")
             with _quiet():
                 try:
                     arrays = ocp.load(str(path), targets)
-                except Exception as error:  # damaged files raise whatever their reader stumbles over
-                    reason = f"it cannot be read: {_in_short(error)}"
+                except Exception as error:  # damaged files make the reader raise errors of many types
+                    reason = f"it cannot be read: {_short_text(error)}"
             if reason is not None:
                 raise _Damage(reason)
         return arrays
 
     @contextlib.contextmanager
-    def _failing(self, step: int, what: str) -> Iterator[None]:
+    def _as_checkpoint_error(self, step: int, failure: str) -> Iterator[None]:
+        """A context that raises every error as a `CheckpointError` about this step."""
         try:
             yield
         except Exception as error:
             if jax.process_count() > 1 and isinstance(error, jax.errors.JaxRuntimeError):
-                raise  # another process is gone
+                raise  # another process has ended
             reason = " ".join(str(error).split())[:300]
-            raise CheckpointError(f"{self.path(step)}: step {step} could not be {what}: {reason}") from error
+            raise CheckpointError(f"{self.path(step)}: step {step} {failure}: {reason}") from error
 
     def _prune(self, newest: int) -> None:
-        """Remove old steps. Steps after the newest save are no business of ours: they were passed over."""
+        """Remove old steps. Steps after the newest save are not removed: they are steps that `load` skipped."""
         steps = [step for step in self.steps() if step <= newest]
         for step in steps[: -self._keep_last]:
             if self._keep_every is None or step % self._keep_every:
-                doomed = self.path(step).with_suffix(_DOOMED)
-                remove(doomed)
-                self.path(step).rename(doomed)  # at once, so that half a step never looks like one
+                deleted = self.path(step).with_suffix(_DELETED)
+                remove(deleted)
+                self.path(step).rename(deleted)  # atomic: a partly deleted step must not look complete
                 remove(self._record_path(step))
-                remove(doomed)
+                remove(deleted)
 
     def _move_aside(self, step: int) -> None:
         if os.path.lexists(self.path(step)):
@@ -288,12 +291,12 @@ class Checkpoints:
 
 
 def _check_record(record: Any) -> None:
-    """Refuses, as damage, a record that lacks one of its parts or has another type there."""
+    """Raises `_Damage` if a record lacks one of its entries or has an entry of another type."""
     wanted = {"format": int, "step": int, "leaves": dict, "digests": dict, "notes": dict}
     if not isinstance(record, dict):
         raise _Damage(f"its record is a {type(record).__name__}")
     if wrong := [name for name, kind in wanted.items() if type(record.get(name)) is not kind]:
-        raise _Damage(f"its record has no {listed(wrong)}, or of another type")
+        raise _Damage(f"its record lacks {listed(wrong)} or has another type there")
     if record["leaves"].keys() != record["digests"].keys():
         raise _Damage("its record has digests of other leaves")
     for name, leaf in record["leaves"].items():
@@ -301,19 +304,20 @@ def _check_record(record: Any) -> None:
             raise _Damage(f"its record has no shape and dtype of {name}")
 
 
-def _irregular(folder: Path) -> list[str]:
-    """What is in a folder, at any depth, and is neither an ordinary file nor a folder: Orbax would wait for a pipe."""
+def _irregular_files(folder: Path) -> list[str]:
+    """Paths in a folder, at any depth, that are neither ordinary files nor folders. For example, Orbax would wait for a
+    pipe for ever."""
     paths = (Path(root) / name for root, _, names in os.walk(folder) for name in names)
     return [str(path.relative_to(folder)) for path in paths if path.exists() and not path.is_file()]
 
 
 def _is_folder(path: Path) -> bool:
-    """Whether it is a directory, or a link to what was one: steps may be moved to another disk. Of links, only the
-    links are ever renamed and removed."""
+    """Whether a path is a directory or a link, since a step may be moved to another disk and replaced by a link. Only
+    the link is then renamed or removed, never its target."""
     return path.is_dir() or path.is_symlink()
 
 
-def _sealed(record: Mapping[str, Any]) -> str:
+def _with_checksum(record: Mapping[str, Any]) -> str:
     text = json.dumps(record)
     return json.dumps({"record": text, "sha256": _sha256(text)})
 
@@ -323,10 +327,12 @@ def _sha256(text: str) -> str:
 
 
 @contextlib.contextmanager
-def _same_everywhere() -> Iterator[None]:
-    """A context that fails in all processes if in one: all must do the same next, or they wait for each other for ever.
+def _raising_everywhere() -> Iterator[None]:
+    """A context that raises in all processes if it raises in one of them: if the processes did different things next,
+    they would wait for each other for ever.
 
-    **Raises:** the error, where there was one; `_Damage` elsewhere if it was that, `ValueError` if not.
+    **Raises:** in a process with an error, that error; in the other processes, `_Damage` or `ValueError`. If different
+    processes have errors of both types, `ValueError` in all of them.
     """
     error: Exception | None = None
     try:
@@ -340,12 +346,14 @@ def _same_everywhere() -> Iterator[None]:
         raise error
     if verdict:
         raise (
-            ValueError("another process refuses the checkpoint") if verdict == 2 else _Damage("another process says so")
+            ValueError("another process refuses the checkpoint")
+            if verdict == 2
+            else _Damage("another process finds it damaged")
         )
 
 
-def _of_first(steps: list[int]) -> list[int]:
-    """What the first process sees: directories may look different from different machines."""
+def _from_first_process(steps: list[int]) -> list[int]:
+    """The steps that the first process sees: a directory's contents may differ between machines for a while."""
     if jax.process_count() == 1:
         return steps
     number = int(multihost_utils.broadcast_one_to_all(np.array(len(steps))))
@@ -354,18 +362,19 @@ def _of_first(steps: list[int]) -> list[int]:
     return multihost_utils.broadcast_one_to_all(mine).tolist()
 
 
-def _in_short(error: Exception) -> str:
+def _short_text(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """No log lines and warnings of what reads: what is wrong is said once, by us. One thread at a time."""
-    with _QUIET:
-        yield from _quietly()
+    """A context without log lines and warnings from the libraries that read: the only report of a failure is that of
+    `Checkpoints`. One thread at a time."""
+    with _QUIET_LOCK:
+        yield from _without_messages()
 
 
-def _quietly() -> Iterator[None]:
+def _without_messages() -> Iterator[None]:
     loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
     levels, hook = [logger.level for logger in loggers], sys.unraisablehook
     try:
@@ -377,7 +386,7 @@ def _quietly() -> Iterator[None]:
             try:
                 yield
             finally:
-                gc.collect()  # asyncio tells of abandoned tasks when it drops them: now, not later
+                gc.collect()  # asyncio reports abandoned tasks when they are collected: here, not later
     finally:
         sys.unraisablehook = hook
         for logger, level in zip(loggers, levels, strict=True):
@@ -385,6 +394,6 @@ def _quietly() -> Iterator[None]:
 
 
 def _target(leaf: jax.ShapeDtypeStruct, parallelism: Parallelism | None) -> Any:
-    one = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    sharding = one if parallelism is None else parallelism.of_shape(leaf.shape)
+    one_device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    sharding = one_device if parallelism is None else parallelism.of_shape(leaf.shape)
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)

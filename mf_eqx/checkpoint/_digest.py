@@ -1,10 +1,10 @@
-r"""A number for the contents of an array, the same however it lies on devices.
+r"""A digest of an array's contents, which does not depend on the sharding of the array.
 
     digest = sum over i of mix(bits_i xor mix(i)) mod 2^32
 
-over the array's elements, in words of up to 32 bits at positions i. `mix` maps 32 bits one to one, so that a change of
-one word always changes the digest; other changes go unnoticed with probability 2^-32. Sums of integers do not depend on
-their order, hence not on the sharding.
+over the array's elements, as words of up to 32 bits at positions i. `mix` is a one-to-one map of 32 bits, so that a
+change of one word always changes the digest; other changes are missed with probability 2^-32. A sum of integers does
+not depend on the order of its terms, and so not on the sharding.
 """
 
 import functools
@@ -20,20 +20,21 @@ from .._leaves import leaves, plain
 
 
 def digests(tree: PyTree[Any]) -> dict[str, int]:
-    """The digest of each array of a tree, by its path. All processes must call it together.
+    """The digest of each array of a tree, by the array's path. All processes must call it together.
 
-    Each device sums over what it holds, and the sums meet on the host: devices exchange nothing.
+    Each device sums over its own part of the array, and the host adds these sums: devices exchange no data.
     """
     arrays = leaves(tree)
-    parts = jax.device_get({name: _parts(plain(leaf)) for name, leaf in arrays.items()})
+    parts = jax.device_get({name: _local_sums(plain(leaf)) for name, leaf in arrays.items()})
     sums = np.array([sum(map(int, parts[name])) % 2**32 for name in arrays], np.uint32)
     if jax.process_count() > 1:
         sums = multihost_utils.process_allgather(sums).sum(axis=0, dtype=np.uint32)
     return dict(zip(arrays, map(int, sums), strict=True))
 
 
-def _parts(leaf: Shaped[Array, "..."]) -> list[UInt32[Array, ""]]:
-    """The sums over those parts of an array that this process answers for: copies count once among all processes."""
+def _local_sums(leaf: Shaped[Array, "..."]) -> list[UInt32[Array, ""]]:
+    """The sums over the parts of an array on this process's devices. Of several copies of a part on the devices of all
+    processes, only one is counted."""
     parts = []
     for shard in leaf.addressable_shards:
         if shard.replica_id == 0:
@@ -46,19 +47,19 @@ def _parts(leaf: Shaped[Array, "..."]) -> list[UInt32[Array, ""]]:
 def _sum(
     part: Shaped[Array, "*part"], starts: UInt32[Array | np.ndarray, " axes"], shape: tuple[int, ...]
 ) -> UInt32[Array, ""]:
-    """The sum over a part that starts at these places of an array of that shape."""
+    """The sum over a part of an array with this `shape`; `starts` are the part's first indices along each axis."""
     words = _words(part)
     position = jnp.zeros(words.shape, jnp.uint32)
     for axis, length in enumerate(words.shape):
-        here = jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
-        if axis < len(shape):  # not the words of one element
-            here, length = here + starts[axis], shape[axis]
-        position = position * jnp.uint32(length % 2**32) + here
+        index = jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis)
+        if axis < len(shape):  # the axis after those of the array is that of the words of one element
+            index, length = index + starts[axis], shape[axis]
+        position = position * jnp.uint32(length % 2**32) + index
     return jnp.sum(_mix(words ^ _mix(position)), dtype=jnp.uint32)
 
 
 def _words(leaf: Shaped[Array, "..."]) -> UInt32[Array, "..."]:
-    """The bits of each element, as integers of 32 bits; of longer elements, as a last axis."""
+    """The bits of each element as uint32. Elements of more than 32 bits give several words, along a new last axis."""
     if leaf.dtype == jnp.bool_:
         return leaf.astype(jnp.uint32)
     if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
@@ -69,8 +70,8 @@ def _words(leaf: Shaped[Array, "..."]) -> UInt32[Array, "..."]:
 
 
 def _mix(x: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
-    """32 bits to 32 bits, one to one, every bit of the result depending on every bit of x: shifts and odd factors as in
-    the "lowbias32" of C. Wellons' hash prospector (2018)."""
+    """A one-to-one map from 32 bits to 32 bits, in which every bit of the result depends on every bit of x: the shifts
+    and odd factors are those of "lowbias32" from C. Wellons' hash prospector (2018)."""
     x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
     x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
     return x ^ (x >> 16)

@@ -1,11 +1,11 @@
-"""What is left of a training for those who only sample: the averaged weights, or a sampler as one file.
+"""Results of a training for users who only sample: the averaged weights, or a whole sampler, as one file.
 
     save_weights("ema.safetensors", state.averages[0], config={"width": 96})
     field = load_weights("ema.safetensors", lambda config: make_field(Config(**config), jr.key(0)))
 
     export_sampler("sampler.jaxexport", field, (3, 32, 32), condition=0, times=(1.0, 0.0))
 
-Both need the extra `export`.
+Both require the extra `export`.
 """
 
 import contextlib
@@ -35,20 +35,21 @@ _LONGEST_HEADER = 100_000_000
 
 
 def save_weights(path: str | Path, field: AbstractField, config: Mapping[str, Any] | None = None) -> None:
-    """Write the arrays of a field as safetensors, each under its path in the field, with the configuration that the
-    field is made from. The file is whole or absent, and its bytes are the same each time for the same arrays and
-    configuration. One process writes; all must call it.
+    """Write the arrays of a field as safetensors, each under its path in the field, together with the configuration
+    from which the field is made. The file is complete or absent, and equal arrays and configurations always give the
+    same bytes. One process writes, but all must call this function.
 
-    **Arguments:** `path` of the file; `field` usually an average; `config` anything that JSON can hold.
+    **Arguments:** `path` of the file; `field` usually an average; `config` any values that JSON can represent.
 
-    **Raises:** `ValueError` for arrays in bfloat16, float8 and the like, which safetensors cannot read into NumPy
-    (averages are float32). `OSError` if the file cannot be written; what stood there before still does.
+    **Raises:** `ValueError` for arrays in bfloat16, float8 and similar dtypes, which safetensors cannot read into NumPy
+    (averages are float32). `OSError` if the file cannot be written; an existing file is then left unchanged.
     """
     with optional("safetensors", extra="export"):
         import safetensors.numpy
     arrays = {name: on_host(plain(leaf)) for name, leaf in leaves(field).items()}
-    if unknown := [f"{name} in {array.dtype}" for name, array in arrays.items() if not _is_kept(array.dtype)]:
-        raise ValueError(f"field must have arrays that safetensors keeps, got {listed(unknown)}: cast them to float32")
+    if unknown := [f"{name} in {array.dtype}" for name, array in arrays.items() if not _is_supported(array.dtype)]:
+        rule = "have arrays of dtypes that safetensors can read into NumPy"
+        raise ValueError(f"field must {rule}, got {listed(unknown)}: cast them to float32")
     if jax.process_index() == 0:
         text = json.dumps(dict(config or {}))
         content = {"format": _FORMAT, "config": text, "sha256": _digest(arrays, text)}
@@ -60,18 +61,19 @@ def load_weights(
 ) -> _Field:
     """The field in a file of `save_weights`.
 
-    **Arguments:** `path` of the file; `make_field` makes a field of the right structure from the configuration, of
-    which only shapes are taken and whatever is no array; `parallelism` None for one device.
+    **Arguments:** `path` of the file; `make_field` makes a field of the right structure from the configuration: from
+    its result only the shapes and dtypes of arrays and everything that is not an array are used; `parallelism` None for
+    one device.
 
-    **Raises:** `OSError` if the file cannot be read; `ValueError` that names it and what is wrong with it: not
-    safetensors, cut off, of another format, configuration or arrays not as written, or not the arrays of the field
-    (with the paths that differ).
+    **Raises:** `OSError` if the file cannot be read; `ValueError` that names the file and what is wrong with it: not
+    safetensors, truncated, another format, a configuration or arrays that changed after they were written, or arrays
+    other than those of the field (with the paths that differ).
     """
     path = Path(path)
     config, arrays = _read(path)
     wanted = eqx.filter_eval_shape(lambda: make_field(config))
     compare(shapes(arrays), shapes({name: plain(leaf) for name, leaf in leaves(wanted).items()}), path)
-    return _placed(rebuilt(wanted, {name: jnp.asarray(leaf) for name, leaf in arrays.items()}), parallelism)
+    return _on_devices(rebuilt(wanted, {name: jnp.asarray(leaf) for name, leaf in arrays.items()}), parallelism)
 
 
 def export_sampler(
@@ -83,43 +85,45 @@ def export_sampler(
     times: Sequence[float] = (1.0, 0.0),
     platforms: Sequence[str] = ("cpu", "cuda", "tpu"),
 ) -> None:
-    """Write `sample` with its weights as one compiled-anywhere program, by `jax.export`.
+    """Write `sample` together with the weights as one program for several platforms, by `jax.export`.
 
         exported = jax.export.deserialize(pathlib.Path("sampler.jaxexport").read_bytes())
         x = exported.call(eps, label)                     (rows, *data_shape) from noise of the same shape
 
-    needs nothing but JAX. The number of rows is free. The weights are inside the program: a few hundred MB are fine, a
-    format limit of 2 GB is not far from the largest networks. Unlike the other files here it has no checksum, since
-    JAX alone reads it: where it is copied far, send its SHA-256 along. Names and lines of source files are left out, so
-    that one version of JAX writes the same bytes for the same field wherever it is called from.
+    requires nothing but JAX. The number of rows is arbitrary. The weights are part of the program: a few hundred MB are
+    no problem, but the format's limit of 2 GB is close to the size of the largest networks. Unlike the other files of
+    this part, it has no checksum, because JAX itself reads it: if you distribute the file, distribute its SHA-256 as
+    well. Names and line numbers of source files are left out, so that one version of JAX always writes the same bytes
+    for the same field.
 
-    **Arguments:** `path` of the file; `field`; `data_shape` of one row; `condition` of one row, whose structure, shapes
-    and dtypes count, or None; `times` as of `sample`; `platforms` that it may run on.
+    **Arguments:** `path` of the file; `field`; `data_shape` of one row; `condition` of one row, of which only the
+    structure, shapes and dtypes are used, or None; `times` as for `sample`; `platforms` on which the program can run.
     """
     with optional("flatbuffers", extra="export"):
-        import flatbuffers  # noqa: F401 # pyright: ignore[reportMissingImports] # what jax.export writes with
+        import flatbuffers  # noqa: F401 # pyright: ignore[reportMissingImports] # jax.export uses it for writing
 
     def draw(eps: Any, *conditions: Any) -> Any:
-        return jax.vmap(lambda eps, *one: sample(field, eps, *one, times=tuple(times)))(eps, *conditions)
+        return jax.vmap(lambda eps, *condition: sample(field, eps, *condition, times=tuple(times)))(eps, *conditions)
 
     (rows,) = jax.export.symbolic_shape("rows")
     conditions = () if condition is None else (condition,)
-    given = [jax.ShapeDtypeStruct((rows, *data_shape), jnp.float32)]
-    given += jax.tree.map(lambda c: jax.ShapeDtypeStruct((rows, *np.shape(c)), jnp.result_type(c)), conditions)
+    arguments = [jax.ShapeDtypeStruct((rows, *data_shape), jnp.float32)]
+    arguments += jax.tree.map(lambda c: jax.ShapeDtypeStruct((rows, *np.shape(c)), jnp.result_type(c)), conditions)
     with _without_source_lines():
-        exported = jax.export.export(jax.jit(draw), platforms=list(platforms))(*given)
+        exported = jax.export.export(jax.jit(draw), platforms=list(platforms))(*arguments)
     if jax.process_index() == 0:
         write_whole(path, bytes(exported.serialize()))
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Configuration and arrays of a file of `save_weights`, if they are what was written."""
+    """Configuration and arrays of a file of `save_weights`, after a check that they are unchanged."""
     with optional("safetensors", extra="export"):
         import safetensors
         import safetensors.numpy
     content, rule = read_regular(path), f"{path}: must be a file of save_weights"
     try:
-        metadata = _metadata(content)  # of another program's file, tensors may have types that NumPy lacks
+        # The metadata first: files from other programs may hold tensors of dtypes that NumPy lacks.
+        metadata = _metadata(content)
         arrays = safetensors.numpy.load(content) if metadata.get("format") == _FORMAT else {}
     except (safetensors.SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{rule}, but it cannot be read: {error}") from error
@@ -132,17 +136,18 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     except (ValueError, KeyError) as error:
         raise ValueError(f"{rule}, but its configuration cannot be read: {error}") from error
     if not isinstance(config, dict):
-        raise ValueError(f"{rule}, whose configuration is an object, got {type(config).__name__}")
+        raise ValueError(f"{rule}, whose configuration is a JSON object, got {type(config).__name__}")
     return config, arrays
 
 
-def _is_kept(dtype: np.dtype) -> bool:
-    """Whether arrays of this dtype can be written and read: NumPy's own, not those of other packages."""
+def _is_supported(dtype: np.dtype) -> bool:
+    """Whether arrays of this dtype can be written and read: only dtypes of NumPy itself can, not those of other
+    packages."""
     return dtype.isbuiltin == 1 and dtype != np.complex128
 
 
 def _metadata(content: bytes) -> dict[str, str]:
-    """What safetensors has beside its arrays: an object in the header, after eight bytes with its length."""
+    """The metadata of a safetensors file: an object in its JSON header, which follows eight bytes with its length."""
     length = int.from_bytes(content[:8], "little")
     if length > min(len(content), _LONGEST_HEADER):
         raise ValueError(f"its header has {length} bytes")
@@ -150,19 +155,19 @@ def _metadata(content: bytes) -> dict[str, str]:
 
 
 def _with_ordered_header(content: bytes) -> tuple[bytes, memoryview]:
-    """The header and the arrays of a safetensors file, with its metadata sorted: the library writes them in an order
-    that differs from call to call."""
+    """The header and the arrays of a safetensors file, with the metadata sorted: the library writes metadata in an
+    order that differs from call to call."""
     start = 8 + int.from_bytes(content[:8], "little")
     header = json.loads(content[8:start])
     header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)  # the arrays begin at a multiple of eight bytes
+    text += b" " * (-len(text) % 8)  # the position of the arrays must be a multiple of eight bytes
     return len(text).to_bytes(8, "little") + text, memoryview(content)[start:]
 
 
 @contextlib.contextmanager
 def _without_source_lines() -> Iterator[None]:
-    """A context in which JAX notes no tracebacks in the programs that it makes."""
+    """A context in which JAX writes no tracebacks into its programs."""
     before = jax.config.jax_traceback_in_locations_limit  # pyright: ignore[reportAttributeAccessIssue]
     jax.config.update("jax_traceback_in_locations_limit", 0)
     try:
@@ -171,7 +176,7 @@ def _without_source_lines() -> Iterator[None]:
         jax.config.update("jax_traceback_in_locations_limit", before)
 
 
-def _placed(field: _Field, parallelism: Parallelism | None) -> _Field:
+def _on_devices(field: _Field, parallelism: Parallelism | None) -> _Field:
     if parallelism is None:
         return field
     return jax.tree.map(
@@ -183,5 +188,5 @@ def _placed(field: _Field, parallelism: Parallelism | None) -> _Field:
 
 
 def _digest(arrays: Mapping[str, np.ndarray], text: str) -> str:
-    """Of arrays by their names, in whatever order a file has them."""
+    """SHA-256 of arrays with their names, whatever their order in a file, and of a text."""
     return digest(dict(sorted(arrays.items())), text)

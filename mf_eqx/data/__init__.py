@@ -1,13 +1,14 @@
-"""Data on its way in: sources, the one pipeline, and the checks of both.
+"""Training data: sources of rows, the pipeline that makes batches of them, and the checks of both.
 
     source = data.ShardSource("cifar10")                                   or any other AbstractSource
     stream = data.Stream(source, batch=256, seed=0, parallelism=parallelism)
     for batch in stream.batches(start=int(state.step)):
         state, metrics = train_step(state, batch)
 
-The step number is the whole state of a stream. Inside a jitted step nothing can be refused, since a label out of range
-reads some row of the table and a NaN spoils everything; so what comes from outside is checked on the host, where it
-enters. Imported explicitly (`from mf_eqx import data`); Grain is loaded by the first `Stream`.
+The step number is the whole state of a stream. A jitted step cannot raise an error for bad values: a label out of range
+silently reads another row of the embedding table, and one NaN reaches all parameters. So data from outside are checked
+on the host, before they are put on a device. Import this part explicitly (`from mf_eqx import data`); the first
+`Stream` imports Grain.
 """
 
 from ._array_record import ArrayRecordSource as ArrayRecordSource, decode_npy as decode_npy

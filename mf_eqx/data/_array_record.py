@@ -1,6 +1,6 @@
-"""Arrays in ArrayRecord files, the format that Grain reads at random.
+"""Arrays in ArrayRecord files, Grain's format for random access.
 
-A record here is what `np.save` or `np.savez` writes, so that it tells its own shape and dtype.
+A record here is what `np.save` or `np.savez` writes, so that it contains its own shape and dtype.
 """
 
 import io
@@ -21,7 +21,7 @@ from ._npy import LONGEST_HEADER, parse_header
 from ._source import AbstractSource, Rows
 
 Record: TypeAlias = tuple[Shaped[np.ndarray, "..."], int | None]
-"""Data of one row, and its label or None."""
+"""The data of one row, and its label or None."""
 
 _LARGEST_RECORD = 1 << 30
 _RANDOM_ACCESS = "readahead_buffer_size:0,max_parallelism:0"
@@ -31,8 +31,8 @@ def decode_npy(record: bytes) -> Record:
     """The row in a record: either one array in the format .npy, or the arrays `x` and `label` (a single integer) in the
     format .npz.
 
-    **Raises:** `ValueError` if it is neither or is damaged, or if there are other arrays, objects or more than 1 GiB
-    in it.
+    **Raises:** `ValueError` if the record has neither format or is damaged, or if it holds other arrays, objects, or
+    more than 1 GiB.
     """
     if record[:2] != b"PK":
         return _load("x", record), None
@@ -52,7 +52,7 @@ def _unpack(record: bytes) -> dict[str, bytes]:
     except ValueError:
         raise
     except Exception as error:  # damaged archives fail in many ways
-        raise ValueError(f"must be a whole .npz archive, got: {_brief(error)}") from error
+        raise ValueError(f"must be a whole .npz archive, got: {_first_line(error)}") from error
 
 
 def _check_members(members: list[zipfile.ZipInfo]) -> None:
@@ -68,7 +68,8 @@ def _check_members(members: list[zipfile.ZipInfo]) -> None:
 
 def _read_member(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
     with archive.open(info) as member:
-        return member.read(info.file_size + 1)  # without a size it would unpack 2 GiB at once, whatever it tells
+        # Without a size, `read` may unpack 2 GiB at once, whatever length the archive declares.
+        return member.read(info.file_size + 1)
 
 
 def _load(name: str, content: bytes) -> Shaped[np.ndarray, "..."]:
@@ -79,20 +80,22 @@ def _load(name: str, content: bytes) -> Shaped[np.ndarray, "..."]:
 
 
 class ArrayRecordSource(AbstractSource):
-    """Rows in ArrayRecord files, one record each, one file after the other; all stay open. Every read is checked.
+    """Rows in ArrayRecord files, one record for each row, one file after the other. All files stay open, and every
+    record is checked when it is read.
 
     **Arguments:**
 
-    - `paths`: of one file or several, in the order of their rows.
-    - `decode`: from a record's bytes to the row's data and its label, an integer, or None; a `ValueError` of it is
-      passed on with the file and the record in front. The first record tells shape, dtype and whether there are labels,
-      and all others are held against it when they are read.
-    - `labels`: how many different labels there are; needed if there are any, since only reading all would tell.
+    - `paths`: one path or several, in the order of their rows.
+    - `decode`: a function from a record's bytes to the row's data and its label, which is an integer or None. If it
+      raises, the error is raised again as a `ValueError` that names the file and the record. The first record defines
+      shape, dtype and whether there are labels; every other record is compared with it when it is read.
+    - `labels`: how many different labels there are; required if there are any, since they could only be counted by
+      reading all records.
 
     **Raises:** `OSError` if a file cannot be opened; `ValueError` that names file, record, what was expected and what
-    was found: no ordinary file, no ArrayRecord file, a truncated or damaged one (it has checksums), no records, records
-    that differ from the first, labels missing, not wanted or out of range. `MissingDependency` if `array_record` is
-    missing, which comes with Grain where it can be built.
+    was found: not an ordinary file, not an ArrayRecord file, a truncated or damaged one (it has checksums), no records,
+    records that differ from the first, labels that are missing, unexpected or out of range. `MissingDependency` if
+    `array_record` is missing; Grain installs it on platforms where it can be built.
     """
 
     def __init__(
@@ -106,12 +109,12 @@ class ArrayRecordSource(AbstractSource):
         self.name, self.labels = name_of(self._paths), None if labels is None else as_labels(labels)
         self._readers = [_open(path) for path in self._paths]
         self._ends = np.cumsum([reader.num_records() for reader in self._readers])
-        x, label = self._decoded(0, 0)
+        x, label = self._read_and_decode(0, 0)
         self.row_shape, self.dtype = x.shape, x.dtype
         if (label is None) != (labels is None):
-            held = "a label" if labels is None else "no label"
+            found = "a label" if labels is None else "no label"
             raise ValueError(
-                f"{self._paths[0]}: labels must be given exactly if records have one, got {labels}, {held}"
+                f"{self._paths[0]}: labels must be given if and only if records have labels, got {labels} and {found}"
             )
         self._check(x, label, 0, 0)
 
@@ -121,26 +124,28 @@ class ArrayRecordSource(AbstractSource):
     def take(self, rows: Int[np.ndarray, " rows"]) -> Rows:
         x, label = np.empty((len(rows), *self.row_shape), self.dtype), np.empty(len(rows), np.int32)
         starts = np.concatenate([[0], self._ends])
-        for place, row in enumerate(rows.tolist()):
+        for position, row in enumerate(rows.tolist()):
             file = int(np.searchsorted(self._ends, row, side="right"))
-            x[place], label_here = self._row(file, row - int(starts[file]))
-            label[place] = 0 if label_here is None else label_here
+            x[position], row_label = self._read_row(file, row - int(starts[file]))
+            label[position] = 0 if row_label is None else row_label
         return Rows(x, None if self.labels is None else label)
 
-    def _row(self, file: int, number: int) -> Record:
-        x, label = self._decoded(file, number)
+    def _read_row(self, file: int, number: int) -> Record:
+        x, label = self._read_and_decode(file, number)
         self._check(x, label, file, number)
         return x, label
 
-    def _decoded(self, file: int, number: int) -> Record:
+    def _read_and_decode(self, file: int, number: int) -> Record:
         try:
             (record,) = self._readers[file].read([number])
         except RuntimeError as error:
-            raise ValueError(f"{self._paths[file]}: record {number} must be whole, got: {_brief(error)}") from error
+            raise ValueError(
+                f"{self._paths[file]}: record {number} must be whole, got: {_first_line(error)}"
+            ) from error
         try:
             return self._decode(record)
         except Exception as error:  # damaged archives and headers fail in many ways
-            raise ValueError(f"{self._paths[file]}: record {number}: {_brief(error)}") from error
+            raise ValueError(f"{self._paths[file]}: record {number}: {_first_line(error)}") from error
 
     def _check(self, x: Shaped[np.ndarray, "..."], label: int | None, file: int, number: int) -> None:
         where = f"{self._paths[file]}: record {number}"
@@ -148,9 +153,8 @@ class ArrayRecordSource(AbstractSource):
             expected = f"{self.dtype} of shape {self.row_shape} as the first record does"
             raise ValueError(f"{where} must hold {expected}, got {x.dtype} of shape {x.shape}")
         if (label is None) != (self.labels is None):
-            raise ValueError(
-                f"{where} must have {'no' if self.labels is None else 'a'} label as the first, got {label}"
-            )
+            wanted = "no label" if self.labels is None else "a label"
+            raise ValueError(f"{where} must have {wanted} as the first record has, got {label}")
         if label is None or self.labels is None:
             return
         if isinstance(label, bool) or not isinstance(label, int | np.integer):
@@ -160,9 +164,10 @@ class ArrayRecordSource(AbstractSource):
 
 
 def _open(path: Path) -> Any:
-    """A reader of a file that has records. What it says is otherwise lost: opening raises nothing."""
+    """A reader of a file, which must have at least one record. The library raises no error when it cannot open a file;
+    so this function does."""
     reader_class = _reader_class()
-    with open_regular(path):  # the library would wait for a pipe
+    with open_regular(path):  # if the path were a pipe, the library would wait for it for ever
         pass
     reader = reader_class(str(path), options=_RANDOM_ACCESS, file_reader_buffer_size=1 << 15)
     if not reader.ok():
@@ -179,13 +184,13 @@ def _reader_class() -> Any:
 
 
 def _reason(reader: Any) -> str:
-    """Why a reader could not open its file, which only an attempt to read tells."""
+    """Why a reader could not open its file: the library reports it only when a record is read."""
     try:
         reader.read([0])
     except RuntimeError as error:
-        return _brief(error)
-    return "no reason"
+        return _first_line(error)
+    return "no reason was reported"
 
 
-def _brief(error: Exception) -> str:
+def _first_line(error: Exception) -> str:
     return (str(error).partition("\n")[0] or type(error).__name__)[:300]

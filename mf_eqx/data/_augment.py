@@ -1,12 +1,14 @@
-r"""EDM's augmentation of small images: geometry with a label, so that samples stay as they should be.
+r"""EDM's augmentation of small images: geometric transformations, whose parameters are a condition of the network.
 
-Every image is mirrored with probability 1/2 and then, each by a coin of its own, scaled, stretched along a random axis
-and shifted. The numbers of all that are given to the network as a condition; zeros mean "as it was", and that is what
-it is asked for when sampling. So it learns from augmented images without ever generating one.
+Every image is mirrored with probability 1/2 and then scaled, stretched along a random axis and shifted, each of them
+with a probability and independently. The parameters of these transformations are given to the network as a condition;
+zeros mean that the image is not transformed, and sampling uses zeros. So the network learns from augmented images and
+generates images without augmentation.
 
-The three motions are one affine map, so that the image is interpolated once, between pixels of twice the resolution:
+Scaling, stretching and shifting form one affine map, so that the image is interpolated only once, at twice the
+resolution:
 
-    reflect at the borders -> twice the pixels (sym6 low-pass) -> bilinear at the mapped places -> half (same filter)
+    reflect at borders -> upsample by 2 (sym6 low-pass) -> bilinear at mapped positions -> downsample (same filter)
 
 Source: Elucidating the Design Space of Diffusion-Based Generative Models, Karras et al., 2022, arXiv 2206.00364, App.
 F.2; after Training Generative Adversarial Networks with Limited Data, Karras et al., 2020, arXiv 2006.06676, App. B.
@@ -43,15 +45,15 @@ _SYM6 = np.array(
         -0.007800708325034148,
     ]
 )
-"""The low-pass of the wavelet sym6 (Daubechies, Ten Lectures on Wavelets, 1992); its squares sum to 1."""
+"""The low-pass filter of the wavelet sym6 (Daubechies, Ten Lectures on Wavelets, 1992); its squares sum to 1."""
 
 
 class Augmentation(NamedTuple):
-    """What happens to one image. Numbers whose coin fell are zero, and then nothing happens.
+    """The transformation of one image. The number of a transformation that is not applied is zero.
 
-    `flip` left to right; `scale` w: the picture grows by 2^(0.2 w); `stretch` w: it grows by 2^(0.2 w) along the
-    direction `angle` (from the right, counterclockwise) and shrinks by as much across it; `shift` w to the right and
-    down by 0.125 w of the image's size.
+    `flip`: mirrored left to right; `scale` w: enlarged by 2^(0.2 w); `stretch` w: enlarged by 2^(0.2 w) along the
+    direction `angle` (counterclockwise from the right) and reduced by the same factor perpendicular to it; `shift` w:
+    moved to the right and down by 0.125 w of the image's size. (0.2 and 0.125 are the defaults of `EDMAugmentation`.)
     """
 
     flip: Bool[Array, ""]
@@ -62,18 +64,20 @@ class Augmentation(NamedTuple):
 
 
 class EDMAugmentation(eqx.Module):
-    r"""Mirroring, scaling, stretching and shifting at random, told to the network: a part for `TrainStep(prepare=...)`.
+    r"""Random mirroring, scaling, stretching and shifting, with the parameters in the network's condition: a part for
+    `TrainStep(prepare=...)`.
 
     The row's condition, a label or None, becomes a `mf_eqx.UNetCondition` with the six numbers (flip, scale w, stretch
-    w cos a, w sin a, shift w to the right, w down); give the network `augmentation=6`. Images are (channels, height,
-    width) in floating point, zero in the middle of their range; of pixels `FromPixels` makes such images.
+    w cos a, w sin a, shift w to the right, w down); make the network with `augmentation=6`. Images are (channels,
+    height, width) in floating point, with zero in the middle of their range; `FromPixels` makes such images of pixels.
 
     **Arguments:**
 
-    - `probability` of each of scaling, stretching and shifting: 0.12 in the paper.
-    - `flip` probability of mirroring.
-    - `scale`: standard deviation of the binary logarithm of scale and stretch. `shift`: that of shifts, as a share of
-      the image's size. `turned`: probability that a stretch has a random direction, else it lies along the rows.
+    - `probability`: of scaling, of stretching and of shifting, each on its own; 0.12 in the paper.
+    - `flip`: probability of mirroring.
+    - `scale`: standard deviation of the binary logarithm of the scale and of the stretch.
+    - `shift`: standard deviation of shifts, as a fraction of the image's size.
+    - `turned`: probability that a stretch has a random direction; otherwise it is along the rows.
 
     **Raises:** `ValueError` if a probability lies outside [0, 1], `scale` or `shift` is negative or not finite; when
     called, if images are not floating point or have another shape.
@@ -98,7 +102,7 @@ class EDMAugmentation(eqx.Module):
         return Batch(x, UNetCondition(row.condition, self.label(drawn)), row.index)
 
     def draw(self, key: Key[Array, ""]) -> Augmentation:
-        """What happens to one image, at random."""
+        """A random transformation for one image."""
         flip_key, number_key, coin_key, angle_key, turned_key = jr.split(key, 5)
         numbers = jr.normal(number_key, (4,))
         scale_coin, stretch_coin, shift_coin = jr.bernoulli(coin_key, self.probability, (3,))
@@ -109,7 +113,7 @@ class EDMAugmentation(eqx.Module):
         return Augmentation(jr.bernoulli(flip_key, self.flip), scale, stretch, angle, jnp.stack([right, down]))
 
     def label(self, drawn: Augmentation) -> Float[Array, "6"]:
-        """The numbers that the network is told."""
+        """The six numbers of the network's condition."""
         stretch = drawn.stretch * jnp.stack([jnp.cos(drawn.angle), jnp.sin(drawn.angle)])
         return jnp.concatenate([jnp.stack([drawn.flip.astype(jnp.float32), drawn.scale]), stretch, drawn.shift])
 
@@ -122,10 +126,11 @@ class EDMAugmentation(eqx.Module):
         if x.ndim != 3 or 0 in x.shape:
             raise ValueError(f"x must be (channels, height, width) for EDMAugmentation, none of them 0, got {x.shape}")
         x = jnp.where(drawn.flip, x[..., ::-1], x)
-        return _moved(x, self._origins(drawn, *x.shape[1:]))
+        return _warped(x, self._inverse_map(drawn, *x.shape[1:]))
 
-    def _origins(self, drawn: Augmentation, height: int, width: int) -> Float[Array, "3 3"]:
-        """Where a place of the new image comes from: the inverse map on (right, down, 1), from the image's centre."""
+    def _inverse_map(self, drawn: Augmentation, height: int, width: int) -> Float[Array, "3 3"]:
+        """The inverse map: from a position in the new image to its position in `x`, both (right, down, 1) relative to
+        the image's centre."""
         size = jnp.exp2(self.scale * drawn.scale)
         along, across = jnp.exp2(self.scale * drawn.stretch), jnp.exp2(-self.scale * drawn.stretch)
         right, down = self.shift * drawn.shift * jnp.array([width, height], drawn.shift.dtype)
@@ -140,44 +145,45 @@ def _rotation(angle: Scalar) -> Float[Array, "3 3"]:
     return jnp.eye(3).at[:2, :2].set(jnp.stack([jnp.stack([cos, -sin]), jnp.stack([sin, cos])]))
 
 
-def _moved(
-    x: Float[Array, "channels height width"], origins: Float[Array, "3 3"]
+def _warped(
+    x: Float[Array, "channels height width"], inverse_map: Float[Array, "3 3"]
 ) -> Float[Array, "channels height width"]:
-    """The image of which every place shows what `x` has at its origin."""
+    """The image whose value at each position p is that of `x` at `inverse_map` @ p."""
     _, height, width = x.shape
     padded = jnp.pad(x, ((0, 0), (height - 1, height - 1), (width - 1, width - 1)), mode="reflect")
-    fine = _doubled(_doubled(padded).mT).mT
-    down, right = np.meshgrid(_places(height), _places(width), indexing="ij")
-    # In full precision also where products of float32 are rounded by default: a thousandth would be a visible shift.
-    places = jnp.stack([right, down, np.ones_like(right)], axis=-1)
-    found = jnp.matmul(places, origins.T, precision="highest")
-    rows, columns = (2 * found[..., 1] + padded.shape[1] - 1, 2 * found[..., 0] + padded.shape[2] - 1)
-    moved = jax.vmap(lambda channel: map_coordinates(channel, [rows, columns], order=1))(fine)
-    return _halved(_halved(moved).mT).mT
+    fine = _upsampled(_upsampled(padded).mT).mT
+    down, right = np.meshgrid(_positions(height), _positions(width), indexing="ij")
+    # In full precision, although accelerators round the factors of float32 products by default: a relative error of a
+    # thousandth would be a visible shift.
+    positions = jnp.stack([right, down, np.ones_like(right)], axis=-1)
+    sources = jnp.matmul(positions, inverse_map.T, precision="highest")
+    rows, columns = (2 * sources[..., 1] + padded.shape[1] - 1, 2 * sources[..., 0] + padded.shape[2] - 1)
+    warped = jax.vmap(lambda channel: map_coordinates(channel, [rows, columns], order=1))(fine)
+    return _downsampled(_downsampled(warped).mT).mT
 
 
 _BORDER = len(_SYM6) // 4
-"""Pixels around the new image that the last filter needs."""
+"""Pixels around the new image that the last filter requires."""
 
 
-def _places(size: int) -> Float[np.ndarray, " places"]:
-    """Where the rows or columns of the new image lie at twice the resolution, in pixels from its middle. The filter has
-    its centre near its sixth tap, so that every other of them lies on a pixel."""
+def _positions(size: int) -> Float[np.ndarray, " positions"]:
+    """Positions of the rows or columns of the new image at twice the resolution, in pixels from its middle. The centre
+    of the filter is near its sixth tap, so that every other position is that of a pixel."""
     return (np.arange(2 * (size + 2 * _BORDER)) / 2 - _BORDER - (size - 1) / 2).astype(np.float32)
 
 
-def _doubled(x: Float[Array, "channels rows columns"]) -> Float[Array, "channels rows 2*columns"]:
-    """Zeros between the columns, and the low-pass; together with `_halved` it keeps the mean."""
+def _upsampled(x: Float[Array, "channels rows columns"]) -> Float[Array, "channels rows 2*columns"]:
+    """Twice as many columns: zeros between them, then the low-pass filter. With `_downsampled` it keeps the mean."""
     return _filtered(x, _SYM6[::-1], padding=[(6, 6)], lhs_dilation=(2,), window_strides=(1,))
 
 
-def _halved(x: Float[Array, "channels rows columns"]) -> Float[Array, "channels rows columns2"]:
-    """The low-pass and every other column, without the border."""
+def _downsampled(x: Float[Array, "channels rows columns"]) -> Float[Array, "channels rows columns2"]:
+    """Half as many columns: the low-pass filter, then every other column, without the border."""
     return _filtered(x, _SYM6, padding=[(5, 5)], window_strides=(2,))[..., _BORDER:-_BORDER]
 
 
 def _filtered(x: Float[Array, "channels rows columns"], taps: Float[np.ndarray, " taps"], **options: Any) -> Array:
-    """Along the last axis: channels and rows are so many signals of one dimension."""
+    """A filter along the last axis: each row of each channel is a one-dimensional signal."""
     signals = x.reshape(-1, 1, x.shape[-1])
     kernel = jnp.asarray(taps.reshape(1, 1, -1), x.dtype)
     return jax.lax.conv_general_dilated(signals, kernel, precision="highest", **options).reshape(*x.shape[:-1], -1)

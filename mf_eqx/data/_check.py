@@ -1,7 +1,7 @@
 """The check of rows of data and their labels.
 
-What is checked is what is used: labels as int32, and rows in the dtype in which JAX takes them, which without
-`jax_enable_x64` is float32 for float64.
+Values are checked in the dtype in which they are used: labels as int32, and rows in the dtype to which JAX converts
+them, which is float32 for float64 without `jax_enable_x64`.
 """
 
 import jax
@@ -12,11 +12,11 @@ from jaxtyping import Int, Shaped
 from .._validate import as_count, Count
 
 _MOST_LABELS = 1 << 31
-"""The largest label is then that of int32."""
+"""With so many labels, the largest one is the largest int32."""
 
 
 def as_labels(labels: Count) -> int:
-    """A number of different labels as an int. **Raises:** `ValueError` unless each of them, from 0, is an int32."""
+    """A number of different labels as an int. **Raises:** `ValueError` unless labels 0 to `labels` - 1 are int32."""
     labels = as_count("labels", labels)
     if labels > _MOST_LABELS:
         raise ValueError(f"labels must be at most {_MOST_LABELS}, since a label is used as int32, got {labels}")
@@ -31,31 +31,31 @@ def check_rows(
     labels: Count | None = None,
     numbers: Int[np.ndarray, " rows"] | None = None,
 ) -> None:
-    """Refuses data that a field of `data_shape` and `labels` cannot be trained on.
+    """Refuses data on which a field of `data_shape` and `labels` cannot be trained.
 
     **Arguments:** `x` rows of data, uint8 pixels or floating point of at most 64 bits; `label` an integer in [0,
-    labels) for each row, or None; `data_shape` of one row; `labels` how many there are, at most 2^31, or None without
-    labels; `numbers` that messages call the rows by, by default 0, 1, ...
+    labels) for each row, or None; `data_shape` of one row; `labels` how many different labels there are, at most 2^31,
+    or None without labels; `numbers` of the rows in error messages, by default 0, 1, ...
 
     **Raises:** `ValueError` that names argument, rule and value: no rows or empty ones, another shape or dtype, values
     that are not finite in the dtype in which JAX uses them (with the first such row), labels out of range (likewise),
-    labels missing or not wanted.
+    labels that are missing or unexpected.
     """
     if x.ndim < 1 or 0 in x.shape:
-        raise ValueError(f"x must have at least one row and nothing empty, got shape {x.shape}")
+        raise ValueError(f"x must have at least one row and no empty axis, got shape {x.shape}")
     if x.shape[1:] != data_shape:
         raise ValueError(f"x must have rows of shape {data_shape}, got {x.shape[1:]}")
     check_dtype(x.dtype)
     check_finite(x, np.arange(len(x)) if numbers is None else numbers)
     if (label is None) != (labels is None):
-        found = "none" if label is None else "some"
-        raise ValueError(f"label must be given exactly if labels is, got {found} with labels {labels}")
+        found = "no label" if label is None else "a label"
+        raise ValueError(f"label must be given if and only if labels is, got {found} with labels = {labels}")
     if label is not None and labels is not None:
         check_labels(label, len(x), labels, numbers)
 
 
 def check_dtype(dtype: np.dtype) -> None:
-    """Refuses data of a dtype that can never be trained on."""
+    """Refuses a dtype of data on which nothing can be trained."""
     if dtype != np.uint8 and not (jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize <= 8):
         raise ValueError(f"x must be uint8 or floating point of at most 64 bits, got {dtype}")
 
@@ -72,7 +72,7 @@ def check_finite(x: Shaped[np.ndarray, "rows *data"], numbers: Int[np.ndarray, "
         if not np.isfinite(x[row]).all():
             raise ValueError(f"x must be finite, got NaN or infinity in row {numbers[row]}")
         found = f"{np.abs(x[row]).max():.3g} in row {numbers[row]}"
-        raise ValueError(f"x must be finite as {used}, in which it is used without jax_enable_x64, got {found}")
+        raise ValueError(f"x must be finite as {used}, which JAX uses without jax_enable_x64, got {found}")
 
 
 def check_labels(
@@ -81,16 +81,16 @@ def check_labels(
     labels: Count | None = None,
     numbers: Int[np.ndarray, " rows"] | None = None,
 ) -> int:
-    """How many labels there are, by default the largest and one more. Refuses labels that are not one integer in
-    [0, labels) for each row, or that int32 does not hold; arguments as of `check_rows`."""
+    """How many different labels there are, by default the largest one plus 1. Refuses labels that are not one integer
+    in [0, labels) for each row, or that do not fit into int32. Arguments as for `check_rows`."""
     if label.shape != (rows,):
         raise ValueError(f"label must have one value for each of the {rows} rows, got shape {label.shape}")
     if not np.issubdtype(label.dtype, np.integer):
         raise ValueError(f"label must be an integer, got {label.dtype}")
-    most = _MOST_LABELS if labels is None else as_labels(labels)
-    wrong = (label < 0) | (label >= most)
+    number = _MOST_LABELS if labels is None else as_labels(labels)
+    wrong = (label < 0) | (label >= number)
     if wrong.any():
         row = int(np.argmax(wrong))
         shown = row if numbers is None else numbers[row]
-        raise ValueError(f"label must lie in [0, {most - 1}], got {label[row]} in row {shown}")
-    return int(label.max()) + 1 if labels is None else most
+        raise ValueError(f"label must lie in [0, {number - 1}], got {label[row]} in row {shown}")
+    return int(label.max()) + 1 if labels is None else number

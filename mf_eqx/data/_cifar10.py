@@ -1,6 +1,6 @@
-"""CIFAR-10 as its authors hand it out: a folder or an archive, in the binary or in the Python version.
+"""CIFAR-10 as its authors distribute it: a folder or an archive, in the binary or in the Python version.
 
-Nothing is extracted and nothing that is pickled runs. https://www.cs.toronto.edu/~kriz/cifar.html
+Nothing is extracted, and no pickled code is executed. https://www.cs.toronto.edu/~kriz/cifar.html
 
 Reference: Alex Krizhevsky, "Learning multiple layers of features from tiny images", 2009.
 """
@@ -23,9 +23,9 @@ from ._tar import TarReader
 _LABELS = 10
 _PIXELS = 3 * 32 * 32
 _LARGEST_FILE = 1 << 26
-"""Bytes; the largest of the real ones has 31,035,704."""
+"""In bytes; the largest file of CIFAR-10 has 31,035,704."""
 _LARGEST_ARCHIVE = 1 << 29
-"""Bytes when unpacked; the real ones have 190 million."""
+"""In bytes when unpacked; the archives of CIFAR-10 have 190 million."""
 _MOST_MEMBERS = 1000
 
 
@@ -42,13 +42,14 @@ def read_cifar10(path: PathLike, *, train: bool = True) -> ArraySource:
     **Arguments:**
 
     - `path`: a folder with data_batch_1.bin to data_batch_5.bin and test_batch.bin (the binary version), or with the
-      same names without ".bin" (the Python version); or the archive of either, gzipped or not. Where both versions are,
-      the binary one is read; files and members of other names are left alone.
-    - `train`: the training batches, or the test batch.
+      same names without ".bin" (the Python version); or the archive of either, gzipped or not. If both versions are
+      there, the binary one is read. Files and members of other names are ignored.
+    - `train`: True for the training batches, False for the test batch.
 
     **Raises:** `OSError` if a file cannot be opened; `ValueError` that names the file, what was expected and what was
-    found: missing files, pipes and devices, no whole number of records, a label outside [0, 9], pickled things that are
-    no part of CIFAR-10, damaged or swollen archives, members that are links or lie outside of the archive's folder.
+    found: missing files, pipes and devices, a number of records that is not whole, a label outside [0, 9], pickled
+    objects that are no part of CIFAR-10, archives that are damaged or unpack to too many bytes, members that are links
+    or lie outside of the archive's folder.
     """
     root = Path(path)
     stems = [f"data_batch_{number}" for number in range(1, 6)] if train else ["test_batch"]
@@ -70,29 +71,29 @@ def _span(names: Sequence[str]) -> str:
 
 
 def _read_folder(root: Path, names: Sequence[str]) -> dict[str, bytes]:
-    """The content of those files that are there."""
+    """The contents of the files in `names` that exist."""
     return {name: read_regular(root / name, _LARGEST_FILE) for name in names if (root / name).exists()}
 
 
-class _Limited(io.RawIOBase):
-    """A file that may not unpack to more than an archive of CIFAR-10 can."""
+class _LimitedFile(io.RawIOBase):
+    """A file of which at most `_LARGEST_ARCHIVE` bytes can be read."""
 
     def __init__(self, file: io.BufferedIOBase, path: Path):
-        self._file, self._path, self._left = file, path, _LARGEST_ARCHIVE
+        self._file, self._path, self._remaining = file, path, _LARGEST_ARCHIVE
 
     def read(self, size: int = -1) -> bytes:
         content = self._file.read(size)
-        self._left -= len(content)
-        if self._left < 0:
+        self._remaining -= len(content)
+        if self._remaining < 0:
             raise ValueError(f"{self._path}: must unpack to at most {_LARGEST_ARCHIVE:,} bytes, got more")
         return content
 
 
 def _read_archive(path: Path, names: Sequence[str]) -> dict[str, bytes]:
-    """The content of those members that are there, read in one pass in memory."""
+    """The contents of the members in `names` that exist, read into memory in one pass."""
     contents = {}
     with open_unpacked(path, _LARGEST_ARCHIVE) as file:
-        limited = _Limited(file, path)
+        limited = _LimitedFile(file, path)
         archive = TarReader(limited, most_members=_MOST_MEMBERS, most_bytes=_LARGEST_ARCHIVE)
         try:
             for member in archive:
@@ -101,26 +102,26 @@ def _read_archive(path: Path, names: Sequence[str]) -> dict[str, bytes]:
                     contents[name] = archive.read()
         except tarfile.TarError as error:
             raise ValueError(f"{path}: must be a tar archive of CIFAR-10, gzipped or not, got: {error}") from error
-        while limited.read(1 << 20):  # to the end, where gzip has its checksum
+        while limited.read(1 << 20):  # to the end of the file, where gzip stores its checksum
             pass
     return contents
 
 
 def _check_member(path: Path, member: tarfile.TarInfo, name: str, contents: dict[str, bytes]) -> None:
-    """Refuses a member that has the name of a batch and is something else."""
+    """Refuses a member that has the name of a batch but is not an ordinary file, once, of at most the right size."""
     if not member.isreg():
         raise ValueError(f"{path}: {name} must be an ordinary file, got a link, a device or the like")
     parts = PurePosixPath(member.name).parts
     if ".." in parts or member.name.startswith("/"):
         raise ValueError(f"{path}: {name} must lie inside of the archive, got {member.name!r}")
     if name in contents:
-        raise ValueError(f"{path}: {name} must be there once, got it again")
+        raise ValueError(f"{path}: {name} must be there only once, got it again")
     if member.size > _LARGEST_FILE:
         raise ValueError(f"{path}: {name} must hold at most {_LARGEST_FILE:,} bytes, got {member.size:,}")
 
 
 def _decode_binary(name: str, content: bytes) -> _Part:
-    """Records of a label and the pixels, plane by plane."""
+    """Images from records of one byte for the label and then the pixels, one colour after the other."""
     size = 1 + _PIXELS
     if not content or len(content) % size:
         raise ValueError(f"{name}: must hold a whole number of records of {size:,} bytes, got {len(content):,} bytes")
@@ -130,7 +131,7 @@ def _decode_binary(name: str, content: bytes) -> _Part:
 
 
 def _decode_python(name: str, content: bytes) -> _Part:
-    """A pickled dictionary with `data` of shape (rows, 3072) and a list `labels`."""
+    """Images from a pickled dictionary with `data` of shape (rows, 3072) and a list `labels`."""
     values = read_plain_pickle(name, content, "CIFAR-10")
     x, label = values.get("data"), values.get("labels")
     if not isinstance(x, np.ndarray) or x.ndim != 2 or x.shape[1] != _PIXELS or not len(x):

@@ -1,4 +1,4 @@
-"""Rows drawn on the device, for data so small that all of them lie there."""
+"""Random rows drawn on the device, for data that fit into its memory as a whole."""
 
 import functools
 
@@ -12,11 +12,12 @@ from .._validate import as_count
 
 
 class DrawRows(eqx.Module):
-    """A function from a key to a `Batch` of rows with replacement, as of `mf_eqx.scan_steps`.
+    """A function from a key to a `Batch` of rows drawn with replacement, for `mf_eqx.scan_steps`.
 
-    **Arguments:** `x` all rows; `label` of each, or None; `batch` how many are drawn.
+    **Arguments:** `x` all rows; `label` of each row, or None; `batch` how many rows are drawn.
 
-    **Raises:** `ValueError` if there are no rows, another number of labels than rows, or `batch` is no integer >= 1.
+    **Raises:** `ValueError` if there are no rows, if the numbers of labels and rows differ, or if `batch` is not an
+    integer >= 1.
     """
 
     x: Num[Array, "rows *data"]

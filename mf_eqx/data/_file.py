@@ -1,4 +1,4 @@
-"""Files that others wrote: how they are named in messages, opened and read without trusting them."""
+"""Files from other programs: how they are named in messages, and how they are opened and read without trusting them."""
 
 import contextlib
 import gzip
@@ -15,11 +15,11 @@ PathLike: TypeAlias = str | os.PathLike[str]
 
 _GZIP = b"\x1f\x8b"
 _MOST_DEFLATED = 1032
-"""Deflate never makes more than this many bytes of one."""
+"""Unpacking one byte of deflated data never gives more bytes than this."""
 
 
 def as_paths(argument: str, paths: PathLike | Sequence[PathLike]) -> list[Path]:
-    """One path or several as a list. **Raises:** `ValueError` that names `argument` if there is none."""
+    """One path or several as a list. **Raises:** `ValueError` that names `argument` if there is no path."""
     several = [paths] if isinstance(paths, str | os.PathLike) else paths
     if not several:
         raise ValueError(f"{argument} must be at least one path, got none")
@@ -27,16 +27,16 @@ def as_paths(argument: str, paths: PathLike | Sequence[PathLike]) -> list[Path]:
 
 
 def name_of(paths: Sequence[Path]) -> str:
-    """What messages call all these files together."""
+    """The name of all these files together in error messages."""
     return str(paths[0]) if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more"
 
 
 @contextlib.contextmanager
 def open_unpacked(path: Path, most: int | None = None) -> Iterator[io.BufferedIOBase]:
-    """An ordinary file's content, unpacked if the first bytes are those of gzip, whatever its name.
+    """An ordinary file, unpacked while it is read if its first bytes are those of gzip, whatever its name.
 
-    **Raises:** as `open_regular` does, with `most` for the bytes before unpacking; inside, `ValueError` if gzip data
-    are damaged.
+    **Raises:** as `open_regular`, where `most` limits the bytes before unpacking; inside the context, `ValueError` if
+    gzip data are damaged.
     """
     with open_regular(path, most) as raw:
         packed = raw.read(len(_GZIP)) == _GZIP
@@ -49,5 +49,5 @@ def open_unpacked(path: Path, most: int | None = None) -> Iterator[io.BufferedIO
 
 
 def most_unpacked(path: Path) -> int:
-    """A bound on the length of a file's content, be it gzipped or not."""
+    """An upper bound on the length of a file's content, whether it is gzipped or not."""
     return _MOST_DEFLATED * path.stat().st_size

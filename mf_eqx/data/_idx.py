@@ -1,6 +1,7 @@
-"""IDX files, the format of MNIST and its family.
+"""IDX files, the format of MNIST and similar data sets.
 
-A file is 0, 0, a code for the dtype, the number n of axes, n big-endian 32-bit sizes, then all values in row order.
+A file holds the bytes 0, 0, a code for the dtype and the number n of axes, then n big-endian 32-bit sizes, then all
+values in row-major order.
 
 Reference: Yann LeCun, Corinna Cortes and Christopher Burges, "The MNIST database of handwritten digits", 1998.
 """
@@ -23,20 +24,20 @@ _MOST_AXES = 8
 def read_idx(
     images: PathLike, label: PathLike | None = None, *, labels: Count | None = None, most_bytes: Count = 1 << 33
 ) -> ArraySource:
-    """Rows of IDX files, gzipped or not, in memory.
+    """The rows of IDX files, gzipped or not, read into memory.
 
     **Arguments:**
 
     - `images`: path of the images, (rows, height, width), which become (rows, 1, height, width); other shapes with a
-      leading row axis stay as they are. Values stay as they are, too: bytes from 0 to 255 for MNIST. (Of the dtypes
-      that the format has, uint8 and floating point can be trained on.)
-    - `label`: path of an integer for each row, or None.
-    - `labels`: how many different ones there are, by default the largest and one more.
-    - `most_bytes`: how many bytes the values of a file may have when unpacked, 8 GiB by default.
+      leading row axis are not changed. Neither are the values: bytes from 0 to 255 for MNIST. (Among the dtypes of the
+      format, uint8 and floating point can be trained on.)
+    - `label`: path of a file with an integer for each row, or None.
+    - `labels`: how many different labels there are, by default the largest one plus 1.
+    - `most_bytes`: the largest number of bytes that the values of a file may have when unpacked, 8 GiB by default.
 
     **Raises:** `OSError` if a file cannot be opened; `ValueError` that names the file, what was expected and what was
-    found: no ordinary file, another format, fewer or more bytes than its header announces, more than `most_bytes`, no
-    rows, labels that do not fit.
+    found: not an ordinary file, another format, fewer or more bytes than its header declares, more than `most_bytes`,
+    no rows, labels that do not fit.
     """
     most_bytes = as_count("most_bytes", most_bytes)
     x = _read(Path(images), most_bytes)
@@ -60,21 +61,22 @@ def _read(path: Path, most_bytes: int) -> Shaped[np.ndarray, "rows ..."]:
             raise ValueError(f"{path}: must hold {4 + 4 * axes} bytes of header, got {4 + len(sizes)}")
         shape = tuple(np.frombuffer(sizes, ">u4").tolist())
         if min(shape) == 0:
-            raise ValueError(f"{path}: must have at least one row and nothing empty, got shape {shape}")
-        wanted = math.prod(shape) * dtype.itemsize
-        _check_bound(path, wanted, most_bytes, f"for shape {shape} of {dtype}")
-        values = read_up_to(file, wanted + 1)
-    if len(values) != wanted:
-        found = f"{len(values):,}" if len(values) < wanted else "more"
-        raise ValueError(f"{path}: must hold {wanted:,} bytes for shape {shape} of {dtype}, got {found}")
+            raise ValueError(f"{path}: must have at least one row and no empty axis, got shape {shape}")
+        length = math.prod(shape) * dtype.itemsize
+        _check_bound(path, length, most_bytes, f"for shape {shape} of {dtype}")
+        values = read_up_to(file, length + 1)
+    if len(values) != length:
+        found = f"{len(values):,}" if len(values) < length else "more"
+        raise ValueError(f"{path}: must hold {length:,} bytes for shape {shape} of {dtype}, got {found}")
     return np.frombuffer(values, dtype).reshape(shape).astype(dtype.newbyteorder("="), copy=False)
 
 
-def _check_bound(path: Path, wanted: int, most_bytes: int, what: str) -> None:
-    """Refuses, before anything is read, sizes that the file cannot hold even if it is packed, or that are too many."""
-    if (most := most_unpacked(path)) < wanted:
-        raise ValueError(
-            f"{path}: must hold {wanted:,} bytes {what}, got {path.stat().st_size:,} which unpack to {most:,} at most"
-        )
-    if wanted > most_bytes:
-        raise ValueError(f"{path}: must hold at most {most_bytes:,} bytes, which is most_bytes, got {wanted:,} {what}")
+def _check_bound(path: Path, length: int, most_bytes: int, reason: str) -> None:
+    """Refuses, before the values are read, a length that the file cannot have even if it is gzipped, or that is more
+    than `most_bytes`."""
+    if (most := most_unpacked(path)) < length:
+        found = f"{path.stat().st_size:,}, which unpack to at most {most:,}"
+        raise ValueError(f"{path}: must hold {length:,} bytes {reason}, got {found}")
+    if length > most_bytes:
+        limit = f"{most_bytes:,} bytes, which is most_bytes"
+        raise ValueError(f"{path}: must hold at most {limit}, got {length:,} {reason}")

@@ -1,6 +1,6 @@
-"""Images in folders, a folder for each class, decoded when they are asked for.
+"""Images in folders, one folder for each class, decoded when they are read.
 
-Needs Pillow, from the extra `images`.
+Requires Pillow, from the extra `images`.
 """
 
 import collections
@@ -27,30 +27,30 @@ _MODES = {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "CMYK"
 _PNG = b"\x89PNG\r\n\x1a\n"
 _MOST_PIXELS = 1 << 27
 _LARGEST_FILE = 1 << 27
-"""Bytes before decoding."""
+"""In bytes, before decoding."""
 
 
 class ImageFolderSource(AbstractSource):
     """Images in root/class/**/image.png, or without classes in root/image.png; also .jpg, .jpeg, .webp, .bmp.
 
-    Rows are in the order of their paths below `root`, bytes of shape (3, size, size) in RGB. An image is halved by a
+    Rows are in the order of their paths below `root`, uint8 of shape (3, size, size) in RGB. An image is halved by a
     box filter as long as its smaller side is at least twice `size`, then resized by a bicubic filter so that the
-    smaller side is `size`, and its centre is taken (what ADM does with ImageNet). Images of fewer than 8 bits per
-    channel are spread over 0 to 255. Transparency is dropped, colours are converted to RGB without their profile, a
-    description of how the camera was held is not looked at, and of an animation the first image is taken.
+    smaller side is `size`, then cropped to its centre (as ADM does with ImageNet). Images of fewer than 8 bits per
+    channel are scaled to 0 to 255. Transparency is dropped, colours are converted to RGB without their colour profile,
+    the EXIF orientation is ignored, and only the first image of an animation is used.
 
-    Links to images and to folders are followed. Names that start with a dot and files of other kinds are passed over.
+    Links to images and to folders are followed. Names that start with a dot and files of other types are skipped.
 
     **Attributes:** `class_names` of the labels, sorted, or None without classes; `paths` of the rows below `root`;
-    `passed_over` how many files of which kind were found and are not used: by suffix in lower case, "without suffix",
-    or "hidden" for names that start with a dot (a hidden folder counts as one).
+    `passed_over` the number of skipped files of each type: by suffix in lower case, "without suffix", or "hidden" for
+    names that start with a dot (a hidden folder counts as one).
 
-    **Arguments:** `root`; `size` in pixels, of both sides.
+    **Arguments:** `root` the folder; `size` of both sides of the resulting images, in pixels.
 
     **Raises:** `OSError` if a file cannot be opened or a folder cannot be listed; `ValueError` that names folder or
-    file: no images, a class without any, images both beside and in folders, a link that leads nowhere or back to a
-    folder that it lies in; when it is read, an image that is no ordinary file, broken, of more than 8 bits per channel
-    or too large (128 MiB, or 2^27 pixels). `MissingDependency` if Pillow is missing.
+    file: no images, a class without images, images beside folders of images, a broken link, or a link to a folder that
+    contains it; when rows are read, an image that is not an ordinary file, is damaged, has more than 8 bits per channel
+    or is too large (128 MiB, or 2^27 pixels). `MissingDependency` if Pillow is missing.
 
     Reference: Prafulla Dhariwal and Alex Nichol, "Diffusion models beat GANs on image synthesis", 2021,
     arXiv:2105.05233.
@@ -62,28 +62,30 @@ class ImageFolderSource(AbstractSource):
         self._root, self._size = Path(root), size
         self.name, self.row_shape, self.dtype = str(root), (3, size, size), np.dtype(np.uint8)
         passed_over = collections.Counter()
-        folders, beside = _listed(self._root, passed_over)
-        if folders and beside:
-            raise ValueError(f"{root}: must hold images or folders of them, got {beside[0]} beside {folders[0]}")
+        folders, images_in_root = _folders_and_images(self._root, passed_over)
+        if folders and images_in_root:
+            raise ValueError(
+                f"{root}: must hold images or folders of them, got {images_in_root[0]} beside {folders[0]}"
+            )
         self.class_names = folders or None
         self.labels = len(folders) or None
-        found = {name: _images(self._root, name, passed_over) for name in folders}
+        images = {name: _images_below(self._root, name, passed_over) for name in folders}
         self.passed_over = dict(sorted(passed_over.items()))
         suffixes = ", ".join(sorted(_SUFFIXES))
-        if empty := [name for name in folders if not found[name]]:
+        if empty := [name for name in folders if not images[name]]:
             self._refuse(self._root / empty[0], f"images, {suffixes}")
-        labelled = [(path, label) for label, name in enumerate(folders) for path in found[name]]
-        self.paths, self._label = _in_order(labelled or [(name, 0) for name in beside])
+        labelled = [(path, label) for label, name in enumerate(folders) for path in images[name]]
+        self.paths, self._label = _sorted_by_path(labelled or [(name, 0) for name in images_in_root])
         if not self.paths:
             self._refuse(self._root, f"images, {suffixes}, or folders of them")
 
     def _refuse(self, folder: Path, wanted: str) -> NoReturn:
-        """Says that there are no images, and what there is instead."""
+        """Raises the error that there are no images, with the files that were skipped."""
         found = f"passed over in {self.name}: {self.passed_over_as_text()}"
         raise ValueError(f"{folder}: must hold {wanted}, got none; {found}")
 
     def passed_over_as_text(self) -> str:
-        """The files that are not used, in a line."""
+        """The numbers of skipped files by type, as one line of text."""
         kinds = sorted(self.passed_over, key=lambda kind: -self.passed_over[kind])
         return listed([f"{self.passed_over[kind]:,} {kind}" for kind in kinds], 8) or "nothing"
 
@@ -92,15 +94,15 @@ class ImageFolderSource(AbstractSource):
 
     def take(self, rows: Int[np.ndarray, " rows"]) -> Rows:
         x = np.empty((len(rows), *self.row_shape), np.uint8)
-        for place, row in enumerate(rows.tolist()):
-            x[place] = _read_image(self._root / self.paths[row], self._size)
+        for position, row in enumerate(rows.tolist()):
+            x[position] = _read_image(self._root / self.paths[row], self._size)
         return Rows(x, None if self.labels is None else self._label[rows])
 
 
-def _listed(folder: Path, passed_over: collections.Counter[str]) -> tuple[list[str], list[str]]:
-    """Names of folders and of images in a folder, sorted; the others are counted."""
+def _folders_and_images(folder: Path, passed_over: collections.Counter[str]) -> tuple[list[str], list[str]]:
+    """Names of folders and of images in a folder, both sorted; all other files are counted in `passed_over`."""
     folders, images = [], []
-    for entry in _shown(folder, passed_over):
+    for entry in _visible_entries(folder, passed_over):
         suffix = os.path.splitext(entry.name)[1].lower()
         if entry.is_dir():
             folders.append(entry.name)
@@ -111,8 +113,8 @@ def _listed(folder: Path, passed_over: collections.Counter[str]) -> tuple[list[s
     return sorted(folders), sorted(images)
 
 
-def _shown(folder: Path, passed_over: collections.Counter[str]) -> Iterator[os.DirEntry[str]]:
-    """What is in a folder and has no hidden name."""
+def _visible_entries(folder: Path, passed_over: collections.Counter[str]) -> Iterator[os.DirEntry[str]]:
+    """The entries of a folder whose names do not start with a dot; the others are counted in `passed_over`."""
     with os.scandir(folder) as entries:
         for entry in entries:
             if entry.name.startswith("."):
@@ -130,27 +132,27 @@ def _check_link(entry: os.DirEntry[str]) -> None:
         raise ValueError(f"{entry.path}: must be a link to a file or folder, got: {error.strerror}") from error
 
 
-def _images(root: Path, folder: str, passed_over: collections.Counter[str]) -> list[str]:
-    """Paths below `root` of all images in one of its folders, however deep, also behind links."""
-    found, left = [], [(folder, (_identity(root),))]
-    while left:
-        place, above = left.pop()
-        here = _identity(root / place)
-        if here in above:
-            raise ValueError(f"{root / place}: must not be a link to a folder that it lies in, got a circle")
-        folders, images = _listed(root / place, passed_over)
-        found += [f"{place}/{name}" for name in images]
-        left += [(f"{place}/{name}", (*above, here)) for name in folders]
-    return found
+def _images_below(root: Path, folder: str, passed_over: collections.Counter[str]) -> list[str]:
+    """Paths below `root` of all images in one of its folders, at any depth and also behind links."""
+    paths, pending = [], [(folder, (_identity(root),))]
+    while pending:
+        path, parents = pending.pop()
+        identity = _identity(root / path)
+        if identity in parents:
+            raise ValueError(f"{root / path}: must not be a link to a folder that it lies in, got a cycle")
+        folders, images = _folders_and_images(root / path, passed_over)
+        paths += [f"{path}/{name}" for name in images]
+        pending += [(f"{path}/{name}", (*parents, identity)) for name in folders]
+    return paths
 
 
 def _identity(folder: Path) -> tuple[int, int]:
-    """What a folder has whatever path leads to it."""
-    found = os.stat(folder)
-    return found.st_dev, found.st_ino
+    """Numbers that identify a folder, the same for every path that leads to it."""
+    status = os.stat(folder)
+    return status.st_dev, status.st_ino
 
 
-def _in_order(labelled: list[tuple[str, int]]) -> tuple[list[str], Int[np.ndarray, " rows"]]:
+def _sorted_by_path(labelled: list[tuple[str, int]]) -> tuple[list[str], Int[np.ndarray, " rows"]]:
     labelled = sorted(labelled)
     return [path for path, _ in labelled], np.array([label for _, label in labelled], np.int32)
 
@@ -170,15 +172,15 @@ def _read_image(path: Path, size: int) -> UInt8[np.ndarray, "3 size size"]:
             cropped = _cropped(image.convert("RGB"), size)
     except Exception as error:  # decoders fail in many ways
         reason = str(error).partition("\n")[0] or type(error).__name__
-        if isinstance(error, _pillow().UnidentifiedImageError):  # which names our buffer, and not the file
-            reason = f"nothing that Pillow knows as {', '.join(_FORMATS)}"
+        if isinstance(error, _pillow().UnidentifiedImageError):  # its message names the buffer instead of the file
+            reason = f"nothing that Pillow recognises as {', '.join(_FORMATS)}"
         raise ValueError(f"{path}: must be a whole image, got: {reason}") from error
     return np.asarray(cropped).transpose(2, 0, 1)
 
 
 def _check_depth(content: bytes) -> None:
-    """Refuses a PNG file of 16 bits per channel. Pillow halves them, of colours, before it tells a mode; the header has
-    them, which comes first in the file."""
+    """Refuses a PNG file of 16 bits per channel. Pillow reduces colour images to 8 bits and reports a mode of 8 bits;
+    so the depth is read from the header, which comes first in the file."""
     if not content.startswith(_PNG):
         return
     if content[12:16] != b"IHDR":
@@ -188,18 +190,18 @@ def _check_depth(content: bytes) -> None:
 
 
 def _check_image(image: Any, size: int) -> None:
-    """Refuses, from the header alone, what would lose its values or fill memory."""
+    """Refuses, by its header alone, an image whose values would be clipped or that would fill the memory."""
     width, height = image.size
     if image.mode not in _MODES:
         raise ValueError(f"mode {image.mode}, of more than 8 bits per channel")
-    # A long image grows when its smaller side is brought to `size`.
+    # The number of pixels of a long image can become larger when its smaller side is resized to `size`.
     scale = size / min(width, height)
     if (pixels := round(width * height * max(1.0, scale**2))) > _MOST_PIXELS:
         raise ValueError(f"{width} x {height} pixels, {pixels:,} at size {size}, more than {_MOST_PIXELS:,}")
 
 
 def _cropped(image: Any, size: int) -> Any:
-    """The centre of an image whose smaller side is brought to `size`."""
+    """The centre of an image, after its smaller side is resized to `size`."""
     resampling = _pillow().Resampling
     while min(image.size) >= 2 * size:
         image = image.resize(tuple(side // 2 for side in image.size), resampling.BOX)

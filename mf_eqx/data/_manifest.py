@@ -1,6 +1,7 @@
-"""What a folder of shards says of itself: a JSON file with a digest over all of it.
+"""The manifest of a folder of shards: a JSON file that describes all other files and has a digest of its own.
 
-Nothing in it is believed: every field has its type and range, and the names of files are those that they must have.
+A manifest is not trusted: the type and range of every field are checked, and the name of every file must be that of
+`name_of_file`.
 """
 
 import hashlib
@@ -15,7 +16,7 @@ VERSION = 2
 
 
 class File(NamedTuple):
-    """What the manifest says of one file."""
+    """The entry of the manifest for one file."""
 
     name: str
     rows: int
@@ -24,7 +25,7 @@ class File(NamedTuple):
 
 
 class Manifest(NamedTuple):
-    """What the manifest says, in the order in which it is written; `label` is None without labels."""
+    """The fields of the manifest, in the order in which they are written; `label` is None without labels."""
 
     version: int
     rows: int
@@ -38,7 +39,7 @@ class Manifest(NamedTuple):
 
 
 def name_of_file(kind: str, number: int) -> str:
-    """Of the data (kind "x"), the labels ("label") or the checksums ("crc") of a shard."""
+    """The name of the file with the data (kind "x"), the labels ("label") or the checksums ("crc") of a shard."""
     return f"{kind}_{number:05}.npy"
 
 
@@ -48,7 +49,7 @@ def as_text(manifest: Manifest) -> str:
 
 
 def _plain(manifest: Manifest) -> dict[str, Any]:
-    """The manifest as JSON has it."""
+    """The manifest as dictionaries and lists, for JSON."""
     files = {"x": manifest.x, "label": manifest.label, "crc": manifest.crc}
     return manifest._asdict() | {
         kind: None if several is None else [file._asdict() for file in several] for kind, several in files.items()
@@ -56,13 +57,13 @@ def _plain(manifest: Manifest) -> dict[str, Any]:
 
 
 def _digest(manifest: Manifest) -> str:
-    """SHA-256 of all the rest of the manifest, and so of all data."""
+    """SHA-256 of all other fields of the manifest; since they include those of all files, it identifies the data."""
     text = json.dumps(_plain(manifest._replace(digest="")), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def read_manifest(path: Path) -> Manifest:
-    """The manifest, with every field checked for itself."""
+    """The manifest in a file. Every field and the digest are checked, but nothing is compared with other files."""
     values = read_json_object(path)
     if values.get("version", VERSION) != VERSION:
         found = _short(values["version"])
@@ -76,23 +77,24 @@ def read_manifest(path: Path) -> Manifest:
         crc=_read_files(path, "crc", manifest.crc, len(manifest.x)),
     )
     if manifest.digest != (wanted := _digest(manifest)):
-        raise ValueError(f"{path}: digest must be {wanted[:16]}... of the rest, got {_short(manifest.digest)}")
+        rule = f"{wanted[:16]}..., the digest of the other fields"
+        raise ValueError(f"{path}: digest must be {rule}, got {_short(manifest.digest)}")
     return manifest
 
 
 def _fields(name: str, values: Any, kind: type[Manifest] | type[File]) -> dict[str, Any]:
-    """A JSON object with exactly the fields of `kind`."""
+    """`values` if it is a JSON object with exactly the fields of `kind`."""
     if not isinstance(values, dict):
         raise ValueError(f"{name}: must be an object, got {type(values).__name__}")
     if missing := [field for field in kind._fields if field not in values]:
         raise ValueError(f"{name}: must have {', '.join(kind._fields)}; got no {', '.join(missing)}")
     if extra := [field for field in values if field not in kind._fields]:
-        raise ValueError(f"{name}: must have {', '.join(kind._fields)} alone, got {', '.join(extra)[:60]} too")
+        raise ValueError(f"{name}: must have only {', '.join(kind._fields)}, got {', '.join(extra)[:60]} too")
     return values
 
 
 def _check_values(path: Path, manifest: Manifest) -> None:
-    """Types and ranges; lists of files are only lists yet."""
+    """Checks types and ranges of the fields, but not yet the entries in the lists of files."""
     shape = manifest.row_shape
     for name, fits, rule in (
         ("version", _is_count(manifest.version), "an integer"),
@@ -102,7 +104,7 @@ def _check_values(path: Path, manifest: Manifest) -> None:
         ("labels", manifest.labels is None or _is_count(manifest.labels), "an integer >= 1 or null"),
         ("x", isinstance(manifest.x, list) and len(manifest.x) > 0, "a list of files"),
         ("label", manifest.label is None or isinstance(manifest.label, list), "a list of files or null"),
-        ("label", (manifest.label is None) == (manifest.labels is None), "given exactly if labels is"),
+        ("label", (manifest.label is None) == (manifest.labels is None), "given if and only if labels is"),
         ("crc", isinstance(manifest.crc, list), "a list of files"),
     ):
         if not fits:
@@ -120,7 +122,7 @@ def _read_files(path: Path, kind: str, values: list[Any], wanted: int | None) ->
 def _read_file(where: str, name: str, values: Any) -> File:
     file = File(**_fields(where, values, File))
     for field, fits, rule in (
-        ("name", file.name == name, name),  # and so no other folder
+        ("name", file.name == name, name),  # so that no name can lead to another folder
         ("rows", _is_count(file.rows), "an integer >= 1"),
         ("bytes", _is_count(file.bytes), "an integer >= 1"),
         ("sha256", isinstance(file.sha256, str) and len(file.sha256) == 64, "64 hexadecimal digits"),
@@ -135,5 +137,5 @@ def _is_count(value: Any) -> bool:
 
 
 def _short(value: Any) -> str:
-    """A value from outside, for a message."""
+    """A value from a file, shortened for an error message."""
     return f"{type(value).__name__} of {len(value)}" if isinstance(value, list | dict) else repr(value)[:60]

@@ -1,11 +1,11 @@
-"""What happens to a row on the device, before the objective sees it: parts for `TrainStep(prepare=...)`.
+"""Transformations of a row on the device, before the objective uses it: parts for `TrainStep(prepare=...)`.
 
 Each is a function `(row, key) -> row`. The key is folded from the step and the row's index in the global batch, so that
-augmentation is the same however rows are spread over devices.
+augmentation does not depend on how rows are distributed over devices.
 
-Each says which dtype it takes and refuses all others when the step is traced. Ranges are not checked, since values are
-known on the device alone: floating-point images are taken to lie in [-1, 1]. `FromPixels` comes before whatever
-augments images in floating point.
+Each requires certain dtypes and raises for all others when the step is traced. Ranges are not checked, since values are
+known only on the device: floating-point images are assumed to be in [-1, 1]. Put `FromPixels` before parts that augment
+images in floating point.
 """
 
 from collections.abc import Callable
@@ -24,7 +24,7 @@ from .._validate import check_positive
 class InTurn(eqx.Module):
     """Several functions, one after the other, each with a key of its own.
 
-    **Arguments:** `parts` the first to be applied first.
+    **Arguments:** `parts` the functions, in the order in which they are applied.
     """
 
     parts: tuple[Callable[[Batch, Key[jax.Array, ""]], Batch], ...] = eqx.field(converter=tuple)
@@ -36,7 +36,7 @@ class InTurn(eqx.Module):
 
 
 class WithoutLabel(eqx.Module):
-    """The row without its condition: data with labels for a field that has none."""
+    """The row without its condition, for training a field without labels on data that have labels."""
 
     def __call__(self, row: Batch, key: Key[jax.Array, ""]) -> Batch:
         return Batch(row.x, None, row.index)
@@ -45,21 +45,22 @@ class WithoutLabel(eqx.Module):
 class FromPixels(eqx.Module):
     """Pixels 0 to 255, uint8, as float32 in [-1, 1]: x / 127.5 - 1.
 
-    **Raises:** `ValueError` if x is not uint8, when called.
+    **Raises:** `ValueError`, when called, if x is not uint8.
     """
 
     def __call__(self, row: Batch, key: Key[jax.Array, ""]) -> Batch:
         x = jnp.asarray(row.x)
         if x.dtype != jnp.uint8:
             raise ValueError(f"x must be uint8 for FromPixels, pixels 0 to 255, got {x.dtype}")
-        # Clipped, because a compiler may multiply by 1 / 127.5, rounded, instead of dividing.
+        # Clipped, because a compiler may multiply by the rounded value of 1 / 127.5 instead of dividing.
         return Batch(jnp.clip(x.astype(jnp.float32) / 127.5 - 1, -1, 1), row.condition, row.index)
 
 
 class RandomFlip(eqx.Module):
-    """The last axis reversed with a probability: images mirrored left to right, of any dtype, which is kept.
+    """The row with the last axis of x reversed at random, which mirrors images left to right. The dtype may be any and
+    does not change.
 
-    **Arguments:** `probability` in [0, 1].
+    **Arguments:** `probability` of mirroring, in [0, 1].
     """
 
     probability: float = 0.5
@@ -74,8 +75,8 @@ class RandomFlip(eqx.Module):
 
 
 class SamplePosterior(eqx.Module):
-    r"""A latent drawn anew at every read, $s (\mu + \sigma \epsilon)$, from rows of moments: the channels of the mean
-    $\mu$, then those of the standard deviation $\sigma$, as `experiments/prepare_latents.py` keeps them.
+    r"""A latent $s (\mu + \sigma \epsilon)$, drawn anew in every step, from rows of moments: the channels of the mean
+    $\mu$, then those of the standard deviation $\sigma$, as `experiments/prepare_latents.py` writes them.
 
     **Arguments:** `scale` s, > 0 and finite: `mf_eqx.vae.SCALE` for the tokenizer of Stable Diffusion.
 

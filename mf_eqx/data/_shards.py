@@ -1,14 +1,16 @@
-"""A data set in one form, whatever it came from: .npy files of a fixed number of rows, and a manifest.
+"""Shards, one format for data sets of any origin: .npy files with a fixed number of rows each, and a manifest.
 
     folder/manifest.json      rows, shape, dtype, labels; name, length and SHA-256 of each file; its own digest
-    folder/x_00000.npy ...    data
-    folder/label_00000.npy    their labels, if there are any
+    folder/x_00000.npy ...    the data
+    folder/label_00000.npy    the labels of these data, if there are any
     folder/crc_00000.npy      a CRC-32 for each row: `zlib.crc32(bytes of the row as in the file, label, or 0 if none)`
 
-A folder is whole or not there: it is written beside its place, flushed to disk, and renamed at the end.
+A folder is complete or does not exist: it is written under another name beside it, flushed to disk, and renamed at the
+end.
 
-Disks, memory and copies change bytes in silence, and training takes whatever it gets. So no row leaves a `ShardSource`
-before its CRC-32 is compared: a change of up to 32 bits in succession is always noticed, any other but for one in 2^32.
+Disks, memory and copying can change bytes without an error, and training would use the changed values. So a
+`ShardSource` compares the CRC-32 of every row that it returns: a change within 32 successive bits is always detected,
+any other change with probability 1 - 2^-32.
 """
 
 import contextlib
@@ -34,11 +36,11 @@ from ._npy import map_npy, NpySource, NUMBERS
 from ._source import AbstractSource, check_source, check_taken, Rows
 
 _PIECE = 1 << 24
+"""The approximate number of bytes that are read or written at once."""
 _MOST_SHARDS = 50_000
-"""What a manifest may name: it is read as JSON of at most a million values."""
-"""Bytes that are read or written at once, roughly."""
+"""The largest number of shards in a manifest, which is read as JSON of at most a million values."""
 _ABANDONED = 3600
-"""Seconds without a write after which nobody works on a folder any more."""
+"""Seconds since the last write after which an unfinished folder is taken to be abandoned."""
 
 
 # Writing
@@ -53,34 +55,34 @@ def write_shards(
 ) -> None:
     """Write all rows of `source` into a new folder, for `ShardSource`.
 
-    Every value is checked on the way, and each row gets a checksum. A conversion that fails or is killed leaves no
-    folder of this name; killed, it leaves a hidden one beside it, `.<name>.<random>.partial`, that may be deleted; the
-    next conversion to the same place does so if it is older than an hour.
+    Every value is checked before it is written, and each row gets a checksum. A conversion that fails or is killed does
+    not leave a folder of this name. A killed one leaves a hidden folder beside it, `.<name>.<random>.partial`, which
+    may be deleted; the next conversion to the same folder deletes it if it is older than an hour.
 
     **Arguments:**
 
-    - `source`: any source of uint8 or of float16, float32 or float64, the dtypes that can be trained on and that .npy
-      files keep. float64 stays float64 in the files; training without `jax_enable_x64` takes them as float32.
-    - `folder`: where to write; it must not be there, or be empty.
-    - `rows_per_shard`: rows of every file but the last. A `ShardSource` keeps one file open for each.
+    - `source`: any source of uint8, float16, float32 or float64, which are the dtypes that can be trained on and stored
+      in .npy files. float64 stays float64 in the files; training without `jax_enable_x64` converts it to float32.
+    - `folder`: where to write; it must not exist or must be empty.
+    - `rows_per_shard`: the number of rows in every shard but the last. A `ShardSource` keeps one file open per shard.
     - `progress`: called with the number of rows written so far.
 
-    **Raises:** `ValueError` if `rows_per_shard` is no integer >= 1 or gives more than 50,000 shards, `folder` is not
-    empty, `source` has no rows or another dtype, or gives rows of another shape or dtype than it says, values that are
-    not finite (float64 ones, if `jax_enable_x64` is off, as float32), or labels out of range, with the row's number.
-    `OSError` if it cannot be written.
+    **Raises:** `ValueError` if `rows_per_shard` is not an integer >= 1 or gives more than 50,000 shards, if `folder` is
+    not empty, if `source` has no rows or another dtype, or if `source` returns rows of another shape or dtype than it
+    declares, values that are not finite (float64 values are checked as float32 if `jax_enable_x64` is off), or labels
+    out of range; errors about values name the row. `OSError` if the folder cannot be written.
     """
     rows_per_shard = as_count("rows_per_shard", rows_per_shard)
     check_source(source)
     if source.dtype.kind not in NUMBERS:
-        raise ValueError(f"{source.name}: dtype must be one that .npy files keep, got {source.dtype}")
+        raise ValueError(f"{source.name}: dtype must be one that .npy files can store, got {source.dtype}")
     if (number := -(-len(source) // rows_per_shard)) > _MOST_SHARDS:
         raise ValueError(
-            f"rows_per_shard must give at most {_MOST_SHARDS:,} shards, got {rows_per_shard} for {number:,}"
+            f"rows_per_shard must give at most {_MOST_SHARDS:,} shards, got {rows_per_shard} with {number:,} shards"
         )
     target = Path(folder)
     _check_free(target)
-    with _placed(target) as partial:
+    with _renamed_at_the_end(target) as partial:
         starts = range(0, len(source), rows_per_shard)
         written = [
             _write_shard(source, partial, number, start, min(start + rows_per_shard, len(source)), progress)
@@ -97,8 +99,8 @@ def _check_free(target: Path) -> None:
 
 
 @contextlib.contextmanager
-def _placed(target: Path) -> Iterator[Path]:
-    """A new folder beside `target` that gets its name at the end, and is deleted after an error."""
+def _renamed_at_the_end(target: Path) -> Iterator[Path]:
+    """A context with a new folder beside `target`: it is renamed to `target` at the end, or deleted after an error."""
     target.parent.mkdir(parents=True, exist_ok=True)
     _delete_abandoned(target.absolute())
     partial = target.absolute().with_name(f".{target.absolute().name}.{secrets.token_hex(4)}.partial")
@@ -115,15 +117,15 @@ def _placed(target: Path) -> Iterator[Path]:
 
 
 def _delete_abandoned(target: Path) -> None:
-    """Deletes what killed conversions to `target` left, unless a file in it changed within the hour."""
-    for left in target.parent.glob(f".{glob.escape(target.name)}.{'[0-9a-f]' * 8}.partial"):
-        with contextlib.suppress(OSError):  # of another's folder, or one that is just deleted
-            if time.time() - max(path.stat().st_mtime for path in (left, *left.iterdir())) > _ABANDONED:
-                shutil.rmtree(left)
+    """Deletes the folders of killed conversions to `target`, unless a file in them has changed within the last hour."""
+    for partial in target.parent.glob(f".{glob.escape(target.name)}.{'[0-9a-f]' * 8}.partial"):
+        with contextlib.suppress(OSError):  # the folder may be another user's, or be deleted at the same time
+            if time.time() - max(path.stat().st_mtime for path in (partial, *partial.iterdir())) > _ABANDONED:
+                shutil.rmtree(partial)
 
 
 def _flush_folder(folder: Path) -> None:
-    """To disk with the names in it, where the system can."""
+    """Flush the names in a folder to disk, on systems that can do so."""
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -133,7 +135,7 @@ def _flush_folder(folder: Path) -> None:
 
 
 class _Shard(NamedTuple):
-    """What the manifest says of the files of some rows."""
+    """The entries of the manifest for the files of one shard."""
 
     x: File
     label: File | None
@@ -143,7 +145,7 @@ class _Shard(NamedTuple):
 def _write_shard(
     source: AbstractSource, folder: Path, number: int, start: int, stop: int, progress: Callable[[int], None] | None
 ) -> _Shard:
-    """Rows from `start` to `stop` in a file of data, one of checksums and, with labels, one of labels."""
+    """Write rows `start` to `stop` - 1: a file of data, one of checksums and, with labels, one of labels."""
     label, crc = np.empty(stop - start, np.int32), np.empty(stop - start, np.uint32)
     with _NpyFile(folder / name_of_file("x", number), source.dtype, (stop - start, *source.row_shape)) as file:
         for first in range(start, stop, step := _rows_at_once(source)):
@@ -155,22 +157,22 @@ def _write_shard(
             crc[rows - start] = _checksums(got.x, label[rows - start])
             if progress is not None:
                 progress(int(rows[-1]) + 1)
-    label_file = None if source.labels is None else _write_whole(folder / name_of_file("label", number), label)
-    return _Shard(file.entry, label_file, _write_whole(folder / name_of_file("crc", number), crc))
+    label_file = None if source.labels is None else _write_array(folder / name_of_file("label", number), label)
+    return _Shard(file.entry, label_file, _write_array(folder / name_of_file("crc", number), crc))
 
 
-def _write_whole(path: Path, array: Shaped[np.ndarray, " rows"]) -> File:
+def _write_array(path: Path, array: Shaped[np.ndarray, " rows"]) -> File:
     with _NpyFile(path, array.dtype, array.shape) as file:
         file.write(array)
     return file.entry
 
 
 def _checksums(x: Shaped[np.ndarray, "rows *data"], label: Int[np.ndarray, " rows"]) -> UInt32[np.ndarray, " rows"]:
-    """The CRC-32 of each row as it is in a file, least significant byte first, that starts from the row's label."""
-    held = np.ascontiguousarray(x, x.dtype.newbyteorder("<"))
-    content, size = held.reshape(-1).view(np.uint8).data, held.nbytes // max(1, len(held))
-    found = [zlib.crc32(content[i * size : (i + 1) * size], start) for i, start in enumerate(label.tolist())]
-    return np.array(found, np.uint32)
+    """The CRC-32 of the little-endian bytes of each row, as in the file, with the row's label as the starting value."""
+    rows = np.ascontiguousarray(x, x.dtype.newbyteorder("<"))
+    content, size = rows.reshape(-1).view(np.uint8).data, rows.nbytes // max(1, len(rows))
+    checksums = [zlib.crc32(content[i * size : (i + 1) * size], start) for i, start in enumerate(label.tolist())]
+    return np.array(checksums, np.uint32)
 
 
 def _rows_at_once(source: AbstractSource) -> int:
@@ -178,7 +180,7 @@ def _rows_at_once(source: AbstractSource) -> int:
 
 
 class _NpyFile:
-    """A .npy file that is written piece by piece, with its length and digest taken on the way."""
+    """A .npy file that is written piece by piece, while its length and digest are computed."""
 
     def __init__(self, path: Path, dtype: np.dtype, shape: tuple[int, ...]):
         self._path, self._dtype, self._shape = path, dtype.newbyteorder("<"), shape
@@ -191,9 +193,9 @@ class _NpyFile:
         return self
 
     def write(self, content: bytes | Shaped[np.ndarray, "rows ..."]) -> None:
-        held = content if isinstance(content, bytes) else np.ascontiguousarray(content, self._dtype).tobytes()
-        self._hash.update(held)
-        self._bytes += self._file.write(held)
+        data = content if isinstance(content, bytes) else np.ascontiguousarray(content, self._dtype).tobytes()
+        self._hash.update(data)
+        self._bytes += self._file.write(data)
 
     def __exit__(self, *error: object) -> None:
         self._file.flush()
@@ -224,31 +226,32 @@ class ShardSource(AbstractSource):
 
     Opening compares the manifest with the length and header of each file of data, and with every byte of labels and
     checksums; `take` compares each row with its checksum; `verify` reads and compares all data. Files that the manifest
-    does not name are not looked at.
+    does not name are ignored.
 
-    **Attributes:** `digest` tells the data: SHA-256 of a manifest that holds those of all files.
+    **Attributes:** `digest` identifies the data: SHA-256 of the manifest, which contains the SHA-256 of all files.
 
-    **Arguments:** `folder`; `verify` whether to compare all data at once.
+    **Arguments:** `folder`; `verify` True to compare all data when the source is made.
 
     **Raises:** `OSError` if a file cannot be opened; `ValueError` that names the file, what was expected and what was
-    found, also for a folder of an earlier version; from `take`, `ValueError` that names file and row if a row is not
-    what was written.
+    found, also for a folder of an earlier version; from `take`, `ValueError` that names file and row if a row differs
+    from what was written.
     """
 
     def __init__(self, folder: PathLike, *, verify: bool = False):
         self._folder = Path(folder)
-        self._manifest = read_manifest(self._folder / MANIFEST)
-        held = self._manifest
-        for file in [*held.x, *_small(held)]:
+        self._manifest = manifest = read_manifest(self._folder / MANIFEST)
+        for file in [*manifest.x, *_small_files(manifest)]:
             _check_length(self._folder / file.name, file)
-        for file in _small(held):
+        for file in _small_files(manifest):
             _check_digest(self._folder / file.name, file)
-        x, label, crc = ([self._folder / file.name for file in files] for files in (held.x, held.label or [], held.crc))
-        self._source = NpySource(x, label or None, labels=held.labels)
-        self.name, self.digest = str(self._folder), held.digest
+        kinds = (manifest.x, manifest.label or [], manifest.crc)
+        x, label, crc = ([self._folder / file.name for file in files] for files in kinds)
+        self._source = NpySource(x, label or None, labels=manifest.labels)
+        self.name, self.digest = str(self._folder), manifest.digest
         self.row_shape, self.dtype, self.labels = self._source.row_shape, self._source.dtype, self._source.labels
         self._check_counts()
-        self._crc = np.concatenate([_read_checksums(path, file.rows) for path, file in zip(crc, held.x, strict=True)])
+        checksums = [_read_checksums(path, file.rows) for path, file in zip(crc, manifest.x, strict=True)]
+        self._crc = np.concatenate(checksums)
         if verify:
             self.verify()
 
@@ -263,7 +266,7 @@ class ShardSource(AbstractSource):
         return got
 
     def _refuse(self, row: int, found: int) -> NoReturn:
-        """Says which row in which file is not what was written."""
+        """Raises the error that names the row, and its file, that differs from what was written."""
         ends = np.cumsum(self._source.rows_per_file)
         number = int(np.searchsorted(ends, row, side="right"))
         path, first = self._folder / self._manifest.x[number].name, int(ends[number]) - self._manifest.x[number].rows
@@ -275,9 +278,9 @@ class ShardSource(AbstractSource):
 
         **Arguments:** `progress` is called with the number of rows compared so far, after each file of data.
 
-        **Raises:** `ValueError` that names the first file whose bytes are not those that were written.
+        **Raises:** `ValueError` that names the first file whose bytes differ from those that were written.
         """
-        for file in _small(self._manifest):
+        for file in _small_files(self._manifest):
             _check_digest(self._folder / file.name, file)
         done = 0
         for file in self._manifest.x:
@@ -287,20 +290,20 @@ class ShardSource(AbstractSource):
                 progress(done)
 
     def _check_counts(self) -> None:
-        """Refuses a manifest that tells otherwise than the headers of its files."""
-        path, held = self._folder / MANIFEST, self._manifest
-        for name, told, found in (
-            ("rows", held.rows, len(self)),
-            ("row_shape", held.row_shape, list(self.row_shape)),
-            ("dtype", held.dtype, self.dtype.name),
-            ("x", [file.rows for file in held.x], self._source.rows_per_file),
+        """Refuses a manifest that differs from the headers of its files."""
+        path, manifest = self._folder / MANIFEST, self._manifest
+        for name, declared, actual in (
+            ("rows", manifest.rows, len(self)),
+            ("row_shape", manifest.row_shape, list(self.row_shape)),
+            ("dtype", manifest.dtype, self.dtype.name),
+            ("x", [file.rows for file in manifest.x], self._source.rows_per_file),
         ):
-            if told != found:
-                raise ValueError(f"{path}: {name} must be {found} as in its files, got {told}"[:500])
+            if declared != actual:
+                raise ValueError(f"{path}: {name} must be {actual} as in its files, got {declared}"[:500])
 
 
-def _small(manifest: Manifest) -> list[File]:
-    """Files of labels and of checksums: some bytes for each row, read whole."""
+def _small_files(manifest: Manifest) -> list[File]:
+    """The files of labels and of checksums: with a few bytes for each row, they are read as a whole."""
     return [*(manifest.label or []), *manifest.crc]
 
 
@@ -313,9 +316,9 @@ def _read_checksums(path: Path, rows: int) -> UInt32[np.ndarray, " rows"]:
 
 def _check_length(path: Path, file: File) -> None:
     if (found := path.stat().st_size) != file.bytes:
-        raise ValueError(f"{path}: must hold {file.bytes:,} bytes as {MANIFEST} tells, got {found:,}")
+        raise ValueError(f"{path}: must hold {file.bytes:,} bytes as {MANIFEST} says, got {found:,}")
 
 
 def _check_digest(path: Path, file: File) -> None:
     if (found := sha256_of_file(path)) != file.sha256:
-        raise ValueError(f"{path}: must have SHA-256 {file.sha256[:16]}... as {MANIFEST} tells, got {found[:16]}...")
+        raise ValueError(f"{path}: must have SHA-256 {file.sha256[:16]}... as {MANIFEST} says, got {found[:16]}...")

@@ -1,4 +1,4 @@
-"""Where rows come from: anything that has a number of rows and reads those that it is asked for."""
+"""Sources of rows: a source knows its number of rows and reads any of them by their numbers."""
 
 import abc
 import contextlib
@@ -14,9 +14,9 @@ from . import _check
 
 
 class Rows(NamedTuple):
-    """Some rows of a data set on the host.
+    """Rows of a data set, on the host.
 
-    **Arguments:** `x` data, channels first for images; `label` an integer for each row, or None.
+    **Arguments:** `x` their data, channels first for images; `label` an integer for each row, or None.
     """
 
     x: Shaped[np.ndarray, "rows *data"]
@@ -24,10 +24,10 @@ class Rows(NamedTuple):
 
 
 class AbstractSource(abc.ABC):
-    """A data set, read by row numbers. Threads may share one.
+    """A data set whose rows are read by number. Several threads may use one source at the same time.
 
-    **Attributes:** `name` what messages call it; `row_shape` and `dtype` of one row's data; `labels` how many different
-    labels there are, from 0, at most 2^31, or None without labels; `digest` of all data where it is known without
+    **Attributes:** `name` in error messages; `row_shape` and `dtype` of one row's data; `labels` how many different
+    labels there are, numbered from 0, at most 2^31, or None without labels; `digest` of all data if it is known without
     reading them, or None.
     """
 
@@ -43,7 +43,7 @@ class AbstractSource(abc.ABC):
 
     @abc.abstractmethod
     def take(self, rows: Int[np.ndarray, " rows"]) -> Rows:
-        """The rows of these numbers, each in [0, length), in this order."""
+        """The rows with these numbers, each in [0, length), in this order."""
 
 
 class ArraySource(AbstractSource):
@@ -53,11 +53,11 @@ class ArraySource(AbstractSource):
 
     - `x`: data with a leading row axis.
     - `label`: an integer for each row, or None.
-    - `labels`: how many there are, by default the largest and one more.
-    - `name`: what messages call it.
+    - `labels`: how many different labels there are, by default the largest one plus 1.
+    - `name`: of the source in error messages.
 
-    **Raises:** `ValueError` if there are no rows or empty ones, if `label` has another length or dtype, or lies outside
-    [0, labels) or int32.
+    **Raises:** `ValueError` if there are no rows or empty ones, if `label` has another length or dtype than required,
+    or values outside of [0, labels) or of int32.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class ArraySource(AbstractSource):
         name: str = "arrays",
     ):
         if x.ndim < 1 or 0 in x.shape:
-            raise ValueError(f"{name}: x must have at least one row and nothing empty, got shape {x.shape}")
+            raise ValueError(f"{name}: x must have at least one row and no empty axis, got shape {x.shape}")
         if label is None and labels is not None:
             raise ValueError(f"{name}: label must be given with labels = {labels}, got None")
         self.name, self.x, self.row_shape, self.dtype = name, x, x.shape[1:], x.dtype.newbyteorder("=")
@@ -84,18 +84,18 @@ class ArraySource(AbstractSource):
 
 
 def check_labels(name: str, label: Shaped[np.ndarray, "..."], rows: int, labels: Count | None) -> int:
-    """How many labels there are; refuses anything but an integer in [0, labels) for each row.
+    """How many different labels there are. Refuses anything but an integer in [0, labels) for each row.
 
-    **Arguments:** `name` of the file or source, in front of the message; `label`; `rows` that it must have; `labels`,
-    or None for the largest label and one more.
+    **Arguments:** `name` of the file or source, put in front of error messages; `label` the labels; `rows` how many
+    there must be; `labels` how many different ones there are, or None for the largest one plus 1.
     """
-    with _named(name):
+    with _name_in_errors(name):
         return _check.check_labels(label, rows, labels)
 
 
 @contextlib.contextmanager
-def _named(name: str) -> Iterator[None]:
-    """Puts `name` in front of the message of a refusal."""
+def _name_in_errors(name: str) -> Iterator[None]:
+    """A context that puts `name` in front of the message of a `ValueError`."""
     try:
         yield
     except ValueError as error:
@@ -103,38 +103,39 @@ def _named(name: str) -> Iterator[None]:
 
 
 def check_source(source: AbstractSource) -> None:
-    """Refuses a source that nothing can be trained on, by what it says of itself."""
-    with _named(source.name):
+    """Refuses a source on which nothing can be trained, judged by its attributes alone."""
+    with _name_in_errors(source.name):
         if len(source) < 1 or 0 in source.row_shape:
             found = f"{len(source)} of shape {source.row_shape}"
-            raise ValueError(f"must have at least one row and nothing empty, got {found}")
+            raise ValueError(f"must have at least one row and no empty axis, got {found}")
         _check.check_dtype(source.dtype)
         if source.labels is not None:
             _check.as_labels(source.labels)
 
 
 def check_taken(source: AbstractSource, rows: Int[np.ndarray, " rows"], taken: Rows) -> None:
-    """Refuses rows that are not what `source` says, labels that do not fit, and values that are not finite.
+    """Refuses rows that differ from the attributes of `source`, labels that do not fit, and values that are not finite.
 
-    **Arguments:** `source`; `rows` the numbers that it was asked for; `taken` what it gave.
+    **Arguments:** `source`; `rows` the numbers of the rows; `taken` what `source.take` returned for them.
     """
-    _check_form(source, rows, taken)
-    with _named(source.name):
+    _check_shape_and_dtype(source, rows, taken)
+    with _name_in_errors(source.name):
         _check.check_finite(taken.x, rows)
         if taken.label is not None:
             _check.check_labels(taken.label, len(rows), source.labels, rows)
 
 
-def _check_form(source: AbstractSource, rows: Int[np.ndarray, " rows"], taken: Rows) -> None:
-    """Refuses what would become something else when it is put into arrays of the right shape and dtype."""
+def _check_shape_and_dtype(source: AbstractSource, rows: Int[np.ndarray, " rows"], taken: Rows) -> None:
+    """Refuses rows and labels of another shape or dtype than `source` declares: writing them into an array would
+    broadcast or cast them without an error."""
     x, label, shape = taken.x, taken.label, (len(rows), *source.row_shape)
     if x.shape != shape or x.dtype != source.dtype:
         wanted = f"{source.dtype} of shape {shape}"
         raise ValueError(f"{source.name}: x must be {wanted}, got {x.dtype} of shape {x.shape}")
     if (label is None) != (source.labels is None):
-        found = "none" if label is None else "some"
+        found = "no label" if label is None else "a label"
         raise ValueError(
-            f"{source.name}: label must be given exactly if labels is, got {found} with labels {source.labels}"
+            f"{source.name}: label must be given if and only if labels is, got {found} with labels = {source.labels}"
         )
     if label is not None and (label.dtype.kind not in "iu" or label.shape != shape[:1]):
         wanted = f"integers of shape {shape[:1]}"
@@ -142,13 +143,13 @@ def _check_form(source: AbstractSource, rows: Int[np.ndarray, " rows"], taken: R
 
 
 class JoinedSource(AbstractSource):
-    """All rows of several sources, those of the first to be first.
+    """All rows of several sources, one source after the other.
 
-    **Arguments:** `parts` at least one, of the same row shape, dtype and number of labels; `name` what messages call
-    all of them.
+    **Arguments:** `parts` the sources, at least one, of the same row shape, dtype and number of labels; `name` of the
+    joined source in error messages.
 
-    **Raises:** `ValueError` if they differ, with the names of two that do; when rows are taken, if a part gives others
-    than it says, or labels that do not fit.
+    **Raises:** `ValueError` if the parts differ, with the names of two that do; from `take`, if a part returns rows of
+    another shape or dtype than it declares, or labels that do not fit.
     """
 
     def __init__(self, parts: Sequence[AbstractSource], *, name: str):
@@ -156,9 +157,9 @@ class JoinedSource(AbstractSource):
             raise ValueError(f"{name}: parts must be at least one source, got none")
         first = parts[0]
         for part in parts[1:]:
-            for what in ("row_shape", "dtype", "labels"):
-                if (found := getattr(part, what)) != (wanted := getattr(first, what)):
-                    raise ValueError(f"{part.name}: {what} must be {wanted} as in {first.name}, got {found}")
+            for attribute in ("row_shape", "dtype", "labels"):
+                if (found := getattr(part, attribute)) != (wanted := getattr(first, attribute)):
+                    raise ValueError(f"{part.name}: {attribute} must be {wanted} as in {first.name}, got {found}")
         self._parts, self._ends = list(parts), np.cumsum([len(part) for part in parts])
         self.name, self.row_shape, self.dtype, self.labels = name, first.row_shape, first.dtype, first.labels
         digests = [part.digest for part in parts if part.digest is not None]
@@ -170,18 +171,18 @@ class JoinedSource(AbstractSource):
 
     def take(self, rows: Int[np.ndarray, " rows"]) -> Rows:
         x = np.empty((len(rows), *self.row_shape), self.dtype)
-        label = None if self.labels is None else np.empty(len(rows), np.int64)  # int32 would fold large ones
+        label = None if self.labels is None else np.empty(len(rows), np.int64)  # larger values would overflow int32
         owner = np.searchsorted(self._ends, rows, side="right")
         for number in np.unique(owner):
-            part, places = self._parts[number], np.flatnonzero(owner == number)
-            wanted = rows[places] - (self._ends[number] - len(part))
-            got = part.take(wanted)
-            _check_form(part, wanted, got)
-            x[places] = got.x
+            part, positions = self._parts[number], np.flatnonzero(owner == number)
+            rows_of_part = rows[positions] - (self._ends[number] - len(part))
+            taken = part.take(rows_of_part)
+            _check_shape_and_dtype(part, rows_of_part, taken)
+            x[positions] = taken.x
             if label is not None:
-                label[places] = got.label
+                label[positions] = taken.label
         if label is None:
             return Rows(x)
-        with _named(self.name):
+        with _name_in_errors(self.name):
             _check.check_labels(label, len(rows), self.labels, rows)
         return Rows(x, label.astype(np.int32))

@@ -1,13 +1,13 @@
-r"""The one pipeline: global batches of a source, in a shuffled order that the seed and the step number determine.
+r"""The data pipeline: global batches of a source, in a shuffled order that the seed and the step number determine.
 
-    row i of step s  =  order[s B + i],     order = every row once, in a new order each epoch, for ever
+    row i of step s  =  order[s B + i],     order = every row once, in a new order each epoch, without end
 
-First the global batch is defined, then it is cut: a process reads only those of its rows that its devices need. So the
-same rows meet in one batch however many processes and devices there are, and a run that continues after step s needs to
-know nothing but s.
+The global batch is defined first and then split: a process reads only the rows that its devices use. So the rows of a
+global batch do not depend on the number of processes and devices, and a run that continues after step s has to know
+only s.
 
-What is read is checked here, on the host: a step can refuse nothing. Grain (grain-dev/grain) shuffles, and reads ahead
-in threads; batches are put on the devices while the step before is still computing.
+Rows are checked here, on the host, because a jitted step cannot raise errors for bad values. Grain (grain-dev/grain)
+shuffles, and reads ahead in threads; batches are transferred to the devices while the previous step is still running.
 """
 
 import collections
@@ -30,20 +30,21 @@ _SAMPLED = 64
 
 
 class Stream:
-    """Batches of a source, without end.
+    """An endless sequence of batches from a source.
 
     **Arguments:**
 
     - `source`: of the rows.
-    - `batch`: rows of a global batch.
-    - `seed`: of the order.
-    - `parallelism`: None for one device, or how rows are spread over devices.
+    - `batch`: number of rows in a global batch.
+    - `seed`: of the random order.
+    - `parallelism`: how rows are distributed over devices, or None for one device.
     - `shuffle`: False for the source's own order.
-    - `threads`: that read ahead; `ahead` how many batches are read ahead on the host. Two more are on the devices.
+    - `threads`: number of threads that read ahead.
+    - `ahead`: number of batches that are read ahead on the host. Two more are on the devices.
 
-    **Raises:** `ValueError` if data of the source's dtype cannot be trained on (they are neither uint8 nor floating
-    point of at most 64 bits), if a number is no integer or too small, if the source has fewer rows than a batch, or if
-    the devices do not divide the batch.
+    **Raises:** `ValueError` if the source's dtype cannot be trained on (it is neither uint8 nor floating point of at
+    most 64 bits), if a number is not an integer or too small, if the source has fewer rows than a batch, or if the
+    number of rows in a batch is not a multiple of the number of devices.
     """
 
     def __init__(
@@ -68,16 +69,16 @@ class Stream:
         self._order = _order(len(source), self.seed, shuffle)
 
     def __getitem__(self, step: Count) -> Batch:
-        """The batch of a step, counted from 0, on the host: those rows that this process needs.
+        """The batch of a step, counted from 0, on the host: the rows for the devices of this process.
 
-        **Raises:** `ValueError` that names source and row for a label out of range, a value that is not finite, or rows
-        of another shape or dtype than the source says.
+        **Raises:** `ValueError` that names the source, and the row for a label out of range or a value that is not
+        finite; also for rows of another shape or dtype than the source declares.
         """
         return self._read(self._rows(step, self._positions), self._positions)
 
     @property
     def sharding(self) -> jax.sharding.Sharding | None:
-        """Where rows lie on the devices; None on one device."""
+        """The sharding of rows over the devices; None on one device."""
         return None if self._parallelism is None else self._parallelism.rows
 
     def rows(self, step: Count) -> Int[np.ndarray, " batch"]:
@@ -85,18 +86,18 @@ class Stream:
         return self._rows(step, np.arange(self.batch))
 
     def batches(self, start: Count = 0, stop: Count | None = None) -> Iterator[Batch]:
-        """Batches on the devices, from step `start` on, up to `stop` or for ever."""
+        """Batches on the devices, from step `start` up to but not including `stop`, or without end."""
         import grain
 
         first, end = as_count("step", start, 0), sys.maxsize if stop is None else as_count("stop", stop, 0)
         steps = grain.MapDataset.range(first, end)
         options = grain.ReadOptions(num_threads=self._threads, prefetch_buffer_size=self._ahead)
         host = iter(steps.map(self.__getitem__).to_iter_dataset(options))
-        return _placed(map(self._place, host))
+        return _prefetched(map(self._place, host))
 
     def fingerprint(self) -> dict[str, Any]:
-        """What the data are: different for a stream of other batches. Of the rows, 64 are looked at; all of them count
-        where the source knows a digest."""
+        """A description of the data and their order, which differs between streams of different batches. If the source
+        has no digest, only 64 of its rows are compared."""
         source = self.source
         sampled = np.unique(np.linspace(0, len(source) - 1, _SAMPLED).astype(np.int64))
         x, label = source.take(sampled)
@@ -129,15 +130,16 @@ class Stream:
 
 
 def _order(rows: int, seed: int, shuffle: bool) -> Any:
-    """Row numbers without end, each epoch in a new order."""
+    """An endless sequence of row numbers, in a new order in each epoch."""
     import grain
 
     numbers = grain.MapDataset.range(rows)
     return (numbers.seed(seed).shuffle() if shuffle else numbers).repeat()
 
 
-def _placed(batches: Iterator[Batch], ahead: int = 2) -> Iterator[Batch]:
-    """The same, each asked for two before it is needed: a transfer starts at once and does not wait for its end."""
+def _prefetched(batches: Iterator[Batch], ahead: int = 2) -> Iterator[Batch]:
+    """The same batches, each requested while two earlier ones are still unused: a transfer to the devices starts at
+    once and runs in the background."""
     waiting = collections.deque(itertools.islice(batches, ahead))
     while waiting:
         yield waiting.popleft()

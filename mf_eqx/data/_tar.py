@@ -1,13 +1,13 @@
-"""Tar archives that others wrote, read once from front to back: nothing is extracted, and all that is read has a bound.
+"""Tar archives from other programs, read once from front to back: nothing is extracted, and all sizes are limited.
 
-    header            512 bytes: name, size, kind
-    content           of files, filled up to blocks of 512 bytes
-    extended header   a header and content of its own, before the member whose long name or other fields it tells
+    header            512 bytes: name, size, type
+    content           of a file, padded to a multiple of 512 bytes
+    extended header   a header with content of its own, which gives a long name or other fields of the member after it
     zeros             at the end
 
-`tarfile` has no bounds on what a header announces, nor on how deep extended headers are nested; so it reads single
-headers here. Of extended headers the name is used. Those that change a size are refused: only files of more than 8 GB
-need them.
+`tarfile` limits neither the sizes that a header declares nor the nesting of extended headers; so it is used here only
+to parse single headers. From extended headers only the name is used. Those that change a size are refused: only files
+of more than 8 GB require them.
 """
 
 import io
@@ -21,9 +21,9 @@ _EXTENDED = (*_PAX, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
 _LINKS, _DEVICES = (tarfile.LNKTYPE, tarfile.SYMTYPE), (tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.FIFOTYPE)
 _WITHOUT_CONTENT = (*_LINKS, *_DEVICES, tarfile.DIRTYPE)
 _MOST_EXTENDED = 8
-"""Extended headers of one member; there are four kinds that make sense."""
+"""The largest number of extended headers of one member; four types are meaningful."""
 _LARGEST_EXTENDED = 1 << 20
-"""Bytes of all extended headers of one member."""
+"""The largest number of bytes in all extended headers of one member."""
 
 
 class TarReader:
@@ -34,52 +34,53 @@ class TarReader:
             if member.name == "readme":
                 content = reader.read()
 
-    **Arguments:** `file` to read from; `most_members`; `most_bytes` of one member's content.
+    **Arguments:** `file` to read from; `most_members` the largest number of members; `most_bytes` the largest number of
+    bytes of one member's content.
 
-    **Raises:** `tarfile.TarError` with the reason, while it is iterated over and read: no archive, cut off, out of
-    bounds, sparse files or sizes in extended headers; also whatever reading `file` raises.
+    **Raises:** `tarfile.TarError` with the reason, from iteration and `read`: not an archive, truncated, more than the
+    limits, sparse files or sizes in extended headers; also the errors of reading `file`.
     """
 
     def __init__(self, file: io.RawIOBase | io.BufferedIOBase, *, most_members: int, most_bytes: int):
         self._file, self._most_members, self._most_bytes = file, most_members, most_bytes
-        self._left = self._filling = 0
+        self._remaining = self._padding = 0
 
     def __iter__(self) -> Iterator[tarfile.TarInfo]:
         for _ in range(self._most_members):
-            if (member := self._next()) is None:
+            if (member := self._next_member()) is None:
                 return
             yield member
-            self._skip(self._left + self._filling)
-        if self._next() is not None:
+            self._skip(self._remaining + self._padding)
+        if self._next_member() is not None:
             raise tarfile.ReadError(f"it must have at most {self._most_members:,} members, got more")
 
     def read(self) -> bytes:
-        """The content of the member that iteration has come to; empty if it was read before."""
-        content = self._take(self._left)
-        self._left = 0
+        """The content of the current member of the iteration; empty if it has been read before."""
+        content = self._read_bytes(self._remaining)
+        self._remaining = 0
         return content
 
-    def _next(self) -> tarfile.TarInfo | None:
-        """The next member, with the name that extended headers tell; None at the end."""
+    def _next_member(self) -> tarfile.TarInfo | None:
+        """The next member, with the name from its extended headers if they give one; None at the end."""
         name, budget = None, _LARGEST_EXTENDED
         for _ in range(_MOST_EXTENDED + 1):
-            if (member := self._header()) is None:
+            if (member := self._read_header()) is None:
                 return None
             if member.type not in _EXTENDED:
                 member.name = member.name if name is None else name
-                self._left = 0 if member.type in _WITHOUT_CONTENT else member.size
-                self._filling = -self._left % _BLOCK
+                self._remaining = 0 if member.type in _WITHOUT_CONTENT else member.size
+                self._padding = -self._remaining % _BLOCK
                 return member
             if (budget := budget - member.size) < 0:
                 raise tarfile.ReadError(f"its extended headers must have at most {_LARGEST_EXTENDED:,} bytes, got more")
-            content = self._take(member.size)
+            content = self._read_bytes(member.size)
             self._skip(-member.size % _BLOCK)
-            name = _name(member.type, content, name)
+            name = _name_from(member.type, content, name)
         raise tarfile.ReadError(f"it must have at most {_MOST_EXTENDED} extended headers to a member, got more")
 
-    def _header(self) -> tarfile.TarInfo | None:
-        block = self._take(_BLOCK, whole=False)
-        if not block.strip(b"\0"):  # also where archives end without zeros
+    def _read_header(self) -> tarfile.TarInfo | None:
+        block = self._read_bytes(_BLOCK, whole=False)
+        if not block.strip(b"\0"):  # the block is empty if an archive ends without zeros
             return None
         member = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
         if not 0 <= member.size <= self._most_bytes:
@@ -88,7 +89,7 @@ class TarReader:
             raise tarfile.ReadError(f"it must have no sparse files, got {member.name[:60]!r}")
         return member
 
-    def _take(self, size: int, *, whole: bool = True) -> bytes:
+    def _read_bytes(self, size: int, *, whole: bool = True) -> bytes:
         content = bytearray()
         while piece := self._file.read(min(_PIECE, size - len(content))):
             content += piece
@@ -98,11 +99,11 @@ class TarReader:
 
     def _skip(self, size: int) -> None:
         for start in range(0, size, _PIECE):
-            self._take(min(_PIECE, size - start))
+            self._read_bytes(min(_PIECE, size - start))
 
 
-def _name(kind: bytes, content: bytes, before: str | None) -> str | None:
-    """The name that extended headers tell, this one included."""
+def _name_from(kind: bytes, content: bytes, before: str | None) -> str | None:
+    """The name from the extended headers of a member up to this one; `before` is the name from those before it."""
     if kind == tarfile.GNUTYPE_LONGNAME:
         return content.partition(b"\0")[0].decode("utf-8", "surrogateescape")
     name = before
@@ -110,7 +111,7 @@ def _name(kind: bytes, content: bytes, before: str | None) -> str | None:
         for key, value in _records(content):
             if key == b"size" or key.startswith(b"GNU.sparse"):
                 raise tarfile.ReadError(
-                    f"its extended headers must tell no sizes, got {key[:60].decode(errors='replace')}"
+                    f"its extended headers must not give sizes, got {key[:60].decode(errors='replace')}"
                 )
             if key == b"path" and kind != tarfile.XGLTYPE:
                 name = value.decode("utf-8", "surrogateescape")
@@ -118,7 +119,7 @@ def _name(kind: bytes, content: bytes, before: str | None) -> str | None:
 
 
 def _records(content: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """Key and value of each record "length key=value\\n", whose length counts all of it."""
+    """Key and value of each record "length key=value\\n", where the length is that of the whole record."""
     start = 0
     while start < len(content) and content[start]:
         digits, space, _ = content[start : start + 10].partition(b" ")

@@ -4,24 +4,25 @@ r"""Exact fields: distributions whose velocity is known in closed form, and thei
     (GaussianMixture,                |                   (an AbstractField)
      StackedMixture, PointSet) GuidedVelocity
 
-A distribution knows its marginal velocity (1) on any interpolant; `MarginalVelocity` fixes the interpolant and makes
-it a function v(z, t | condition); `GuidedVelocity` combines two of its values into $v_{cfg}$ (13); `AverageVelocity`
-integrates any such function into u(z, r, t | condition) by solving an ordinary differential equation, and is a field
-like every network:
+A distribution has a method for its marginal velocity (Eq. 1) on any interpolant. `MarginalVelocity` fixes the
+interpolant and is a function v(z, t | condition). `GuidedVelocity` combines two values of this function into $v_{cfg}$
+(Eq. 13). `AverageVelocity` integrates any such function to u(z, r, t | condition) by solving an ordinary differential
+equation, and is a field like every network:
 
     mixture = exact.GaussianMixture(mean, std, label=label)
     v = exact.MarginalVelocity(mixture, LinearInterpolant())
     u = exact.AverageVelocity(exact.GuidedVelocity(v, scale=2.0))
     u(z, r, t, jnp.asarray(3))
 
-`WeightedVelocity` is what Flow Matching learns under an adaptive weight instead of v: its bias, without a network.
-`checkerboard`, `two_moons` and the others are toy data sets, mixtures all of them; `StackedMixture` makes independent
-copies of one, for any number of dimensions. `draw` and `Draw` make samples and batches of them.
+`WeightedVelocity` is the velocity that Flow Matching learns instead of v under an adaptive weight; it shows the bias of
+the weight without a network. `checkerboard`, `two_moons` and the other toy data sets are all mixtures; `StackedMixture`
+consists of independent copies of a mixture, for any number of dimensions. `draw` and `Draw` make samples and batches of
+distributions.
 
-`GaussianAverageVelocity` and `PointMassAverageVelocity` are two fields whose u is itself in closed form: the anchors of
-everything above.
+`GaussianAverageVelocity` and `PointMassAverageVelocity` are two fields whose average velocity u itself is known in
+closed form; they are the references for everything above.
 
-Imported explicitly (`from mf_eqx import exact`), because it loads diffrax.
+Import this part explicitly (`from mf_eqx import exact`), because it imports diffrax.
 """
 
 from ._average_velocity import AverageVelocity as AverageVelocity

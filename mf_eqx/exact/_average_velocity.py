@@ -1,14 +1,14 @@
 r"""The average velocity of any velocity, by solving an ordinary differential equation.
 
-With h = t - r and s in [0, 1] running from t back to r, the displacement per unit of h obeys
+With h = t - r, and s from 0 (time t) to 1 (time r), the displacement per unit of h obeys
 
 $$y'(s) = v\big(z - h\, y(s),\; t - h s\big), \quad y(0) = 0, \qquad u(z, r, t) = y(1):$$
 
-substitute $\tau = t - h s$ in (3). Nothing is divided by t - r: at r = t the slope is the constant v(z, t) and u = v,
-as the boundary rows of an objective and a predicted velocity need it.
+substitute $\tau = t - h s$ in Eq. 3. There is no division by t - r: at r = t the slope is the constant v(z, t), so that
+u = v, which the boundary rows of an objective and a predicted velocity require.
 
-The derivatives of u go through the solver, step by step. They know nothing of the MeanFlow identity, which is why this
-field can prove it.
+The derivatives of u are taken through every step of the solver. They do not use the MeanFlow identity; so this field
+can be used to verify it.
 """
 
 import diffrax
@@ -25,20 +25,20 @@ from ._base import Velocity
 class AverageVelocity(AbstractField):
     r"""The average velocity u(z, r, t | condition) of a velocity v(z, t, condition), to solver accuracy.
 
-    Differentiable in forward mode only (`jax.jvp`, `total_derivative`), any number of times. Meant for float64: build
-    the velocity and its inputs inside `with jax.enable_x64(True):`. Under `jax.vmap` every example waits for the one
-    that takes most steps; for large batches of a costly velocity `jax.lax.map(..., batch_size=50)` is faster.
+    Differentiable only in forward mode (`jax.jvp`, `total_derivative`), any number of times. Intended for float64: make
+    the velocity and its inputs inside `with jax.enable_x64(True):`. Under `jax.vmap` all examples take as many steps as
+    the one with the most; for large batches of a costly velocity `jax.lax.map(..., batch_size=50)` is faster.
 
     **Arguments:**
 
-    - `velocity`: called as (z, t, condition) for one example: a `MarginalVelocity`, a `GuidedVelocity`, any function. A
-      Module is better than a lambda outside of jit, where each new lambda is compiled anew.
-    - `rtol`, `atol`: tolerances of the adaptive steps. At 1e-10 identities are left with some 1e-9 at worst, at 1e-8
-      with some 1e-7. `atol` has the unit of u, and must be > 0 because the solution starts at zero.
-    - `solver`: a diffrax solver with an error estimate. At 1e-10 `Dopri8` takes half the steps of `Tsit5`, a bit less
-      time, and leaves a typical residual five times smaller.
-    - `max_steps`: a solve that needs more raises a runtime error. It takes tens of steps; thousands mean that v is
-      singular in [r, t], such as a `PointSet` at r = 0.
+    - `velocity`: called as (z, t, condition) for one example: a `MarginalVelocity`, a `GuidedVelocity` or any function.
+      Outside of jit a Module is better than a lambda, since every new lambda is compiled again.
+    - `rtol`, `atol`: tolerances of the adaptive steps. At 1e-10, identities hold with a residual of about 1e-9 at most;
+      at 1e-8, of about 1e-7. `atol` has the unit of u, and must be > 0 because the solution starts at zero.
+    - `solver`: a diffrax solver with an error estimate. At 1e-10 `Dopri8` takes half the steps of `Tsit5` and slightly
+      less time, and its typical residual is five times smaller.
+    - `max_steps`: a solution that requires more steps raises a runtime error. Tens of steps are usual; thousands mean
+      that v is singular in [r, t], for example that of a `PointSet` at r = 0.
 
     **Raises:** `ValueError` if a tolerance is negative or `atol` is 0; when called, if both are below what the dtype of
     `z` can reach.
@@ -72,7 +72,7 @@ class AverageVelocity(AbstractField):
             self.solver,
             t0=0.0,
             t1=1.0,
-            dt0=1.0,  # all of it at once: exact at r = t, and elsewhere soon rejected
+            dt0=1.0,  # the whole interval in one step: exact at r = t, and otherwise soon reduced by the controller
             y0=jnp.zeros_like(z),
             args=(self.velocity, z, t, t - r, condition),
             stepsize_controller=diffrax.PIDController(rtol=self.rtol, atol=self.atol),
@@ -80,7 +80,7 @@ class AverageVelocity(AbstractField):
             max_steps=self.max_steps,
         )
         assert solution.ys is not None
-        return solution.ys[0].astype(z.dtype)  # where float64 is enabled, times of the solver are float64
+        return solution.ys[0].astype(z.dtype)  # if float64 is enabled, the solver's times are float64
 
     def _check_precision(self, dtype: jnp.dtype) -> None:
         reachable = 10 * float(jnp.finfo(dtype).eps)

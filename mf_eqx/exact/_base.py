@@ -1,10 +1,10 @@
-r"""What the exact velocities are made of: a distribution of data, and the type of a velocity.
+r"""The interfaces of exact velocities: a distribution of data, and the type of a velocity.
 
 On a path $z_t = \alpha_t x + \sigma_t \epsilon$ the marginal velocity is a combination of two posterior means,
 
 $$v(z, t) = E[v_t \mid z_t = z] = \dot\alpha_t\, E[x \mid z] + \dot\sigma_t\, E[\epsilon \mid z] \qquad (1),$$
 
-and whoever knows $E[x \mid z]$ knows the other: $E[\epsilon \mid z] = (z - \alpha_t E[x \mid z]) / \sigma_t$.
+and the first of them gives the second: $E[\epsilon \mid z] = (z - \alpha_t E[x \mid z]) / \sigma_t$.
 """
 
 import abc
@@ -18,7 +18,7 @@ from .._custom_types import Condition, Time
 from .._interpolant import AbstractInterpolant
 
 Velocity: TypeAlias = Callable[[Float[Array, "*data"], Time, Condition], Float[Array, "*data"]]
-"""An instantaneous velocity v(z, t, condition): a Module of this room, or any function."""
+"""An instantaneous velocity v(z, t, condition): a Module of `mf_eqx.exact`, or any function."""
 
 
 class AbstractDistribution(eqx.Module):
@@ -30,12 +30,12 @@ class AbstractDistribution(eqx.Module):
     ) -> Float[Array, "*data"]:
         r"""The marginal velocity $E[v_t \mid z_t = z, c]$ (Eq. 1).
 
-        **Arguments:** `interpolant` the path; `z` state at time `t`; `condition` what the data are conditioned on, or
-        None for all of them.
+        **Arguments:** `interpolant` the path; `z` state at time `t`; `condition` the condition of the data, or None for
+        the distribution of all data.
 
         **Returns:** the velocity, of the shape of `z`.
         """
 
     @abc.abstractmethod
     def sample(self, *, key: Key[Array, ""], condition: Condition = None) -> Float[Array, "*data"]:
-        """One point of data, given `condition` or, if it is None, of the whole distribution."""
+        """One data point, from the distribution given `condition` or, if it is None, from the whole distribution."""

@@ -1,4 +1,4 @@
-"""Batches of fresh data, for trainings that never see a row twice."""
+"""Batches of new random data, for trainings in which no row is used twice."""
 
 import equinox as eqx
 import jax
@@ -12,9 +12,9 @@ from ._gaussian_mixture import GaussianMixture
 
 
 class Draw(eqx.Module):
-    """A function from a key to a `Batch` of a distribution, as of `mf_eqx.scan_steps`.
+    """A function from a key to a `Batch` of samples from a distribution, for `mf_eqx.scan_steps`.
 
-    **Arguments:** `distribution`; `batch` rows, at least one.
+    **Arguments:** `distribution`; `batch` number of rows, at least one.
     """
 
     distribution: AbstractDistribution
@@ -28,9 +28,9 @@ class Draw(eqx.Module):
 
 
 class DrawLabelled(eqx.Module):
-    """The same with labels: rows of a mixture whose components have them.
+    """A function from a key to a `Batch` of samples with labels, from a mixture whose components have labels.
 
-    **Arguments:** `distribution`; `batch` rows, at least one.
+    **Arguments:** `distribution`; `batch` number of rows, at least one.
     """
 
     distribution: GaussianMixture
@@ -45,9 +45,9 @@ class DrawLabelled(eqx.Module):
 
 @eqx.filter_jit
 def draw(distribution: AbstractDistribution, number: int, key: Key[Array, ""]) -> Float[Array, "rows dim"]:
-    """So many samples.
+    """Samples from a distribution.
 
-    **Arguments:** `distribution`; `number` of samples, at least one, compiled anew for each; `key`.
+    **Arguments:** `distribution`; `number` of samples, at least one; each new number is compiled again; `key`.
     """
     check_sizes(number=number)
     return jax.vmap(lambda key: distribution.sample(key=key))(jr.split(key, number))

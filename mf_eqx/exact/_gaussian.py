@@ -5,7 +5,7 @@ On the straight path the marginals are Gaussian too, and the flow moves their qu
 $$\Phi_{t \to r}(z) = (1 - r)\, m + \frac{\sigma_r}{\sigma_t} \big(z - (1 - t)\, m\big), \qquad
 \sigma_t^2 = (1 - t)^2 s^2 + t^2.$$
 
-In $u = (z - \Phi_{t \to r}(z)) / (t - r)$ the divisor cancels, because $\sigma_t^2 - \sigma_r^2 = (t - r)\,
+In $u = (z - \Phi_{t \to r}(z)) / (t - r)$ the denominator cancels, because $\sigma_t^2 - \sigma_r^2 = (t - r)\,
 \big((t + r) - s^2 (2 - t - r)\big)$:
 
 $$u(z, r, t) = \frac{(t + r) - s^2 (2 - t - r)}{\sigma_t (\sigma_t + \sigma_r)} \big(z - (1 - t)\, m\big) - m.$$
@@ -23,11 +23,11 @@ from .._validate import check_finite, check_positive
 class GaussianAverageVelocity(AbstractField):
     """The average velocity of data N(m, s² I) on `LinearInterpolant`; it ignores the condition.
 
-    No division by t - r: at r = t it is v itself, smooth in all arguments.
+    There is no division by t - r: at r = t, u is v. It is smooth in all arguments.
 
     **Arguments:** `mean` m, finite; `std` s > 0 and finite, in the unit of the data.
 
-    **Raises:** `ValueError` if one of them is not so.
+    **Raises:** `ValueError` if `mean` or `std` does not satisfy this.
     """
 
     mean: Float[Array, "*data"] = eqx.field(converter=jnp.asarray)
@@ -47,9 +47,9 @@ class GaussianAverageVelocity(AbstractField):
         key: Key[Array, ""] | None = None,
     ) -> Float[Array, "*data"]:
         r, t = as_times(r, t, z)
-        at_r, at_t = self._scale(r), self._scale(t)
-        slope = ((t + r) - self.std**2 * (2 - t - r)) / (at_t * (at_t + at_r))
+        sigma_r, sigma_t = self._sigma(r), self._sigma(t)
+        slope = ((t + r) - self.std**2 * (2 - t - r)) / (sigma_t * (sigma_t + sigma_r))
         return slope * (z - (1 - t) * self.mean) - self.mean
 
-    def _scale(self, t: Time) -> Time:
+    def _sigma(self, t: Time) -> Time:
         return jnp.sqrt((1 - t) ** 2 * self.std**2 + t**2)

@@ -1,4 +1,4 @@
-r"""Gaussian mixtures: any shape of data, smooth everywhere, with the marginal velocity in closed form.
+r"""Gaussian mixtures: distributions of any shape, smooth everywhere, with the marginal velocity in closed form.
 
 Given component k with mean $m_k$ and standard deviation $s_k$, state and noise are jointly Gaussian:
 
@@ -6,10 +6,10 @@ $$z_t \mid k \sim N(\alpha_t m_k, S_k^2 I), \quad S_k^2 = \alpha_t^2 s_k^2 + \si
 E[v_t \mid z, k] = \dot\alpha_t m_k + \frac{\dot\alpha_t \alpha_t s_k^2 + \dot\sigma_t \sigma_t}{S_k^2}
 (z - \alpha_t m_k),$$
 
-and the marginal velocity is their mean under the posterior $p(k \mid z) \propto w_k N(z; \alpha_t m_k, S_k^2 I)$. As
-$S_k > 0$ at every t in [0, 1], so are all its derivatives finite there.
+and the marginal velocity is the mean of the latter under the posterior $p(k \mid z) \propto w_k N(z; \alpha_t m_k,
+S_k^2 I)$. Since $S_k > 0$ at every t in [0, 1], all derivatives of the velocity are finite there.
 
-A toy data set of any shape is a mixture too: some hundred points of the shape, each blurred by a small std.
+A toy data set of any shape is a mixture, too: a few hundred points of the shape, each blurred by a small std.
 """
 
 import jax
@@ -31,11 +31,11 @@ class GaussianMixture(AbstractDistribution):
     **Arguments:**
 
     - `mean`: the means $m_k$, one component per row.
-    - `std`: the standard deviations $s_k$ > 0, in the unit of the data; one for all, or one per component.
-    - `weight`: the shares $w_k$ > 0, relative to each other (any sum will do); equal by default.
-    - `label`: an integer for each component, or None. Several components may share a label; a label is what `condition`
-      then means. A condition that no component carries has no velocity (the result is NaN) and no samples (those of
-      the last component are returned): check labels on the host.
+    - `std`: the standard deviations $s_k$ > 0, in the unit of the data; one for all components, or one for each.
+    - `weight`: the relative weights $w_k$ > 0, whose sum may be any number; equal by default.
+    - `label`: an integer for each component, or None. Several components may have the same label. With labels, a
+      `condition` is a label. If no component has this label, the velocity is NaN and samples are wrongly those of the
+      last component: check labels on the host.
 
     **Raises:** `ValueError` if shapes do not fit, if a mean is not finite, or if a standard deviation or weight is not
     positive and finite.
@@ -83,10 +83,10 @@ class GaussianMixture(AbstractDistribution):
     def posterior(
         self, interpolant: AbstractInterpolant, z: Float[Array, "*data"], t: TimeLike, condition: Condition = None
     ) -> tuple[Float[Array, "component *data"], Float[Array, " component"], Float[Array, " component"]]:
-        r"""The distribution of the conditional velocity $v_t$ given $z_t = z$, a mixture as well.
+        r"""The distribution of the conditional velocity $v_t$ given $z_t = z$, which is also a mixture.
 
-        **Returns:** for each component the mean of $v_t$, its standard deviation in every direction,
-        $|\dot\alpha_t \sigma_t - \dot\sigma_t \alpha_t|\, s_k / S_k$, and its posterior mass.
+        **Returns:** for each component the mean of $v_t$, the standard deviation of $v_t$ in every direction,
+        $|\dot\alpha_t \sigma_t - \dot\sigma_t \alpha_t|\, s_k / S_k$, and the component's posterior probability.
         """
         alpha, sigma, alpha_rate, sigma_rate = interpolant.rates(as_scalar("t", t, z))
         variance = (alpha * self.std) ** 2 + sigma**2
@@ -103,16 +103,16 @@ class GaussianMixture(AbstractDistribution):
     def labelled_sample(
         self, *, key: Key[Array, ""], condition: Condition = None
     ) -> tuple[Float[Array, "*data"], Int[Array, ""]]:
-        """One point of data with the label of its component; equal keys give the point that `sample` gives.
+        """One data point with the label of its component. For the same key, the point equals that of `sample`.
 
-        **Raises:** `ValueError` if the components carry no labels.
+        **Raises:** `ValueError` if the components have no labels.
         """
         x, component = self._draw(key, condition)
         return x, self._labels()[component]
 
     def log_density(self, x: Float[Array, "*data"], condition: Condition = None) -> Scalar:
-        r"""The logarithm of the density of data, $\log \sum_k w_k N(x; m_k, s_k^2 I)$, over the components that carry
-        the label `condition`, or all of them."""
+        r"""The logarithm of the density of the data, $\log \sum_k w_k N(x; m_k, s_k^2 I)$ with normalised weights, over
+        the components with the label `condition`, or over all components if it is None."""
         log_weight = self._log_weight(condition)
         joint = log_weight + _log_normal(x - self.mean, self.std**2)
         return logsumexp(joint) - logsumexp(log_weight) - x.size / 2 * jnp.log(2 * jnp.pi)
@@ -120,8 +120,9 @@ class GaussianMixture(AbstractDistribution):
     def _draw(self, key: Key[Array, ""], condition: Condition) -> tuple[Float[Array, "*data"], Int[Array, ""]]:
         component_key, noise_key = jr.split(key)
         weight = self.weight if condition is None else jnp.where(self._labels() == condition, self.weight, 0)
-        # A draw by bisection: no Gumbel number for each of several hundred components. Parallel sums round differently
-        # at either side of a weight of zero, which must keep its width of zero.
+        # A search in the cumulative weights requires one uniform number, instead of a Gumbel number for each of several
+        # hundred components. A component of weight zero must have an interval of length zero, but a parallel cumulative
+        # sum may round differently before and after it: so the sum is set to zero there, and `cummax` fills it in.
         bounds = jax.lax.cummax(jnp.where(weight > 0, jnp.cumsum(weight), 0))
         component = jnp.searchsorted(bounds, jr.uniform(component_key, (), bounds.dtype) * bounds[-1], side="right")
         noise = jr.normal(noise_key, self.mean.shape[1:], self.mean.dtype)
@@ -133,7 +134,7 @@ class GaussianMixture(AbstractDistribution):
         return self.label
 
     def _log_weight(self, condition: Condition) -> Float[Array, " component"]:
-        """Unnormalised: of the components that do not carry the label, minus infinity."""
+        """Logarithms of the weights, not normalised; minus infinity for components without the label `condition`."""
         log_weight = jnp.log(self.weight)
         return log_weight if condition is None else jnp.where(self._labels() == condition, log_weight, -jnp.inf)
 
@@ -141,7 +142,7 @@ class GaussianMixture(AbstractDistribution):
 def _log_normal(
     offset: Float[Array, "component *data"], variance: Float[Array, " component"]
 ) -> Float[Array, " component"]:
-    r"""Of each component, up to the constant $-\frac d2 \log 2\pi$."""
+    r"""The logarithm of each component's density, without the constant $-\frac d2 \log 2\pi$."""
     dim = offset[0].size
     square = jnp.sum(offset.reshape(-1, dim) ** 2, axis=1)
     return -square / (2 * variance) - dim / 2 * jnp.log(variance)

@@ -1,4 +1,4 @@
-r"""The velocity of classifier-free guidance: what a guided target teaches (Sec. 4.2), known exactly."""
+r"""The exact velocity of classifier-free guidance, which a network learns from a guided target (Sec. 4.2)."""
 
 import equinox as eqx
 from jaxtyping import Array, Float
@@ -13,10 +13,10 @@ class GuidedVelocity(eqx.Module):
 
     $$v_{cfg}(z, t \mid c) = \omega'\, v(z, t \mid c) + (1 - \omega')\, v(z, t).$$
 
-    Without a condition both terms agree and it is plain v(z, t), as for rows whose label was dropped.
+    Without a condition both velocities are equal and the result is v(z, t), as for rows whose label was dropped.
 
-    **Arguments:** `velocity` called as (z, t, condition), with condition None for the unconditional one; `scale` the
-    *effective* $\omega'$, that is `Guidance.effective_scale`, finite; 1 is no guidance.
+    **Arguments:** `velocity` called as (z, t, condition), with condition None for the unconditional velocity; `scale`
+    the *effective* $\omega'$, which is `Guidance.effective_scale`, finite; 1 means no guidance.
     """
 
     velocity: Velocity

@@ -9,7 +9,7 @@ from ._base import AbstractDistribution
 
 
 class MarginalVelocity(eqx.Module):
-    r"""$v(z, t \mid c) = E[v_t \mid z_t = z, c]$ (Eq. 1), what Flow Matching learns.
+    r"""The marginal velocity $v(z, t \mid c) = E[v_t \mid z_t = z, c]$ (Eq. 1), which Flow Matching learns.
 
     **Arguments:** `distribution` of the data; `interpolant` the path, the paper's straight one by default.
     """
@@ -18,5 +18,5 @@ class MarginalVelocity(eqx.Module):
     interpolant: AbstractInterpolant = LinearInterpolant()
 
     def __call__(self, z: Float[Array, "*data"], t: TimeLike, condition: Condition = None) -> Float[Array, "*data"]:
-        """v(z, t | condition); without a condition, of the whole distribution."""
+        """v(z, t | condition); without a condition, that of the whole distribution."""
         return self.distribution.velocity(self.interpolant, z, as_scalar("t", t, z), condition)

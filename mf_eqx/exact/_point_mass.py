@@ -1,4 +1,4 @@
-r"""A point mass: every trajectory of the straight path runs along one line at one speed, so u = v."""
+r"""A point mass: every trajectory on the straight path is a straight line with constant velocity, so that u = v."""
 
 import equinox as eqx
 import jax.numpy as jnp

@@ -1,11 +1,12 @@
-r"""Point sets: the distribution of a finite data set, whose velocity every network trained on it approaches.
+r"""Point sets: the distribution of a finite data set, whose velocity every network trained on it approximates.
 
 $$v(z, t) = \dot\alpha_t \hat x + \dot\sigma_t \frac{z - \alpha_t \hat x}{\sigma_t}, \qquad
 \hat x = E[x \mid z] = \sum_i p_i x_i, \quad p = \mathrm{softmax}_i \Big(\log w_i -
 \frac{\|z - \alpha_t x_i\|^2}{2 \sigma_t^2}\Big).$$
 
-It is the mixture of zero standard deviation, and singular at t = 0. Its flow ends in the points themselves, not in the
-shape they were drawn from: for toys with a shape, blur the points (`GaussianMixture`).
+It is a Gaussian mixture of standard deviation zero, and its velocity is singular at t = 0. Its flow ends at the points
+themselves, not at new points of the shape from which they were drawn: for toy data with a shape, blur the points
+(`GaussianMixture`).
 """
 
 from typing import ClassVar
@@ -25,12 +26,12 @@ from ._base import AbstractDistribution
 class PointSet(AbstractDistribution):
     r"""Points with masses, $\sum_i w_i \delta_{x_i}$; no labels, so `condition` must be None.
 
-    **Arguments:** `points` one per row; `weight` their masses $w_i$ > 0, relative to each other
-    (any sum will do), equal by default.
+    **Arguments:** `points` one per row; `weight` their relative masses $w_i$ > 0, whose sum may be any number, equal by
+    default.
 
-    The velocity divides by $\sigma_t$: keep both times of an average velocity, r too, at or above `earliest`. There the
-    division costs three digits (an absolute error near 1e-13 in float64, 1e-4 in float32, for points of order one);
-    at t = 0 the result is NaN.
+    The velocity divides by $\sigma_t$: both times of an average velocity, r and t, should be at least `earliest`. At
+    `earliest` the division loses three digits (an absolute error of about 1e-13 in float64 and 1e-4 in float32, for
+    points of order one); at t = 0 the result is NaN.
 
     **Raises:** `ValueError` if shapes do not fit, if a point is not finite, or if a mass is not positive and finite.
     """

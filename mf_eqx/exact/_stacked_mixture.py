@@ -1,8 +1,9 @@
-r"""Independent copies of a mixture: data of any dimension whose truth costs no more than that of one copy, per copy.
+r"""Independent copies of a mixture: data of any dimension, whose exact velocity costs as much as those of the copies.
 
-$$p(x) = \prod_i p_1(x_i), \qquad v(z, t)_i = v_1(z_i, t), \qquad u(z, r, t)_i = u_1(z_i, r, t):$$
+$$p(x) = \prod_i p_1(x_i), \qquad v(z, t)_i = v_1(z_i, t), \qquad u(z, r, t)_i = u_1(z_i, r, t).$$
 
-independent coordinates stack, although the product of n copies of K components is a mixture of $K^n$.
+Since the copies are independent, their velocities are computed one by one, although n copies of a mixture of K
+components are a mixture of $K^n$ components.
 """
 
 import jax
@@ -17,12 +18,12 @@ from ._gaussian_mixture import GaussianMixture
 
 
 class StackedMixture(AbstractDistribution):
-    """`copies` independent draws of a mixture, one after the other in one vector: 8 copies of a mixture in 2 dimensions
-    are data in 16.
+    """`copies` independent draws of a mixture, concatenated to one vector: 8 copies of a mixture in 2 dimensions are
+    data in 16 dimensions.
 
-    **Arguments:** `mixture` of vectors; `copies` how many. A condition is that of all copies.
+    **Arguments:** `mixture` whose data are vectors; `copies` how many. All copies have the same condition.
 
-    **Raises:** `ValueError` if the mixture is not one of vectors, or if copies < 1.
+    **Raises:** `ValueError` if the mixture's data are not vectors, or if copies < 1.
     """
 
     mixture: GaussianMixture
@@ -31,7 +32,7 @@ class StackedMixture(AbstractDistribution):
     def __check_init__(self):
         if self.mixture.mean.ndim != 2:
             raise ValueError(
-                f"mixture must be one of vectors, with mean (component, dim), got {self.mixture.mean.shape}"
+                f"mixture must be of vectors, with a mean of shape (component, dim), got {self.mixture.mean.shape}"
             )
         if self.copies < 1:
             raise ValueError(f"copies must be >= 1, got {self.copies}")
@@ -47,7 +48,7 @@ class StackedMixture(AbstractDistribution):
         return jax.vmap(lambda key: self.mixture.sample(key=key, condition=condition))(keys).reshape(-1)
 
     def log_density(self, x: Float[Array, " dim"], condition: Condition = None) -> Scalar:
-        """The logarithm of the density of data: the sum over the copies."""
+        """The logarithm of the density of the data: the sum over the copies."""
         return jnp.sum(jax.vmap(lambda part: self.mixture.log_density(part, condition))(self._parts(x)))
 
     def _parts(self, x: Float[Array, " dim"]) -> Float[Array, "copies part"]:

@@ -1,4 +1,5 @@
-r"""The velocity that a *weighted* regression learns: what the adaptive weight does to Flow Matching, without a network.
+r"""The velocity that a *weighted* regression learns: the effect of the adaptive weight on Flow Matching, without a
+network.
 
 A loss $\mathrm{sg}(w(\|u - v_t\|^2))\, \|u - v_t\|^2$ is stationary not at the posterior mean $v = E[v_t \mid z_t]$ but
 where
@@ -6,15 +7,15 @@ where
 $$E\big[w(\|u - v_t\|^2)\, (u - v_t) \mid z_t = z\big] = 0, \qquad\text{that is}\qquad
 u = \frac{E[w\, v_t \mid z]}{E[w \mid z]},$$
 
-an M-estimate of location: with p = 1/2 and c = 0 the geometric median, with p = 1 close to a mode. It is found here by
-iterating the right-hand side from the posterior mean. It differs from v wherever the posterior of $v_t$ is skewed or
-has several modes, and no amount of training or capacity removes the difference.
+an M-estimate of location: with p = 1/2 and c = 0 the geometric median, with p = 1 close to a mode. It is computed by
+fixed-point iteration of the right-hand side, starting from the posterior mean. It differs from v wherever the posterior
+of $v_t$ is skewed or has several modes, and no amount of training or capacity removes the difference.
 
-This is Flow Matching, hence the rows with r = t of any objective. On rows with r < t MeanFlow's residual has other
-noise, $(I - (t - r)\, \partial_z u)(v_t - v)$: the tangent of the JVP is conditional too. At the true u that matrix is
-the Jacobian of the flow map, small where trajectories converge, and so is the bias there.
+This applies to Flow Matching, so to the rows with r = t of any objective. In rows with r < t MeanFlow's residual has
+another noise, $(I - (t - r)\, \partial_z u)(v_t - v)$, because the tangent of the JVP is conditional, too. At the true
+u this matrix is the Jacobian of the flow map, which is small where trajectories converge; then so is the bias.
 
-Both expectations are those of a mixture. The weight is itself a mixture of exponentials,
+Both expectations are over a mixture. The weight is itself a mixture of exponentials,
 
 $$(e + c)^{-p} = \frac{1}{\Gamma(p)} \int_0^\infty s^p e^{-s c} e^{-s e} \, d\log s,$$
 
@@ -23,7 +24,7 @@ and under a component $N(\mu, \tau^2 I)$ in d dimensions, with $g = 1 + 2 s \tau
 $$E\big[e^{-s \|u - v\|^2}\big] = g^{-d/2} e^{-s \|u - \mu\|^2 / g}, \qquad
 E\big[v\, e^{-s \|u - v\|^2}\big] = E\big[e^{-s \|u - v\|^2}\big]\, \frac{\mu + 2 s \tau^2 u}{g}.$$
 
-What is left is one smooth integral over $\log s$, taken by the trapezoidal rule.
+This leaves one smooth integral over $\log s$, which is computed by the trapezoidal rule.
 """
 
 import equinox as eqx
@@ -39,22 +40,23 @@ from ._gaussian_mixture import GaussianMixture
 
 
 class WeightedVelocity(eqx.Module):
-    r"""A stationary point $u(z, t)$ of Flow Matching under an adaptive weight; `MarginalVelocity` at power 0.
+    r"""A stationary point $u(z, t)$ of Flow Matching under an adaptive weight. At power 0 it is `MarginalVelocity`.
 
-    Its `AverageVelocity` integrates the flow that Flow Matching of unlimited capacity would learn from unlimited data.
+    Its `AverageVelocity` is that of the flow that Flow Matching would learn with unlimited capacity and data.
 
-    Meant for squared errors up to a thousand times max(c, 1): there the sum of exponentials is the weight to 0.1%.
+    Intended for squared errors up to a thousand times max(c, 1), where the sum of exponentials equals the weight within
+    0.1%.
 
     **Arguments:**
 
-    - `mixture`: the distribution of the data, points as vectors.
+    - `mixture`: the distribution of the data, which must be vectors.
     - `weight`: `AdaptiveWeight(power, offset)`.
     - `interpolant`: the path.
-    - `nodes`: of the integral over $\log s$.
-    - `iterations`: of the fixed point, which is approached from the posterior mean. Between two modes and at a small c
-      convergence is slow: compare with twice as many. With p > 1/2 there may be several stationary points.
+    - `nodes`: number of nodes of the integral over $\log s$.
+    - `iterations`: number of fixed-point iterations, starting from the posterior mean. Between two modes and with a
+      small c the convergence is slow: compare with twice as many. With p > 1/2 there may be several stationary points.
 
-    **Raises:** `ValueError` if the mixture is not one of vectors, if a power is neither 0 nor in [0.2, 2], or if
+    **Raises:** `ValueError` if the mixture's data are not vectors, if the power is neither 0 nor in [0.2, 2], or if
     `nodes` or `iterations` is too small.
     """
 
@@ -67,7 +69,7 @@ class WeightedVelocity(eqx.Module):
     def __check_init__(self):
         if self.mixture.mean.ndim != 2:
             shape = self.mixture.mean.shape
-            raise ValueError(f"mixture must be one of vectors, its mean of shape (component, dim), got {shape}")
+            raise ValueError(f"mixture must be of vectors, with a mean of shape (component, dim), got {shape}")
         if not (self.weight.power == 0 or 0.2 <= self.weight.power <= 2):
             raise ValueError(f"weight.power must be 0 or lie in [0.2, 2], got {self.weight.power}")
         if self.nodes < 2:
@@ -89,15 +91,16 @@ class WeightedVelocity(eqx.Module):
         def average(u: Float[Array, " dim"], _: None) -> tuple[Float[Array, " dim"], None]:
             distance = jnp.sum((u - mean) ** 2, axis=1)
             share = scale * jnp.exp(-s[:, None] * distance / growth)
-            own = jnp.sum(share * variance / growth)
-            return (_sum(jnp.sum(share / growth, axis=0), mean) + own * u) / jnp.sum(share), None
+            factor_of_u = jnp.sum(share * variance / growth)
+            return (_sum(jnp.sum(share / growth, axis=0), mean) + factor_of_u * u) / jnp.sum(share), None
 
         return jax.lax.scan(average, start, length=self.iterations)[0]
 
     def _exponentials(self) -> tuple[Float[np.ndarray, " node"], Float[np.ndarray, " node"]]:
         """Exponents s and factors of the exponentials whose sum is the weight, up to a constant factor."""
         power, offset = self.weight.power, self.weight.offset
-        # What is left out below weighs 1e-4 at the largest error that is promised, and e^{-30} above.
+        # The parts of the integral outside of these limits are about 1e-4 (below, at the largest supported error) and
+        # e^{-30} (above).
         largest = 1000 * max(offset, 1)
         s = np.geomspace(1e-4 ** (1 / power) / largest, 30 / offset, self.nodes)
         return s, s**power * np.exp(-s * offset)

@@ -1,7 +1,7 @@
 """Weights that the authors of papers released, in the layouts of their own code.
 
     path = "checkpoint"
-    tree = released.read_flax(path, "ema_params")                       the authors' JAX code
+    tree = released.read_flax(path, "ema_params")                       a file of the authors' JAX code
     channels, size, labels = released.measure_dit(tree, path)
     field = mfx.DiT((channels, 32, 32), size, labels=labels, key=key)
     field = released.fill_dit(field, tree, path)
@@ -9,10 +9,12 @@
     sets = released.read_state_dicts(path, "map_layer0.weight")         a file of torch: {"model.net_ema": ..., ...}
     field = released.fill_unet(field, sets["model.net_ema"], path)
 
-`measure_...` says how large a network is, `fill_...` takes its weights. Every tensor is accounted for: one that is
-missing, too many, of another shape or not finite is named. Nothing in a file is executed.
+`measure_...` returns the size of the network in a file, and `fill_...` copies the weights into a field. Every tensor is
+checked: an error names each tensor that is missing, unexpected, of another shape or not finite. Nothing in a file is
+executed.
 
-Imported explicitly (`from mf_eqx import released`). `experiments/import_weights.py` turns files into ours.
+Import this part explicitly (`from mf_eqx import released`). `experiments/import_weights.py` converts released files
+into files of `mf_eqx.checkpoint.save_weights`.
 """
 
 from ._dit import fill_dit as fill_dit

@@ -1,15 +1,16 @@
-"""The ImageNet network of the MeanFlow authors' JAX code: a tree of parameters with the names of DiT's code.
+"""The ImageNet network of the MeanFlow authors' JAX code: a tree of parameters, named as in DiT's code.
 
     net/x_embedder/proj/kernel                                  (patch, patch, channels, width)
-    net/{t,h}_embedder/mlp/layers_{0,2}/_flax_linear/kernel     of t, and of h = t - r
+    net/{t,h}_embedder/mlp/layers_{0,2}/_flax_linear/kernel     embeddings of t and of h = t - r
     net/y_embedder/embedding_table/_flax_embedding/embedding    (labels + 1, width)
-    net/blocks/layers_0/attn/qkv/_flax_linear/kernel            (width, 3 width): q, k, v; in each of them the heads
+    net/blocks/layers_0/attn/qkv/_flax_linear/kernel            (width, 3 width): q, k, v; each of them split into heads
     net/blocks/layers_0/{attn/proj, mlp/fc1, mlp/fc2, adaLN_modulation/layers_1}/_flax_linear/kernel
     net/final_layer/{linear, adaLN_modulation/layers_1}/_flax_linear/kernel
 
-with a `bias` beside each `kernel`. Kernels are (in, out), as ours. A patch is (row, column, channel) on both sides of
-the network, there as here, so that its kernel is only reshaped; images are H W C there. The position embedding is not
-stored. The names are those of torch but for the wrappers, hence one table for both (`LAYERS`).
+with a `bias` beside each `kernel`. Kernels are (in, out), as in `mf_eqx`. A patch is flattened as (row, column,
+channel) at the input and at the output, in both codes, so that its kernel is only reshaped; images are (height, width,
+channels) in the authors' code. The position embedding is not stored. Apart from the wrappers, the names are those of
+the torch code, so that one table serves both (`LAYERS`).
 """
 
 import re
@@ -43,24 +44,24 @@ LAYERS = {
     "modulation": "final_layer.adaLN_modulation.1",
     "out": "final_layer.linear",
 }
-"""Our name of a layer, and DiT's."""
+"""The name of each layer in `mf_eqx.DiT`, and its name in DiT's code."""
 
 
 def fill_dit(field: DiT, tensors: Mapping[str, Any], path: str | Path) -> DiT:
     """`field` with the weights of a tree of the authors' JAX code.
 
-    **Arguments:** `field` with labels, on (t, t - r), whose structure counts and not its values; `tensors` what
-    `read_flax` gives for `params` or `ema_params`, nested or by names joined with slashes; `path` of the file, for
-    messages.
+    **Arguments:** `field` with labels, which embeds (t, t - r); its structure is used, its values are replaced;
+    `tensors` the result of `read_flax` for `params` or `ema_params`, nested or by names joined with slashes; `path` of
+    the file, for error messages.
 
-    **Raises:** `ValueError` that names every tensor which is missing, too many, of another shape, or not finite.
+    **Raises:** `ValueError` that names every tensor which is missing, unexpected, of another shape, or not finite.
     """
     check_field(field)
     return fill(field, dict(origins(field, flax_name, _converted)), flat(tensors, path), path)
 
 
 def check_field(field: DiT) -> None:
-    """Refuses a field that sees something else than the released networks."""
+    """Refuses a field whose inputs differ from those of the released networks."""
     times = field.embedding.times
     if times.variables is not end_duration or times.time_scale != 1:
         raise ValueError(f"field must embed (t, t - r) at scale 1, got {times.variables} at {times.time_scale}")
@@ -71,30 +72,31 @@ def check_field(field: DiT) -> None:
 def origins(
     field: DiT, name: Callable[[str, str], str], converted: Callable[[DiT, str, Shape], tuple[Shape, Convert]]
 ) -> Iterator[tuple[str, Origin]]:
-    """Of every array of a DiT.
+    """The path and the `Origin` of every array of a DiT.
 
-    **Arguments:** `field`; `name` of a tensor from DiT's name of its layer and our kind ("weight", "bias", "table");
-    `converted` gives the shape of a tensor, and what makes ours of it, from the field, our name, and our shape in one
-    block.
+    **Arguments:** `field`; `name` a function from the layer's name in DiT's code and the kind of an array here
+    ("weight", "bias", "table") to the name of the tensor; `converted` a function from the field, the array's name here
+    and its shape in one block to the shape of the tensor and the conversion of the tensor to the array.
     """
     for path, leaf in leaves(field).items():
         layer, kind = path[1:].rsplit(".", 1)
-        theirs = name(LAYERS[layer], kind)
+        tensor = name(LAYERS[layer], kind)
         if layer.startswith("stack."):
             shape, convert = converted(field, path[1:], leaf.shape[1:])
-            blocks = tuple(theirs.replace("*", str(i)) for i in range(field.stack.depth))
+            blocks = tuple(tensor.replace("*", str(i)) for i in range(field.stack.depth))
             yield path, Origin(blocks, shape, _stacked(convert))
         else:
-            yield path, Origin((theirs,), *converted(field, path[1:], leaf.shape))
+            yield path, Origin((tensor,), *converted(field, path[1:], leaf.shape))
 
 
 def _stacked(convert: Convert) -> Callable[..., np.ndarray]:
-    """One array of all blocks."""
+    """A conversion of the tensors of all blocks to one array."""
     return lambda *blocks: np.stack([convert(block) for block in blocks])
 
 
 def flax_name(layer: str, kind: str) -> str:
-    """DiT's name in flax: lists are `layers_0`, ...; all but the patches' convolution are wrapped once more."""
+    """The name of a tensor in flax: lists become `layers_0`, ..., and every layer except the convolution of patches has
+    one more wrapper."""
     name = re.sub(r"\.(\d+|\*)", r"/layers_\1", layer).replace(".", "/")
     if kind == "table":
         return f"net/{name}/_flax_embedding/embedding"

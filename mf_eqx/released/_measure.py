@@ -1,5 +1,5 @@
-"""How large released networks are, from the names and shapes of their tensors. Only the number of attention heads
-cannot be seen there."""
+"""The sizes of released networks, from the names and shapes of their tensors. Only the number of attention heads cannot
+be derived from these."""
 
 import re
 from collections.abc import Mapping
@@ -14,21 +14,21 @@ from ._dit import flax_name, LAYERS
 from ._msgpack import flat
 
 _HEADS = {size.width: size.heads for size in (DIT_S2, DIT_B2, DIT_L2, DIT_XL2)}
-"""Of the published networks of each width."""
+"""The number of attention heads in the published network of each width."""
 
 
 def measure_dit(tensors: Mapping[str, Any], path: str | Path, *, heads: int | None = None) -> tuple[int, DiTSize, int]:
     """Channels, size and number of labels of a DiT in a tree of the authors' JAX code.
 
-    **Arguments:** `tensors` as of `fill_dit`; `path` of the file, for messages; `heads` of the attention, None for
-    those of the published network of this width.
+    **Arguments:** `tensors` as for `fill_dit`; `path` of the file, for error messages; `heads` the number of attention
+    heads, None for that of the published network of this width.
 
-    **Raises:** `ValueError` if tensors are missing that tell, or no published network has this width.
+    **Raises:** `ValueError` if tensors that determine the size are missing, or no published network has this width.
     """
-    held = flat(tensors, path)
-    patch, _, channels, width = _shape(held, flax_name(LAYERS["patches"], "weight"), 4, path)
-    rows, _ = _shape(held, flax_name(LAYERS["embedding.label"], "table"), 2, path)
-    depth = _count(held, r"net/blocks/layers_(\d+)/.*")
+    by_name = flat(tensors, path)
+    patch, _, channels, width = _shape(by_name, flax_name(LAYERS["patches"], "weight"), 4, path)
+    rows, _ = _shape(by_name, flax_name(LAYERS["embedding.label"], "table"), 2, path)
+    depth = _count(by_name, r"net/blocks/layers_(\d+)/.*")
     return channels, DiTSize(depth, width, _heads(width, heads, path), patch), rows - 1
 
 
@@ -37,7 +37,7 @@ def measure_sit(
 ) -> tuple[int, DiTSize, int]:
     """Channels, size and number of labels of a SiT.
 
-    **Arguments:** `tensors` as of `fill_sit`; `path`, `heads` as of `measure_dit`.
+    **Arguments:** `tensors` as for `fill_sit`; `path`, `heads` as for `measure_dit`.
 
     **Raises:** as `measure_dit`.
     """
@@ -50,11 +50,11 @@ def measure_sit(
 def measure_unet(
     tensors: Mapping[str, Shaped[np.ndarray, "..."]], path: str | Path
 ) -> tuple[tuple[int, int, int], UNetSize, int]:
-    """Shape of the (square) images, size, and how many numbers tell of an augmentation, of a U-Net in EDM's naming.
+    """Shape of the (square) images, size, and number of augmentation parameters of a U-Net in EDM's naming.
 
-    **Arguments:** `tensors` as of `fill_unet`; `path` of the file, for messages.
+    **Arguments:** `tensors` as for `fill_unet`; `path` of the file, for error messages.
 
-    **Raises:** `ValueError` if tensors are missing that tell.
+    **Raises:** `ValueError` if tensors that determine the size are missing.
     """
     levels = sorted(_numbers(tensors, r"enc\.(\d+)x\1_.*"), reverse=True) or [0]
     rows = levels[0]
@@ -79,7 +79,7 @@ def _has(tensors: Mapping[str, Any], layer: str) -> bool:
 
 
 def _shape(tensors: Mapping[str, np.ndarray], name: str, axes: int, path: str | Path) -> tuple[int, ...]:
-    """Of a tensor that tells."""
+    """The shape of a tensor that determines the size; it must be there, with so many axes."""
     if name not in tensors:
         raise ValueError(f"{path}: must hold the tensors of the network, but it lacks {name}")
     shape = tensors[name].shape
@@ -89,7 +89,7 @@ def _shape(tensors: Mapping[str, np.ndarray], name: str, axes: int, path: str | 
 
 
 def _numbers(tensors: Mapping[str, Any], pattern: str) -> set[int]:
-    return {int(found[1]) for name in tensors if (found := re.fullmatch(pattern, name))}
+    return {int(match[1]) for name in tensors if (match := re.fullmatch(pattern, name))}
 
 
 def _count(tensors: Mapping[str, Any], pattern: str) -> int:
@@ -97,9 +97,9 @@ def _count(tensors: Mapping[str, Any], pattern: str) -> int:
 
 
 def _heads(width: int, heads: int | None, path: str | Path) -> int:
-    found = _HEADS.get(width) if heads is None else heads
-    if found is None:
+    number = _HEADS.get(width) if heads is None else heads
+    if number is None:
         raise ValueError(f"{path}: heads must be given, as no published network has width {width}, got none")
-    if found < 1 or width % found:
-        raise ValueError(f"{path}: heads must divide the width {width}, got {found}")
-    return found
+    if number < 1 or width % number:
+        raise ValueError(f"{path}: heads must divide the width {width}, got {number}")
+    return number

@@ -1,9 +1,9 @@
-"""Files of `flax.serialization.to_bytes`, without flax: one msgpack map, in it maps by name, and arrays at the ends.
+"""Files of `flax.serialization.to_bytes`, read without flax: a msgpack map of nested maps, whose leaves are arrays.
 
     extension 1    an array: msgpack of [shape, name of the dtype, bytes in C order]
-    extension 3    a NumPy scalar, the same
+    extension 3    a NumPy scalar, in the same form
     a map with __msgpack_chunked_array__, shape and chunks
-                   an array of more than 2**30 bytes: its sizes, and flat pieces of it, both as maps "0", "1", ...
+                   an array of more than 2**30 bytes: its shape and its flat pieces, both as maps "0", "1", ...
 
 Source: flax 0.12, `flax/serialization.py`.
 """
@@ -27,66 +27,67 @@ _CHUNKED = "__msgpack_chunked_array__"
 _BITS = {"int": (8, 16, 32, 64), "uint": (8, 16, 32, 64), "float": (16, 32, 64), "complex": (64, 128)}
 _DTYPES = {"bool", "bfloat16"} | {f"{kind}{bits}" for kind, widths in _BITS.items() for bits in widths}
 _MOST = 100_000
-"""Entries of one map or list. A file may announce any number, and room is made for it before they are read."""
+"""The largest number of entries in one map or list. A file may declare any number, and msgpack allocates memory for so
+many entries before it reads them."""
 
 
 def read_flax(path: str | Path, part: str | None = None) -> dict[str, Any]:
-    """What a file of `flax.serialization.to_bytes` holds: nested dictionaries, NumPy arrays at their ends.
+    """The content of a file of `flax.serialization.to_bytes`: nested dictionaries whose leaves are NumPy arrays.
 
-    bfloat16 is read into float32, which loses nothing. Scalars of NumPy become arrays without axes.
+    bfloat16 is converted to float32, which is exact. NumPy scalars become arrays without axes.
 
-    **Arguments:** `path` of the file; `part`: the name at the top whose content is wanted, such as `ema_params`. All
-    else, usually the larger share, is passed over unread. None for everything.
+    **Arguments:** `path` of the file; `part` the name at the top level whose content is returned, such as `ema_params`,
+    or None for everything. All other parts, usually most of the file, are skipped, and their arrays are not created.
 
-    **Raises:** `MissingDependency` without msgpack, which Orbax brings along; `OSError` if it cannot be read;
-    `ValueError` that names it if it is no such file, cut off, has more behind its end, holds anything but arrays and
-    plain values, or nothing under `part`.
+    **Raises:** `MissingDependency` without msgpack, which is installed with Orbax; `OSError` if the file cannot be
+    read; `ValueError` that names the file if it has another format, is truncated, has more bytes after its end, holds
+    anything but arrays and plain values, or has no dictionary under `part`.
     """
     with optional("msgpack", extra=None):
         import msgpack
     with open_regular(path) as file:
         try:
-            held = _read(file, part)
+            content = _read(file, part)
         except (msgpack.UnpackException, ValueError, OverflowError, RecursionError) as error:
             reason = str(error) or type(error).__name__
             raise ValueError(f"{path}: must be a file of flax.serialization.to_bytes, but: {reason}") from error
     if part is None:
-        return held
-    if not isinstance(held.get(part), dict):
-        found = listed(sorted(held), 8) or "nothing"
+        return content
+    if not isinstance(content.get(part), dict):
+        found = listed(sorted(content), 8) or "nothing"
         raise ValueError(f"{path}: must hold a dictionary named {part}, got {found}")
-    return held[part]
+    return content[part]
 
 
 def flat(tree: Mapping[str, Any], path: str | Path) -> dict[str, Shaped[np.ndarray, "..."]]:
-    """Arrays of nested dictionaries by their names from the outside in, joined by slashes.
+    """The arrays of nested dictionaries, by their keys from the outermost to the innermost, joined with slashes.
 
-    **Raises:** `ValueError` for what is no array, or two of one name.
+    **Raises:** `ValueError` for a leaf that is not an array, or for two arrays of one name.
     """
-    found: dict[str, Any] = {}
-    left: list[tuple[tuple[str, ...], Any]] = [((), tree)]
-    while left:
-        names, node = left.pop()
+    arrays: dict[str, Any] = {}
+    pending: list[tuple[tuple[str, ...], Any]] = [((), tree)]
+    while pending:
+        names, node = pending.pop()
         if isinstance(node, Mapping):
-            left += [((*names, name), child) for name, child in node.items()]
+            pending += [((*names, name), child) for name, child in node.items()]
             continue
         name = "/".join(names)
         if not isinstance(node, np.ndarray):
             raise ValueError(f"{path}: {name} must be an array, got {type(node).__name__}")
-        if name in found:
+        if name in arrays:
             raise ValueError(f"{path}: must hold one tensor of each name, got two named {name}")
-        found[name] = node
-    return found
+        arrays[name] = node
+    return arrays
 
 
 def _read(file: BinaryIO, part: str | None) -> dict[str, Any]:
-    """The map at the top, with None for what is passed over."""
+    """The map at the top level, with None for the parts that are skipped."""
     import msgpack
 
     unpacker = msgpack.Unpacker(
         file,
         read_size=1 << 20,
-        max_buffer_size=0,  # as large as it can be: one piece of an array has up to 2**30 bytes
+        max_buffer_size=0,  # 0 means the largest size that is possible: a piece of an array has up to 2**30 bytes
         max_array_len=_MOST,
         max_map_len=_MOST,
         object_pairs_hook=_map,
@@ -97,20 +98,20 @@ def _read(file: BinaryIO, part: str | None) -> dict[str, Any]:
         name = unpacker.unpack()
         pairs.append((name, unpacker.unpack() if part in (None, name) else unpacker.skip()))
     if extra := os.fstat(file.fileno()).st_size - unpacker.tell():
-        raise ValueError(f"it goes on for {extra} bytes behind its end")
-    held = _map(pairs)
-    if not isinstance(held, dict):
-        raise ValueError("it holds one array alone")
-    return held
+        raise ValueError(f"it has {extra} more bytes after its end")
+    content = _map(pairs)
+    if not isinstance(content, dict):
+        raise ValueError("it holds a single array instead of a dictionary")
+    return content
 
 
 def _map(pairs: list[tuple[Any, Any]]) -> Any:
     if unknown := [name for name, _ in pairs if not isinstance(name, str)]:
         raise ValueError(f"its names must be text, got {unknown[0]!r:.40}")
-    held = dict(pairs)
-    if len(held) < len(pairs):
+    entries = dict(pairs)
+    if len(entries) < len(pairs):
         raise ValueError(f"its names must differ within each dictionary, got {listed(_repeated(pairs))} twice")
-    return _joined(held) if _CHUNKED in held else held
+    return _joined(entries) if _CHUNKED in entries else entries
 
 
 def _repeated(pairs: list[tuple[str, Any]]) -> list[str]:
@@ -118,9 +119,9 @@ def _repeated(pairs: list[tuple[str, Any]]) -> list[str]:
     return sorted({name for name in names if names.count(name) > 1})
 
 
-def _joined(held: dict[str, Any]) -> Shaped[np.ndarray, "..."]:
+def _joined(entries: dict[str, Any]) -> Shaped[np.ndarray, "..."]:
     """An array from its pieces."""
-    shape, chunks = (list(_in_order(held.get(name))) for name in ("shape", "chunks"))
+    shape, chunks = (list(_in_order(entries.get(name))) for name in ("shape", "chunks"))
     whole = all(isinstance(chunk, np.ndarray) and chunk.ndim == 1 for chunk in chunks)
     if not chunks or not whole or len({chunk.dtype for chunk in chunks}) > 1:
         raise ValueError("the pieces of an array must be flat arrays of one dtype")
@@ -128,23 +129,23 @@ def _joined(held: dict[str, Any]) -> Shaped[np.ndarray, "..."]:
     return np.concatenate(chunks).reshape(shape)
 
 
-def _in_order(held: Any) -> Iterator[Any]:
-    """The values of {"0": ..., "1": ..., ...}."""
-    if not isinstance(held, dict) or held.keys() != {str(i) for i in range(len(held))}:
+def _in_order(numbered: Any) -> Iterator[Any]:
+    """The values of {"0": ..., "1": ..., ...}, in the order of their numbers."""
+    if not isinstance(numbered, dict) or numbered.keys() != {str(i) for i in range(len(numbered))}:
         raise ValueError("the shape and the pieces of an array must be numbered from 0")
-    return (held[str(i)] for i in range(len(held)))
+    return (numbered[str(i)] for i in range(len(numbered)))
 
 
 def _array(code: int, content: bytes) -> Shaped[np.ndarray, "..."]:
     if code not in _ARRAYS:
         raise ValueError(f"its extensions must be arrays (1, 3), got {code}")
-    shape, dtype, values = _parts(content)
+    shape, dtype, values = _unpacked(content)
     _check_shape(shape, len(values) // dtype.itemsize, len(values) % dtype.itemsize)
     array = np.ndarray(tuple(shape), dtype, values)
     return array.astype(np.float32) if dtype == jnp.bfloat16 else array
 
 
-def _parts(content: bytes) -> tuple[list[Any], np.dtype, bytes]:
+def _unpacked(content: bytes) -> tuple[list[Any], np.dtype, bytes]:
     import msgpack
 
     match msgpack.unpackb(content, raw=False, max_array_len=_MOST, max_map_len=_MOST):
@@ -155,8 +156,8 @@ def _parts(content: bytes) -> tuple[list[Any], np.dtype, bytes]:
     raise ValueError("its arrays must be shape, dtype and bytes")
 
 
-def _check_shape(shape: list[Any], size: int, left: int = 0) -> None:
-    """Refuses a shape that is not that of `size` values and `left` bytes more."""
-    if not all(type(length) is int and length >= 0 for length in shape) or math.prod(shape) != size or left:
-        more = f" and {left} bytes" if left else ""
+def _check_shape(shape: list[Any], size: int, extra_bytes: int = 0) -> None:
+    """Refuses a shape that is not that of `size` values, and refuses any extra bytes after the last value."""
+    if not all(type(length) is int and length >= 0 for length in shape) or math.prod(shape) != size or extra_bytes:
+        more = f" and {extra_bytes} bytes" if extra_bytes else ""
         raise ValueError(f"its arrays must have the size that their shape says, got {size} values{more} for {shape}")

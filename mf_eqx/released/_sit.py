@@ -1,17 +1,17 @@
-r"""SiT, a network of Flow Matching in torch with DiT's names, as a start for average velocities.
+r"""SiT, a Flow Matching network in torch with DiT's names, as initial weights for an average velocity.
 
-SiT is trained on the straight path with data at time 1 and noise at 0, and predicts the velocity towards the data.
-Here data are at 0, so that
+SiT is trained on the straight path with data at time 1 and noise at time 0, and predicts the velocity towards the data.
+In `mf_eqx`, data are at time 0, so that
 
 $$u(z, t, t) = -\mathrm{SiT}(z, 1 - t).$$
 
-- The time: $\cos w(1 - t) = \cos w \cos wt + \sin w \sin wt$ and $\sin w(1 - t) = \sin w \cos wt - \cos w \sin wt$. A
-  rotation of each pair of rows of the first linear layer, and the network sees t itself.
+- The time: $\cos w(1 - t) = \cos w \cos wt + \sin w \sin wt$ and $\sin w(1 - t) = \sin w \cos wt - \cos w \sin wt$. So
+  each pair of rows of the first linear layer is combined with these coefficients, and the network then takes t itself.
 - The sign: the last linear layer is negated.
-- SiT's last layer has twice the channels, of which the second half is never used: it is left out.
-- SiT has no embedding of h = t - r. The second layer of ours starts at zero, so that h changes nothing, and the first
-  is drawn as in a fresh network: were both zero, no gradient would ever reach either.
-- The position embedding is stored and fixed: it must be ours, and is left out.
+- SiT's last layer has twice the number of channels. The second half is never used and is left out.
+- SiT has no embedding of h = t - r. The second layer of this embedding is set to zero, so that h has no effect at
+  first. The first layer is initialized at random: if both were zero, their gradients would remain zero.
+- The position embedding is stored in the file but is fixed: it must equal that of `mf_eqx.DiT`, and is not read.
 
 Weights are (out, in) in torch, and those of the patches (width, channels, row, column).
 
@@ -38,12 +38,12 @@ def fill_sit(
 ) -> DiT:
     """`field` with u(z, r, t) = -SiT(z, 1 - t) for every r.
 
-    **Arguments:** `field` with labels, on (t, t - r), whose structure counts and not its values; `tensors` by their
-    names, without a prefix; `path` of the file, for messages; `key` draws the first layer of the embedding of t - r,
-    which SiT lacks.
+    **Arguments:** `field` with labels, which embeds (t, t - r); its structure is used, its values are replaced;
+    `tensors` by their names, without a prefix; `path` of the file, for error messages; `key` for the random first layer
+    of the embedding of t - r, which SiT lacks.
 
-    **Raises:** `ValueError` that names every tensor which is missing, too many, of another shape, or not finite, and
-    a position embedding other than ours.
+    **Raises:** `ValueError` that names every tensor which is missing, unexpected, of another shape, or not finite;
+    also if the position embedding is not that of `mf_eqx.DiT`.
     """
     check_field(field)
     _check_positions(field, tensors, path)
@@ -52,13 +52,14 @@ def fill_sit(
 
 def _check_positions(field: DiT, tensors: Mapping[str, np.ndarray], path: str | Path) -> None:
     _, height, width = field.data_shape
-    ours = sinusoidal_positions(height // field.patch, width // field.patch, field.modulation.weight.shape[0])[None]
+    expected = sinusoidal_positions(height // field.patch, width // field.patch, field.modulation.weight.shape[0])[None]
     found = tensors.get(_POSITIONS)
     if found is None:
         raise ValueError(f"{path}: must hold the tensors of the network, but it lacks {_POSITIONS}")
-    if found.shape != ours.shape:
-        raise ValueError(f"{path}: {_POSITIONS} must have shape {ours.shape} for {field.data_shape}, got {found.shape}")
-    if not np.allclose(found, ours, rtol=0, atol=1e-4):
+    if found.shape != expected.shape:
+        rule = f"must have shape {expected.shape} for {field.data_shape}"
+        raise ValueError(f"{path}: {_POSITIONS} {rule}, got {found.shape}")
+    if not np.allclose(found, expected, rtol=0, atol=1e-4):
         raise ValueError(f"{path}: {_POSITIONS} must be sines and cosines of the position, got others")
 
 
@@ -67,12 +68,12 @@ def _origins(field: DiT, key: Key[Array, ""]) -> dict[str, Origin]:
 
 
 def _of_duration(field: DiT, key: Key[Array, ""]) -> Iterator[tuple[str, Origin]]:
-    """The embedding of t - r, which no tensor has: its first layer as in a fresh network, its second zero."""
+    """Origins without tensors, for the embedding of t - r: its first layer as in a new network, its second zero."""
     times = field.embedding.times
     hidden = TimePairEmbedding(field.modulation.weight.shape[0], size=times.size, key=key).hidden[1]
     for kind in ("weight", "bias"):
-        drawn, zero = np.asarray(getattr(hidden, kind)), np.zeros(getattr(times.out[1], kind).shape, np.float32)
-        yield f".embedding.times.hidden[1].{kind}", Origin((), (), lambda value=drawn: value)
+        first, zero = np.asarray(getattr(hidden, kind)), np.zeros(getattr(times.out[1], kind).shape, np.float32)
+        yield f".embedding.times.hidden[1].{kind}", Origin((), (), lambda value=first: value)
         yield f".embedding.times.out[1].{kind}", Origin((), (), lambda value=zero: value)
 
 
@@ -99,14 +100,14 @@ def _converted(field: DiT, path: str, shape: Shape) -> tuple[Shape, Convert]:
 
 
 def _first_half(rows: Float[np.ndarray, "outputs *inputs"], channels: int) -> Float[np.ndarray, "values *inputs"]:
-    """The channels that count, of each pixel of a patch."""
+    """The used half of the channels of each pixel in a patch."""
     pixels = rows.reshape(-1, 2 * channels, *rows.shape[1:])
     return pixels[:, :channels].reshape(-1, *rows.shape[1:])
 
 
 def _reversed_time(weight: Float[np.ndarray, "features width"]) -> Float[np.ndarray, "features width"]:
-    """A linear layer that makes of cosines and sines of t what `weight` makes of those of 1 - t."""
+    """The weight W' with W' e(t) = W e(1 - t), where W is `weight` and e are the cosines and sines of a time."""
     cosines, sines = np.split(weight.astype(np.float64), 2)
     w = 10_000.0 ** (-np.arange(len(cosines)) / len(cosines))[:, None]
-    turned = [cosines * np.cos(w) + sines * np.sin(w), cosines * np.sin(w) - sines * np.cos(w)]
-    return np.concatenate(turned).astype(weight.dtype)
+    rotated = [cosines * np.cos(w) + sines * np.sin(w), cosines * np.sin(w) - sines * np.cos(w)]
+    return np.concatenate(rotated).astype(weight.dtype)

@@ -1,14 +1,15 @@
-"""The CIFAR-10 network: a state dict of torch with the names of EDM's code.
+"""The CIFAR-10 network: a state dict of torch, named as in EDM's code.
 
     map_layer0   map_layer1   map_augment      the embedding
     enc.32x32_conv   enc.32x32_block0 ...   enc.16x16_down   ...   dec.8x8_in0   ...   dec.16x16_up   ...
     dec.32x32_aux_norm   dec.32x32_aux_conv
     in each block: norm0 conv0 affine norm1 conv1 [skip] [norm2 qkv proj]
 
-Linear weights are (out, in) there. The 3C outputs of qkv hold all of q, then k, then v: the MeanFlow authors took over
-EDM's network but for its attention, in which these alternate. No shape tells; what is known of it comes from two copies
-of their code on GitHub, which keep EDM's own form as a comment. Resampling blocks also carry their filter, which is no
-parameter: it must be ours.
+Linear weights are (out, in) in torch. The 3C outputs of qkv hold all of q, then all of k, then all of v: the MeanFlow
+authors use EDM's network with another attention, since in EDM's own q, k and v of each channel alternate. The two
+orders have the same shapes; the source for the authors' order is two copies of their code on GitHub, which keep EDM's
+version as a comment. Resampling blocks also hold their filter, which is not a parameter: it must equal that of
+`mf_eqx.UNet`.
 """
 
 import re
@@ -25,7 +26,8 @@ from .._model import UNet
 
 _Shape: TypeAlias = tuple[int, ...]
 _Rule: TypeAlias = Callable[[_Shape], tuple[_Shape, Callable[[np.ndarray], np.ndarray]]]
-"""From the shape of an array of ours to the shape of theirs, and how to make ours of theirs."""
+"""From the shape of an array in `mf_eqx.UNet` to the shape of the tensor, and the conversion of the tensor to the
+array."""
 
 _FILTER = np.outer([1, 3, 3, 1], [1, 3, 3, 1]) / 64
 
@@ -35,12 +37,12 @@ def fill_unet(
 ) -> UNet:
     """`field` with the weights of a state dict in EDM's naming.
 
-    **Arguments:** `field` without labels, whose structure counts and not its values; `tensors` by their names, without
-    the prefix that tells which average it is (`net_ema.` and so on); `path` of the file, for messages; `alternating`
-    True for networks of EDM itself, whose attention takes q, k and v of each channel side by side.
+    **Arguments:** `field` without labels; its structure is used, its values are replaced; `tensors` by their names,
+    without the prefix of the average (`net_ema.` and so on); `path` of the file, for error messages; `alternating` True
+    for networks of EDM itself, in which the outputs of qkv alternate between q, k and v.
 
-    **Raises:** `ValueError` that names every tensor which is missing, too many, or of another shape, and a resampling
-    filter other than (1, 3, 3, 1).
+    **Raises:** `ValueError` that names every tensor which is missing, unexpected, or of another shape, and for a
+    resampling filter other than (1, 3, 3, 1).
     """
     if field.embedding.label is not None:
         raise ValueError("field must have no labels, as the released network has none")
@@ -65,20 +67,20 @@ def _channels(shape: _Shape) -> tuple[_Shape, Callable[[np.ndarray], np.ndarray]
 
 
 def _pointwise(shape: _Shape) -> tuple[_Shape, Callable[[np.ndarray], np.ndarray]]:
-    """A convolution of one pixel, which is a linear layer here."""
+    """The weight of a 1x1 convolution, which is a linear layer in `mf_eqx.UNet`."""
     return (*shape[::-1], 1, 1), lambda weight: weight[..., 0, 0].T
 
 
 def _alternating_weight(shape: _Shape) -> tuple[_Shape, Callable[[np.ndarray], np.ndarray]]:
-    return (*shape[::-1], 1, 1), lambda weight: _apart(weight[..., 0, 0]).T
+    return (*shape[::-1], 1, 1), lambda weight: _deinterleaved(weight[..., 0, 0]).T
 
 
 def _alternating_bias(shape: _Shape) -> tuple[_Shape, Callable[[np.ndarray], np.ndarray]]:
-    return shape, _apart
+    return shape, _deinterleaved
 
 
-def _apart(rows: np.ndarray) -> np.ndarray:
-    """All of q, then all of k, then all of v, from rows that alternate."""
+def _deinterleaved(rows: np.ndarray) -> np.ndarray:
+    """Rows of all of q, then all of k, then all of v, from rows that alternate between q, k and v."""
     return rows.reshape(-1, 3, *rows.shape[1:]).swapaxes(0, 1).reshape(rows.shape)
 
 
@@ -93,7 +95,7 @@ _BLOCK: dict[str, tuple[str, _Rule, _Rule]] = {
     "attention.attention.qkv": ("qkv", _pointwise, _same),
     "attention.attention.out": ("proj", _pointwise, _same),
 }
-"""Our name of a layer, theirs, and how weight and bias differ."""
+"""The name of each layer in `mf_eqx.UNet`, its name in EDM's code, and the rules for its weight and its bias."""
 _ALTERNATING = {**_BLOCK, "attention.attention.qkv": ("qkv", _alternating_weight, _alternating_bias)}
 
 
@@ -112,14 +114,14 @@ def _origins(field: UNet, alternating: bool) -> Iterator[tuple[str, Origin]]:
             yield path, Origin(("map_augment.weight",), leaf.shape[::-1], np.transpose)
             continue
         layer, kind = path[1:].rsplit(".", 1)
-        if found := re.fullmatch(r"(\w+\[\d+\])\.blocks\.(.+)", layer):
-            theirs, *rules = inner[found[2]]
+        if match := re.fullmatch(r"(\w+\[\d+\])\.blocks\.(.+)", layer):
+            edm_name, *rules = inner[match[2]]
             shape, convert = rules[kind == "bias"](leaf.shape[1:])
-            tensors = tuple(f"{block}.{theirs}.{kind}" for block in names[found[1]])
+            tensors = tuple(f"{block}.{edm_name}.{kind}" for block in names[match[1]])
             yield path, Origin(tensors, shape, _stacked(convert))
         else:
-            theirs, *rules = outer[layer]
-            yield path, Origin((f"{theirs}.{kind}",), *rules[kind == "bias"](leaf.shape))
+            edm_name, *rules = outer[layer]
+            yield path, Origin((f"{edm_name}.{kind}",), *rules[kind == "bias"](leaf.shape))
 
 
 def _stacked(convert: Callable[[np.ndarray], np.ndarray]) -> Callable[..., np.ndarray]:
@@ -127,18 +129,18 @@ def _stacked(convert: Callable[[np.ndarray], np.ndarray]) -> Callable[..., np.nd
 
 
 def _block_names(field: UNet) -> dict[str, tuple[str, ...]]:
-    """Their names of the blocks in each stack of ours."""
+    """The names in EDM's code of the blocks in each stack of `mf_eqx.UNet`."""
     rows, names = field.data_shape[1], {}
-    for part, way, stacks in (("down", "enc", field.down), ("middle", "dec", field.middle), ("up", "dec", field.up)):
+    for part, side, stacks in (("down", "enc", field.down), ("middle", "dec", field.middle), ("up", "dec", field.up)):
         number = 0
         for position, stack in enumerate(stacks):
-            found = []
+            block_names = []
             for _ in range(stack.depth):
                 if (factor := stack.blocks.plan.factor) != 1:
                     rows, number = int(rows * factor), 0
-                    found.append(f"{way}.{rows}x{rows}_{'down' if factor < 1 else 'up'}")
+                    block_names.append(f"{side}.{rows}x{rows}_{'down' if factor < 1 else 'up'}")
                 else:
-                    found.append(f"{way}.{rows}x{rows}_{'in' if part == 'middle' else 'block'}{number}")
+                    block_names.append(f"{side}.{rows}x{rows}_{'in' if part == 'middle' else 'block'}{number}")
                     number += 1
-            names[f"{part}[{position}]"] = tuple(found)
+            names[f"{part}[{position}]"] = tuple(block_names)
     return names

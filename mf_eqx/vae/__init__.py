@@ -1,6 +1,6 @@
-r"""The tokenizer of latent diffusion: images become small latents on which a field is trained, and latents images.
+r"""The tokenizer of latent diffusion: it encodes images as small latents, the data of a field, and decodes latents.
 
-    folder = vae.download_autoencoder()                     once; or a folder or a .safetensors file that you have
+    folder = vae.download_autoencoder()                     once; or use a folder or .safetensors file of your own
     tokenizer = vae.load_autoencoder(folder)
 
     moments = tokenizer.encode(x)                           x (3, height, width) in [-1, 1]
@@ -8,9 +8,9 @@ r"""The tokenizer of latent diffusion: images become small latents on which a fi
     x = tokenizer.decode(z / vae.SCALE)                     (3, height, width), not clipped
 
 The encoder gives each image a normal distribution over latents, $q(z | x) = N(\mu, \operatorname{diag} \sigma^2)$.
-Keep the moments of a data set, not samples: drawing anew at every read is what the papers do. Everything is per
-example; batches are the caller's, and so is the memory that they take (`Autoencoder`). Imported explicitly (`from
-mf_eqx import vae`); loading needs the extra `export`, downloading the extra `hub`.
+Store the moments of a data set, not samples of them: the papers draw a new sample every time an image is used. All
+methods take one example; for batches, and the memory that these take, see `Autoencoder`. Import this part explicitly
+(`from mf_eqx import vae`); loading requires the extra `export`, downloading the extra `hub`.
 
 Source: High-Resolution Image Synthesis with Latent Diffusion Models, Rombach, Blattmann, Lorenz, Esser, Ommer, 2022,
 arXiv 2112.10752; layers and their names as in `AutoencoderKL` of diffusers.

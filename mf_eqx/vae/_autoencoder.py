@@ -1,4 +1,4 @@
-"""Encoder, decoder, and the two small convolutions between them."""
+"""The autoencoder: an encoder, a decoder, and the two 1x1 convolutions between them."""
 
 from typing import NamedTuple
 
@@ -15,17 +15,18 @@ from ..nn import cast
 from ._blocks import conv, DownLevel, Middle, norm, UpLevel
 
 SCALE = 0.18215
-"""What latents of `SD_VAE` are multiplied with to have a standard deviation of about 1 (Rombach et al. 2022, App. G).
-No method of the tokenizer applies it. Other weights of the same size may want another one, as their config.json says
-(`scaling_factor`)."""
+"""The factor by which latents of `SD_VAE` are multiplied, so that their standard deviation is about 1 (Rombach et al.
+2022, App. G). No method of the tokenizer applies it. Other weights of the same size may require another factor, which
+is `scaling_factor` in their config.json."""
 
 _COLOURS = 3
-_LEAST, _MOST = -30.0, 20.0
+_MIN_LOG_VARIANCE, _MAX_LOG_VARIANCE = -30.0, 20.0
 
 
 class AutoencoderSize(NamedTuple):
-    """How large a tokenizer is: `widths` of its levels, each half the resolution of the one before; residual `blocks`
-    per level going down, one more going up; channels of a `latent`; `groups` of the normalisations."""
+    """The size of a tokenizer: `widths` the channels of its levels, each of half the resolution of the one before;
+    `blocks` residual blocks per level in the encoder (the decoder has one more); `latent` channels of a latent;
+    `groups` of the group normalisations."""
 
     widths: tuple[int, ...]
     blocks: int
@@ -52,7 +53,7 @@ class Moments(eqx.Module):
 
 
 class Encoder(eqx.Module):
-    """An image to two numbers per channel of the latent."""
+    """From an image to two numbers for each channel and position of the latent."""
 
     conv_in: eqx.nn.Conv2d
     down: tuple[DownLevel, ...]
@@ -81,7 +82,7 @@ class Encoder(eqx.Module):
 
 
 class Decoder(eqx.Module):
-    """A latent to an image."""
+    """From a latent to an image."""
 
     conv_in: eqx.nn.Conv2d
     middle: Middle
@@ -110,20 +111,20 @@ class Decoder(eqx.Module):
 
 
 class Autoencoder(eqx.Module):
-    r"""The tokenizer of latent diffusion: an image (3, height, width) in [-1, 1] to the moments of its latent (latent,
-    height / 8, width / 8) and back. (2^(levels - 1) instead of 8 for other sizes.)
+    r"""The tokenizer of latent diffusion: from an image (3, height, width) in [-1, 1] to the moments of its latent
+    (latent, height / 8, width / 8), and from a latent to an image. (For other sizes, 2^(levels - 1) replaces 8.)
 
     **Arguments:**
 
     - `size`: an `AutoencoderSize`, such as `SD_VAE`, or one of your own.
     - `dtype`: compute precision, float32 or bfloat16 (float64 for tests). Parameters, the statistics of norms, moments
       and images stay float32 or better.
-    - `key`: for random weights, good for rehearsals alone; `load_autoencoder` reads trained ones. (Drawing them costs
-      some seconds of compilation, less than half of it with a key of `impl="rbg"`.)
+    - `key`: for random weights, which are only useful for tests; `load_autoencoder` reads trained ones. (Drawing random
+      weights takes a few seconds of compilation, less than half of that with a key of `impl="rbg"`.)
 
-    A batch is `jax.vmap`, and its memory grows with every image: with `SD_VAE` and 256 x 256 pixels in float32 by about
-    225 MiB while decoding and 130 to 250 while encoding (XLA on the CPU; 620 and 270 GFLOP). So large batches go in
-    pieces:
+    For a batch use `jax.vmap`. Its memory is proportional to the number of images: with `SD_VAE` and 256 x 256 pixels
+    in float32, each image takes about 225 MiB while decoding and 130 to 250 MiB while encoding (XLA on the CPU; 620 and
+    270 GFLOP). So process large batches in pieces:
 
         @eqx.filter_jit
         def decode(tokenizer, latents):
@@ -157,44 +158,44 @@ class Autoencoder(eqx.Module):
 
     @property
     def factor(self) -> int:
-        """How many pixels a place of the latent has on each side: 8 for `SD_VAE`."""
+        """The ratio of an image's height and width to those of its latent: 8 for `SD_VAE`."""
         return 2 ** (len(self.size.widths) - 1)
 
     def digest(self) -> str:
-        """SHA-256 of all parameters and of their paths: tells tokenizers apart, whatever file they came from."""
+        """SHA-256 of all parameters and their paths. It identifies the weights, whatever file they were read from."""
         return digest(leaves(self))
 
     def encode(self, x: Float[Array, "colours height width"]) -> Moments:
-        r"""The posterior of an image: $\mu$ and $\log \sigma^2$, the latter clipped to [-30, 20].
+        r"""The posterior of an image: $\mu$ and $\sigma$, where $\log \sigma^2$ is clipped to [-30, 20].
 
-        **Arguments:** `x` (3, height, width) in [-1, 1], height and width multiples of `factor`.
+        **Arguments:** `x` (3, height, width) in [-1, 1], with height and width that are multiples of `factor`.
 
-        The range is not checked, since values are known on the device alone.
+        The range is not checked, since values are known only on the device.
 
-        **Raises:** `ValueError` for another shape, or for pixels as integers.
+        **Raises:** `ValueError` if `x` has another shape, or is an array of integers.
         """
         if x.ndim != 3 or x.shape[0] != _COLOURS or x.shape[1] % self.factor or x.shape[2] % self.factor or not x.size:
             rule = f"positive multiples of {self.factor}"
             raise ValueError(f"x must be ({_COLOURS}, height, width) with height and width {rule}, got {x.shape}")
         if not jnp.issubdtype(x.dtype, jnp.floating):
             raise ValueError(f"x must be floating point, in [-1, 1], got {x.dtype}")
-        given = x.astype(self.dtype)
-        moments = cast(self.to_moments, self.dtype)(cast(self.encoder, self.dtype)(given))
+        encoded = cast(self.encoder, self.dtype)(x.astype(self.dtype))
+        moments = cast(self.to_moments, self.dtype)(encoded)
         mean, log_variance = jnp.split(moments.astype(at_least_float32(x).dtype), 2)
-        return Moments(mean, jnp.exp(0.5 * jnp.clip(log_variance, _LEAST, _MOST)))
+        return Moments(mean, jnp.exp(0.5 * jnp.clip(log_variance, _MIN_LOG_VARIANCE, _MAX_LOG_VARIANCE)))
 
     def decode(self, latent: Float[Array, "latent height width"]) -> Float[Array, "3 higher wider"]:
-        """The image of a latent, about in [-1, 1] but not clipped.
+        """The image of a latent, approximately in [-1, 1] but not clipped.
 
-        **Arguments:** `latent` of any height and width, without a scale factor: what was multiplied with `SCALE` must
-        be divided by it.
+        **Arguments:** `latent` of any height and width, without a scale factor: divide by `SCALE` any latent that was
+        multiplied by it.
 
-        **Raises:** `ValueError` for another number of channels, or for integers.
+        **Raises:** `ValueError` if `latent` has another number of channels, or is an array of integers.
         """
         if latent.ndim != 3 or latent.shape[0] != self.size.latent or 0 in latent.shape:
             raise ValueError(f"latent must be ({self.size.latent}, height, width), none of them 0, got {latent.shape}")
         if not jnp.issubdtype(latent.dtype, jnp.floating):
             raise ValueError(f"latent must be floating point, got {latent.dtype}")
-        given = latent.astype(self.dtype)
-        x = cast(self.decoder, self.dtype)(cast(self.from_latent, self.dtype)(given))
+        decoder_input = cast(self.from_latent, self.dtype)(latent.astype(self.dtype))
+        x = cast(self.decoder, self.dtype)(decoder_input)
         return x.astype(jnp.promote_types(latent.dtype, jnp.float32))

@@ -1,6 +1,7 @@
-"""What encoder and decoder are built from: residual blocks, attention over all places, levels of one resolution.
+"""Parts of the encoder and decoder: residual blocks, attention over all positions, levels of one resolution.
 
-Weights of convolutions start as Equinox lets them, which is also torch's way; a tokenizer is loaded, not trained here.
+Convolutions are initialized as Equinox does it by default, which is also the default of torch; tokenizers are loaded,
+not trained here.
 """
 
 import equinox as eqx
@@ -11,22 +12,23 @@ from jaxtyping import Array, Float, Key
 
 from ..nn import SelfAttention
 
-# Equinox' own default is 1e-5.
+# As in diffusers; the default of Equinox is 1e-5.
 _EPSILON = 1e-6
 
 
 def conv(in_width: int, width: int, kernel: int = 3, *, key: Key[Array, ""]) -> eqx.nn.Conv2d:
-    """A convolution that keeps height and width, `kernel` odd."""
+    """A convolution that keeps height and width; `kernel` must be odd."""
     return eqx.nn.Conv2d(in_width, width, kernel, padding=kernel // 2, dtype=jnp.float32, key=key)
 
 
 def norm(width: int, groups: int) -> eqx.nn.GroupNorm:
-    """Group normalisation, with statistics in float32 or better whatever the input."""
+    """Group normalisation, with statistics in float32 or better for every dtype of the input."""
     return eqx.nn.GroupNorm(groups, width, eps=_EPSILON, dtype=jnp.float32)
 
 
 class ResidualBlock(eqx.Module):
-    """Norm, SiLU, 3x3 convolution, twice, added to the input; through a 1x1 convolution where the width changes."""
+    """Norm, SiLU and 3x3 convolution, applied twice and added to the input. If the width changes, the input first goes
+    through a 1x1 convolution."""
 
     norm1: eqx.nn.GroupNorm
     conv1: eqx.nn.Conv2d
@@ -49,8 +51,8 @@ class ResidualBlock(eqx.Module):
 
 
 class AttentionBlock(eqx.Module):
-    """Norm and self-attention with one head over all places, added to the input. Its matrix of weights has
-    (height x width)^2 entries: 4 MB in float32 for 1024 places, as of a 256 x 256 image."""
+    """Norm and self-attention with one head over all positions, added to the input. The matrix of attention weights has
+    (height x width)^2 entries: 4 MB in float32 for 1024 positions, as for an image of 256 x 256 pixels."""
 
     group_norm: eqx.nn.GroupNorm
     attention: SelfAttention
@@ -81,9 +83,9 @@ class Middle(eqx.Module):
 
 
 class DownLevel(eqx.Module):
-    """Residual blocks at one resolution and, with `shrink`, a convolution of stride 2 to the next lower one.
+    """Residual blocks at one resolution and, with `shrink`, a convolution of stride 2 to the next lower resolution.
 
-    That convolution sees a row and a column of zeros after the last ones and none before the first.
+    The input of this convolution is padded with one row and one column of zeros, only after the last row and column.
     """
 
     blocks: tuple[ResidualBlock, ...]
@@ -106,7 +108,7 @@ class DownLevel(eqx.Module):
 
 
 class UpLevel(eqx.Module):
-    """Residual blocks at one resolution and, with `enlarge`, every pixel repeated to 2 x 2 and a convolution."""
+    """Residual blocks at one resolution and, with `enlarge`, a convolution after every pixel is repeated to 2 x 2."""
 
     blocks: tuple[ResidualBlock, ...]
     enlarge: eqx.nn.Conv2d | None
@@ -125,8 +127,8 @@ class UpLevel(eqx.Module):
 def residual_blocks(
     in_width: int, width: int, count: int, groups: int, *, key: Key[Array, ""]
 ) -> tuple[ResidualBlock, ...]:
-    """`count` of them, of which the first changes the width."""
+    """`count` residual blocks, of which the first changes the width."""
     widths = (in_width, *(count - 1) * (width,))
     return tuple(
-        ResidualBlock(each, width, groups, key=key) for each, key in zip(widths, jr.split(key, count), strict=True)
+        ResidualBlock(before, width, groups, key=key) for before, key in zip(widths, jr.split(key, count), strict=True)
     )

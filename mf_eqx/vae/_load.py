@@ -1,4 +1,4 @@
-"""Weights in diffusers' layout."""
+"""Reading of weights in diffusers' layout."""
 
 import errno
 import json
@@ -21,7 +21,8 @@ from ._autoencoder import Autoencoder, AutoencoderSize, SD_VAE
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 _PICKLED = "diffusion_pytorch_model.bin"
 
-# Ours to theirs, word by word of a tensor's dotted name. Words that are alike are not listed.
+# From names in `Autoencoder` to names in diffusers, for each word of a dotted name. Words that do not change are not
+# listed.
 _WORDS = {
     "to_moments": "quant_conv",
     "from_latent": "post_quant_conv",
@@ -35,27 +36,27 @@ _WORDS = {
     "enlarge": "upsamplers.0.conv",
     "norm": "conv_norm_out",
 }
-# One matrix of ours is made from several of theirs, which older versions of diffusers call otherwise.
-_NEW = {"qkv": ("to_q", "to_k", "to_v"), "out": ("to_out.0",)}
-_OLD = {"qkv": ("query", "key", "value"), "out": ("proj_attn",)}
+# The matrices of diffusers from which a matrix of `SelfAttention` is made. Older versions of diffusers use other names.
+_NEW_NAMES = {"qkv": ("to_q", "to_k", "to_v"), "out": ("to_out.0",)}
+_OLD_NAMES = {"qkv": ("query", "key", "value"), "out": ("proj_attn",)}
 
 
 def load_autoencoder(
     path: str | Path, size: AutoencoderSize = SD_VAE, *, dtype: DTypeLike = jnp.float32
 ) -> Autoencoder:
-    """The tokenizer in a file or folder of diffusers' `AutoencoderKL`. Needs safetensors (extra `export`).
+    """The tokenizer in a file or folder of diffusers' `AutoencoderKL`. Requires safetensors (extra `export`).
 
     **Arguments:**
 
-    - `path`: a .safetensors file; or a folder that holds `diffusion_pytorch_model.safetensors`, itself or in `vae/`.
-      In a folder config.json, if it is there, must agree with `size`. (Its `scaling_factor` is not looked at, since a
-      tokenizer applies none.) Names and shapes of the attention may be those of any version of diffusers.
-    - `size`: of the network in it.
-    - `dtype`: compute precision, see `Autoencoder`. Parameters are float32 whatever the file holds.
+    - `path`: a .safetensors file; or a folder that holds `diffusion_pytorch_model.safetensors`, directly or in `vae/`.
+      If a folder has a config.json, it must agree with `size`. (Its `scaling_factor` is ignored, since a tokenizer
+      applies no scale factor.) Names and shapes of the attention may be those of any version of diffusers.
+    - `size`: of the network in the file.
+    - `dtype`: compute precision, see `Autoencoder`. Parameters are float32 for every dtype in the file.
 
-    **Raises:** `FileNotFoundError` for what is not there; `ValueError` that names the file for one that is no whole
-    safetensors file, a folder with pickled weights alone, a config.json of another network (with its keys), and tensors
-    that are missing, left over, of another shape or not finite (with their names).
+    **Raises:** `FileNotFoundError` if `path` does not exist; `ValueError` that names the file if it is not a complete
+    safetensors file, if a folder has only pickled weights, if config.json is that of another network (with its keys),
+    or if tensors are missing, unexpected, of another shape or not finite (with their names).
     """
     path = Path(path)
     file = _file(path)
@@ -75,18 +76,19 @@ def _file(path: Path) -> Path:
             raise ValueError(f"{path}: must be a .safetensors file (nothing pickled is read), got {path.name}")
         return path
     if not path.is_dir():
-        rule = f"must be a .safetensors file or a folder with {WEIGHTS}, but is not there"
+        rule = f"must be a .safetensors file or a folder with {WEIGHTS}, but does not exist"
         raise FileNotFoundError(errno.ENOENT, rule, str(path))
     for folder in (path, path / "vae"):
         if (folder / WEIGHTS).exists():
             return folder / WEIGHTS
     pickled = any((folder / _PICKLED).is_file() for folder in (path, path / "vae"))
-    found = f"{_PICKLED} alone, which is pickled and not read" if pickled else "neither it nor vae/ with it"
+    found = f"only {_PICKLED}, which is pickled and not read" if pickled else "no such file in it or in vae/"
     raise ValueError(f"{path}: must be a folder with {WEIGHTS}, got {found}")
 
 
 def _check_config(path: Path, size: AutoencoderSize) -> None:
-    # The tensors tell what a missing key would, except the number of groups, of which they know nothing.
+    # A key may be missing: the check of the tensors' names and shapes replaces it, except for the number of groups, on
+    # which no shape depends.
     config = {"norm_num_groups": 32} | read_json_object(path)
     differing = [
         f"{key} is {json.dumps(config[key])}, not {json.dumps(value)}"
@@ -98,7 +100,7 @@ def _check_config(path: Path, size: AutoencoderSize) -> None:
 
 
 def _config(size: AutoencoderSize) -> dict[str, Any]:
-    """What diffusers would write for a network of this size."""
+    """The config.json that diffusers would write for a network of this size."""
     levels = len(size.widths)
     return {
         "_class_name": "AutoencoderKL",
@@ -118,27 +120,27 @@ def _config(size: AutoencoderSize) -> dict[str, Any]:
 
 
 def _origin(name: str, shape: tuple[int, ...], tensors: Mapping[str, Shaped[np.ndarray, "..."]]) -> Origin:
-    """Of the array under a path such as .encoder.down[0].blocks[1].norm1.weight."""
+    """The origin of the array with a path such as .encoder.down[0].blocks[1].norm1.weight."""
     words = name.removeprefix(".").replace("[", ".").replace("]", "").split(".")
-    theirs = ".".join(_WORDS.get(word, word) for word in words)
-    if ".attention." in theirs:
-        return _attention_origin(theirs, shape, tensors)
+    tensor = ".".join(_WORDS.get(word, word) for word in words)
+    if ".attention." in tensor:
+        return _attention_origin(tensor, shape, tensors)
     if words[-1] == "bias":
-        return Origin((theirs,), shape[:1], lambda bias: bias.reshape(shape))  # of convolutions: (width, 1, 1)
-    return Origin((theirs,), shape)
+        return Origin((tensor,), shape[:1], lambda bias: bias.reshape(shape))  # convolutions: (width, 1, 1)
+    return Origin((tensor,), shape)
 
 
 def _attention_origin(name: str, shape: tuple[int, ...], tensors: Mapping[str, Shaped[np.ndarray, "..."]]) -> Origin:
-    """Of one of the arrays of `SelfAttention`, whose weights are (in, out) where theirs are (out, in)."""
+    """The origin of an array of `SelfAttention`, whose weights are (in, out); those of diffusers are (out, in)."""
     block, _, matrix, kind = name.rsplit(".", 3)
-    old = any(f"{block}.{part}.{kind}" in tensors for parts in _OLD.values() for part in parts)
-    names = tuple(f"{block}.{part}.{kind}" for part in (_OLD if old else _NEW)[matrix])
+    old = any(f"{block}.{part}.{kind}" in tensors for parts in _OLD_NAMES.values() for part in parts)
+    names = tuple(f"{block}.{part}.{kind}" for part in (_OLD_NAMES if old else _NEW_NAMES)[matrix])
     width = shape[-1] // len(names)
     if kind == "bias":
         return Origin(names, (width,), lambda *parts: np.concatenate(parts))
-    # Some files hold 1x1 convolutions.
+    # Some files hold 1x1 convolutions instead of linear layers.
     as_convolution = names[0] in tensors and tensors[names[0]].ndim == 4
-    theirs = (width, width, 1, 1) if as_convolution else (width, width)
+    tensor_shape = (width, width, 1, 1) if as_convolution else (width, width)
     return Origin(
-        names, theirs, lambda *parts: np.concatenate([part.reshape(width, width).T for part in parts], axis=1)
+        names, tensor_shape, lambda *parts: np.concatenate([part.reshape(width, width).T for part in parts], axis=1)
     )

@@ -139,7 +139,7 @@ def test_file_without_records_is_refused(tmp_path):
     [
         (npz(x=X[0].astype(float), label=1), r"record 9 must hold float32 of shape \(2, 3\) as .*, got float64"),
         (npz(x=X[0, :1], label=1), r"record 9 must hold float32 of shape \(2, 3\) as the first .* shape \(1, 3\)"),
-        (npy(X[0]), "record 9 must have a label as the first, got None"),
+        (npy(X[0]), "record 9 must have a label as the first record has, got None"),
         (npz(x=X[0], label=4), r"record 9: label must lie in \[0, 3\], got 4"),
         (npz(x=X[0], label=-1), r"record 9: label must lie in \[0, 3\], got -1"),
         (npz(x=X[0], label=1.0), r"record 9: label must be a single integer, got float64 of shape \(\)"),
@@ -209,12 +209,12 @@ def test_file_of_a_bad_record_is_named(tmp_path, shards):
 
 
 def test_labels_that_no_one_counted_are_refused(shards):
-    with pytest.raises(ValueError, match="labels must be given exactly if records have one, got None, a label"):
+    with pytest.raises(ValueError, match=r"labels must be given if and only if .*, got None and a label"):
         ArrayRecordSource(shards)
 
 
 def test_number_of_labels_without_labels_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="labels must be given exactly if records have one, got 4, no label"):
+    with pytest.raises(ValueError, match="labels must be given if and only if records have labels, got 4 and no label"):
         ArrayRecordSource(written(tmp_path / "rows", PLAIN), labels=4)
 
 

@@ -28,7 +28,7 @@ def test_bfloat16_rows_pass():
 @pytest.mark.parametrize(
     ("x", "message"),
     [
-        (X[:0], r"x must have at least one row and nothing empty, got shape \(0, 1, 8, 8\)"),
+        (X[:0], r"x must have at least one row and no empty axis, got shape \(0, 1, 8, 8\)"),
         (X[..., :7], r"x must have rows of shape \(1, 8, 8\), got \(1, 8, 7\)"),
         (X.astype(np.int16), "x must be uint8 or floating point of at most 64 bits, got int16"),
         (X.astype(np.longdouble), "x must be uint8 or floating point of at most 64 bits, got float128"),
@@ -48,7 +48,7 @@ def test_bad_rows_are_refused(x, message):
         (broken(LABEL, 3, -1), r"label must lie in \[0, 9\], got -1 in row 3"),
         (LABEL[:3], r"label must have one value for each of the 4 rows, got shape \(3,\)"),
         (LABEL.astype(float), "label must be an integer, got float64"),
-        (None, "label must be given exactly if labels is"),
+        (None, "label must be given if and only if labels is"),
     ],
 )
 def test_bad_labels_are_refused(label, message):
@@ -57,12 +57,12 @@ def test_bad_labels_are_refused(label, message):
 
 
 def test_labels_without_a_number_of_labels_are_refused():
-    with pytest.raises(ValueError, match="label must be given exactly if labels is"):
+    with pytest.raises(ValueError, match="label must be given if and only if labels is"):
         check_rows(X, LABEL, data_shape=(1, 8, 8))
 
 
 def test_rows_without_values_are_refused():
-    with pytest.raises(ValueError, match=r"x must have at least one row and nothing empty, got shape \(4, 0\)"):
+    with pytest.raises(ValueError, match=r"x must have at least one row and no empty axis, got shape \(4, 0\)"):
         check_rows(np.zeros((4, 0)), data_shape=(0,))
 
 

@@ -393,7 +393,7 @@ TEST = binary(X["test_batch"], LABEL["test_batch"])
         ([member("../test_batch.bin", TEST)], r"must lie inside of the archive, got '../test_batch.bin'"),
         ([member("a/../../test_batch.bin", TEST)], r"must lie inside of the archive, got 'a/../../test_batch.bin'"),
         ([member("/tmp/test_batch.bin", TEST)], r"must lie inside of the archive, got '/tmp/test_batch.bin'"),
-        ([member("a/test_batch.bin", TEST), member("b/test_batch.bin", TEST)], "must be there once, got it again"),
+        ([member("a/test_batch.bin", TEST), member("b/test_batch.bin", TEST)], "must be there only once, got it again"),
         ([member(f"a/{number}") for number in range(1001)], "it must have at most 1,000 members, got more"),
         ([member("a/readme.html", b"hello")], "must hold test_batch.bin or test_batch of CIFAR-10, got none"),
     ],

@@ -93,7 +93,7 @@ WHOLE = idx(IMAGES)
         (packed(WHOLE + bytes(1 << 24)), r"images: must hold 140 bytes .* got more$"),
         (packed(WHOLE)[:-9], "images: must be a whole gzip file, got: "),
         (packed(WHOLE)[:-8] + bytes(8), "images: must be a whole gzip file, got: CRC"),
-        (idx(IMAGES[:0]), r"images: must have at least one row and nothing empty, got shape \(0, 5, 4\)"),
+        (idx(IMAGES[:0]), r"images: must have at least one row and no empty axis, got shape \(0, 5, 4\)"),
         (idx(LABEL), r"images: must have a row axis and others, got shape \(7,\)"),
         (b"\0\0\x08\3" + b"\xff" * 12 + bytes(99), "images: must hold 79,228,162,458,924,105,385,300,197,375 bytes"),
         pytest.param(

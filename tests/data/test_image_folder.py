@@ -277,12 +277,12 @@ def twelve_bits():
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "nothing that Pillow knows as PNG, JPEG, WEBP, BMP$"),
-        (b"hello", "nothing that Pillow knows as PNG, JPEG, WEBP, BMP$"),
-        (b"GIF89a" + bytes(100), "nothing that Pillow knows as PNG, JPEG, WEBP, BMP$"),
-        (twelve_bits(), "nothing that Pillow knows as PNG, JPEG, WEBP, BMP$"),
+        (b"", "nothing that Pillow recognises as PNG, JPEG, WEBP, BMP$"),
+        (b"hello", "nothing that Pillow recognises as PNG, JPEG, WEBP, BMP$"),
+        (b"GIF89a" + bytes(100), "nothing that Pillow recognises as PNG, JPEG, WEBP, BMP$"),
+        (twelve_bits(), "nothing that Pillow recognises as PNG, JPEG, WEBP, BMP$"),
         (png(8, 8, before=b"a\0b"), "a PNG file that does not start with its header"),
-        (png(0, 8), "nothing that Pillow knows as PNG, JPEG, WEBP, BMP$"),
+        (png(0, 8), "nothing that Pillow recognises as PNG, JPEG, WEBP, BMP$"),
         (png(60_000, 60_000), r"Image size \(3600000000 pixels\) exceeds limit"),
         (png(1, 100_000), r"1 x 100000 pixels, 6,400,000 at size 8, more than 1,000,000"),
         (png(8, 8, depth=16), "16 bits per channel, more than 8"),

@@ -115,12 +115,12 @@ def test_no_file_is_refused():
         (np.array([{}, {}]), "bad.npy: must hold integers or floating point, got object"),
         (np.array(["a", "b"]), "bad.npy: must hold integers or floating point, got <U1"),
         (np.zeros(3, [("a", "f4")]), "bad.npy: must hold integers or floating point, got "),
-        (np.zeros(8)[[]], r"bad.npy: must have at least one row and nothing empty, got shape \(0,\)"),
+        (np.zeros(8)[[]], r"bad.npy: must have at least one row and no empty axis, got shape \(0,\)"),
         (X.astype(complex), "bad.npy: must hold integers or floating point, got complex128"),
         (np.asfortranarray(X), "bad.npy: must hold one row after the other .C order., got Fortran order"),
-        (X[:0], r"bad.npy: must have at least one row and nothing empty, got shape \(0, 2, 3\)"),
-        (X[:, :0], r"bad.npy: must have at least one row and nothing empty, got shape \(11, 0, 3\)"),
-        (np.float32(3), r"bad.npy: must have at least one row and nothing empty, got shape \(\)"),
+        (X[:0], r"bad.npy: must have at least one row and no empty axis, got shape \(0, 2, 3\)"),
+        (X[:, :0], r"bad.npy: must have at least one row and no empty axis, got shape \(11, 0, 3\)"),
+        (np.float32(3), r"bad.npy: must have at least one row and no empty axis, got shape \(\)"),
     ],
 )
 def test_arrays_that_are_no_rows_are_refused(value, message, folder):

@@ -172,7 +172,7 @@ class Fewer(ArraySource):
 
 @pytest.mark.parametrize(("length", "row_shape"), [(0, (2, 3)), (11, (2, 0))])
 def test_source_of_nothing_is_refused(length, row_shape, tmp_path):
-    with pytest.raises(ValueError, match="arrays: must have at least one row and nothing empty, got "):
+    with pytest.raises(ValueError, match="arrays: must have at least one row and no empty axis, got "):
         write_shards(Fewer(length, row_shape), tmp_path / "s")
     assert os.listdir(tmp_path) == []
 
@@ -183,7 +183,7 @@ def test_shards_of_no_rows_are_refused(tmp_path):
 
 
 def test_more_shards_than_a_manifest_may_name_are_not_written(tmp_path):
-    with pytest.raises(ValueError, match="rows_per_shard must give at most 50,000 shards, got 1 for 50,001"):
+    with pytest.raises(ValueError, match="rows_per_shard must give at most 50,000 shards, got 1 with 50,001 shards"):
         write(tmp_path / "s", np.zeros((50_001, 1), np.uint8), None, None, rows_per_shard=1)
     assert not list(tmp_path.iterdir())
 
@@ -215,7 +215,7 @@ def test_dtype_that_is_never_trained_on_is_refused_and_leaves_nothing(dtype, tmp
 
 
 def test_dtype_that_npy_does_not_keep_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"arrays: dtype must be one that .npy files keep, got bfloat16"):
+    with pytest.raises(ValueError, match=r"arrays: dtype must be one that .npy files can store, got bfloat16"):
         write(tmp_path / "s", X.astype(jnp.bfloat16))
 
 
@@ -234,7 +234,10 @@ def test_values_that_are_not_finite_are_refused_by_row_and_leave_nothing(value, 
         (lambda rows: rows._replace(x=rows.x[:, :1]), r"x must be float32 of shape \(4, 2, 3\), got"),
         (lambda rows: rows._replace(x=rows.x.astype(float)), r"got float64 of shape \(4, 2, 3\)"),
         (lambda rows: rows._replace(x=rows.x[1:]), r"got float32 of shape \(3, 2, 3\)"),
-        (lambda rows: rows._replace(label=None), "label must be given exactly if labels is, got none with labels 4"),
+        (
+            lambda rows: rows._replace(label=None),
+            "label must be given if and only if labels is, got no label with labels = 4",
+        ),
         (lambda rows: rows._replace(label=rows.label + 4), r"label must lie in \[0, 3\], got \d in row 0"),
     ],
 )
@@ -317,7 +320,7 @@ def test_missing_file_is_named(folder):
 def test_file_of_another_length_is_refused(folder):
     path = folder / "x_00001.npy"
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(ValueError, match=r"x_00001.npy: must hold 224 bytes as manifest.json tells, got 223"):
+    with pytest.raises(ValueError, match=r"x_00001.npy: must hold 224 bytes as manifest.json says, got 223"):
         ShardSource(folder)
 
 
@@ -328,7 +331,7 @@ def flip(path, flip):
 def test_changed_data_are_refused_by_verifying(folder):
     flip(folder / "x_00002.npy", (-4, 1))
     source = ShardSource(folder)
-    with pytest.raises(ValueError, match=r"x_00002.npy: must have SHA-256 .* as manifest.json tells, got "):
+    with pytest.raises(ValueError, match=r"x_00002.npy: must have SHA-256 .* as manifest.json says, got "):
         source.verify()
     with pytest.raises(ValueError, match=r"x_00002.npy: must have SHA-256"):
         ShardSource(folder, verify=True)
@@ -337,7 +340,7 @@ def test_changed_data_are_refused_by_verifying(folder):
 @pytest.mark.parametrize("name", ["label_00000.npy", "crc_00001.npy"])
 def test_changed_labels_and_checksums_are_refused_by_opening(name, folder):
     flip(folder / name, (-4, 1))
-    with pytest.raises(ValueError, match=f"{name}: must have SHA-256 .* as manifest.json tells, got "):
+    with pytest.raises(ValueError, match=f"{name}: must have SHA-256 .* as manifest.json says, got "):
         ShardSource(folder)
 
 
@@ -382,7 +385,7 @@ def test_manifest_that_is_none_is_refused(content, message, folder):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda m: m.update(more=1), "must have .* alone, got more too"),
+        (lambda m: m.update(more=1), "must have only .*, got more too"),
         (lambda m: m.pop("dtype"), "got no dtype"),
         (lambda m: m.update(rows=12), "rows must be 11 as in its files, got 12"),
         (lambda m: m.update(rows=0), "rows must be an integer >= 1, got 0"),
@@ -394,7 +397,7 @@ def test_manifest_that_is_none_is_refused(content, message, folder):
         (lambda m: m.update(dtype="float64"), "dtype must be float32 as in its files, got float64"),
         (lambda m: m.update(dtype=[[[]]]), "dtype must be a name, got list of 1"),
         (lambda m: m.update(labels=3), r"label_00000.npy: label must lie in \[0, 2\], got 3"),
-        (lambda m: m.update(labels=None), "label must be given exactly if labels is, got list of 3"),
+        (lambda m: m.update(labels=None), "label must be given if and only if labels is, got list of 3"),
         (lambda m: m.update(labels="4"), "labels must be an integer >= 1 or null, got '4'"),
         (lambda m: m.update(x=[]), "x must be a list of files, got list of 0"),
         (lambda m: m["label"].pop(), "label must have 3 files as x has, got 2"),
@@ -407,7 +410,7 @@ def test_manifest_that_is_none_is_refused(content, message, folder):
         (lambda m: m["x"][1].update(name="/etc/passwd"), r"x 1: name must be x_00001.npy, got '/etc/passwd'"),
         (lambda m: m["x"].reverse(), r"x 0: name must be x_00000.npy, got 'x_00002.npy'"),
         (lambda m: m["x"][0].update(rows=5), r"x must be \[4, 4, 3\] as in its files, got \[5, 4, 3\]"),
-        (lambda m: m["x"][0].update(bytes=5), r"x_00000.npy: must hold 5 bytes as manifest.json tells, got 224"),
+        (lambda m: m["x"][0].update(bytes=5), r"x_00000.npy: must hold 5 bytes as manifest.json says, got 224"),
         (lambda m: m["x"][0].update(sha256="0"), "x 0: sha256 must be 64 hexadecimal digits, got '0'"),
     ],
 )
@@ -420,7 +423,9 @@ def test_manifest_that_tells_something_else_is_refused(change, message, folder):
 def test_number_of_labels_that_was_changed_is_refused_by_the_digest(folder):
     path = folder / "manifest.json"
     path.write_text(path.read_text().replace('"labels": 4', '"labels": 5'))
-    with pytest.raises(ValueError, match=r"manifest.json: digest must be \w+... of the rest, got "):
+    with pytest.raises(
+        ValueError, match=r"manifest.json: digest must be \w+\.\.\., the digest of the other fields, got "
+    ):
         ShardSource(folder)
 
 

@@ -253,7 +253,7 @@ FAULTS = {
         lambda rows, x, label: Rows(x, label[1:]),
         r"faulty.npy: label must be integers of shape \(6,\), got int32 of shape \(5,\)",
     ),
-    "no labels": (lambda rows, x, label: Rows(x), "faulty.npy: label must be given exactly if labels is"),
+    "no labels": (lambda rows, x, label: Rows(x), "faulty.npy: label must be given if and only if labels is"),
 }
 
 

@@ -119,6 +119,6 @@ def test_fewer_than_one_copy_is_refused(copies):
 
 def test_mixture_of_images_is_refused():
     images = GaussianMixture(np.zeros((4, 1, 2, 2)), 0.5)
-    message = r"mixture must be one of vectors, with mean \(component, dim\), got \(4, 1, 2, 2\)"
+    message = r"mixture must be of vectors, with a mean of shape \(component, dim\), got \(4, 1, 2, 2\)"
     with pytest.raises(ValueError, match=message):
         StackedMixture(images, 2)

@@ -143,7 +143,7 @@ def test_a_truncated_file_is_refused_wherever_it_ends(tmp_path):
 def test_a_file_that_goes_on_is_refused(part, tmp_path):
     path = write_flax(tmp_path / "state", {"a": {"b": ARRAYS["matrix"]}})
     path.write_bytes(path.read_bytes() + b"xyz")
-    with pytest.raises(ValueError, match=f"{path}: {RULE}it goes on for 3 bytes behind its end"):
+    with pytest.raises(ValueError, match=f"{path}: {RULE}it has 3 more bytes after its end"):
         released.read_flax(path, part)
 
 

@@ -69,7 +69,7 @@ def test_a_name_that_only_ends_alike_is_no_set(tmp_path):
 
 def test_a_set_with_something_else_is_refused(tmp_path):
     path = saved(tmp_path / "file", {"ema": tensors(1.0) | {"decay": 0.999}})
-    with pytest.raises(ValueError, match=f"^{path}: must hold tensors alone beneath 'ema.', got others in decay$"):
+    with pytest.raises(ValueError, match=f"^{path}: must hold only tensors under 'ema.', got others in decay$"):
         released.read_state_dicts(path, ANCHOR)
 
 

@@ -193,13 +193,13 @@ def test_a_truncated_file_is_refused(length, tmp_path):
 def test_a_folder_with_pickled_weights_alone_is_refused(place, tmp_path):
     folder = write_folder(tmp_path / place)
     (folder / WEIGHTS).rename(folder / "diffusion_pytorch_model.bin")
-    message = f"must be a folder with {WEIGHTS}, got diffusion_pytorch_model.bin alone, which is pickled and not read"
+    message = f"must be a folder with {WEIGHTS}, got only diffusion_pytorch_model.bin, which is pickled and not read"
     with pytest.raises(ValueError, match=message):
         vae.load_autoencoder(tmp_path, TINY)
 
 
 def test_an_empty_folder_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=f"must be a folder with {WEIGHTS}, got neither it nor vae/ with it"):
+    with pytest.raises(ValueError, match=f"must be a folder with {WEIGHTS}, got no such file in it or in vae/"):
         vae.load_autoencoder(tmp_path, TINY)
 
 
