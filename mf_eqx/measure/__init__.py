@@ -1,11 +1,11 @@
-"""What a program costs.
+"""The cost of programs.
 
     compile_program     compile time, XLA's counts of operations and bytes, memory
     product_flops       operations of matrix products and convolutions, counted in the program as written
-    time_interleaved    times of several programs that can be compared
-    matmul_peak         what utilisation is measured against
+    time_interleaved    comparable times of several programs
+    matmul_peak         the rate of matrix products that utilisation is relative to
 
-Imported explicitly (`from mf_eqx import measure`).
+This module is imported explicitly (`from mf_eqx import measure`).
 """
 
 from ._program import (

@@ -1,4 +1,4 @@
-"""Compiled programs with what they cost: seconds to compile, memory, operations."""
+"""Compiled programs and their cost: seconds to compile, memory, operations."""
 
 import dataclasses
 import time
@@ -15,7 +15,7 @@ _Result = TypeVar("_Result")
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """What XLA says about a compiled program, and how long it took to get there.
+    """XLA's analysis of a compiled program, and the time that its compilation took.
 
     Bytes are those of one device. On XLA:CPU `flops` and `bytes_accessed` count the body of a loop once.
     """
@@ -23,28 +23,28 @@ class Cost:
     trace_seconds: float
     """From Python to a JAX program."""
     lower_seconds: float
-    """From there to StableHLO."""
+    """From the JAX program to StableHLO."""
     compile_seconds: float
-    """From there to machine code."""
+    """From StableHLO to machine code."""
     program_lines: int
     """Length of the StableHLO text."""
     argument_bytes: int
     output_bytes: int
     donated_bytes: int
-    """Arguments whose memory outputs reuse."""
+    """Arguments whose memory is reused for outputs."""
     temporary_bytes: int
-    """Memory for intermediate results. What a library's kernel for several products (XLA:CPU since JAX 0.12 has such)
-    holds between them is not counted."""
+    """Memory for intermediate results. Memory inside a library's kernel for several products (XLA:CPU has such kernels
+    since JAX 0.12) is not counted."""
     flops: float
     """Floating-point operations."""
     bytes_accessed: float
-    """Memory traffic, counted at the borders of fused loops."""
+    """Memory traffic, counted at the boundaries of fused loops."""
 
 
 class Program(Generic[_Result]):
-    """A function compiled for given shapes; call it with such inputs, as often as you like. `cost` says what it costs.
+    """A function compiled for given shapes by `compile_program`, with its `cost`.
 
-    Made by `compile_program`.
+    It can be called any number of times, with inputs of these shapes.
     """
 
     def __init__(self, executable: Any, cost: Cost, assemble: Callable[[Any], _Result]):
@@ -67,9 +67,10 @@ def compile_program(
 ) -> Program[_Result]:
     """Compile a function without running it.
 
-    **Arguments:** `function` of PyTrees, not jitted (a jitted one inside loses its donations; `donate` them here);
-    `inputs` whose leaves are arrays, or `jax.ShapeDtypeStruct`s in their place, so that nothing has to be allocated,
-    all else being constant; `donate` positions of inputs whose memory the outputs may reuse; `options` of XLA.
+    **Arguments:** `function` of PyTrees, not jitted (donations of a jitted function are lost: give them as `donate`);
+    `inputs` whose leaves are arrays, or `jax.ShapeDtypeStruct`s in place of arrays, so that nothing has to be allocated
+    (all other leaves are constants); `donate` the positions of inputs whose memory the outputs may reuse; `options` of
+    XLA.
     """
     dynamic, static = eqx.partition(inputs, _has_shape)
     constant = None
@@ -106,10 +107,11 @@ def compile_program(
 def product_flops(function: Callable[..., Any], *inputs: PyTree[Any]) -> int:
     """Floating-point operations of all matrix products and convolutions of a function, two per multiply-add.
 
-    Loops count as often as they turn, branches as the dearest of them (so a `TrainStep`, a loop over branches, counts
-    too much: count the gradient of its objective). Nothing is left out that a compiler would find to be unused.
+    The body of a loop is counted once per iteration; of several branches, the most expensive one is counted. (So the
+    count is too large for a `TrainStep`, a loop over branches: count the gradient of its objective.) Operations that a
+    compiler would remove as unused are counted, too.
 
-    **Arguments:** as of `compile_program`. **Raises:** `ValueError` for a loop without a fixed number of turns.
+    **Arguments:** as for `compile_program`. **Raises:** `ValueError` for a loop without a fixed number of iterations.
     """
     dynamic, static = eqx.partition(inputs, _has_shape)
 
@@ -140,7 +142,7 @@ def _flops_of_equation(equation: Any) -> int:
     if name == "scan":
         return parameters["length"] * sum(inner)
     if name == "while" and sum(inner):
-        raise ValueError("function must have loops of a fixed number of turns only, got a while loop with products")
+        raise ValueError("function must have a fixed number of iterations in all loops, got a while loop with products")
     return max(inner, default=0) if name == "cond" else sum(inner)
 
 

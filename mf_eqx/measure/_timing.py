@@ -1,7 +1,7 @@
-"""Times that can be compared: everything in one process, in rounds, in an order that changes.
+"""Comparable times of several programs: all run in one process, in rounds, in an order that changes.
 
-On a machine that others use too, or that slows down as it warms up, two runs one after the other compare the hours and
-not the programs. Here each round runs everything once, in a new random order; compare ratios.
+On a machine that is shared, or that slows down as it warms up, the times of two runs one after the other also depend on
+when they ran. Here each round runs every program once, in a new random order; compare ratios of times.
 """
 
 import dataclasses
@@ -19,33 +19,33 @@ from jaxtyping import Float
 
 @dataclasses.dataclass(frozen=True)
 class Times:
-    """Seconds of one thing, one entry per round."""
+    """Seconds of one program, one entry per round."""
 
     wall: Float[np.ndarray, " rounds"]
-    """By the clock, until the device is done."""
+    """Wall time until the device is done."""
     cpu: Float[np.ndarray, " rounds"]
-    """Of all threads of the process. On a CPU that others use too it says more than the clock; on an accelerator it
-    only says what the host does."""
+    """CPU time of all threads of the process. On a shared CPU it is more reliable than the wall time; with an
+    accelerator it is only the time of the host."""
 
     @property
     def median(self) -> float:
-        """Of `wall`."""
+        """The median of `wall`."""
         return float(np.median(self.wall))
 
     @property
     def least(self) -> float:
-        """Of `wall`."""
+        """The minimum of `wall`."""
         return float(np.min(self.wall))
 
     @property
     def spread(self) -> float:
-        """Distance of the quartiles of `wall`, relative to the median."""
+        """The interquartile range of `wall`, relative to the median."""
         low, high = np.quantile(self.wall, [0.25, 0.75])
         return float(high - low) / self.median
 
     @property
     def median_cpu(self) -> float:
-        """Of `cpu`."""
+        """The median of `cpu`."""
         return float(np.median(self.cpu))
 
 
@@ -58,11 +58,11 @@ def time_interleaved(
     report: Callable[[int, Mapping[str, float]], None] | None = None,
     done: int = 0,
 ) -> dict[str, Times]:
-    """Time several things in rounds, each round in a new random order.
+    """Time several programs in rounds, each round in a new random order.
 
-    **Arguments:** `calls` by name, each returning arrays to wait for; `rounds` to time; `warm_up` rounds before them,
-    not timed; `seed` of the order; `report` called after each with the number of calls so far, counting from
-    `done`, and the seconds.
+    **Arguments:** `calls` by name, each of which returns arrays to wait for; `rounds` the number of timed rounds;
+    `warm_up` the number of rounds before them, which are not timed; `seed` of the order; `report` a function that is
+    called after each call, with the number of calls so far, counting from `done`, and the seconds.
 
     **Raises:** `ValueError` unless rounds >= 1.
     """
@@ -70,12 +70,12 @@ def time_interleaved(
         raise ValueError(f"rounds must be >= 1, got {rounds}")
     generator, names = np.random.default_rng(seed), list(calls)
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
-    for turn in range(-warm_up, rounds):
+    for round_number in range(-warm_up, rounds):
         for name in generator.permutation(names):
             wall, cpu = time.perf_counter(), time.process_time()
             jax.block_until_ready(calls[name]())
             spent = (time.perf_counter() - wall, time.process_time() - cpu)
-            if turn >= 0:
+            if round_number >= 0:
                 seconds[name].append(spent)
             done += 1
             if report is not None:
@@ -84,11 +84,12 @@ def time_interleaved(
 
 
 def matmul_peak(dtype: DTypeLike, *, size: int | None = None, rounds: int = 15) -> float:
-    """The most floating-point operations per second that square matrix products reach here: what utilisation is
-    measured against. (float32 on recent NVIDIA GPUs is what `jax.default_matmul_precision` says, TF32 by default.)
+    """The largest number of floating-point operations per second that square matrix products reach on this machine: the
+    rate that utilisation is relative to. (On recent NVIDIA GPUs, `jax.default_matmul_precision` determines the
+    precision of float32 products, TF32 by default.)
 
     **Arguments:** `dtype` of the factors and the product; `size` of the matrices, by default 8192, and 2048 on a CPU;
-    `rounds` of which the fastest counts.
+    `rounds`, of which the fastest one counts.
     """
     size = size or (2048 if jax.default_backend() == "cpu" else 8192)
     a, b = jr.normal(jr.key(0), (2, size, size), jnp.float32).astype(dtype)

@@ -1,10 +1,11 @@
-r"""How well a sample fills a *known* distribution: held against its modes and its density, not against another sample.
+r"""Comparison of a sample with a *known* distribution: with its modes and its density, not with another sample.
 
-Both are one minus the mass that two distributions over finitely many places share,
+Both metrics come from the total variation of two distributions over finitely many places, one minus the mass that they
+share,
 
 $$\mathrm{TV}(p, q) = \tfrac12 \sum_i |p_i - q_i| = 1 - \sum_i \min(p_i, q_i),$$
 
-where the places are modes (`mode_coverage`, which reports the shared mass) or cells of a grid (`total_variation`).
+where the places are modes (`mode_coverage`, which returns the shared mass) or cells of a grid (`total_variation`).
 """
 
 import functools
@@ -35,12 +36,12 @@ def mode_coverage(
     $$\sum_k \min(\hat p_k, w_k),$$
 
     $\hat p_k$ being the share of the sample that lies within `radius` standard deviations of a component of mode k, and
-    nearer (in standard deviations) to it than to the other modes. 1 means that every mode has its mass; a lost mode
-    costs its weight, a point between the modes costs 1/n.
+    nearer (in standard deviations) to it than to the other modes. 1 means that every mode has its mass; a missing mode
+    lowers the result by its weight, a point between the modes by 1/n.
 
-    **Arguments:** `x` the sample; `mean`, `std`, `weight` of the components (as of `mf_eqx.exact.GaussianMixture`);
-    `label` which mode each belongs to, integers below the number of components (by default every component is a mode);
-    `radius` in standard deviations: of exact samples in two dimensions, 1.1% lie outside of 3.
+    **Arguments:** `x` the sample; `mean`, `std`, `weight` of the components (as in `mf_eqx.exact.GaussianMixture`);
+    `label` the mode of each component, integers below the number of components (by default every component is a mode);
+    `radius` in standard deviations: of exact samples in two dimensions, 1.1% lie outside a radius of 3.
 
     **Returns:** a number in [0, 1].
 
@@ -48,7 +49,7 @@ def mode_coverage(
     positive. Under `jax.jit` values are not known: there the result is NaN if one is not finite.
 
     **Reference:** modes and high-quality samples within three standard deviations as in VEEGAN, Srivastava, Valkov,
-    Russell, Gutmann and Sutton, 2017; there a mode counts from one sample on, here by its mass.
+    Russell, Gutmann and Sutton, 2017, where a mode counts as covered by a single sample; here its mass counts.
     """
     check_positive("radius", radius)
     components = len(mean)
@@ -80,9 +81,9 @@ def _mode_coverage(
         best = jnp.argmin(distance)
         return jnp.where(distance[best] <= radius, mode[best], components)
 
-    # A mode's number is below that of components; what is no mode's falls on the place behind the last.
-    found = jax.lax.map(nearest, x, batch_size=min(len(x), 1000))
-    share = jnp.bincount(found, length=components + 1)[:components] / len(x)
+    # Modes have numbers below `components`; points of no mode get the number `components`, which is cut off.
+    modes = jax.lax.map(nearest, x, batch_size=min(len(x), 1000))
+    share = jnp.bincount(modes, length=components + 1)[:components] / len(x)
     expected = jax.ops.segment_sum(weight / jnp.sum(weight), mode, components)
     return jnp.sum(jnp.minimum(share, expected))
 
@@ -100,10 +101,10 @@ def total_variation(
 
     $$\tfrac12 \sum_i |\hat p_i - p_i| + \tfrac12 |\hat p_{out} - p_{out}|,$$
 
-    the last term being the mass outside of the grid. Exact samples do not score zero: about
-    $\sqrt{2 / \pi n}\, \sum_i \sqrt{p_i} / 2$ of n, so give what an exact sample of the same size scores beside it.
+    where the last term is for the mass outside the grid. An exact sample of n points does not give zero, but about
+    $\sqrt{2 / \pi n}\, \sum_i \sqrt{p_i} / 2$, so report the result for an exact sample of the same size, too.
 
-    **Arguments:** `x` the sample; `log_density` of one point (as of `mf_eqx.exact.GaussianMixture`); `low`, `high` the
+    **Arguments:** `x` the sample; `log_density` of one point (as in `mf_eqx.exact.GaussianMixture`); `low`, `high` the
     corners of the grid, one number per dimension; `bins` along each dimension, so that there are bins^dim cells;
     `nodes` of the midpoint rule inside each cell along each dimension.
 

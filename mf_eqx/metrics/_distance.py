@@ -9,9 +9,9 @@ merged grid, exact for $n \ne m$ too. The grid depends on $n$ and $m$ alone and 
 sliced distance averages $W_2^2$ over random unit directions $\theta$ and takes the root at the end.
 
 The energy distance needs no direction and no optimal plan, only the mean distances between and within the samples. The
-maximum mean discrepancy is the same with a kernel in place of the distance, which chooses the scales that it sees.
+maximum mean discrepancy has a kernel in place of the distance, which determines the scales of the differences it shows.
 
-None is meant as a loss: the derivative of a root at zero makes their gradients NaN where points coincide.
+None of them is meant as a loss: the derivative of a root at zero makes their gradients NaN where points coincide.
 """
 
 import functools
@@ -32,7 +32,7 @@ _DIFFERENCES_PER_BLOCK = 2**20
 
 
 def check_samples(*, least: int = 1, **samples: Any) -> None:
-    """Raises a `ValueError` unless these are samples of at least `least` points in the same space."""
+    """Raises a `ValueError` unless these are samples of at least `least` points with the same number of dimensions."""
     for name, points in samples.items():
         shape = np.shape(points)
         if len(shape) != 2 or shape[0] < least or shape[1] < 1:
@@ -47,7 +47,7 @@ def check_samples(*, least: int = 1, **samples: Any) -> None:
 
 
 def nan_unless_finite(result: Float[Array, ""], *samples: Float[Array, "..."]) -> Float[Array, ""]:
-    """`result`, or NaN if the samples, whose values JAX traces, turn out not to be finite."""
+    """`result`; NaN if the samples are traced by JAX, and their values turn out not to be finite."""
     if all(known(points) is not None for points in samples):
         return result
     finite = [jnp.all(jnp.isfinite(points)) for points in samples]
@@ -68,14 +68,14 @@ def sliced_wasserstein(
     with $\theta_p$ uniform on the unit sphere. The result is the distance: the root of the mean, in the unit of the
     points. Its square is the mean squared $W_2$ (what other codes call the squared sliced distance), and only the
     square is unbiased in the number of directions. Moving a sample by a vector $\delta$ gives
-    $SW_2^2 \to |\delta|^2 / \text{dim}$, so values in different dimensions do not compare. In one dimension the result
-    is $W_2$ itself, whatever the directions.
+    $SW_2^2 \to |\delta|^2 / \text{dim}$, so values in different dimensions cannot be compared. In one dimension the
+    result is $W_2$ itself, whatever the directions.
 
     **Arguments:**
 
     - `a`, `b`: the samples, one point per row; the numbers of points may differ.
     - `projections`: the number $P$ of directions. Memory grows as $P$ (sample_a + sample_b).
-    - `key`: the key of the directions. Equal keys give equal directions, so compare models under one key.
+    - `key`: the key of the directions. Equal keys give equal directions, so compare models with one key.
 
     **Returns:** the distance, a scalar of at least float32.
 
@@ -167,9 +167,9 @@ def maximum_mean_discrepancy(
 def _checked(a, b) -> tuple[Float[Array, "sample_a dim"], Float[Array, "sample_b dim"]]:
     """Both samples in one precision, float32 or better."""
     check_samples(a=a, b=b)
-    with np.errstate(over="ignore"):  # such are refused
+    with np.errstate(over="ignore"):  # overflow to infinity is refused below
         a, b = jnp.asarray(a), jnp.asarray(b)
-    # Generated points may be bfloat16 and the truth float32; meeting here is meant, also under strict promotion.
+    # Generated points may be bfloat16 and the truth float32: they are promoted here, also under strict promotion.
     with jax.numpy_dtype_promotion("standard"):
         dtype = jnp.promote_types(jnp.promote_types(a.dtype, b.dtype), jnp.float32)
     a, b = a.astype(dtype), b.astype(dtype)
@@ -189,7 +189,7 @@ def _sliced_wasserstein(
     b: Float[Array | np.ndarray, "sample_b dim"],
     directions: Float[Array, "projection dim"],
 ) -> Float[Array, ""]:
-    # Accelerators round the factors of a default product to 10 bits or fewer, which would drown small distances.
+    # Accelerators round the factors of a default product to 10 bits or fewer, an error larger than small distances.
     a = jnp.matmul(directions, a.T, precision="highest")
     b = jnp.matmul(directions, b.T, precision="highest")
     return jnp.sqrt(jnp.mean(jax.vmap(_squared_wasserstein)(a, b)))
@@ -229,9 +229,9 @@ def _mean_of_pairs(
     a: Float[Array, "sample_a dim"],
     b: Float[Array, "sample_b dim"],
 ) -> Float[Array, ""]:
-    # Differences, not |a|^2 - 2 a.b + |b|^2: that cancels for close points, which decide a small distance.
-    def to_all(point: Float[Array, " dim"]) -> Float[Array, ""]:
+    # Differences, not |a|^2 - 2 a.b + |b|^2, which cancels for close points; these determine a small distance.
+    def mean_to_all(point: Float[Array, " dim"]) -> Float[Array, ""]:
         return jnp.mean(function(b - point))
 
     rows = min(a.shape[0], max(1, _DIFFERENCES_PER_BLOCK // b.size))
-    return jnp.mean(jax.lax.map(to_all, a, batch_size=rows))
+    return jnp.mean(jax.lax.map(mean_to_all, a, batch_size=rows))

@@ -1,10 +1,12 @@
-r"""Mean and covariance of features, gathered batch by batch in float64 on the host, and their files.
+r"""Mean and covariance of features, accumulated batch by batch in float64 on the host, and their files.
 
-Two sets of n and m features, with means $\mu$, $\nu$ and sums of centred products $S$, $T$, make one of n + m with
+Two sets of n and m features, with means $\mu$, $\nu$ and sums of centred products $S$, $T$, together are a set of n + m
+features, whose mean and sum of centred products are
 
 $$\mu + \frac{m}{n + m} \delta, \qquad S + T + \frac{n m}{n + m}\, \delta \delta^T, \qquad \delta = \nu - \mu.$$
 
-Nothing is squared before it is centred: sums of squares would lose what is left of them when the mean is taken off.
+Features are centred before they are squared: if the squared mean were subtracted from sums of squares, most digits of
+the difference could be lost.
 
     total = functools.reduce(operator.add, map(RunningMoments.of, batches))
     save_moments("cifar10.npz", total.moments(protocol="CIFAR-train"))
@@ -31,15 +33,16 @@ _LARGEST_ARRAY = 1 << 30
 """Bytes; a covariance of 2,048 features has 32 million."""
 _UNREADABLE = (ValueError, EOFError, KeyError, NotImplementedError, MemoryError, zipfile.BadZipFile, zlib.error)
 _ENCRYPTED = 1
-"""The bit among the flags of a member of an archive."""
+"""The flag bit of an encrypted member of an archive."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class FeatureMoments:
     """Mean and covariance of features, all that a Fréchet distance needs.
 
-    **Arguments:** `mean`; `cov` unbiased; `count` of the features; `protocol`, the name of that by which images became
-    features; `weights` of the network, their digest. The last three are None where a file does not tell.
+    **Arguments:** `mean`; `cov` unbiased; `count` of the features; `protocol` the name of the protocol by which
+    features were computed from images; `weights` the digest of the network's weights. The last three are None if a file
+    does not contain them.
     """
 
     mean: Float[np.ndarray, " features"]
@@ -51,7 +54,7 @@ class FeatureMoments:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class RunningMoments:
-    """Moments of the features so far; those of two sets are added with `+`, in any order.
+    """Moments of the features so far; the moments of two sets are combined by `+`, in any order.
 
     **Arguments:** `count` of features; `mean`; `scatter` the sum of centred products, float64.
     """
@@ -62,7 +65,7 @@ class RunningMoments:
 
     @classmethod
     def of(cls, features: Float[Array | np.ndarray, "rows features"]) -> "RunningMoments":
-        """Those of one batch.
+        """The moments of one batch.
 
         **Raises:** `ValueError` if it has no row or values that are not finite.
         """
@@ -82,9 +85,9 @@ class RunningMoments:
         return RunningMoments(count, self.mean + delta * (other.count / count), scatter)
 
     def moments(self, protocol: str | None = None, weights: str | None = None) -> FeatureMoments:
-        """What they come to.
+        """Mean and unbiased covariance of the features so far.
 
-        **Raises:** `ValueError` below two features, of which there is no covariance.
+        **Raises:** `ValueError` for fewer than two features, which have no covariance.
         """
         if self.count < 2:
             raise ValueError(f"count of features must be at least 2 for a covariance, got {self.count}")
@@ -92,9 +95,10 @@ class RunningMoments:
 
 
 def save_moments(path: str | Path, moments: FeatureMoments) -> None:
-    """Write moments as .npz: `mu`, `sigma`, and as far as known `count`, `protocol`, `weights`. Whole or not at all.
+    """Write moments as .npz: `mu`, `sigma` and, if known, `count`, `protocol`, `weights`. The file is written
+    completely or not at all.
 
-    **Raises:** `ValueError` if a moment is not finite, which no reader would take; `OSError` if it cannot be written.
+    **Raises:** `ValueError` if a moment is not finite, which readers would refuse; `OSError` if it cannot be written.
     """
     for name, value in (("mean", moments.mean), ("cov", moments.cov)):
         check_finite(name, value)
@@ -106,24 +110,26 @@ def save_moments(path: str | Path, moments: FeatureMoments) -> None:
 
 def load_moments(path: str | Path) -> FeatureMoments:
     """Moments in an .npz file: `mu` and `sigma`, as most programs name them (also in ADM's reference batches), or
-    `ref_mu` and `ref_sigma`. Whatever else it holds is not read.
+    `ref_mu` and `ref_sigma`. Other arrays in the file are not read.
 
     **Raises:** `OSError` if it cannot be read; `ValueError` that names the file if it is no .npz file or damaged, if an
     array is missing, given twice with different values, pickled, of a wrong shape or not finite.
     """
     names = (*_MEAN, *_COVARIANCE, "count", "protocol", "weights")
-    held = _read(path, names)
-    mean, cov = (_either(path, held, pair) for pair in (_MEAN, _COVARIANCE))
+    arrays = _read(path, names)
+    mean, cov = (_either(path, arrays, pair) for pair in (_MEAN, _COVARIANCE))
     if mean.ndim != 1 or mean.size == 0 or cov.shape != 2 * mean.shape:
         raise ValueError(f"{path}: must hold a mean (dim,) and a covariance (dim, dim), got {mean.shape}, {cov.shape}")
-    count = _single(path, held, "count", "iu")
+    count = _single(path, arrays, "count", "iu")
     if count is not None and count < 2:
         raise ValueError(f"{path}: count must be at least 2, got {count}")
-    return FeatureMoments(mean, cov, count, _single(path, held, "protocol", "U"), _single(path, held, "weights", "U"))
+    return FeatureMoments(
+        mean, cov, count, _single(path, arrays, "protocol", "U"), _single(path, arrays, "weights", "U")
+    )
 
 
 def _read(path: str | Path, names: tuple[str, ...]) -> dict[str, Shaped[np.ndarray, "..."]]:
-    """The arrays of these names that an .npz file holds."""
+    """The arrays with these names in an .npz file, as far as they exist."""
     with open_regular(path) as raw:
         try:
             file = np.load(raw, allow_pickle=False)
@@ -138,7 +144,7 @@ def _read(path: str | Path, names: tuple[str, ...]) -> dict[str, Shaped[np.ndarr
 
 
 def _check_members(members: list[zipfile.ZipInfo]) -> None:
-    """Refuses what could unpack to any size, or not at all."""
+    """Refuses members that could unpack to any size, or that cannot be unpacked."""
     for info in members:
         if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) or info.flag_bits & _ENCRYPTED:
             raise ValueError(f"{info.filename} must be stored or deflated, and not encrypted")
@@ -146,25 +152,25 @@ def _check_members(members: list[zipfile.ZipInfo]) -> None:
             raise ValueError(f"{info.filename} must have at most {_LARGEST_ARRAY:,} bytes, got {info.file_size:,}")
 
 
-def _either(path: str | Path, held: Mapping[str, Any], names: tuple[str, str]) -> Float[np.ndarray, "..."]:
+def _either(path: str | Path, arrays: Mapping[str, Any], names: tuple[str, str]) -> Float[np.ndarray, "..."]:
     """The array that has one of two names, in float64."""
-    found = [name for name in names if name in held]
-    if not found:
+    present = [name for name in names if name in arrays]
+    if not present:
         raise ValueError(f"{path}: must hold {names[0]} or {names[1]}, got neither")
-    for name in found:
-        if held[name].dtype.kind != "f":
-            raise ValueError(f"{path}: {name} must be floating point, got {held[name].dtype}")
-        check_finite(f"{path}: {name}", held[name])
-    if len(found) == 2 and not np.array_equal(held[names[0]], held[names[1]]):
+    for name in present:
+        if arrays[name].dtype.kind != "f":
+            raise ValueError(f"{path}: {name} must be floating point, got {arrays[name].dtype}")
+        check_finite(f"{path}: {name}", arrays[name])
+    if len(present) == 2 and not np.array_equal(arrays[names[0]], arrays[names[1]]):
         raise ValueError(f"{path}: {names[0]} and {names[1]} must be equal if both are there, but they differ")
-    return held[found[0]].astype(np.float64)
+    return arrays[present[0]].astype(np.float64)
 
 
-def _single(path: str | Path, held: Mapping[str, Any], name: str, kinds: str) -> Any:
+def _single(path: str | Path, arrays: Mapping[str, Any], name: str, kinds: str) -> Any:
     """A number or a text beside the moments, or None."""
-    if name not in held:
+    if name not in arrays:
         return None
-    value = held[name]
+    value = arrays[name]
     if value.shape != () or value.dtype.kind not in kinds:
         raise ValueError(f"{path}: {name} must be a single {'text' if kinds == 'U' else 'integer'}, got {value!r}")
     return value.item()

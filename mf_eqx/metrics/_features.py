@@ -1,11 +1,12 @@
-"""From images to features: batches stream through the network, and what comes out is counted, checked and kept.
+"""Features of images: batches are streamed through the network, and their features are counted, checked and collected.
 
     extractor = FeatureExtractor(load_inception("inception.safetensors"), ADM)
     samples = collect_features(extractor, batches, count=50_000)      # 600 MB on the host; or, moments alone:
     moments = stream_moments(extractor, batches, count=50_000)
 
-A batch is whatever the caller makes of it: spread over devices or not, with a last one that is padded (rows beyond
-`count` are cut off). Equal batches compile once. On several devices put the extractor on all of them as well.
+The caller makes the batches: they may be distributed over devices, and the last one may be padded (rows beyond `count`
+are cut off). The network is compiled once if all batches have one shape. With several devices, place the extractor on
+all of them, too.
 """
 
 import functools
@@ -27,9 +28,9 @@ from ._protocol import Protocol
 
 
 class FeatureExtractor(eqx.Module):
-    """A network of features behind a protocol.
+    """A protocol, and the network that computes features from the protocol's outputs.
 
-    **Arguments:** `network` from (rows, 3, 299, 299) to `Features`: an `Inception`, or another; `protocol`.
+    **Arguments:** `network` from (rows, 3, 299, 299) to `Features`: an `Inception`, or another one; `protocol`.
     """
 
     network: Callable[[Float[Array, "rows 3 299 299"]], Features]
@@ -39,18 +40,18 @@ class FeatureExtractor(eqx.Module):
     def __call__(
         self, x: Float[Array, "rows 3 height width"] | UInt8[Array, "rows 3 height width"]
     ) -> tuple[Features, Bool[Array, " rows"]]:
-        """Features of samples in [-1, 1] or of uint8 pixels, and which rows were finite before they became pixels."""
+        """Features of samples in [-1, 1] or of uint8 pixels, and which rows of `x` were finite."""
         return self.network(self.protocol(x)), jnp.isfinite(x.astype(jnp.float32)).all(axis=(1, 2, 3))
 
     def digest(self) -> str:
-        """A sha256 of the network's arrays, which tells apart the weights that numbers were made with."""
+        """A sha256 of the network's arrays, which identifies the weights that results were computed with."""
         return digest(dict(sorted(leaves(self.network).items())))
 
 
 class SampleFeatures(NamedTuple):
-    """Features of a set of images, as `sample_quality` wants them.
+    """Features of a set of images, as `sample_quality` requires them.
 
-    **Arguments:** `pooled`, `logits` one row for each image, in the order in which they came; `moments` of `pooled`.
+    **Arguments:** `pooled`, `logits` one row for each image, in the order of the images; `moments` of `pooled`.
     """
 
     pooled: Float[np.ndarray, "rows features"]
@@ -58,10 +59,10 @@ class SampleFeatures(NamedTuple):
     moments: FeatureMoments
 
 
-_ROWS = 4096
-"""Features whose moments are taken at once."""
+_ROWS_PER_PIECE = 4096
+"""The number of features whose moments are computed at once."""
 
-# Nameless axes: batches may differ in their number of rows.
+# Axes without names: batches may differ in their number of rows.
 _Batch = Float[Array | np.ndarray, "_ 3 _ _"] | UInt8[Array | np.ndarray, "_ 3 _ _"]
 
 
@@ -71,15 +72,15 @@ def collect_features(
     """Features of the images in `batches`, kept on the host: 12 kB for each image.
 
     **Arguments:** `extractor`; `batches` of images (rows, 3, height, width), samples in [-1, 1] or uint8 pixels;
-    `count` of images after which to stop, in the middle of a batch if need be, at least 2, or None for all. That
-    samples lie in [-1, 1] is not checked, since those of a network need not: what lies outside is clipped.
+    `count` the number of images after which to stop, also in the middle of a batch, at least 2, or None for all.
+    Samples need not lie in [-1, 1], since those of a network may lie outside: they are clipped.
 
-    **Raises:** `ValueError` if a value of a sample is not finite (a NaN would become a black pixel), if batches are no
-    such images, if they end before `count`, or if `count` is no integer >= 2.
+    **Raises:** `ValueError` if a value of a sample is not finite (a NaN would become a black pixel), if a batch does
+    not contain such images, if batches end before `count`, or if `count` is not an integer >= 2.
     """
     features = [*_stream(extractor, batches, count)]
     pooled, logits = (np.concatenate(parts) for parts in zip(*features, strict=True))
-    pieces = np.array_split(pooled, range(_ROWS, len(pooled), _ROWS))  # fewer and larger products than of batches
+    pieces = np.array_split(pooled, range(_ROWS_PER_PIECE, len(pooled), _ROWS_PER_PIECE))  # few, large products
     total = functools.reduce(operator.add, map(RunningMoments.of, pieces))
     return SampleFeatures(pooled, logits, total.moments(extractor.protocol.name, extractor.digest()))
 
@@ -89,7 +90,7 @@ def stream_moments(
 ) -> FeatureMoments:
     """Mean and covariance of the features of images, which are not kept: for a reference, or a FID alone.
 
-    **Arguments, Raises:** as `collect_features`.
+    **Arguments, Raises:** as for `collect_features`.
     """
     parts = (RunningMoments.of(part.pooled) for part in _stream(extractor, batches, count))
     total = functools.reduce(operator.add, parts)
@@ -98,7 +99,7 @@ def stream_moments(
 
 def _stream(extractor: FeatureExtractor, batches: Iterable[_Batch], count: Count | None) -> Iterator[Features]:
     """Features on the host, batch by batch, `count` rows in all."""
-    count = None if count is None else as_count("count", count, 2)  # of fewer there is no covariance
+    count = None if count is None else as_count("count", count, 2)  # fewer have no covariance
     done = 0
     for x in batches:
         _check_images(x)

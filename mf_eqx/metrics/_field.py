@@ -1,18 +1,19 @@
-r"""Metrics of fields: how far a field is from the truth, and how far from being an average velocity at all.
+r"""Metrics of fields: how far a field is from the truth, and how far it is from being an average velocity at all.
 
 Against a known average velocity $u^*$ (a field of `mf_eqx.exact`) the error is
 
 $$\frac{E |u - u^*|^2}{E |u^*|^2},$$
 
-with states $z_t$ of the true marginal (`draw_states`). Its parts add up over rows, so it also exists by cells of (r,
-t): a field can be right near r = t, where Flow Matching teaches it, and wrong at (0, 1), where one-step sampling reads
-it.
+with states $z_t$ of the true marginal (`draw_states`). Numerator and denominator are sums over rows, so the error can
+also be computed in cells of (r, t): a field can be right near r = t, where Flow Matching trains it, and wrong at
+(0, 1), where one-step sampling evaluates it.
 
-Without a known truth there are still the equations that every average velocity satisfies. Their residuals, relative to
-the size of the velocity, say how consistent a field is with itself, though not with the data.
+If the truth is not known, the equations that every average velocity satisfies can still be tested. Their residuals,
+relative to the size of the velocity, measure how consistent a field is with itself, but not with the data.
 
-All functions take rows (a leading batch axis), compile themselves, and evaluate fields without dropout. A value that
-is not finite, handed in or computed by a field, leaves no finite result: a field that diverged is a line of a table.
+All functions take rows (a leading batch axis), are jitted, and evaluate fields without dropout. If a value is not
+finite, whether it is an argument or computed by a field, the result is not finite, and no error is raised: a field that
+diverged is a line of a table.
 """
 
 from collections.abc import Callable, Sequence
@@ -35,7 +36,7 @@ from .._validate import quotient
 
 
 class RelativeError(eqx.Module):
-    """A relative error as sums over rows, so that those of several sets of rows add up.
+    """A relative error as sums over rows, so that the errors of several sets of rows can be added.
 
     **Arguments:** `error` sum of |u - u*|²; `truth` sum of |u*|²; `count` of rows.
     """
@@ -54,10 +55,10 @@ class RelativeError(eqx.Module):
 
 
 class FieldErrors(eqx.Module):
-    """What a table says about a field.
+    """The relative errors of a field, for a table.
 
-    **Arguments:** `overall` over the drawn pairs (r, t); `diagonal` at (t, t), what Flow Matching learns; `one_step` at
-    (0, 1), what one-step sampling reads; `cells` like `overall`, by cells of r and t.
+    **Arguments:** `overall` over the drawn pairs (r, t); `diagonal` at (t, t), which Flow Matching learns; `one_step`
+    at (0, 1), which one-step sampling evaluates; `cells` like `overall`, in cells of r and t.
     """
 
     overall: RelativeError
@@ -80,7 +81,7 @@ class KnownRows(eqx.Module):
 
 
 class FieldTruth(eqx.Module):
-    """The truth wherever `FieldErrors` wants it.
+    """The truth at all rows that `FieldErrors` requires.
 
     **Arguments:** `overall` at the drawn pairs (r, t); `diagonal` at (t, t), the marginal velocity; `one_step` at (0,
     1).
@@ -105,7 +106,7 @@ def draw_states(
 
     **Arguments:** `sample` draws one example of the data: `sample(key=...)`, and with conditions `sample(key=...,
     condition=...)`, such as `GaussianMixture(...).sample` of `mf_eqx.exact`; `interpolant` the path; `time_pairs` the
-    distribution of (r, t); `rows` how many; `condition` one for each row, or None; `key`.
+    distribution of (r, t); `rows` their number; `condition` one for each row, or None; `key`.
 
     **Returns:** `(z, r, t)`, each with a leading axis of `rows`, in the dtype of the data.
 
@@ -157,11 +158,11 @@ def relative_error_by_cell(
 ) -> RelativeError:
     """The relative error of a field in each cell of a grid over (r, t).
 
-    **Arguments:** as of `relative_error`; `edges` of the cells along either axis, strictly increasing. A cell holds its
-    lower edge, the last one its upper edge too; rows outside all cells do not count.
+    **Arguments:** as for `relative_error`; `edges` of the cells along either axis, strictly increasing. A cell contains
+    its lower edge, and the last cell its upper edge, too; rows outside all cells are not counted.
 
-    **Returns:** a `RelativeError` of shape (cells of r, cells of t). Cells with r > t hold no row, hence NaN as value.
-    A value that is not finite makes its own cell NaN, and all of them if it is a time.
+    **Returns:** a `RelativeError` of shape (cells of r, cells of t). Cells with r > t contain no rows; their value is
+    NaN. A value that is not finite makes its own cell NaN; a time that is not finite makes all cells NaN.
 
     **Raises:** `ValueError` if `edges` are fewer than two or not strictly increasing.
     """
@@ -173,12 +174,12 @@ def relative_error_by_cell(
     index = jnp.where((row < cells) & (column < cells), cells * row + column, cells**2)
 
     def total(values: Shaped[Array, " rows"]) -> Shaped[Array, "cells cells"]:
-        # Not a product with one-hot rows: a value that is not finite must spoil its own cell only.
+        # Not a product with one-hot rows: a value that is not finite must change its own cell only.
         return jax.ops.segment_sum(values, index, cells**2).reshape(cells, cells)
 
     error, size = _squares(field, truth, z, r, t, condition)
-    timed = jnp.all(jnp.isfinite(r) & jnp.isfinite(t))  # others would count as outside all cells
-    return RelativeError(jnp.where(timed, total(error), jnp.nan), total(size), total(jnp.ones_like(index, jnp.int32)))
+    finite = jnp.all(jnp.isfinite(r) & jnp.isfinite(t))  # other times would count as outside all cells
+    return RelativeError(jnp.where(finite, total(error), jnp.nan), total(size), total(jnp.ones_like(index, jnp.int32)))
 
 
 @eqx.filter_jit
@@ -194,10 +195,11 @@ def field_truth(
 ) -> FieldTruth:
     """The truth at rows drawn here, evaluated once for any number of fields to compare with it.
 
-    **Arguments:** `truth` the average velocity $u^*$; `sample`, `interpolant`, `time_pairs`, `rows`, `condition` as of
+    **Arguments:** `truth` the average velocity $u^*$; `sample`, `interpolant`, `time_pairs`, `rows`, `condition` as for
     `draw_states`; `key`.
 
-    **Returns:** a `FieldTruth`. The diagonal has the drawn states and t; (0, 1) has fresh noise, as many rows of it.
+    **Returns:** a `FieldTruth`. `diagonal` has the drawn states and t; `one_step` has the same number of rows of fresh
+    noise.
     """
     states_key, noise_key = jr.split(key)
     z, r, t = draw_states(sample, interpolant, time_pairs, rows, condition, key=states_key)
@@ -215,9 +217,9 @@ def field_truth(
 def field_errors(
     field: AbstractField, truth: FieldTruth, *, edges: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0)
 ) -> FieldErrors:
-    """The relative errors of a field that one wants in a table.
+    """The relative errors of a field: overall, at r = t, at (0, 1), and in cells.
 
-    **Arguments:** `field`; `truth` from `field_truth`; `edges` as of `relative_error_by_cell`.
+    **Arguments:** `field`; `truth` from `field_truth`; `edges` as for `relative_error_by_cell`.
     """
 
     def error(rows: KnownRows) -> RelativeError:
@@ -248,15 +250,16 @@ def relative_identity_residual(
 
     $$\Big( \frac{\sum_i |\mathrm{residual}_i|^2}{\sum_i |v_i|^2} \Big)^{1/2},$$
 
-    the sums being over rows and dimensions. The truth has none if `v` is the *marginal* velocity; with a conditional
-    one the residual of an identity that contains v is its noise.
+    with sums over rows and dimensions. The truth has the residual 0 if `v` is the *marginal* velocity; with a
+    conditional velocity, the residual of an identity that contains v is the noise of that velocity.
 
     **Arguments:** `identity`; `field`; `z` states at `t`; `v` their velocities; `r <= t`; `condition` one for each row,
-    or None; `context` for identities that want one; `key` for those that draw (`SplitMeanFlow`), else None.
+    or None; `context` for identities that require one; `key` for those that draw random numbers
+    (`SplitMeanFlow`), else None.
 
     **Returns:** the ratio, 0 for an average velocity.
 
-    **Raises:** `ValueError` for methods that want more than z and v: the pair of x and noise, a group of rows, or a
+    **Raises:** `ValueError` for methods that require more than z and v: the pair of x and noise, a group of rows, or a
     velocity head.
     """
     facts = identity.facts
@@ -280,8 +283,8 @@ def relative_semigroup_residual(
     $$\Big( \frac{\sum_i |u(z_i, r_i, t_i) - (1 - \lambda_i)\, u(z_{s_i}, r_i, s_i) - \lambda_i\, u(z_i, s_i, t_i)|^2}
     {\sum_i |u(z_i, r_i, t_i)|^2} \Big)^{1/2}$$
 
-    Needs no velocity and no truth: it says whether n steps land where one step lands. A field that is zero on all rows
-    has none (NaN).
+    It needs no velocity and no truth: it measures whether n steps lead to the same state as one step. It is NaN if the
+    field is zero in all rows.
 
     **Arguments:** `field`; `z` states at `t`; `r <= t`; `condition` one for each row, or None; `split` the share
     $\lambda$ of the interval above s, one for all rows or one for each; 1/2 compares one step with two equal ones.
@@ -342,10 +345,10 @@ def _cell(times: Float[Array, " rows"], bounds: Float[np.ndarray, " edges"]) -> 
 def _identity_residuals(
     identity: AbstractIdentity, field: AbstractField, rows: Any, context: Context | None, key: Key[Array, ""] | None
 ) -> Float[Array, "rows *data"]:
-    quiet, keys = _WithoutDropout(field), None if key is None else jr.split(key, len(rows[0]))
+    without_dropout, keys = _WithoutDropout(field), None if key is None else jr.split(key, len(rows[0]))
 
     def residual(row, key):
-        return identity.residual(quiet, Row(*row, key=key, context=context))
+        return identity.residual(without_dropout, Row(*row, key=key, context=context))
 
     return jax.vmap(residual)(rows, keys)
 
@@ -354,7 +357,7 @@ def _identity_residuals(
 def _semigroup_residuals(
     field: AbstractField, rows: Any
 ) -> tuple[Float[Array, "rows *data"], Float[Array, "rows *data"]]:
-    """Residuals, and the field itself."""
+    """The residuals, and the values of the field."""
     z, r, t, _, condition = rows
     residuals = jax.vmap(lambda row: semigroup_residual(field, *row))(rows)
     return residuals, jax.vmap(field)(z, r, t, condition)
@@ -363,7 +366,7 @@ def _semigroup_residuals(
 def _root_ratio(
     residual: Float[Array, "rows *data"], size: Float[Array, "rows *data"]
 ) -> Float[Array | np.ndarray, ""]:
-    """NaN where both are zero."""
+    """The root of the ratio of the sums of squares; NaN if both are zero."""
     squares = (jnp.sum(at_least_float32(jnp.asarray(values)) ** 2) for values in (residual, size))
     ratio = quotient(*squares)
     return jnp.sqrt(ratio) if isinstance(ratio, jax.Array) else np.asarray(np.sqrt(ratio))

@@ -2,12 +2,13 @@ r"""Fréchet distance of two samples of features: the squared Wasserstein-2 dist
 
 $$d^2 = |\mu_a - \mu_b|^2 + \operatorname{Tr}\big(C_a + C_b - 2 (C_a C_b)^{1/2}\big).$$
 
-The eigenvalues of the product $C_a C_b$ have as their roots the singular values of $F_a^T F_b$, for any factors
-$C = F F^T$. So the trace of the root is a sum of singular values: no root of a general matrix, which turns complex or
-fails when a covariance is singular, as it is with fewer points than features; and no root of an eigenvalue that should
-be zero and came out near 1e-16, which would be 1e-8.
+For any factors $C = F F^T$, the roots of the eigenvalues of the product $C_a C_b$ are the singular values of
+$F_a^T F_b$. So the trace of the root is a sum of singular values. This avoids the root of a general matrix, which
+becomes complex or fails if a covariance is singular, as with fewer points than features. It also avoids the root of an
+eigenvalue that should be zero but is computed as about 1e-16, since that root would be 1e-8.
 
-All of it runs in float64 on the host: features come in thousands, and the trace is a difference of large terms.
+Everything is computed in float64 on the host: there are thousands of features, and the trace is a difference of large
+terms.
 """
 
 import numpy as np
@@ -16,7 +17,7 @@ from jaxtyping import Array, Float
 from .._validate import check_finite
 from ._distance import check_samples
 
-# Asymmetry and negative eigenvalues, relative to the largest, that still count as rounding. Float64 alone would allow
+# Asymmetry and negative eigenvalues, relative to the largest, that are accepted as rounding. Float64 alone would allow
 # 1e-12, but published moments are often stored in float32.
 _ROUNDING = 1e-5
 
@@ -35,7 +36,7 @@ def frechet_distance(
 
     - `a`, `b`: the features, one point per row; the numbers of points may differ, and may be below dim.
 
-    **Returns:** $d^2$. Rounding may leave a zero slightly negative; see `frechet_distance_of_moments`.
+    **Returns:** $d^2$. Rounding may make a zero slightly negative; see `frechet_distance_of_moments`.
 
     **Raises:** `ValueError` if `a` or `b` is not (sample, dim) with at least two points, if their dims differ, or if a
     value is not finite.
@@ -64,8 +65,8 @@ def frechet_distance_of_moments(
     - `cov_a`, `cov_b`: the covariances $C_a$, $C_b$: symmetric and positive semi-definite, singular ones included.
 
     **Returns:** $d^2$. Its rounding error is near 1e-13 of the traces, also for singular covariances. An eigenvalue
-    below dim times 2e-16 of the largest counts as zero, because rounding alone makes such: where it is real, this may
-    cost up to 1e-6 of the largest for each.
+    below dim times 2e-16 of the largest is treated as zero, because rounding alone produces such values. If it is not
+    due to rounding, the error may be up to 1e-6 of the largest eigenvalue for each.
 
     **Raises:** `ValueError` if a mean is not a vector, if a covariance does not fit its mean or has non-finite values,
     asymmetry or negative eigenvalues beyond rounding, or if the dims of `a` and `b` differ.
@@ -98,7 +99,7 @@ def _check_moments(name: str, mean, cov) -> tuple[Float[np.ndarray, " dim"], Flo
         check_finite(f"`{argument}`", value)
     asymmetry = np.abs(cov - cov.T).max()
     if asymmetry > _ROUNDING * np.abs(cov).max():
-        raise ValueError(f"`cov_{name}` must be symmetric, got entries that differ by {asymmetry} from their mirror.")
+        raise ValueError(f"`cov_{name}` must be symmetric, got entries that differ by {asymmetry} from the transpose.")
     return mean, cov
 
 
@@ -108,10 +109,10 @@ def _trace_of_root(cov_a: Float[np.ndarray, "dim dim"], cov_b: Float[np.ndarray,
 
 
 def _factor(name: str, cov: Float[np.ndarray, "dim dim"]) -> Float[np.ndarray, "dim rank"]:
-    """F with F F^T = C, one column for each eigenvalue that is more than rounding of a zero."""
+    """F with F F^T = C, one column for each eigenvalue that is larger than the rounding error of a zero."""
     values, vectors = np.linalg.eigh(cov)
     largest = np.abs(values).max()
     if values.min() < -_ROUNDING * largest:
         raise ValueError(f"`{name}` must be positive semi-definite, got the eigenvalue {values.min()}.")
-    kept = values > len(cov) * np.finfo(np.float64).eps * largest
-    return vectors[:, kept] * np.sqrt(values[kept])
+    positive = values > len(cov) * np.finfo(np.float64).eps * largest
+    return vectors[:, positive] * np.sqrt(values[positive])

@@ -1,18 +1,19 @@
 r"""The Inception-v3 of the FID literature: the TensorFlow graph of 2015-12-05, not the network of torchvision.
 
 It has the shape of Inception-v3 with three differences that change every number: average pooling inside the blocks
-divides by the pixels that are there, not by nine; the last block pools by the maximum; and there are 1008 classes.
+divides by the number of pixels inside the image, not by nine; the last block pools by the maximum; and there are 1008
+classes.
 Batch normalisation uses stored moments,
 
 $$y = \gamma\, \frac{x - \mu}{\sqrt{\sigma^2 + 10^{-3}}} + \beta,$$
 
-which is kept here as a scale and a shift for each channel.
+which is stored here as a scale and a shift for each channel.
 
     convert_inception("pt_inception-2015-12-05-6726825d.pth", "inception.safetensors")      once; needs torch
     inception = load_inception("inception.safetensors")
 
-The network is a table: chains of convolutions and pools, and forks whose branches are concatenated. Each convolution
-knows the name that the torch ports give it, so the table is also the way in for their weights.
+The network is defined by a table: chains of convolutions and pools, and forks whose branches are concatenated. Each
+convolution stores its name in the PyTorch ports, so the same table also serves to load their weights.
 
 It is batched, (rows, 3, 299, 299), and nothing here is trained. Products run in float32 on every device ("highest"):
 an accelerator's default would round their factors to 10 bits or fewer.
@@ -43,9 +44,9 @@ _NORM = ("weight", "bias", "running_mean", "running_var")
 
 
 class Features(NamedTuple):
-    """What a network says of images.
+    """The outputs of a network for images.
 
-    **Arguments:** `pooled` features, of which distances are taken; `logits` of classes, for the Inception Score.
+    **Arguments:** `pooled` features, from which distances are computed; `logits` of classes, for the Inception Score.
     """
 
     pooled: Float[Array | np.ndarray, "rows features"]
@@ -53,7 +54,7 @@ class Features(NamedTuple):
 
 
 class _Convolution(eqx.Module):
-    """A convolution without bias, normalised, and its positive part."""
+    """A convolution without bias, followed by normalisation and ReLU."""
 
     weight: Float[Array, "out in height width"]
     scale: Float[Array, " out"]
@@ -80,7 +81,7 @@ class _MaxPool(eqx.Module):
 
 
 class _AveragePool(eqx.Module):
-    """The mean of each 3 x 3 window over the pixels in it that are the image's: TensorFlow's, where torchvision counts
+    """The mean over those pixels of each 3 x 3 window that lie inside the image, as in TensorFlow; torchvision counts
     padding as zeros."""
 
     def __call__(self, x: Float[Array, "rows size height width"]) -> Float[Array, "rows size height width"]:
@@ -89,7 +90,7 @@ class _AveragePool(eqx.Module):
 
 
 def _window_counts(size: int) -> Float[np.ndarray, " size"]:
-    """How many of the three pixels around each lie inside."""
+    """The number of pixels inside the image in the window of three around each pixel."""
     return np.convolve(np.ones(size, np.float32), np.ones(3, np.float32), "same")[:size]
 
 
@@ -103,7 +104,7 @@ class _Chain(eqx.Module):
 
 
 class _Fork(eqx.Module):
-    """Branches that see the same image, their channels concatenated."""
+    """Branches that are applied to the same input, with their channels concatenated."""
 
     branches: tuple[eqx.Module, ...]
 
@@ -113,12 +114,12 @@ class _Fork(eqx.Module):
 
 class Inception(eqx.Module):
     """Inception-v3 of the FID literature, evaluated on float32 of shape (rows, 3, 299, 299) with values
-    (pixel - 128) / 128, as a `Protocol` makes it of images.
+    (pixel - 128) / 128, as a `Protocol` computes them from images.
 
-    Gives 2048 features, the mean over the last 8 x 8 places, and 1008 logits *without* the bias of the last layer, as
-    the Inception Score has used them since its first code (torch-fidelity calls them `logits_unbiased`).
+    It returns 2048 features, the mean over the last 8 x 8 positions, and 1008 logits *without* the bias of the last
+    layer, as in the original code of the Inception Score (torch-fidelity calls them `logits_unbiased`).
 
-    **Arguments:** `key` of random weights, for rehearsals and speed. Real ones come from `load_inception`.
+    **Arguments:** `key` of random weights, for rehearsals and measurements of speed. `load_inception` loads real ones.
 
     **Raises:** `ValueError`, when called, for another dtype or shape.
     """
@@ -127,7 +128,7 @@ class Inception(eqx.Module):
     weight: Float[Array, "classes features"]
 
     def __init__(self, *, key: Key[Array, ""]):
-        self.body, self.weight = _drawn(eqx.filter_eval_shape(_zeros), key)
+        self.body, self.weight = _random_weights(eqx.filter_eval_shape(_zeros), key)
 
     def __call__(self, x: Float[Array, "rows 3 299 299"]) -> Features:
         if x.dtype != self.weight.dtype or x.ndim != 4 or x.shape[1:] != (3, 299, 299):
@@ -141,12 +142,12 @@ def _zeros() -> tuple[_Chain, Float[Array, "classes features"]]:
     return _Chain((*_stem(), *_blocks())), jnp.zeros((1008, 2048), jnp.float32)
 
 
-def _drawn(shapes: PyTree[Any], key: Key[Array, ""]) -> Any:
+def _random_weights(shapes: PyTree[Any], key: Key[Array, ""]) -> Any:
     """Arrays of these shapes: weights of variance 2 / fan-in, scales one, shifts zero."""
     weights = [leaf for leaf in jax.tree.leaves(shapes) if len(leaf.shape) > 1]
-    # One draw for all: as many programs as there are shapes would compile for a minute.
+    # One draw for all weights: compiling one program for each shape would take a minute.
     numbers = jr.normal(key, (sum(math.prod(leaf.shape) for leaf in weights),), jnp.float32)
-    parts = iter(_parted(numbers, tuple(leaf.shape for leaf in weights)))
+    parts = iter(_split(numbers, tuple(leaf.shape for leaf in weights)))
 
     def fill(path: Any, leaf: Any) -> Any:
         if len(leaf.shape) > 1:
@@ -157,7 +158,7 @@ def _drawn(shapes: PyTree[Any], key: Key[Array, ""]) -> Any:
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def _parted(numbers: Float[Array, " all"], shapes: tuple[tuple[int, ...], ...]) -> Sequence[Float[Array, "..."]]:
+def _split(numbers: Float[Array, " all"], shapes: tuple[tuple[int, ...], ...]) -> Sequence[Float[Array, "..."]]:
     parts = jnp.split(numbers, np.cumsum([math.prod(shape) for shape in shapes])[:-1])
     return [
         part.reshape(shape) * math.sqrt(2 / math.prod(shape[1:])) for part, shape in zip(parts, shapes, strict=True)
@@ -194,22 +195,22 @@ def _blocks() -> Sequence[eqx.Module]:
 
 
 def _block_a(name: str, size: int, pool_size: int) -> _Fork:
-    """35 x 35 places: 1 x 1, 5 x 5, twice 3 x 3, pool."""
+    """At 35 x 35 positions: branches with 1 x 1, 5 x 5, twice 3 x 3, and a pool."""
     layer = functools.partial(_layer, name)
     wide = _Chain((layer("branch5x5_1", size, 48), layer("branch5x5_2", 48, 64, 5)))
     pool = _Chain((_AveragePool(), layer("branch_pool", size, pool_size)))
-    return _Fork((layer("branch1x1", size, 64), wide, _Chain(_two_of_three(layer, size)), pool))
+    return _Fork((layer("branch1x1", size, 64), wide, _Chain(_double_3x3(layer, size)), pool))
 
 
 def _block_b(name: str, size: int) -> _Fork:
     """From 35 x 35 to 17 x 17."""
     layer = functools.partial(_layer, name)
     once = layer("branch3x3", size, 384, 3, stride=2, padding="VALID")
-    twice = _Chain(_two_of_three(layer, size, stride=2, padding="VALID"))
+    twice = _Chain(_double_3x3(layer, size, stride=2, padding="VALID"))
     return _Fork((once, twice, _MaxPool(2, "VALID")))
 
 
-def _two_of_three(layer, size: int, stride: int = 1, padding: str = "SAME") -> tuple[_Convolution, ...]:
+def _double_3x3(layer, size: int, stride: int = 1, padding: str = "SAME") -> tuple[_Convolution, ...]:
     return (
         layer("branch3x3dbl_1", size, 64),
         layer("branch3x3dbl_2", 64, 96, 3),
@@ -218,7 +219,7 @@ def _two_of_three(layer, size: int, stride: int = 1, padding: str = "SAME") -> t
 
 
 def _block_c(name: str, size: int, inner: int) -> _Fork:
-    """17 x 17 places: 1 x 1, 7 x 7 as a row and a column, that twice, pool."""
+    """At 17 x 17 positions: branches with 1 x 1, with 7 x 7 as a row and a column, with that twice, and a pool."""
     layer = functools.partial(_layer, name)
     row, column = (1, 7), (7, 1)
     once = (
@@ -251,7 +252,7 @@ def _block_d(name: str, size: int) -> _Fork:
 
 
 def _block_e(name: str, size: int, pool: eqx.Module) -> _Fork:
-    """8 x 8 places: 3 x 3 as a row beside a column."""
+    """At 8 x 8 positions: branches with 3 x 3 as a row beside a column."""
     layer = functools.partial(_layer, name)
 
     def cross(first: str, second: str, in_size: int) -> _Fork:
@@ -287,43 +288,43 @@ def load_inception(path: str | Path) -> Inception:
     """Inception with the weights of a safetensors file, its tensors named as the torch ports name them
     (`Mixed_5b.branch1x1.conv.weight`, ...). Make one with `convert_inception`.
 
-    The bias of the last layer and counters of batches are not needed and may be there.
+    The bias of the last layer and counters of batches are not needed, but may be present.
 
-    **Raises:** `OSError` if the file cannot be read; `ValueError` that names it if it is no such file, or if tensors
-    are missing, extra, of another shape or not finite.
+    **Raises:** `OSError` if the file cannot be read; `ValueError` that names it if it is not a safetensors file, or if
+    tensors are missing, extra, of another shape or not finite.
     """
-    return _filled(read_safetensors(path), path)
+    return _inception_with(read_safetensors(path), path)
 
 
 def convert_inception(torch_file: str | Path, safetensors_file: str | Path) -> None:
-    """Write what a torch file holds of Inception as safetensors. Needs torch, once; nothing in the file is executed.
+    """Convert Inception's weights from a torch file to safetensors. This needs torch; nothing in the file is executed.
 
     pytorch-fid (`pt_inception-2015-12-05-6726825d.pth`) and torch-fidelity
     (`weights-inception-2015-12-05-6726825d.pth`) publish the same weights under the same names; a common prefix such as
-    `inception.` is taken off.
+    `inception.` is removed.
 
-    **Arguments:** `torch_file` to read; `safetensors_file` to write, whole or not at all.
+    **Arguments:** `torch_file` to read; `safetensors_file` to write, completely or not at all.
 
-    **Raises:** as `load_inception`, for the torch file; `MissingDependency` without torch.
+    **Raises:** as for `load_inception`, for the torch file; `MissingDependency` without torch.
     """
     with optional("safetensors", extra="export"):
         import safetensors.numpy
-    held = _without_prefix(read_torch(torch_file))
-    _filled(held, torch_file)
-    tensors = {name: np.ascontiguousarray(tensor) for name, tensor in held.items() if not _is_counter(name)}
-    write_whole(safetensors_file, safetensors.numpy.save(tensors, {"source": Path(torch_file).name}))
+    tensors = _without_prefix(read_torch(torch_file))
+    _inception_with(tensors, torch_file)
+    arrays = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items() if not _is_counter(name)}
+    write_whole(safetensors_file, safetensors.numpy.save(arrays, {"source": Path(torch_file).name}))
 
 
-def _filled(tensors: dict, path: str | Path) -> Inception:
+def _inception_with(tensors: dict, path: str | Path) -> Inception:
     inception = eqx.filter_eval_shape(lambda: Inception(key=jr.key(0)))
     ignored = {"fc.bias", *filter(_is_counter, tensors)}
     return fill(inception, _origins(inception), tensors, path, ignored=ignored)
 
 
 def _without_prefix(tensors: dict) -> dict:
-    """As if saved from the network itself, where it was saved from something that holds it."""
-    last = next((name for name in tensors if name.endswith("fc.weight")), "fc.weight")
-    return {name.removeprefix(last.removesuffix("fc.weight")): tensor for name, tensor in tensors.items()}
+    """The tensors without the prefix that their names have if the network was saved as a part of another one."""
+    last_layer = next((name for name in tensors if name.endswith("fc.weight")), "fc.weight")
+    return {name.removeprefix(last_layer.removesuffix("fc.weight")): tensor for name, tensor in tensors.items()}
 
 
 def _is_counter(name: str) -> bool:
@@ -331,7 +332,7 @@ def _is_counter(name: str) -> bool:
 
 
 def _origins(inception: Inception) -> dict[str, Origin]:
-    """Which tensors of the file make each array."""
+    """The tensors of the file from which each array is computed."""
     paths = jax.tree.leaves_with_path(inception.body, is_leaf=lambda node: isinstance(node, _Convolution))
     origins = {".weight": Origin(("fc.weight",), inception.weight.shape)}
     for path, layer in paths:

@@ -25,9 +25,9 @@ def inception_score(logits: Float[Array | np.ndarray, "rows classes"], *, splits
 
     $$\mathrm{IS}_s = \exp\Big(\frac{1}{n_s} \sum_{i \in s} \sum_y p_{iy} \log \frac{p_{iy}}{\bar p_{sy}}\Big)$$
 
-    Split s holds rows floor(s n / S) to floor((s + 1) n / S). Rows are taken in their order: images that are sorted by
-    class score too low, so shuffle those (torch-fidelity always does). ADM's code has splits of 5000, which are 10 of
-    50,000. Small splits score too low.
+    Split s holds rows floor(s n / S) to floor((s + 1) n / S). Rows are taken in their order. Images that are sorted by
+    class get too low a score, so shuffle them (torch-fidelity always does). ADM's code has splits of 5000, which are 10
+    splits of 50,000 images. Small splits give too low a score.
 
     **Arguments:** `logits` without the bias of the last layer, as `Inception` gives them; `splits` S.
 

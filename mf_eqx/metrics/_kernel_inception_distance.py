@@ -2,7 +2,7 @@ r"""Kernel Inception Distance: the squared maximum mean discrepancy of features 
 
 $$k(x, y) = \Big(\frac{x \cdot y}{d} + 1\Big)^3,$$
 
-without bias, unlike the Fréchet distance, so that samples of different sizes compare.
+estimated without bias, unlike the Fréchet distance, so that results for samples of different sizes can be compared.
 """
 
 import numpy as np
@@ -27,15 +27,16 @@ def kernel_inception_distance(
     $$\frac{1}{m (m - 1)} \sum_{i \ne j} \big(k(a_i, a_j) + k(b_i, b_j)\big) - \frac{2}{m^2} \sum_{i, j} k(a_i, b_j),
       \qquad k(x, y) = (x \cdot y / d + 1)^3.$$
 
-    In float64 on the host. Unbiased means that it is negative about every other time when both are of one distribution.
+    It is computed in float64 on the host. Since it is unbiased, it is negative in about half of all cases if both
+    samples come from one distribution.
 
     **Arguments:**
 
     - `a`, `b`: the features, one point per row.
-    - `subsets`: how many; `size`: m, each without replacement. 100 of 1000 as in the literature.
+    - `subsets`: their number; `size`: m, drawn without replacement. The literature has 100 subsets of 1000.
     - `seed`: of the subsets (NumPy's PCG64).
 
-    **Returns:** mean and standard deviation over subsets. Some tables give 1000 times these.
+    **Returns:** mean and standard deviation over subsets. Some tables report 1000 times these values.
 
     **Raises:** `ValueError` if `a` or `b` is not (sample, dim), if their dims differ, if a value is not finite, if
     `size` is below two or above one of the samples, or if `subsets` is below one.
@@ -60,12 +61,12 @@ def _subset(generator: np.random.Generator, points: np.ndarray, size: int) -> Fl
 
 
 def _discrepancy(a: Float[np.ndarray, "size dim"], b: Float[np.ndarray, "size dim"]) -> float:
-    within = _sum_of_others(a) + _sum_of_others(b)
+    within = _sum_of_pairs(a) + _sum_of_pairs(b)
     return within / (len(a) * (len(a) - 1)) - 2 * float(np.mean(_kernel(a, b)))
 
 
-def _sum_of_others(points: Float[np.ndarray, "size dim"]) -> float:
-    """The kernel over all pairs of different points."""
+def _sum_of_pairs(points: Float[np.ndarray, "size dim"]) -> float:
+    """The sum of the kernel over all pairs of different points."""
     kernel = _kernel(points, points)
     return float(kernel.sum() - np.trace(kernel))
 

@@ -39,8 +39,8 @@ def precision_recall(
       \text{recall} = \frac1m \sum_j \big[\exists i: |r_j - g_i| \le d_k(g_i)\big],$$
 
     $d_k$ being the distance of a point to its k-th nearest neighbour in its own sample, itself not counted. Both depend
-    on the numbers of points: compare at equal ones. The literature has 50,000 generated against 10,000 real (ADM, with
-    distances rounded to float16; here they are float32).
+    on the numbers of points: compare only at equal numbers. The literature has 50,000 generated and 10,000 real images
+    (ADM, with distances rounded to float16; here they are float32).
 
     **Arguments:** `generated`, `real` features, one point per row; `neighbours` k.
 
@@ -67,8 +67,8 @@ def precision_recall(
 
 
 def _centred(*samples: Float[Array | np.ndarray, "_ dim"]) -> list[Float[Array, "_ dim"]]:
-    """Both samples about the mean of the last: near the origin, distances from products lose less to rounding."""
-    with np.errstate(over="ignore", invalid="ignore"):  # such are refused
+    """All samples minus the mean of the last: near the origin, distances from products have smaller rounding errors."""
+    with np.errstate(over="ignore", invalid="ignore"):  # overflow to infinity is refused later
         centre = np.asarray(samples[-1]).mean(axis=0, dtype=np.float64).astype(np.float32)
         return [jnp.asarray(np.asarray(points, np.float32) - centre) for points in samples]
 

@@ -1,11 +1,11 @@
-r"""What happens to an image before Inception sees it. A FID means nothing without it, so a protocol is an object with a
-name, and the name stands beside every number.
+r"""The preprocessing of images for Inception. A FID without it has no meaning, so a protocol is an object with a name,
+and the name is reported with every result.
 
 From a sample x in [-1, 1] to the network's input (rows are leading axes, images are C H W):
 
 $$x \;\to\; \text{pixels in } \{0, \dots, 255\} \;\to\; 299 \times 299 \text{ in float32} \;\to\; (\cdot - 128) / 128.$$
 
-| protocol | pixels of a sample | resize | against |
+| protocol | pixels of a sample | resize | reference |
 |---|---|---|---|
 | `ADM` | $\lfloor \mathrm{clip}(127.5 x + 128, 0, 255) \rfloor$ | TensorFlow 1 | ADM's moments of ImageNet |
 | `TORCH_FIDELITY` | the same: what a PNG of `torchvision.utils.save_image` holds | TensorFlow 1 | any images |
@@ -13,9 +13,9 @@ $$x \;\to\; \text{pixels in } \{0, \dots, 255\} \;\to\; 299 \times 299 \text{ in
 | `CIFAR_TRAIN_HALF_PIXEL` | as `CIFAR_TRAIN` | pixel centres, filtered | as `CIFAR_TRAIN` |
 
 `ADM` and `TORCH_FIDELITY` are the same function: the resize of torch-fidelity does not round, and was written to equal
-TensorFlow's. Their names differ because their references do. The two of CIFAR round *down*, which darkens an image by
-half a level in the mean. They differ in the resize: the authors' code asks for torchmetrics without a version, and that
-package changed its resize in version 1.8. Numbers published before July 2025 are `CIFAR_TRAIN`.
+TensorFlow's. Their names differ because their references differ. The two CIFAR protocols round *down*, which darkens an
+image by half a level on average. They differ in the resize: the authors' code requires torchmetrics without a version,
+and that package changed its resize in version 1.8. Numbers published before July 2025 are `CIFAR_TRAIN`.
 
 Another protocol is another object: `Protocol("mine", round_to_pixels, resize_half_pixel)`.
 """
@@ -33,9 +33,9 @@ from ._resize import resize_half_pixel, resize_tensorflow1
 def round_to_pixels(x: Float[Array, "*axes"]) -> UInt8[Array, "*axes"]:
     r"""Samples in [-1, 1] as pixels, the nearest level: $\lfloor \mathrm{clip}(127.5 x + 128, 0, 255) \rfloor$.
 
-    As DiT, EDM and the authors' ImageNet code store samples. (ADM's own sampler adds 127.5, which rounds down.)
+    DiT, EDM and the authors' ImageNet code store samples this way. (ADM's own sampler adds 127.5, which rounds down.)
 
-    **Arguments:** `x` in floating point; what lies outside [-1, 1] becomes the nearest pixel, and NaN 0.
+    **Arguments:** `x` in floating point; values outside [-1, 1] are clipped, and NaN becomes 0.
 
     **Raises:** `ValueError` if x is not floating point.
     """
@@ -46,11 +46,11 @@ def round_to_pixels(x: Float[Array, "*axes"]) -> UInt8[Array, "*axes"]:
 def floor_to_pixels(x: Float[Array, "*axes"]) -> UInt8[Array, "*axes"]:
     r"""Samples in [-1, 1] as pixels, the level below: $\lfloor 255\, \mathrm{clip}(x/2 + 1/2, 0, 1) \rfloor$.
 
-    As the authors' CIFAR-10 code does (it then divides by 255, and torchmetrics multiplies again: both are exact in
-    float32 for all 256 levels). Pixels themselves do not survive: 63 of the 256 levels, mapped to [-1, 1] and back,
-    come out one lower. Give real images as uint8, as they are in the file, without flips.
+    The authors' CIFAR-10 code does the same (it then divides by 255, and torchmetrics multiplies again: both are exact
+    in float32 for all 256 levels). Pixels that are mapped to [-1, 1] and back may change: 63 of the 256 levels become
+    one lower. Give real images as uint8, as they are in the file, without flips.
 
-    **Arguments, Raises:** as `round_to_pixels`.
+    **Arguments, Raises:** as for `round_to_pixels`.
     """
     _check_samples(x)
     return jnp.floor(255 * jnp.clip(0.5 * at_least_float32(x) + 0.5, 0, 1)).astype(jnp.uint8)
@@ -62,10 +62,10 @@ def _check_samples(x: Float[Array, "*axes"]) -> None:
 
 
 class Protocol(eqx.Module):
-    """How images become the input of Inception.
+    """The conversion of images to the input of Inception.
 
-    **Arguments:** `name`, printed with every number and compared with that of the reference; `quantise` from samples in
-    [-1, 1] to pixels; `resize` of pixels, as floats in [0, 255], to 299 x 299.
+    **Arguments:** `name`, printed with every number and compared with that of the reference; `quantise` converts
+    samples in [-1, 1] to pixels; `resize` resizes pixels, as floats in [0, 255], to 299 x 299.
 
     **Raises:** `ValueError`, when called, for images that are neither uint8 nor floating point, or have no pixels.
     """
@@ -77,7 +77,7 @@ class Protocol(eqx.Module):
     def __call__(
         self, x: Float[Array, "*rows 3 height width"] | UInt8[Array, "*rows 3 height width"]
     ) -> Float[Array, "*rows 3 299 299"]:
-        """The network's input: of samples in [-1, 1], or of uint8, which are pixels already."""
+        """The network's input, from samples in [-1, 1] or from pixels in uint8."""
         if x.dtype != jnp.uint8 and not jnp.issubdtype(x.dtype, jnp.floating):
             raise ValueError(f"x must be samples in floating point or pixels in uint8, got {x.dtype}")
         pixels = x if x.dtype == jnp.uint8 else self.quantise(x)

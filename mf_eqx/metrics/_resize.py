@@ -1,13 +1,13 @@
-r"""The two bilinear resizes by which images reach Inception; they differ in where a pixel is thought to lie.
+r"""The two bilinear resizes for the input of Inception; they differ in the position of a pixel.
 
-TensorFlow 1 (`resize_tensorflow1`) puts the value of output pixel $i$ at the place $p_i = i\, n / m$ of an input of
-$n$ pixels, so that pixel 0 stays at pixel 0 and the last output pixels repeat the last input pixel:
+TensorFlow 1 (`resize_tensorflow1`) takes the value of output pixel $i$ at the position $p_i = i\, n / m$ in an input
+of $n$ pixels, so that pixel 0 stays at pixel 0 and the last output pixels repeat the last input pixel:
 
 $$y_i = (1 - \lambda_i)\, x_{\lfloor p_i \rfloor} + \lambda_i\, x_{\min(\lfloor p_i \rfloor + 1,\, n - 1)},
   \qquad \lambda_i = p_i - \lfloor p_i \rfloor.$$
 
-Everything newer (`resize_half_pixel`) puts pixel centres upon each other, $p_i = (i + 1/2)\, n / m - 1/2$. From 32
-pixels to 299 the two are shifted against each other by almost half an input pixel.
+All newer libraries (`resize_half_pixel`) use positions of pixel centres, $p_i = (i + 1/2)\, n / m - 1/2$. From 32
+pixels to 299 the two results are shifted against each other by almost half an input pixel.
 """
 
 import jax
@@ -33,7 +33,7 @@ def resize_tensorflow1(
     **Raises:** `ValueError` for images of another dtype or without pixels, or if `size` is no integer >= 1.
 
     **Reference:** the kernel's definition, `tensorflow/core/kernels/image/resize_bilinear_op.cc` and
-    `image_resizer_state.h` (`LegacyScaler`); torch-fidelity holds the same with PyTorch.
+    `image_resizer_state.h` (`LegacyScaler`); torch-fidelity implements the same in PyTorch.
     """
     _check(x)
     size = as_count("size", size)
@@ -43,12 +43,12 @@ def resize_tensorflow1(
 def resize_half_pixel(
     x: Float[Array, "*rows height width"], size: Count = 299
 ) -> Float[Array, "*rows new_height new_width"]:
-    """Bilinear interpolation between pixel centres, with a triangle filter as wide as the step where it shrinks.
+    """Bilinear interpolation between pixel centres, with a triangle filter as wide as the step if the image shrinks.
 
-    What PyTorch calls `interpolate(mode="bilinear", align_corners=False, antialias=True)`; torchmetrics resizes so by
-    default from its version 1.8 on (July 2025), and as `resize_tensorflow1` before.
+    This is `interpolate(mode="bilinear", align_corners=False, antialias=True)` of PyTorch. It is the default of
+    torchmetrics since version 1.8 (July 2025); earlier versions resize like `resize_tensorflow1`.
 
-    **Arguments, Raises:** as `resize_tensorflow1`.
+    **Arguments, Raises:** as for `resize_tensorflow1`.
     """
     _check(x)
     size = as_count("size", size)
@@ -71,7 +71,7 @@ def _interpolated(x: Float[Array, "*axes"], size: int, axis: int) -> Float[Array
 
 
 def _nodes(old: int, new: int) -> tuple[Int[np.ndarray, " new"], Int[np.ndarray, " new"], Float[np.ndarray, " new"]]:
-    """The two pixels that each new pixel lies between, and its distance to the first; in float32 as the kernel's."""
-    place = np.arange(new, dtype=np.float32) * np.float32(np.float32(old) / np.float32(new))
-    low = np.minimum(place.astype(np.int64), old - 1)
-    return low, np.minimum(low + 1, old - 1), place - low.astype(np.float32)
+    """The two pixels around each new pixel, and its distance from the first; in float32, as in TensorFlow's kernel."""
+    position = np.arange(new, dtype=np.float32) * np.float32(np.float32(old) / np.float32(new))
+    low = np.minimum(position.astype(np.int64), old - 1)
+    return low, np.minimum(low + 1, old - 1), position - low.astype(np.float32)

@@ -1,4 +1,4 @@
-"""All numbers of a sample of images at once, with what they depend on.
+"""All metrics of a sample of images at once, with the settings on which they depend.
 
 extractor = FeatureExtractor(load_inception("inception.safetensors"), ADM)
 reference = load_moments("VIRTUAL_imagenet256_labeled.npz")
@@ -22,7 +22,7 @@ from ._precision_recall import precision_recall, PrecisionRecall
 
 @dataclasses.dataclass(frozen=True)
 class SampleQuality:
-    """Numbers of a sample, and what they must not be read without.
+    """Metrics of a sample, and the settings without which they have no meaning.
 
     **Arguments:** `fid`; `inception_score`; `kid` and `precision_recall`, None without features of the reference;
     `count` of images; `protocol`; `weights`, a digest.
@@ -57,24 +57,24 @@ def sample_quality(
 ) -> SampleQuality:
     """Fréchet distance and Inception Score of a sample; with features of the reference also KID, precision and recall.
 
-    The last two come from other images than the moments where the literature has it so: ADM takes moments of all of
-    ImageNet and features of 10,000 images.
+    The features of the reference may be of other images than its moments, as in the literature: ADM has moments of all
+    of ImageNet and features of 10,000 images.
 
     **Arguments:** `samples`; `reference` moments; `reference_features`, or None; `splits` of the Inception Score;
     `subsets`, `size`, `seed` of the KID; `neighbours` of precision and recall.
 
-    **Raises:** `ValueError` if the reference was made by another protocol or with other weights, as far as it tells;
-    and what the parts raise.
+    **Raises:** `ValueError` if the reference was made by another protocol or with other weights, if it names these;
+    and the errors of the single metrics.
     """
-    for what in ("protocol", "weights"):
-        ours, theirs = getattr(samples.moments, what), getattr(reference, what)
+    for name in ("protocol", "weights"):
+        ours, theirs = getattr(samples.moments, name), getattr(reference, name)
         if None not in (ours, theirs) and ours != theirs:
-            raise ValueError(f"{what} of the reference must be that of the samples, {ours!r}, got {theirs!r}")
+            raise ValueError(f"{name} of the reference must be that of the samples, {ours!r}, got {theirs!r}")
     moments = samples.moments
     fid = frechet_distance_of_moments(moments.mean, moments.cov, reference.mean, reference.cov)
-    kid = known = None
+    kid = shares = None
     if reference_features is not None:
         kid = kernel_inception_distance(samples.pooled, reference_features, subsets=subsets, size=size, seed=seed)
-        known = precision_recall(samples.pooled, reference_features, neighbours=neighbours)
+        shares = precision_recall(samples.pooled, reference_features, neighbours=neighbours)
     score = inception_score(samples.logits, splits=splits)
-    return SampleQuality(fid, score, kid, known, moments.count, moments.protocol, moments.weights)
+    return SampleQuality(fid, score, kid, shares, moments.count, moments.protocol, moments.weights)

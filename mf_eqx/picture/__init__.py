@@ -1,13 +1,13 @@
-"""What is drawn of a run, as PNG files, by matplotlib (extra `experiments`), which is loaded where it is used.
+"""Plots of a run as PNG files, drawn by matplotlib (extra `experiments`), which is imported where it is used.
 
     save_image_grid     samples of images
     save_point_grid     samples in the plane, by method and number of evaluations
     save_flows          paths of points in the plane (`flow_of` follows a field)
-    save_heat_maps      a number by cells of two axes, such as an error by r and t
+    save_heat_maps      a number in each cell of a grid, such as an error over (r, t)
     save_curves         metrics of runs over steps
-    save_trends         one number over another, by series
+    save_trends         one number against another, in several series
 
-Imported explicitly (`from mf_eqx import picture`).
+This module is imported explicitly (`from mf_eqx import picture`).
 """
 
 from ._curves import save_curves as save_curves

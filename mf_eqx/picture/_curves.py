@@ -51,7 +51,7 @@ def save_curves(
     figure = Figure(figsize=(4.2 * columns, 3.0 * rows), dpi=100, layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False).flat
     for name, panel in zip(names, panels, strict=False):
-        _draw(panel, name, runs)
+        _draw_metric(panel, name, runs)
     for panel in panels[len(names) :]:
         panel.remove()
     if title is not None:
@@ -59,8 +59,8 @@ def save_curves(
     figure.savefig(path, format="png")
 
 
-def _draw(panel: Any, name: str, runs: Mapping[str, Sequence[Record]]) -> None:
-    shown = []
+def _draw_metric(panel: Any, name: str, runs: Mapping[str, Sequence[Record]]) -> None:
+    finite_values = []
     for run, records in runs.items():
         steps, values = _series(records, name)
         for i, curve in enumerate(values.T):
@@ -68,26 +68,26 @@ def _draw(panel: Any, name: str, runs: Mapping[str, Sequence[Record]]) -> None:
             marker = "." if len(steps) < 10 else None  # a line needs two points
             (faint,) = panel.plot(steps, curve, alpha=0.25, linewidth=1, marker=marker)
             panel.plot(steps, _running_mean(curve), color=faint.get_color(), label=label)
-            shown.append(curve[np.isfinite(curve)])
+            finite_values.append(curve[np.isfinite(curve)])
     panel.set(title=name, xlabel="step")
     panel.grid(alpha=0.3)
-    if _spans_decades(np.concatenate(shown)):
+    if _spans_decades(np.concatenate(finite_values)):
         panel.set_yscale("log")
-    if len(shown) > 1:
+    if len(finite_values) > 1:
         panel.legend(fontsize="small")
 
 
 def _series(
     records: Sequence[Record], name: str
 ) -> tuple[Float[np.ndarray, " record"], Float[np.ndarray, "record curve"]]:
-    """Steps and values of a metric where it was logged; null is NaN."""
+    """Steps and values of a metric where it was logged; null becomes NaN."""
     pairs = [(record["step"], np.ravel(record[name]).astype(float)) for record in records if name in record]
     steps = np.array([step for step, _ in pairs], float)
     return steps, np.stack([value for _, value in pairs]) if pairs else np.zeros((0, 1))
 
 
 def _running_mean(values: Float[np.ndarray, " record"]) -> Float[np.ndarray, " record"]:
-    """Mean over a centred window of a twentieth of all values, of those that are finite and inside the curve."""
+    """Mean of the finite values in a centred window over a twentieth of the curve, smaller at its ends."""
     window = np.ones(max(1, values.size // 20) | 1)
     if values.size < window.size:
         return values

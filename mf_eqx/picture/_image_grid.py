@@ -36,16 +36,16 @@ def save_image_grid(
     **Arguments:**
 
     - `path`: of the file.
-    - `images`: real numbers, channels first, 1 (grey) or 3 (red, green, blue) of them.
-    - `low`, `high`: the values shown as black and as full brightness. Values outside look like the nearest of them, as
-      on any screen; pixels that are not finite are red.
-    - `scale`: side of a pixel's square, by default such that an image is about 48 wide or high.
+    - `images`: real numbers, channels first: 1 channel (grey) or 3 channels (red, green, blue).
+    - `low`, `high`: the values shown as black and as full brightness. Values outside are
+      clipped; pixels that are not finite are red.
+    - `scale`: side of a pixel's square; by default, images become about 48 pixels wide or high.
     - `row_labels`, `column_labels`: texts at the left and at the top.
     - `title`: a text above everything.
 
     **Raises:** `ValueError` if `images` has another shape or dtype, if low and high are not finite or low < high does
-    not hold, if low is negative for integers without sign (pixels from 0 to 255, say, are not in [-1, 1]), if `scale`
-    is no integer >= 1, or if there is another number of labels than of rows or columns.
+    not hold, if low is negative for unsigned integers (pixels from 0 to 255 are not in [-1, 1]), if `scale` is not an
+    integer >= 1, or if the number of labels is not that of rows or columns.
     """
     images = np.asarray(images)
     _check(images, low, high, row_labels, column_labels)
@@ -116,7 +116,7 @@ def _draw(
 
 
 def _text_width(texts: Sequence[str]) -> int:
-    """Pixels that the longest of the texts takes."""
+    """The width of the longest text in pixels."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.font_manager import FontProperties

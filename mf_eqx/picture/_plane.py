@@ -49,7 +49,7 @@ def save_point_grid(
 
 
 class Flow(NamedTuple):
-    """What `save_flows` draws of one field.
+    """The trajectories and vectors of one field, as `save_flows` draws them.
 
     **Arguments:** `paths` states along trajectories, from noise to data; `points` where arrows start; `arrows` one set
     per column, the vectors at `points`.
@@ -62,10 +62,10 @@ class Flow(NamedTuple):
 
 @eqx.filter_jit
 def flow_of(field: AbstractField, eps: Float[Array, "path 2"], times: Sequence[float], *, limit: float) -> Flow:
-    """Where a field says that noise passes by, z_r = eps - (1 - r) u(eps, r, 1), and -u(z, 0, t), towards the data.
+    """The paths z_r = eps - (1 - r) u(eps, r, 1) of noise by a field, and its vectors -u(z, 0, t), towards the data.
 
-    **Arguments:** `field` without condition; `eps` noise, one path each; `times` t of the sets of arrows; `limit` of
-    the grid that they start from.
+    **Arguments:** `field` without condition; `eps` noise, one path for each; `times` t, one set of arrows for each;
+    `limit` of the grid on which the arrows start.
     """
     steps = jnp.linspace(1, 0, 41)
     paths = jax.vmap(lambda z: jax.vmap(lambda r: z - (1 - r) * field(z, r, jnp.ones(())))(steps))(eps)
@@ -80,7 +80,7 @@ def save_flows(
 ) -> None:
     """Save trajectories and vector fields as PNG: a row per field, the trajectories first, as in Fig. 3 of the paper.
 
-    The first field's trajectories are drawn in grey beneath those of the others, to compare. An arrow's length and
+    The first field's trajectories are drawn in grey beneath those of the others, for comparison. An arrow's length and
     colour are those of its vector, on one scale in the whole picture.
 
     **Arguments:** `path` of the file; `flows` by name, the true one first; `columns` titles of the sets of arrows;
@@ -127,7 +127,7 @@ def save_heat_maps(
     highest: float = 10.0,
     title: str | None = None,
 ) -> None:
-    """Save heat maps as PNG on one logarithmic colour scale: an error by cells of (r, t) for every method, say.
+    """Save heat maps as PNG on one logarithmic colour scale: for example an error in cells of (r, t), for every method.
 
     Values above `highest` share its colour, so that one method that diverged does not make all others look alike.
 
@@ -158,7 +158,7 @@ def _check(rows: Mapping[str, Sequence[Any]], columns: Sequence[str], limit: flo
         raise ValueError("there must be at least one row, got none")
     for name, row in rows.items():
         if len(row) != len(columns):
-            raise ValueError(f"columns must be {len(row)} titles as in the row {name!r}, got {len(columns)}")
+            raise ValueError(f"columns must be {len(row)} titles, one per item of row {name!r}, got {len(columns)}")
     check_positive("limit", limit)
 
 

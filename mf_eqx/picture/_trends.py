@@ -1,4 +1,4 @@
-"""Results against a parameter: several figures of several series, seed by seed."""
+"""Plots of results against a parameter: several panels of several series, with one point per seed."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,7 +12,7 @@ from .._optional import optional
 class Series(NamedTuple):
     """One line of `save_trends`.
 
-    **Arguments:** `label`; `values` of every seed by the parameter's value; `colour` and `line` as matplotlib has them.
+    **Arguments:** `label`; `values` of all seeds, by the parameter's value; `colour` and `line` as in matplotlib.
     """
 
     label: str
@@ -22,10 +22,10 @@ class Series(NamedTuple):
 
 
 def save_trends(path: str | Path, panels: Mapping[str, Sequence[Series]], parameter: str, *, least: float = 0) -> None:
-    """Save figures against a parameter as PNG, a panel each, on logarithmic axes: points are seeds, lines their means.
+    """Save plots of results against a parameter as PNG, on a logarithmic y axis: points are seeds, lines their means.
 
-    **Arguments:** `path` of the file; `panels` their titles and series; `parameter` its name; values up to `least`
-    are left out, since a logarithmic axis has no place for them.
+    **Arguments:** `path` of the file; `panels` their titles and series; `parameter` its name; `least`: values up to
+    this one are skipped, since a logarithmic axis cannot show them.
 
     **Raises:** `MissingDependency` without matplotlib.
     """
@@ -33,12 +33,12 @@ def save_trends(path: str | Path, panels: Mapping[str, Sequence[Series]], parame
         from matplotlib.figure import Figure
     figure = Figure(figsize=(3.6 * len(panels), 3.6), dpi=100, layout="constrained")
     for (title, series), panel in zip(panels.items(), figure.subplots(1, len(panels), squeeze=False).flat, strict=True):
-        for one in series:
-            points = np.array([(x, y) for x, many in one.values.items() for y in many if y > least])
-            means = np.array([(x, np.mean(many)) for x, many in one.values.items() if min(many) > least])
+        for each in series:
+            points = np.array([(x, y) for x, seeds in each.values.items() for y in seeds if y > least])
+            means = np.array([(x, np.mean(seeds)) for x, seeds in each.values.items() if min(seeds) > least])
             if len(means):
-                panel.plot(*points.T, ".", color=one.colour)
-                panel.plot(*means.T, one.line, color=one.colour, label=one.label)
+                panel.plot(*points.T, ".", color=each.colour)
+                panel.plot(*means.T, each.line, color=each.colour, label=each.label)
         panel.set(title=title, xlabel=parameter, yscale="log")
         panel.grid(alpha=0.3)
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize="small")

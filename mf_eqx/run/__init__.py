@@ -1,15 +1,15 @@
-"""What every run needs, once: a command line, a directory, the loop, a progress line, tables.
+"""The parts that every run needs: a command line, a directory, the training loop, a progress line, tables.
 
     config flags -> main -> your function -> opened, RunDirectory   config.json, metrics.jsonl, any other file
                                           -> train          the loop: resumes, logs, saves, previews
-                                          -> train_cells    many small trainings, one per thread, the same
+                                          -> train_cells    the same for many small trainings, one per thread
                                           -> Ledger         results of finished cells
                                           -> Progress       one line on stderr
                                           -> in_parallel    many small tasks of any kind
                                           -> table          final results as text
 
-A script is one function of one frozen dataclass; `main` does the rest, and ends bad input in one line. A script that
-trains one network for long extends `Settings`, and can be killed at any moment:
+A script is one function of one frozen dataclass; `main` does the rest, and reports bad input in one line. A script
+that trains one network for a long time extends `Settings`, and can be killed at any moment:
 
     from mf_eqx import data, run
 
@@ -27,11 +27,12 @@ trains one network for long extends `Settings`, and can be killed at any moment:
     if __name__ == "__main__":
         run.main(main, Config())
 
-One that trains many small networks side by side extends `CellSettings` and calls `train_cells`: the same promises.
+A script that trains many small networks side by side extends `CellSettings` and calls `train_cells`, with the same
+guarantees.
 
-Imported explicitly (`from mf_eqx import run`). What is drawn is in `mf_eqx.picture`, what a program costs in
-`mf_eqx.measure`. The command line needs tyro, of the extra `experiments`, which is loaded where it is used; its absence
-says what to install.
+This module is imported explicitly (`from mf_eqx import run`). Plots are in `mf_eqx.picture`, costs of programs in
+`mf_eqx.measure`. The command line needs tyro (extra `experiments`), which is imported only where it is used; if it is
+missing, the error says what to install.
 """
 
 from .._files import sha256_of_file as sha256_of_file

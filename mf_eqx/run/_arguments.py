@@ -1,4 +1,4 @@
-"""From command-line arguments to a configuration, by tyro, with every refusal as one exception."""
+"""Parsing of command-line arguments into a configuration, by tyro, with one exception for every refusal."""
 
 import argparse
 import contextlib
@@ -18,11 +18,12 @@ _Config = TypeVar("_Config")
 
 
 class BadArguments(ValueError):
-    """Command-line arguments that make no configuration."""
+    """Command-line arguments from which no configuration can be made."""
 
 
 def parse(choices: Mapping[str, tuple[str, _Config]], program: str, description: str, argv: list[str]) -> _Config:
-    """The configuration. Bad ones raise `BadArguments`. There is a flag `--preset` if there are two choices or more."""
+    """The configuration that the arguments describe. Bad arguments raise `BadArguments`. The flag `--preset` exists if
+    there are two choices or more."""
     with optional("tyro"):
         import tyro
     name = _preset_name(choices, argv)
@@ -45,11 +46,11 @@ def parse(choices: Mapping[str, tuple[str, _Config]], program: str, description:
 
 
 def _preset_name(choices: Mapping[str, Any], argv: list[str]) -> str:
-    """The preset that is asked for. Needed before everything else is parsed, since it holds the defaults."""
+    """The name of the requested preset. It is needed before everything else is parsed: a preset holds the defaults."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--preset", nargs="?")
     name = parser.parse_known_args(argv)[0].preset
-    if name is None or len(choices) == 1:  # also for bad uses of the flag, which the parser proper reports
+    if name is None or len(choices) == 1:  # also if the flag is misused, which tyro reports later
         return next(iter(choices))
     if name not in choices:
         raise BadArguments(f"--preset must be one of {', '.join(choices)}; got {name!r}")
@@ -57,7 +58,7 @@ def _preset_name(choices: Mapping[str, Any], argv: list[str]) -> str:
 
 
 def _arguments(choices: Mapping[str, tuple[str, Any]], name: str) -> type[Any]:
-    """The class that is parsed: a preset's name and its configuration, the latter's fields without a prefix."""
+    """The class that tyro parses: a preset's name and its configuration, whose flags have no prefix."""
     import tyro
 
     config = choices[name][1]
@@ -78,7 +79,8 @@ def _describe(choices: Mapping[str, tuple[str, Any]], description: str) -> str:
 
 @contextlib.contextmanager
 def _errors_as_exceptions() -> Iterator[None]:
-    """tyro draws a box on stderr and exits: raise `ValueError` with the first paragraph in the box instead."""
+    """A context in which tyro, instead of drawing a box on stderr and exiting, raises `ValueError` with the first
+    paragraph of the box."""
     stderr = io.StringIO()
     try:
         with contextlib.redirect_stderr(stderr):
@@ -92,7 +94,7 @@ def _errors_as_exceptions() -> Iterator[None]:
 
 
 def _first_paragraph(box: str) -> str:
-    """`--steps: invalid ...` from a box, which is drawn by lines or, where these cannot be encoded, by hyphens."""
+    """The text `--steps: invalid ...` in a box, which is drawn with lines or, if these cannot be encoded, hyphens."""
     lines = re.sub(r"\x1b\[[0-9;]*m", "", box).strip().splitlines()[1:]  # the first is the title
     texts = [line.strip("│ ") for line in lines]
     blocks = [
@@ -102,7 +104,7 @@ def _first_paragraph(box: str) -> str:
 
 
 def _name_flag(message: str, config: Any) -> str:
-    """A message that starts with the name of a field, with that written as the flag."""
+    """The message; if it starts with the name of a field, that name is written as the flag."""
     subject = message.partition(" ")[0].strip("`'")
     if subject in (field.name for field in dataclasses.fields(config)):
         return "--" + subject.replace("_", "-") + message[message.find(" ") :]

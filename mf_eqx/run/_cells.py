@@ -7,11 +7,12 @@
 
 directory/cells/NAME/metrics.jsonl   a line per part of a training
                      checkpoints/
-          summary.json               where the time went, of all cells together
+          summary.json               how the time was spent, summed over all cells
 
-Each training runs as `mf_eqx.scan_steps` in parts; after each it can be stopped, and from there the same command goes
-on to the same results, bit by bit. A finished training is not begun again, only judged. Each checkpoint says of which
-training it is, and is refused by any other.
+Each training runs in parts, and each part is one call of `mf_eqx.scan_steps`. A training can be stopped after each
+part; the same command continues from there, with results that are bit-identical to those of an uninterrupted run. A
+finished training is not repeated, only judged. Each checkpoint records the training that it belongs to, and any other
+training refuses it.
 """
 
 import contextlib
@@ -50,16 +51,17 @@ _Result = TypeVar("_Result")
 
 _PARTS = ("start", "compile", "save", "log", "judge")
 _SAVING = threading.Lock()
-"""Orbax saves for one thread at a time: of two, one finds its files already there."""
+"""A lock, since Orbax can save from one thread at a time only: of two, one would find its files already there."""
 
 
 class Training(NamedTuple):
     """A small training.
 
-    **Arguments:** `name` any text, after which its directory is named; `step`, without parallelism; `make_field` makes
-    the network; `draw` a function from a key to a `Batch`, as of `mf_eqx.scan_steps`: a Module rather than a lambda;
-    `steps` in all; `key` of all that is random in them; `settings` all else that it depends on, texts
-    and numbers or a dataclass of them, by default the fields of the script's own: a checkpoint with others is refused.
+    **Arguments:** `name` any text, from which the name of the directory is made; `step` without parallelism;
+    `make_field` makes the network; `draw` a function from a key to a `Batch`, as for `mf_eqx.scan_steps`, a Module
+    rather than a lambda; `steps` the number of all steps; `key` of all random numbers; `settings` everything else that
+    the training depends on, texts and numbers or a dataclass of them, by default the script's own fields: a checkpoint
+    with other settings is refused.
     """
 
     name: str
@@ -76,22 +78,22 @@ class Training(NamedTuple):
 
 
 def announce(config: CellSettings, trainings: Mapping[_Cell, Training | None], directory: RunDirectory) -> None:
-    """Tell what was done before, if there was anything. A dry run tells what would be trained, and ends.
+    """Print which trainings are finished or begun, if any are. A dry run prints what would be trained, and ends.
 
-    **Arguments:** as of `train_cells`.
+    **Arguments:** as for `train_cells`.
 
     **Raises:** `SystemExit` after `config.dry_run` has printed its plan.
     """
-    config, trainings = _asked(config, trainings)
-    asked = _trained(trainings.values())
-    done = [_done(training, _folder(training, directory)) for training in asked]
+    config, trainings = _checked(config, trainings)
+    requested = _to_train(trainings.values())
+    done = [_steps_done(training, _folder(training, directory)) for training in requested]
     if config.dry_run:
-        tell(_describe(config, asked, done))
+        tell(_describe(config, requested, done))
         raise SystemExit(0)
     if any(done):
-        finished = sum(number == training.steps for number, training in zip(done, asked, strict=True))
+        finished = sum(number == training.steps for number, training in zip(done, requested, strict=True))
         begun = sum(number > 0 for number in done) - finished
-        tell(f"{directory.root}: continues; of {len(asked)} trainings, {finished} are finished and {begun} begun")
+        tell(f"{directory.root}: continues; of {len(requested)} trainings, {finished} are finished and {begun} begun")
 
 
 def train_cells(
@@ -103,35 +105,40 @@ def train_cells(
     note: Callable[[_Cell, _Result], str] | None = None,
     shown: Sequence[str] = ("boundary_error", "identity_error"),
 ) -> dict[_Cell, _Result]:
-    """The cells with their results, from so many threads as `config.workers` says.
+    """The result of each cell, computed in `config.workers` threads.
 
-    A training goes on from its newest good checkpoint. A signal, or an error in one cell, ends the others after the
-    part that they are at, which is saved.
+    A training continues from its newest valid checkpoint. After a signal, or an error in one cell, the other cells
+    stop at the end of their current part, and save it.
 
     **Arguments:**
 
-    - `config`: its settings are used here.
-    - `trainings`: of each cell, by whatever tells cells apart; None for one that is only judged. Started in this order:
-      put those that compile the same program apart, or two threads compile it at once.
-    - `judge`: from a cell and its last state (None for one without a training) to its result. Called in the threads,
-      for every cell whenever the command runs.
+    - `config`: the settings of the run.
+    - `trainings`: the training of each cell, by any key that identifies the cell; None for a cell that is only judged.
+      They start in this order. Put others between trainings that compile the same program, or two threads compile it
+      at the same time.
+    - `judge`: a function from a cell and its last state (None without a training) to its result. It is called in the
+      threads, for every cell, each time the command runs.
     - `directory`: from `opened`.
-    - `note`: from a cell and its result to a line that is shown. Called in the main thread, as cells are finished.
+    - `note`: a function from a cell and its result to a line that is printed. It is called in the main thread, as cells
+      are finished.
     - `shown`: metrics of the progress line.
 
-    **Raises:** `Stopped` after SIGTERM or SIGINT; `NonFinite` after `config.most_faults` bad steps in a row;
-    `CheckpointError`; `Moved` if the directory was moved away; `ValueError` if a setting makes no run, if two trainings
-    have one name, or if a checkpoint is of another training; any error of `judge`.
+    **Raises:** `Stopped` after SIGTERM or SIGINT; `NonFinite` after `config.most_faults` steps in a row without
+    a finite loss and gradient; `CheckpointError`; `Moved` if the directory was moved; `ValueError` if a setting is
+    invalid, if two trainings have the same name, or if a checkpoint belongs to another training; any error of `judge`.
     """
-    config, trainings = _asked(config, trainings)
-    steps = sum(training.steps for training in _trained(trainings.values()))
+    config, trainings = _checked(config, trainings)
+    steps = sum(training.steps for training in _to_train(trainings.values()))
     with StopSignals() as signals, Progress(steps, shown=shown) as progress:
         machine = made_by()
-        at_work = {cell: _AtWork(config, one, directory, signals, progress, machine) for cell, one in trainings.items()}
+        runs = {
+            cell: _CellRun(config, training, directory, signals, progress, machine)
+            for cell, training in trainings.items()
+        }
         before = Stopwatch(began=directory.opened).seconds()["wall"]
         results: dict[_Cell, _Result] = {}
         parts = in_parallel(
-            lambda cell: at_work[cell].run(lambda state: judge(cell, state)),
+            lambda cell: runs[cell].run(lambda state: judge(cell, state)),
             list(trainings),
             workers=config.workers,
             progress=progress,
@@ -142,36 +149,38 @@ def train_cells(
                     results[cell] = result
                     if note is not None:
                         progress.note(note(cell, result))
-            _obey(signals, 0)
+            _raise_if_stopped(signals, 0)
         except Stopped as stopped:
-            raise Stopped(stopped.signal, sum(each.done for each in at_work.values())) from None
+            raise Stopped(stopped.signal, sum(cell_run.done for cell_run in runs.values())) from None
         finally:
-            with contextlib.suppress(OSError):  # a full disk is told by whatever could not be written before
-                _summarise(directory, at_work.values(), before)
+            with contextlib.suppress(OSError):  # a full disk was reported by the write that failed before
+                _summarise(directory, runs.values(), before)
     return {cell: results[cell] for cell in trainings}
 
 
-def _asked(
+def _checked(
     config: CellSettings, trainings: Mapping[_Cell, Training | None]
 ) -> tuple[CellSettings, dict[_Cell, Training | None]]:
-    """What is done, in a test run little."""
+    """The validated configuration and trainings; in a test run, these do two steps at most."""
     config.check()
-    names = [_name(training) for training in _trained(trainings.values())]
+    names = [_name(training) for training in _to_train(trainings.values())]
     if len(set(names)) < len(names):
         raise ValueError(f"names of trainings must differ, got {max(names, key=names.count)} twice")
     if not config.test_run:
         return config, dict(trainings)
-    few = {cell: one and one._replace(steps=min(one.steps, 2)) for cell, one in trainings.items()}
-    return dataclasses.replace(config, save_every=1, log_every=1), few
+    shortened = {
+        cell: training and training._replace(steps=min(training.steps, 2)) for cell, training in trainings.items()
+    }
+    return dataclasses.replace(config, save_every=1, log_every=1), shortened
 
 
-def _trained(trainings: Iterable[Training | None]) -> list[Training]:
-    """Without the cells that are only judged."""
+def _to_train(trainings: Iterable[Training | None]) -> list[Training]:
+    """The trainings, without the cells that are only judged."""
     return [training for training in trainings if training is not None]
 
 
 def _name(training: Training) -> str:
-    """Of its directory."""
+    """The name of the training's directory."""
     return re.sub(r"[^\w.+-]+", "_", training.name)
 
 
@@ -180,19 +189,19 @@ def _folder(training: Training, directory: RunDirectory) -> RunDirectory:
 
 
 def _identity(config: CellSettings, training: Training) -> dict[str, Any]:
-    """What a training depends on, as JSON holds it."""
+    """Everything that a training depends on, as values that JSON can hold."""
     settings = recipe(config) if training.settings is None else as_json(training.settings)
     key = [str(jr.key_impl(training.key)), np.asarray(jr.key_data(training.key)).tolist()]
     return {"name": training.name, "settings": settings, "steps": training.steps, "key": key}
 
 
-def _done(training: Training, folder: RunDirectory) -> int:
-    """Steps that a training need not do again, if their checkpoint is good."""
+def _steps_done(training: Training, folder: RunDirectory) -> int:
+    """The number of steps that need not be repeated, if their checkpoint is valid."""
     return min(max(Checkpoints(folder.root / "checkpoints").steps(), default=0), training.steps)
 
 
 def _describe(config: CellSettings, trainings: Sequence[Training], done: Sequence[int]) -> str:
-    """A text: configuration, trainings, and the memory of one, the largest. Compiles its step, runs nothing."""
+    """A text with the configuration, the trainings, and the memory of the largest one, whose step is compiled."""
     states = [eqx.filter_eval_shape(training.make_state) for training in trainings]
     rows = [
         (_name(training), type(state.field).__name__, parameters(state), training.steps, steps)
@@ -207,14 +216,14 @@ def _describe(config: CellSettings, trainings: Sequence[Training], done: Sequenc
     return "\n".join(lines)
 
 
-def _obey(signals: StopSignals, step: int) -> None:
+def _raise_if_stopped(signals: StopSignals, step: int) -> None:
     if (signal := signals.received()) is not None:
         raise Stopped(signal, step)
 
 
 @dataclasses.dataclass
-class _AtWork:
-    """One cell in its thread: what it was given, and how far it is."""
+class _CellRun:
+    """One cell in its thread: its inputs and its progress."""
 
     config: CellSettings
     training: Training | None
@@ -228,10 +237,10 @@ class _AtWork:
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def run(self, judge: Callable[[TrainState | None], _Result]) -> Generator[tuple[int, Metrics], None, _Result]:
-        """The result, after reports of the steps."""
+        """Yields the number of steps and the metrics of each part, and returns the result."""
         self.watch = Stopwatch(parts=_PARTS)
         try:
-            _obey(self.signals, 0)
+            _raise_if_stopped(self.signals, 0)
             state = None if self.training is None else (yield from self._train(self.training))
             with self.watch.part("judge"):
                 return judge(state)
@@ -239,7 +248,7 @@ class _AtWork:
             self.seconds = self.watch.seconds()
 
     def _train(self, training: Training) -> Generator[tuple[int, Metrics], None, TrainState]:
-        """The last state, after reports of the steps."""
+        """Yields the number of steps and the metrics of each part, and returns the last state."""
         self.folder = _folder(training, self.directory)
         self.checkpoints = Checkpoints(self.folder.root / "checkpoints", keep_last=self.config.keep_last)
         self.notes = {"training": _identity(self.config, training), "made_by": self.made_by}
@@ -259,7 +268,7 @@ class _AtWork:
         return state
 
     def _begin(self, training: Training) -> TrainState:
-        """The state to go on from."""
+        """The state to continue from."""
         self.checkpoints.clean()
         restored = self.checkpoints.load(training.make_state, check=self._check_notes)
         if restored is not None:
@@ -268,7 +277,7 @@ class _AtWork:
             self.start = self.done = self.saved = restored.step
             changed = difference(restored.notes["made_by"], self.made_by)
             if changed and self.start < training.steps:
-                self.progress.note(f"{self.folder.root}: not as when it was saved: {changed}")
+                self.progress.note(f"{self.folder.root}: the setup has changed since it was saved: {changed}")
         self.lines = self.folder.drop_records_after(self.start)
         written = self.lines if restored is None else restored.notes.get("lines", self.lines)
         if written != self.lines:
@@ -276,13 +285,13 @@ class _AtWork:
         return training.make_state() if restored is None else restored.state
 
     def _check_notes(self, notes: Mapping[str, Any]) -> None:
-        """Refuses a checkpoint of another training, or of one that nobody knows."""
-        if found := difference(notes.get("training", {}), self.notes["training"]):
-            raise ValueError(f"{self.checkpoints.directory}: checkpoints must be of this training, but {found}")
+        """Refuses a checkpoint of another or of an unknown training."""
+        if change := difference(notes.get("training", {}), self.notes["training"]):
+            raise ValueError(f"{self.checkpoints.directory}: checkpoints must be of this training, but {change}")
 
     def _part(self, training: Training, state: TrainState) -> tuple[TrainState, Metrics]:
-        """Some steps, and whatever is due after them."""
-        # Equal parts but for the last: each other number of steps compiles a program of its own.
+        """One part of the steps, and everything that is due after it."""
+        # All parts but the last are equal: each different number of steps compiles another program.
         size = math.ceil(training.steps / math.ceil(training.steps / self.config.log_every))
         before, after = self.done, min((self.done // size + 1) * size, training.steps)
         with self.watch.compiling():
@@ -296,7 +305,7 @@ class _AtWork:
         if is_due or self.done == training.steps or self.signals.received() is not None:
             self._save(state)
         self._check_faults(state)
-        _obey(self.signals, self.done)
+        _raise_if_stopped(self.signals, self.done)
         return state, metrics
 
     def _save(self, state: TrainState) -> None:
@@ -316,10 +325,10 @@ class _AtWork:
             )
 
 
-def _summarise(directory: RunDirectory, cells: Iterable[_AtWork], before: float) -> None:
-    """Add to summary.json where the time went, in the threads and before there were any."""
+def _summarise(directory: RunDirectory, cells: Iterable[_CellRun], before: float) -> None:
+    """Add to summary.json how the time was spent, in the threads and before they started."""
     start, done = (sum(getattr(cell, name) for cell in cells) for name in ("start", "done"))
     if done > start:
         seconds = added(cell.seconds for cell in cells)
-        more = {"start": seconds["start"] + before, "wall": seconds["wall"] + before}
-        directory.add_session(start, done, {**seconds, **more})
+        with_before = {"start": seconds["start"] + before, "wall": seconds["wall"] + before}
+        directory.add_session(start, done, {**seconds, **with_before})

@@ -1,10 +1,10 @@
-"""The directory of one run: what was run, with what, and what came out.
+"""The directory of one run: what was run, on which software and hardware, and the results.
 
 runs/<script>/<name>/config.json     configuration, command, versions, device, commit
                      starts.jsonl    command, versions, device, commit of each start of a run that may be continued
                      metrics.jsonl   one JSON object per line, each with its step
-                     summary.json    where the time went
-                     ...             pictures, results, whatever else `path` is asked for
+                     summary.json    how the time was spent
+                     ...             pictures, results, any other file that is written to a `path`
 """
 
 import contextlib
@@ -31,18 +31,18 @@ from ._lock import check_in_place
 from ._values import fetch
 
 _LARGEST_LOG = 1 << 30
-"""Bytes of metrics.jsonl; some three million lines."""
-_LONGEST = 1e12
-"""Seconds that a session may have taken, above which a summary is not believed."""
+"""Bytes of metrics.jsonl; about three million lines."""
+_LONGEST_SESSION = 1e12
+"""Seconds. A session in a summary that lists a longer time is ignored as damaged."""
 CREATED: list[Path] = []
-"""What `RunDirectory.create` has made in this process."""
+"""The directories that `RunDirectory.create` has made in this process."""
 
 
 @dataclasses.dataclass(frozen=True)
 class RunDirectory:
-    """The files of one run. Make a new one by `RunDirectory.create`; the constructor only opens.
+    """The files of one run. `RunDirectory.create` makes a new directory; the constructor makes none.
 
-    **Arguments:** `root` the directory; `opened` when that was, in seconds of `time.perf_counter`.
+    **Arguments:** `root` the directory; `opened` the time at which it was opened, in seconds of `time.perf_counter`.
     """
 
     root: Path
@@ -57,8 +57,8 @@ class RunDirectory:
         **Arguments:** `config` of the run, a dataclass; `name` of the run, the time of day by default; `root` of all
         runs; `script` the name of the running script by default.
 
-        **Raises:** `ValueError` if `name` does not stay below `root/script`, or names anything but a new or empty
-        directory. Nothing is changed then.
+        **Raises:** `ValueError` if `name` is not below `root/script`, or names anything but a new or empty
+        directory. In this case nothing is changed.
         """
         parent = Path(root) / (Path(sys.argv[0]).stem if script is None else script)
         directory = cls(_new_by_time(parent) if name is None else _new_by_name(parent, name))
@@ -74,9 +74,9 @@ class RunDirectory:
         append(self.path("starts.jsonl"), (json.dumps(as_json(start)) + "\n").encode())
 
     def path(self, name: str) -> Path:
-        """The path of the file `name`, with its parent directories made: `path("previews/000500.png")`.
+        """The path of the file `name`, whose parent directories are created: `path("previews/000500.png")`.
 
-        **Raises:** `Moved` if the directory was `opened` and is no longer where it was.
+        **Raises:** `Moved` if the directory was locked by `opened` and has been moved.
         """
         check_in_place(self.root)
         path = self.root / name
@@ -87,42 +87,41 @@ class RunDirectory:
         """Append a line to `metrics.jsonl`. It is in the file when this returns.
 
         **Arguments:** `step` number of finished steps; `metrics` of the last one, as returned by `TrainStep`, or plain
-        numbers. They are fetched, which waits for the device: log every so many steps. Numbers that are not finite
-        become null.
+        numbers. Fetching them waits for the device, so do not log every step. Numbers that are not finite become null.
         """
         record = {"step": int(step), **{name: _or_null(value) for name, value in fetch(metrics).items()}}
         append(self.path("metrics.jsonl"), (json.dumps(record, allow_nan=False) + "\n").encode())
 
     def records(self) -> list[dict[str, Any]]:
-        """All that was logged. A last line that was cut off by a crash is left out.
+        """All records in `metrics.jsonl`. A last line that was cut off by a crash is ignored.
 
-        **Raises:** `ValueError` that names the file if it is a pipe or the like or holds more than a GiB, and file and
-        line for any other line that is no record.
+        **Raises:** `ValueError`, which names the file, if it is not a regular file or is larger than a GiB;
+        `ValueError`, which names file and line, if any other line is not a record.
         """
         path = self.root / "metrics.jsonl"
         return _records(path, read_regular(path, _LARGEST_LOG)) if path.exists() else []
 
     def drop_records_after(self, step: int) -> int:
-        """Take back what was logged after a step, and any line that was cut off: a run that continues logs it anew.
+        """Remove the records after a step, and a line that was cut off: a run that continues logs them again.
 
-        **Returns:** how many lines are left.
+        **Returns:** the number of remaining lines.
         """
         check_in_place(self.root)
         path = self.root / "metrics.jsonl"
         content = read_regular(path, _LARGEST_LOG) if path.exists() else b""
-        kept = [record for record in _records(path, content) if record["step"] <= step]
+        remaining = [record for record in _records(path, content) if record["step"] <= step]
         if content:
-            text = "".join(json.dumps(record, allow_nan=False) + "\n" for record in kept).encode()
+            text = "".join(json.dumps(record, allow_nan=False) + "\n" for record in remaining).encode()
             if text != content:
                 write_whole(path, text)
-        return len(kept)
+        return len(remaining)
 
     def add_session(self, start: int, stop: int, seconds: Mapping[str, float]) -> None:
-        """Add to `summary.json` where the time between two steps went, and sum up over all sessions.
+        """Add a session to `summary.json`: how the time between two steps was spent. Update the sums over all sessions.
 
-        **Arguments:** `start` and `stop` the numbers of steps finished before and after; `seconds` of each part, with
-        `steps` the productive ones and `wall` the sum, of all threads together. The sum over sessions lacks those that
-        were killed.
+        **Arguments:** `start` and `stop` the numbers of steps finished before and after the session; `seconds` of each
+        part, among them `steps`, the productive time, and `wall`, the sum of all parts; each is the sum over all
+        threads. Sessions that were killed are missing in the sums.
         """
         path = self.path("summary.json")
         sessions = _sessions(path)
@@ -134,7 +133,7 @@ class RunDirectory:
         write_whole(path, _document(summary))
 
     def save_results(self, text: str, records: Sequence[Mapping[str, Any]]) -> None:
-        """Write `results.md` and `results.json`: the same for people and for programs.
+        """Write `results.md` and `results.json`: the same results for people and for programs.
 
         **Arguments:** `text` Markdown; `records` plain numbers, texts, lists and dictionaries of them. Numbers that are
         not finite become null.
@@ -143,20 +142,20 @@ class RunDirectory:
         write_whole(self.path("results.json"), _document(_or_null(list(records))))
 
 
-def take_back(created: Iterable[Path]) -> None:
-    """Remove those directories that hold nothing yet but their `config.json`, and what is empty above them then."""
+def remove_unused(created: Iterable[Path]) -> None:
+    """Remove the directories that contain nothing but `config.json`, and their parents if these are then empty."""
     for path in created:
         if path.is_dir() and {entry.name for entry in path.iterdir()} <= {"config.json"}:
             shutil.rmtree(path, ignore_errors=True)
-            with contextlib.suppress(OSError):  # other runs are there
+            with contextlib.suppress(OSError):  # the parent contains other runs
                 path.parent.rmdir()
                 path.parent.parent.rmdir()
 
 
-def missing_lines(directory: RunDirectory, found: int, written: int, step: int) -> str:
-    """A line on a log that is not as it was when a checkpoint was saved."""
+def missing_lines(directory: RunDirectory, lines: int, written: int, step: int) -> str:
+    """A warning that a log has not as many lines as when the checkpoint was saved."""
     path = directory.root / "metrics.jsonl"
-    return f"{path}: must have {written} lines up to step {step}, but has {found}; the run goes on without the others"
+    return f"{path}: must have {written} lines up to step {step}, but has {lines}; the run continues nevertheless"
 
 
 def _document(value: Any) -> bytes:
@@ -164,13 +163,13 @@ def _document(value: Any) -> bytes:
 
 
 def _records(path: Path, content: bytes) -> list[dict[str, Any]]:
-    """The lines of a log, without a last one that was cut off."""
+    """The records of a log, without a last line that was cut off."""
     lines = content.split(b"\n")[:-1]
     return [_record(path, number, line) for number, line in enumerate(lines, start=1)]
 
 
 def _record(path: Path, number: int, line: bytes) -> dict[str, Any]:
-    """A line of a log, which must be an object with its step."""
+    """The record in a line of a log, which must be a JSON object with its step."""
     rule = f"{path}, line {number}: must be a record with a step"
     try:
         record = parse_json(line)
@@ -182,7 +181,7 @@ def _record(path: Path, number: int, line: bytes) -> dict[str, Any]:
 
 
 def _sessions(path: Path) -> list[dict[str, Any]]:
-    """The sessions in a summary; none if there is none, or one that cannot be read: it is no more than a count."""
+    """The sessions in a summary. An empty list if the file is missing or unreadable: it is only statistics."""
     try:
         sessions = read_json_object(path)["sessions"]
         return [session for session in sessions if all(map(_is_time, session["seconds"].values()))]
@@ -191,7 +190,7 @@ def _sessions(path: Path) -> list[dict[str, Any]]:
 
 
 def _is_time(value: Any) -> bool:
-    return type(value) in (int, float) and abs(value) < _LONGEST
+    return type(value) in (int, float) and abs(value) < _LONGEST_SESSION
 
 
 def _new_by_name(parent: Path, name: str) -> Path:
@@ -201,7 +200,7 @@ def _new_by_name(parent: Path, name: str) -> Path:
     path = parent / relative
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise ValueError(
-            f"name must be that of a new run, got {name!r}, but {path} has files: take another or remove it"
+            f"name must be that of a new run, got {name!r}, but {path} has files: choose another name or remove them"
         )
     path.mkdir(parents=True, exist_ok=True)
     return path
@@ -225,7 +224,7 @@ def _provenance() -> dict[str, Any]:
 
 
 def made_by() -> dict[str, Any]:
-    """What computes: versions, devices and commit."""
+    """The software and hardware of a run: versions, devices and commit."""
     devices = jax.devices()
     return {
         "versions": _versions(),
@@ -235,13 +234,13 @@ def made_by() -> dict[str, Any]:
 
 
 def _versions() -> dict[str, str]:
-    package = __name__.partition(".")[0]  # its own word counts: a checkout that is not installed has no metadata
+    package = __name__.partition(".")[0]  # from the package itself: a checkout that is not installed has no metadata
     others = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "equinox", "optax", "numpy")}
     return {"python": platform.python_version(), package: sys.modules[package].__version__, **others}
 
 
 def commit(directory: Path) -> str | None:
-    """The commit of the script, with `-dirty` after changes; None outside git."""
+    """The commit of the script, with `-dirty` if files were changed since; None outside git."""
     command = ["git", "-C", str(directory), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, check=True, text=True, timeout=10).stdout.strip()

@@ -1,4 +1,4 @@
-"""Results of many small runs, kept as they come: a script that is started again does only what is missing."""
+"""Results of many small runs, saved one by one: a script that is started again computes only the missing ones."""
 
 import json
 import os
@@ -12,23 +12,23 @@ from .._json import parse_json
 from ._directory import as_json, commit
 from ._lock import check_in_place
 
-_LARGEST = 1 << 30
+_LARGEST_FILE = 1 << 30
 """Bytes."""
 
 
 class Ledger:
     """Results by their settings, in a file of one JSON object per line.
 
-    A result is found again by *all* of its settings: another number of steps is another key. It is found whatever the
-    commit, which is written beside it (`commit` says which).
+    The key of a result is *all* of its settings: another number of steps is another key. The commit is not part of the
+    key; it is stored beside the result (`commit` returns it).
 
-    Several processes may add to one file; each finds what was there when it started, and its own.
+    Several processes may add to one file; each has the results that were there when it started, and its own.
 
-    **Arguments:** `path` of the file, read now if it exists. A last line that was cut off by a crash is left out, and
-    removed by the next `put`.
+    **Arguments:** `path` of the file, which is read at once if it exists. A last line that was cut off by a crash is
+    ignored, and the next `put` removes it.
 
-    **Raises:** `ValueError` if any other line is not one of a ledger, or the file is a pipe or the like or holds more
-    than a GiB.
+    **Raises:** `ValueError` if any other line is not a ledger's, or if the file is not a regular file or is larger than
+    a GiB.
     """
 
     def __init__(self, path: str | Path):
@@ -36,7 +36,7 @@ class Ledger:
         self._commit = commit(Path(sys.argv[0]).parent)
         self._results: dict[str, Any] = {}
         self._commits: dict[str, str | None] = {}
-        data = read_regular(self._path, _LARGEST) if self._path.exists() else b""
+        data = read_regular(self._path, _LARGEST_FILE) if self._path.exists() else b""
         for number, line in enumerate(data.splitlines(keepends=True), start=1):
             if line.endswith(b"\n"):
                 self._read(number, line)
@@ -44,28 +44,28 @@ class Ledger:
     def _read(self, number: int, line: bytes) -> None:
         try:
             record = parse_json(line, finite=False)
-            key, result, at = _text(record["settings"]), record["result"], record["commit"]
+            key, result, commit_of_result = _key(record["settings"]), record["result"], record["commit"]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{self._path}, line {number}, must be a result of a ledger: {error}") from error
-        self._results[key], self._commits[key] = result, at
+        self._results[key], self._commits[key] = result, commit_of_result
 
     def __contains__(self, settings: Any) -> bool:
-        return _text(settings) in self._results
+        return _key(settings) in self._results
 
     def __getitem__(self, settings: Any) -> Any:
-        return self._results[_text(settings)]
+        return self._results[_key(settings)]
 
     def commit(self, settings: Any) -> str | None:
         """The commit that a result was made at; None outside git."""
-        return self._commits[_text(settings)]
+        return self._commits[_key(settings)]
 
     def put(self, settings: Any, result: Mapping[str, Any]) -> None:
-        """Keep a result. It is in the file when this returns.
+        """Save a result. It is in the file when this returns.
 
         **Arguments:** `settings` a dataclass or anything else that JSON can hold: numbers, texts, lists of them, but no
         Modules, whose class would be lost; `result` plain numbers, lists, texts.
 
-        **Raises:** `Moved` if the file is in a directory that was `opened` and is no longer where it was.
+        **Raises:** `Moved` if the directory of the file was locked by `opened` and has been moved.
         """
         check_in_place(self._path.parent)
         record = {"settings": as_json(settings), "result": dict(result), "commit": self._commit}
@@ -74,11 +74,11 @@ class Ledger:
         with self._path.open("a+b") as file:
             self._drop_cut_off_line(file)
             file.write(line)
-        self._results[_text(settings)] = record["result"]
-        self._commits[_text(settings)] = self._commit
+        self._results[_key(settings)] = record["result"]
+        self._commits[_key(settings)] = self._commit
 
     def _drop_cut_off_line(self, file: BinaryIO) -> None:
-        """Leave the file as it is, but for a last line that a crash cut off."""
+        """Remove the last line if a crash has cut it off."""
         size = file.seek(0, os.SEEK_END)
         file.seek(max(size - 1, 0))
         if file.read(1) not in (b"", b"\n"):
@@ -86,5 +86,5 @@ class Ledger:
             file.truncate(file.read().rfind(b"\n") + 1)
 
 
-def _text(settings: Any) -> str:
+def _key(settings: Any) -> str:
     return json.dumps(as_json(settings), sort_keys=True)

@@ -1,7 +1,7 @@
-"""The lock of a run directory: two trainers in one directory would spoil each other's files.
+"""The lock of a run directory: two trainers in one directory would overwrite each other's files.
 
-It is the directory itself that is locked, and a file in it that says by whom: where the file is deleted, the lock
-holds. Where a file system cannot lock directories (NFS), the lock of the file is all there is.
+Two things are locked: the directory itself, and a file in it that names the process. If the file is deleted, the lock
+of the directory still holds. On a file system that cannot lock directories (NFS), only the file is locked.
 """
 
 import contextlib
@@ -11,8 +11,8 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
-_held: dict[Path, int] = {}
-"""Directories that this process holds the locks of, where they were then, each with its descriptor."""
+_descriptors: dict[Path, int] = {}
+"""The directories that this process has locked, by their paths at that time, each with its file descriptor."""
 
 
 class InUse(RuntimeError):
@@ -25,12 +25,12 @@ class Moved(RuntimeError):
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """A context that holds the folder's lock. The system gives it back when the process ends, however it ends.
+    """A context that holds the folder's lock. The system releases it when the process ends, however it ends.
 
-    **Raises:** `InUse` if another process holds it, with what it wrote about itself.
+    **Raises:** `InUse` if another process holds it; the message names that process.
     """
     place = folder.absolute()
-    with _opened(folder) as descriptor:
+    with _open_descriptor(folder) as descriptor:
         with contextlib.suppress(OSError):
             _lock(descriptor, folder)
         with open(folder / ".lock", "a+", encoding="utf-8") as file:
@@ -38,21 +38,21 @@ def locked(folder: Path) -> Iterator[None]:
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}")
             file.flush()
-            _held[place] = descriptor
+            _descriptors[place] = descriptor
             try:
                 yield
             finally:
-                del _held[place]
+                del _descriptors[place]
 
 
 def check_in_place(folder: Path) -> None:
-    """Refuses to write into a directory, or below one, that this process has locked and that was moved since.
+    """Refuses a folder that this process has locked, or that is below a locked one, if the locked one was moved since.
 
     **Raises:** `Moved`.
     """
-    below = folder.absolute()
-    for place, descriptor in list(_held.items()):
-        if below.is_relative_to(place) and not _is_at(place, descriptor):
+    path = folder.absolute()
+    for place, descriptor in list(_descriptors.items()):
+        if path.is_relative_to(place) and not _is_at(place, descriptor):
             raise Moved(
                 f"{place}: was moved or deleted while it was trained in; nothing more is written there. Move it back, "
                 "and the same command continues after the last checkpoint"
@@ -61,9 +61,9 @@ def check_in_place(folder: Path) -> None:
 
 @contextlib.contextmanager
 def in_place(folder: Path) -> Iterator[None]:
-    """A context at whose end a locked folder must be where it was.
+    """A context that checks at its end that a locked folder was not moved.
 
-    **Raises:** `Moved` if it is not, in place of what could not be written because of that.
+    **Raises:** `Moved` if it was moved, also in place of an error that this has caused.
     """
     try:
         yield
@@ -81,7 +81,7 @@ def _is_at(place: Path, descriptor: int) -> bool:
 
 
 @contextlib.contextmanager
-def _opened(folder: Path) -> Iterator[int]:
+def _open_descriptor(folder: Path) -> Iterator[int]:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         yield descriptor

@@ -1,4 +1,4 @@
-"""Where metrics go besides metrics.jsonl: anything with these two methods."""
+"""Destinations of metrics besides metrics.jsonl: any object with the two methods of `Logger`."""
 
 import secrets
 from collections.abc import Mapping
@@ -12,22 +12,22 @@ from ._values import Value
 
 @runtime_checkable
 class Logger(Protocol):
-    """A place for metrics. Values are numbers on the host, in nested lists for metrics in bins."""
+    """A destination of metrics. Values are numbers on the host, in nested lists for metrics in bins."""
 
     def log(self, step: int, values: Mapping[str, Value]) -> None:
-        """Keep the metrics of a step."""
+        """Write the metrics of a step."""
         ...
 
     def close(self) -> None:
-        """Write what is not yet written."""
+        """Write what is still buffered."""
         ...
 
 
 class TensorBoardLogger(Logger):
     """Metrics as scalars for TensorBoard; of a metric in bins, one scalar per bin. Needs the extra `tensorboard`.
 
-    **Arguments:** `folder` of the event files; `start` number of steps that were finished before: TensorBoard forgets
-    what it was told of later ones.
+    **Arguments:** `folder` of the event files; `start` the number of steps that were finished before: TensorBoard
+    discards what was logged for later steps.
     """
 
     def __init__(self, folder: Path, start: int = 0):
@@ -44,8 +44,8 @@ class TensorBoardLogger(Logger):
 
 
 class WandbLogger(Logger):
-    """Metrics for Weights & Biases. A run that is continued here continues there; of steps that are done again after a
-    kill it keeps what it had. Needs the extra `wandb`.
+    """Metrics for Weights & Biases. A run that is continued here is also continued there. If steps are repeated after
+    a kill, it keeps their first values. Needs the extra `wandb`.
 
     **Arguments:** `project`; `name` of the run; `folder` for its local files; `config` of the run.
     """
@@ -54,7 +54,7 @@ class WandbLogger(Logger):
         with optional("wandb", extra="wandb"):
             import wandb  # pyright: ignore[reportMissingImports]
         self._run = wandb.init(
-            project=project, name=name, id=_identity(folder), resume="allow", dir=str(folder), config=dict(config)
+            project=project, name=name, id=_run_id(folder), resume="allow", dir=str(folder), config=dict(config)
         )
 
     def log(self, step: int, values: Mapping[str, Value]) -> None:
@@ -64,8 +64,8 @@ class WandbLogger(Logger):
         self._run.finish()
 
 
-def _identity(folder: Path) -> str:
-    """Of the run at Weights & Biases: drawn once, kept in its directory."""
+def _run_id(folder: Path) -> str:
+    """The identifier of the run at Weights & Biases, which is drawn once and saved in the run's directory."""
     file = folder / "wandb_id"
     if not file.exists():
         file.write_text(secrets.token_hex(8), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""The directory that a configuration belongs to, new or continued, for one process tree at a time."""
+"""The directory that belongs to a configuration, new or continued, for one process tree at a time."""
 
 import contextlib
 import os
@@ -16,26 +16,27 @@ from ._lock import in_place, locked
 from ._processes import agree, is_out_of_memory, once
 from ._settings import default_name, difference, recipe
 
-_OF_EVERY_START = (".lock", "config.json", "starts.jsonl")
+_WRITTEN_AT_EVERY_START = (".lock", "config.json", "starts.jsonl")
 
 
 @contextlib.contextmanager
 def opened(
     config: Any, *, root: str | Path = "runs", script: str | None = None, shared: str | None = None
 ) -> Iterator[RunDirectory]:
-    """The directory `root/script/name` of a run, made or found, and locked while the context lasts.
+    """A context with the directory `root/script/name` of a run, which is created if it does not exist, and is locked
+    while the context lasts.
 
-    Its name is `config.name`, if there is one, or made of all fields that say what is learnt, so that the same command
-    finds the same directory. With `config.test_run` it is another one beside it, begun anew; with `config.dry_run`
-    nothing is made.
+    Its name is `config.name` if that is given, otherwise a digest of all fields that determine what is learnt, so that
+    the same command finds the same directory. With `config.test_run`, it is a separate directory beside it, which is
+    emptied first; with `config.dry_run`, nothing is created.
 
     **Arguments:** `config` a `Settings` or another dataclass; `root` of all runs; `script` the name of the running
-    script by default; `shared` None, or the name of a directory that all configurations share: what they leave there
-    is found by its own settings, as in a `Ledger`.
+    script by default; `shared` None, or the name of a directory that all configurations share; each result in it must
+    be stored with its own settings, as in a `Ledger`.
 
-    **Raises:** `ValueError` if `config.name` does not stay below `root/script`, or names a run of another
-    configuration, with what differs; `InUse` if another process trains there. Nothing is changed then. `Moved` at the
-    end if the directory is no longer where it was, from where on nothing is written.
+    **Raises:** `ValueError` if `config.name` is not below `root/script`, or names a run of another configuration (the
+    message says what differs); `InUse` if another process trains there. In these cases nothing is changed. `Moved` at
+    the end if the directory was moved; after the move nothing is written.
     """
     parent = Path(root) / (Path(sys.argv[0]).stem if script is None else script)
     given = getattr(config, "name", "")
@@ -54,48 +55,48 @@ def opened(
 
 
 def _enter(stack: contextlib.ExitStack, config: Any, path: Path, is_test: bool, is_shared: bool) -> None:
-    """Lock the directory, in the first process; check that it is this run's, or make it so."""
+    """Check that the directory is new or belongs to this run, lock it, and record the start, in the first process."""
     _check_kind(path)
     if is_test:
         _check_is_test(path)
     elif not is_shared:
         _check_recipe(config, path)
-    made = [folder for folder in (path, *path.parents) if not folder.exists()]
+    created = [folder for folder in (path, *path.parents) if not folder.exists()]
     path.mkdir(parents=True, exist_ok=True)
     stack.enter_context(locked(path))
     if is_test:
         _empty(path)
     remove_parts(path)
-    stack.enter_context(_taken_back_if_refused(path, made))
+    stack.enter_context(_restored_if_refused(path, created))
     stack.enter_context(in_place(path))
     RunDirectory(path).add_start(config)
 
 
 @contextlib.contextmanager
-def _taken_back_if_refused(path: Path, made: list[Path]) -> Iterator[None]:
-    """A context after whose refusal, of bad input before anything was trained, the directory is as it was; `made` are
-    it and those above it that were new."""
+def _restored_if_refused(path: Path, created: list[Path]) -> Iterator[None]:
+    """A context that restores the directory if bad input is refused before anything was trained. `created` lists the
+    directory and its parents, as far as they are new."""
     starts = path / "starts.jsonl"
-    before = _others(path)
+    before = _other_files(path)
     size = starts.stat().st_size if starts.is_file() else 0
     try:
         yield
     except Exception as error:
         refused = isinstance(error, ValueError | OSError | MissingDependency) or is_out_of_memory(error)
-        if refused and _others(path) == before:
-            if made:
+        if refused and _other_files(path) == before:
+            if created:
                 shutil.rmtree(path, ignore_errors=True)
             elif starts.is_file():
                 os.truncate(starts, size)
-            for folder in made[1:]:
-                with contextlib.suppress(OSError):  # another run is in it
+            for folder in created[1:]:
+                with contextlib.suppress(OSError):  # it contains another run
                     folder.rmdir()
         raise
 
 
-def _others(path: Path) -> dict[Path, int]:
-    """All files but those that every start writes, with the time of their last change."""
-    files = [file for file in path.rglob("*") if file.is_file() and file.name not in _OF_EVERY_START]
+def _other_files(path: Path) -> dict[Path, int]:
+    """All files except those that every start writes, with the times of their last changes."""
+    files = [file for file in path.rglob("*") if file.is_file() and file.name not in _WRITTEN_AT_EVERY_START]
     return {file: file.stat().st_mtime_ns for file in files}
 
 
@@ -111,14 +112,14 @@ def _check_recipe(config: Any, path: Path) -> None:
     if (saved := _saved_config(path)) is None:
         return
     settings = as_json(config).keys() - recipe(config).keys()
-    if found := difference({k: v for k, v in saved.items() if k not in settings}, recipe(config)):
-        raise ValueError(f"name must be that of a run with this configuration, but in {path} {found}")
+    if change := difference({k: v for k, v in saved.items() if k not in settings}, recipe(config)):
+        raise ValueError(f"name must be that of a run with this configuration, but in {path} {change}")
 
 
 def _check_is_test(path: Path) -> None:
-    """Refuses to begin anew what is no test run."""
+    """Refuses to empty a directory that does not belong to a test run."""
     if (saved := _saved_config(path)) is not None and not saved.get("test_run"):
-        raise ValueError(f"name must leave room for a test run, but {path} has another run")
+        raise ValueError(f"name must be free for a test run, but {path} has another run")
 
 
 def _saved_config(path: Path) -> dict[str, Any] | None:

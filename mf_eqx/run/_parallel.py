@@ -25,15 +25,16 @@ def in_parallel(
     workers: int,
     progress: Progress,
 ) -> Generator[tuple[_Task, _Result], None, None]:
-    """The tasks with their results, as they are finished by so many threads.
+    """The tasks with their results, in the order in which `workers` threads finish them.
 
-    An error in one task, or an interruption, ends the others after what they do at the moment.
+    After an error in one task, or an interruption, the others end at their next `yield`.
 
     **Arguments:**
 
-    - `function`: from a task to a generator that yields `(steps, metrics)` whenever it has done some steps, and returns
-      the result. Between two yields it cannot be stopped: yield every second or so.
-    - `tasks`: started in this order. Put tasks that compile the same program apart, or two threads compile it at once.
+    - `function`: a function from a task to a generator that yields `(steps, metrics)` whenever it has done some steps,
+      and returns the result. It cannot be stopped between two yields: yield about once a second.
+    - `tasks`: they start in this order. Put others between tasks that compile the same program, or two threads compile
+      it at the same time.
     - `workers`: the number of threads.
     - `progress`: counts the steps of all tasks.
 
@@ -65,7 +66,7 @@ def in_parallel(
     try:
         futures = {pool.submit(work, task): task for task in tasks}
         for future in concurrent.futures.as_completed(futures):
-            # What was stopped because of an error may come before the error.
+            # Tasks that were stopped because of an error may complete before the task with the error.
             with contextlib.suppress(concurrent.futures.CancelledError):
                 yield futures[future], future.result()
     finally:

@@ -1,4 +1,4 @@
-"""What a run will take, before it runs."""
+"""What a run requires, before it runs: operations, memory, and the placement of its arrays."""
 
 import json
 import math
@@ -38,19 +38,19 @@ _PEAK_TFLOPS = {
 
 
 def peak_flops() -> float | None:
-    """Of all devices together, per second; None where it is not known."""
+    """Peak operations per second of all devices together; None if the devices are not known."""
     kind = jax.devices()[0].device_kind
     known = [name for name in _PEAK_TFLOPS if f"{name} " in f"{kind.replace('-', ' ')} "]
     return jax.device_count() * _PEAK_TFLOPS[max(known, key=len)] * 1e12 if known else None
 
 
 def work_of_step(step: TrainStep, make_state: Callable[[], TrainState], stream: Stream) -> Work:
-    """What the progress line counts; operations only where the machine's peak is known, since that takes seconds."""
+    """The work that the progress line counts. Operations are counted if the peak is known: it takes seconds."""
     if (peak := peak_flops()) is None:
         return Work(stream.batch)
     try:
         flops = flops_of_step(step, eqx.filter_eval_shape(make_state), batch_shapes(stream))
-    except ValueError:  # a loop whose turns nobody knows
+    except ValueError:  # a loop with an unknown number of iterations
         return Work(stream.batch)
     return Work(stream.batch, flops, peak)
 
@@ -90,7 +90,7 @@ def batch_shapes(stream: Stream) -> Batch:
 def describe(
     config: Settings, step: TrainStep, make_state: Callable[[], TrainState], stream: Stream, steps: int
 ) -> str:
-    """A text: configuration, parameters, what lies where, and memory. Compiles the step, runs nothing."""
+    """A text with the configuration, parameters, placement of arrays, and memory. The step is compiled, not run."""
     state = eqx.filter_eval_shape(make_state)
     lines = [
         json.dumps(as_json(config), indent=2),
@@ -107,12 +107,12 @@ def describe(
 
 
 def parameters(state: TrainState) -> int:
-    """How many numbers are learnt."""
+    """The number of learnt parameters."""
     return sum(leaf.size for leaf in jax.tree.leaves(eqx.filter(state.field, _is_inexact)))
 
 
 def devices() -> str:
-    """A line on what computes."""
+    """A line that describes the devices."""
     device = jax.devices()[0]
     return f"{jax.device_count()} x {device.device_kind} ({device.platform}), {jax.process_count()} process(es)"
 
@@ -122,9 +122,9 @@ def _is_inexact(leaf: Any) -> bool:
 
 
 def _placements(step: TrainStep, state: TrainState) -> list[str]:
-    """The table of shardings, large leaves first; leaves of one shape and place are one line."""
+    """The table of shardings, large leaves first; leaves with the same shape, dtype and sharding share one line."""
     if step.parallelism is None:
-        return ["everything lies on one device"]
+        return ["all arrays are on one device"]
     mesh = " x ".join(f"{name} {size}" for name, size in step.parallelism.mesh.shape.items())
     groups: dict[Any, list[Any]] = {}
     for placement in step.parallelism.table(state):
@@ -134,18 +134,18 @@ def _placements(step: TrainStep, state: TrainState) -> list[str]:
         (group[0].leaf, len(group), group[0].shape, group[0].dtype, group[0].spec, size(group[0].bytes_per_device))
         for group in ordered
     ]
-    return [f"mesh: {mesh}", "", table(rows, ("leaf", "alike", "shape", "dtype", "spread", "bytes per device, each"))]
+    return [f"mesh: {mesh}", "", table(rows, ("leaf", "count", "shape", "dtype", "sharding", "bytes per device, each"))]
 
 
 def memory(step: TrainStep, state: TrainState, batch: Batch) -> str:
     """A line on bytes per device, by XLA's analysis of the compiled step."""
     placed = state if step.parallelism is None else _with_shardings(state, step.parallelism.of_tree(state))
     cost = compile_program(step, placed, batch, donate=(0,)).cost
-    kept = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(arrays_of(state)))
+    state_bytes = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(arrays_of(state)))
     total = cost.argument_bytes + cost.output_bytes - cost.donated_bytes + cost.temporary_bytes
     return (
         f"memory per device: {size(total)}, of which state and batch {size(cost.argument_bytes)}, intermediate results "
-        f"{size(cost.temporary_bytes)}; the whole state: {size(kept)}, and so each checkpoint on disk"
+        f"{size(cost.temporary_bytes)}; the whole state: {size(state_bytes)}, and so each checkpoint on disk"
     )
 
 
@@ -161,7 +161,7 @@ def _with_shardings(tree: Any, shardings: Any) -> Any:
 
 
 def size(count: int | float) -> str:
-    """Bytes for people."""
+    """A readable number of bytes."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.3g} {unit}"

@@ -25,18 +25,20 @@ from ._meeting import LONGEST_WAIT, meet, Place, WAIT
 _Tree = TypeVar("_Tree")
 
 _HEARTBEAT_SECONDS = 20
-_LAUNCHED = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
-"""Where SLURM and Open MPI say how many processes they started."""
+_PROCESS_COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
+"""Variables in which SLURM and Open MPI say how many processes they started."""
 _SYNC_POINTS = itertools.count()
-"""JAX wants numbers that only grow, also from one training of a process to the next."""
+"""JAX requires increasing numbers, also from one training of a process to the next."""
 
 
 def connect(arguments: list[str], environment: Mapping[str, str] = os.environ) -> None:
-    """Join the other processes, if there are any: by the flags --coordinator, --processes and --process, or as SLURM,
-    Open MPI or a TPU pod say. Must come before anything is computed, so flags are read here before all others are.
+    """Connect to the other processes, if there are any: as the flags --coordinator, --processes and --process say, or
+    SLURM, Open MPI or a TPU pod. This must happen before anything is computed, so these flags are read before all
+    others.
 
     **Raises:** `ValueError` if some of the flags are given and others are not, if the first process cannot listen at
-    the coordinator's address, and if the processes do not fit each other; `Missing` if one does not come within --wait.
+    the coordinator's address, or if two processes have the same number or expect different numbers of processes;
+    `Missing` if a process does not connect within --wait seconds.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     for flag in ("--coordinator", "--processes", "--process", "--wait"):
@@ -70,8 +72,8 @@ def _connect_by_flags(coordinator: str | None, processes: str | None, process: s
 
 
 def _join(*flags: str | int, wait: int, **options: Any) -> None:
-    _witness.call()  # before JAX registers what it does at the end, so that the witness is dismissed after that
-    _on_signal(signal.SIGABRT, ctypes.cast(ctypes.CDLL(None)._exit, ctypes.c_void_p).value)  # its number is the code
+    _witness.start()  # before JAX registers its exit handlers, so that the witness is dismissed after them
+    _on_signal(signal.SIGABRT, ctypes.cast(ctypes.CDLL(None)._exit, ctypes.c_void_p).value)  # the exit code is 6
     jax.distributed.initialize(
         *flags,  # pyright: ignore[reportArgumentType]
         initialization_timeout=wait,
@@ -82,27 +84,27 @@ def _join(*flags: str | int, wait: int, **options: Any) -> None:
 
 def _is_launched(environment: Mapping[str, str]) -> bool:
     """Whether a launcher has started several processes of this program."""
-    counts = [environment.get(name, "1") for name in _LAUNCHED]
+    counts = [environment.get(name, "1") for name in _PROCESS_COUNTS]
     is_pod = "," in environment.get("TPU_WORKER_HOSTNAMES", "")
     return is_pod or any(count.isdecimal() and int(count) > 1 for count in counts)
 
 
 def is_one_of_several() -> bool:
-    """Whether this process has joined others."""
+    """Whether this process is connected to others."""
     return jax.distributed.is_initialized() and jax.process_count() > 1
 
 
-def leave(code: int) -> None:
-    """End this process at once. An ordinary exit would wait for the others, which wait for this one; now they notice,
-    and end by `Separated`."""
+def exit_at_once(code: int) -> None:
+    """End this process at once. An ordinary exit would wait for the other processes, which wait for this one; after
+    this exit they notice that it has ended, and raise `Separated`."""
     sys.stdout.flush()
     sys.stderr.flush()
     _witness.dismiss()
     os._exit(code)
 
 
-def agree(what: str, value: Any) -> None:
-    """Refuses a run whose processes were given different things.
+def agree(name: str, value: Any) -> None:
+    """Refuses a run whose processes were given different values.
 
     **Raises:** `ValueError`, in all of them.
     """
@@ -110,27 +112,27 @@ def agree(what: str, value: Any) -> None:
         digest = hashlib.sha256(json.dumps(value, sort_keys=True).encode()).digest()
         all_digests = multihost_utils.process_allgather(np.frombuffer(digest, np.uint8))
         if different := [i for i, other in enumerate(all_digests) if not np.array_equal(other, all_digests[0])]:
-            raise ValueError(f"{what} must be the same in all processes, but process {different[0]} has another than 0")
+            raise ValueError(f"{name} must be the same in all processes, but process {different[0]} differs from 0")
 
 
 def is_first() -> bool:
-    """Whether this process writes what is written once: logs, pictures, results."""
+    """Whether this is the process that writes the files of the run: logs, pictures, results."""
     return jax.process_index() == 0
 
 
 def tell(text: str) -> None:
-    """A line on stdout, once for all processes."""
+    """Print a line on stdout, in the first process only."""
     if is_first():
         print(text, flush=True)
 
 
 def anywhere(here: bool) -> bool:
-    """Whether it is so in any process. All must ask together."""
+    """Whether `here` is true in any process. All processes must call this together."""
     return here if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.array(here)).any())
 
 
 def once(action: Callable[[], None]) -> None:
-    """Do something in the first process only; all others wait for it.
+    """Call `action` in the first process only; all others wait for it.
 
     **Raises:** what the action raises, in the first process; `RefusedElsewhere` in all others.
     """
@@ -145,8 +147,8 @@ def once(action: Callable[[], None]) -> None:
 
 
 def local(tree: _Tree) -> _Tree:
-    """A tree whose arrays are whole on this process's first device, wherever they were. All processes call it together:
-    after training, to sample and to judge.
+    """The tree with all arrays whole on this process's first device, wherever they were before. All processes must call
+    it together: after training, to sample and to evaluate.
     """
 
     def fetch(leaf: Any) -> Any:
@@ -165,7 +167,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 class RefusedElsewhere(RuntimeError):
-    """What the first process refused; it says why."""
+    """An error of the first process, whose own message says why."""
 
 
 class Separated(RuntimeError):
@@ -174,7 +176,7 @@ class Separated(RuntimeError):
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-    """A context around what all processes do together. What JAX raises when one of them is gone becomes `Separated`."""
+    """A context around what all processes do together. JAX's error when one of them has ended becomes `Separated`."""
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
@@ -188,7 +190,10 @@ def together() -> Iterator[None]:
 
 
 class Stopped(Exception):
-    """A run that was told to stop and has saved its state. **Arguments:** `signal` its number; `step` last done."""
+    """A run that a signal has stopped and that has saved its state.
+
+    **Arguments:** `signal` the number of the signal; `step` the last finished step.
+    """
 
     def __init__(self, signal: int, step: int):
         self.signal, self.step = signal, step
@@ -198,32 +203,33 @@ class Stopped(Exception):
 
 
 class StopSignals:
-    """SIGTERM and SIGINT, kept until the step is done: a context around a training loop. A second one ends the process
-    at once.
+    """A context around a training loop in which SIGTERM and SIGINT are recorded until the current step is done. A
+    second signal ends the process at once.
 
-    With several processes, JAX passes a SIGTERM to any of them on to all, so that all stop after the same step; SIGINT
-    is turned into it. JAX keeps SIGTERM to itself then: a second one does nothing. After training it ends the process.
+    With several processes, JAX forwards a SIGTERM from any of them to all, so that all stop after the same step; SIGINT
+    is converted to SIGTERM. In this case JAX handles SIGTERM, and a second one has no effect. After training, SIGTERM
+    ends the process.
     """
 
-    _of_jax: ClassVar[int | None] = None
-    """What JAX has the system call on SIGTERM, while that is not so; None for nothing."""
+    _jax_handler: ClassVar[int | None] = None
+    """JAX's handler of SIGTERM, stored while it is not installed; None if there is none."""
 
     def __init__(self):
         self._received: int | None = None
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> "StopSignals":
-        # Of several processes, JAX itself listens for SIGTERM.
-        kept = [signal.SIGINT] if jax.process_count() > 1 else [signal.SIGINT, signal.SIGTERM]
-        for number in kept:
+        # With several processes, JAX itself handles SIGTERM.
+        numbers = [signal.SIGINT] if jax.process_count() > 1 else [signal.SIGINT, signal.SIGTERM]
+        for number in numbers:
             self._before[number] = signal.signal(number, self._receive)
-        if jax.process_count() > 1 and StopSignals._of_jax is not None:
-            _on_signal(signal.SIGTERM, StopSignals._of_jax)
+        if jax.process_count() > 1 and StopSignals._jax_handler is not None:
+            _on_signal(signal.SIGTERM, StopSignals._jax_handler)
         return self
 
     def __exit__(self, *_: object) -> None:
         if jax.process_count() > 1:
-            StopSignals._of_jax = _on_signal(signal.SIGTERM, None)
+            StopSignals._jax_handler = _on_signal(signal.SIGTERM, None)
         for number, handler in self._before.items():
             signal.signal(number, handler)  # pyright: ignore[reportArgumentType]
 
@@ -236,16 +242,16 @@ class StopSignals:
             os.kill(os.getpid(), signal.SIGTERM)
 
     def received(self) -> int | None:
-        """The signal that tells to stop now, after a step, or None. All processes ask together and hear the same."""
+        """The signal that stops the run after this step, or None. All processes must call this together."""
         if jax.process_count() == 1:
             return self._received
-        told = multihost_utils.reached_preemption_sync_point(next(_SYNC_POINTS))
-        return (self._received or signal.SIGTERM) if told else None
+        is_reached = multihost_utils.reached_preemption_sync_point(next(_SYNC_POINTS))
+        return (self._received or signal.SIGTERM) if is_reached else None
 
 
 def _on_signal(number: int, handler: int | None) -> int | None:
-    """Have the system call a C function on a signal, None to end the process, and return what it called before:
-    handlers that were not set from Python are unknown to its own `signal`."""
+    """Make a C function the handler of a signal (None: the signal ends the process), and return the previous handler.
+    Python's own `signal` does not know handlers that were not set from Python."""
     library = ctypes.CDLL(None)
     library.signal.argtypes, library.signal.restype = [ctypes.c_int, ctypes.c_void_p], ctypes.c_void_p
     return library.signal(number, handler)

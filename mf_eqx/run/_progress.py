@@ -1,8 +1,8 @@
 """The progress line of a run.
 
-Metrics live on the device, and fetching one waits for the step that computes it. So a step only leaves its metrics
-here, and they are fetched when a line is due; the rate is taken right after, when the device has caught up. The first
-step is waited for, because it compiles: the rate starts behind it.
+Metrics are on the device, and fetching one waits for the step that computes it. So each step only stores its metrics
+here, and they are fetched when a line is due; the rate is measured right after that, when the device has caught up.
+The first step is waited for, because it compiles: the rate is measured from its end.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ from ._values import fetch, short
 
 @runtime_checkable
 class Stream(Protocol):
-    """What a text stream must be able to do."""
+    """The methods that a text stream must have."""
 
     def write(self, text: str, /) -> Any: ...
     def flush(self) -> Any: ...
@@ -33,14 +33,14 @@ class Stream(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What one step does, for rates that people compare."""
+    """The work of one step, for rates that can be compared."""
 
     rows: int
     """Examples of a step."""
     flops: float | None = None
     """Floating-point operations of a step."""
     peak: float | None = None
-    """Operations per second that the machine could do at most."""
+    """The largest number of operations per second that the machine can do."""
 
     def rates(self, steps_per_second: float) -> list[str]:
         """Images per second and, where it is known, model FLOPs utilisation."""
@@ -51,24 +51,24 @@ class Work:
 
 
 class Progress:
-    """A line with step, rate, elapsed time, time left and metrics: updated in place on a terminal, printed every so
-    often elsewhere.
+    """A line with step, rate, elapsed time, time left and metrics: updated in place on a terminal, printed at
+    intervals elsewhere.
 
         with Progress(steps) as progress:
             for step in range(1, steps + 1):
                 state, metrics = train_step(state, batch)
                 progress.update(step, metrics)
 
-    Threads may share one.
+    Several threads may share one `Progress`.
 
     **Arguments:**
 
     - `total`: the number of the last step.
     - `start`: the number of steps that were finished before.
-    - `shown`: names of the metrics to show, those of them that are given; by default all single numbers.
+    - `shown`: names of the metrics to show, if they are given; by default all single numbers.
     - `every`: seconds between lines; by default 0.5 on a terminal, else 10.
     - `work`: of one step, to show rows per second and utilisation.
-    - `doing`: what happens before the first step is reported.
+    - `doing`: the activity to show before the first step is reported.
     - `silent`: whether to write nothing.
     - `stream`: where to write, by default stderr, so that stdout holds results only.
     - `clock`: seconds since any fixed time.
@@ -132,7 +132,7 @@ class Progress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        # After an error the device may be the culprit: fetch nothing, but leave the line as it stands.
+        # The device may be the cause of an error: fetch nothing, and leave the line as it is.
         if error is None:
             self._display()
         if self._in_place:

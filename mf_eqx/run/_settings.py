@@ -1,4 +1,4 @@
-"""What every training run can be told, whatever it trains."""
+"""The settings of every training run, whatever it trains."""
 
 import dataclasses
 import hashlib
@@ -21,28 +21,29 @@ _MOST_WORKERS = 1024
 
 @dataclasses.dataclass(frozen=True)
 class CommonSettings:
-    """How a run is kept and watched: what `Settings` and `CellSettings` have in common."""
+    """How a run is saved and monitored: the fields that `Settings` and `CellSettings` have in common."""
 
     name: str = ""
-    """Directory of the run below runs/SCRIPT; by default a digest of the configuration: the same command continues."""
+    """Directory of the run below runs/SCRIPT; by default a digest of the configuration, so that the same command
+    continues the run."""
     save_every: int = 1000
     """Steps between checkpoints; the last step is always saved."""
     keep_last: int = 2
-    """How many of the newest checkpoints are kept."""
+    """Number of newest checkpoints that are kept."""
     log_every: int = 50
-    """Steps between lines of metrics.jsonl, each a mean over them."""
+    """Steps between lines of metrics.jsonl; each line is the mean over these steps."""
     most_faults: int = 10
-    """Steps in a row without a finite loss and gradient after which the run stops, at its next line of metrics. Each
-    such step changes nothing."""
+    """Steps in a row without a finite loss and gradient after which the run stops, at its next line of metrics. Such a
+    step leaves the state unchanged."""
     dry_run: bool = False
-    """Print what would be trained, where everything lies and what memory it takes, and stop."""
+    """Print what would be trained, on which devices the arrays are placed and how much memory they need, and stop."""
     test_run: bool = False
-    """Two steps of everything, in a directory of its own that each such run begins anew."""
+    """Do two steps of everything, in a separate directory that each test run empties first."""
 
     def check(self, **least: int) -> None:
-        """Refuses values that make no run, and what `check_numbers` refuses.
+        """Refuses values with which no run is possible, and those that `check_numbers` refuses.
 
-        **Arguments:** `least` values of the script's own fields, by their names.
+        **Arguments:** `least` the smallest allowed values of the script's own fields, by their names.
 
         **Raises:** `ValueError`.
         """
@@ -56,59 +57,59 @@ class CommonSettings:
 
 @dataclasses.dataclass(frozen=True)
 class Settings(CommonSettings):
-    """The base of a script's configuration: how a run is kept, watched and spread over devices.
+    """The base of a script's configuration: how a run is saved, monitored and distributed over devices.
 
         @dataclasses.dataclass(frozen=True)
         class Config(run.Settings):
             steps: int = 6000
 
-    None of these changes what is learnt, but for rounding: a run may be continued with other ones. All fields of the
-    script's own must stay as they were.
+    None of these fields changes what is learnt, except for rounding, so a run may be continued with other values. The
+    script's own fields must not change.
     """
 
     keep_every: int = 0
-    """Checkpoints at multiples of it are kept for ever; 0 for none."""
+    """Checkpoints at multiples of this number of steps are never deleted; 0 for none."""
     preview_every: int = 1000
     """Steps between previews from fixed noise; 0 for none."""
     fsdp: int = 1
-    """Devices that share one copy of the parameters; divides the number of devices."""
+    """Devices that share one copy of the parameters; must divide the number of devices."""
     accumulation: int = 1
-    """Parts that each device's rows are differentiated in, to save memory."""
+    """Parts of each device's rows that are differentiated one after the other, to save memory."""
     tensorboard: bool = False
     """Also write metrics for TensorBoard."""
     wandb: str = ""
     """Also send metrics to Weights & Biases, to this project."""
     coordinator: str = ""
-    """HOST:PORT of the first of several processes, which listens at this address alone; give 0.0.0.0:PORT to it if the
-    others reach it by an address that its machine does not have. Found by itself under SLURM, Open MPI and on TPUs."""
+    """HOST:PORT of the first of several processes, which listens at this address only. Give it 0.0.0.0:PORT if the
+    others reach it by an address that its machine does not have. Not needed under SLURM, Open MPI and on TPUs."""
     processes: int = 0
-    """How many processes there are, with --coordinator."""
+    """Number of processes, with --coordinator."""
     process: int = -1
-    """Which of them this is, from 0, with --coordinator."""
+    """Number of this process, from 0, with --coordinator."""
     wait: int = WAIT
-    """Seconds that each of several processes waits at the start until all have come."""
+    """Seconds that each of several processes waits at the start until all have connected."""
 
 
 @dataclasses.dataclass(frozen=True)
 class CellSettings(CommonSettings):
     """The base of the configuration of a script that trains many small networks side by side, by `train_cells`. None of
-    these changes what is learnt."""
+    these fields changes what is learnt."""
 
     log_every: int = 250
-    """Steps between lines of each cell's metrics.jsonl, each a mean over them, or a little fewer, to make equal parts.
-    A cell can be stopped after each."""
+    """Steps between lines of each cell's metrics.jsonl, or slightly fewer, to make the parts equal; each line is the
+    mean over these steps. A cell can be stopped after each line."""
     workers: int = max(1, min(os.cpu_count() or 1, 8))
-    """Trainings at a time."""
+    """Number of trainings that run at the same time."""
 
 
 def check_numbers(config: Any) -> None:
-    """Refuses numbers that no script computes with: `ValueError` with the field's name for a float that is not finite,
-    and for an integer beyond int32, in which devices count.
+    """Refuses numbers that no script can use: raises `ValueError` with the field's name for a float that is not finite,
+    and for an integer that is not in int32, the type of integers on devices.
 
-    A float that is not finite must not reach a compiled program as a constant: XLA:CPU takes it for a number, and makes
-    another one of it.
+    A float that is not finite must not reach a compiled program as a constant: XLA:CPU treats it as a finite number,
+    and turns it into another number.
 
-    **Arguments:** `config` a dataclass; dataclasses, tuples and lists in it are looked through.
+    **Arguments:** `config` a dataclass; dataclasses, tuples and lists in it are checked, too.
     """
     for name, value in _numbers(config):
         if isinstance(value, int) and not -(2**31) <= value < 2**31:
@@ -118,11 +119,11 @@ def check_numbers(config: Any) -> None:
 
 
 def check_sizes(config: Any, **most: int) -> None:
-    """Refuses sizes with which a script would fill all memory, or never end, before it can say anything: `ValueError`
-    with the field's name.
+    """Refuses sizes with which a script would fill all memory, or never end, before it can report anything: raises
+    `ValueError` with the field's name.
 
-    **Arguments:** `config` a dataclass; `most` the largest values of its fields, by their names, far above all that
-    make sense. Of several numbers in one field each counts; None is no size.
+    **Arguments:** `config` a dataclass; `most` the largest allowed values of its fields, by their names, far above all
+    that make sense. If a field is a tuple, each of its numbers is checked; None is skipped.
     """
     for name, bound in most.items():
         value = getattr(config, name)
@@ -137,14 +138,14 @@ def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, int | float]]:
         for field in dataclasses.fields(value):
             yield from _numbers(getattr(value, field.name), f"{name}.{field.name}" if name else field.name)
     elif isinstance(value, tuple | list):
-        for one in value:
-            yield from _numbers(one, name)
+        for item in value:
+            yield from _numbers(item, name)
     elif isinstance(value, int | float) and not isinstance(value, bool):
         yield name, value
 
 
 def parallelism(settings: Settings) -> Parallelism | None:
-    """How a run is spread over all devices; None if there is only one.
+    """How a run is distributed over all devices; None if there is only one.
 
     **Raises:** `ValueError` if `settings.fsdp` does not divide their number.
     """
@@ -152,7 +153,7 @@ def parallelism(settings: Settings) -> Parallelism | None:
 
 
 def setting(default: Any) -> Any:
-    """A field of a script's own that changes nothing which is learnt, but for rounding, like those of `Settings`.
+    """A script's own field that does not change what is learnt, except for rounding, like the fields of `Settings`.
 
         remat: bool = run.setting(False)
 
@@ -165,7 +166,7 @@ _SETTING = {"mf_eqx.run": "setting"}
 
 
 def recipe(config: Any) -> dict[str, Any]:
-    """The script's own fields, which a run that continues must share: a configuration without any settings."""
+    """The script's own fields, without settings: they must be the same when a run continues."""
     common = {field.name for kind in (Settings, CellSettings) for field in dataclasses.fields(kind)}
     if dataclasses.is_dataclass(config):
         common |= {field.name for field in dataclasses.fields(config) if field.metadata == _SETTING}
@@ -173,24 +174,24 @@ def recipe(config: Any) -> dict[str, Any]:
 
 
 def default_name(config: Any) -> str:
-    """The same for the same recipe, else another."""
+    """A name that is the same for equal recipes, and differs for others."""
     return digest(recipe(config))
 
 
 def digest(value: Any) -> str:
-    """Eight letters that are the same for equal values, else others: a name for what a dataclass, a dictionary or a
-    list says."""
+    """Eight hexadecimal digits that are the same for equal values, and differ for others: a name for the contents of a
+    dataclass, a dictionary or a list."""
     return hashlib.sha256(json.dumps(as_json(value), sort_keys=True).encode()).hexdigest()[:8]
 
 
-def difference(saved: Any, wanted: Any, name: str = "") -> str | None:
+def difference(saved: Any, current: Any, name: str = "") -> str | None:
     """The first thing that differs between two values that JSON can hold; None if they are equal."""
-    if isinstance(saved, dict) and isinstance(wanted, dict):
-        for key in [*saved, *(key for key in wanted if key not in saved)]:
+    if isinstance(saved, dict) and isinstance(current, dict):
+        for key in [*saved, *(key for key in current if key not in saved)]:
             inner = f"{name}.{key}" if name else key
-            if key not in saved or key not in wanted:
-                return f"{inner} is only in the {'new' if key in wanted else 'old'} one"
-            if (found := difference(saved[key], wanted[key], inner)) is not None:
-                return found
+            if key not in saved or key not in current:
+                return f"{inner} is only in the {'new' if key in current else 'old'} one"
+            if (change := difference(saved[key], current[key], inner)) is not None:
+                return change
         return None
-    return None if saved == wanted else f"{name} was {saved}, now {wanted}"
+    return None if saved == current else f"{name} was {saved}, now {current}"

@@ -1,4 +1,4 @@
-"""Where the time of a run goes."""
+"""How the time of a run is spent."""
 
 import contextlib
 import dataclasses
@@ -12,16 +12,16 @@ import jax
 PARTS = ("start", "compile", "data", "save", "preview", "log")
 
 _COMPILING = "/jax/core/compile/"
-"""How the names begin that JAX gives to what it does before a program runs: tracing, lowering, compiling."""
-_HERE = threading.local()
+"""The prefix of JAX's names of all events before a program runs: tracing, lowering, compiling."""
+_OF_THREAD = threading.local()
 
 
 @dataclasses.dataclass
 class Stopwatch:
-    """Seconds by what they were spent on; what is left of the wall time went into steps.
+    """Seconds that were spent on each part of a run; the rest of the wall time was spent on steps.
 
-    **Arguments:** `clock` seconds since any fixed time; `began` when it was started, by default now; `parts` that there
-    are.
+    **Arguments:** `clock` seconds since any fixed time; `began` when it was started, by default now; `parts` the names
+    of the parts.
     """
 
     clock: Callable[[], float] = time.perf_counter
@@ -34,7 +34,7 @@ class Stopwatch:
 
     @contextlib.contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Counts the time inside for this part."""
+        """A context whose time is added to this part."""
         began = self.clock()
         try:
             yield
@@ -43,24 +43,24 @@ class Stopwatch:
 
     @contextlib.contextmanager
     def compiling(self) -> Iterator[None]:
-        """Counts for `compile` what JAX itself spends on it inside, in this thread: with many steps in one program, the
-        first of them cannot be told from what came before."""
-        _listen()
-        _HERE.spans = spans = []
+        """A context that adds to `compile` the time for compiling that JAX reports in this thread. If one program does
+        many steps, the first one cannot be timed separately from the compilation."""
+        _register_listener()
+        _OF_THREAD.spans = spans = []
         try:
             yield
         finally:
-            _HERE.spans = None
+            _OF_THREAD.spans = None
             self._seconds["compile"] += sum(end - begin for begin, end in spans)
 
     def seconds(self) -> dict[str, float]:
-        """So far: of each part, of `steps`, and of `wall`, the sum of all."""
+        """The seconds so far of each part, of `steps`, and of `wall`, the sum of all."""
         wall = self.clock() - self._began
         return {**self._seconds, "steps": wall - sum(self._seconds.values()), "wall": wall}
 
 
 def added(all_seconds: Iterable[Mapping[str, float]]) -> dict[str, float]:
-    """The sums of what several watches say, part by part."""
+    """The seconds of several stopwatches, added part by part."""
     sums: dict[str, float] = {}
     for seconds in all_seconds:
         sums |= {name: sums.get(name, 0.0) + value for name, value in seconds.items()}
@@ -68,15 +68,15 @@ def added(all_seconds: Iterable[Mapping[str, float]]) -> dict[str, float]:
 
 
 @functools.cache
-def _listen() -> None:
-    jax.monitoring.register_event_duration_secs_listener(_hear)
+def _register_listener() -> None:
+    jax.monitoring.register_event_duration_secs_listener(_on_event)
 
 
-def _hear(event: str, duration_secs: float, **_: object) -> None:
-    """JAX says how long something took, right after it, in the thread that did it."""
-    spans = getattr(_HERE, "spans", None)
+def _on_event(event: str, duration_secs: float, **_: object) -> None:
+    """JAX calls this with an event's duration, right after the event and in its thread."""
+    spans = getattr(_OF_THREAD, "spans", None)
     if spans is not None and event.startswith(_COMPILING):
         end = time.perf_counter()
         begin = end - duration_secs
-        spans[:] = [span for span in spans if span[1] <= begin]  # what is traced inside another program is told before
+        spans[:] = [span for span in spans if span[1] <= begin]  # an inner program's tracing is reported first
         spans.append((begin, end))

@@ -3,9 +3,9 @@
     with run.opened(config) as directory:
         state = run.train(config, step, make_state, stream, directory, steps=config.steps)
 
-The same command run again finds the directory by the configuration, takes the newest good checkpoint, and goes on with
-the step after it, on the same rows and with the same random numbers: the end is the same, bit by bit, on the same
-number of devices.
+When the same command is run again, it finds the directory by the configuration, loads the newest valid checkpoint, and
+continues with the next step, on the same rows and with the same random numbers. On the same number of devices, the last
+state is bit-identical to that of a run that was never interrupted.
 """
 
 import contextlib
@@ -40,7 +40,7 @@ Preview = Callable[[TrainState, Path], None]
 
 
 _MUST_AGREE = {"config": "configuration", "data": "data", "steps": "number of steps", "training": "training"}
-"""Notes of a checkpoint that a run which continues must share."""
+"""Notes of a checkpoint that must be the same in a run that continues from it."""
 
 
 class NonFinite(RuntimeError):
@@ -60,33 +60,35 @@ def train(
     shown: Sequence[str] = ("loss", "boundary_error", "identity_error"),
     loggers: Sequence[Logger] = (),
 ) -> TrainState:
-    """Train up to a number of steps, from the beginning or from the newest good checkpoint.
+    """Train up to a number of steps, from the beginning or from the newest valid checkpoint.
 
-    What it leaves in `directory`: `checkpoints/`, `metrics.jsonl` (a line every `config.log_every` steps, the same in
-    a run that was interrupted; lines that are lost stay so, and the run tells when it continues), `previews/`,
-    `summary.json` (where the time went).
+    Files in `directory`: `checkpoints/`, `metrics.jsonl` (a line every `config.log_every` steps, the same in a run that
+    was interrupted; lines that are lost are not restored, which is reported when the run continues), `previews/`,
+    `summary.json` (how the time was spent).
 
     **Arguments:**
 
-    - `config`: its settings are used here; all else is kept with each checkpoint, and must be the same later.
-    - `step`: with `parallelism(config)` and `config.accumulation`.
-    - `make_state`: makes the state before the first step; called only to be traced. An `eqx.Partial` if it needs large
+    - `config`: its settings are used here; all other fields are saved with each checkpoint, and must be the same when
+      the run continues.
+    - `step`: made with `parallelism(config)` and `config.accumulation`.
+    - `make_state`: makes the state before the first step; it is only traced. Use an `eqx.Partial` if it needs large
       arrays, such as weights to start from.
-    - `stream`: of the batches, for the same parallelism.
+    - `stream`: the stream of batches, made with the same parallelism.
     - `directory`: from `opened`.
     - `steps`: number of the last step; with `config.test_run`, 2 at most.
-    - `name`: of this training, where one run has several: checkpoints of any other are refused.
-    - `preview`: draws a picture of a state into a PNG file. Called in all processes, since the state is spread over
-      them; the file of the first is kept, those of the others lie in a temporary directory.
+    - `name`: the name of this training, if one run has several: checkpoints of another training are refused.
+    - `preview`: draws a picture of a state into a PNG file. It is called in all processes, since the state is
+      distributed over them; the first process keeps its file, the others write to a temporary directory.
     - `shown`: metrics of the progress line.
-    - `loggers`: where metrics go besides metrics.jsonl, TensorBoard and Weights & Biases.
+    - `loggers`: destinations of metrics besides metrics.jsonl, TensorBoard and Weights & Biases.
 
     **Returns:** the last state.
 
-    **Raises:** `Stopped` after SIGTERM or SIGINT, with the state saved; `NonFinite` after `config.most_faults` bad
-    steps in a row; `CheckpointError`; `Moved` if the directory was moved away; `Separated` if another process is gone;
-    `ValueError` if a checkpoint is of another configuration or of other data, or if something does not fit;
-    `SystemExit` after `config.dry_run` has printed its plan.
+    **Raises:** `Stopped` after SIGTERM or SIGINT, with the state saved; `NonFinite` after `config.most_faults` steps
+    in a row without a finite loss and gradient; `CheckpointError`; `Moved` if the directory was moved; `Separated` if
+    another process has ended; `ValueError` if a checkpoint is of another configuration or of other data, or if a
+    setting, the batch size or the labels of the data are invalid; `SystemExit` after `config.dry_run` has printed its
+    plan.
     """
     config.check()
     step.check_batch_size(stream.batch)
@@ -115,7 +117,7 @@ def train(
 
 
 def _check_labels(step: TrainStep, stream: Stream) -> None:
-    """Refuses data with the label that means "no label", or larger ones: a table would read some row for them."""
+    """Refuses data with the null label, or larger ones: an embedding table would return a wrong row for them."""
     dropout = getattr(step.objective, "label_dropout", None)
     null = None if dropout is None else dropout.null
     if isinstance(null, int) and stream.source.labels is not None and stream.source.labels > null:
@@ -125,7 +127,7 @@ def _check_labels(step: TrainStep, stream: Stream) -> None:
 
 
 def _loggers(config: Settings, directory: RunDirectory, start: int) -> Iterator[Logger]:
-    """Those that flags ask for."""
+    """The loggers that are selected by flags."""
     if config.tensorboard and is_first():
         yield TensorBoardLogger(directory.root / "tensorboard", start)
     if config.wandb and is_first():
@@ -134,7 +136,7 @@ def _loggers(config: Settings, directory: RunDirectory, start: int) -> Iterator[
 
 @dataclasses.dataclass(kw_only=True)
 class _Training:
-    """One call of `train`: what it was given, and how far it is."""
+    """One call of `train`: its inputs and its progress."""
 
     config: Settings
     step: TrainStep
@@ -158,11 +160,11 @@ class _Training:
             "made_by": made_by(),
         }
         self.watch, self.signals = Stopwatch(), StopSignals()
-        self.since: list[Metrics] = []
+        self.unlogged: list[Metrics] = []
         self.start = self.number = self.faults = self.most_in_row = self.lines = 0
 
     def run(self, closing: contextlib.ExitStack) -> TrainState:
-        """The last state. Loggers that are made on the way are closed by the stack."""
+        """Train, and return the last state. The stack closes the loggers that are made here."""
         with self.signals:
             with self.watch.part("start"):
                 agree("config and data", {"notes": self.notes, "intervals": self._intervals})
@@ -178,7 +180,7 @@ class _Training:
                         state = self._advance(state, batch)
                     self._finish_saving()
             finally:
-                with contextlib.suppress(OSError):  # a full disk is told by whatever could not be written before
+                with contextlib.suppress(OSError):  # a full disk was reported by the write that failed before
                     self._summarise()
         return state
 
@@ -189,19 +191,19 @@ class _Training:
     # Before the first step
 
     def _begin(self) -> TrainState:
-        """The state to go on from."""
+        """The state to continue from."""
         self.checkpoints.clean()
         mesh = self.step.parallelism
         restored = self.checkpoints.load(self.make_state, mesh, check=self._check_notes)
         if restored is not None:
             self._continue(restored)
-        once(lambda: self._take_up_log(restored))
+        once(lambda: self._restore_log(restored))
         if restored is not None:
             return restored.state
         return eqx.filter_jit(self.make_state)() if mesh is None else mesh.make(self.make_state)
 
-    def _take_up_log(self, restored: Restored[TrainState] | None) -> None:
-        """Leave in the log what was written up to here, and tell if some of that is gone."""
+    def _restore_log(self, restored: Restored[TrainState] | None) -> None:
+        """Remove from the log what was written after the restored step, and report lines that are missing before it."""
         self.lines = self.directory.drop_records_after(self.start)
         written = self.lines if restored is None else restored.notes.get("lines", self.lines)
         if written != self.lines:
@@ -209,20 +211,21 @@ class _Training:
 
     def _check_notes(self, notes: Mapping[str, Any]) -> None:
         """Refuses a checkpoint of another configuration or of other data."""
-        wanted = json.loads(json.dumps(self.notes))
-        for name, what in _MUST_AGREE.items():
-            if found := difference(notes.get(name, ""), wanted[name], name):
-                raise ValueError(f"{self.checkpoints.directory}: {what} must be that of the run so far, but {found}")
+        current = json.loads(json.dumps(self.notes))
+        for name, subject in _MUST_AGREE.items():
+            if change := difference(notes.get(name, ""), current[name], name):
+                rule = f"{subject} must be that of the run so far"
+                raise ValueError(f"{self.checkpoints.directory}: {rule}, but {change}")
 
     def _continue(self, restored: Restored[TrainState]) -> None:
         for number, reason in restored.passed_over.items():
             tell(f"{self.checkpoints.path(number)}: passed over, because {reason}")
         if changed := difference(restored.notes["made_by"], self.notes["made_by"]):
-            tell(f"{self.directory.root}: not as when it was saved: {changed}")
+            tell(f"{self.directory.root}: the setup has changed since it was saved: {changed}")
         done = restored.step == self.steps
         tell(f"{self.directory.root}: {'finished' if done else 'continues after'} step {restored.step} of {self.steps}")
         self.start = self.number = restored.step
-        self.since = _unpacked(restored.notes["pending"])
+        self.unlogged = _unpacked(restored.notes["pending"])
         self.faults, self.most_in_row = int(restored.state.faults.total), int(restored.state.faults.most_in_row)
         if done and int(restored.state.faults.in_row) >= self.config.most_faults:
             raise NonFinite(f"{self.directory.root}: its last steps had no finite loss, gradient or update")
@@ -230,7 +233,7 @@ class _Training:
     # A step
 
     def _batches(self) -> Iterator[Batch]:
-        """What is left of the data, with the time that is spent waiting for it."""
+        """The remaining batches. The time spent waiting for them is recorded."""
         batches = self.stream.batches(self.start, self.steps)
         for _ in range(self.start, self.steps):
             with self.watch.part("data"):
@@ -238,21 +241,21 @@ class _Training:
             yield batch
 
     def _advance(self, state: TrainState, batch: Batch) -> TrainState:
-        """One step and whatever is due after it. The state usually is still being computed."""
+        """One step, and everything that is due after it. The state returned is usually still being computed."""
         with self.watch.part("compile") if self.number == self.start else contextlib.nullcontext():
             state, metrics = self.step(state, batch)
             self.number += 1
-            self.progress.update(self.number, metrics)  # waits for the first
-        self.since.append(metrics)
+            self.progress.update(self.number, metrics)  # waits for the first step
+        self.unlogged.append(metrics)
         signal = self.signals.received()
         if signal is not None or any(map(self._is_due, self._intervals)):
-            jax.block_until_ready(state.step)  # so that the time for steps is not taken for that of what follows
+            jax.block_until_ready(state.step)  # so that the time of steps is not counted for what follows
         if self._is_due(self.config.log_every):
             self._log()
         if signal is not None or self._is_due(self.config.log_every):
-            self._judge(state, jax.device_get(state.faults))
+            self._check_faults(state, jax.device_get(state.faults))
         if self._is_due(self.config.preview_every):
-            self._draw(state)
+            self._draw_preview(state)
         if signal is not None or self._is_due(self.config.save_every):
             self._save(state)
         if signal is not None:
@@ -270,19 +273,19 @@ class _Training:
     def _log(self) -> None:
         """A line of metrics."""
         with self.watch.part("log"):
-            sums = jax.device_get(total(self.since))
-            self.since = []
+            sums = jax.device_get(total(self.unlogged))
+            self.unlogged = []
             if is_first():
                 self.directory.log(self.number, sums)
                 self.lines += 1
             for logger in self.loggers:
                 logger.log(self.number, fetch(sums))
 
-    def _judge(self, state: TrainState, faults: Faults) -> None:
-        """Tells of bad steps, and stops after too many in a row."""
+    def _check_faults(self, state: TrainState, faults: Faults) -> None:
+        """Reports steps without a finite loss and gradient, and stops after too many in a row."""
         counted, most, last = int(faults.total), int(faults.most_in_row), int(faults.last)
         if counted > self.faults:
-            self.progress.note(f"no finite loss and gradient in step {last}, left out ({counted} such steps so far)")
+            self.progress.note(f"no finite loss and gradient in step {last}, skipped ({counted} such steps so far)")
             self.faults = counted
         limit = self.config.most_faults
         if int(faults.in_row) >= limit or most >= max(limit, self.most_in_row + 1):
@@ -294,7 +297,7 @@ class _Training:
             )
         self.most_in_row = most
 
-    def _draw(self, state: TrainState) -> None:
+    def _draw_preview(self, state: TrainState) -> None:
         if self.preview is not None:
             with self.watch.part("preview"):
                 name = f"previews/{self.number:08}.png"
@@ -305,11 +308,11 @@ class _Training:
                         self.preview(state, Path(folder) / "preview.png")
 
     def _save(self, state: TrainState) -> None:
-        """Start to save, with the metrics that no line of the log has yet."""
+        """Start to save the state, with the metrics that are not yet in the log."""
         with self.watch.part("save"):
             check_in_place(self.directory.root)
-            pending = _packed(self.since)
-            self.since = _unpacked(pending)
+            pending = _packed(self.unlogged)
+            self.unlogged = _unpacked(pending)
             self.checkpoints.save(self.number, state, {**self.notes, "pending": pending, "lines": self.lines})
 
     def _finish_saving(self) -> None:
@@ -318,7 +321,7 @@ class _Training:
 
 
 def _packed(metrics: Sequence[Metrics]) -> dict[str, Any]:
-    """The sum of metrics as JSON holds it: float32 passes through decimal numbers unchanged."""
+    """The sum of metrics as values that JSON can hold. Decimal numbers represent float32 exactly."""
     if not metrics:
         return {}
     sums = jax.device_get(total(metrics))

@@ -31,5 +31,5 @@ def _plain(value: Mean | ArrayLike) -> Value:
 
 
 def short(value: float) -> str:
-    """`value` in four significant digits, and without an exponent where that can be read."""
+    """`value` with four significant digits, without an exponent where that is readable."""
     return f"{value:.0f}" if 1000 <= abs(value) < 1e9 else f"{value:.4g}"

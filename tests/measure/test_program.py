@@ -130,5 +130,5 @@ def test_products_of_a_module_are_counted():
 
 
 def test_loop_of_unknown_length_with_products_is_refused():
-    with pytest.raises(ValueError, match="loops of a fixed number of turns"):
+    with pytest.raises(ValueError, match="a fixed number of iterations in all loops"):
         product_flops(lambda x: jax.lax.while_loop(lambda x: x[0, 0] < 1, lambda x: x @ x, x), rows(3, 3))

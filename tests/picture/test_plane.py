@@ -243,7 +243,7 @@ def test_a_map_of_equal_values_is_drawn(path):
 
 @pytest.mark.parametrize("columns", [["one"], ["one", "two", "three"]])
 def test_columns_that_do_not_fit_a_row_are_refused(path, columns):
-    message = f"columns must be 2 titles as in the row '{{}}', got {len(columns)}"
+    message = f"columns must be 2 titles, one per item of row '{{}}', got {len(columns)}"
     with pytest.raises(ValueError, match=message.format("MeanFlow")):
         picture.save_point_grid(path, POINTS, columns, limit=2)
     with pytest.raises(ValueError, match=message.format("truth")):

@@ -56,7 +56,7 @@ def no_training(unchecked, monkeypatch):
         return state, {}
 
     monkeypatch.setattr(_cells, "scan_steps", scan_steps)
-    monkeypatch.setattr(_cells._AtWork, "_save", lambda self, state: None)
+    monkeypatch.setattr(_cells._CellRun, "_save", lambda self, state: None)
     return calls
 
 
@@ -318,7 +318,7 @@ def test_another_version_is_told_where_a_training_goes_on(left, told, directory,
         shutil.rmtree(checkpoints.path(step))
     monkeypatch.setattr(_cells, "made_by", lambda: {"commit": "another"})
     trained(config(log_every=2, save_every=2), {0: training(steps=4)}, directory)
-    assert capsys.readouterr().err.count("seed_0: not as when it was saved: ") == told
+    assert capsys.readouterr().err.count("seed_0: the setup has changed since it was saved: ") == told
 
 
 def test_a_directory_that_is_moved_in_the_midst_ends_all_cells(tmp_path, monkeypatch):

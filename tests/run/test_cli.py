@@ -322,7 +322,7 @@ def test_flags_of_several_processes_are_refused_in_one_line(capsys):
     ("error", "told"),
     [
         (MemoryError("Unable to allocate 29.8 GiB"), "Unable to allocate 29.8 GiB"),
-        (MemoryError(), "no more could be had"),
+        (MemoryError(), "an allocation failed"),
         (jax.errors.JaxRuntimeError("INTERNAL: Out of memory, 9 bytes"), "INTERNAL: Out of memory, 9 bytes"),
         (
             jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory\nheld: much"),

@@ -440,7 +440,7 @@ def test_processes_of_different_configurations_refuse_to_start(tmp_path):
     found = [ended(process) for process in start_together(tmp_path, 2, "--steps", 20, each=each)]
     assert [process.code for process in found] == [2, 2]
     for process in found:
-        assert "config must be the same in all processes, but process 1 has another than 0" in process.told[-1]
+        assert "config must be the same in all processes, but process 1 differs from 0" in process.told[-1]
     assert not any(tmp_path.iterdir())
 
 

@@ -186,7 +186,8 @@ def test_a_second_first_process_is_refused_and_the_others_meet(address):
 
 @pytest.mark.parametrize(("expected", "place"), [(2, (3, 1)), (2, (3, 2)), (3, (2, 1))])
 def test_another_number_of_processes_ends_all(expected, place, address):
-    message = "processes must be the same in all, got {}, and {} in {}".format(expected, *place)
+    rule = "processes must be the same in all processes"
+    message = "{}, got {} in process 0 and {} in process {}".format(rule, expected, *place)
     assert [said(each, ValueError) for each in met(address, (expected, 0), place)] == [message] * 2
 
 
@@ -220,8 +221,8 @@ def test_an_unknown_host_is_refused():
 def test_a_name_by_which_a_machine_means_itself_is_refused(address, monkeypatch):
     found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.1.1", address[1]))]
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
-    message = f"must be reached from all processes, got me:{address[1]}, which is 127.0.1.1 here: give an address, or "
-    assert message + f"localhost:{address[1]} if all" in refused("me", address[1])
+    message = f"must be reachable from all processes, got me:{address[1]}, which is 127.0.1.1 here: give an address, "
+    assert message + f"or localhost:{address[1]} if all" in refused("me", address[1])
 
 
 def test_localhost_is_this_machine(address):

@@ -41,7 +41,7 @@ def shown(monkeypatch):
     monkeypatch.setattr(sys, "unraisablehook", found.append)
     absl = logging.getLogger("absl")
     before = list(absl.filters)
-    _noise.leave_out.__wrapped__()
+    _noise.suppress_noise.__wrapped__()
     yield found
     absl.filters[:] = before
 

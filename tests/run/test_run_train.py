@@ -184,7 +184,7 @@ def test_lines_that_are_gone_from_the_log_are_told_once(lost, tmp_path, capsys):
     path.write_text("".join(left)) if lost == "a line" else path.unlink()
     number = len(left) if lost == "a line" else 0
     stopped(tmp_path, config, after=9)
-    told = f"{path}: must have 3 lines up to step 7, but has {number}; the run goes on without the others\n"
+    told = f"{path}: must have 3 lines up to step 7, but has {number}; the run continues nevertheless\n"
     assert told in capsys.readouterr().out
     trained(tmp_path, config)
     assert "must have" not in capsys.readouterr().out
@@ -295,7 +295,7 @@ def test_a_bad_step_changes_nothing_but_the_counters(tmp_path):
 def test_a_bad_step_is_told_by_its_number_once(tmp_path, capsys):
     _, directory = trained(tmp_path, spoiled(4, steps=5))
     told = capsys.readouterr().err
-    assert told.count("no finite loss and gradient in step 4, left out (1 such steps so far)\n") == 1
+    assert told.count("no finite loss and gradient in step 4, skipped (1 such steps so far)\n") == 1
     assert told.count("no finite loss") == 1
     assert [record["loss"] is None for record in directory.records()] == [False, False, False, True, False]
 
