@@ -107,23 +107,36 @@ def variants(share: float = 0.25) -> dict[str, Variant]:
             label_dropout=mfx.LabelDropout(0.1, LABELS),
         )
 
+    def of_method(identity: mfx.AbstractIdentity, passes: mfx.Passes) -> Variant:
+        return Variant(objective(identity), lambda T, s: 3 + s * (passes.forward + passes.tangent * T))
+
     mean_flow = mfx.MeanFlow()
     every = functools.partial(objective, mean_flow, 1, equal=1 - share)
     stopped, difference = (mfx.MeanFlow(derivative=rule()) for rule in (mfx.StoppedJVP, mfx.CentralDifference))
     return {
         FLOW_MATCHING: Variant(objective(None, 0), lambda T, s: 3),
         "MeanFlow on every row": Variant(every(), lambda T, s: 3 + T),
-        "MeanFlow": Variant(objective(mean_flow), lambda T, s: 3 + s * T),
-        "stopped JVP": Variant(objective(stopped), lambda T, s: 3 + s * (1 + T)),
-        "finite difference": Variant(objective(difference), lambda T, s: 3 + 2 * s),
+        "MeanFlow": of_method(mean_flow, mean_flow.derivative.passes),
+        "stopped JVP": of_method(stopped, stopped.derivative.passes),
+        "finite difference": of_method(difference, difference.derivative.passes),
         "guided on every row": Variant(every(guided=True), lambda T, s: 3 + T + 2),
         "guided": Variant(objective(mean_flow, guided=True), lambda T, s: 3 + s * T + 1 + s),
-        "ImprovedMeanFlow": Variant(objective(mfx.ImprovedMeanFlow()), lambda T, s: 3 + s * T + s),
-        "SplitMeanFlow": Variant(objective(mfx.SplitMeanFlow()), lambda T, s: 3 + 2 * s),
+        **{name: of_method(*method) for name, method in methods().items() if name != "MeanFlow"},
     }
 
 
+@functools.cache
+def methods() -> dict[str, tuple[mfx.AbstractIdentity, mfx.Passes]]:
+    """The package's methods whose cost is the same at every step, with that cost."""
+    found = mfx.identities_in(vars(mfx), steps=1)
+    return {name: (identity, passes) for name, identity in found.items() if (passes := identity.facts.passes)}
+
+
 VARIANTS = tuple(variants())
+FIRST_OF_ITS_COST = {passes: name for name, (_, passes) in reversed(methods().items()) if name != "MeanFlow"}
+FIRST_OF_ITS_COST[mfx.MeanFlow().derivative.passes] = "MeanFlow"
+COMPARED = tuple(name for name in VARIANTS if name not in methods() or name in FIRST_OF_ITS_COST.values())
+"""Of methods that cost the same, one."""
 
 
 # Networks and steps
@@ -159,7 +172,8 @@ def make_step(setting: Setting, name: str) -> mfx.TrainStep:
     # Convolutions in loops are slow on CPUs.
     unroll = setting.model in UNETS and setting.form != "scan" and jax.default_backend() == "cpu"
     objective, average = variants(setting.share)[name].objective, mfx.ExponentialAverage(0.9999)
-    return mfx.TrainStep(objective, optax.adam(1e-4, b2=0.95), [average], unroll=unroll)
+    teacher = 0 if objective.needs_teacher else None
+    return mfx.TrainStep(objective, optax.adam(1e-4, b2=0.95), [average], teacher=teacher, unroll=unroll)
 
 
 def make_state(setting: Setting, *, key: jax.Array) -> mfx.TrainState:
@@ -232,7 +246,8 @@ def xla_flops(model: str, name: str, share: float = 0.25) -> float:
     rows = group * math.ceil(16 / group)  # as many as the share wants
 
     def gradient(field: mfx.AbstractField, x: jax.Array, label: jax.Array, key: jax.Array) -> Any:
-        return eqx.filter_grad(lambda field: objective(field, mfx.Batch(x, label), key=key)[0])(field)
+        context = mfx.Context(jnp.zeros((), jnp.int32), mfx.stopped(field))
+        return eqx.filter_grad(lambda field: objective(field, mfx.Batch(x, label), key=key, context=context)[0])(field)
 
     def count(depth: int | None = None) -> float:
         x = jax.ShapeDtypeStruct((rows, *data_shape(model)), jnp.float32)

@@ -54,8 +54,8 @@ def test_flow_matching_comes_first_whatever_is_asked_for(jvp_overhead, setting):
 
 def test_finite_difference_is_left_out_of_bfloat16_alone(jvp_overhead, setting):
     everything = jvp_overhead.Config()
-    assert tuple(jvp_overhead.chosen(everything, setting)) == jvp_overhead.VARIANTS
-    left = [name for name in jvp_overhead.VARIANTS if name != "finite difference"]
+    assert tuple(jvp_overhead.chosen(everything, setting)) == jvp_overhead.COMPARED
+    left = [name for name in jvp_overhead.COMPARED if name != "finite difference"]
     assert jvp_overhead.chosen(everything, setting._replace(dtype="bfloat16")) == left
 
 
@@ -66,7 +66,7 @@ def test_quick_is_the_small_model_in_the_base_setting(jvp_overhead):
     quick = jvp_overhead.shrunk(asked)
     assert jvp_overhead.settings(quick) == [("tiny", 16, "float32", "default", "none", "xla", 0.25)]
     assert quick.rounds == 3
-    assert set(jvp_overhead.VARIANTS) - set(quick.variant) == {"stopped JVP", "finite difference"}
+    assert set(jvp_overhead.COMPARED) - set(quick.variant) == {"stopped JVP", "finite difference"}
 
 
 @pytest.mark.parametrize(
