@@ -19,7 +19,7 @@ from jax.nn.initializers import normal
 from jaxtyping import Array, Float, Key
 
 from .._custom_types import as_scalar, as_times, at_least_float32, Label, ScalarLike, Time, TimeLike
-from .._validate import check_finite, check_sizes, known
+from .._validate import check_finite, check_sizes, on_host_if_known
 from ._linear import Linear
 
 TimeVariables: TypeAlias = Callable[[Time, Time], tuple[Time, ...]]
@@ -155,7 +155,7 @@ class LabelEmbedding(eqx.Module):
                 f"condition must be one integer label of shape () (functions are per example: jax.vmap makes batches), "
                 f"got {dtype} of shape {np.shape(label)}"
             )
-        value = known(label)
+        value = on_host_if_known(label)
         if value is not None and not 0 <= value <= self.null_label:
             raise ValueError(f"condition must be a label in [0, {self.null_label}], got {value}")
         return self.table[label]
