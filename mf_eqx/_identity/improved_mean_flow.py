@@ -23,7 +23,8 @@ from .facts import Facts
 class ImprovedMeanFlow(AbstractIdentity):
     r"""The improved MeanFlow identity: $u - \mathrm{sg}(v - (t - r)\, du/dt)$ with tangent (u(z, t, t), 0, 1).
 
-    One forward pass more than `MeanFlow` on its rows. Needs boundary rows, or u(z, t, t) is never trained.
+    It costs one forward pass more than `MeanFlow` on its rows. It needs boundary rows, because otherwise u(z, t, t) is
+    never trained.
 
     **Arguments:** `derivative` the engine that computes du/dt.
     """
