@@ -51,7 +51,7 @@ class Row(eqx.Module):
       i is `split(key, n)[i]`, which the field may use. None if there is neither dropout nor such a draw.
     - `context`: training step and teacher. None outside of training, as in proofs and metrics.
     - `x`, `eps`, `path`: data, noise and interpolant from which z was made. None if z was made otherwise, and if the
-      objective has guidance or a `velocity`, which x and eps do not contain.
+      objective has guidance or a `velocity`, on which x and eps do not depend.
     - `dropped`: whether the condition was dropped.
     """
 

@@ -33,7 +33,7 @@ from ._times import check_divisible
 
 _Tree = TypeVar("_Tree")
 
-_DRAW = 0x44524157  # folded into the key of a step's data, to differ from the keys that the step itself splits
+_DRAW = 0x44524157  # folded into the key of a step's data, to differ from the keys that the step itself uses
 
 
 class Faults(eqx.Module):
