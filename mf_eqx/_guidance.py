@@ -157,7 +157,7 @@ def _check_null(null: Condition) -> None:
         if isinstance(leaf, np.ndarray | np.generic):
             dtype = jax.dtypes.canonicalize_dtype(leaf.dtype)
             if (changed := first_changed_by_cast(leaf, dtype)) is not None:
-                raise ValueError(f"null must fit into {dtype}, to which JAX converts it, got {changed}")
+                raise ValueError(f"null must be representable in {dtype}, to which JAX converts it, got {changed}")
 
 
 def first_changed_by_cast(value: ArrayLike | np.generic, dtype: np.dtype) -> Any:

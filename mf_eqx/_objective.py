@@ -343,4 +343,4 @@ def _check_null(null: ArrayLike, condition: ArrayLike) -> None:
             raise ValueError(f"label_dropout.null must be {rule}, got an array of {null_dtype}") from None
         return
     if changed is not None:
-        raise ValueError(f"label_dropout.null must fit into the condition's dtype {dtype}, got {changed}")
+        raise ValueError(f"label_dropout.null must be representable in the condition's dtype {dtype}, got {changed}")
