@@ -107,7 +107,8 @@ def variants(share: float = 0.25) -> dict[str, Variant]:
             label_dropout=mfx.LabelDropout(0.1, LABELS),
         )
 
-    def of_method(identity: mfx.AbstractIdentity, passes: mfx.Passes) -> Variant:
+    def of_method(identity: mfx.AbstractIdentity) -> Variant:
+        passes = identity.facts.passes or mfx.Passes()
         return Variant(objective(identity), lambda T, s: 3 + s * (passes.forward + passes.tangent * T))
 
     mean_flow = mfx.MeanFlow()
@@ -116,25 +117,25 @@ def variants(share: float = 0.25) -> dict[str, Variant]:
     return {
         FLOW_MATCHING: Variant(objective(None, 0), lambda T, s: 3),
         "MeanFlow on every row": Variant(every(), lambda T, s: 3 + T),
-        "MeanFlow": of_method(mean_flow, mean_flow.derivative.passes),
-        "stopped JVP": of_method(stopped, stopped.derivative.passes),
-        "finite difference": of_method(difference, difference.derivative.passes),
+        "MeanFlow": of_method(mean_flow),
+        "stopped JVP": of_method(stopped),
+        "finite difference": of_method(difference),
         "guided on every row": Variant(every(guided=True), lambda T, s: 3 + T + 2),
         "guided": Variant(objective(mean_flow, guided=True), lambda T, s: 3 + s * T + 1 + s),
-        **{name: of_method(*method) for name, method in methods().items() if name != "MeanFlow"},
+        **{name: of_method(method) for name, method in methods().items() if name != "MeanFlow"},
     }
 
 
 @functools.cache
-def methods() -> dict[str, tuple[mfx.AbstractIdentity, mfx.Passes]]:
-    """The package's methods whose cost is the same at every step, with that cost."""
+def methods() -> dict[str, mfx.AbstractIdentity]:
+    """The package's methods whose cost is known, and the same at every step."""
     found = mfx.identities_in(vars(mfx), steps=1)
-    return {name: (identity, passes) for name, identity in found.items() if (passes := identity.facts.passes)}
+    return {name: identity for name, identity in found.items() if identity.facts.passes is not None}
 
 
 VARIANTS = tuple(variants())
-FIRST_OF_ITS_COST = {passes: name for name, (_, passes) in reversed(methods().items()) if name != "MeanFlow"}
-FIRST_OF_ITS_COST[mfx.MeanFlow().derivative.passes] = "MeanFlow"
+FIRST_OF_ITS_COST = {identity.facts.passes: name for name, identity in reversed(methods().items())}
+FIRST_OF_ITS_COST[mfx.MeanFlow().facts.passes] = "MeanFlow"
 COMPARED = tuple(name for name in VARIANTS if name not in methods() or name in FIRST_OF_ITS_COST.values())
 """Of methods that cost the same, one."""
 

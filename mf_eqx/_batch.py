@@ -9,10 +9,10 @@ from jaxtyping import Array, ArrayLike, Int, PyTree, Shaped
 class Batch(eqx.Module):
     """Rows of training data.
 
-    **Arguments:** `x` data with a leading batch axis (channels first for images; a PyTree if `TrainStep.prepare` makes
-    data of it); `condition` a PyTree with the same leading axis, or None; `index` each row's index in the global batch,
-    0, 1, ... by default (pass it when `x` is a part of a larger batch). With a scalar `index` it is a single row
-    without batch axis.
+    **Arguments:** `x` data with a leading batch axis (channels first for images; a PyTree if `TrainStep.prepare`
+    turns it into data); `condition` a PyTree with the same leading axis, or None; `index` each row's index in the
+    global batch, 0, 1, ... by default (pass it when `x` is a part of a larger batch). With a scalar `index` the batch
+    is a single row without batch axis.
     """
 
     x: PyTree[Shaped[ArrayLike, "..."]]
@@ -27,7 +27,7 @@ class Batch(eqx.Module):
     ):
         self.x = x
         self.condition = condition
-        if index is not None and np.ndim(index) == 0:  # one row, as `TrainStep.prepare` sees it
+        if index is not None and np.ndim(index) == 0:  # a single row, as `TrainStep.prepare` gets it
             self.index = index
             return
         shapes = [np.shape(leaf)[:1] for leaf in jax.tree.leaves((x, condition, index))]

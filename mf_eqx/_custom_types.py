@@ -8,7 +8,7 @@ Time runs from data (t = 0) to noise (t = 1); always r <= t. Everything is per e
 | `eps` | $\epsilon$ | noise, standard normal |
 | `z` | $z_t$ | state on the path, $z_t = \alpha_t x + \sigma_t \epsilon$ (the paper's $a_t$, $b_t$) |
 | `r`, `t` | $r$, $t$ | start and end of the interval over which the velocity is averaged |
-| `v` | $v$ | instantaneous velocity; conditional ($\dot\alpha_t x + \dot\sigma_t \epsilon$) unless said so |
+| `v` | $v$ | instantaneous velocity; conditional ($\dot\alpha_t x + \dot\sigma_t \epsilon$) unless stated otherwise |
 | `u` | $u$ | average velocity over [r, t] |
 | `dudt` | $du/dt$ | total derivative of u along the trajectory |
 | `condition` | $c$ | what the field is conditioned on: a PyTree, often a label |
@@ -29,7 +29,7 @@ Scalar: TypeAlias = Float[Array, ""]
 Time: TypeAlias = Float[Array, ""]
 ScalarLike: TypeAlias = Real[ArrayLike, ""]
 TimeLike: TypeAlias = Real[ArrayLike, ""]
-"""What public functions take for a time: an array of shape (), or a number of Python or NumPy."""
+"""A time as public functions accept it: an array of shape (), or a Python or NumPy number."""
 Label: TypeAlias = Integer[ArrayLike, ""]
 Condition: TypeAlias = PyTree[Any]
 """A PyTree of arrays without batch axis (an integer label, an embedding), or None."""
@@ -43,11 +43,12 @@ def at_least_float32(x: Inexact[Array, "*any"] | Inexact[np.ndarray, "*any"]) ->
 def as_scalar(
     name: str, number: ScalarLike, like: Inexact[Array | np.ndarray, "..."] | None = None
 ) -> Float[Array, ""]:
-    """`number` as a floating-point array of shape (), by JAX's rules of promotion: an array keeps its precision, a
-    number of Python takes that of `like` (without it, of whatever it meets).
+    """`number` as a floating-point array of shape (), by JAX's promotion rules: an array keeps its precision; a Python
+    number takes the precision of `like` or, without `like`, stays weakly typed and takes that of the arrays it is
+    combined with.
 
-    **Arguments:** `name` of the argument, for the message; `number`; `like` an array that it is used with, whose
-    precision counts as float32 at least.
+    **Arguments:** `name` of the argument, for the message; `number`; `like` an array that the result is used with,
+    whose precision counts as at least float32.
 
     **Raises:** `ValueError` unless its shape is ().
     """

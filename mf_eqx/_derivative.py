@@ -2,19 +2,20 @@ r"""The total derivative du/dt along a trajectory (Eq. 8), and the engines that 
 
 $$\frac{d}{dt} u(z_t, r, t) = v \cdot \partial_z u + \partial_t u,$$
 
-a Jacobian-vector product of u at (z, r, t) with tangent (v, 0, 1). An engine is an object handed to an identity; it
-decides how the product is taken, the identity decides what for. Cost on top of u with its gradient, in forward passes F
-of the rows that carry an identity, and what du/dt is:
+a Jacobian-vector product of u at (z, r, t) with tangent (v, 0, 1). An engine is an object passed to an identity: the
+engine decides how the product is computed, the identity decides how it is used. The table lists the cost of each engine
+in addition to u and its gradient, where F is one forward pass of the rows that carry an identity, and the accuracy of
+du/dt:
 
     FusedJVP             1.0 F   exact; u is its primal output, so nothing is computed twice
-    StoppedJVP           2.0 F   exact; u comes from a pass of its own, which forward mode never sees
-    CentralDifference    2.0 F   an approximation, for fields that forward mode cannot pass
+    StoppedJVP           2.0 F   exact; u comes from a separate pass without forward mode
+    CentralDifference    2.0 F   an approximation, for fields that forward mode cannot differentiate
 
-(the tangent pass costs a little more than F, by the share of the attention's products). While an engine differentiates,
-it replaces each `mf_eqx.nn.AbstractAttention` in the field by its `forward_mode()`.
+(The tangent pass costs slightly more than F, depending on the share of the attention's matrix products.) While an
+engine differentiates, it replaces each `mf_eqx.nn.AbstractAttention` in the field by its `forward_mode()`.
 
-A du/dt that was computed without a way back to the parameters carries no gradient. Asking for one raises an error:
-training on zeros instead would look like training.
+If du/dt is computed without a differentiable path to the parameters, it carries no gradient. A request for its gradient
+then raises an error: with silent zeros in its place, training would seem to work.
 """
 
 import abc
@@ -26,7 +27,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key, PyTree
 
 from ._custom_types import as_times, Condition, Scalar, Time, TimeLike
-from ._engine_guards import refuse_custom_vjp, refuse_gradient, refuse_low_precision, traced
+from ._engine_guards import refuse_custom_vjp, refuse_gradient, refuse_low_precision, trace_and_check
 from ._field import AbstractField, stopped, WithVelocity
 from ._validate import check_positive
 from .nn import AbstractAttention, StoppedTangent
@@ -34,7 +35,7 @@ from .nn import AbstractAttention, StoppedTangent
 _Field = TypeVar("_Field", bound=eqx.Module)
 
 Values: TypeAlias = PyTree[Float[Array, "*data"]]
-"""What a field gives: u, or u and more, each of the shape of z."""
+"""The outputs of a field: u, or u and further arrays, each of the shape of z."""
 
 
 class Passes(NamedTuple):
@@ -64,8 +65,8 @@ class AbstractDerivative(eqx.Module):
         tangent: tuple[Float[Array, "*data"], float, float],
         key: Key[Array, ""] | None,
     ) -> tuple[Values, Values]:
-        """The pair `(u, dudt)` at `(z, r, t)` in direction `tangent` = (dz, dr, dt). Of a field that gives more than u,
-        such as `WithVelocity`, both are what it gives."""
+        """The pair `(u, dudt)` at `(z, r, t)` in direction `tangent` = (dz, dr, dt). For a field with several outputs,
+        such as `WithVelocity`, both have the structure of its outputs."""
 
 
 class FusedJVP(AbstractDerivative):
@@ -73,7 +74,7 @@ class FusedJVP(AbstractDerivative):
 
     du/dt carries a gradient, unless the field's attention is a fused kernel.
 
-    **Raises** (when called): `ValueError` if a `jax.custom_vjp` function stands between (z, r, t) and u.
+    **Raises** (when called): `ValueError` if u is computed from (z, r, t) by a `jax.custom_vjp` function.
     """
 
     @property
@@ -98,10 +99,11 @@ class FusedJVP(AbstractDerivative):
 
 
 class StoppedJVP(AbstractDerivative):
-    """u by a forward pass of its own, du/dt by a JVP of the field behind stop-gradient.
+    """u by a separate forward pass, du/dt by a JVP of the field behind stop-gradient.
 
-    One forward pass more than `FusedJVP`; in exchange reverse mode never meets forward mode, and u and its gradient
-    come from the plain field, fused kernels included. A gradient through du/dt raises `ValueError`.
+    It costs one forward pass more than `FusedJVP`. In exchange, reverse mode is never applied to forward mode, and u
+    and its gradient come from the unchanged field, including its fused kernels. A gradient through du/dt raises
+    `ValueError`.
 
     **Raises** (when called): as `FusedJVP`.
     """
@@ -131,10 +133,11 @@ class StoppedJVP(AbstractDerivative):
 class CentralDifference(AbstractDerivative):
     r"""du/dt without a JVP: $(u_{+} - u_{-}) / 2\epsilon$ with $u_{\pm} = u((z, r, t) \pm \epsilon\, (dz, dr, dt))$.
 
-    For fields that forward mode cannot pass. The error is of order $\epsilon^2$ plus the rounding of u over $\epsilon$,
-    which leaves float32 about four digits at best and bfloat16 none (on recent GPUs float32 products are TF32 unless
-    `jax.default_matmul_precision` says otherwise, and leave fewer). The field is evaluated up to $\epsilon$ beyond [0,
-    1], and at $t - \epsilon < r$ where t - r is smaller. A gradient through du/dt raises `ValueError`.
+    For fields that forward mode cannot differentiate. The error is of order $\epsilon^2$ plus the rounding error of u
+    divided by $\epsilon$: about four digits at best are correct in float32, and none in bfloat16. (On recent GPUs
+    float32 products are computed in TF32 unless `jax.default_matmul_precision` says otherwise; then fewer digits are
+    correct.) The field is evaluated up to $\epsilon$ outside of [0, 1], and at $t - \epsilon < r$ where t - r is
+    smaller than $\epsilon$. A gradient through du/dt raises `ValueError`.
 
     **Arguments:** `step` the $\epsilon$ above, in units of time.
 
@@ -162,17 +165,17 @@ class CentralDifference(AbstractDerivative):
         key: Key[Array, ""] | None,
     ) -> tuple[Values, Values]:
         r, t = as_times(r, t, z)
-        u = _checked(field(z, r, t, condition, key=key), z)
-        origins = (u, z, r, t, tangent[0])
+        u = _with_checked_shapes(field(z, r, t, condition, key=key), z)
+        inputs = (u, z, r, t, tangent[0])
         teacher, (z, r, t, condition), (dz, dr, dt) = stopped((field, (z, r, t, condition), tangent))
 
-        def moved(step: Scalar) -> Values:
+        def evaluate_at(step: Scalar) -> Values:
             return teacher(z + step * dz.astype(z.dtype), r + step * dr, t + step * dt, condition, key=key)
 
-        at = traced(moved, refuse_low_precision, jnp.zeros((), z.dtype))
-        after, before = (at(jnp.asarray(step, z.dtype)) for step in (self.step, -self.step))
+        evaluate = trace_and_check(evaluate_at, refuse_low_precision, jnp.zeros((), z.dtype))
+        after, before = (evaluate(jnp.asarray(step, z.dtype)) for step in (self.step, -self.step))
         dudt = jax.tree.map(lambda after, before: (after - before) / (2 * self.step), after, before)
-        return u, refuse_gradient(dudt, origins)
+        return u, refuse_gradient(dudt, inputs)
 
 
 def total_derivative(
@@ -210,15 +213,15 @@ def _jvp(
     def differentiate(primals: Any, tangents: Any) -> tuple[Values, Values]:
         return eqx.filter_jvp(lambda z, r, t: field(z, r, t, condition, key=key), primals, tangents)
 
-    u, dudt = traced(differentiate, refuse_custom_vjp, primals, tangents)(primals, tangents)
+    u, dudt = trace_and_check(differentiate, refuse_custom_vjp, primals, tangents)(primals, tangents)
 
     def rate(u: Array, rate: Array | None) -> Array:
         return jnp.zeros_like(u) if rate is None else rate  # None: u does not depend on z, r or t
 
-    return _checked(u, z), jax.tree.map(rate, u, dudt, is_leaf=lambda node: node is None)
+    return _with_checked_shapes(u, z), jax.tree.map(rate, u, dudt, is_leaf=lambda node: node is None)
 
 
-def _checked(u: PyTree[Float[Array, "..."]], z: Float[Array, "*data"]) -> Values:
+def _with_checked_shapes(u: PyTree[Float[Array, "..."]], z: Float[Array, "*data"]) -> Values:
     if wrong := [leaf.shape for leaf in jax.tree.leaves(u) if leaf.shape != z.shape]:
         raise ValueError(f"field must return the shape of z, {z.shape}, got {wrong[0]}")
     return u
@@ -229,7 +232,7 @@ def _is_attention(node: object) -> bool:
 
 
 def _in_forward_mode(field: _Field) -> _Field:
-    """`field` with every attention in the form that a JVP passes."""
+    """`field` with every attention replaced by the form that forward mode can differentiate."""
     return jax.tree.map(lambda node: node.forward_mode() if _is_attention(node) else node, field, is_leaf=_is_attention)
 
 

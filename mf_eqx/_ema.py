@@ -1,4 +1,4 @@
-r"""Averages of the parameters over training, which sample better than the parameters themselves.
+r"""Averages of the parameters over training, which give better samples than the parameters themselves.
 
 An average is a complete field, kept in float32 or better. It starts as a *copy* of the parameters: the same buffer in
 two places of a donated state is an error.
@@ -36,7 +36,7 @@ class ExponentialAverage(eqx.Module):
         return jax.tree.map(_copy, field)
 
     def update(self, average: AbstractField, field: AbstractField, step: Int[Array, ""]) -> AbstractField:
-        """The average after `step` finished steps (counted from 1), whose parameters are `field`'s."""
+        """The average after `step` finished steps (counted from 1), where `field` holds the parameters at that step."""
         share = jnp.where(step % self.interval == 0, 1 - self.decay**self.interval, 0.0)
 
         def move(a: Any, p: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What engines refuse: gradients that would be silently zero, and fields whose derivative they cannot take."""
+"""Checks of the engines: gradients that would silently be zero, and fields that an engine cannot differentiate."""
 
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -10,27 +10,29 @@ from jaxtyping import Array, PyTree
 
 
 @jax.custom_vjp
-def refuse_gradient(dudt: PyTree[Array], origins: PyTree[Array]) -> PyTree[Array]:
-    """`dudt`, which was computed without a way back to its origins: an error if its gradient is asked for.
+def refuse_gradient(dudt: PyTree[Array], inputs: PyTree[Array]) -> PyTree[Array]:
+    """`dudt` unchanged, with a backward pass that raises: `dudt` was computed without a gradient path to `inputs`.
 
-    JAX asks only for gradients with respect to arguments of this function. Therefore `origins`, the arrays that `dudt`
-    in fact depends on, are arguments too. Behind `stop_gradient` nothing is asked for.
+    JAX runs the backward pass only for gradients with respect to arguments of this function. Therefore `inputs`, the
+    arrays on which `dudt` depends, are arguments too. Behind `stop_gradient` the backward pass is never run.
     """
     return dudt
 
 
 def _refuse(_: None, __: Any) -> Any:
     raise ValueError(
-        "du/dt must be behind stop_gradient here: this engine, or its attention, stops it, and its gradient would be "
-        "zero. To learn through du/dt use FusedJVP and XLAAttention"
+        "du/dt must be behind stop_gradient here: this engine, or the field's attention, blocks its gradient, which "
+        "would be zero. To learn through du/dt use FusedJVP and XLAAttention"
     )
 
 
-refuse_gradient.defvjp(lambda dudt, origins: (dudt, None), _refuse)
+refuse_gradient.defvjp(lambda dudt, inputs: (dudt, None), _refuse)
 
 
-def traced(function: Callable[..., Any], check: Callable[[Iterable[Any]], None], *inputs: Any) -> Callable[..., Any]:
-    """`function`, after a look at the equations of its program; traced once, however often it is called."""
+def trace_and_check(
+    function: Callable[..., Any], check: Callable[[Iterable[Any]], None], *inputs: Any
+) -> Callable[..., Any]:
+    """`function`, traced once for all calls, after `check` has seen the equations of its program."""
     program, shapes = jax.make_jaxpr(function, return_shape=True)(*inputs)
     check(_equations(program.jaxpr))
 
@@ -41,27 +43,26 @@ def traced(function: Callable[..., Any], check: Callable[[Iterable[Any]], None],
 
 
 def refuse_custom_vjp(equations: Iterable[Any]) -> None:
-    """Say it while tracing, with the remedy: JAX would say it when lowering."""
+    """Raises while tracing, with a remedy in the message; JAX itself would raise only when lowering."""
     if any(equation.primitive.name == "custom_lin" for equation in equations):
         raise ValueError(
             "field must be differentiable in forward mode, got a jax.custom_vjp function between (z, r, t) and u. A "
             "fused attention kernel must be an mf_eqx.nn.AbstractAttention, which engines replace; for anything else "
-            "there is CentralDifference"
+            "use CentralDifference"
         )
 
 
 def refuse_low_precision(equations: Iterable[Any]) -> None:
-    """Refuses a program that computes in less than float32 anywhere: a finite difference would be rounding."""
+    """Refuses a program that computes below float32 anywhere: a finite difference would consist of rounding errors."""
     dtypes = {variable.aval.dtype for equation in equations for variable in equation.outvars}
-    low = [d.name for d in dtypes if jnp.issubdtype(d, jnp.floating) and jnp.finfo(d).bits < 32]
-    if low:
-        raise ValueError(
-            f"field must compute in float32 or better for a finite difference, got {', '.join(sorted(low))}"
-        )
+    low_dtypes = [d.name for d in dtypes if jnp.issubdtype(d, jnp.floating) and jnp.finfo(d).bits < 32]
+    if low_dtypes:
+        names = ", ".join(sorted(low_dtypes))
+        raise ValueError(f"field must compute in float32 or better for a finite difference, got {names}")
 
 
 def _equations(jaxpr: Any) -> Iterator[Any]:
-    """All equations of a program, those of its loops and calls too."""
+    """All equations of a program, including those of its loops and calls."""
     for equation in jaxpr.eqns:
         yield equation
         for value in jax.tree.leaves(tuple(equation.params.values()), is_leaf=lambda v: hasattr(v, "eqns")):

@@ -1,4 +1,4 @@
-r"""Fields: average velocities u(z, r, t | condition), the one thing that every method learns.
+r"""Fields: average velocities u(z, r, t | condition), which every method learns.
 
 $$u(z_t, r, t) = \frac{1}{t - r} \int_r^t v(z_\tau, \tau)\, d\tau \qquad (3), \qquad u(z_t, t, t) = v(z_t, t),$$
 
@@ -20,18 +20,19 @@ _Tree = TypeVar("_Tree")
 class AbstractField(eqx.Module):
     """An average velocity. Subclass it to make any network of your own a field.
 
-    Called for one example; batches are the caller's `jax.vmap`. The call must be differentiable in forward mode with
-    respect to `z`, `r` and `t`; a fused attention kernel, which is not, must be an `mf_eqx.nn.AbstractAttention`. As it
-    sees one example, nothing in it may look at a batch: `eqx.nn.GroupNorm` or `LayerNorm`, no `BatchNorm`.
+    A field is called for one example; the caller makes batches by `jax.vmap`. The call must be differentiable in
+    forward mode with respect to `z`, `r` and `t`; a fused attention kernel, which is not, must be an
+    `mf_eqx.nn.AbstractAttention`. As the field gets one example, none of its layers may need a batch: use
+    `eqx.nn.GroupNorm` or `LayerNorm`, not `BatchNorm`.
 
-    Every floating-point array in a field, of JAX or of NumPy, is a parameter: it is trained, decayed by weight decay,
-    and averaged. An array that no gradient reaches, be it by `stop_gradient` in the call, is still decayed. Integer and
-    boolean arrays, numbers of Python and static fields are left alone. So to keep constants out of training
+    Every floating-point JAX or NumPy array in a field is a parameter: it is trained, decayed by weight decay, and
+    averaged. An array that no gradient reaches, for example because of `stop_gradient` in the call, is still decayed.
+    Integer and boolean arrays, Python numbers and static fields are not changed. To keep constants out of training,
 
-    - compute them in the call, from NumPy (as `DiT` does its position embedding), or hold a tuple of numbers in
-      `eqx.field(static=True)`, and make an array of it in the call;
-    - or give them no update: `optax.partition({"learnt": ..., "constant": optax.set_to_zero()}, labels)`, with labels
-      by the paths of the arrays.
+    - compute them with NumPy in the call (as `DiT` computes its position embedding), or store a tuple of numbers in
+      `eqx.field(static=True)` and make an array of it in the call;
+    - or give them no update: `optax.partition({"learnt": ..., "constant": optax.set_to_zero()}, labels)`, where
+      `labels` names the kind of each array by its path.
     """
 
     @abc.abstractmethod
@@ -47,16 +48,16 @@ class AbstractField(eqx.Module):
         """u(z, r, t | condition).
 
         **Arguments:** `z` state at time `t`; `r <= t` times in [0, 1]; `condition` a PyTree without batch axis, or
-        None; `key` for dropout, or None to evaluate without it. This package hands in times as arrays of shape (); its
-        own fields also take numbers of Python and NumPy.
+        None; `key` for dropout, or None to evaluate without it. This package passes times as arrays of shape (); its
+        own fields also accept Python and NumPy numbers.
 
         **Returns:** the average velocity over [r, t], of the shape of `z`, at least float32.
         """
 
 
 class AbstractFieldWithVelocity(AbstractField):
-    """An average velocity whose network also predicts the instantaneous velocity, by a head of its own: v(z, t), in the
-    same evaluation as u."""
+    """An average velocity whose network also predicts the instantaneous velocity v(z, t), by a second head in the same
+    evaluation as u."""
 
     @abc.abstractmethod
     def with_velocity(
@@ -68,7 +69,7 @@ class AbstractFieldWithVelocity(AbstractField):
         *,
         key: Key[Array, ""] | None = None,
     ) -> tuple[Float[Array, "*data"], Float[Array, "*data"]]:
-        """The pair (u(z, r, t), v(z, t)). **Arguments:** as of the field."""
+        """The pair (u(z, r, t), v(z, t)). **Arguments:** as for the field."""
 
     def __call__(
         self,
@@ -83,7 +84,7 @@ class AbstractFieldWithVelocity(AbstractField):
 
 
 class WithVelocity(eqx.Module):
-    """A field as the function that gives (u, v): for engines, whose JVP then carries v along without a second pass.
+    """A field as the function that returns (u, v), for engines: their JVP then gives v without a second pass.
 
     (u, v), (dudt, _) = engine(WithVelocity(field), z, r, t, condition, tangent=tangent, key=key)
     """
@@ -103,7 +104,7 @@ class WithVelocity(eqx.Module):
 
 
 def stopped(tree: _Tree) -> _Tree:
-    """`tree` with every inexact array behind `stop_gradient`: a field that teaches and does not learn."""
+    """`tree` with every inexact array behind `stop_gradient`: a field that serves as a target and is not trained."""
     return jax.tree.map(lambda leaf: jax.lax.stop_gradient(leaf) if eqx.is_inexact_array(leaf) else leaf, tree)
 
 

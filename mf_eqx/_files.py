@@ -1,5 +1,4 @@
-"""Files that are whole at any moment; files that others wrote, opened and read without trusting them; and what is
-removed with what it holds."""
+"""Files and directories: written atomically, read without trust in their source, and removed with their contents."""
 
 import contextlib
 import hashlib
@@ -11,84 +10,84 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
-_PIECE = 1 << 20
+_READ_BYTES = 1 << 20
 
-_PART = ".part"
+_TEMPORARY_SUFFIX = ".part"
 
 
 def write_whole(path: str | Path, *pieces: bytes | memoryview) -> None:
-    """Write a file, and the folders that it is in: under its name there is what was there before, or all of it.
+    """Write a file, and make its parent folders. At any moment its path holds the old content or all of the new one.
 
-    **Raises:** `ValueError` if there is a pipe, a device or the like under its name, which a rename would replace.
+    **Raises:** `ValueError` if the path is a pipe, a device or the like, which a rename would replace.
     """
     path = Path(path)
     if path.exists() and not path.is_file():
         raise ValueError(_not_regular(path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + _PART)
+    temporary = path.with_name(path.name + _TEMPORARY_SUFFIX)
     try:
-        with open(beside, "wb", opener=_open_at_once) as file:
-            _check_regular(file, beside)
+        with open(temporary, "wb", opener=_open_without_waiting) as file:
+            _check_regular(file, temporary)
             for piece in pieces:
                 file.write(piece)
             file.flush()
-            os.fsync(file.fileno())  # or a machine that loses power may keep the new name without the content
-        beside.replace(path)
+            os.fsync(file.fileno())  # otherwise a loss of power may keep the new name without the content
+        temporary.replace(path)
     except BaseException:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 
 def append(path: str | Path, content: bytes) -> None:
-    """Write at the end of an ordinary file, new or old. **Raises:** as `open_regular` does."""
-    with open(path, "ab", opener=_open_at_once) as file:
+    """Append to an ordinary file, which may be new. **Raises:** as `open_regular` does."""
+    with open(path, "ab", opener=_open_without_waiting) as file:
         _check_regular(file, path)
         file.write(content)
 
 
 @contextlib.contextmanager
-def open_regular(path: str | Path, most: int | None = None) -> Iterator[io.BufferedReader]:
-    """An ordinary file to read, or a link to one. Opening never waits, as it would for who writes into a pipe.
+def open_regular(path: str | Path, max_bytes: int | None = None) -> Iterator[io.BufferedReader]:
+    """An ordinary file, or a link to one, opened for reading. Opening never waits, as it would for a pipe.
 
     **Raises:** `OSError` with the file's name if it cannot be opened; `ValueError` if it is a pipe, a device or the
-    like, or holds more than `most` bytes.
+    like, or has more than `max_bytes` bytes.
     """
-    with open(path, "rb", opener=_open_at_once) as file:
+    with open(path, "rb", opener=_open_without_waiting) as file:
         size = _check_regular(file, path)
-        if most is not None and size > most:
-            raise ValueError(f"{path}: must hold at most {most:,} bytes, got {size:,}")
+        if max_bytes is not None and size > max_bytes:
+            raise ValueError(f"{path}: must hold at most {max_bytes:,} bytes, got {size:,}")
         yield file
 
 
-def _open_at_once(path: str, flags: int) -> int:
+def _open_without_waiting(path: str, flags: int) -> int:
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0), 0o666)
 
 
 def _check_regular(file: IO[bytes], path: str | Path) -> int:
-    """The size of a file, if it is an ordinary one."""
-    found = os.fstat(file.fileno())
-    if not stat.S_ISREG(found.st_mode):
+    """The size of a file. **Raises:** `ValueError` if it is not an ordinary file."""
+    status = os.fstat(file.fileno())
+    if not stat.S_ISREG(status.st_mode):
         raise ValueError(_not_regular(path))
-    return found.st_size
+    return status.st_size
 
 
 def _not_regular(path: str | Path) -> str:
     return f"{path}: must be an ordinary file, got a pipe, a device or the like"
 
 
-def read_regular(path: str | Path, most: int | None = None) -> bytes:
+def read_regular(path: str | Path, max_bytes: int | None = None) -> bytes:
     """All of an ordinary file. **Raises:** as `open_regular` does."""
-    with open_regular(path, most) as file:
-        content = file.read() if most is None else read_up_to(file, most + 1)
-    if most is not None and len(content) > most:  # it grew, or is one of those in /proc, which tell no length
-        raise ValueError(f"{path}: must hold at most {most:,} bytes, got more")
+    with open_regular(path, max_bytes) as file:
+        content = file.read() if max_bytes is None else read_up_to(file, max_bytes + 1)
+    if max_bytes is not None and len(content) > max_bytes:  # it grew, or is in /proc, whose files report no size
+        raise ValueError(f"{path}: must hold at most {max_bytes:,} bytes, got more")
     return bytes(content)
 
 
 def read_up_to(file: io.BufferedIOBase, size: int) -> bytearray:
-    """The next `size` bytes, fewer at the end of the file. Memory grows with what is there, not with what is asked."""
+    """The next `size` bytes, fewer at the end of the file. Memory grows with the bytes read, not with `size`."""
     content = bytearray()
-    while piece := file.read(min(_PIECE, size - len(content))):
+    while piece := file.read(min(_READ_BYTES, size - len(content))):
         content += piece
     return content
 
@@ -100,16 +99,16 @@ def sha256_of_file(path: str | Path) -> str:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, or a directory with all that is in it; of a symbolic link, the link alone. Nothing if there is
-    none."""
+    """Remove a file, or a directory with its contents; of a symbolic link, only the link. A path that does not exist is
+    no error."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
 
 
-def remove_parts(folder: Path) -> None:
-    """Remove what `write_whole` left of files in a folder, and below, when its process was killed."""
-    for path in folder.rglob(f"*{_PART}"):
+def remove_temporary_files(folder: Path) -> None:
+    """Remove the temporary files that `write_whole` left in a folder and its subfolders when its process was killed."""
+    for path in folder.rglob(f"*{_TEMPORARY_SUFFIX}"):
         if path.is_file():
             path.unlink()

@@ -4,7 +4,7 @@
     for x in generator.batches(50_000, 256, Parallelism()):
         ...
 
-Sample i follows from the key and i alone, whatever the batch and the devices.
+Sample i depends only on the key and on i, not on the batch size or the devices.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -29,20 +29,20 @@ def _as_times(times: Times) -> tuple[float, ...]:
 
 
 class Generator(eqx.Module):
-    """Samples by their numbers.
+    """A generator of numbered samples.
 
     **Arguments:**
 
-    - `field`: any; trained with guidance, or a `GuidedField`, it makes guided samples.
-    - `key`: of all samples.
+    - `field`: any field; one trained with guidance, or a `GuidedField`, makes guided samples.
+    - `key`: one for all samples.
     - `data_shape`: of one sample.
-    - `times`: from noise to data, see `sample`.
+    - `times`: the grid from noise to data, see `sample`.
     - `labels`: None for a field without labels, or their number K: sample i has a random label in [0, K).
     - `balanced`: sample i has the label i mod K instead.
     - `method`: `sample`, along average velocities; or `sample_euler`, `sample_heun`, along v = u(z, t, t).
-    - `unroll`: no loop over the steps, see `sample`.
+    - `unroll`: whether to unroll the loop over the steps, see `sample`.
 
-    **Raises:** `ValueError` for times, labels or a shape that make no samples.
+    **Raises:** `ValueError` if `times`, `labels`, `balanced` or `data_shape` is not valid.
     """
 
     field: AbstractField
@@ -60,14 +60,14 @@ class Generator(eqx.Module):
         if self.labels is not None and not (isinstance(self.labels, int) and self.labels >= 1):
             raise ValueError(f"labels must be an integer >= 1 or None, got {self.labels}")
         if self.balanced and self.labels is None:
-            raise ValueError("labels must be given to be balanced, got None")
+            raise ValueError("labels must be given if balanced is True, got None")
 
     def __call__(self, numbers: Int[ArrayLike, " rows"] | Sequence[int]) -> Float[Array, "rows *data"]:
-        """Samples of these numbers, on the devices on which the numbers lie."""
-        return _numbered(self, jnp.asarray(numbers))
+        """The samples with these numbers, on the devices that hold the numbers."""
+        return _from_numbers(self, jnp.asarray(numbers))
 
     def inputs(self, number: Int[ArrayLike, ""]) -> tuple[Float[Array, "*data"], Int[Array, ""] | None]:
-        """Noise and label of a sample."""
+        """The noise and the label of a sample."""
         number = jnp.asarray(number)
         eps_key, label_key = jr.split(jr.fold_in(self.key, number))
         eps = jr.normal(eps_key, self.data_shape)
@@ -80,35 +80,36 @@ class Generator(eqx.Module):
         eps: Real[ArrayLike, "rows *data"] | Sequence[Any],
         label: Int[ArrayLike, " rows"] | Sequence[int] | None = None,
     ) -> Float[Array, "rows *data"]:
-        """Samples from noise and labels that are given.
+        """Samples from given noise and labels.
 
-        **Raises:** `ValueError` unless there are labels for a field with labels, and only then.
+        **Raises:** `ValueError` unless `label` is given if and only if the generator has labels.
         """
         if (label is None) != (self.labels is None):
-            raise ValueError(f"label must be given with labels, and only then, got {label} with {self.labels} labels")
+            raise ValueError(f"label must be given if and only if labels is, got {label} with labels {self.labels}")
         return _from_noise(self, jnp.asarray(eps), None if label is None else jnp.asarray(label))
 
     def batches(self, count: int, batch: int, devices: Parallelism) -> Iterator[Float[Array, "batch *data"]]:
-        """Samples 0, 1, ... in equal batches, whose rows are spread over all devices; the last batch may go beyond
-        `count`.
+        """Samples 0, 1, ... in batches of equal size, whose rows are spread over all devices. The last batch may have
+        samples beyond `count`.
 
-        All processes call it together, and each has its devices' part of the batches.
+        All processes must call it together; each gets the rows of its own devices.
 
-        **Arguments:** `count` samples; `batch` of them at a time, a multiple of the devices; `devices`.
+        **Arguments:** `count` number of samples; `batch` number of rows of a batch, a multiple of the number of
+        devices; `devices`.
 
-        **Raises:** `ValueError` unless count >= 0, batch >= 1, and every device gets as many rows.
+        **Raises:** `ValueError` unless count >= 0, batch >= 1, and batch is a multiple of the number of devices.
         """
         if count < 0:
             raise ValueError(f"count must be >= 0, got {count}")
         if batch < 1:
             raise ValueError(f"batch must be >= 1, got {batch}")
-        here = devices.positions(batch).astype(np.int32)
-        everywhere = devices.replicate(self)
-        return (everywhere(devices.place(start + here, batch)) for start in range(0, count, batch))
+        local_rows = devices.positions(batch).astype(np.int32)
+        replicated = devices.replicate(self)
+        return (replicated(devices.place(start + local_rows, batch)) for start in range(0, count, batch))
 
 
 @eqx.filter_jit
-def _numbered(generator: Generator, numbers: Int[Array, " rows"]) -> Float[Array, "rows *data"]:
+def _from_numbers(generator: Generator, numbers: Int[Array, " rows"]) -> Float[Array, "rows *data"]:
     return generator.from_noise(*jax.vmap(generator.inputs)(numbers))
 
 
@@ -116,7 +117,7 @@ def _numbered(generator: Generator, numbers: Int[Array, " rows"]) -> Float[Array
 def _from_noise(
     generator: Generator, eps: Real[Array, "rows *data"], label: Int[Array, " rows"] | None
 ) -> Float[Array, "rows *data"]:
-    def one(eps: Real[Array, "*data"], label: Label | None) -> Float[Array, "*data"]:
+    def generate(eps: Real[Array, "*data"], label: Label | None) -> Float[Array, "*data"]:
         return generator.method(generator.field, eps, label, times=generator.times, unroll=generator.unroll)
 
-    return jax.vmap(one)(eps, label)
+    return jax.vmap(generate)(eps, label)

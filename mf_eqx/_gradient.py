@@ -1,8 +1,10 @@
-"""Gradients of an objective in turn: one kind of rows after the other, one micro-batch after the other, each device's
-rows apart. So only the intermediate results of one kind of one micro-batch are held, and devices meet once.
+"""Gradients of an objective, computed for one kind of rows after the other, for one micro-batch after the other, and
+separately for each device. So only the intermediate results of one kind of rows in one micro-batch are in memory at a
+time, and the devices communicate only once.
 
-The mean over all rows is the mean over parts of equal size, and the sum over kinds of their shares: that is all that is
-used of the objective here. One that is no such mean (`AbstractObjective.divisor` is None) is differentiated whole.
+This requires only that the loss is a mean over rows: it is then the mean over parts of equal size, and the sum over
+kinds of rows of their mean loss times their share. An objective that is not such a mean (`AbstractObjective.divisor` is
+None) is differentiated on the whole batch at once.
 """
 
 import functools
@@ -44,18 +46,18 @@ class Differentiation(eqx.Module):
         return metrics, gradients, state
 
     def _devices(self, field: AbstractField, batch: Batch) -> tuple[Metrics, PyTree[Any]]:
-        """Each device's rows are differentiated apart and the results meet once, at the end. Otherwise the compiler
-        sums over devices wherever a gradient arises: in every turn of a backward loop, and once for each kind of
-        rows."""
+        """Each device's rows are differentiated separately, and the results are summed over devices once, at the end.
+        Otherwise the compiler would sum over devices wherever a gradient arises: in every iteration of a backward loop,
+        and once for each kind of rows."""
         if self.parallelism is None:
             return self._micro_batches(field, batch)
-        apart = jax.vmap(lambda rows: self._micro_batches(field, rows))
-        metrics, gradients = apart(_in_parts(batch, self.parallelism.shards))
+        differentiate = jax.vmap(lambda rows: self._micro_batches(field, rows))
+        metrics, gradients = differentiate(_in_parts(batch, self.parallelism.shards))
         metrics = jax.tree.map(lambda m: jnp.sum(m, axis=0), metrics)
         return metrics, self.parallelism.spread(jax.tree.map(lambda g: jnp.mean(g, axis=0), gradients))
 
     def _micro_batches(self, field: AbstractField, batch: Batch) -> tuple[Metrics, PyTree[Any]]:
-        """One part of the rows of a device after the other."""
+        """The rows of a device are differentiated one micro-batch after the other."""
         if self.accumulation == 1:
             return self._kinds(field, batch)
 
@@ -66,8 +68,8 @@ class Differentiation(eqx.Module):
         return _sum_over(differentiate, _in_parts(batch, self.accumulation))
 
     def _kinds(self, field: AbstractField, batch: Batch) -> tuple[Metrics, PyTree[Any]]:
-        """One kind of rows after the other, in a loop: of a sum, the compiler would run both forward passes before
-        either backward pass."""
+        """One kind of rows is differentiated after the other, in a loop: of a plain sum, the compiler would run both
+        forward passes before either backward pass."""
 
         def differentiate(part: AbstractObjective, rows: Batch) -> tuple[Metrics, PyTree[Any]]:
             share = rows.index.shape[0] / batch.index.shape[0]
@@ -83,12 +85,12 @@ class Differentiation(eqx.Module):
     def _part(
         self, part: AbstractObjective, field: AbstractField, rows: Batch, state: Any, share: float
     ) -> tuple[Metrics, PyTree[Any], Any]:
-        """Metrics, gradients of the share of the loss, and state."""
+        """Metrics, gradients of `share` times the loss, and the objective's state after the step."""
 
         @functools.partial(eqx.filter_grad, has_aux=True)
         def gradient(field: AbstractField) -> tuple[Scalar, tuple[Metrics, Any]]:
-            loss, after = part.evaluate(field, rows, state, key=self.key, context=self.context)
-            return share * loss, after
+            loss, metrics_and_state = part.evaluate(field, rows, state, key=self.key, context=self.context)
+            return share * loss, metrics_and_state
 
         gradients, (metrics, state) = gradient(field)
         return metrics, gradients, state
@@ -99,11 +101,11 @@ def _in_parts(batch: Batch, parts: int) -> Batch:
 
 
 def _sum_over(function: Callable[[Any], Any], items: Any) -> Any:
-    """The sum of what the function returns for each item along the leading axis, one after the other in a loop."""
+    """The sum of the function's results for the items along the leading axis, computed one by one in a loop."""
 
     def add(sums: Any, item: Any) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, sums, function(item)), None
 
-    one = jax.tree.map(lambda leaf: leaf[0], items)
-    nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(function, one))
-    return jax.lax.scan(add, nothing, items)[0]
+    first = jax.tree.map(lambda leaf: leaf[0], items)
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), jax.eval_shape(function, first))
+    return jax.lax.scan(add, zeros, items)[0]

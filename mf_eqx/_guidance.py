@@ -1,7 +1,7 @@
 r"""Classifier-free guidance inside the target (Sec. 4.2, App. B.1): guided samples at one function evaluation.
-`GuidedField` is guidance at sampling, at two.
+`GuidedField` applies guidance when sampling, at two evaluations.
 
-The target's velocity $v_t$ is replaced, also as the tangent of the JVP, by
+The velocity $v_t$, both in the target and as the tangent of the JVP, is replaced by
 
 $$\tilde v_t = \omega v_t + \kappa\, u(z_t, t, t \mid c) + (1 - \omega - \kappa)\, u(z_t, t, t) \qquad (21),$$
 
@@ -23,7 +23,7 @@ from ._field import AbstractField
 from ._validate import check_positive
 
 
-def _interval(ends: Sequence[float | int]) -> tuple[float, float]:
+def _as_interval(ends: Sequence[float | int]) -> tuple[float, float]:
     if len(ends) != 2:
         raise ValueError(f"interval must have two ends, got {ends}")
     return float(ends[0]), float(ends[1])
@@ -35,7 +35,7 @@ class Guidance(eqx.Module):
     **Arguments:**
 
     - `scale`: the paper's $\omega$, > 0 and finite ("cfg scale" elsewhere, but see `effective_scale`).
-    - `mix`: its $\kappa$, in [0, 1); 0 is Eq. 19 and saves the conditional pass on identity rows.
+    - `mix`: its $\kappa$, in [0, 1); 0 is Eq. 19 and needs no conditional pass on identity rows.
     - `interval`: interval of t inside which guidance applies, closed at both ends as in the authors' ImageNet code;
       outside it the target is plain $v_t$.
 
@@ -45,7 +45,7 @@ class Guidance(eqx.Module):
 
     scale: float = eqx.field(converter=float)
     mix: float = eqx.field(default=0.0, converter=float)
-    interval: tuple[float, float] = eqx.field(default=(0.0, 1.0), converter=_interval)
+    interval: tuple[float, float] = eqx.field(default=(0.0, 1.0), converter=_as_interval)
 
     def __check_init__(self):
         low, high = self.interval
@@ -70,7 +70,7 @@ class Guidance(eqx.Module):
         r"""The guided velocity $\tilde v_t$ of Eq. 21.
 
         **Arguments:** `v` conditional velocity of the path; `conditional` u(z, t, t | c), may be None if `mix` is 0;
-        `unconditional` u(z, t, t); `t` time. The two passes are values, already behind stop-gradient.
+        `unconditional` u(z, t, t); `t` time. Both are values already behind stop-gradient.
 
         **Returns:** $\tilde v_t$, or `v` where t lies outside `interval`.
         """
@@ -86,13 +86,14 @@ class Guidance(eqx.Module):
 class GuidedField(AbstractField):
     r"""Classifier-free guidance at sampling, $w\, u(z, r, t \mid c) + (1 - w)\, u(z, r, t)$: two evaluations.
 
-    Of v = u(z, t, t) this is Eq. 13. At r < t it is not the average of the guided v, but what is left to a field that
-    did not learn guidance in training; it then has to know u without labels there (`LabelDropout.boundary_only` False).
+    For v = u(z, t, t) this is Eq. 13. At r < t it is not the average of the guided v, but it is the only guidance for a
+    field that was trained without guidance. Such a field must have learnt the unconditional u at r < t as well
+    (`LabelDropout` with `boundary_only` False).
 
     **Arguments:** `field`; `scale` w, 1 for none ("cfg scale" elsewhere); `null` the condition that means "none".
 
-    **Raises:** `ValueError` unless 0 <= scale < infinity, or if `null` has a NumPy integer that JAX's dtype does not
-    hold.
+    **Raises:** `ValueError` unless 0 <= scale < infinity, or if `null` contains a NumPy integer that does not fit
+    into the dtype to which JAX converts it.
 
     **Reference:** Classifier-Free Diffusion Guidance, Ho and Salimans, 2022, arXiv 2207.12598.
     """
@@ -128,12 +129,12 @@ class LabelDropout(eqx.Module):
 
     - `rate`: share of all rows of the batch, 0.1 in the paper.
     - `null`: the condition that means "none" (a PyTree like one example's condition; for a `DiT` the label
-      `field.null_label`). It is cast to the condition's dtype, and an `Objective` refuses one that this would change
-      into another: 300 for uint8 labels, say.
+      `field.null_label`). It is cast to the condition's dtype, and an `Objective` refuses a value that the cast
+      would change, such as 300 for uint8 labels.
     - `boundary_only`: whether only r = t rows are dropped, with probability `rate` / (1 - identity share), so that the
-      null condition is never trained at r < t. True is the authors' ImageNet code, which drops a prefix of Binomial(B,
-      0.1) rows, all of them r = t rows: the same in expectation. False drops any row, as the paper's text reads. With
-      an identity share of 1 any row is dropped in either case.
+      null condition is never trained at r < t. True agrees in expectation with the authors' ImageNet code, which drops
+      a prefix of Binomial(B, 0.1) rows, all of them r = t rows. With False any row may be dropped, as in the paper's
+      text. With an identity share of 1 any row may be dropped in either case.
     """
 
     rate: float = eqx.field(converter=float)
@@ -146,30 +147,30 @@ class LabelDropout(eqx.Module):
         _check_null(self.null)
 
     def null_like(self, condition: Condition) -> Condition:
-        """The null condition as arrays like those of one row's condition."""
+        """The null condition as arrays of the shapes and dtypes of one row's condition."""
         return jax.tree.map(lambda null, c: jnp.broadcast_to(jnp.asarray(null, c.dtype), c.shape), self.null, condition)
 
 
 def _check_null(null: Condition) -> None:
-    """Refuses numbers of NumPy that become others as soon as JAX takes them: 2^32 is 0 in int32."""
+    """Refuses NumPy numbers whose value changes when JAX converts them: 2^32 becomes 0 in int32."""
     for leaf in jax.tree.leaves(null):
         if isinstance(leaf, np.ndarray | np.generic):
             dtype = jax.dtypes.canonicalize_dtype(leaf.dtype)
-            if (lost := first_lost(leaf, dtype)) is not None:
-                raise ValueError(f"null must be a number of {dtype}, in which JAX takes it, got {lost}")
+            if (changed := first_changed_by_cast(leaf, dtype)) is not None:
+                raise ValueError(f"null must be representable in {dtype}, to which JAX converts it, got {changed}")
 
 
-def first_lost(value: ArrayLike | np.generic, dtype: np.dtype) -> Any:
-    """The first number that a cast to `dtype` would turn into another one, or None: an integer out of range, a real
-    number that would be infinite, a complex one. Rounding is none of it."""
+def first_changed_by_cast(value: ArrayLike | np.generic, dtype: np.dtype) -> Any:
+    """The first number in `value` that a cast to `dtype` would change, or None if there is none: an integer out of
+    range, a real number that would become infinite, or any complex number. Rounding does not count."""
     value = np.asarray(value)
     if np.iscomplexobj(value):
-        wrong = np.full(value.shape, True)
+        changed = np.full(value.shape, True)
     elif jnp.issubdtype(dtype, jnp.floating):
         wide = value.astype(np.float64)
         with np.errstate(over="ignore"):
-            wrong = np.isfinite(wide) & ~np.isfinite(wide.astype(dtype))
+            changed = np.isfinite(wide) & ~np.isfinite(wide.astype(dtype))
     else:
         low, high = (0, 1) if jnp.issubdtype(dtype, jnp.bool_) else (jnp.iinfo(dtype).min, jnp.iinfo(dtype).max)
-        wrong = np.asarray((value < low) | (value > high), bool)
-    return value[wrong][0] if wrong.any() else None
+        changed = np.asarray((value < low) | (value > high), bool)
+    return value[changed][0] if changed.any() else None

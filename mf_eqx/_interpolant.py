@@ -5,7 +5,7 @@ An interpolant ("probability path" in other libraries) fixes two functions of ti
 $$z_t = \alpha_t x + \sigma_t \epsilon, \qquad v_t = \dot\alpha_t x + \dot\sigma_t \epsilon,$$
 
 with $\alpha_0 = 1, \sigma_0 = 0$ (data) and $\alpha_1 = 0, \sigma_1 = 1$ (noise). A subclass states $\alpha$ and
-$\sigma$; the velocity follows by `jax.jvp`, so the two cannot disagree.
+$\sigma$; the velocity follows by `jax.jvp`, so that path and velocity cannot disagree.
 """
 
 import abc
@@ -23,11 +23,11 @@ class AbstractInterpolant(eqx.Module):
 
     @abc.abstractmethod
     def alpha(self, t: Time) -> Time:
-        r"""The share of data, $\alpha_t$ (the paper's $a_t$): 1 at t = 0, 0 at t = 1."""
+        r"""The coefficient of the data, $\alpha_t$ (the paper's $a_t$): 1 at t = 0, 0 at t = 1."""
 
     @abc.abstractmethod
     def sigma(self, t: Time) -> Time:
-        r"""The share of noise, $\sigma_t$ (the paper's $b_t$): 0 at t = 0, 1 at t = 1."""
+        r"""The coefficient of the noise, $\sigma_t$ (the paper's $b_t$): 0 at t = 0, 1 at t = 1."""
 
     def rates(self, t: TimeLike) -> tuple[Time, Time, Time, Time]:
         r"""$(\alpha_t, \sigma_t, \dot\alpha_t, \dot\sigma_t)$; the last two by forward-mode differentiation."""

@@ -1,4 +1,4 @@
-"""JSON that others may have written, read within bounds of size, number of values and depth."""
+"""JSON from untrusted sources, read within limits on its size, number of values and depth."""
 
 import json
 import math
@@ -7,18 +7,18 @@ from typing import Any, NoReturn
 
 from ._files import read_regular
 
-_MOST_BYTES = 1 << 26
-_MOST_VALUES = 1 << 20
-_MOST_DEPTH = 64
+_MAX_BYTES = 1 << 26
+_MAX_VALUES = 1 << 20
+_MAX_DEPTH = 64
 
 
 def read_json_object(path: str | Path) -> dict[str, Any]:
-    """The object in an ordinary file of JSON, within the bounds of `parse_json`.
+    """The JSON object in an ordinary file, within the limits of `parse_json`.
 
-    **Raises:** `OSError` if it cannot be opened; `ValueError` that names the file if it is a pipe or the like, no such
-    JSON, or no object.
+    **Raises:** `OSError` if the file cannot be opened; `ValueError` that names the file if it is a pipe or the like, or
+    does not contain a JSON object within the limits.
     """
-    content = read_regular(path, _MOST_BYTES)
+    content = read_regular(path, _MAX_BYTES)
     try:
         value = parse_json(content)
     except ValueError as error:
@@ -29,35 +29,35 @@ def read_json_object(path: str | Path) -> dict[str, Any]:
 
 
 def parse_json(content: bytes, *, finite: bool = True) -> Any:
-    """The value that JSON text in UTF-8 says.
+    """The value of a JSON text in UTF-8.
 
-    At most 64 MiB, about a million values (every comma and opening bracket is counted as one, also in strings), nested
-    at most 64 times; so it takes some seconds and some hundred MB at most, whatever it says.
+    The text has at most 64 MiB and about a million values (every comma and opening bracket is counted as one, also in
+    strings), nested at most 64 times. So parsing takes at most some seconds and some hundred MB for any content.
 
     **Arguments:** `content`; `finite` whether all numbers must be finite.
 
     **Raises:** `ValueError` with the reason.
     """
-    if len(content) > _MOST_BYTES:
-        raise ValueError(f"it has {len(content):,} bytes, more than {_MOST_BYTES:,}")
-    if sum(map(content.count, (b",", b"[", b"{"))) > _MOST_VALUES:
-        raise ValueError(f"it has more than {_MOST_VALUES:,} values")
+    if len(content) > _MAX_BYTES:
+        raise ValueError(f"it has {len(content):,} bytes, more than {_MAX_BYTES:,}")
+    if sum(map(content.count, (b",", b"[", b"{"))) > _MAX_VALUES:
+        raise ValueError(f"it has more than {_MAX_VALUES:,} values")
     hooks: dict[str, Any] = {"parse_constant": _refuse, "parse_float": _finite} if finite else {}
     try:
         value = json.loads(content.decode(), **hooks)
     except RecursionError:
-        raise ValueError(f"it is nested more than {_MOST_DEPTH} times") from None
+        raise ValueError(f"it is nested more than {_MAX_DEPTH} times") from None
     _check_depth(value)
     return value
 
 
 def _check_depth(value: Any) -> None:
-    held = [value]
-    for _ in range(_MOST_DEPTH):
-        nested = [one for one in held if isinstance(one, list | dict)]
-        held = [inner for one in nested for inner in (one.values() if isinstance(one, dict) else one)]
-    if any(isinstance(one, list | dict) for one in held):
-        raise ValueError(f"it is nested more than {_MOST_DEPTH} times")
+    values = [value]
+    for _ in range(_MAX_DEPTH):
+        containers = [value for value in values if isinstance(value, list | dict)]
+        values = [inner for outer in containers for inner in (outer.values() if isinstance(outer, dict) else outer)]
+    if any(isinstance(value, list | dict) for value in values):
+        raise ValueError(f"it is nested more than {_MAX_DEPTH} times")
 
 
 def _refuse(constant: str) -> NoReturn:

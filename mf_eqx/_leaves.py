@@ -1,4 +1,4 @@
-"""A state as a flat dictionary of arrays by their paths, and back: what files hold."""
+"""Conversion between a state and a flat dictionary of arrays by their paths, which is what files hold."""
 
 import hashlib
 from collections.abc import Mapping
@@ -21,20 +21,20 @@ def leaves(tree: PyTree[Any]) -> dict[str, Any]:
     return {jax.tree_util.keystr(path): leaf for path, leaf in arrays}
 
 
-def plain(leaf: Any) -> Any:
-    """The array itself, or the integers of random keys; of a shape likewise."""
+def without_key_dtype(leaf: Any) -> Any:
+    """The array itself, or for random keys their integers; the same for a `jax.ShapeDtypeStruct`."""
     if not _is_key(leaf):
         return leaf
     return jax.eval_shape(jr.key_data, leaf) if _is_shape(leaf) else jr.key_data(leaf)
 
 
 def shapes(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """Shape and dtype of each, as JSON holds them."""
+    """Shape and dtype of each array, in a form that JSON can hold."""
     return {name: [list(leaf.shape), str(leaf.dtype)] for name, leaf in leaves.items()}
 
 
-def rebuilt(wanted: _State, arrays: Mapping[str, Any]) -> _State:
-    """`wanted` with arrays in place of shapes."""
+def fill_shapes(state: _State, arrays: Mapping[str, Any]) -> _State:
+    """`state` with the arrays of these paths in place of its `jax.ShapeDtypeStruct`s."""
 
     def fill(path: Any, leaf: Any) -> Any:
         if not _is_shape(leaf):
@@ -42,14 +42,14 @@ def rebuilt(wanted: _State, arrays: Mapping[str, Any]) -> _State:
         array = arrays[jax.tree_util.keystr(path)]
         return jr.wrap_key_data(array, impl=_implementation(leaf)) if _is_key(leaf) else array
 
-    return jax.tree_util.tree_map_with_path(fill, wanted)
+    return jax.tree_util.tree_map_with_path(fill, state)
 
 
 def _implementation(key: jax.ShapeDtypeStruct) -> Any:
-    """Of random keys, of which there are only shape and dtype."""
-    found = []
-    jax.eval_shape(lambda key: found.append(jr.key_impl(key)), key)
-    return found[0]
+    """The implementation of random keys, of which only shape and dtype are given."""
+    implementations = []
+    jax.eval_shape(lambda key: implementations.append(jr.key_impl(key)), key)
+    return implementations[0]
 
 
 def _is_array_or_shape(leaf: Any) -> bool:
@@ -65,7 +65,7 @@ def _is_key(leaf: Any) -> bool:
 
 
 def on_host(leaf: Any) -> np.ndarray:
-    """The whole array, whatever devices and processes have parts of it."""
+    """The whole array in host memory, even if its parts are on several devices or processes."""
     if isinstance(leaf, np.ndarray) or leaf.is_fully_addressable:
         return np.asarray(leaf)
     from jax.experimental import multihost_utils
@@ -74,28 +74,28 @@ def on_host(leaf: Any) -> np.ndarray:
 
 
 def digest(arrays: Mapping[str, Any], start: str = "") -> str:
-    """SHA-256 of a text and of all arrays with their names, in their order, in hexadecimal digits."""
-    found = hashlib.sha256(start.encode())
+    """SHA-256 of the text `start` and of all arrays with their names, in this order, as hexadecimal digits."""
+    sha256 = hashlib.sha256(start.encode())
     for name, array in arrays.items():
-        found.update(f"{name} {array.dtype} {array.shape};".encode())
-        found.update(on_host(array).tobytes())
-    return found.hexdigest()
+        sha256.update(f"{name} {array.dtype} {array.shape};".encode())
+        sha256.update(on_host(array).tobytes())
+    return sha256.hexdigest()
 
 
-def compare(saved: Mapping[str, Any], wanted: Mapping[str, Any], path: Path) -> None:
-    """Refuses the `shapes` of a file unless they are those that are wanted, and says what differs."""
-    missing, extra = [*(wanted.keys() - saved.keys())], [*(saved.keys() - wanted.keys())]
+def compare(saved: Mapping[str, Any], expected: Mapping[str, Any], path: Path) -> None:
+    """Raises a `ValueError` that lists the differences unless the `shapes` of a file are the expected ones."""
+    missing, extra = [*(expected.keys() - saved.keys())], [*(saved.keys() - expected.keys())]
     changed = [
-        f"{name} is {saved[name][1]} {tuple(saved[name][0])}, not {wanted[name][1]} {tuple(wanted[name][0])}"
-        for name in wanted.keys() & saved.keys()
-        if saved[name] != wanted[name]
+        f"{name} is {saved[name][1]} {tuple(saved[name][0])}, not {expected[name][1]} {tuple(expected[name][0])}"
+        for name in expected.keys() & saved.keys()
+        if saved[name] != expected[name]
     ]
-    parts = [("lacks", missing), ("has, and nothing asks for,", extra), ("differs:", changed)]
+    parts = [("lacks", missing), ("has the unexpected", extra), ("differs:", changed)]
     if text := "; ".join(f"{word} {listed(sorted(names))}" for word, names in parts if names):
-        raise ValueError(f"{path}: must hold the arrays that are asked for, but it {text}")
+        raise ValueError(f"{path}: must hold the expected arrays, but it {text}")
 
 
 def listed(names: list[str], most: int = 3) -> str:
-    """The first few of them, and how many more there are."""
-    left = len(names) - most
-    return ", ".join(names[:most]) + (f" and {left} more" if left > 0 else "")
+    """The first names, at most `most`, and the number of the others."""
+    more = len(names) - most
+    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")

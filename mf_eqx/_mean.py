@@ -1,4 +1,4 @@
-"""Means as (total, count): those of micro-batches, devices and steps add up to the mean over all rows."""
+"""Means as (total, count), which add up over micro-batches, devices and steps to the mean over all rows."""
 
 import functools
 import operator
@@ -14,9 +14,9 @@ from ._validate import quotient
 
 
 class Mean(eqx.Module):
-    """A mean as (total, count), so that the means of micro-batches and devices add up to that of the whole batch.
+    """A mean as (total, count), so that the means of micro-batches and devices add up to the mean of the whole batch.
 
-    **Arguments:** `total` sum of the values; `count` how many there were, of the same shape.
+    **Arguments:** `total` sum of the values; `count` number of the values, of the same shape.
     """
 
     total: Float[ArrayLike, "*bins"]
@@ -27,8 +27,8 @@ class Mean(eqx.Module):
 
     @property
     def value(self) -> Float[Array | np.ndarray, "*bins"]:
-        """total / count; NaN where nothing was counted. Known values are divided on the host: there
-        `jax.debug_nans`, which stops at each NaN that JAX computes, does not stop at these."""
+        """total / count; NaN where count is 0. Values that are not traced are divided on the host, so that
+        `jax.debug_nans`, which raises at each NaN that JAX computes, does not raise here."""
         return quotient(self.total, self.count)
 
 
@@ -36,7 +36,7 @@ Metrics: TypeAlias = dict[str, Mean]
 
 
 def total(metrics: Sequence[Metrics]) -> Metrics:
-    """The metrics of several steps, or parts of a step, as if of one: every `Mean` over all that they count.
+    """The metrics of several steps, or of several parts of a step, combined: each `Mean` is over all their values.
 
     **Arguments:** `metrics` at least one, all with the same names.
     """
@@ -49,10 +49,10 @@ def mean_of(values: Float[Array, " batch"]) -> Mean:
 
 
 def errors_by_kind(errors: Float[Array, " batch"], gaps: Float[Array, " batch"], bins: int = 4) -> Metrics:
-    """Raw errors of rows with r = t, which identity rows may have too, and with r < t, also by equal bins of t - r."""
+    """Raw errors of rows with r = t (identity rows may be among them) and with r < t, also in equal bins of t - r."""
     bin_of = jnp.where(gaps > 0, jnp.minimum((gaps * bins).astype(int), bins - 1), bins)
     member = bin_of[:, None] == jnp.arange(bins + 1)
-    total = jnp.sum(jnp.where(member, errors[:, None], 0), axis=0)  # no product: a NaN must stay in its bin
+    total = jnp.sum(jnp.where(member, errors[:, None], 0), axis=0)  # not `member * errors`: a NaN must stay in its bin
     count = jnp.sum(member, axis=0, dtype=errors.dtype)
     return {
         "boundary_error": Mean(total[bins], count[bins]),

@@ -5,9 +5,9 @@ carries the identity, the others regress u(z, t, t) on the velocity and never pa
 
     loss = mean over all rows of sg(w(error)) error,   error = sum over dimensions of residual^2
 
-Guidance costs what it must. On r = t rows the conditional value is the loss's own output, so only the unconditional
-pass is extra; on identity rows both come from a copy of the field behind stop-gradient, the conditional one only if it
-is mixed in.
+Guidance costs no more passes than necessary. On r = t rows the conditional value is the loss's own output, so only the
+unconditional pass is extra. On identity rows both values come from a copy of the field behind stop-gradient; the
+conditional one is computed only if `Guidance.mix` is not 0.
 """
 
 import abc
@@ -24,7 +24,7 @@ from jaxtyping import Array, ArrayLike, Float, Key, PyTree
 from ._batch import Batch
 from ._custom_types import at_least_float32, Condition, Scalar, Time
 from ._field import AbstractField, AbstractFieldWithVelocity, check_per_example, stopped
-from ._guidance import first_lost, Guidance, LabelDropout
+from ._guidance import first_changed_by_cast, Guidance, LabelDropout
 from ._identity import AbstractIdentity, AbstractIdentityWithLoss, Facts, MeanFlow
 from ._interpolant import AbstractInterpolant, LinearInterpolant
 from ._mean import errors_by_kind, mean_of, Metrics, total
@@ -40,39 +40,40 @@ class AbstractObjective(eqx.Module):
     @property
     @abc.abstractmethod
     def divisor(self) -> int | None:
-        """Rows of which a batch, and each part that a device or a micro-batch gets, must be a multiple: the loss is the
-        mean over parts. None if it is no such mean: such a loss is differentiated on the whole batch at once."""
+        """The number of rows of which a batch, and each part of it for a device or a micro-batch, must be a multiple:
+        the loss is then the mean over such parts. None if the loss is not such a mean: it is then differentiated on the
+        whole batch at once."""
 
     @property
     @abc.abstractmethod
     def needs_teacher(self) -> bool:
-        """Whether it evaluates `Context.teacher`."""
+        """Whether the objective evaluates `Context.teacher`."""
 
     @abc.abstractmethod
     def parts(self, batch: Batch) -> list[tuple["AbstractObjective", Batch]]:
-        """Rows of different kinds, each with an objective for them alone. The loss is the mean over all rows, so one
-        part may be differentiated after the other, which holds the intermediate results of one at a time.
+        """The rows of each kind, with an objective for these rows alone. The loss is the mean over all rows, so the
+        parts may be differentiated one after the other, with the intermediate results of only one in memory.
 
-        **Raises:** `ValueError` if the batch does not fit.
+        **Raises:** `ValueError` if the batch does not meet the requirements of the objective.
         """
 
     @abc.abstractmethod
     def init(self) -> PyTree[Array]:
-        """A state of the objective's own before the first step, such as moments that run; None without one. It lives in
-        `TrainState.objective`. Only an objective whose `divisor` is None may have one."""
+        """The objective's own state before the first step, such as running moments; None if it has none. It is part of
+        the training state, as `TrainState.objective`. Only an objective whose `divisor` is None may have one."""
 
     @abc.abstractmethod
     def evaluate(
         self, field: AbstractField, batch: Batch, state: Any, *, key: Key[Array, ""], context: Context | None = None
     ) -> tuple[Scalar, tuple[Metrics, Any]]:
-        """The loss, and beside it the metrics and the state after the step.
+        """The loss, and as auxiliary output the metrics and the objective's state after the step.
 
         **Arguments:** `field`; `batch`; `state` from `init` or the step before; `key` of the step; `context`.
         """
 
 
 class AbstractMeanObjective(AbstractObjective):
-    """A loss that is a mean over all rows, whatever they are, without a state of its own."""
+    """A loss that is a mean over all rows, for batches of any size, without a state of its own."""
 
     @abc.abstractmethod
     def __call__(
@@ -113,24 +114,24 @@ class Objective(AbstractObjective):
     - `interpolant`: the path.
     - `time_pairs`: the distribution of (r, t). On r = t rows, t is the larger time of the pair (as in the authors'
       ImageNet code), unless `boundary_times` is given.
-    - `boundary_times`: a distribution of t for the r = t rows; plain Flow Matching wants it given.
+    - `boundary_times`: a distribution of t for the r = t rows; it should be given for plain Flow Matching.
     - `identity_share`: the share of rows that carry the identity ("ratio of r != t", Tab. 1a), a fraction n/k with k <=
       64; the batch must be a multiple of k. 1/4 in the ImageNet experiments, 3/4 for CIFAR-10.
-    - `weight`: from an example's error to its weight.
+    - `weight`: the function from an example's error to its weight.
     - `guidance`: None, or how the target is guided; needs `label_dropout`, which names the null condition.
     - `label_dropout`: None, or how the condition is dropped.
     - `velocity`: None, or a function v(z, t, condition) whose value replaces the conditional velocity $v_t$, as target
       and as tangent: a trained Flow Matching field (distillation), or the marginal velocity itself
-      (`mf_eqx.exact.MarginalVelocity`), to see what the variance of $v_t$ costs. No gradient enters it. Rows whose
-      condition was dropped ask it for the null condition, which a mixture does not know (NaN): wrap it.
-    - `stable_target`: None, or reference data from which $v_t$ is estimated with less variance, instead of from the
-      row's own x alone.
+      (`mf_eqx.exact.MarginalVelocity`), to measure the effect of the variance of $v_t$. No gradient passes through
+      it. For rows whose condition was dropped it gets the null condition, for which a mixture returns NaN: wrap it.
+    - `stable_target`: None, or reference data from which $v_t$ is estimated with less variance than from the row's own
+      x alone.
 
     **Metrics**, each a `Mean`: `loss` (weighted); `boundary_error` and `identity_error`, the *raw* mean squared error
     per dimension of rows with r = t and with r < t; `identity_error_by_gap`, the latter in four equal bins of t - r.
-    NaN where there was no row.
+    A mean over no rows is NaN.
 
-    **Raises:** `ValueError` where parts contradict each other, or, when called, if the batch is not divisible.
+    **Raises:** `ValueError` if arguments contradict each other, or, when called, if the batch is not divisible.
     """
 
     identity: AbstractIdentity | None = MeanFlow()
@@ -150,7 +151,7 @@ class Objective(AbstractObjective):
             raise ValueError(f"identity_share must be 0 without an identity (Flow Matching), got {share}")
         facts, name = self._facts, type(self.identity).__name__
         if share == 1 and facts.degenerate:
-            raise ValueError(f"identity_share must be below 1 for {name}, which leaves u(z, t, t) open; got {share}")
+            raise ValueError(f"identity_share must be below 1 for {name}, which does not fix u(z, t, t); got {share}")
         if facts.group > 1 and not isinstance(self.identity, AbstractIdentityWithLoss):
             raise ValueError(f"group must be 1 for {name}, which is no AbstractIdentityWithLoss; got {facts.group}")
         if facts.group > 1 and facts.uses_velocity and self.guidance is not None:
@@ -170,7 +171,7 @@ class Objective(AbstractObjective):
 
     @property
     def _drop_probability(self) -> float:
-        """Of a row that may be dropped at all."""
+        """The probability that a row is dropped, among the rows that may be dropped."""
         if self.label_dropout is None:
             return 0.0
         return self.label_dropout.rate / (1.0 if self._drops_any_row else float(1 - self.identity_share))
@@ -209,7 +210,7 @@ class Objective(AbstractObjective):
         return Facts() if self.identity is None else self.identity.facts
 
     def parts(self, batch: Batch) -> list[tuple[AbstractObjective, Batch]]:
-        """The rows of each kind, r = t first. **Raises:** `ValueError` if the batch does not fit."""
+        """The rows of each kind, r = t first. **Raises:** `ValueError` if the batch does not meet the requirements."""
         self._check(batch)
         identity_rows, boundary_rows = split_rows(batch, self.identity_share)
         parts = [(_Part(self, boundary=True), boundary_rows), (_Part(self, boundary=False), identity_rows)]
@@ -219,7 +220,7 @@ class Objective(AbstractObjective):
         check_batch_size(batch.index.shape[0], self.identity_share, group=self._facts.group)
         dtype = getattr(batch.x, "dtype", None)
         if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
-            raise ValueError(f"x must be one floating-point array here (TrainStep.prepare can make it so), got {dtype}")
+            raise ValueError(f"x must be one floating-point array here (TrainStep.prepare can convert it), got {dtype}")
         if self.label_dropout is not None:
             given, null = (jax.tree.structure(tree) for tree in (batch.condition, self.label_dropout.null))
             if given != null:
@@ -289,7 +290,7 @@ class Objective(AbstractObjective):
         return residual, self._weighted(residual, row)
 
     def _group_term(self, field: AbstractField, rows: Row) -> tuple[Float[Array, "group *data"], Scalar]:
-        """The residuals of a group of rows, and their loss on average."""
+        """The residuals of a group of rows, and their mean loss."""
         assert isinstance(self.identity, AbstractIdentityWithLoss)
         return self.identity.residual_and_loss(field, rows)
 
@@ -323,7 +324,7 @@ def _per_dimension(residual: Float[Array, "*data"]) -> Scalar:
 
 
 class _Part(AbstractMeanObjective):
-    """The rows of one kind."""
+    """The objective on rows of one kind, r = t or r < t."""
 
     objective: Objective
     boundary: bool
@@ -336,17 +337,17 @@ class _Part(AbstractMeanObjective):
 
 
 def _check_null(null: ArrayLike, condition: ArrayLike) -> None:
-    """Refuses a null condition that the condition's dtype would turn into another one."""
-    dtype, given = jnp.result_type(condition), getattr(null, "dtype", None) or np.asarray(null).dtype
-    floats = [jnp.issubdtype(kind, jnp.floating) for kind in (given, dtype)]
-    if floats == [True, False]:
+    """Refuses a null condition that a cast to the condition's dtype would change."""
+    dtype, null_dtype = jnp.result_type(condition), getattr(null, "dtype", None) or np.asarray(null).dtype
+    is_float, null_is_float = (jnp.issubdtype(kind, jnp.floating) for kind in (dtype, null_dtype))
+    if null_is_float and not is_float:
         raise ValueError(f"label_dropout.null must be an integer like the condition, got {null}")
     try:
-        lost = first_lost(null, dtype)
-    except jax.errors.TracerArrayConversionError:  # an argument of the program, of which only the dtype is known
-        if not floats[1] and jnp.promote_types(given, dtype) != dtype:
+        changed = first_changed_by_cast(null, dtype)
+    except jax.errors.TracerArrayConversionError:  # `null` is traced: only its dtype is known
+        if not is_float and jnp.promote_types(null_dtype, dtype) != dtype:
             rule = f"of the condition's dtype {dtype}, or a Python integer"
-            raise ValueError(f"label_dropout.null must be {rule}, got an array of {given}") from None
+            raise ValueError(f"label_dropout.null must be {rule}, got an array of {null_dtype}") from None
         return
-    if lost is not None:
-        raise ValueError(f"label_dropout.null must be a number of the condition's dtype {dtype}, got {lost}")
+    if changed is not None:
+        raise ValueError(f"label_dropout.null must be representable in the condition's dtype {dtype}, got {changed}")

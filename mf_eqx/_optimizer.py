@@ -1,4 +1,4 @@
-"""How a step meets optax: which optimisers it can serve, what their state is made of, and what it hands them."""
+"""The interface to optax: which optimisers a training step supports, how their state is made, how they are called."""
 
 from contextlib import AbstractContextManager
 from typing import Any
@@ -12,11 +12,11 @@ from jaxtyping import PyTree
 from ._custom_types import Scalar
 
 _EVERY_STEP = (
-    "optimizer must make an update of every step, since averages and faults follow each "
-    "(TrainStep's accumulation takes the gradients of more rows)"
+    "optimizer must make an update in every step, since averages and faults are updated in every step "
+    "(TrainStep's accumulation is for gradients of more rows)"
 )
 _NO_FUNCTION = (
-    "optimizer must make its update of the loss and its gradient, since a step has no loss at other parameters"
+    "optimizer must need only the loss and its gradient, since a step does not evaluate the loss at other parameters"
 )
 _NO_PAIRS = "optimizer must take the field's parameters as they are, not pairs of fast and slow ones"
 _REFUSED = {
@@ -28,11 +28,11 @@ _REFUSED = {
     optax.ScaleByBacktrackingLinesearchState: _NO_FUNCTION,
     optax.contrib.HutchinsonState: _NO_FUNCTION,
 }
-"""States of optimisers that a step cannot serve, and the rule."""
+"""Types of states of the optimisers that a step does not support, with the rule that each breaks."""
 
 
 def check_optimizer(optimizer: Any) -> None:
-    """Refuses what is no optax transformation: `ValueError`."""
+    """Raises a `ValueError` unless `optimizer` is an optax transformation that makes an update in every step."""
     if isinstance(optimizer, optax.MultiSteps):
         raise ValueError(f"{_EVERY_STEP}, got optax.MultiSteps")
     if not isinstance(optimizer, optax.GradientTransformation):
@@ -40,11 +40,11 @@ def check_optimizer(optimizer: Any) -> None:
 
 
 def init_optimizer(optimizer: optax.GradientTransformation, parameters: PyTree[Any]) -> PyTree[Any]:
-    """The optimiser's state before the first step, all of it in arrays of its own.
+    """The optimiser's state before the first step, with all arrays copied.
 
-    Numbers of Python become arrays: as constants of the compiled step no update would change them.
+    Python numbers become arrays: as constants of the compiled step they would never be updated.
 
-    **Raises:** `ValueError` if a step cannot serve the optimiser.
+    **Raises:** `ValueError` if a step does not support the optimiser.
     """
     check_optimizer(optimizer)
     with standard_promotion():
@@ -69,18 +69,19 @@ def update_optimizer(
 
 
 def standard_promotion() -> AbstractContextManager[None]:
-    """For optax, whose functions mix dtypes, also where the caller has set `jax_numpy_dtype_promotion` to strict."""
+    """The context for calls of optax, which mixes dtypes: needed if `jax_numpy_dtype_promotion` is set to strict."""
     return jax.numpy_dtype_promotion("standard")
 
 
 def is_number(leaf: Any) -> bool:
-    """Whether it is one of Python's numbers."""
+    """Whether `leaf` is a Python number."""
     return isinstance(leaf, int | float | complex)
 
 
 def copy(leaf: Any) -> Any:
-    """A copy of an array; anything else as it is.
+    """A copy of an array; any other leaf unchanged.
 
-    Never weakly typed: a number that is set by hand or restored is not, and the step would be compiled anew for it.
+    The copy is never weakly typed. A leaf that is restored or set by hand is not weakly typed either, and the step
+    would be compiled again if this differed.
     """
     return jnp.array(leaf, leaf.dtype, copy=True) if eqx.is_array(leaf) else leaf

@@ -1,10 +1,10 @@
-"""Packages that not every machine has: those of the extras, and those that only some parts need."""
+"""Optional packages: those of the extras, and those that only some parts of mf_eqx need."""
 
 from types import TracebackType
 
 
 class MissingDependency(ImportError):
-    """An optional package that is not installed; the message says how to get it."""
+    """An optional package is not installed; the message says how to install it."""
 
 
 class optional:
@@ -13,10 +13,11 @@ class optional:
         with optional("matplotlib"):
             from matplotlib.figure import Figure
 
-    **Arguments:** `package` its import name; `extra` of mf_eqx that installs it, or None for a package by itself.
+    **Arguments:** `package` its import name; `extra` the extra of mf_eqx that installs it, or None if it is
+    installed by its own name.
 
-    **Raises:** `MissingDependency` if it is not installed. An import that fails *inside* an installed package passes
-    unchanged: that is another problem.
+    **Raises:** `MissingDependency` if the package is not installed. The error of an import that fails *inside* an
+    installed package passes unchanged.
     """
 
     def __init__(self, package: str, extra: str | None = "experiments"):
@@ -26,7 +27,7 @@ class optional:
     def __enter__(self) -> None:
         return None
 
-    # A plain class, because a generator-based context could swallow exceptions as far as type checkers know.
+    # A plain class, because type checkers assume that a generator-based context may suppress exceptions.
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:

@@ -1,8 +1,8 @@
-r"""Rows: one drawn example each, with everything that a method may know of it.
+r"""Rows: a row is one drawn example, with all values that a method may use.
 
 $$z_t = \alpha_t x + \sigma_t \epsilon, \qquad v_t = \dot\alpha_t x + \dot\sigma_t \epsilon, \qquad r \le t$$
 
-`Drawing` makes a row of one example of the data: noise, times and the dropped condition come from the row's own key,
+`Drawing` makes a row from one example of the data: noise, times and label dropout are drawn with the row's own key,
 which is folded from its index in the global batch. So no result depends on how rows are spread over devices or
 micro-batches.
 """
@@ -27,10 +27,10 @@ from ._times import AbstractTimes, TimePairs
 
 
 class Context(eqx.Module):
-    """What an objective may know beyond its rows.
+    """The values that an objective may use in addition to its rows.
 
-    **Arguments:** `step` number of finished training steps, of which schedules are functions; `teacher` a field that
-    does not learn (see `TrainStep`), or None. Evaluate a teacher with `key=None`.
+    **Arguments:** `step` number of finished training steps, the argument of schedules; `teacher` a field that receives
+    no gradient (see `TrainStep`), or None. Evaluate a teacher with `key=None`.
     """
 
     step: Int[Array, ""]
@@ -38,21 +38,21 @@ class Context(eqx.Module):
 
 
 class Row(eqx.Module):
-    r"""One example, as a method sees it. Everything is without batch axis.
+    r"""One example, as a method gets it. No array has a batch axis.
 
     **Arguments:**
 
     - `z`: state at time `t`.
-    - `v`: its velocity: conditional in training, guided if the objective guides, or what its `velocity` gives; the
-      marginal one in proofs.
+    - `v`: velocity at `z`: in training the conditional one, guided if the objective has guidance, or the value of the
+      objective's `velocity`; in proofs the marginal one.
     - `r`, `t`: times, r <= t.
-    - `condition`: of the row, the null condition if it was dropped.
+    - `condition`: the condition of the row, or the null condition if it was dropped.
     - `key`: one per row and step. Pass it unchanged to every evaluation of the field, as `evaluate` does, so that all
-      see the same dropout mask. Fold it with a large number for draws of your own: `fold_in(key, i)` with a small i is
-      `split(key, n)[i]`, which the field may use. None without dropout and draws.
-    - `context`: training step and teacher. None where nothing trains: in proofs and metrics.
-    - `x`, `eps`, `path`: data, noise and interpolant that made z. None where z was drawn otherwise; x and eps also
-      where an objective guides, or has a `velocity` or a `stable_target`, of which they know nothing.
+      use the same dropout mask. For your own random draws, fold it with a large number: `fold_in(key, i)` with a small
+      i is `split(key, n)[i]`, which the field may use. None if there is neither dropout nor such a draw.
+    - `context`: training step and teacher. None outside of training, as in proofs and metrics.
+    - `x`, `eps`, `path`: data, noise and interpolant from which z was made. None if z was made otherwise; x and eps
+      are also None if the objective has guidance, a `velocity` or a `stable_target`, on which they do not depend.
     - `dropped`: whether the condition was dropped.
     """
 
@@ -92,36 +92,39 @@ class Row(eqx.Module):
     def at(self, time: TimeLike) -> Float[Array, "*data"]:
         r"""The state of the same x and $\epsilon$ at another time.
 
-        **Raises:** `ValueError` if the row does not know its x, eps and path.
+        **Raises:** `ValueError` if the row has no x, eps and path.
         """
         if self.x is None or self.eps is None or self.path is None:
             raise ValueError(
-                "x, eps and path must be given for the state at another time, but this row has z and v alone (an "
-                "objective gives them unless it guides or has a velocity, which x and eps know nothing of)"
+                "x, eps and path must be given for the state at another time, but this row has only z and v (an "
+                "objective gives them unless it has guidance or a velocity)"
             )
         return self.path.state_and_velocity(self.x, self.eps, time)[0]
 
     def evaluate(self, field: AbstractField, z: Float[Array, "*data"], r: Time, t: Time) -> Float[Array, "..."]:
-        """A field at (z, r, t), under the row's condition and dropout mask."""
+        """A field at (z, r, t), with the row's condition and dropout mask."""
         return field(z, r, t, self.condition, key=self.key)
 
     def map(self, function: Callable[["Row"], PyTree[Array]]) -> PyTree[Array]:
-        """The function of each row of a group, in which all arrays but those of `context` and `path` have a leading
-        axis."""
-        return jax.vmap(lambda row: function(_sharing(row, self.context, self.path)))(_sharing(self, None, None))
+        """`function` applied to each row of a group. In a group, all arrays except those of `context` and `path` have a
+        leading axis."""
+        return jax.vmap(lambda row: function(_with_shared(row, self.context, self.path)))(
+            _with_shared(self, None, None)
+        )
 
 
-def _sharing(row: Row, context: Context | None, path: AbstractInterpolant | None) -> Row:
-    """The row with another context and path, which all rows of a group share."""
+def _with_shared(row: Row, context: Context | None, path: AbstractInterpolant | None) -> Row:
+    """The row with this context and path, which all rows of a group share."""
     return eqx.tree_at(lambda row: (row.context, row.path), row, (context, path), is_leaf=lambda node: node is None)
 
 
 @dataclasses.dataclass(frozen=True)
 class Drawing:
-    """How rows of one kind are drawn: those of the boundary, r = t, or those of an identity.
+    """How rows of one kind are drawn: boundary rows with r = t, or rows that carry the identity.
 
-    **Arguments:** `is_boundary` the kind; `ends_at_data` whether r is 0; `drop_probability` of each row's condition;
-    `with_pair` whether rows know their x and eps; the others as in `Objective`.
+    **Arguments:** `is_boundary` whether the rows are boundary rows; `ends_at_data` whether r is 0 in identity rows;
+    `drop_probability` of each row's condition; `with_pair` whether rows contain x, eps and path; the others as in
+    `Objective`.
     """
 
     is_boundary: bool
@@ -138,7 +141,7 @@ class Drawing:
     def __call__(self, example: Batch, key: Key[Array, ""], context: Context | None) -> Row:
         """The row of one example.
 
-        **Arguments:** `example` a batch of one, without batch axis; `key` of the step; `context`.
+        **Arguments:** `example` a single row of data, without batch axis; `key` of the step; `context`.
         """
         return self._draw(example, key, example.index, context)
 
@@ -146,16 +149,16 @@ class Drawing:
         """The rows of several examples, whose arrays have a leading axis. They share the times of the first one."""
 
         def draw(example: Batch) -> Row:
-            return _sharing(self._draw(example, key, examples.index[0], None), None, None)
+            return _with_shared(self._draw(example, key, examples.index[0], None), None, None)
 
-        return _sharing(jax.vmap(draw)(examples), context, self.path)
+        return _with_shared(jax.vmap(draw)(examples), context, self.path)
 
     def _draw(
-        self, example: Batch, key: Key[Array, ""], first: Int[Array | np.ndarray, ""], context: Context | None
+        self, example: Batch, key: Key[Array, ""], times_index: Int[Array | np.ndarray, ""], context: Context | None
     ) -> Row:
-        """The row of one example, with the times of the row of index `first`."""
+        """The row of one example, with the times of the row whose index is `times_index`."""
         eps_key, _, drop_key, field_key = jr.split(jr.fold_in(key, example.index), 4)
-        times_key = jr.split(jr.fold_in(key, first), 4)[1]
+        times_key = jr.split(jr.fold_in(key, times_index), 4)[1]
         x = at_least_float32(example.x)
         r, t = (jnp.asarray(time, x.dtype) for time in self._draw_times(times_key))
         eps = jr.normal(eps_key, x.shape, x.dtype)

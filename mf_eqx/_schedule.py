@@ -13,12 +13,12 @@ from ._row import Context
 from ._validate import check_positive
 
 Schedule: TypeAlias = float | Callable[[Int[Array, ""]], ScalarLike]
-"""A number, or a function from the number of finished training steps to one, such as those of `optax.schedules`. The
-range of a number is checked, that of a function is not."""
+"""A number, or a function from the number of finished training steps to a number, such as those of `optax.schedules`.
+The range of a number is checked; the range of a function is not."""
 
 
 class SigmoidSchedule(eqx.Module):
-    r"""From 1 at the step `start` to 0 at `end`, as $1 / (1 + e^{\gamma (2 p - 1) / 2})$ with p the part that is done.
+    r"""A sigmoid from 1 at the step `start` to 0 at `end`: $1 / (1 + e^{\gamma (2 p - 1) / 2})$ with p the part done.
 
     **Arguments:** `start` and `end` in steps; `steepness` $\gamma$, 25 in AlphaFlow (arXiv 2510.20771).
 
@@ -35,18 +35,18 @@ class SigmoidSchedule(eqx.Module):
         check_positive("steepness", self.steepness)
 
     def __call__(self, step: Int[Array, ""]) -> Scalar:
-        part = (jnp.asarray(step, float) - self.start) / (self.end - self.start)
-        return jax.nn.sigmoid(self.steepness * (0.5 - part))
+        fraction = (jnp.asarray(step, float) - self.start) / (self.end - self.start)
+        return jax.nn.sigmoid(self.steepness * (0.5 - fraction))
 
 
-def as_schedule(name: str, least: float, most: float) -> Callable[[Any], Any]:
-    """A converter: a function stays, a number must lie in [least, most], else `ValueError`."""
+def as_schedule(name: str, minimum: float, maximum: float) -> Callable[[Any], Any]:
+    """A converter that returns functions unchanged, and raises `ValueError` for numbers outside [minimum, maximum]."""
 
     def convert(value: Any) -> Any:
         if callable(value):
             return value
-        if not least <= float(value) <= most:
-            raise ValueError(f"{name} must lie in [{least:g}, {most:g}] or be a schedule, got {value}")
+        if not minimum <= float(value) <= maximum:
+            raise ValueError(f"{name} must lie in [{minimum:g}, {maximum:g}] or be a schedule, got {value}")
         return float(value)
 
     return convert
@@ -55,8 +55,8 @@ def as_schedule(name: str, least: float, most: float) -> Callable[[Any], Any]:
 def at_step(schedule: Schedule, context: Context | None) -> Scalar:
     """The value of a schedule at a training step.
 
-    Where nothing trains (`context` is None: in proofs and metrics) it is the value that the schedule ends with: that of
-    the last step which int32 can count.
+    Outside of training (`context` is None, as in proofs and metrics) it is the schedule's final value, evaluated at the
+    largest step number in int32.
     """
     step = jnp.asarray(jnp.iinfo(jnp.int32).max, jnp.int32) if context is None else context.step
     return jnp.asarray(schedule(step) if callable(schedule) else schedule, float)

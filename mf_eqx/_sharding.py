@@ -1,18 +1,18 @@
-r"""How one training is spread over devices: a mesh of two axes, and one rule that follows from shapes alone.
+r"""How one training is spread over devices: a mesh of two axes, and one rule that depends on shapes alone.
 
     parallelism = Parallelism(fsdp=4)                       8 devices: 2 x 4
     state = parallelism.make(make_state)                    made in place, never whole on one device
     step = TrainStep(..., parallelism=parallelism)
     state, metrics = step(state, parallelism.place(batch))
 
-Rows are spread over all devices, over both axes. Parameters, optimiser state and averages are equal on all devices of
-the axis `data`, and of a large leaf every device of the axis `fsdp` keeps one part only: "fully sharded data
-parallelism" (Zhao et al., 2023, arXiv 2304.11277). With fsdp = 1 it is plain data parallelism. What is shared is what
-lasts from step to step: `TrainStep` gathers the parameters whole at the start of a step, not layer by layer, so that
-while it computes each device holds a copy of the parameters and one of their gradients.
+Rows are spread over all devices, over both axes. Parameters, optimiser state and averages are replicated along the axis
+`data`; along the axis `fsdp` each large leaf is divided, and every device keeps only one part of it: "fully sharded
+data parallelism" (Zhao et al., 2023, arXiv 2304.11277). With fsdp = 1 it is plain data parallelism. Only the state
+between steps is divided: `TrainStep` gathers all parameters at the start of a step, not layer by layer, so during a
+step each device holds a full copy of the parameters and one of their gradients.
 
-Nothing that is computed depends on the mesh, up to the order of sums: every random number follows from the row's index
-in the global batch.
+No result depends on the mesh, up to the order of sums: every random number depends on the row's index in the global
+batch.
 """
 
 import math
@@ -31,15 +31,15 @@ _Tree = TypeVar("_Tree")
 
 
 class Parallelism(eqx.Module):
-    """A mesh of `data` x `fsdp` devices, and what lies where on it.
+    """A mesh of `data` x `fsdp` devices, and the placement of arrays on it.
 
     **Arguments:**
 
-    - `data`: devices that keep the same parameters, by default all divided by `fsdp`.
-    - `fsdp`: devices that share one copy of the parameters.
-    - `least_size`: elements that a leaf must have to be shared at all; a smaller one costs more in messages than in
-      memory.
-    - `devices`: by default all of all processes. Neighbours share a copy of the parameters.
+    - `data`: number of copies of the parameters, by default the number of devices divided by `fsdp`.
+    - `fsdp`: number of devices over which one copy of the parameters is divided.
+    - `least_size`: smallest number of elements of a leaf that is divided; to divide a smaller leaf costs more in
+      communication than it saves in memory.
+    - `devices`: by default all devices of all processes. Neighbours in this sequence hold parts of the same copy.
 
     **Raises:** `ValueError` unless data x fsdp is the number of devices.
     """
@@ -67,21 +67,21 @@ class Parallelism(eqx.Module):
 
     @property
     def shards(self) -> int:
-        """The number of devices, each of which has rows of its own."""
+        """The number of devices, and so of the parts into which the rows of a batch are divided."""
         return self.mesh.size
 
     @property
     def replicated(self) -> NamedSharding:
-        """Of what every device has a copy of."""
+        """The sharding of arrays of which every device has a copy."""
         return NamedSharding(self.mesh, PartitionSpec())
 
     @property
     def rows(self) -> NamedSharding:
-        """Of arrays with a leading batch axis."""
+        """The sharding of arrays with a leading batch axis."""
         return NamedSharding(self.mesh, PartitionSpec(("data", "fsdp")))
 
     def of_shape(self, shape: tuple[int, ...]) -> NamedSharding:
-        """The rule: the largest axis that `fsdp` divides is shared (of equal ones the first), if the leaf is large."""
+        """The rule: a large leaf is divided along its largest axis that `fsdp` divides (of equal axes, the first)."""
         fsdp = self.mesh.shape["fsdp"]
         divisible = [axis for axis, length in enumerate(shape) if length % fsdp == 0]
         if fsdp == 1 or math.prod(shape) < self.least_size or not divisible:
@@ -94,48 +94,48 @@ class Parallelism(eqx.Module):
         return jax.tree.map(lambda leaf: self.of_shape(leaf.shape), arrays_of(tree))
 
     def spread(self, tree: _Tree) -> _Tree:
-        """The same arrays inside a jitted function, told to lie where the rule says."""
+        """The same arrays, placed as the rule says. For use inside a jitted function."""
         arrays, others = eqx.partition(tree, eqx.is_array)
         return eqx.combine(jax.lax.with_sharding_constraint(arrays, self.of_tree(arrays)), others)
 
     def gather(self, tree: _Tree) -> _Tree:
-        """The same arrays inside a jitted function, whole on every device."""
+        """The same arrays, whole on every device. For use inside a jitted function."""
         arrays, others = eqx.partition(tree, eqx.is_array)
         return eqx.combine(jax.lax.with_sharding_constraint(arrays, self.replicated), others)
 
     def replicate(self, tree: _Tree) -> _Tree:
-        """A tree whose arrays are whole on every device, outside of jitted functions (`gather` is for inside).
+        """The same arrays, whole on every device. For use outside of jitted functions (inside, use `gather`).
 
-        **Arguments:** `tree` of arrays, of which all processes have the same. Where an array already lies on a device
-        its memory is shared: a state that is replicated must not be donated while the result is in use.
+        **Arguments:** `tree` of arrays that are the same on all processes. Where an array already lies on a device, its
+        memory is shared with the result: a replicated state must not be donated while the result is in use.
         """
 
         def put(leaf: Any) -> Any:
-            if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):  # which JAX puts on one process's devices only
+            if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):  # JAX can put keys on the devices of one process only
                 return jr.wrap_key_data(put(jr.key_data(leaf)), impl=jr.key_impl(leaf))
             return jax.device_put(leaf, self.replicated)
 
         return jax.tree.map(lambda leaf: put(leaf) if eqx.is_array(leaf) else leaf, tree)
 
     def make(self, function: Callable[[], _Tree]) -> _Tree:
-        """What `function()` returns, a state, as one jitted program that makes every part where it belongs.
+        """The state that `function()` returns, made by one jitted program that makes every part on its own device.
 
-        **Arguments:** `function` closes over nothing large, since that would become part of the program. An
+        **Arguments:** `function` must not close over large arrays, since they would become constants of the program. An
         `eqx.Partial` may have large arguments, such as weights to start from.
         """
         shapes = eqx.filter_eval_shape(function)
         _, others = eqx.partition(shapes, _is_shape)
-        given, rest = eqx.partition(function, eqx.is_array)
+        inputs, rest = eqx.partition(function, eqx.is_array)
 
-        def arrays(given: PyTree[Any]) -> PyTree[Any]:
-            return eqx.filter(eqx.combine(given, rest)(), eqx.is_array)
+        def make_arrays(inputs: PyTree[Any]) -> PyTree[Any]:
+            return eqx.filter(eqx.combine(inputs, rest)(), eqx.is_array)
 
-        return eqx.combine(jax.jit(arrays, out_shardings=self.of_tree(shapes))(given), others)
+        return eqx.combine(jax.jit(make_arrays, out_shardings=self.of_tree(shapes))(inputs), others)
 
     def positions(self, rows: int) -> Int[np.ndarray, " local"]:
-        """Which rows of a global batch this process needs, in ascending order.
+        """The positions in a global batch of the rows that this process needs, in ascending order.
 
-        **Raises:** `ValueError` unless every device gets as many rows.
+        **Raises:** `ValueError` unless `rows` is a multiple of the number of devices.
         """
         if rows % self.shards:
             raise ValueError(f"batch must be a multiple of the {self.shards} devices that share it, got {rows}")
@@ -143,26 +143,26 @@ class Parallelism(eqx.Module):
         return np.unique(np.concatenate([np.arange(rows, dtype=np.int64)[index] for index in slices]))
 
     def place(self, tree: _Tree, rows: int | None = None) -> _Tree:
-        """The rows of this process, as part of arrays that are spread over the devices of all processes.
+        """Arrays that are spread over the devices of all processes, of which this process provides its own rows.
 
         **Arguments:** `tree` of arrays on the host, whose leading axis has the rows at `positions(rows)` in this order;
-        `rows` of the global batch, by default those of `tree`: right for a single process.
+        `rows` number of rows of the global batch, by default the number in `tree`, which is right for a single process.
         """
-        whole = len(jax.tree.leaves(tree)[0]) if rows is None else rows
-        here = self.positions(whole)
+        rows = len(jax.tree.leaves(tree)[0]) if rows is None else rows
+        local_positions = self.positions(rows)
 
         def put(leaf: Any) -> jax.Array:
             def part(index: Any) -> Any:
-                start, stop, _ = index[0].indices(whole)
-                first = np.searchsorted(here, start)
+                start, stop, _ = index[0].indices(rows)
+                first = np.searchsorted(local_positions, start)
                 return leaf[first : first + stop - start]
 
-            return jax.make_array_from_callback((whole, *leaf.shape[1:]), self.rows, part)
+            return jax.make_array_from_callback((rows, *leaf.shape[1:]), self.rows, part)
 
         return jax.tree.map(put, tree)
 
     def table(self, tree: PyTree[Any]) -> "list[Placement]":
-        """What lies where, leaf by leaf: of a state, or of its shapes."""
+        """The placement of each leaf of a state, or of its shapes."""
         return [
             Placement(
                 jax.tree_util.keystr(path), leaf.shape, str(leaf.dtype), str(sharding.spec), _bytes(leaf, sharding)
@@ -173,7 +173,7 @@ class Parallelism(eqx.Module):
 
 
 class Placement(NamedTuple):
-    """How one leaf lies on the mesh.
+    """The placement of one leaf on the mesh.
 
     **Arguments:** `leaf` its path; `shape`; `dtype`; `spec` the mesh axis of each array axis; `bytes_per_device`.
     """
@@ -186,7 +186,7 @@ class Placement(NamedTuple):
 
 
 def arrays_of(tree: _Tree) -> _Tree:
-    """Arrays and shapes of arrays alone, None elsewhere."""
+    """The tree with arrays and `jax.ShapeDtypeStruct`s alone, and None in place of other leaves."""
     return eqx.filter(tree, lambda leaf: eqx.is_array(leaf) or _is_shape(leaf))
 
 

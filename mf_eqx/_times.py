@@ -4,12 +4,12 @@ Three independent choices:
 
 1. a distribution of one time (`UniformTimes`, `LogitNormalTimes`);
 2. how two draws become a pair r <= t (`TimePairs`): sorted draws of one distribution, or t and r from two distributions
-   with r = min(r, t); optionally a coin that sets r = t;
+   with r = min(r, t); optionally r = t with a given probability;
 3. which rows of a batch carry the identity at all: the static strided split (`split_rows`).
 
 The authors' codes mix 2 and 3: their ImageNet code sets r = t on a prefix of each device's batch, their CIFAR-10 code
-by a coin for every row, and both pay the JVP for every row. Splitting statically means that rows with r = t never pay
-for it; splitting with a stride means that a data-sharded batch splits without moving rows between devices.
+at random for every row, and both compute the JVP for every row. With a static split no JVP is computed for rows with
+r = t; with a strided split a data-sharded batch is divided without moving rows between devices.
 """
 
 import abc
@@ -73,11 +73,11 @@ class TimePairs(eqx.Module):
       `r_times` is given.
     - `r_times`: a distribution of its own for r, followed by r = min(r, t) (the authors' CIFAR-10 "v1": t from
       `LogitNormalTimes(-0.6, 1.6)`, r from `LogitNormalTimes(-4, 1.6)`).
-    - `equal`: the probability of the coin that sets r = t, keeping t. 0 by default, because the objective's strided
-      split already gives the boundary its rows. 0.25 with an identity share of 1 is the authors' CIFAR-10 code. In "v1"
-      the minimum collapses more pairs, about 30% in all.
-    - `at_data`: the probability of the coin that sets r = 0, where one step to the data starts (transition models,
-      arXiv 2509.04394); a pair with r = t stays one.
+    - `equal`: the probability with which r is set to t. It is 0 by default, because the objective's strided split
+      already makes rows with r = t. 0.25 with an identity share of 1 is the authors' CIFAR-10 code. In "v1" the minimum
+      sets r = t in further pairs, so that about 30% of all pairs have r = t.
+    - `at_data`: the probability with which r is set to 0, for more training of single steps to the data (transition
+      models, arXiv 2509.04394). A pair whose r was set to t keeps it.
     """
 
     times: AbstractTimes = LogitNormalTimes()
@@ -125,9 +125,10 @@ def as_share(share: Fraction | float | int | str) -> Fraction:
 
 
 def rows_per_group(share: Fraction | float, group: int = 1) -> int:
-    """The fewest consecutive rows that the strided split divides, so that the identity's are whole groups of `group`.
+    """The smallest number of consecutive rows that the strided split divides into whole groups of identity rows.
 
-    With share n/k they are k, or more such that n rows of every k make whole groups.
+    With share n/k it is k, or the smallest multiple of k in which the identity rows, n of every k, are a multiple of
+    `group`.
     """
     share = as_share(share)
     return share.denominator * (group // math.gcd(share.numerator, group))
@@ -136,15 +137,15 @@ def rows_per_group(share: Fraction | float, group: int = 1) -> int:
 def check_batch_size(
     batch: int, share: Fraction | float, *, shards: int = 1, accumulation: int = 1, group: int = 1
 ) -> None:
-    """Refuses a batch that the strided split does not divide.
+    """Refuses a batch that cannot be split.
 
-    With share n/k every k consecutive rows belong together; each device and each accumulation step must hold whole
-    multiples of k, and where the identity compares rows in groups, whole groups.
+    With share n/k the strided split divides every k consecutive rows. So each device and each accumulation step must
+    get a multiple of k rows and, if the identity compares rows in groups, whole groups.
 
     **Arguments:** `batch` rows of the global batch; `share` the identity's share n/k; `shards` devices along the data
     axis; `accumulation` micro-batches per step; `group` rows that the identity compares.
 
-    **Raises:** `ValueError` unless batch % (k x shards x accumulation) == 0, with groups a multiple of k in its place.
+    **Raises:** `ValueError` unless batch % (k x shards x accumulation) == 0; with groups, k is `rows_per_group`.
     """
     share = as_share(share)
     rows = rows_per_group(share, group)
@@ -153,7 +154,7 @@ def check_batch_size(
 
 
 def check_divisible(batch: int, rows: int, reason: str, *, shards: int, accumulation: int) -> None:
-    """Refuses a batch that is no multiple of rows x shards x accumulation: `ValueError` with these numbers."""
+    """Raises a `ValueError` unless `batch` is a positive multiple of rows x shards x accumulation."""
     divisor = rows * shards * accumulation
     if batch <= 0 or batch % divisor:
         raise ValueError(
@@ -163,7 +164,7 @@ def check_divisible(batch: int, rows: int, reason: str, *, shards: int, accumula
 
 
 def split_rows(rows: _Rows, share: Fraction | float) -> tuple[_Rows, _Rows]:
-    """The static strided split: of every k consecutive rows the first n go to the identity.
+    """The static strided split: of every k consecutive rows the first n carry the identity.
 
     **Arguments:** `rows` a PyTree whose leaves share a leading batch axis, divisible by k; `share` = n/k in lowest
     terms.

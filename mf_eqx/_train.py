@@ -1,4 +1,4 @@
-r"""The training state and its one step.
+r"""The training state and the training step.
 
     state, metrics = step(state, batch)
 
@@ -33,14 +33,15 @@ from ._times import check_divisible
 
 _Tree = TypeVar("_Tree")
 
-_DRAW = 0x44524157  # folds the key of a step's data away from those that the step itself splits off
+_DRAW = 0x44524157  # folded into the key of a step's data, to differ from the keys that the step itself uses
 
 
 class Faults(eqx.Module):
-    """Steps whose loss, gradient or update was not finite, and which therefore changed nothing.
+    """Counts of faults: steps whose loss, gradient or update was not finite, and which therefore changed nothing.
 
-    **Arguments:** `total` of them; `in_row` up to the last step, 0 after a good one; `most_in_row` so far; `last` one's
-    number, from 1, or 0.
+    **Arguments:** `total` number of faults; `in_row` number of consecutive faults up to the last step, 0 after a finite
+    step; `most_in_row` largest value of `in_row` so far; `last` step number of the last fault, counted from 1, or 0 if
+    there was none.
     """
 
     total: Int[Array, ""]
@@ -49,7 +50,7 @@ class Faults(eqx.Module):
     last: Int[Array, ""]
 
     def after(self, step: Int[Array, ""], finite: Bool[Array, ""]) -> "Faults":
-        """The counters after the step of that number."""
+        """The counts after the step with this number."""
         total = jnp.where(finite, self.total, self.total + 1)
         in_row = jnp.where(finite, 0, self.in_row + 1)
         most = jnp.maximum(self.most_in_row, in_row)
@@ -59,9 +60,9 @@ class Faults(eqx.Module):
 class TrainState(eqx.Module):
     """Everything that training changes.
 
-    **Arguments:** `field` being learnt; `opt_state` of the optimiser; `averages` of the field, each a complete field;
-    `step` number of finished steps; `key` of the whole run, never changed; `faults` counted so far; `objective` state
-    of an objective that has one, see `AbstractObjective.init`.
+    **Arguments:** `field` to be learnt; `opt_state` of the optimiser; `averages` of the field, each a complete field;
+    `step` number of finished steps; `key` of the whole run, never changed; `faults` so far; `objective` the state of
+    an objective that has one, see `AbstractObjective.init`.
     """
 
     field: AbstractField
@@ -84,30 +85,30 @@ def init_state(
     """The state before the first step.
 
     **Arguments:** `field` freshly made or trained before; `optimizer` and `averages` the same as the `TrainStep`'s;
-    `objective` too if it has a state of its own; `key` of the run. All arrays are copied, those of the optimiser's
-    state too, because steps donate the state.
+    `objective` also the same if it has a state; `key` of the run. All arrays are copied, including those of the
+    optimiser's state, because steps donate the state.
 
-    **Raises:** `ValueError` if the field holds one parameter twice, which training would change apart, or if a step
-    cannot serve the optimiser, see `TrainStep`.
+    **Raises:** `ValueError` if the field holds one parameter twice, since training would change the two copies
+    separately, or if a step does not support the optimiser, see `TrainStep`.
     """
     _check_untied(field)
     field = jax.tree.map(copy, field)
     opt_state = init_optimizer(optimizer, eqx.filter(field, eqx.is_inexact_array))
-    none = Faults(*(jnp.zeros((), jnp.int32) for _ in range(4)))
+    no_faults = Faults(*(jnp.zeros((), jnp.int32) for _ in range(4)))
     averaged = tuple(average.init(field) for average in averages)
-    own = jax.tree.map(copy, objective.init()) if objective is not None else None
-    return TrainState(field, opt_state, averaged, jnp.zeros((), jnp.int32), copy(key), none, own)
+    objective_state = jax.tree.map(copy, objective.init()) if objective is not None else None
+    return TrainState(field, opt_state, averaged, jnp.zeros((), jnp.int32), copy(key), no_faults, objective_state)
 
 
 def _check_untied(field: AbstractField) -> None:
-    """Refuses one array in two places: its copies would be trained apart, though the field ties them."""
+    """Refuses one array in two places: its two copies would be trained separately, though the field ties them."""
     names: dict[int, str] = {}
     for path, leaf in jax.tree.leaves_with_path(eqx.filter(field, eqx.is_inexact_array)):
         name = jax.tree_util.keystr(path)
         if (first := names.setdefault(id(leaf), name)) != name:
             raise ValueError(
                 f"field must hold each parameter once, got the same array at {first} and {name}: "
-                "tie them by eqx.nn.Shared, or copy the array to train them apart"
+                "tie them by eqx.nn.Shared, or copy the array to train them separately"
             )
 
 
@@ -117,32 +118,33 @@ class TrainStep(eqx.Module):
     **Arguments:**
 
     - `objective`: what is minimised.
-    - `optimizer`: an optax transformation. Its update is given the step's loss and gradient besides (`value`, `grad`).
-      Refused are those that make one update of several steps (`optax.MultiSteps`), and those that need the loss as a
-      function of the parameters: line searches, estimates of the Hessian. Rules per leaf must know where the blocks of
-      a `mf_eqx.nn.Stack` lie: see `mf_eqx.nn.per_block`.
+    - `optimizer`: an optax transformation. Its update also gets the step's loss and gradient, as `value` and `grad`.
+      Transformations that make one update from several steps (`optax.MultiSteps`) are refused, and so are those that
+      need the loss as a function of the parameters (line searches, estimates of the Hessian). Rules that depend on a
+      whole array must know the axis along which a `mf_eqx.nn.Stack` stacks its blocks: see `mf_eqx.nn.per_block`.
     - `averages`: of the parameters, updated after each step.
     - `teacher`: None, or the `teacher` of the objective's context: the number of one of the averages, or a frozen
       field, which is neither trained nor averaged nor part of the state.
     - `prepare`: None, or a function `(row, key) -> row` applied to each row of the batch on the device, before the
       objective: augmentation, dequantisation, posterior sampling. `row` is a `Batch` without its leading axis.
-    - `accumulation`: equal parts that the rows of each device are differentiated in, one after the other: memory for
-      intermediate results falls as 1 / accumulation, results stay the same.
-    - `parallelism`: None for one device, or how state and batch are spread. Each device's rows are differentiated
-      apart, and meet in one all-reduce.
-    - `unroll`: False to differentiate one kind of rows (r < t, r = t) after the other in a loop, which holds the
-      intermediate results of one of them at a time. True for no loop: for convolutions on CPUs, which XLA runs without
-      its fast kernels inside of loops (jax-ml/jax, issue 12868).
+    - `accumulation`: number of equal parts into which the rows of each device are divided. The parts are differentiated
+      one after the other: memory for intermediate results falls as 1 / accumulation, results stay the same.
+    - `parallelism`: None for one device, or how state and batch are spread. The rows of each device are differentiated
+      separately, and the results are summed in one all-reduce.
+    - `unroll`: False to differentiate one kind of rows (r < t, r = t) after the other in a loop, with the intermediate
+      results of only one kind in memory. True for no loop. This is for convolutions on CPUs, because XLA runs them
+      without its fast kernels inside of loops (jax-ml/jax, issue 12868).
 
-    A step whose loss, gradient or update is not finite leaves field, optimiser and averages as they were; the step
-    number goes on, so that the next one meets other rows, and `TrainState.faults` counts. For that the optimiser's
-    update is computed twice: with Adam 2 to 3% of a step at batch 16 on a CPU; Muon's products count twice.
+    A step whose loss, gradient or update is not finite leaves field, optimiser state and averages unchanged. The step
+    number still increases, so that the next step gets other rows, and `TrainState.faults` counts the step. To check the
+    update, the optimiser's update is computed twice: with Adam this costs 2 to 3% of a step at batch 16 on a CPU; with
+    Muon its matrix products are computed twice.
 
     **Returns** (when called with a state and a batch): the new state and the metrics, those of the objective and
     `gradient_norm`. The old state is donated; using it again raises an error.
 
-    **Raises:** `ValueError` if a part of the rows that is differentiated apart is no multiple of the objective's
-    `divisor`, if the objective wants a teacher and there is none, or if the optimiser changes the structure or a dtype
+    **Raises:** `ValueError` if the number of rows that are differentiated at once is not a multiple of the objective's
+    `divisor`, if the objective needs a teacher and there is none, or if the optimiser changes the structure or a dtype
     of its state.
     """
 
@@ -175,13 +177,13 @@ class TrainStep(eqx.Module):
         return _train_step((self, batch), state)
 
     def check_batch_size(self, rows: int) -> None:
-        """Refuses a global batch that cannot be spread evenly: `ValueError` with the numbers."""
+        """Raises a `ValueError` if a global batch of `rows` rows cannot be divided evenly."""
         shards = 1 if self.parallelism is None else self.parallelism.shards
         reason = "divisor of the objective"
         check_divisible(rows, self.objective.divisor or 1, reason, shards=shards, accumulation=self.accumulation)
 
     def context(self, state: TrainState) -> Context:
-        """What the objective may know of a state."""
+        """The context that the objective gets in this state."""
         teacher = state.averages[self.teacher] if isinstance(self.teacher, int | np.integer) else self.teacher
         return Context(state.step, teacher)
 
@@ -189,13 +191,14 @@ class TrainStep(eqx.Module):
 def scan_steps(
     train_step: TrainStep, state: TrainState, draw: Callable[[Key[Array, ""]], Batch], steps: int
 ) -> tuple[TrainState, Metrics]:
-    """Several steps as one program (`jax.lax.scan`), on batches drawn on the device: for networks so small that the
-    time between steps would count.
+    """Several steps as one program (`jax.lax.scan`), on batches drawn on the device. This is for small networks, where
+    the time between separate steps would matter.
 
-    **Arguments:** `train_step`; `state`, donated; `draw` a function from a key to a `Batch`, a Module rather than a
-    lambda, since each new lambda is compiled anew; `steps` how many, compiled anew for each number.
+    **Arguments:** `train_step`; `state`, donated; `draw` a function from a key to a `Batch`, better a Module than a
+    lambda, since the program is compiled again for each new lambda; `steps` number of steps, the program is compiled
+    again for each new number.
 
-    **Returns:** the new state and the metrics of all steps together.
+    **Returns:** the new state and the metrics of all steps combined.
 
     **Raises:** `ValueError` unless steps >= 1.
     """
@@ -214,7 +217,7 @@ def _train_step(constant: tuple[TrainStep, Batch], state: TrainState) -> tuple[T
     prepare_key, objective_key = jr.split(jr.fold_in(state.key, state.step))
     if (prepare := train_step.prepare) is not None:
         batch = jax.vmap(lambda row: prepare(row, jr.fold_in(prepare_key, row.index)))(batch)
-    field, context, own = _gathered(train_step, (state.field, train_step.context(state), state.objective))
+    field, context, objective_state = _gathered(train_step, (state.field, train_step.context(state), state.objective))
     differentiate = Differentiation(
         train_step.objective,
         train_step.accumulation,
@@ -223,11 +226,11 @@ def _train_step(constant: tuple[TrainStep, Batch], state: TrainState) -> tuple[T
         objective_key,
         context,
     )
-    metrics, gradients, own = differentiate(field, batch, own)
+    metrics, gradients, objective_state = differentiate(field, batch, objective_state)
     with standard_promotion():
         norm = optax.tree.norm(gradients)
     finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"].total)
-    state = _update_if_finite(train_step, state, jnp.asarray(metrics["loss"].value), gradients, own, finite)
+    state = _update_if_finite(train_step, state, jnp.asarray(metrics["loss"].value), gradients, objective_state, finite)
     return _spread(train_step, state), {**metrics, "gradient_norm": Mean(norm, jnp.ones(()))}
 
 
@@ -236,14 +239,14 @@ def _update_if_finite(
     state: TrainState,
     loss: Scalar,
     gradients: PyTree[Any],
-    own: PyTree[Any],
+    objective_state: PyTree[Any],
     finite: Bool[Array, ""],
 ) -> TrainState:
-    """The state after the step: with field, optimiser, averages and the objective's `own` state updated if all was
-    `finite` and the update is, too.
+    """The state after the step. Field, optimiser state, averages and the objective's state are updated if loss and
+    gradient are `finite` and the update is finite, too.
 
-    In a branch they are updated in their own memory; selecting leaf by leaf would hold both states, and pass over both.
-    So the update is looked at before the branch, and computed again in it.
+    A branch (`lax.cond`) updates them in place; a selection leaf by leaf would keep both states in memory and read
+    both. So the update is computed once before the branch, to check it, and again in the branch.
     """
     step = state.step + 1
     arrays, rest = eqx.partition((state.field, state.opt_state, state.averages, state.objective), eqx.is_array)
@@ -261,26 +264,26 @@ def _update_if_finite(
         field = eqx.combine(parameters, field)
         rules = zip(train_step.averages, averages, strict=True)
         averages = tuple(rule.update(average, field, step) for rule, average in rules)
-        after = eqx.filter((field, opt_state, averages, own), eqx.is_array)
-        _check_kept(arrays, after)
+        after = eqx.filter((field, opt_state, averages, objective_state), eqx.is_array)
+        _check_same_structure(arrays, after)
         return after
 
-    for leaf in jax.tree.leaves((propose(arrays)[0], eqx.filter(own, eqx.is_inexact_array))):
+    for leaf in jax.tree.leaves((propose(arrays)[0], eqx.filter(objective_state, eqx.is_inexact_array))):
         finite &= jnp.all(jnp.isfinite(leaf))
     after = eqx.combine(jax.lax.cond(finite, update, lambda arrays: arrays, arrays), rest)
-    field, opt_state, averages, own = after
-    return TrainState(field, opt_state, averages, step, state.key, state.faults.after(step, finite), own)
+    field, opt_state, averages, objective_state = after
+    return TrainState(field, opt_state, averages, step, state.key, state.faults.after(step, finite), objective_state)
 
 
 def _check_numbers(state: TrainState) -> None:
-    """Refuses Python's numbers where arrays belong: the step would be compiled anew for each."""
+    """Refuses Python numbers in place of arrays: the step would be compiled again for each new number."""
     for path, leaf in jax.tree.leaves_with_path((state.opt_state, state.step, state.faults)):
         if is_number(leaf):
             name = ("opt_state", "step", "faults")[path[0].idx] + jax.tree_util.keystr(path[1:])
             raise ValueError(f"state.{name} must be an array of its dtype, got the Python number {leaf}")
 
 
-def _check_kept(before: PyTree[Any], after: PyTree[Any]) -> None:
+def _check_same_structure(before: PyTree[Any], after: PyTree[Any]) -> None:
     old, new = shapes(leaves(before)), shapes(leaves(after))
     if changed := sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name)):
         raise ValueError(
@@ -289,12 +292,12 @@ def _check_kept(before: PyTree[Any], after: PyTree[Any]) -> None:
 
 
 def _gathered(train_step: TrainStep, tree: _Tree) -> _Tree:
-    """The same arrays, whole on every device: once a step, before anything is computed from them."""
+    """The same arrays, whole on every device. Done once per step, before anything is computed from them."""
     return tree if train_step.parallelism is None else train_step.parallelism.gather(tree)
 
 
 def _spread(train_step: TrainStep, tree: _Tree) -> _Tree:
-    """The same arrays, each device keeping what the rule gives it."""
+    """The same arrays, divided over devices by the rule of `Parallelism`."""
     return tree if train_step.parallelism is None else train_step.parallelism.spread(tree)
 
 
@@ -303,13 +306,13 @@ def _scan_steps(
     constant: tuple[TrainStep, Callable[[Key[Array, ""]], Batch], int], state: TrainState
 ) -> tuple[TrainState, Metrics]:
     train_step, draw, steps = constant
-    changing, fixed = eqx.partition(state, eqx.is_array)
+    arrays, rest = eqx.partition(state, eqx.is_array)
 
-    def one(changing: TrainState, _: None) -> tuple[TrainState, Metrics]:
-        state = eqx.combine(changing, fixed)
+    def scan_step(arrays: TrainState, _: None) -> tuple[TrainState, Metrics]:
+        state = eqx.combine(arrays, rest)
         batch = draw(jr.fold_in(jr.fold_in(state.key, state.step), _DRAW))
         state, metrics = train_step(state, batch)
         return eqx.filter(state, eqx.is_array), metrics
 
-    changing, metrics = jax.lax.scan(one, changing, length=steps)
-    return eqx.combine(changing, fixed), jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), metrics)
+    arrays, metrics = jax.lax.scan(scan_step, arrays, length=steps)
+    return eqx.combine(arrays, rest), jax.tree.map(lambda leaf: jnp.sum(leaf, axis=0), metrics)

@@ -1,4 +1,4 @@
-"""Checks of arguments that several parts share. Values that JAX traces are not known, and pass."""
+"""Checks of arguments that several parts of the package share. Values that JAX traces are not known, and so pass."""
 
 from collections.abc import Sequence
 from typing import Any, TypeAlias
@@ -9,10 +9,10 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Shaped
 
 Count: TypeAlias = int | np.integer
-"""How many there are of something."""
+"""A number of things."""
 
 
-def known(values: Any) -> Shaped[np.ndarray, "..."] | None:
+def on_host_if_known(values: Any) -> Shaped[np.ndarray, "..."] | None:
     """`values` on the host, or None where JAX traces them."""
     try:
         return np.asarray(values)
@@ -22,41 +22,41 @@ def known(values: Any) -> Shaped[np.ndarray, "..."] | None:
 
 def check_finite(name: str, values: Any) -> None:
     """Raises a `ValueError` unless all `values` are finite."""
-    on_host = known(values)
+    on_host = on_host_if_known(values)
     if on_host is not None and not (finite := np.isfinite(on_host)).all():
         raise ValueError(f"{name} must be finite, got {np.sum(~finite)} values that are not")
 
 
 def check_positive(name: str, values: Any, *, or_zero: bool = False) -> None:
     """Raises a `ValueError` unless all `values` are > 0, or >= 0 with `or_zero`, and finite."""
-    on_host = known(values)
+    on_host = on_host_if_known(values)
     if on_host is not None and not np.all(np.isfinite(on_host) & ((on_host > 0) | (or_zero & (on_host == 0)))):
         raise ValueError(f"{name} must be {'>= 0' if or_zero else '> 0'} and finite, got {on_host}")
 
 
-def as_count(name: str, value: Count, least: int = 1) -> int:
-    """`value` as an int. **Raises:** `ValueError` unless it is an integer, no truth value, and >= `least`."""
-    if not _is_count(value, least):
-        raise ValueError(f"{name} must be an integer >= {least}, got {value!r}")
+def as_count(name: str, value: Count, minimum: int = 1) -> int:
+    """`value` as an int. **Raises:** `ValueError` unless it is an integer, not a bool, and >= `minimum`."""
+    if not _is_count(value, minimum):
+        raise ValueError(f"{name} must be an integer >= {minimum}, got {value!r}")
     return int(value)
 
 
 def check_sizes(**sizes: Count | Sequence[Count]) -> None:
-    """Raises a `ValueError` unless each of these, an integer or several, is >= 1."""
+    """Raises a `ValueError` unless each of `sizes`, one integer or several, is >= 1."""
     for name, size in sizes.items():
         if not isinstance(size, Sequence):
             as_count(name, size)
-        elif not all(_is_count(one) for one in size):
+        elif not all(_is_count(element) for element in size):
             raise ValueError(f"{name} must be of integers >= 1, got {size}")
 
 
-def _is_count(value: Any, least: int = 1) -> bool:
-    return isinstance(value, int | np.integer) and not isinstance(value, bool) and int(value) >= least
+def _is_count(value: Any, minimum: int = 1) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool) and int(value) >= minimum
 
 
 def quotient(total: ArrayLike, count: ArrayLike) -> Array | np.ndarray:
-    """total / count, NaN without a word where both are 0: on the host, unless JAX traces them."""
-    dividend, divisor = known(total), known(count)
+    """total / count, NaN without a warning where both are 0; computed on the host unless JAX traces the values."""
+    dividend, divisor = on_host_if_known(total), on_host_if_known(count)
     if dividend is None or divisor is None:
         return jnp.divide(total, count)
     with np.errstate(divide="ignore", invalid="ignore"):

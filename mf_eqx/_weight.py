@@ -1,4 +1,4 @@
-r"""Loss weights: from the error of one example, and what is known of it, to its part in the loss.
+r"""Loss weights: functions from the error of one example, and from its row, to its weight in the loss.
 
 With $\|\Delta\|^2$ the squared error *summed* over all dimensions of one example, its loss is
 $\mathrm{sg}(w)\,\|\Delta\|^2$.
@@ -16,19 +16,19 @@ from ._validate import check_positive
 
 
 class AbstractWeight(eqx.Module):
-    """The weight w of one example as a function of its squared error, and of the example."""
+    """The weight w of one example as a function of its squared error and of its row."""
 
     @abc.abstractmethod
     def __call__(self, error: Scalar, row: Row) -> Scalar:
         r"""The weight. No gradient passes through it.
 
-        **Arguments:** `error` $\|\Delta\|^2$, summed over the dimensions; `row` the example: its times, which may
-        be exactly 0 and 1, its training step.
+        **Arguments:** `error` $\|\Delta\|^2$, summed over the dimensions; `row` the example, with its times, which
+        may be exactly 0 and 1, and the training step.
         """
 
 
 class ConstantWeight(AbstractWeight):
-    """Plain squared error, w = `value`: p = 0 in the paper. Unbiased, hence right for comparisons with
+    """Plain squared error, w = `value`: p = 0 in the paper. It adds no bias, so it is the weight for comparisons with
     exact fields."""
 
     value: float = eqx.field(default=1.0, converter=float)
@@ -45,8 +45,8 @@ class AdaptiveWeight(AbstractWeight):
 
     **Arguments:** `power` the paper's p, >= 0; `offset` its c, > 0; both finite. Values in use: p = 1, c = 0.01
     (ImageNet, the defaults); p = 0.75, c = 1e-3 (CIFAR-10); p = 0.5 resembles Pseudo-Huber. With p = 1 the weighted
-    loss reads about 1 for ever: watch the raw errors. It also biases the field wherever the conditional variance
-    dominates the error.
+    loss stays at about 1 throughout training: monitor the raw errors instead. It also biases the field wherever the
+    conditional variance dominates the error.
     """
 
     power: float = eqx.field(default=1.0, converter=float)

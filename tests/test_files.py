@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from mf_eqx import checkpoint, data, metrics, released, run, vae
-from mf_eqx._files import append, read_regular, remove, remove_parts, write_whole
+from mf_eqx._files import append, read_regular, remove, remove_temporary_files, write_whole
 
 
 def test_file_and_its_folders_are_made(tmp_path):
@@ -76,7 +76,7 @@ def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path):
     for name in ("partly", "a.parts"):
         (tmp_path / "run" / name).write_text("")
     assert len(list(path.parent.iterdir())) == 1
-    remove_parts(tmp_path / "run")
+    remove_temporary_files(tmp_path / "run")
     assert not list(path.parent.iterdir())
     assert sorted(entry.name for entry in (tmp_path / "run").iterdir()) == ["a.parts", "folder.part", "part", "partly"]
 

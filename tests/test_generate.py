@@ -142,7 +142,7 @@ def test_inputs_of_a_number_of_python_are_those_of_an_array():
     ("options", "message"),
     [
         ({"labels": 0}, "labels must be an integer >= 1 or None, got 0"),
-        ({"labels": None, "balanced": True}, "labels must be given to be balanced, got None"),
+        ({"labels": None, "balanced": True}, "labels must be given if balanced is True, got None"),
         ({"times": (0, 1)}, "times must be a strictly decreasing sequence"),
         ({"data_shape": (2, -1)}, r"data_shape must be of integers >= 1, got \(2, -1\)"),
     ],
@@ -155,5 +155,5 @@ def test_what_makes_no_samples_is_refused_at_once(options, message):
 
 @pytest.mark.parametrize(("labels", "label"), [(LABELS, None), (None, np.asarray([1]))])
 def test_labels_are_given_if_and_only_if_there_are_any(labels, label):
-    with pytest.raises(ValueError, match="label must be given with labels, and only then"):
+    with pytest.raises(ValueError, match="label must be given if and only if labels is"):
         make_generator(labels=labels).from_noise(jnp.zeros((1, *SHAPE)), label)

@@ -151,7 +151,7 @@ MAKE = pytest.mark.parametrize(
 @MAKE
 @pytest.mark.parametrize("null", [np.int64(2**32), {"label": np.array([1, 2**32])}])
 def test_null_that_jax_would_take_as_another_number_is_refused(make, null):
-    message = "null must be a number of int32, in which JAX takes it, got 4294967296"
+    message = "null must be representable in int32, to which JAX converts it, got 4294967296"
     with jax.enable_x64(False), pytest.raises(ValueError, match=message):
         make(null)
 

@@ -87,7 +87,7 @@ def test_update_is_given_loss_and_gradient(accumulation):
     assert current.opt_state["loss"] > 0
 
 
-SEVERAL, FUNCTION = "optimizer must make an update of every step", "optimizer must make its update of the loss"
+SEVERAL, FUNCTION = "optimizer must make an update in every step", "optimizer must need only the loss and its gradient"
 UNSERVED = {
     "MultiSteps": (lambda: optax.MultiSteps(OPTIMIZER, 2).gradient_transformation(), SEVERAL, "MultiStepsState"),
     "in a chain": (

@@ -1,3 +1,3 @@
-"""Objectives that compare whole batches with the data: distributions, not fields. One method, one file."""
+"""Objectives that compare the distributions of whole batches and of the data. One method, one file."""
 
 from .frechet_loss import FrechetLoss as FrechetLoss, RunningMoments as RunningMoments

@@ -3,8 +3,8 @@ r"""The Frechet distance as a loss: between the features of generated samples an
 $$|\mu - \mu_*|^2 + \mathrm{tr}\big(\Sigma + \Sigma_* - 2\, (\Sigma_*^{1/2} \Sigma\, \Sigma_*^{1/2})^{1/2}\big),$$
 
 with $\mu, \Sigma$ as running averages over steps, $m \leftarrow d\, m + (1 - d)\, m_{batch}$; the gradient goes through
-the current batch alone. It moves the distribution of one-step samples, not the field elsewhere: for a field that is
-already trained. Judge the result by other features than these.
+the current batch alone. The loss changes the distribution of one-step samples, and does not train the field at other
+(r, t): it is for a field that is already trained. Evaluate the result with other features than these.
 
 Source: arXiv 2604.28190 (FD-loss).
 """
@@ -38,8 +38,8 @@ def _product(a: Float[Array, "n k"], b: Float[Array, "k m"]) -> Float[Array, "n 
 
 
 class RunningMoments(eqx.Module):
-    """Sums over steps of the features minus the mean of the data's, each weighed by what is left of it: `weight`, and
-    that times mean and mean product."""
+    """Running averages over steps, starting from zero: of 1 (`weight`), and of the mean (`mean`) and the mean outer
+    product (`product`) of a batch's features minus the mean of the data's features."""
 
     weight: Float[Array, ""]
     mean: Float[Array, " features"]
@@ -49,14 +49,14 @@ class RunningMoments(eqx.Module):
 class FrechetLoss(AbstractObjective):
     r"""The Frechet distance of one-step samples.
 
-    Its state, `RunningMoments`, lives in the training state: give the objective to `init_state` too. The loss is no
-    mean over rows, so the whole batch is differentiated at once: no accumulation.
+    Its state, `RunningMoments`, is part of the training state: pass the objective to `init_state` too. The loss is not
+    a mean over rows, so the whole batch is differentiated at once, without accumulation.
 
-    **Arguments:** `mean`, `covariance` of the features of the data; `features` from one sample to a vector, by default
-    the sample as one; `decay` d of the running averages, in [0, 1): 0.999 in the paper.
+    **Arguments:** `mean`, `covariance` of the features of the data; `features` the function from one sample to a
+    vector, by default the flattened sample; `decay` d of the running averages, in [0, 1): 0.999 in the paper.
 
-    The dtype of the moments is that of the computation. In float32 eigenvalues below some 1e-6 of the largest are lost,
-    and with them their part of the gradient: hand in float64 moments where the device has it.
+    The loss is computed in the dtype of the moments. In float32, eigenvalues below about 1e-6 of the largest are lost,
+    and so is their part of the gradient: pass float64 moments if the device supports them.
     """
 
     mean: Float[Array, " features"] = eqx.field(converter=_as_floats)

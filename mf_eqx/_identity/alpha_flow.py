@@ -1,6 +1,6 @@
 r"""$\alpha$-Flow: from trajectory flow matching ($\alpha = 1$) to MeanFlow ($\alpha \to 0$).
 
-With $s = t - \alpha (t - r)$ and $z_s = z_t - (t - s)\, v_t$, a step of the given velocity,
+With $s = t - \alpha (t - r)$ and $z_s = z_t - (t - s)\, v_t$, which is one Euler step with the given velocity,
 
 $$u(z_t, r, t) = \alpha v_t + (1 - \alpha)\, u(z_s, r, s).$$
 
@@ -30,9 +30,9 @@ from .mean_flow import MeanFlow
 class AlphaFlow(AbstractScheduledIdentity):
     r"""The residual $u - \mathrm{sg}(v - (1 - \alpha)(u - u(z_s, r, s)) / \alpha)$.
 
-    **Arguments:** `alpha` in [0, 1] or a schedule of it: from 1 to 0 along a sigmoid in the paper. Below `clip` it
-    counts as 0, which is `MeanFlow`, and above 1 - `clip` as 1, which is u - v. One of the three is executed a step.
-    `derivative` the engine of the first.
+    **Arguments:** `alpha` in [0, 1] or a schedule of it: from 1 to 0 along a sigmoid in the paper. Values below
+    `clip` count as 0, where the residual is that of `MeanFlow`, and values above 1 - `clip` as 1, where it is u - v.
+    Each step computes only one of the three residuals. `derivative` the engine that computes du/dt for `MeanFlow`.
     """
 
     alpha: Schedule = eqx.field(converter=as_schedule("alpha", 0.0, 1.0))

@@ -1,4 +1,4 @@
-r"""What an identity is.
+r"""The interface of identities.
 
 Every one-step method is a boundary condition, u(z, t, t) = v, which is plain Flow Matching, plus an equation that must
 hold for r < t. Only that equation differs between papers; a subclass of `AbstractIdentity` states it as a residual
@@ -6,7 +6,7 @@ whose squared norm the objective minimises. Most are
 
     residual = u(z, r, t) - sg(what the equation says u should be).
 
-(An equation, not `eqx.nn.Identity`.)
+("Identity" means an equation here, not `eqx.nn.Identity`.)
 """
 
 import abc
@@ -28,11 +28,11 @@ class AbstractIdentity(eqx.Module):
     @property
     @abc.abstractmethod
     def facts(self) -> Facts:
-        """What holds of the method, with these values of its parameters."""
+        """The properties of the method with these values of its parameters."""
 
     @abc.abstractmethod
     def residual(self, field: AbstractField, row: Row) -> Float[Array, "*data"]:
-        """What is left of the equation for one example; zero for the true average velocity and its marginal v.
+        """The residual of the equation for one example. It is zero for the true average velocity with its marginal v.
 
         **Arguments:** `field` to be learnt; `row` the example.
         """
@@ -41,15 +41,15 @@ class AbstractIdentity(eqx.Module):
 class AbstractIdentityWithLoss(AbstractIdentity):
     """An equation with a loss of its own, for one row or for a group of rows, in place of the objective's weight.
 
-    The weight of the objective then counts for its boundary rows alone.
+    The weight of the objective then applies to its boundary rows alone.
     """
 
     @abc.abstractmethod
     def residual_and_loss(self, field: AbstractField, row: Row) -> tuple[Float[Array, "*data"], Scalar]:
-        """What is left of the equation, and the loss.
+        """The residual of the equation, and the loss.
 
-        **Arguments:** `field` to be learnt; `row` the example. If `facts.group` > 1 all arrays of `row`, and so the
-        residual, have a leading axis of that size; the loss is that of a row on average.
+        **Arguments:** `field` to be learnt; `row` the example. If `facts.group` > 1, all arrays of `row`, and so the
+        residual, have a leading axis of that size, and the loss is the mean loss of these rows.
         """
 
     def residual(self, field: AbstractField, row: Row) -> Float[Array, "*data"]:

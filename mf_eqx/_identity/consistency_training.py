@@ -1,4 +1,4 @@
-r"""Consistency training: two points of one path have the same end.
+r"""Consistency training: the flow map sends two points of one path to the same end.
 
 With $X_{t \to 0}(z) = z - t\, u(z, 0, t)$, for z_t and z_s of the same x and $\epsilon$, s < t,
 
@@ -40,7 +40,7 @@ _LEAST_GAP = 1 / 2048
 class ConsistencyTraining(AbstractIdentityWithLoss, AbstractScheduledIdentity):
     r"""The residual $X_{t \to 0}(z_t) - \mathrm{sg}(X_{s \to 0}(z_s))$ on rows with r = 0.
 
-    Learns from x and $\epsilon$, which know nothing of guidance or a given velocity; and nothing for r > 0.
+    It learns from x and $\epsilon$ directly: guidance or a given velocity has no effect. At r > 0 it learns nothing.
 
     **Arguments:** `gap` in (0, 1], or a schedule; below 1/2048 it counts as that, since s = t says nothing; `offset` c
     for one dimension, > 0 (for n of them it is $c \sqrt{n}$): 0.00054 in iCT; `earlier_time` from t and the gap to s.

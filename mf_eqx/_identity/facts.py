@@ -1,4 +1,4 @@
-"""What holds of a method: declared once, in its own file, and used wherever it matters."""
+"""Properties of a method: declared once, in the file of the method, and used wherever they matter."""
 
 import dataclasses
 
@@ -12,7 +12,7 @@ def and_forward(passes: Passes | None, number: float) -> Passes | None:
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
-    """What holds of a method. It decides which objectives are refused, and what proofs and scripts do with it.
+    """Properties of a method. They decide which objectives are refused, and how proofs and scripts treat the method.
 
     **Raises:** `ValueError` unless group >= 1.
     """
@@ -21,25 +21,26 @@ class Facts:
     """Whether rows with r < t alone do not determine the average velocity: another field, such as u = 0, solves the
     equation too. Then an identity share of 1 is refused."""
     trains_velocity: bool = True
-    """Whether rows with r < t also train u(z, t, t), as a limit. If not, v and sampling by Euler steps rest on the
-    boundary rows alone."""
+    """Whether rows with r < t also train u(z, t, t), as a limit. If not, v, and so sampling by Euler steps,
+    is trained by the boundary rows alone."""
     uses_velocity: bool = True
-    """Whether `Row.v` enters. If not, no guidance passes are spent on its rows: guidance comes from the boundary."""
+    """Whether the residual uses `Row.v`. If not, guidance passes are made for boundary rows only."""
     uses_pair: bool = False
-    """Whether x and eps enter by `Row.at`, which know nothing of guidance or of a given velocity: both are refused."""
+    """Whether the residual uses x and eps, by `Row.at`. They do not depend on guidance or on a given velocity, so both
+    are refused."""
     ends_at_data: bool = False
-    """Whether it is an equation for r = 0 alone: its rows are drawn so."""
+    """Whether the equation is for r = 0 alone. Its rows are then drawn with r = 0."""
     learns_through_derivative: bool = False
-    """Whether the gradient goes through a derivative of the field, which fused attention refuses."""
+    """Whether the gradient goes through a derivative of the field. Fused attention is then refused."""
     needs_teacher: bool = False
-    """Whether it evaluates `Context.teacher`: `TrainStep` must be given one."""
+    """Whether the method evaluates `Context.teacher`. `TrainStep` then needs a teacher."""
     needs_velocity_head: bool = False
-    """Whether it evaluates `AbstractFieldWithVelocity.with_velocity`: other fields are refused."""
+    """Whether the method evaluates `AbstractFieldWithVelocity.with_velocity`. Other fields are then refused."""
     group: int = 1
-    """How many rows its loss compares: they share r and t, and follow one another among the identity's rows."""
+    """The number of rows that the loss compares. They share r and t, and are consecutive among the identity rows."""
     exact: bool = True
-    """Whether the average velocity, with the marginal v and without guidance, leaves no residual. If not, it does so in
-    a limit of the method's parameters alone."""
+    """Whether the residual is zero for the true average velocity, with the marginal v and without guidance. If not, it
+    is zero only in a limit of the method's parameters."""
 
     passes: Passes | None = None
     """What one of its rows costs beyond a gradient step of Flow Matching, whose 3 forward passes are one pass and its

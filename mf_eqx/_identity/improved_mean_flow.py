@@ -28,7 +28,8 @@ class ImprovedMeanFlow(AbstractIdentity):
     r"""The improved MeanFlow identity: $u - \mathrm{sg}(v - (t - r)\, du/dt)$ with tangent
     $(\beta v + (1 - \beta)\, u(z, t, t), 0, 1)$.
 
-    One forward pass more than `MeanFlow` on its rows. Needs boundary rows, or u(z, t, t) is never trained.
+    It costs one forward pass more than `MeanFlow` on its rows. It needs boundary rows, because otherwise u(z, t, t) is
+    never trained.
 
     **Arguments:** `conditional` the part $\beta$ of the given velocity in the tangent, in [0, 1), or a schedule of it;
     0 in the paper. `derivative` the engine that computes du/dt.

@@ -1,4 +1,4 @@
-r"""Inductive moment matching: the flow map from t and that from a little earlier send samples to the same distribution.
+r"""Inductive moment matching: the flow maps from t and from a slightly smaller s send samples to the same distribution.
 
 A group of M rows shares r <= s <= t, where s has a little less noise than t. With $X_{t \to r}(z) = z - (t - r)\, u(z,
 r, t)$ and states z_t, z_s of the same x and $\epsilon$ in each row, its loss is the squared maximum mean discrepancy of
@@ -37,7 +37,7 @@ from .laplace_kernel import squared_discrepancy
 class InductiveMomentMatching(AbstractIdentityWithLoss):
     r"""The weighted discrepancy of groups of rows; the residual of a row is $y_i - \hat y_i$.
 
-    Learns from x and $\epsilon$, so that neither guidance nor a given velocity reaches it.
+    It learns from x and $\epsilon$ directly, so neither guidance nor a given velocity has an effect on it.
 
     **Arguments:** `gap` > 0, the steps of noise from t to s in units of all of them: $2^{-12}$ on ImageNet;
     `particles` M: 4 in the paper; `power` a: 1, or 2 for more than one step; `bias` b: 4 on ImageNet, 5 for CIFAR-10;

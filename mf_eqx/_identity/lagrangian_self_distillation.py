@@ -1,10 +1,10 @@
-r"""Lagrangian self-distillation: the flow map X moves, with its end, along the velocity there.
+r"""Lagrangian self-distillation: the end of the flow map X moves with the velocity at that end.
 
 With $X_{t \to r}(z) = z - (t - r)\, u(z, r, t)$, the equation $\partial_r X_{t \to r}(z) = v(X_{t \to r}(z), r)$ is
 
 $$u(z_t, r, t) - (t - r)\, \partial_r u(z_t, r, t) = v(X_{t \to r}(z_t), r),$$
 
-where v is the network's own u(z, r, r), and the left side learns as a whole: through the derivative, too.
+where v is the network's own u(z, r, r). The gradient passes through the whole left side, including the derivative.
 
 Source: How to build a consistency model: Learning flow maps via self-distillation, Boffi, Albergo, Vanden-Eijnden,
 2025, arXiv 2505.18825; the equation is from Flow map matching, the same authors, 2024, arXiv 2406.07507.
@@ -25,9 +25,9 @@ LAGRANGIAN_PASSES = Passes(forward=1, tangent=3)
 
 
 def lagrangian_sides(field: AbstractField, row: Row) -> tuple[Float[Array, "*data"], Float[Array, "*data"]]:
-    r"""The left side of the equation, and where the flow map ends.
+    r"""The left side of the equation, and the end of the flow map.
 
-    **Returns:** $u - (t - r)\, \partial_r u$, through both of which a gradient passes, and $X_{t \to r}(z)$ behind
+    **Returns:** $u - (t - r)\, \partial_r u$, with a gradient through both terms, and $X_{t \to r}(z)$ behind
     stop-gradient.
     """
     along_r = (jnp.zeros_like(row.z), 1.0, 0.0)
@@ -39,9 +39,9 @@ def lagrangian_sides(field: AbstractField, row: Row) -> tuple[Float[Array, "*dat
 class LagrangianSelfDistillation(AbstractIdentity):
     r"""The residual $u - (t - r)\, \partial_r u - \mathrm{sg}(u(X, r, r))$.
 
-    Needs boundary rows, from which v is learnt; no v on its own rows. Costs a JVP with its gradient and a pass more, so
-    3 + s (3 T + 1) forward passes of the batch with a share s of such rows and tangent passes T; fused attention, whose
-    derivative has no gradient, is refused.
+    It needs boundary rows, from which v is learnt, and does not use v on its own rows. It costs a JVP with its gradient
+    and one more pass: 3 + s (3 T + 1) forward passes of the batch, with s the share of such rows and T the cost of a
+    tangent pass. Fused attention is refused, because its derivative has no gradient.
     """
 
     @property

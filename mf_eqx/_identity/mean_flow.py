@@ -23,7 +23,7 @@ class MeanFlow(AbstractIdentity):
     The derivative is taken along the *given* velocity, conditional in training, with tangent (v, 0, 1).
 
     **Arguments:** `tangent_r`, `tangent_t` the other two parts of the tangent on (z, r, t). Only (0, 1) is right; Tab.
-    1b runs (0, 0), (1, 0) and (1, 1) to show it. `derivative` the engine that computes du/dt.
+    1b shows this by runs with (0, 0), (1, 0) and (1, 1). `derivative` the engine that computes du/dt.
     """
 
     tangent_r: float = eqx.field(default=0.0, converter=float)

@@ -3,8 +3,8 @@ r"""Shortcut models, in continuous time: one step equals two half steps.
 $$u(z_t, r, t) = \tfrac12 u(z_t, m, t) + \tfrac12 u(z_m, r, m), \qquad m = \tfrac{r + t}{2}$$
 
 The paper trains on a dyadic grid of step sizes with an averaged copy as target; here r and t are continuous and the
-target is the network itself behind stop-gradient, so that it differs from `SplitMeanFlow` in nothing but where it
-splits.
+target is the network itself behind stop-gradient, so the only difference from `SplitMeanFlow` is the position of the
+split.
 
 Source: One Step Diffusion via Shortcut Models, Frans, Hafner, Levine, Abbeel, 2024, arXiv 2410.12557.
 """
@@ -20,7 +20,7 @@ from .split_mean_flow import semigroup_residual
 
 
 class Shortcut(AbstractIdentity):
-    """The semigroup property at the midpoint of [r, t]. Needs boundary rows; uses no v and no JVP."""
+    """The semigroup property at the midpoint of [r, t]. It needs boundary rows, and uses neither v nor a JVP."""
 
     @property
     def facts(self) -> Facts:

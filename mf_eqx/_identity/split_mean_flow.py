@@ -21,7 +21,7 @@ from .._times import AbstractTimes, UniformTimes
 from .base import AbstractIdentity
 from .facts import Facts
 
-_SPLIT = 0x53504C49  # folds the key away from those that a field splits off: jr.fold_in(key, i) is jr.split(key, n)[i]
+_SPLIT = 0x53504C49  # large, since for small i jr.fold_in(key, i) is jr.split(key, n)[i], which a field may use
 
 
 def semigroup_residual(
@@ -34,7 +34,7 @@ def semigroup_residual(
     *,
     key: Key[Array, ""] | None = None,
 ) -> Float[Array, "*data"]:
-    r"""What is left of the semigroup property: $u(z_t, r, t) - \mathrm{sg}((1 - \lambda)\, u(z_s, r, s) + \lambda\,
+    r"""The residual of the semigroup property: $u(z_t, r, t) - \mathrm{sg}((1 - \lambda)\, u(z_s, r, s) + \lambda\,
     u(z_t, s, t))$.
 
     **Arguments:** `field`; `z` state at `t`; `r <= t` times; `split` the share $\lambda$ of the interval above s, so
@@ -49,7 +49,7 @@ def semigroup_residual(
 
 
 class SplitMeanFlow(AbstractIdentity):
-    """The semigroup property at a random s: learns v from the boundary rows alone, and needs no JVP.
+    """The semigroup property at a random s. It learns v from the boundary rows alone, and needs no JVP.
 
     **Arguments:** `split` distribution of the share of the interval above s; uniform in the paper.
     """

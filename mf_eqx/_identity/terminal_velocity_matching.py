@@ -21,9 +21,9 @@ from .lagrangian_self_distillation import LAGRANGIAN_PASSES, lagrangian_sides
 class TerminalVelocityMatching(AbstractIdentity):
     r"""The residual $u - (t - r)\, \partial_r u - \bar u(X, r, r)$ with the teacher's $\bar u$.
 
-    The teacher is one of the averages, `TrainStep(..., averages=[ExponentialAverage(0.99), ...], teacher=0)`, and may
-    be another than the one which is judged; or a frozen field. Needs boundary rows; costs as
-    `LagrangianSelfDistillation` does.
+    The teacher is one of the averages, `TrainStep(..., averages=[ExponentialAverage(0.99), ...], teacher=0)`, not
+    necessarily the average that is evaluated, or a frozen field. The method needs boundary rows, and costs as much as
+    `LagrangianSelfDistillation`.
 
     **Raises** (when called): `ValueError` without a teacher.
     """

@@ -44,7 +44,7 @@ from ..nn import (
 
 
 class DiTSize(NamedTuple):
-    """How large a DiT is: `depth` blocks, tokens of `width`, attention `heads`, square `patch` in pixels."""
+    """The size of a DiT: `depth` blocks, tokens of `width`, attention `heads`, square `patch` in pixels."""
 
     depth: int
     width: int
@@ -63,7 +63,7 @@ DIT_XL2 = DiTSize(depth=28, width=1152, heads=16, patch=2)
 
 @jax.checkpoint
 def _gelu(x: Float[Array, "tokens width"]) -> Float[Array, "tokens width"]:
-    """GELU, tanh-approximate, of which the backward pass keeps the argument instead of every intermediate."""
+    """GELU in its tanh approximation. For the backward pass only the argument is kept, not every intermediate."""
     return jax.nn.gelu(x, approximate=True)
 
 
@@ -99,18 +99,18 @@ class DiT(AbstractField):
     - `size`: a `DiTSize`, such as `DIT_B4`, or one of your own.
     - `labels`: number of labels, or None for an unconditional field. The condition is then an integer label in [0,
       labels], `labels` itself being "no label" (`null_label`).
-    - `time_variables`: what of (r, t) is embedded, one of the functions of Tab. 1c in `mf_eqx.nn`.
-    - `time_scale`: factor on times before the sines, see `mf_eqx.nn.TimePairEmbedding`.
+    - `time_variables`: the variables that are embedded, one of the functions of Tab. 1c in `mf_eqx.nn`.
+    - `time_scale`: factor on times before the sinusoidal embedding, see `mf_eqx.nn.TimePairEmbedding`.
     - `dtype`: compute precision of the blocks, float32 or bfloat16 (float64 for tests). Parameters, times and their
       embedding, and the result stay float32 or better.
-    - `attention`: how queries meet keys: `mf_eqx.nn.XLAAttention` by default, `mf_eqx.nn.CudnnAttention` on NVIDIA GPUs
-      with dtype bfloat16, or a kernel of your own.
-    - `remat`, `unroll`: memory against time and compile time, see `mf_eqx.nn.Stack`.
+    - `attention`: `mf_eqx.nn.XLAAttention` by default, `mf_eqx.nn.CudnnAttention` on NVIDIA GPUs with dtype bfloat16,
+      or a kernel of your own.
+    - `remat`, `unroll`: the trade-off of memory, run time and compile time, see `mf_eqx.nn.Stack`.
     - `key`.
 
-    **Raises:** `ValueError` if a size is below 1 or does not fit the others, or `dtype` not floating point; when
-    called, if `z` does not have the data_shape, or if the condition is not one integer label for a field with labels,
-    and None for one without.
+    **Raises:** `ValueError` if a size is below 1 or does not fit the others, or if `dtype` is not floating point; when
+    called, if `z` does not have the data_shape, or if the condition is not one integer label for a field with labels
+    or None for a field without labels.
 
     With 1000 labels and a (4, 32, 32) input: S/4 33,142,336 parameters, S/2 33,105,424, B/4 131,165,248, B/2
     131,091,472, M/2 308,019,216, L/2 459,137,040, XL/2 676,440,592.

@@ -42,23 +42,24 @@ class MLPBlock(eqx.Module):
 
 
 class MLP(AbstractField):
-    """A residual MLP on vectors. Smooth (SiLU throughout), so that du/dt is too; a fresh one outputs zero.
+    """A residual MLP on vectors. It is smooth (all activations are SiLU), and so is du/dt. A fresh MLP outputs zero.
 
     **Arguments:**
 
     - `size`: dimensions of the data.
-    - `width`, `depth`: of the hidden layers; `depth` counts residual blocks of two layers each.
+    - `width`: size of the hidden layers.
+    - `depth`: number of residual blocks, of two layers each.
     - `labels`: number of labels, or None. The condition is then an integer label in [0, labels], `labels` being "no
       label".
-    - `time_variables`: what of (r, t) is embedded, one of the functions of Tab. 1c in `mf_eqx.nn`.
-    - `time_scale`: factor on times before the sines, see `mf_eqx.nn.TimePairEmbedding`; 10 lets the fastest of them
-      turn by 10 radians over [0, 1].
-    - `dtype`: compute precision of the layers, such as bfloat16; by default that of parameters and data together.
+    - `time_variables`: the variables that are embedded, one of the functions of Tab. 1c in `mf_eqx.nn`.
+    - `time_scale`: factor on times before the sinusoidal embedding, see `mf_eqx.nn.TimePairEmbedding`; with 10 the
+      argument of the fastest sine changes by 10 radians over [0, 1].
+    - `dtype`: compute precision of the layers, such as bfloat16; by default the promoted dtype of parameters and data.
       Parameters, times and their embedding, and the result stay float32 or better.
     - `key`.
 
-    **Raises:** `ValueError` if a size is below 1, or `dtype` not floating point; when called, if the condition is not
-    one integer label for a field with labels, and None for one without.
+    **Raises:** `ValueError` if a size is below 1, or if `dtype` is not floating point; when called, if the condition is
+    not one integer label for a field with labels or None for a field without labels.
     """
 
     first: Linear

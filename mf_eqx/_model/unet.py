@@ -1,14 +1,16 @@
-r"""The DDPM++ U-Net as a field, in the form that EDM gave it.
+r"""The DDPM++ U-Net as a field, in the form of EDM.
 
-Residual blocks work on ever smaller images and then on ever larger ones, which meet what was left on the way down:
+Residual blocks work on images of decreasing size (the way down) and then on images of increasing size (the way up). On
+the way up, the input of each block that does not resample is concatenated with an output from the way down. A block
+computes
 
-    h   = conv(silu(norm(x)))                 resampled first where the resolution changes
+    h   = conv(silu(norm(x)))                 resampled before conv if the resolution changes
     h   = conv(dropout(silu(norm(h + linear(c)))))
     x   = (skip(x) + h) / sqrt(2)
-    x   = (x + attention(norm(x))) / sqrt(2)  in some of them
+    x   = (x + attention(norm(x))) / sqrt(2)  in blocks with attention
 
-c embeds the times, the label, and the label of augmentation. Blocks that are equal and follow each other are one stack:
-the 33 blocks of the CIFAR-10 network are 15 stacks.
+where c is the embedding of the times, the label, and the numbers that describe the augmentation. Consecutive equal
+blocks form one stack: the 33 blocks of the CIFAR-10 network are 15 stacks.
 
 Source: Score-Based Generative Modeling through Stochastic Differential Equations, Song et al., 2021, arXiv 2011.13456
 (architecture); Elucidating the Design Space of Diffusion-Based Generative Models, Karras et al., 2022, arXiv 2206.00364
@@ -50,11 +52,12 @@ from ..nn._embedding import check_label_given
 
 
 class UNetSize(NamedTuple):
-    """How large a U-Net is.
+    """The size of a U-Net.
 
-    `width` channels times one of `multipliers` per resolution, the image's own first and each next one half of it;
-    `blocks` per resolution going down, one more going up; `attention` at resolutions with so many rows: after every
-    block going down and the last one going up. The middle always has one.
+    The network has one resolution for each of `multipliers`, first that of the image, then each half of the one before.
+    The number of channels there is `width` times the multiplier. There are `blocks` blocks per resolution on the way
+    down, and one more on the way up. `attention` lists the resolutions with attention by their number of rows: there
+    attention follows every block on the way down, and the last block on the way up. The middle always has attention.
     """
 
     width: int
@@ -67,8 +70,8 @@ UNET_CIFAR10 = UNetSize(width=128, multipliers=(2, 2, 2), blocks=4, attention=(1
 
 
 class UNetCondition(NamedTuple):
-    """What a U-Net is conditioned on: an integer label, and numbers that tell how the image was augmented (None for
-    not at all, as when sampling)."""
+    """The condition of a U-Net: an integer label, and numbers that describe how the image was augmented (None for no
+    augmentation, as when sampling)."""
 
     label: Label | None = None
     augmentation: Float[Array, " numbers"] | None = None
@@ -80,8 +83,8 @@ def _xavier_uniform(scale: float = 1.0, *, out_axis: int = -1, in_axis: int = -2
 
 
 def _convolution(inputs: int, outputs: int, kernel: int, *, scale: float = 1.0, key: Key[Array, ""]) -> eqx.nn.Conv2d:
-    """A convolution that keeps the size of the image; fans count the kernel's places, and the bias is zero."""
-    # Without the numbers that it would draw by itself.
+    """A convolution that keeps the size of the image. Its fans count the kernel's positions, and its bias is zero."""
+    # Only its shapes, since the numbers that it would draw itself are not used.
     convolution = eqx.filter_eval_shape(eqx.nn.Conv2d, inputs, outputs, kernel, padding=kernel // 2, key=key)
     weight = _xavier_uniform(scale, in_axis=1, out_axis=0)(key, (outputs, inputs, kernel, kernel), jnp.float32)
     bias = jnp.zeros((outputs, 1, 1), jnp.float32)
@@ -97,42 +100,42 @@ def _group_norm(channels: int) -> GroupNorm:
 
 
 _ALMOST_ZERO = 1e-5
-"""Factor on the first weights of the last layer of every branch, so that a fresh block hardly changes its input."""
+"""Factor on the initial weights of the last layer of every branch, so that a fresh block hardly changes its input."""
 _ROOT_HALF = 0.5**0.5
-"""Keeps the variance of a sum of two."""
+"""Factor that keeps the variance of a sum of two terms."""
 
 
-class _Plan(NamedTuple):
-    """One block: channels in, how many meet them from the way down, channels out, whether attention follows, and by how
-    much the image grows: 1, or 2 or 1/2."""
+class _BlockPlan(NamedTuple):
+    """One block: its input channels, the channels from the way down that are concatenated with them, its output
+    channels, whether attention follows, and the factor on the size of the image: 1, 2 or 1/2."""
 
     inputs: int
-    met: int
+    down_channels: int
     outputs: int
     attention: bool = False
     factor: float = 1
 
 
-def _way_down(size: UNetSize, rows: int) -> Iterator[_Plan]:
+def _down_plans(size: UNetSize, rows: int) -> Iterator[_BlockPlan]:
     channels = size.width
     for level, multiplier in enumerate(size.multipliers):
         if level > 0:
-            yield _Plan(channels, 0, channels, factor=0.5)
+            yield _BlockPlan(channels, 0, channels, factor=0.5)
         for _ in range(size.blocks):
             outputs = multiplier * size.width
-            yield _Plan(channels, 0, outputs, (rows >> level) in size.attention)
+            yield _BlockPlan(channels, 0, outputs, (rows >> level) in size.attention)
             channels = outputs
 
 
-def _way_up(size: UNetSize, rows: int) -> Iterator[_Plan]:
-    met = [size.width, *(plan.outputs for plan in _way_down(size, rows))]
-    channels = met[-1]
+def _up_plans(size: UNetSize, rows: int) -> Iterator[_BlockPlan]:
+    down_channels = [size.width, *(plan.outputs for plan in _down_plans(size, rows))]
+    channels = down_channels[-1]
     for level, multiplier in reversed(list(enumerate(size.multipliers))):
         if level < len(size.multipliers) - 1:
-            yield _Plan(channels, 0, channels, factor=2)
+            yield _BlockPlan(channels, 0, channels, factor=2)
         for number in range(size.blocks + 1):
             outputs, last = multiplier * size.width, number == size.blocks
-            yield _Plan(channels, met.pop(), outputs, last and (rows >> level) in size.attention)
+            yield _BlockPlan(channels, down_channels.pop(), outputs, last and (rows >> level) in size.attention)
             channels = outputs
 
 
@@ -160,7 +163,7 @@ class ImageAttention(eqx.Module):
 
 
 class UNetBlock(eqx.Module):
-    """A residual block, of which the module's docstring has the equations."""
+    """A residual block. Its equations are in the module's docstring."""
 
     norm_1: GroupNorm
     conv_1: eqx.nn.Conv2d
@@ -169,13 +172,13 @@ class UNetBlock(eqx.Module):
     conv_2: eqx.nn.Conv2d
     skip: eqx.nn.Conv2d | None
     attention: ImageAttention | None
-    plan: _Plan = eqx.field(static=True)
+    plan: _BlockPlan = eqx.field(static=True)
     dropout: float = eqx.field(static=True)
 
     def __init__(
-        self, plan: _Plan, embedded: int, dropout: float, attention: AbstractAttention, *, key: Key[Array, ""]
+        self, plan: _BlockPlan, embedded: int, dropout: float, attention: AbstractAttention, *, key: Key[Array, ""]
     ):
-        inputs, outputs = plan.inputs + plan.met, plan.outputs
+        inputs, outputs = plan.inputs + plan.down_channels, plan.outputs
         conv_1_key, condition_key, conv_2_key, skip_key, attention_key = jr.split(key, 5)
         self.norm_1 = _group_norm(inputs)
         self.conv_1 = _convolution(inputs, outputs, 3, key=conv_1_key)
@@ -193,9 +196,9 @@ class UNetBlock(eqx.Module):
         x: Float[Array, "channels height width"],
         c: Float[Array, " embedded"],
         key: Key[Array, ""] | None,
-        met: Float[Array, "channels3 height width"] | None = None,
+        from_down: Float[Array, "channels3 height width"] | None = None,
     ) -> Float[Array, "channels2 height2 width2"]:
-        x = x if met is None else jnp.concatenate([x, met])
+        x = x if from_down is None else jnp.concatenate([x, from_down])
         h = self.conv_1(self._resampled(jax.nn.silu(self.norm_1(x))))
         h = jax.nn.silu(self.norm_2(h + self.condition(c)[:, None, None]))
         h = self.conv_2(eqx.nn.Dropout(self.dropout)(h, key=key, inference=key is None))
@@ -208,10 +211,12 @@ class UNetBlock(eqx.Module):
 
 
 class UNetEmbedding(eqx.Module):
-    """What every block is conditioned on: sines and cosines of the times side by side, plus one vector for the label
-    and one linear in the numbers of the augmentation, through two linear layers with SiLU. Always float32 or better.
+    """The embedding on which every block is conditioned. The sines and cosines of the times are concatenated; a vector
+    for the label and one that is linear in the numbers of the augmentation are added; two linear layers with SiLU
+    follow. It is computed in float32 or better.
 
-    **Arguments:** `width` of the result; `labels`, `augmentation`, `variables` as of `UNet`; `key`.
+    **Arguments:** `width` of the result; `labels`, `augmentation` as for `UNet`; `variables` its `time_variables`;
+    `key`.
     """
 
     label: LabelEmbedding | None
@@ -242,7 +247,7 @@ class UNetEmbedding(eqx.Module):
         return jax.nn.silu(self.out(jax.nn.silu(self.hidden(x))))
 
     def _embedded(self, value: Time) -> Float[Array, " features"]:
-        """Sines, then cosines."""
+        """The sines of a time, then its cosines."""
         size = self.out.weight.shape[0] // 2
         return jnp.roll(sinusoidal_embedding(value, size, endpoint=True), size // 2)
 
@@ -254,7 +259,7 @@ class UNetEmbedding(eqx.Module):
 
 
 class UNet(AbstractField):
-    """A convolutional field over images, channels first. A fresh one gives almost zero.
+    """A convolutional field over images, channels first. A fresh U-Net outputs almost zero.
 
     **Arguments:**
 
@@ -262,25 +267,25 @@ class UNet(AbstractField):
     - `size`: a `UNetSize`, such as `UNET_CIFAR10`, or one of your own.
     - `labels`: number of labels, or None for an unconditional field. The condition is then an integer label in
       [0, labels], `labels` itself being "no label" (`null_label`), alone or in a `UNetCondition`.
-    - `augmentation`: how many numbers tell of an image's augmentation (6 in the CIFAR-10 experiment); 0 for none.
-      The condition is then a `UNetCondition`, or None where there was no augmentation.
+    - `augmentation`: how many numbers describe the augmentation of an image (6 in the CIFAR-10 experiment); 0 for none.
+      If it is not 0, the condition is a `UNetCondition`, or None for an image without augmentation.
     - `dropout`: rate within residual blocks. It needs a `key` in the call, and is off without one. The mask is the
       same in u and in its JVP.
-    - `time_variables`: what of (r, t) is embedded, one of the functions of Tab. 1c in `mf_eqx.nn`.
+    - `time_variables`: the variables that are embedded, one of the functions of Tab. 1c in `mf_eqx.nn`.
     - `dtype`: compute precision of the blocks, float32 or bfloat16 (float64 for tests). Parameters, times and their
-      embedding, and the result stay float32 or better; norms take their statistics so.
-    - `attention`: how pixels meet, see `mf_eqx.nn.AbstractAttention`.
-    - `remat`, `unroll`: memory against time and compile time, see `mf_eqx.nn.Stack`. Equal blocks are unrolled here,
-      because XLA:CPU runs convolutions inside of loops without its fast kernels (four blocks of 64 channels at 32 x 32
-      pixels, forward: 6.5 s in a loop, 0.07 s without). `unroll=1` halves the time to compile (on a CPU: 88 against 165
-      s for a step of width 32); what it costs on a GPU has not been measured.
+      embedding, and the result stay float32 or better, and so do the statistics of norms.
+    - `attention`: an `mf_eqx.nn.AbstractAttention`.
+    - `remat`, `unroll`: the trade-off of memory, run time and compile time, see `mf_eqx.nn.Stack`. By default equal
+      blocks are unrolled, because XLA:CPU runs convolutions inside of loops without its fast kernels (four blocks of 64
+      channels at 32 x 32 pixels, forward: 6.5 s in a loop, 0.07 s without). `unroll=1` halves the compile time (on a
+      CPU: 88 against 165 s for a step of width 32); its cost on a GPU has not been measured.
     - `key`.
 
     **Raises:** `ValueError` if a size is below 1 or does not fit the others; when called, if `z` does not have the
-    data_shape, or if the condition is not one integer label for a field with labels, and without one for others.
+    data_shape, or if the condition does not have one integer label for a field with labels or no label for others.
 
     `UNet((3, 32, 32), UNET_CIFAR10, augmentation=6, dropout=0.2, key=key)` is the paper's network for CIFAR-10:
-    55,932,419 parameters, 55,929,347 without the augmentation's label.
+    55,932,419 parameters, 55,929,347 without `augmentation`.
     """
 
     embedding: UNetEmbedding
@@ -313,11 +318,11 @@ class UNet(AbstractField):
         embedded = 4 * size.width
         embedding_key, first_key, down_key, middle_key, up_key, last_key = jr.split(key, 6)
 
-        def block(plan: _Plan, key: Key[Array, ""]) -> UNetBlock:
+        def block(plan: _BlockPlan, key: Key[Array, ""]) -> UNetBlock:
             return UNetBlock(plan, embedded, dropout, attention, key=key)
 
-        def stacks(plans: Iterator[_Plan], key: Key[Array, ""]) -> tuple[Stack[UNetBlock], ...]:
-            """One for each run of equal blocks."""
+        def stacks(plans: Iterator[_BlockPlan], key: Key[Array, ""]) -> tuple[Stack[UNetBlock], ...]:
+            """One stack for each run of consecutive equal blocks."""
             runs = [(plan, len(list(run))) for plan, run in itertools.groupby(plans)]
             return tuple(
                 Stack(lambda key, plan=plan: block(plan, key), depth, remat=remat, unroll=unroll, key=key)
@@ -326,10 +331,11 @@ class UNet(AbstractField):
 
         self.embedding = UNetEmbedding(embedded, labels, augmentation, time_variables, key=embedding_key)
         self.first = _convolution(channels, size.width, 3, key=first_key)
-        self.down = stacks(_way_down(size, rows), down_key)
+        self.down = stacks(_down_plans(size, rows), down_key)
         deepest = size.multipliers[-1] * size.width
-        self.middle = stacks(iter([_Plan(deepest, 0, deepest, attention) for attention in (True, False)]), middle_key)
-        self.up = stacks(_way_up(size, rows), up_key)
+        middle = [_BlockPlan(deepest, 0, deepest, attention) for attention in (True, False)]
+        self.middle = stacks(iter(middle), middle_key)
+        self.up = stacks(_up_plans(size, rows), up_key)
         outputs = size.multipliers[0] * size.width
         self.norm = _group_norm(outputs)
         self.last = _convolution(outputs, channels, 3, scale=_ALMOST_ZERO, key=last_key)
@@ -364,15 +370,16 @@ class UNet(AbstractField):
         keys = iter([None] * self._stacks if key is None else jr.split(key, self._stacks))
 
         x = cast(self.first, self.dtype)(z.astype(self.dtype))
-        met = [x]
+        down_outputs = [x]
         for stack in self.down:
-            x, outputs = self._through(stack, x, c, next(keys))
-            met += outputs
+            x, outputs = self._apply_stack(stack, x, c, next(keys))
+            down_outputs += outputs
         for stack in self.middle:
-            x, _ = self._through(stack, x, c, next(keys))
+            x, _ = self._apply_stack(stack, x, c, next(keys))
         for stack in self.up:
-            meets = stack.blocks.plan.met > 0
-            x, _ = self._through(stack, x, c, next(keys), [met.pop() for _ in range(stack.depth)] if meets else None)
+            concatenates = stack.blocks.plan.down_channels > 0
+            from_down = [down_outputs.pop() for _ in range(stack.depth)] if concatenates else None
+            x, _ = self._apply_stack(stack, x, c, next(keys), from_down)
         x = cast(self.last, self.dtype)(jax.nn.silu(cast(self.norm, self.dtype)(x)))
         return x.astype(jnp.promote_types(z.dtype, jnp.float32))
 
@@ -380,22 +387,23 @@ class UNet(AbstractField):
     def _stacks(self) -> int:
         return len(self.down) + len(self.middle) + len(self.up)
 
-    def _through(
+    def _apply_stack(
         self,
         stack: Stack[UNetBlock],
         x: Float[Array, "channels height width"],
         c: Float[Array, " embedded"],
         key: Key[Array, ""] | None,
-        met: list[Float[Array, "channels3 height width"]] | None = None,
+        from_down: list[Float[Array, "channels3 height width"]] | None = None,
     ) -> tuple[Float[Array, "channels2 height2 width2"], list[Float[Array, "channels2 height2 width2"]]]:
-        """The image after a stack, and after each of its blocks; `met` are the images that meet it, one per block."""
+        """The image after a stack, and the images after each of its blocks; `from_down` has one image from the way down
+        for each block."""
 
-        def apply(block: UNetBlock, x: Array, turn: tuple[Array | None, Array | None]) -> tuple[Array, Array]:
-            x = cast(block, self.dtype)(x, c, *turn)
+        def apply(block: UNetBlock, x: Array, inputs: tuple[Array | None, Array | None]) -> tuple[Array, Array]:
+            x = cast(block, self.dtype)(x, c, *inputs)
             return x, x
 
         keys = None if key is None else jr.split(key, stack.depth)
-        x, outputs = stack.scan(apply, x, (keys, None if met is None else jnp.stack(met)))
+        x, outputs = stack.scan(apply, x, (keys, None if from_down is None else jnp.stack(from_down)))
         return x, list(outputs)
 
 

@@ -32,7 +32,7 @@ from jaxtyping import PyTree
 
 from .._files import remove
 from .._json import parse_json, read_json_object
-from .._leaves import compare, leaves, listed, plain, rebuilt, shapes
+from .._leaves import compare, fill_shapes, leaves, listed, shapes, without_key_dtype
 from .._sharding import Parallelism
 from ._digest import digests
 
@@ -139,7 +139,7 @@ class Checkpoints:
                     file.flush()
                     os.fsync(file.fileno())
             self._passed_over.clear()
-            plain_arrays = {name: plain(leaf) for name, leaf in arrays.items()}
+            plain_arrays = {name: without_key_dtype(leaf) for name, leaf in arrays.items()}
             self._pending = (step, ocp.save_async(str(self.path(step)), plain_arrays))
 
     def wait(self) -> None:
@@ -218,7 +218,7 @@ class Checkpoints:
             if check is not None:
                 check(record["notes"])
             compare(record["leaves"], shapes(leaves(wanted)), self.path(step))
-        state = rebuilt(wanted, self._read(step, wanted, parallelism))
+        state = fill_shapes(wanted, self._read(step, wanted, parallelism))
         if wrong := [name for name, digest in digests(state).items() if record["digests"][name] != digest]:
             raise _Damage(f"{listed(wrong)} not as saved, by the digest")
         return state, record["notes"]
@@ -246,7 +246,7 @@ class Checkpoints:
         from orbax.checkpoint import v1 as ocp
 
         path = self.path(step)
-        targets = {name: _target(plain(leaf), parallelism) for name, leaf in leaves(wanted).items()}
+        targets = {name: _target(without_key_dtype(leaf), parallelism) for name, leaf in leaves(wanted).items()}
         arrays, reason = {}, None
         with _raising_everywhere():
             if irregular := _irregular_files(path):

@@ -16,7 +16,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jaxtyping import Array, PyTree, Shaped, UInt32
 
-from .._leaves import leaves, plain
+from .._leaves import leaves, without_key_dtype
 
 
 def digests(tree: PyTree[Any]) -> dict[str, int]:
@@ -25,7 +25,7 @@ def digests(tree: PyTree[Any]) -> dict[str, int]:
     Each device sums over its own part of the array, and the host adds these sums: devices exchange no data.
     """
     arrays = leaves(tree)
-    parts = jax.device_get({name: _local_sums(plain(leaf)) for name, leaf in arrays.items()})
+    parts = jax.device_get({name: _local_sums(without_key_dtype(leaf)) for name, leaf in arrays.items()})
     sums = np.array([sum(map(int, parts[name])) % 2**32 for name in arrays], np.uint32)
     if jax.process_count() > 1:
         sums = multihost_utils.process_allgather(sums).sum(axis=0, dtype=np.uint32)

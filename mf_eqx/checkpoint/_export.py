@@ -23,7 +23,7 @@ from .._custom_types import Condition
 from .._field import AbstractField
 from .._files import read_regular, write_whole
 from .._json import parse_json
-from .._leaves import compare, digest, leaves, listed, on_host, plain, rebuilt, shapes
+from .._leaves import compare, digest, fill_shapes, leaves, listed, on_host, shapes, without_key_dtype
 from .._optional import optional
 from .._sample import sample
 from .._sharding import Parallelism
@@ -46,7 +46,7 @@ def save_weights(path: str | Path, field: AbstractField, config: Mapping[str, An
     """
     with optional("safetensors", extra="export"):
         import safetensors.numpy
-    arrays = {name: on_host(plain(leaf)) for name, leaf in leaves(field).items()}
+    arrays = {name: on_host(without_key_dtype(leaf)) for name, leaf in leaves(field).items()}
     if unknown := [f"{name} in {array.dtype}" for name, array in arrays.items() if not _is_supported(array.dtype)]:
         rule = "have arrays of dtypes that safetensors can read into NumPy"
         raise ValueError(f"field must {rule}, got {listed(unknown)}: cast them to float32")
@@ -72,8 +72,8 @@ def load_weights(
     path = Path(path)
     config, arrays = _read(path)
     wanted = eqx.filter_eval_shape(lambda: make_field(config))
-    compare(shapes(arrays), shapes({name: plain(leaf) for name, leaf in leaves(wanted).items()}), path)
-    return _on_devices(rebuilt(wanted, {name: jnp.asarray(leaf) for name, leaf in arrays.items()}), parallelism)
+    compare(shapes(arrays), shapes({name: without_key_dtype(leaf) for name, leaf in leaves(wanted).items()}), path)
+    return _on_devices(fill_shapes(wanted, {name: jnp.asarray(leaf) for name, leaf in arrays.items()}), parallelism)
 
 
 def export_sampler(

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
-from .._validate import check_finite, check_positive, known
+from .._validate import check_finite, check_positive, on_host_if_known
 
 # Bounds the temporary of distances between all pairs: 2**20 differences are 4 MiB in float32.
 _DIFFERENCES_PER_BLOCK = 2**20
@@ -48,7 +48,7 @@ def check_samples(*, least: int = 1, **samples: Any) -> None:
 
 def nan_unless_finite(result: Float[Array, ""], *samples: Float[Array, "..."]) -> Float[Array, ""]:
     """`result`; NaN if the samples are traced by JAX, and their values turn out not to be finite."""
-    if all(known(points) is not None for points in samples):
+    if all(on_host_if_known(points) is not None for points in samples):
         return result
     finite = [jnp.all(jnp.isfinite(points)) for points in samples]
     return jnp.where(functools.reduce(operator.and_, finite), result, jnp.nan)

@@ -1,4 +1,4 @@
-"""Building blocks for fields: plain layers that act on the last axis and pass a JVP."""
+"""Building blocks for fields: plain layers that act on the last axis and support forward-mode differentiation."""
 
 from ._attention import (
     AbstractAttention as AbstractAttention,

@@ -1,11 +1,12 @@
-r"""Attention, as an object of the network, in forms that a JVP passes.
+r"""Attention, as an object of the network, in forms that support forward mode.
 
-Fused kernels (cuDNN, Pallas) are `jax.custom_vjp` functions: fast, never holding the matrix of weights, and refusing
-forward mode. MeanFlow needs forward mode, but only for du/dt, which nothing learns through. So a field carries its
-attention as an object, and an engine of `mf_eqx` puts `attention.forward_mode()` in its place while it differentiates:
+Fused kernels (cuDNN, Pallas) are `jax.custom_vjp` functions: they are fast and never hold the matrix of weights, but do
+not support forward mode. MeanFlow needs forward mode, but only for du/dt, through which no gradient passes. So a field
+holds its attention as an object, and an engine of `mf_eqx` replaces it by `attention.forward_mode()` while it
+differentiates:
 
     softmax attention in XLA    itself
-    a fused kernel              a pair: the value by the kernel, with the kernel's backward pass; the tangent by formula
+    a fused kernel              its value and backward pass by the kernel, its tangent by the formula
 
 with $S = s q k^\top$, $P = \mathrm{softmax}(S)$, $o = P v$:
 
@@ -30,7 +31,7 @@ from ._linear import Linear
 
 
 class AbstractAttention(eqx.Module):
-    r"""softmax(q k^T / sqrt(size)) v in every head. Has no parameters; subclass it to bring a kernel of your own."""
+    r"""softmax(q k^T / sqrt(size)) v in every head. It has no parameters. Subclass it to use a kernel of your own."""
 
     @abc.abstractmethod
     def __call__(
@@ -39,19 +40,19 @@ class AbstractAttention(eqx.Module):
         key: Float[Array, "tokens heads size"],
         value: Float[Array, "tokens heads size"],
     ) -> Float[Array, "tokens heads size"]:
-        """The mixed values, of the dtype of `value`."""
+        """The weighted means of the values, in the dtype of `value`."""
 
     @abc.abstractmethod
     def forward_mode(self) -> "AbstractAttention":
-        """The same attention in a form that a JVP passes: itself, or a `StoppedTangent` of itself for a kernel that is
-        a `jax.custom_vjp`."""
+        """The same attention in a form that supports forward mode: itself, or a `StoppedTangent` of itself for a kernel
+        that is a `jax.custom_vjp`."""
 
 
 class XLAAttention(AbstractAttention):
-    """Two products and a softmax, as XLA compiles them: any precision, any device, forward and reverse mode.
+    """Two products and a softmax, compiled by XLA: any precision, any device, forward and reverse mode.
 
-    (`jax.nn.dot_product_attention` compiles to the same, but takes the softmax in float32 whatever the inputs, which
-    would leave a float64 field with float32 derivatives.)
+    (`jax.nn.dot_product_attention` compiles to the same, but computes the softmax in float32 for all inputs, so that a
+    float64 field would have derivatives of float32 accuracy.)
     """
 
     def __call__(
@@ -93,12 +94,14 @@ class CudnnAttention(AbstractAttention):
 
 
 class StoppedTangent(AbstractAttention):
-    """A pair: value and gradient by `kernel`, tangent by formula, in which queries, keys and values are constants.
+    """Attention with value and gradient by `kernel`, and with a tangent by the formula of the module's docstring, in
+    which queries, keys and values are constants.
 
-    So a gradient through the tangent would be incomplete. Engines use the pair, and see to it that a gradient through
-    du/dt raises instead. (Where nothing that forward mode moves reaches it, its gradient is the formula's transpose.)
+    So a gradient through the tangent would be incomplete. Engines, which use this class, ensure that a gradient through
+    du/dt raises instead. (If its inputs do not depend on the variables that forward mode differentiates, its gradient
+    is the transpose of the formula.)
 
-    **Arguments:** `kernel` the attention that forward mode cannot pass.
+    **Arguments:** `kernel` an attention that does not support forward mode.
     """
 
     kernel: AbstractAttention
@@ -132,8 +135,8 @@ def _weights(
 
 @jax.custom_jvp
 def _softmax(logits: Float[Array, "heads queries keys"]) -> Float[Array, "heads queries keys"]:
-    """Over the keys. The rule keeps only the result for the backward pass; JAX's own default keeps the exponentials
-    and their sums too."""
+    """Softmax over the keys. Its rule keeps only the result for the backward pass; JAX's own rule also keeps the
+    exponentials and their sums."""
     return jax.nn.softmax(logits, axis=-1)
 
 
@@ -155,7 +158,7 @@ def _mix(
 def _tangent(
     primals: Sequence[Float[Array, "tokens heads size"]], tangents: Sequence[Float[Array, "tokens heads size"]]
 ) -> Float[Array, "tokens heads size"]:
-    """The formula of the module's docstring, at constant primals."""
+    """The tangent by the formula of the module's docstring, with constant primals."""
     query, key, value = map(jax.lax.stop_gradient, primals)
     dquery, dkey, dvalue = tangents
     weights = jax.nn.softmax(_logits(query, key), axis=-1)
@@ -165,11 +168,11 @@ def _tangent(
 
 
 class SelfAttention(eqx.Module):
-    """Multi-head self-attention with one joint qkv matrix and a bias; its output times a `gate`, if one is given.
+    """Multi-head self-attention with one joint qkv matrix and a bias. Its output is multiplied by a `gate`, if given.
 
-    **Arguments:** `width` of the tokens, a multiple of `heads`; `attention` how queries meet keys; `key`.
+    **Arguments:** `width` of the tokens, a multiple of `heads`; `attention` an `AbstractAttention`; `key`.
 
-    **Raises:** `ValueError` unless both are >= 1 and `width` is such a multiple.
+    **Raises:** `ValueError` unless both are >= 1 and `width` is a multiple of `heads`.
     """
 
     qkv: Linear

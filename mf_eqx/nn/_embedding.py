@@ -1,7 +1,7 @@
 r"""Embeddings of times, labels and positions.
 
-How a network sees (r, t) is a choice of Tab. 1c; the JVP is always with respect to u(., r, t), whatever is embedded.
-Each choice is a function `(r, t) -> numbers`; every number gets its own sinusoidal embedding and two-layer MLP, and the
+Which variables a network gets in place of (r, t) is a choice of Tab. 1c; the JVP is always that of u(., r, t). Each
+choice is a function `(r, t) -> numbers`; every number gets its own sinusoidal embedding and two-layer MLP, and the
 results are summed.
 """
 
@@ -19,7 +19,7 @@ from jax.nn.initializers import normal
 from jaxtyping import Array, Float, Key
 
 from .._custom_types import as_scalar, as_times, at_least_float32, Label, ScalarLike, Time, TimeLike
-from .._validate import check_finite, check_sizes, known
+from .._validate import check_finite, check_sizes, on_host_if_known
 from ._linear import Linear
 
 TimeVariables: TypeAlias = Callable[[Time, Time], tuple[Time, ...]]
@@ -70,14 +70,14 @@ def sinusoidal_embedding(
 class TimePairEmbedding(eqx.Module):
     r"""Embedding of (r, t): per variable a sinusoidal embedding, linear, SiLU, linear; summed over the variables.
 
-    Stays in float32 also under bfloat16 compute: in bfloat16 the angles alone would cost du/dt its accuracy.
+    It stays in float32 also under bfloat16 compute: with the angles in bfloat16, du/dt would be inaccurate.
 
     **Arguments:**
 
     - `width` of the result; `size` of each sinusoidal embedding, even (256 in the paper's DiT).
     - `variables`: `end_duration` (default), `end_start`, `end_start_duration`, `duration`, or a function of your own.
-    - `time_scale`: factor on the times before the sines. 1 in the authors' MeanFlow code; in DiT, whose time is an
-      integer step, about 1000, which makes du/dt less accurate.
+    - `time_scale`: factor on the times before the sinusoidal embedding. 1 in the authors' MeanFlow code; in DiT, whose
+      time is an integer step, about 1000, which makes du/dt less accurate.
     - `init`: for the weights; normal with standard deviation 0.02 in DiT.
     """
 
@@ -115,15 +115,15 @@ class TimePairEmbedding(eqx.Module):
         def embed(value: Time, hidden: Linear, out: Linear) -> Float[Array, " width"]:
             return out(jax.nn.silu(hidden(sinusoidal_embedding(self.time_scale * value, self.size))))
 
-        # Without a start value, which would make a float32 field float64 where that is enabled.
+        # Without a start value such as 0.0, which would make a float32 field float64 where float64 is enabled.
         return functools.reduce(operator.add, map(embed, self.variables(r, t), self.hidden, self.out))
 
 
 class LabelEmbedding(eqx.Module):
     """A table with one row per label and one more for "no label".
 
-    **Arguments:** `labels` how many there are; `width` of a row; `init` normal with standard deviation 0.02 as in DiT;
-    `key`. Traced by JAX, a label outside [0, labels] reads some other row without a complaint, as any lookup does:
+    **Arguments:** `labels` number of labels; `width` of a row; `init` normal with standard deviation 0.02 as in DiT;
+    `key`. If JAX traces the label, a label outside [0, labels] reads another row without an error, as in any lookup:
     check labels on the host.
 
     **Raises:** `ValueError` if `labels` or `width` is below 1; when called, unless the label is one integer of shape ()
@@ -155,7 +155,7 @@ class LabelEmbedding(eqx.Module):
                 f"condition must be one integer label of shape () (functions are per example: jax.vmap makes batches), "
                 f"got {dtype} of shape {np.shape(label)}"
             )
-        value = known(label)
+        value = on_host_if_known(label)
         if value is not None and not 0 <= value <= self.null_label:
             raise ValueError(f"condition must be a label in [0, {self.null_label}], got {value}")
         return self.table[label]
@@ -169,7 +169,7 @@ def check_label_given(label: Label | None, embedding: LabelEmbedding | None) -> 
 
 
 class ConditionEmbedding(eqx.Module):
-    """What modulates a network: the embedding of (r, t) plus, with labels, that of the label.
+    """The embedding that modulates a network: that of (r, t), plus that of the label if there are labels.
 
     **Arguments:** `times`; `label` or None for a network without labels.
     """

@@ -20,7 +20,7 @@ def layer_norm(x: Float[Array, "*rows width"], *, epsilon: float = 1e-6) -> Floa
 def modulate(
     x: Float[Array, "*rows width"], shift: Float[Array, " width"], scale: Float[Array, " width"]
 ) -> Float[Array, "*rows width"]:
-    """Adaptive layer norm's second half, (1 + scale) x + shift (Peebles and Xie 2023, arXiv 2212.09748)."""
+    """The second half of adaptive layer norm, (1 + scale) x + shift (Peebles and Xie 2023, arXiv 2212.09748)."""
     return (1 + scale) * x + shift
 
 
@@ -28,9 +28,9 @@ def modulate(
 def modulated_norm(
     x: Float[Array, "*rows width"], shift: Float[Array, " width"], scale: Float[Array, " width"]
 ) -> Float[Array, "*rows width"]:
-    """`modulate(layer_norm(x), shift, scale)`, of which the backward pass keeps nothing but the arguments.
+    """`modulate(layer_norm(x), shift, scale)`, of which only the arguments are kept for the backward pass.
 
-    Writing and reading what lies between takes longer than computing it again.
+    To write and read the intermediate results takes longer than to compute them again.
     """
     return modulate(layer_norm(x), shift, scale)
 
@@ -39,11 +39,11 @@ class GroupNorm(eqx.Module):
     r"""Group normalisation of an image, $w_c (x - \mu_g) / \sqrt{\sigma_g^2 + \epsilon} + b_c$, with mean and variance
     over all pixels of a group of channels; statistics in float32 or better.
 
-    Computes what `eqx.nn.GroupNorm` does, with half of its operations and of its time to compile.
+    It computes the same as `eqx.nn.GroupNorm`, with half of its operations and half of its compile time.
 
-    **Arguments:** `groups`; `channels` a multiple of them; `epsilon`.
+    **Arguments:** `groups` number of groups; `channels` number of channels, a multiple of `groups`; `epsilon`.
 
-    **Raises:** `ValueError` unless both are >= 1 and channels are such a multiple.
+    **Raises:** `ValueError` unless both are >= 1 and `channels` is a multiple of `groups`.
 
     **Reference:** Group Normalization, Wu, He, 2018, arXiv 1803.08494.
     """

@@ -1,23 +1,23 @@
-r"""What optimisers must know of stacked blocks.
+r"""Functions with which optimisers treat stacked blocks correctly.
 
 A `Stack` holds one array for each parameter of its blocks: biases of shape (depth, outputs), weights of shape (depth,
-inputs, outputs). A rule that looks at the rank of an array takes such biases for a matrix, and one that takes the norm
-of an array mixes the blocks. With what is here, optax treats a stack as it would treat its blocks one by one:
+inputs, outputs). A rule that depends on the rank of an array takes such biases for a matrix, and a rule that uses the
+norm of an array mixes the blocks. With these functions, optax treats a stack as it would treat its blocks one by one:
 
-    # decay of weights alone, not of biases and norms
+    # weight decay for weights only, not for biases and norms
     optax.adamw(1e-4, weight_decay=0.1, mask=nn.weight_mask)
 
-    # Muon, to which every block's weight is a matrix
+    # Muon, with the weight of each block as a matrix
     optax.contrib.muon(1e-3, muon_weight_dimension_numbers=nn.muon_dimension_numbers)
 
-    # rules with a norm of every array: LARS, LAMB, adaptive clipping
+    # rules that use the norm of each array: LARS, LAMB, adaptive clipping
     optax.chain(nn.per_block(optax.adaptive_grad_clip(0.1)), nn.per_block(optax.lamb(1e-3)))
 
-Rules that treat every number by itself (SGD, Adam, Lion) need nothing. What looks at all parameters together, such as
-`optax.clip_by_global_norm`, must stand outside of `per_block`, where it would see one block at a time; so must what
-draws random numbers, which would be the same in every block.
+Rules that treat every number separately (SGD, Adam, Lion) need none of this. Rules that need all parameters together,
+such as `optax.clip_by_global_norm`, must be outside of `per_block`, because inside they would get one block at a time.
+Rules that draw random numbers must be outside, too, because inside they would draw the same numbers for every block.
 
-`weight_mask` is a label function, too: `optax.partition({True: ..., False: ...}, nn.weight_mask)`.
+`weight_mask` can also be used as a label function: `optax.partition({True: ..., False: ...}, nn.weight_mask)`.
 
 Muon's authors leave the first and the last layer and embeddings to Adam. In a `DiT`, with `equinox` as `eqx`:
 
@@ -43,10 +43,10 @@ _NORMS = (eqx.nn.LayerNorm, eqx.nn.RMSNorm)
 
 
 def weight_mask(parameters: PyTree[Any]) -> PyTree[bool]:
-    """True for weights, False for biases and what scales or shifts a norm: the `mask` of `optax.adamw`.
+    """True for weights, False for biases and for the scales and shifts of norms: the `mask` of `optax.adamw`.
 
-    A weight is an array of rank 2 or more without the axes that count blocks; of Equinox's own layers, whose
-    convolutions have biases of such a rank, it is what they call so.
+    A weight is an array of rank 2 or more, without the axes that stack blocks. In Equinox's own layers it is the field
+    `weight` of linear layers and convolutions, because their convolutions have biases of rank 2 or more, too.
 
     **Arguments:** `parameters` of a field, or a tree of their structure.
     """
@@ -58,12 +58,12 @@ def weight_mask(parameters: PyTree[Any]) -> PyTree[bool]:
 
 
 def muon_dimension_numbers(parameters: PyTree[Any]) -> PyTree[optax.contrib.MuonDimensionNumbers | None]:
-    """Of every matrix of a layer its axes of inputs and of outputs; None for other arrays, which Muon leaves to Adam:
-    the `muon_weight_dimension_numbers` of `optax.contrib.muon`.
+    """The input axes and output axes of each matrix; None for other arrays, which Muon leaves to Adam. This is the
+    argument `muon_weight_dimension_numbers` of `optax.contrib.muon`.
 
-    A matrix is an array of rank 2 without the axes that count blocks, inputs first as in `Linear`; besides that,
-    weights of Equinox's linear layers and convolutions, outputs first. A convolution's inputs are the channels of all
-    places of its kernel, as in the authors' code.
+    A matrix is an array of rank 2, without the axes that stack blocks, whose inputs come first as in `Linear`. The
+    weights of Equinox's linear layers and convolutions are matrices whose outputs come first. The inputs of a
+    convolution are the channels at all positions of its kernel, as in the authors' code.
 
     **Arguments:** `parameters` of a field, or a tree of their structure.
 
@@ -81,12 +81,13 @@ def muon_dimension_numbers(parameters: PyTree[Any]) -> PyTree[optax.contrib.Muon
 
 
 def per_block(rule: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """A transformation that does to every block of a `Stack` what `rule` does, and `rule` itself to all else.
+    """A transformation that applies `rule` to every block of a `Stack` separately, and to all parameters outside of
+    stacks.
 
-    The rule sees the parameters outside of stacks, then those of one block at a time, in the place where the field has
-    the stack. Its state has one more leading axis for a stack's blocks.
+    The rule gets the parameters outside of stacks, then the parameters of one block at a time, at the position of the
+    stack in the field. For each stack, the rule's state has one more leading axis, that of the blocks.
 
-    **Arguments:** `rule` an optax transformation that treats every array by itself.
+    **Arguments:** `rule` an optax transformation that treats every array separately.
     """
     update_rule = optax.with_extra_args_support(rule).update
 
@@ -101,15 +102,16 @@ def per_block(rule: optax.GradientTransformation) -> optax.GradientTransformatio
         rest, stacks = _split(updates)
         rest_params, stack_params = (None, [None] * len(stacks)) if params is None else _split(params)
         rest, rest_state = update_rule(rest, state.rest, rest_params, **extra)
-        found = [jax.vmap(update_blocks)(*each) for each in zip(stacks, state.stacks, stack_params, strict=True)]
-        updates = _joined(updates, rest, [stack for stack, _ in found])
-        return updates, _State(rest_state, tuple(stack_state for _, stack_state in found))
+        arguments = zip(stacks, state.stacks, stack_params, strict=True)
+        updated = [jax.vmap(update_blocks)(*stack_arguments) for stack_arguments in arguments]
+        updates = _joined(updates, rest, [stack for stack, _ in updated])
+        return updates, _State(rest_state, tuple(stack_state for _, stack_state in updated))
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
 class _State(NamedTuple):
-    """Of `per_block`: the rule's state for what is in no stack, and for each stack."""
+    """The state of `per_block`: the rule's state for the parameters outside of stacks, and for each stack."""
 
     rest: PyTree[Any]
     stacks: tuple[PyTree[Any], ...]
@@ -122,8 +124,8 @@ def _is_kernel(leaf: Any, layer: eqx.Module) -> bool:
 def _map(
     function: Callable[[Any, int, eqx.Module | None], Any], parameters: PyTree[Any], blocks: int = 0
 ) -> PyTree[Any]:
-    """`function(leaf, blocks, layer)` of every leaf: how many leading axes count blocks, one for each stack around it,
-    and the layer of Equinox that it belongs to."""
+    """`function(leaf, blocks, layer)` of every leaf: `blocks` is the number of its leading axes that stack blocks, one
+    for each stack around it, and `layer` the Equinox layer to which it belongs, or None."""
 
     def visit(node: Any) -> Any:
         if isinstance(node, Stack):
@@ -137,25 +139,25 @@ def _map(
 
 
 def _is_stack(node: Any) -> bool:
-    """Whether it is a stack that has parameters."""
+    """Whether `node` is a stack that has parameters."""
     return isinstance(node, Stack) and bool(jax.tree.leaves(node))
 
 
 def _split(tree: PyTree[Any]) -> tuple[PyTree[Any], list[PyTree[Any]]]:
-    """The tree without its stacks, and for each of them the tree with nothing but its blocks."""
+    """The tree without its stacks, and for each stack the tree with only the blocks of this stack."""
     nodes, structure = jax.tree.flatten(tree, is_leaf=_is_stack)
-    places = [place for place, node in enumerate(nodes) if _is_stack(node)]
+    positions = [position for position, node in enumerate(nodes) if _is_stack(node)]
     rest = structure.unflatten([None if _is_stack(node) else node for node in nodes])
-    alone = [[nodes[place].blocks if each == place else None for each in range(len(nodes))] for place in places]
-    return rest, [structure.unflatten(each) for each in alone]
+    stacks = [[nodes[i].blocks if i == position else None for i in range(len(nodes))] for position in positions]
+    return rest, [structure.unflatten(stack) for stack in stacks]
 
 
 def _joined(tree: PyTree[Any], rest: PyTree[Any], stacks: list[PyTree[Any]]) -> PyTree[Any]:
-    """Of the structure of `tree`, what `_split` took apart."""
+    """The inverse of `_split`, with the structure of `tree`."""
     nodes, structure = jax.tree.flatten(tree, is_leaf=_is_stack)
-    found, left = structure.flatten_up_to(rest), iter(stacks)
-    for place, node in enumerate(nodes):
+    joined, remaining = structure.flatten_up_to(rest), iter(stacks)
+    for position, node in enumerate(nodes):
         if _is_stack(node):
-            blocks = structure.flatten_up_to(next(left))[place]
-            found[place] = eqx.tree_flatten_one_level(node)[1].unflatten([blocks])
-    return structure.unflatten(found)
+            blocks = structure.flatten_up_to(next(remaining))[position]
+            joined[position] = eqx.tree_flatten_one_level(node)[1].unflatten([blocks])
+    return structure.unflatten(joined)

@@ -10,5 +10,5 @@ _Tree = TypeVar("_Tree")
 
 
 def cast(tree: _Tree, dtype: DTypeLike) -> _Tree:
-    """`tree` with every inexact array in `dtype`. Gradients arrive in the precision of the original."""
+    """`tree` with every inexact array in `dtype`. Gradients have the precision of the original arrays."""
     return jax.tree.map(lambda leaf: leaf.astype(dtype) if eqx.is_inexact_array(leaf) else leaf, tree)

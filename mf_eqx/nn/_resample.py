@@ -1,7 +1,7 @@
 r"""Halving and doubling images with the low-pass (1, 3, 3, 1).
 
 The separable filter of the DDPM++ network: depthwise, the outer product of (1, 3, 3, 1) / 8 with itself, zeros outside
-of the image. Written as sums of strided slices, which XLA fuses with what stands around them.
+of the image. Written as sums of strided slices, which XLA fuses with the surrounding operations.
 
 Source: Score-Based Generative Modeling through Stochastic Differential Equations, Song et al., 2021, arXiv 2011.13456.
 """
@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 
 def downsample(x: Float[Array, "channels height width"]) -> Float[Array, "channels height/2 width/2"]:
-    r"""Half of the size: along each axis $y_i = (x_{2i-1} + 3 x_{2i} + 3 x_{2i+1} + x_{2i+2}) / 8$.
+    r"""The image at half of its size: along each axis $y_i = (x_{2i-1} + 3 x_{2i} + 3 x_{2i+1} + x_{2i+2}) / 8$.
 
     **Raises:** `ValueError` unless height and width are even.
     """
@@ -21,8 +21,8 @@ def downsample(x: Float[Array, "channels height width"]) -> Float[Array, "channe
 
 
 def upsample(x: Float[Array, "channels height width"]) -> Float[Array, "channels 2*height 2*width"]:
-    r"""Twice the size, the transpose of `downsample` times 4: along each axis $y_{2i} = (3 x_i + x_{i-1}) / 4$ and
-    $y_{2i+1} = (3 x_i + x_{i+1}) / 4$."""
+    r"""The image at twice its size, the transpose of `downsample` times 4: along each axis
+    $y_{2i} = (3 x_i + x_{i-1}) / 4$ and $y_{2i+1} = (3 x_i + x_{i+1}) / 4$."""
     return _doubled(_doubled(x.mT).mT)
 
 

@@ -1,4 +1,4 @@
-"""A stack of equal blocks: one set of stacked parameters, one traced and compiled block, whatever the depth."""
+"""A stack of equal blocks: one set of stacked parameters, one traced and compiled block at any depth."""
 
 from collections.abc import Callable
 from typing import Any, Generic, TypeAlias, TypeVar
@@ -12,7 +12,7 @@ _Block = TypeVar("_Block", bound=eqx.Module)
 
 Remat: TypeAlias = bool | Callable[..., Any]
 """False: keep every intermediate for the backward pass; True: keep only each block's input; or one of
-`jax.checkpoint_policies` for something between."""
+`jax.checkpoint_policies` for a choice between the two."""
 
 
 class Stack(eqx.Module, Generic[_Block]):
@@ -20,8 +20,8 @@ class Stack(eqx.Module, Generic[_Block]):
 
     **Arguments:**
 
-    - `make_block`: key to block; all blocks must have the same structure.
-    - `depth`: how many.
+    - `make_block`: function from a key to a block; all blocks must have the same structure.
+    - `depth`: number of blocks.
     - `remat`: what the backward pass recomputes, see `Remat`.
     - `unroll`: blocks per loop iteration, True for no loop at all. Compile time grows with it, and XLA's FLOP count is
       only right without a loop.
@@ -47,7 +47,7 @@ class Stack(eqx.Module, Generic[_Block]):
         self.blocks = eqx.filter_vmap(make_block)(jr.split(key, depth))
         self.depth = depth
         self.remat = remat
-        # A number: True == 1, so that a jitted function would take an unrolled stack for a scanned one.
+        # A number, because True == 1: a jitted function would reuse a scanned stack's program for an unrolled one.
         self.unroll = depth if unroll is True else 1 if unroll is False else unroll
 
     def __call__(
@@ -62,18 +62,18 @@ class Stack(eqx.Module, Generic[_Block]):
         x: Float[Array, "..."],
         inputs: PyTree[Array],
     ) -> tuple[Float[Array, "..."], PyTree[Array]]:
-        """`x` after all blocks, and what each of them gives besides, stacked.
+        """`x` after all blocks, and the additional outputs of the blocks, stacked.
 
-        A stack of one block is no loop, so that it may change the shape of `x`.
+        A stack of one block makes no loop, so the block may change the shape of `x`.
 
-        **Arguments:** `apply(block, x, input)` runs one block and returns (x, output); `x`; `inputs` one for each
-        block, along the leading axis of every array in it.
+        **Arguments:** `apply(block, x, input)` runs one block and returns (x, output); `x`; `inputs` a tree of arrays
+        whose leading axis has one entry for each block.
         """
         arrays, rest = eqx.partition(self.blocks, eqx.is_array)
 
-        def body(x: Float[Array, "..."], turn: Any) -> tuple[Float[Array, "..."], PyTree[Array]]:
-            block, one = turn
-            return apply(eqx.combine(block, rest), x, one)
+        def body(x: Float[Array, "..."], block_and_input: Any) -> tuple[Float[Array, "..."], PyTree[Array]]:
+            block, block_input = block_and_input
+            return apply(eqx.combine(block, rest), x, block_input)
 
         if self.remat is not False:
             body = jax.checkpoint(body, policy=None if self.remat is True else self.remat)

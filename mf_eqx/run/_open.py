@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .._files import remove, remove_parts
+from .._files import remove, remove_temporary_files
 from .._json import read_json_object
 from .._optional import MissingDependency
 from ._directory import as_json, RunDirectory
@@ -66,7 +66,7 @@ def _enter(stack: contextlib.ExitStack, config: Any, path: Path, is_test: bool, 
     stack.enter_context(locked(path))
     if is_test:
         _empty(path)
-    remove_parts(path)
+    remove_temporary_files(path)
     stack.enter_context(_restored_if_refused(path, created))
     stack.enter_context(in_place(path))
     RunDirectory(path).add_start(config)

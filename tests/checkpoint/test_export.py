@@ -115,7 +115,7 @@ def test_other_structure_is_refused_by_its_leaves(path):
     def make_other(config):
         return mfx.MLP(2, width=config["width"], depth=2, key=jr.key(0))  # without labels
 
-    message = r"ema.safetensors: must hold the arrays that are asked for, but it has, and nothing asks for, .embedding"
+    message = r"ema.safetensors: must hold the expected arrays, but it has the unexpected .embedding"
     with pytest.raises(ValueError, match=message):
         checkpoint.load_weights(path, make_other)
 

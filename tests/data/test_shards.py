@@ -195,8 +195,8 @@ def test_manifest_of_as_many_shards_as_may_be_written_can_be_read():
         for kind in ("x", "label", "crc")
     ]
     text = _manifest.as_text(_manifest.Manifest(_manifest.VERSION, 100, [1], "uint8", 1, *files, ""))
-    assert share * len(text) < _json._MOST_BYTES
-    assert share * sum(map(text.count, ",[{")) < _json._MOST_VALUES
+    assert share * len(text) < _json._MAX_BYTES
+    assert share * sum(map(text.count, ",[{")) < _json._MAX_VALUES
 
 
 @pytest.mark.parametrize("rows_per_shard", [2.5, True])

@@ -231,7 +231,7 @@ def test_rule_needs_no_parameters_if_it_asks_for_none():
 # In training
 
 
-RECIPES = re.search(r"decay of weights alone.*", nn._per_block.__doc__, re.DOTALL).group()
+RECIPES = re.search(r"weight decay for weights only.*", nn._per_block.__doc__, re.DOTALL).group()
 
 
 def recipes():

@@ -184,7 +184,7 @@ def test_every_block_gives_what_it_gives_in_torch(x64):
             kept.append(block(kept[-1], c, None))
         found += kept[1:]
         for block in blocks((*field.middle, *field.up)):
-            found.append(block(found[-1], c, None, kept.pop() if block.plan.met else None))
+            found.append(block(found[-1], c, None, kept.pop() if block.plan.down_channels else None))
         return found
 
     found = compiled(outputs, field, z, jnp.asarray(R, jnp.float64), jnp.asarray(T, jnp.float64))

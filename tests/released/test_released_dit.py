@@ -211,12 +211,12 @@ MISFITS = {
     "missing": (lambda held: held.pop(f"{FC1}/bias"), f"it lacks {FC1}/bias$"),
     "renamed": (
         rename(f"{FC1}/kernel", f"{FC1}/weight"),
-        f"it lacks {FC1}/kernel; has, and nothing asks for, {FC1}/weight$",
+        f"it lacks {FC1}/kernel; has the unexpected {FC1}/weight$",
     ),
-    "extra": (replace("net/new", np.zeros(1)), "it has, and nothing asks for, net/new$"),
+    "extra": (replace("net/new", np.zeros(1)), "it has the unexpected net/new$"),
     "another block": (
         lambda held: held.update({name.replace("_2", "_3"): held[name] for name in list(held) if FC1 in name}),
-        "it has, and nothing asks for, net/blocks/layers_3/mlp/fc1/_flax_linear/bias, ",
+        "it has the unexpected net/blocks/layers_3/mlp/fc1/_flax_linear/bias, ",
     ),
     "transposed": (
         replace(f"{FC1}/kernel", np.zeros((64, 16), np.float32)),

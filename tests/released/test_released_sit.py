@@ -208,9 +208,9 @@ MISFITS = {
     ),
     "renamed": (
         lambda held: held.update({f"{FC1}.kernel": held.pop(f"{FC1}.weight")}),
-        f"but it lacks {FC1}.weight; has, and nothing asks for, {FC1}.kernel$",
+        f"but it lacks {FC1}.weight; has the unexpected {FC1}.kernel$",
     ),
-    "extra": (replace("h_embedder.mlp.0.bias", np.zeros(16)), "it has, and nothing asks for, h_embedder.mlp.0.bias$"),
+    "extra": (replace("h_embedder.mlp.0.bias", np.zeros(16)), "it has the unexpected h_embedder.mlp.0.bias$"),
     "half the channels": (
         replace(OUT, np.zeros((16, 16), np.float32)),
         rf"it differs: {OUT} is \(16, 16\), not \(32, 16\)$",

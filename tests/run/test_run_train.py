@@ -265,7 +265,7 @@ def test_another_network_is_refused_by_its_leaves(undisturbed, monkeypatch):
     parts = trainer.parts
     monkeypatch.setattr(trainer, "parts", lambda width, *others: parts(8, *others))
     message = refused(undisturbed[1])
-    assert "must hold the arrays that are asked for, but it differs: .averages[0]" in message
+    assert "must hold the expected arrays, but it differs: .averages[0]" in message
     assert "is float32 (16" in message
 
 

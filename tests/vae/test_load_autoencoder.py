@@ -139,11 +139,11 @@ def spoil(held):
         (lambda held: held.pop(f"{DOWN}.norm1.bias"), f"it lacks {DOWN}.norm1.bias"),
         (
             rename(f"{DOWN}.conv_shortcut.weight", f"{DOWN}.nin_shortcut.weight"),
-            f"it lacks {DOWN}.conv_shortcut.weight; has, and nothing asks for, {DOWN}.nin_shortcut.weight",
+            f"it lacks {DOWN}.conv_shortcut.weight; has the unexpected {DOWN}.nin_shortcut.weight",
         ),
         (
             rename(f"{MIDDLES[1]}.to_v.bias", f"{MIDDLES[1]}.to_w.bias"),
-            f"it lacks {MIDDLES[1]}.to_v.bias; has, and nothing asks for, {MIDDLES[1]}.to_w.bias",
+            f"it lacks {MIDDLES[1]}.to_v.bias; has the unexpected {MIDDLES[1]}.to_w.bias",
         ),
         (
             reshape("decoder.up_blocks.0.upsamplers.0.conv.weight", (8, 8, 1, 1)),
