@@ -68,6 +68,8 @@ class Config(run.Settings):
     """Decay per step of the parameter average that generates."""
     identity_share: float = 0.5
     """Share of rows with r < t, which carry the MeanFlow identity; in [0, 1]. 0 is Flow Matching."""
+    stable_target: bool = False
+    """Take the velocity of all training digits of a row's label, instead of that of its own digit alone."""
     power: float = 0.5
     """Adaptive weight's power p (Eq. 22)."""
     offset: float = 0.01
@@ -140,7 +142,11 @@ def guided(config: Config) -> bool:
     return (config.scale, config.mix) != (1, 0)
 
 
-def mean_flow(config: Config) -> mfx.Objective:
+def stable_target(config: Config, source: data.ArraySource) -> mfx.StableTarget | None:
+    return mfx.StableTarget(source.x, source.label) if config.stable_target else None
+
+
+def mean_flow(config: Config, target: mfx.StableTarget | None = None) -> mfx.Objective:
     return mfx.Objective(
         mfx.MeanFlow(),
         time_pairs=mfx.TimePairs(mfx.UniformTimes()),
@@ -148,11 +154,13 @@ def mean_flow(config: Config) -> mfx.Objective:
         weight=mfx.AdaptiveWeight(config.power, config.offset),
         guidance=mfx.Guidance(config.scale, config.mix) if guided(config) else None,
         label_dropout=mfx.LabelDropout(config.label_dropout, CLASSES),
+        stable_target=target,
     )
 
 
-def flow_matching(config: Config) -> mfx.Objective:
-    """What `--compare` trains: the same times and guidance, without an identity and with the plain squared error."""
+def flow_matching(config: Config, target: mfx.StableTarget | None = None) -> mfx.Objective:
+    """What `--compare` trains: the same times, target and guidance, without an identity and with the plain squared
+    error."""
     return mfx.Objective(
         identity=None,
         identity_share=0,
@@ -160,6 +168,7 @@ def flow_matching(config: Config) -> mfx.Objective:
         weight=mfx.ConstantWeight(),
         guidance=mfx.Guidance(config.scale, config.mix) if guided(config) else None,
         label_dropout=mfx.LabelDropout(config.label_dropout, CLASSES),
+        stable_target=target,
     )
 
 
@@ -319,9 +328,10 @@ def main(config: Config) -> None:
     """Train on handwritten digits, then judge what the network generates in one evaluation."""
     began = time.perf_counter()
     digits = load(config)
-    methods = [Method("MeanFlow", mean_flow(config), mfx.sample, (1, 2, 4), shown=1)]
+    target = stable_target(config, digits.train)
+    methods = [Method("MeanFlow", mean_flow(config, target), mfx.sample, (1, 2, 4), shown=1)]
     if config.compare:
-        methods.append(Method("Flow Matching", flow_matching(config), mfx.sample_euler, (1, 4, 32), shown=32))
+        methods.append(Method("Flow Matching", flow_matching(config, target), mfx.sample_euler, (1, 4, 32), shown=32))
     with run.opened(config) as directory:
         results, trained = [], []
         judge = Judge(digits)
