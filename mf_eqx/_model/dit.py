@@ -9,7 +9,7 @@ a patch. The sum of the (r, t) and label embeddings modulates every block:
 The modulations and the last layer start at zero, so that a fresh DiT outputs zero.
 
 Source: Scalable Diffusion Models with Transformers, Peebles, Xie, 2023, arXiv 2212.09748; sizes as in the MeanFlow
-paper, Tab. 4.
+paper, Tab. 4; `early_blocks` as in Decoupled MeanFlow, 2025, arXiv 2510.24474.
 """
 
 from typing import NamedTuple
@@ -105,6 +105,9 @@ class DiT(AbstractField):
       embedding, and the result stay float32 or better.
     - `attention`: `mf_eqx.nn.XLAAttention` by default, `mf_eqx.nn.CudnnAttention` on NVIDIA GPUs with dtype bfloat16,
       or a kernel of your own.
+    - `early_blocks`: None, or how many blocks are modulated by t alone. The others, and the last layer, are then
+      modulated by r alone (Decoupled MeanFlow; two thirds of the blocks in the paper). At r = t the field is the same
+      as without this option, so a field trained by Flow Matching can be given it and trained on.
     - `remat`, `unroll`: the trade-off of memory, run time and compile time, see `mf_eqx.nn.Stack`.
     - `key`.
 
@@ -124,6 +127,7 @@ class DiT(AbstractField):
     data_shape: tuple[int, int, int] = eqx.field(static=True)
     patch: int = eqx.field(static=True)
     dtype: DTypeLike = eqx.field(static=True)
+    early_blocks: int | None = eqx.field(static=True)
 
     def __init__(
         self,
@@ -135,6 +139,7 @@ class DiT(AbstractField):
         time_scale: float = 1.0,
         dtype: DTypeLike = jnp.float32,
         attention: AbstractAttention = XLAAttention(),
+        early_blocks: int | None = None,
         remat: Remat = False,
         unroll: int | bool = 1,
         key: Key[Array, ""],
@@ -149,6 +154,8 @@ class DiT(AbstractField):
             raise ValueError(f"data_shape must be divisible by the patch size {size.patch}, got {data_shape}")
         if size.width % 4:
             raise ValueError(f"width must be a multiple of 4 (sin-cos positions), got {size.width}")
+        if early_blocks is not None and not 1 <= early_blocks < size.depth:
+            raise ValueError(f"early_blocks must lie in [1, depth - 1 = {size.depth - 1}], got {early_blocks}")
         patch_key, time_key, label_key, stack_key, modulation_key, out_key = jr.split(key, 6)
         values = channels * size.patch**2
         self.patches = Linear(values, size.width, key=patch_key)
@@ -168,6 +175,7 @@ class DiT(AbstractField):
         self.data_shape = (channels, height, width)
         self.patch = size.patch
         self.dtype = jnp.dtype(dtype)
+        self.early_blocks = early_blocks
 
     @property
     def null_label(self) -> int:
@@ -187,7 +195,16 @@ class DiT(AbstractField):
             raise ValueError(f"z must have the data_shape {self.data_shape}, got {z.shape}")
         r, t = as_times(r, t, z)
         c = jax.nn.silu(self.embedding(r, t, condition)).astype(self.dtype)
-        tokens = self.stack(lambda block, x: cast(block, self.dtype)(x, c), self._tokens(z.astype(self.dtype)))
+        tokens = self._tokens(z.astype(self.dtype))
+        if self.early_blocks is None:
+            tokens = self.stack(lambda block, x: cast(block, self.dtype)(x, c), tokens)
+        else:
+            early, c = (jax.nn.silu(self.embedding(s, s, condition)).astype(self.dtype) for s in (t, r))
+            is_early = jnp.arange(self.stack.depth) < self.early_blocks
+            conditions = jnp.where(is_early[:, None], early, c)
+            tokens, _ = self.stack.scan(
+                lambda block, x, condition: (cast(block, self.dtype)(x, condition), None), tokens, conditions
+            )
         shift, scale = jnp.split(cast(self.modulation, self.dtype)(c), 2)
         tokens = cast(self.out, self.dtype)(modulated_norm(tokens, shift, scale))
         return self._image(tokens).astype(jnp.promote_types(z.dtype, jnp.float32))

@@ -428,3 +428,55 @@ def test_state_of_another_shape_is_refused():
 def test_null_label_needs_labels():
     with pytest.raises(ValueError, match="labels must be given for a null label to exist"):
         _ = small(labels=None).null_label
+
+
+# Decoupled MeanFlow: early blocks see t, late ones r
+
+
+def decoupled(**options):
+    """Three blocks, of which two are early; and the same weights without the option."""
+    size = SMALL._replace(depth=3)
+    make = functools.partial(mfx.DiT, SHAPE, size, labels=4, key=jr.key(0), **options)
+    return tuple(refilled(make(early_blocks=early)) for early in (2, None))
+
+
+@pytest.mark.parametrize("unroll", [1, True])
+def test_decoupled_field_is_the_plain_one_at_equal_times_and_another_elsewhere(unroll):
+    z, r, t, label = inputs()
+    field, plain = decoupled(unroll=unroll)
+    np.testing.assert_allclose(field(z, t, t, label), plain(z, t, t, label), rtol=1e-5, atol=1e-6)
+    assert (field(z, r, t, label) != plain(z, r, t, label)).all()
+
+
+def test_early_blocks_see_t_alone_and_late_ones_r_alone():
+    z, r, t, label = inputs()
+    field, _ = decoupled()
+    weights = field.stack.blocks.modulation.weight
+
+    def moves(field, *, r_step=0.0, t_step=0.0):
+        return (field(z, r + r_step, t + t_step, label) != field(z, r, t, label)).any()
+
+    def without(blocks, last_layer):
+        """The field whose `blocks`, and last layer, are modulated by constants."""
+        changed = eqx.tree_at(lambda field: field.stack.blocks.modulation.weight, field, weights.at[blocks].set(0))
+        last = field.modulation.weight
+        return eqx.tree_at(lambda field: field.modulation.weight, changed, 0 * last if last_layer else last)
+
+    early_alone, late_alone = without(jnp.array([2]), True), without(jnp.array([0, 1]), False)
+    assert moves(early_alone, t_step=0.1) and not moves(early_alone, r_step=0.1)
+    assert moves(late_alone, r_step=0.1) and not moves(late_alone, t_step=0.1)
+
+
+def test_total_derivative_of_a_decoupled_field_equals_central_finite_differences(x64):
+    field = nn.cast(decoupled(dtype=jnp.float64)[0], jnp.float64)
+    z, r, t, label = inputs()
+    v, step = jnp.cos(z), 1e-5
+    _, dudt = mfx.total_derivative(field, z, v, r, t, label)
+    ahead, behind = (field(z + s * v, r, t + s, label) for s in (step, -step))
+    np.testing.assert_allclose(dudt, (ahead - behind) / (2 * step), rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("early", [0, 2, 5])
+def test_early_blocks_that_leave_no_others_are_refused(early):
+    with pytest.raises(ValueError, match=rf"early_blocks must lie in \[1, depth - 1 = 1\], got {early}"):
+        mfx.DiT(SHAPE, SMALL, early_blocks=early, key=jr.key(0))
