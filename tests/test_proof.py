@@ -20,12 +20,14 @@ from mf_eqx import (
     AbstractField,
     AlignYourFlow,
     AlphaFlow,
+    Batch,
     ConsistencyTraining,
     ContinuousConsistency,
     Guidance,
     InductiveMomentMatching,
     LinearInterpolant,
     MeanFlow,
+    Objective,
     Row,
     SoFlow,
     TrigonometricInterpolant,
@@ -256,6 +258,21 @@ def test_closed_form_field_satisfies_identity_to_rounding(make, earliest, method
     z = jr.normal(jr.key(3), (NUMBER, 2))
     r, t = jnp.sort(jr.uniform(jr.key(4), (2, NUMBER), minval=earliest), axis=0)
     assert largest(residuals(METHODS[method], field, lambda z, t, _: field(z, t, t), z, r, t)) < 1e-12
+
+
+@pytest.mark.parametrize("method", [name for name in EXACT if METHODS[name].facts.uses_velocity])
+def test_average_velocity_of_a_teacher_is_the_fixed_point_of_distillation(method):
+    field = GaussianAverageVelocity(np.array([0.7, -1.2]), 0.4)
+    batch = Batch(jr.normal(jr.key(9), (16, 2)))
+
+    @eqx.filter_jit
+    def errors(velocity):
+        objective = Objective(METHODS[method], identity_share=0.5, velocity=velocity)
+        _, metrics = objective(field, batch, key=jr.key(10))
+        return [metrics[name].value for name in ("boundary_error", "identity_error")]
+
+    assert max(errors(lambda z, t, _: field(z, t, t))) < 1e-24
+    assert min(errors(lambda z, t, _: field(z, t, 0.9 * t))) > 1e-3
 
 
 # The exact field itself, against anchors that were found another way.
