@@ -120,3 +120,16 @@ class FusedAttention(nn.AbstractAttention):
 
     def forward_mode(self):
         return nn.StoppedTangent(self)
+
+
+class Cubic(AbstractField):
+    """u = factor (t^2 z + r z^2): its derivatives are known in closed form, and `factor` can be learnt."""
+
+    factor: jax.Array
+
+    def __call__(self, z, r, t, condition=None, *, key=None):
+        return self.factor * (t**2 * z + r * z**2)
+
+    def slopes(self, z, r, t):
+        """The derivatives by z (diagonal), r and t, of factor 1."""
+        return t**2 + 2 * r * z, z**2, 2 * t * z
