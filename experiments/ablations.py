@@ -32,7 +32,7 @@ import optax
 from jaxtyping import Array, Float, install_import_hook, Int, Key
 
 # Shapes and types are checked while the step is traced. JAXTYPING_DISABLE=1 turns this off.
-with install_import_hook("mf_eqx", "beartype.beartype"):
+with install_import_hook("mf_eqx", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"):
     import mf_eqx as mfx
     from mf_eqx import exact, metrics, run
     from mf_eqx.data import DrawRows

@@ -34,7 +34,7 @@ from sklearn.model_selection import train_test_split
 from sklearn.svm import SVC
 
 # Shapes and types are checked while the step is traced. JAXTYPING_DISABLE=1 turns this off.
-with install_import_hook("mf_eqx", "beartype.beartype"):
+with install_import_hook("mf_eqx", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"):
     import mf_eqx as mfx
     from mf_eqx import data, metrics, picture, run
 

@@ -34,7 +34,7 @@ import prepare_latents
 from jaxtyping import Array, Float, install_import_hook, Key
 
 # Shapes and types are checked while the step is traced. JAXTYPING_DISABLE=1 turns this off.
-with install_import_hook("mf_eqx", "beartype.beartype"):
+with install_import_hook("mf_eqx", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"):
     import mf_eqx as mfx
     from mf_eqx import checkpoint, data, picture, run, vae
 

@@ -41,8 +41,8 @@ Values: TypeAlias = PyTree[Float[Array, "*data"]]
 class Passes(NamedTuple):
     """Work in units of one evaluation of a field: `forward` passes and `tangent` passes, those of a JVP."""
 
-    forward: float = 0
-    tangent: float = 0
+    forward: int = 0
+    tangent: int = 0
 
 
 class AbstractDerivative(eqx.Module):
