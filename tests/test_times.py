@@ -256,3 +256,19 @@ def test_share_may_be_a_number_of_python():
         np.testing.assert_array_equal(found, expected)
     with pytest.raises(ValueError, match="batch must be a positive multiple of 4"):
         check_batch_size(6, 0.25)
+
+
+def test_a_part_of_the_pairs_starts_at_the_data_and_pairs_of_equal_times_stay():
+    keys = jr.split(jr.key(8), 4000)
+    r, t = jax.vmap(lambda key: TimePairs(UniformTimes(), at_data=0.25)(key=key))(keys)
+    plain_r, plain_t = jax.vmap(lambda key: TimePairs(UniformTimes())(key=key))(keys)
+    assert 0.22 < np.mean(r == 0) < 0.28
+    np.testing.assert_array_equal(t, plain_t)
+    np.testing.assert_array_equal(r[r > 0], plain_r[r > 0])
+    r, t = jax.vmap(lambda key: TimePairs(UniformTimes(), equal=1.0, at_data=0.5)(key=key))(keys)
+    np.testing.assert_array_equal(r, t)
+
+
+def test_a_probability_of_starting_at_the_data_outside_of_its_range_is_refused():
+    with pytest.raises(ValueError, match=r"at_data is a probability and must lie in \[0, 1\], got 1.5"):
+        TimePairs(at_data=1.5)

@@ -74,7 +74,8 @@ class Training(NamedTuple):
 
     def make_state(self) -> TrainState:
         """The state before the first step."""
-        return init_state(self.make_field(), self.step.optimizer, self.step.averages, key=self.key)
+        step = self.step
+        return init_state(self.make_field(), step.optimizer, step.averages, step.objective, key=self.key)
 
 
 def announce(config: CellSettings, trainings: Mapping[_Cell, Training | None], directory: RunDirectory) -> None:

@@ -78,26 +78,11 @@ def test_error_is_shown_by_cells_of_both_times(toy_2d, rows):
     assert np.isfinite(cells[0, -1])
 
 
-def test_every_identity_is_a_method_and_later_ones_appear_by_themselves(toy_2d):
+def test_every_identity_is_a_method_and_the_usual_ones_are_the_default(toy_2d):
     import mf_eqx as mfx
 
-    class Later(mfx.AbstractIdentity):
-        facts = mfx.Facts(degenerate=True, uses_velocity=False)
-
-        def residual(self, field, row):
-            return row.z
-
-    class Unfinished(mfx.AbstractIdentity):
-        strength: float
-        facts = mfx.Facts(degenerate=True, uses_velocity=False)
-
-        def residual(self, field, row):
-            return row.z
-
-    names = {**vars(mfx), "Later": Later, "Unfinished": Unfinished}
-    found = mfx.identities_in(names, 100)
-    assert found.keys() > {"MeanFlow", "Shortcut", "TerminalVelocityMatching", "Later"}
-    assert "Unfinished" not in found
+    found = mfx.identities_in(vars(mfx), steps=1)
+    assert {*found, "FlowMatching", "WrongTangent", "Exact"} == set(toy_2d.METHODS)
     assert {"FlowMatching", "MeanFlow", "Exact"} < set(toy_2d.Config().methods) < {"FlowMatching", "Exact", *found}
 
 
