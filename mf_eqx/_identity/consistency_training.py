@@ -5,7 +5,7 @@ With $X_{t \to 0}(z) = z - t\, u(z, 0, t)$, for z_t and z_s of the same x and $\
 $$X_{t \to 0}(z_t) = X_{s \to 0}(z_s), \qquad X_{0 \to 0}(x) = x,$$
 
 which the average velocity satisfies as s -> t, in the mean over x and $\epsilon$. The loss is the pseudo-Huber one,
-$(\sqrt{|\Delta|^2 + c^2} - c) / (t - s)$.
+$(\sqrt{|\Delta|^2 + c^2} - c) / (\tau_t - \tau_s)$, with noise levels $\tau = t / (1 - t)$ of at most 80.
 
 Easy Consistency Tuning (ECT) starts at s = 0, regression on x, and halves the gap by stages; its code has c = 0 and the
 weight 4 + ((1 - t) / t)^2. Improved Consistency Training (iCT) has a grid of times that becomes finer. Both draw t as
@@ -31,7 +31,7 @@ from .._row import Row
 from .._schedule import as_schedule, at_step, Schedule
 from .._validate import check_positive
 from .base import AbstractIdentityWithLoss, AbstractScheduledIdentity
-from .earlier_times import ect_earlier_time, ict_earlier_time
+from .earlier_times import ect_earlier_time, ict_earlier_time, noise_level
 from .facts import Facts
 
 _LEAST_GAP = 1 / 2048
@@ -76,5 +76,5 @@ class ConsistencyTraining(AbstractIdentityWithLoss, AbstractScheduledIdentity):
         s, zero = self.earlier_time(row.t, gap), jnp.zeros_like(row.t)
         end = row.at(s) - s * row.evaluate(stopped(field), row.at(s), zero, s)
         residual = row.z - row.t * row.evaluate(field, row.z, zero, row.t) - jax.lax.stop_gradient(end)
-        c, gap = self.offset * residual.size**0.5, jnp.maximum(row.t - s, jnp.finfo(s.dtype).eps)
-        return residual, (jnp.sqrt(jnp.sum(residual**2) + c**2) - c) / gap
+        c, step = self.offset * residual.size**0.5, noise_level(row.t) - noise_level(s)
+        return residual, (jnp.sqrt(jnp.sum(residual**2) + c**2) - c) / jnp.maximum(step, jnp.finfo(s.dtype).eps)

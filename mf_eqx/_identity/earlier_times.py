@@ -10,6 +10,12 @@ from .._custom_types import as_scalar, Scalar, ScalarLike, Time, TimeLike
 _LARGEST, _LARGEST_IMM = 80.0, 160.0
 
 
+def noise_level(t: TimeLike, largest: float = _LARGEST) -> Scalar:
+    r"""The level $\tau = t / (1 - t)$, at most `largest`: the ratio of noise and data on the linear path."""
+    t = as_scalar("t", t)
+    return jnp.minimum(t / (1 - t), largest)
+
+
 def ect_earlier_time(t: TimeLike, gap: ScalarLike) -> Time:
     r"""ECT's time s, of level $\tau_s = \tau_t\, (1 - \mathrm{gap}\, (1 + 8 / (1 + e^{\tau_t})))$, 0 at least (arXiv
     2406.14548)."""
@@ -29,6 +35,5 @@ def imm_earlier_time(t: TimeLike, gap: ScalarLike) -> Time:
 
 
 def _at_level(t: TimeLike, earlier: Callable[[Scalar], Scalar], largest: float = _LARGEST) -> Time:
-    t = as_scalar("t", t)
-    level = jnp.maximum(earlier(jnp.minimum(t / (1 - t), largest)), 0)
+    level = jnp.maximum(earlier(noise_level(t, largest)), 0)
     return level / (1 + level)

@@ -33,7 +33,7 @@ def test_ends_of_two_states_of_one_pair_are_compared(path):
     residual, loss = mfx.ConsistencyTraining(0.25, 0.1).residual_and_loss(u, at)
     np.testing.assert_allclose(residual, expected, rtol=0, atol=1e-14)
     huber = np.sqrt(np.sum(expected**2) + 0.03) - np.sqrt(0.03)
-    np.testing.assert_allclose(loss, huber / (0.7 - s), rtol=1e-12)
+    np.testing.assert_allclose(loss, huber / (0.7 / 0.3 - s / (1 - s)), rtol=1e-12)
 
 
 def test_the_first_stage_is_regression_on_the_data():
@@ -61,7 +61,7 @@ def test_no_gradient_passes_through_the_earlier_end():
     at, s = row(), mfx.ect_earlier_time(jnp.asarray(0.7), 0.25)
     c = 0.00054 * np.sqrt(3)
     residual, _ = mfx.ConsistencyTraining(0.25).residual_and_loss(Scaled(jnp.asarray(0.4)), at)
-    expected = np.sum(residual * -0.7 * at.z) / np.sqrt(np.sum(residual**2) + c**2) / (0.7 - s)
+    expected = np.sum(residual * -0.7 * at.z) / np.sqrt(np.sum(residual**2) + c**2) / (0.7 / 0.3 - s / (1 - s))
     np.testing.assert_allclose(jax.grad(loss)(Scaled(jnp.asarray(0.4))).scale, expected, rtol=1e-12)
 
 
