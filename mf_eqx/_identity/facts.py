@@ -41,7 +41,6 @@ class Facts:
     exact: bool = True
     """Whether the residual is zero for the true average velocity, with the marginal v and without guidance. If not, it
     is zero only in a limit of the method's parameters."""
-
     passes: Passes | None = None
     """What one of its rows costs beyond a gradient step of Flow Matching, whose 3 forward passes are one pass and its
     gradient; without guidance. None if it changes in training, or is not known."""
