@@ -1,15 +1,16 @@
 """Pickled dictionaries of numbers, text, bytes and byte arrays, such as the Python version of CIFAR-10.
 
-A pickle is a program for a small stack machine, and an ordinary reader lets it call any function. Here two things bound
-what it can do. Before it runs, `pickletools` (which executes nothing) lists its instructions, and a list of permitted
-ones refuses the rest. Then `pickle.Unpickler` runs it with another `find_class`: the few names by which NumPy marks an
-array of bytes are replaced by the functions below, every other name is refused, and nothing is imported.
+A pickle is a program for a small stack machine, and an ordinary reader lets it call any function. Here the standard
+library's reader in Python runs it with two tables cut short: of instructions, only those that make plain values are
+left; of names, only the few by which NumPy marks an array of bytes, and these stand for the functions below. Nothing is
+imported. (Its reader in C has no table of instructions that could be cut.)
 """
 
 import io
 import math
 import pickle
 import pickletools
+import struct
 from collections.abc import Callable
 from typing import Any
 
@@ -23,13 +24,16 @@ _INSTRUCTIONS = {
     *("TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "BINPUT", "LONG_BINPUT", "MEMOIZE", "BINGET", "LONG_BINGET"),
     *("GLOBAL", "STACK_GLOBAL", "REDUCE", "BUILD"),
 }
+_CODES = {ord(opcode.code): opcode.name for opcode in pickletools.opcodes}
 _MOST_STEPS = 1_000_000
 """Bounds the time. A batch of CIFAR-10 has some 50,000."""
-_MOST_TUPLES = 20_000
-"""Bounds how deep tuples can be nested: hashing a deeper one, as a key, overflows C's stack."""
 _MOST_COPIES = 2
 """Bounds the memory: bytes that are made of text, for each byte of the file. CIFAR-10 needs one."""
 _LONGEST_SHOWN = 60
+_ERRORS = (
+    *(ArithmeticError, AttributeError, EOFError, LookupError, MemoryError, RecursionError, TypeError, ValueError),
+    *(struct.error, pickle.PickleError),
+)
 
 
 class _Refused(ValueError):
@@ -39,47 +43,38 @@ class _Refused(ValueError):
 def read_plain_pickle(name: str, content: bytes, what: str) -> dict[str, Any]:
     """The dictionary that a pickle holds, of numbers, text, bytes, lists, tuples, dictionaries and uint8 arrays.
 
+    Arrays are expected as values of the dictionary itself, not deeper.
+
     **Arguments:** `name` of the file, in front of messages; `content`; `what` the file should be, for messages.
 
     **Raises:** `ValueError` if it is no whole pickle of protocol 2 or later, or holds anything else: a name that is not
     NumPy's mark of an array is reported, and never imported. Likewise if it would become many times as large in memory.
     """
     try:
-        _check_instructions(content, what)
         values = _Unpickler(content, what).load()
         if not isinstance(values, dict):
             raise _Refused(f"must be a pickled dictionary of {what}, got {type(values).__name__}")
-        return {_text(key): value.value if isinstance(value, _Array) else value for key, value in values.items()}
+        return {key: _plain(value, what) for key, value in values.items()}
     except _Refused as error:
         raise ValueError(f"{name}: {error}") from None
-    except (ArithmeticError, AttributeError, EOFError, LookupError, TypeError, ValueError, pickle.PickleError) as error:
+    except _ERRORS as error:
         raise ValueError(f"{name}: must be a whole pickle of {what}, got damaged instructions: {error}") from error
 
 
-def _check_instructions(content: bytes, what: str) -> None:
-    tuples = 0
-    for number, (opcode, argument, _) in enumerate(pickletools.genops(content)):
-        if number == _MOST_STEPS:
-            raise _Refused(f"must hold at most {_MOST_STEPS:,} instructions, got more")
-        if opcode.name not in _INSTRUCTIONS:
-            raise _Refused(
-                f"must hold plain values alone, got the instruction {opcode.name}, which is no part of {what}"
-            )
-        tuples += opcode.name.startswith("TUPLE")
-        if tuples > _MOST_TUPLES:
-            raise _Refused(f"must hold at most {_MOST_TUPLES:,} tuples, got more")
-        if opcode.name == "LONG_BINPUT" and (argument or 0) > number:  # the reader would make that much room at once
-            raise _Refused(f"must number its values one after the other, got number {argument:,}")
+def _plain(value: Any, what: str) -> Any:
+    if isinstance(value, _Function | _ByteDtype):
+        raise _Refused(f"must hold plain values alone, got a name, which is no part of {what}")
+    return value.value if isinstance(value, _Array) else value
 
 
 class _Function:
     """What stands for a function of NumPy: it can be called, and nothing can be set in it."""
 
     def __init__(self, function: Callable[..., Any]):
-        self.__call = function
+        self._function = function
 
     def __call__(self, *arguments: Any) -> Any:
-        return self.__call(*arguments)
+        return self._function(*arguments)
 
     def __setstate__(self, state: Any) -> None:
         raise TypeError("state is set of what is no array")
@@ -107,7 +102,7 @@ class _Array:
         if not isinstance(dtype, _ByteDtype) or columns_first:
             raise _Refused("must hold arrays of uint8 in C order, got another")
         if not isinstance(shape, tuple) or not all(type(size) is int and size >= 0 for size in shape) or len(shape) > 8:
-            raise TypeError("the shape of an array is none")
+            raise TypeError("the shape of an array must be a tuple of at most 8 sizes")
         # Python 2 has text for bytes, in which each character is a byte.
         values = self._encode(data) if isinstance(data, str) else data
         if not isinstance(values, bytes | bytearray) or len(values) != math.prod(shape):
@@ -116,11 +111,31 @@ class _Array:
         self.value = np.frombuffer(values, np.uint8).reshape(shape)
 
 
-class _Unpickler(pickle.Unpickler):
+class _Dispatch(dict[int, Callable[[Any], None]]):
+    """The functions of the permitted instructions, by their code. It counts how often it is asked."""
+
+    def __init__(self, what: str):
+        functions = pickle._Unpickler.dispatch
+        self.update({code: functions[code] for code, name in _CODES.items() if name in _INSTRUCTIONS})
+        self.update({pickle.SETITEM[0]: _set_item, pickle.SETITEMS[0]: _set_items, pickle.BYTEARRAY8[0]: _push_bytes})
+        self._what, self._steps = what, 0
+
+    def __getitem__(self, code: int) -> Callable[[Any], None]:
+        self._steps += 1
+        if self._steps > _MOST_STEPS:
+            raise _Refused(f"must hold at most {_MOST_STEPS:,} instructions, got more")
+        if (function := self.get(code)) is not None:
+            return function
+        name = _CODES.get(code, f"of code {code}")
+        raise _Refused(f"must hold plain values alone, got the instruction {name}, which is no part of {self._what}")
+
+
+class _Unpickler(pickle._Unpickler):
     """Runs permitted instructions; names stand for methods of its own."""
 
     def __init__(self, content: bytes, what: str):
-        pickle.Unpickler.__init__(self, io.BytesIO(content), encoding="latin-1")
+        pickle._Unpickler.__init__(self, io.BytesIO(content), encoding="latin-1")
+        vars(self)["dispatch"] = _Dispatch(what)  # in place of the class's own
         self._what, self._bytes_left = what, _MOST_COPIES * len(content)
         self._names: dict[tuple[str, str], Any] = {
             ("numpy", "ndarray"): None,
@@ -158,7 +173,28 @@ class _Unpickler(pickle.Unpickler):
         return array
 
 
-def _text(key: Any) -> str:
-    if not isinstance(key, str | bytes):
+def _set_item(reader: Any) -> None:
+    value, key = reader.stack.pop(), reader.stack.pop()
+    _set(reader.stack[-1], key, value)
+
+
+def _set_items(reader: Any) -> None:
+    items = reader.pop_mark()
+    for key, value in zip(items[::2], items[1::2], strict=True):
+        _set(reader.stack[-1], key, value)
+
+
+def _set(target: Any, key: Any, value: Any) -> None:
+    # Keys are text alone: to hash nested tuples takes time and stack without bound.
+    if not isinstance(target, dict) or not isinstance(key, str | bytes):
         raise TypeError(f"keys must be text, got {type(key).__name__}")
-    return key.decode("latin-1") if isinstance(key, bytes) else key
+    target[key.decode("latin-1") if isinstance(key, bytes) else key] = value
+
+
+def _push_bytes(reader: Any) -> None:
+    """The library's own function would make room for as many bytes as are announced."""
+    size = int.from_bytes(reader.read(8), "little")
+    content = reader.read(size)
+    if len(content) < size:
+        raise EOFError(f"{size:,} bytes are announced, got {len(content):,}")
+    reader.append(bytearray(content))

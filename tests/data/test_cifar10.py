@@ -286,8 +286,8 @@ def test_pickles_of_something_else_are_refused(values, message, tmp_path):
         b"\x80\x02}T\xff\xff\xff\x7f.",
         b"\x80\x04\x8e" + b"\xff" * 8 + b".",
         b"\x80\x02}" + b"]\x85" + b"\x85" * 150_000 + b"K\x01s.",
-        b"\x80\x02})" + b"\x85" * 19_999 + b"K\x01s.",
-        b"\x80\x02}r\xff\xff\xff\x7f.",
+        b"\x80\x02}(" + 2 * (b")" + b"\x85" * 9_990 + b"K\x01") + b"u.",
+        b"\x80\x05}\x96" + b"\xff" * 7 + b"\0.",
         b"\x80\x02c_codecs\nencode\nN}X\4\0\0\0nameK\1s\x86b.",
         b"\x80\x02cnumpy\ndtype\n}X\4\0\0\0nameK\1sb.",
         b"\x80\x02cnumpy\ndtype\n" + b"]" + b"\x85" * 19_999 + b"R.",
@@ -298,6 +298,36 @@ def test_pickles_of_something_else_are_refused(values, message, tmp_path):
 def test_senseless_pickles_are_refused(content):
     with pytest.raises(ValueError, match="file: "):
         read_plain_pickle("file", content, "CIFAR-10")
+
+
+FRAME = b"\x80\x04\x95\3\0\0\0\0\0\0\0J\0\0"  # ends within the number of J
+
+
+@pytest.mark.parametrize("hidden", [b"}X\1\0\0\0a\x8fs.", b"}r\0\0\0\x10."], ids=["set", "memo"])
+def test_instructions_hidden_behind_the_end_of_a_frame_are_not_run(hidden):
+    content = FRAME + b"\0\0C" + bytes([len(hidden)]) + hidden + b"}."
+    with pytest.raises(ValueError, match="file: must be a whole pickle of CIFAR-10, got damaged instructions"):
+        read_plain_pickle("file", content, "CIFAR-10")
+
+
+def test_key_of_tuples_that_share_their_parts_is_refused_before_it_is_hashed():
+    doubled = b"".join(b"h" + bytes([i, 0x68, i]) + b"\x86q" + bytes([i + 1]) for i in range(200))
+    with pytest.raises(ValueError, match="keys must be text, got tuple"):
+        read_plain_pickle("file", b"\x80\x02})q\0" + doubled + b"K\1s.", "CIFAR-10")
+
+
+def test_a_value_of_a_large_number_takes_no_memory():
+    tracemalloc.start()
+    try:
+        assert read_plain_pickle("file", b"\x80\x02}r\xff\xff\xff\x7f.", "CIFAR-10") == {}
+        assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    finally:
+        tracemalloc.stop()
+
+
+def test_functions_of_numpy_are_no_values():
+    with pytest.raises(ValueError, match="file: must hold plain values alone, got a name"):
+        read_plain_pickle("file", b"\x80\x02}U\1ac_codecs\nencode\ns.", "CIFAR-10")
 
 
 def test_pickle_of_too_many_instructions_is_refused(monkeypatch):
