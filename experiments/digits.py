@@ -143,7 +143,7 @@ def guided(config: Config) -> bool:
 
 
 def stable_target(config: Config, source: data.ArraySource) -> mfx.StableTarget | None:
-    return mfx.StableTarget(source.x, source.label) if config.stable_target else None
+    return mfx.StableTarget(jnp.asarray(source.x), jnp.asarray(source.label)) if config.stable_target else None
 
 
 def mean_flow(config: Config, target: mfx.StableTarget | None = None) -> mfx.Objective:

@@ -44,7 +44,7 @@ class Row(eqx.Module):
 
     - `z`: state at time `t`.
     - `v`: velocity at `z`: in training the conditional one, guided if the objective has guidance, or the value of the
-      objective's `velocity`; in proofs the marginal one.
+      objective's `velocity` or `stable_target`; in proofs the marginal one.
     - `r`, `t`: times, r <= t.
     - `condition`: the condition of the row, or the null condition if it was dropped.
     - `key`: one per row and step. Pass it unchanged to every evaluation of the field, as `evaluate` does, so that all
@@ -97,7 +97,7 @@ class Row(eqx.Module):
         if self.x is None or self.eps is None or self.path is None:
             raise ValueError(
                 "x, eps and path must be given for the state at another time, but this row has only z and v (an "
-                "objective gives them unless it has guidance or a velocity)"
+                "objective gives them unless it has guidance, a velocity or a stable_target)"
             )
         return self.path.state_and_velocity(self.x, self.eps, time)[0]
 

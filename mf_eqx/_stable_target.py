@@ -14,6 +14,8 @@ Source: Stable Target Field for Reduced Variance Score Estimation in Diffusion M
 2302.00670.
 """
 
+import functools
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -31,22 +33,23 @@ _LEAST_SIGMA = 1e-6
 class StableTarget(eqx.Module):
     r"""The velocity $v^*$ from reference data, in place of the conditional velocity.
 
-    For an `Objective`, with any path and any method that takes a velocity. It costs two products of a batch with the
-    references, 4 n D operations for each row of D numbers, and no evaluation of the field.
+    For an `Objective`, with any path and any method that takes a velocity. It costs three products of a batch with n
+    references, 6 n D operations for each row of D numbers, and no evaluation of the field.
 
     **Arguments:**
 
-    - `x`: the references, on the scale on which the field sees data (after `TrainStep.prepare`); bfloat16 and float16
-      save memory and are computed with in float32. Kept as they are, not trained, in no checkpoint.
-    - `label`: None, or an integer label for each of them: rows are then compared with references of their own label,
-      and with all where the condition was dropped.
+    - `x`: the references, on the scale on which the field sees data (after `TrainStep.prepare`), computed with in
+      float32 or better. They are not trained and in no checkpoint. Give arrays of JAX: those of NumPy are copied to the
+      device at each step; with several devices, what `Parallelism.replicate` returns.
+    - `label`: an integer label for each of them, which data with labels need: rows are compared with references of
+      their own label, and with all where the condition was dropped. None for data without.
     - `number`: None to use all references at every step; or how many of them a step draws at random, with replacement
       and the same ones for all its rows. References of all labels count.
 
-    A row's own x always counts once, whether or not it is among the references.
+    A row's own x is added unless it is among the references.
 
     **Raises:** `ValueError` unless x is floating point, label an integer for each, and number in [1, references]; when
-    called, if the row has another shape, or no integer label where the references have one.
+    called, if the row has another shape, or an integer label where the references have none, or the other way round.
     """
 
     x: Float[Array | np.ndarray, "references *data"]
@@ -83,21 +86,22 @@ class StableTarget(eqx.Module):
         if x.shape != self.x.shape[1:]:
             raise ValueError(f"x must have the shape of a reference, {self.x.shape[1:]}, got {x.shape}")
         references, label = self._drawn(key)
+        counts = self._has_label(label, condition, dropped)
         references = references.reshape(len(references), -1).astype(x.dtype)
-        own = x.reshape(-1)
+        center = jnp.mean(references, axis=0)  # near which squares round less
+        references, own, noise = references - center, x.reshape(-1) - center, eps.reshape(-1)
         alpha, sigma, alpha_rate, sigma_rate = path.rates(t)
         ratio = alpha / jnp.maximum(sigma, _LEAST_SIGMA)
-        # |z - alpha x_j|^2 / sigma^2 less the row's own |eps|^2, which is the zero of the logits: at small sigma both
-        # are huge, and only their difference matters.
-        squares = jnp.sum(own**2) - 2 * references @ own + jnp.sum(references**2, axis=1)
-        along = references @ eps.reshape(-1) - own @ eps.reshape(-1)
-        logits = -(ratio**2) * jnp.maximum(squares, 0) / 2 + ratio * along
-        rounding = 8 * jnp.finfo(x.dtype).eps * (jnp.sum(own**2) + jnp.sum(references**2, axis=1))
-        counts = squares > rounding  # others than the row's own x
-        if label is not None:
-            counts &= (label == self._label_of(condition)) | dropped
-        weights = _softmax(logits, counts)
-        shift = weights @ references - jnp.sum(weights) * own
+
+        # |z - alpha x_j|^2 / sigma^2 less the row's own |eps|^2, so that the own x has the logit 0: at small sigma both
+        # are huge, and only their difference matters. TF32 would blur it.
+        product = functools.partial(jnp.matmul, precision="highest")
+        squares = jnp.sum(own**2) - 2 * product(references, own) + jnp.sum(references**2, axis=1)
+        is_own = squares <= 8 * jnp.finfo(x.dtype).eps * (jnp.sum(own**2) + jnp.sum(references**2, axis=1))
+        logits = -(ratio**2) * squares / 2 + ratio * (product(references, noise) - product(own, noise))
+        logits = jnp.where(counts, jnp.where(is_own, 0, logits), -jnp.inf)
+        weights = _softmax(logits, ~jnp.any(is_own & counts))
+        shift = product(weights, references) - jnp.sum(weights) * own
         v = alpha_rate * x + sigma_rate * eps
         return v + (alpha_rate - sigma_rate * ratio) * shift.reshape(x.shape)
 
@@ -109,16 +113,22 @@ class StableTarget(eqx.Module):
         rows = jr.randint(jr.fold_in(key, _DRAW), (self.number,), 0, len(x))
         return x[rows], None if label is None else label[rows]
 
-    def _label_of(self, condition: Condition) -> Int[Array, ""]:
+    def _has_label(
+        self, label: Int[Array, " drawn"] | None, condition: Condition, dropped: Bool[ArrayLike, ""]
+    ) -> Bool[Array, " #drawn"]:
+        """Whether each reference has the row's label, or the row has none."""
         leaves = jax.tree.leaves(condition)
+        if label is None:
+            if leaves:
+                raise ValueError("label must be given for the references of rows that have a condition, got None")
+            return jnp.ones(1, bool)
         if len(leaves) != 1 or jnp.shape(leaves[0]) != () or not jnp.issubdtype(leaves[0].dtype, jnp.integer):
             raise ValueError(f"condition must be one integer label where references have labels, got {condition}")
-        return leaves[0]
+        return (label.astype(jnp.int32) == leaves[0].astype(jnp.int32)) | dropped
 
 
-def _softmax(logits: Float[Array, " drawn"], counts: Bool[Array, " drawn"]) -> Float[Array, " drawn"]:
-    """The weights of those that count, beside one more of logit 0."""
-    logits = jnp.where(counts, logits, -jnp.inf)
+def _softmax(logits: Float[Array, " drawn"], with_zero: Bool[Array, ""]) -> Float[Array, " drawn"]:
+    """The weights of the logits, perhaps beside one more logit of 0."""
     top = jnp.maximum(jnp.max(logits), 0)
     weights = jnp.exp(logits - top)
-    return weights / (jnp.sum(weights) + jnp.exp(-top))
+    return weights / (jnp.sum(weights) + jnp.where(with_zero, jnp.exp(-top), 0))

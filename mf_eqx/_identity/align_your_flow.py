@@ -6,8 +6,9 @@ and u is moved along $g / (|g| + c)$. With $\rho = 1$ and g = 0 this is MeanFlow
 Flow Matching's direction remains. Moving u along a vector of that length is the gradient of the loss
 $\mathrm{sg}(1 / (|g| + c))\, |g|^2$, where the target inside of g is behind stop-gradient.
 
-The paper distils: v_t is then the velocity of a frozen, guided field (`Objective.velocity`). It draws the length of
-[r, t] first, as a logit-normal number, then r uniformly.
+The paper distils: v_t is then the velocity of a frozen, guided field (`Objective.velocity`). Its $\rho$ rises over
+10,000 steps; it draws the length of [r, t] first, as a logit-normal number of (-0.8, 1), then r uniformly. |g| is the
+Euclidean length here; whether the authors divide by the number of dimensions is not known to us.
 
 Source: Align Your Flow: Scaling Continuous-Time Flow Map Distillation, Sabour, Fidler, Kreis, 2025, arXiv 2506.14603.
 """
@@ -23,8 +24,9 @@ from .._field import AbstractField
 from .._row import Row
 from .._schedule import as_schedule, at_step, Schedule
 from .._validate import check_positive
-from .base import AbstractIdentityWithLoss, AbstractScheduledIdentity, step_of_unit_length
+from .base import AbstractIdentityWithLoss, AbstractScheduledIdentity
 from .facts import Facts
+from .unit_step import unit_step_loss
 
 LARGEST_RHO = 0.99
 
@@ -58,4 +60,4 @@ class AlignYourFlow(AbstractIdentityWithLoss, AbstractScheduledIdentity):
         tangent, rho = (row.v, 0.0, 1.0), at_step(self.rho, row.context).astype(row.z.dtype)
         u, dudt = self.derivative(field, row.z, row.r, row.t, row.condition, tangent=tangent, key=row.key)
         residual = u - jax.lax.stop_gradient(row.v - rho * (row.t - row.r) * dudt)
-        return residual, step_of_unit_length(residual, self.offset)
+        return residual, unit_step_loss(residual, self.offset)

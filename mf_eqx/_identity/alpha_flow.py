@@ -5,9 +5,9 @@ With $s = t - \alpha (t - r)$ and $z_s = z_t - (t - s)\, v_t$, which is one Eule
 $$u(z_t, r, t) = \alpha v_t + (1 - \alpha)\, u(z_s, r, s).$$
 
 The paper weighs the squared residual of this, $S$, by $\alpha / (S + c)$. Here the residual is divided by $\alpha$,
-which makes it MeanFlow's with the finite difference $(u - u(z_s, r, s)) / \alpha$ for $(t - r)\, du/dt$, of one size
-at every $\alpha$. Weight $1 / (S + c)$ on it is the paper's with offset $\alpha^2 c$; with a fixed one, rows would fade
-out.
+which makes it MeanFlow's with the finite difference $(u - u(z_s, r, s)) / \alpha$ for $(t - r)\, du/dt$, of one size at
+every $\alpha$ (in bfloat16 mostly rounding at a small one: compute in float32). Weight $1 / (S + c)$ on it is the
+paper's with offset $\alpha^2 c$; with a fixed one, rows would fade out.
 
 Source: AlphaFlow: Understanding and Improving MeanFlow Models, Zhang, Siarohin, Menapace, Vasilkovsky, Tulyakov, Qu,
 Skorokhodov, 2025, arXiv 2510.20771.

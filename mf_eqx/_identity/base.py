@@ -12,8 +12,6 @@ whose squared norm the objective minimises. Most are
 import abc
 
 import equinox as eqx
-import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from .._custom_types import Scalar
@@ -54,17 +52,6 @@ class AbstractIdentityWithLoss(AbstractIdentity):
 
     def residual(self, field: AbstractField, row: Row) -> Float[Array, "*data"]:
         return self.residual_and_loss(field, row)[0]
-
-
-def step_of_unit_length(residual: Float[Array, "*data"], offset: float, *, root_mean_square: bool = False) -> Scalar:
-    r"""The loss $\mathrm{sg}(1 / (|\Delta| + c))\, |\Delta|^2$ of a residual $\Delta$, with `offset` c.
-
-    Its gradient moves u against the residual by about one unit of length, $2 \Delta / (|\Delta| + c)$ ("tangent
-    normalisation", arXiv 2410.11081). The length is the Euclidean one, or the root of the mean square over dimensions.
-    """
-    error = jnp.sum(residual**2)
-    length = jnp.sqrt(error / residual.size if root_mean_square else error)
-    return error / jax.lax.stop_gradient(length + offset)
 
 
 class AbstractScheduledIdentity(AbstractIdentity):

@@ -7,9 +7,9 @@ $$X_{t \to 0}(z_t) = X_{s \to 0}(z_s), \qquad X_{0 \to 0}(x) = x,$$
 which the average velocity satisfies as s -> t, in the mean over x and $\epsilon$. The loss is the pseudo-Huber one,
 $(\sqrt{|\Delta|^2 + c^2} - c) / (\tau_t - \tau_s)$, with noise levels $\tau = t / (1 - t)$ of at most 80.
 
-Easy Consistency Tuning (ECT) starts at s = 0, regression on x, and halves the gap by stages; its code has c = 0 and the
-weight 4 + ((1 - t) / t)^2. Improved Consistency Training (iCT) has a grid of times that becomes finer. Both draw t as
-`LogitNormalTimes(-1.1, 2.0)`.
+Easy Consistency Tuning (ECT) starts at s = 0 for most t, regression on x, and halves the gap by stages; its code has c
+= 0 and the weight 4 + ((1 - t) / t)^2. Improved Consistency Training (iCT) has a grid of times that becomes finer. Both
+draw t as `LogitNormalTimes(-1.1, 2.0)`.
 
 Source: Consistency Models Made Easy, Geng, Pokle, Luo, Lin, Kolter, 2024, arXiv 2406.14548; Improved Techniques for
 Training Consistency Models, Song, Dhariwal, 2023, arXiv 2310.14189.
@@ -40,7 +40,7 @@ _LEAST_GAP = 1 / 2048
 class ConsistencyTraining(AbstractIdentityWithLoss, AbstractScheduledIdentity):
     r"""The residual $X_{t \to 0}(z_t) - \mathrm{sg}(X_{s \to 0}(z_s))$ on rows with r = 0.
 
-    It learns from x and $\epsilon$ directly: guidance or a given velocity has no effect. At r > 0 it learns nothing.
+    It learns from x and $\epsilon$ directly, so guidance and a given velocity are refused. At r > 0 it learns nothing.
 
     **Arguments:** `gap` in (0, 1], or a schedule; below 1/2048 it counts as that, since s = t says nothing; `offset` c
     for one dimension, > 0 (for n of them it is $c \sqrt{n}$): 0.00054 in iCT; `earlier_time` from t and the gap to s.
@@ -52,8 +52,8 @@ class ConsistencyTraining(AbstractIdentityWithLoss, AbstractScheduledIdentity):
 
     @classmethod
     def for_training(cls, steps: int) -> AbstractScheduledIdentity:
-        """ECT's settings: the gap is halved eight times."""
-        return cls(optax.exponential_decay(1.0, max(steps // 8, 1), 0.5, staircase=True, end_value=1 / 256))
+        """ECT's settings: gaps of 1/2, 1/4, ..., 1/256."""
+        return cls(optax.exponential_decay(0.5, max(steps // 8, 1), 0.5, staircase=True, end_value=1 / 256))
 
     @classmethod
     def improved(cls, steps: int) -> AbstractScheduledIdentity:

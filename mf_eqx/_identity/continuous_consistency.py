@@ -9,7 +9,7 @@ $$\frac{g}{|g| + c}, \qquad g = \frac{\alpha_t}{\sqrt{\alpha_t^2 + \sigma_t^2}}
 The paper has the circular path, where the first factor is its cos(t), and a network F with $X = \cos(t)\, z -
 \sin(t)\, F$; here u is the average velocity on any path. Its learnt weight of t is left out: with g normalised, its
 optimum hardly depends on t. |g| is the root of the mean square over dimensions, as in NVIDIA's FastGen; the paper
-writes a norm.
+writes a norm. The warm-up takes 10,000 steps there.
 
 Consistency training (sCT) takes the conditional velocity. Distillation (sCD) takes that of a frozen Flow Matching
 field: `Objective.velocity`. Times: $\tan t = e^n / 0.5$ there, n normal with mean -1 and deviation 1.4 to 1.6.
@@ -30,8 +30,9 @@ from .._interpolant import LinearInterpolant
 from .._row import Row
 from .._schedule import as_schedule, at_step, Schedule
 from .._validate import check_positive
-from .base import AbstractIdentityWithLoss, AbstractScheduledIdentity, step_of_unit_length
+from .base import AbstractIdentityWithLoss, AbstractScheduledIdentity
 from .facts import Facts
+from .unit_step import unit_step_loss
 
 
 class ContinuousConsistency(AbstractIdentityWithLoss, AbstractScheduledIdentity):
@@ -49,7 +50,7 @@ class ContinuousConsistency(AbstractIdentityWithLoss, AbstractScheduledIdentity)
 
     @classmethod
     def for_training(cls, steps: int) -> AbstractScheduledIdentity:
-        """With a warm-up over the first tenth of the training; over 10,000 steps in the paper."""
+        """With a warm-up over the first tenth of the training."""
         return cls(optax.linear_schedule(0.0, 1.0, max(steps // 10, 1)))
 
     def __check_init__(self):
@@ -64,6 +65,5 @@ class ContinuousConsistency(AbstractIdentityWithLoss, AbstractScheduledIdentity)
         u, dudt = self.derivative(field, *at, tangent=(row.v, 0.0, 1.0), key=row.key)
         residual = u - jax.lax.stop_gradient(row.v - rho * (row.t - row.r) * dudt)
         alpha, sigma, *_ = (row.path or LinearInterpolant()).rates(row.t)
-        return residual, step_of_unit_length(
-            alpha / jnp.hypot(alpha, sigma) * residual, self.offset, root_mean_square=True
-        )
+        factor = alpha / jnp.hypot(alpha, sigma)
+        return residual, unit_step_loss(residual, self.offset, factor=factor, root_mean_square=True)

@@ -6,7 +6,7 @@ from .._derivative import Passes
 
 
 def and_forward(passes: Passes | None, number: int) -> Passes | None:
-    """So many forward passes more, if the others are known."""
+    """`passes` with `number` more forward passes, if they are known."""
     return passes and passes._replace(forward=passes.forward + number)
 
 
@@ -26,8 +26,8 @@ class Facts:
     uses_velocity: bool = True
     """Whether the residual uses `Row.v`. If not, guidance passes are made for boundary rows only."""
     uses_pair: bool = False
-    """Whether the residual uses x and eps, by `Row.at`. They do not depend on guidance or on a given velocity, so both
-    are refused."""
+    """Whether the residual uses x and eps, by `Row.at`. They do not depend on guidance, a given velocity or a stable
+    target, so these are refused."""
     ends_at_data: bool = False
     """Whether the equation is for r = 0 alone. Its rows are then drawn with r = 0."""
     learns_through_derivative: bool = False

@@ -6,9 +6,9 @@ $$g = u(z_t, 0, t) - \left(v_t - t\, \frac{d}{dt} u(z_t, 0, t)\right), \qquad
 Clipping and $\alpha$ shorten the way to the target and leave the solution g = 0, MeanFlow's at r = 0. With e the mean
 squared error to the target over dimensions, the loss is $\sin(\pi t / 2)\, e / \sqrt{\mathrm{sg}(e) + 0.001}$.
 
-The anchor are the boundary rows of the objective. The paper adds both losses on the same rows, and one minus the cosine
-similarity of u(z, t, t) and v to the anchor's; its network without an r sees the anchor's times as t - 2 or so instead
-(the "expanded interval"). Times are $t = \frac{2}{\pi} \arctan e^n$ with n normal, mean -0.8 and deviation 1.6.
+The boundary rows of the objective are the anchor. The paper adds both losses on the same rows, and one minus the cosine
+similarity of u(z, t, t) and v to the anchor's; its network has no r, and sees the time -t on anchor rows (the "expanded
+interval"). Times are $t = \frac{2}{\pi} \arctan e^n$ with n normal, mean -0.8 and deviation 1.6.
 
 Source: FACM: Flow-Anchored Consistency Models, 2025, arXiv 2507.03738, and the authors' code.
 """

@@ -37,11 +37,11 @@ from .laplace_kernel import squared_discrepancy
 class InductiveMomentMatching(AbstractIdentityWithLoss):
     r"""The weighted discrepancy of groups of rows; the residual of a row is $y_i - \hat y_i$.
 
-    It learns from x and $\epsilon$ directly, so neither guidance nor a given velocity has an effect on it.
+    It learns from x and $\epsilon$ directly, so guidance and a given velocity are refused.
 
-    **Arguments:** `gap` > 0, the steps of noise from t to s in units of all of them: $2^{-12}$ on ImageNet;
-    `particles` M: 4 in the paper; `power` a: 1, or 2 for more than one step; `bias` b: 4 on ImageNet, 5 for CIFAR-10;
-    `earlier_time` from t and the gap to s.
+    **Arguments:** `gap` in (0, 1], the difference of the noise levels of t and s in units of the largest level:
+    $2^{-12}$ on ImageNet; `particles` M: 4 in the paper; `power` a >= 1: 1, or 2 for more than one step; `bias` b: 4 on
+    ImageNet, 5 for CIFAR-10; `earlier_time` from t and the gap to s.
     """
 
     gap: float = eqx.field(default=2**-12, converter=float)
@@ -55,6 +55,8 @@ class InductiveMomentMatching(AbstractIdentityWithLoss):
             raise ValueError(f"particles must be >= 2, got {self.particles}")
         if not 0 < self.gap <= 1:
             raise ValueError(f"gap must lie in (0, 1], got {self.gap}")
+        if not self.power >= 1:
+            raise ValueError(f"power must be >= 1, got {self.power}")
 
     @property
     def facts(self) -> Facts:

@@ -20,6 +20,13 @@ def identities_in(namespace: Mapping[str, Any], steps: int) -> dict[str, Abstrac
             continue
         if issubclass(member, AbstractScheduledIdentity):
             methods[name] = member.for_training(steps)
-        elif all(p.default is not p.empty for p in inspect.signature(member).parameters.values()):
+        elif not any(_is_required(parameter) for parameter in inspect.signature(member).parameters.values()):
             methods[name] = member()
     return methods
+
+
+def _is_required(parameter: inspect.Parameter) -> bool:
+    return parameter.default is parameter.empty and parameter.kind not in (
+        parameter.VAR_POSITIONAL,
+        parameter.VAR_KEYWORD,
+    )

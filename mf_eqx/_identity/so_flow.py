@@ -9,7 +9,8 @@ $\alpha = k$ and the other sign: the two methods differ in schedule and weights.
 
 The paper's loss weighs by $1 / (\overline{\Delta^2} + 0.01)^p$ with the *mean* over dimensions, p = 0.5 or 1: in
 `AdaptiveWeight`, which takes the sum, the offset is 0.01 times the number of dimensions. Three quarters of the rows are
-boundary rows; in the authors' code their gradient has a factor 2 that the others lack.
+boundary rows; in the authors' code their gradient has a factor 2 that the others lack. The gradient of a residual here
+is that of u(z, r, t), as in the authors' code, and not 1/k times as large.
 
 Source: SoFlow: Solution Flow Models for One-Step Generative Modeling, Luo, Yuan, Liu, 2025, arXiv 2512.15657, and the
 authors' code.
@@ -31,9 +32,10 @@ FIRST_STEP, LAST_STEP = 0.1, 0.002
 
 
 class SoFlow(AbstractScheduledIdentity):
-    r"""The residual $(X_{l \to r}(z_l) - X_{t \to r}(z_t)) / (t - l)$, its first term behind stop-gradient.
+    r"""The residual $(X_{l \to r}(z_l) - X_{t \to r}(z_t)) / (t - l)$, with the gradient of u in place of its own.
 
-    An exact field leaves a residual of order k.
+    An exact field leaves a residual of order k. In bfloat16 the difference is mostly rounding where k is small: compute
+    in float32.
 
     **Arguments:** `step` the part k of [r, t] that one step spans, in (0, 1], or a schedule of it.
     """

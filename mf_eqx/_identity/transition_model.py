@@ -8,8 +8,9 @@ parametrisation of the transition for each; its published models use the linear 
 is what is here, on every path. They compute du/dt by a central difference, `CentralDifference(0.005)`; half of their
 rows have r = t, and 10% have r = 0: an identity share of 1/2, and `TimePairs(at_data=0.2)`.
 
-Under guidance the authors' code leaves the derivative along the path; here it is along the guided velocity, as in
-MeanFlow.
+Their boundary rows have this weight, too, where it is that of `AdaptiveWeight(1, 1e-5)` but for the number of
+dimensions. Under guidance the authors' code leaves the derivative along the path; here it is along the guided velocity,
+as in MeanFlow.
 
 Source: Transition Models: Rethinking the Generative Learning Objective, 2025, arXiv 2509.04394, and the authors' code.
 """

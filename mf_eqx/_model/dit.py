@@ -194,9 +194,9 @@ class DiT(AbstractField):
         if z.shape != self.data_shape:
             raise ValueError(f"z must have the data_shape {self.data_shape}, got {z.shape}")
         r, t = as_times(r, t, z)
-        c = jax.nn.silu(self.embedding(r, t, condition)).astype(self.dtype)
         tokens = self._tokens(z.astype(self.dtype))
         if self.early_blocks is None:
+            c = jax.nn.silu(self.embedding(r, t, condition)).astype(self.dtype)
             tokens = self.stack(lambda block, x: cast(block, self.dtype)(x, c), tokens)
         else:
             early, c = (jax.nn.silu(self.embedding(s, s, condition)).astype(self.dtype) for s in (t, r))

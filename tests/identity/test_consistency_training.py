@@ -136,5 +136,7 @@ def test_earlier_times_are_earlier_and_finite(earlier, gap):
 
 def test_settings_of_both_papers_over_a_training():
     easy, improved = mfx.ConsistencyTraining.for_training(800), mfx.ConsistencyTraining.improved(800)
-    np.testing.assert_allclose([easy.gap(step) for step in (0, 99, 100, 799, 5000)], [1, 1, 1 / 2, 1 / 128, 1 / 256])
+    np.testing.assert_allclose(
+        [easy.gap(step) for step in (0, 99, 100, 799, 5000)], [1 / 2, 1 / 2, 1 / 4, 1 / 256, 1 / 256]
+    )
     np.testing.assert_allclose([improved.gap(step) for step in (0, 99, 100, 799)], [0.1, 0.1, 0.05, 1 / 1280])
