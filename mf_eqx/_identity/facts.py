@@ -5,7 +5,7 @@ import dataclasses
 from .._derivative import Passes
 
 
-def and_forward(passes: Passes | None, number: float) -> Passes | None:
+def and_forward(passes: Passes | None, number: float | int) -> Passes | None:
     """So many forward passes more, if the others are known."""
     return passes and passes._replace(forward=passes.forward + number)
 
