@@ -3,6 +3,7 @@
     python experiments/toy_2d.py                                 2 data sets x 5 methods x 2 seeds
     python experiments/toy_2d.py --quick                         under a minute
     python experiments/toy_2d.py --data two_moons pinwheel --methods MeanFlow Exact WrongTangent
+    python experiments/toy_2d.py --preset plain                  conditional velocity as target, no Fourier features
     python experiments/toy_2d.py --preset long                   one network, trained for an hour
     python experiments/toy_2d.py --dry-run                       what would be trained, and what is done already
 
@@ -56,6 +57,7 @@ EVALUATIONS = (1, 2, 4, 8)
 EDGES = tuple(np.linspace(0, 1, 9).tolist())
 FLOW_TIMES = (0.5, 0.7, 1.0)
 PATH = mfx.LinearInterpolant()
+REFERENCES = 1 << 16
 JUDGED_PAIRS = mfx.TimePairs(mfx.UniformTimes())
 
 
@@ -92,10 +94,20 @@ class Config(run.CellSettings):
     """Training steps."""
     batch: int = 256
     """Rows per step, drawn anew each time; a multiple of the denominator of identity_share."""
-    width: int = 128
+    width: int = 96
     """Width of the MLP."""
-    depth: int = 3
+    depth: int = 5
     """Residual blocks of the MLP, two layers each."""
+    condition_width: int = 32
+    """Width of the embedded times, which enter every block."""
+    fourier_features: int = 16
+    """Frequencies of Fourier features of z, 0 for none; z itself stays beside them."""
+    fourier_scale: float = 0.5
+    """Standard deviation of these frequencies at the start, in cycles per unit of the data."""
+    references: int = 512
+    """Data points from which each step estimates the velocity with less variance, drawn from 65,536 that are drawn
+    once; 0 for the conditional velocity. Methods that learn from pairs of data and noise (ConsistencyTraining,
+    InductiveMomentMatching) go without."""
     learning_rate: float = 2e-3
     """Peak of Adam's learning rate, after 100 steps of warm-up and before the cosine decay."""
     clip: float = 1.0
@@ -104,17 +116,20 @@ class Config(run.CellSettings):
     """Decay per step of the parameter average that is judged."""
     identity_share: float = 0.5
     """Share of rows with r < t, which carry the identity; Flow Matching has none."""
-    pair_times: tuple[float, float] = (0.0, 2.0)
-    """Mean and standard deviation of the logit of both times of a pair (r, t), drawn apart and sorted: nearly uniform,
-    with a little more at both ends."""
+    pair_times: tuple[float, float] = (0.0, 3.0)
+    """Mean and standard deviation of the logit of both times of a pair (r, t), drawn apart and sorted: much at both
+    ends, since one step reads the field at (0, 1)."""
+    at_data: float = 0.1
+    """Share of pairs whose r is set to 0."""
     boundary_times: tuple[float, float] = (-0.5, 1.5)
     """The same for t of rows with r = t: a little more near the data, where v varies most."""
-    power: float = 0.0
-    """Adaptive weight's power p (Eq. 22). The paper's 1 biases the field: see weight_bias.py."""
-    offset: float = 0.01
+    power: float = 1.0
+    """Adaptive weight's power p (Eq. 22): no single row pulls hard. It biases targets that have variance (see
+    weight_bias.py): take 0 with --references 0. Methods that go without references have 0."""
+    offset: float = 0.3
     """Adaptive weight's offset c (Eq. 22)."""
     marginal: bool = False
-    """Regress on the exact marginal velocity instead of the conditional one, which no real data set allows."""
+    """Regress on the exact marginal velocity, which no real data set allows; references are not used then."""
     copies: int = 1
     """Independent copies of the data set side by side: data in 2 x copies dimensions."""
     samples: int = 4000
@@ -130,6 +145,8 @@ class Config(run.CellSettings):
         self.check(seeds=1, steps=1, width=1, depth=1, copies=1, samples=10, large_samples=10, rows=10)
         run.check_sizes(self, seeds=100, batch=1 << 20, width=1 << 14, depth=1000, copies=1000)
         run.check_sizes(self, samples=10**6, large_samples=10**7, rows=10**6)
+        self.check(condition_width=1, fourier_features=0, references=0)
+        run.check_sizes(self, condition_width=1 << 14, fourier_features=1 << 14, references=REFERENCES)
         for name, known in (("data", DATA), ("methods", METHODS)):
             if unknown := [item for item in getattr(self, name) if item not in known]:
                 raise ValueError(f"{name} must be among {', '.join(known)}; got {', '.join(unknown)}")
@@ -139,10 +156,14 @@ class Config(run.CellSettings):
                 raise ValueError(f"{name} must differ from each other, got {', '.join(getattr(self, name))}")
         if not self.clip > 0:
             raise ValueError(f"clip must be > 0, got {self.clip}")
+        if not self.fourier_scale > 0:
+            raise ValueError(f"fourier_scale must be > 0, got {self.fourier_scale}")
         if not 0 < self.learning_rate < 1:
             raise ValueError(f"learning_rate must lie in (0, 1), got {self.learning_rate}")
         for method in self.methods:
             train_step(self, method).check_batch_size(self.batch)
+            if self.marginal and learns_from_pairs(objective(self, method).identity):
+                raise ValueError(f"marginal must be False for {method}, which learns from pairs of data and noise")
 
 
 def shrunk(config: Config) -> Config:
@@ -153,17 +174,39 @@ def shrunk(config: Config) -> Config:
     )
 
 
+def learns_from_pairs(identity: mfx.AbstractIdentity | None) -> bool:
+    """Whether a method needs x and eps themselves, and can take no other velocity."""
+    return identity is not None and identity.facts.uses_pair
+
+
 def objective(config: Config, method: str) -> mfx.Objective:
-    """The method's objective, without the velocity of `marginal`, which depends on the data."""
+    """The method's objective, without what depends on the data: the velocity of `marginal`, the references."""
     wrong = mfx.MeanFlow(tangent_t=0)
     identity = wrong if method == "WrongTangent" else mfx.identities_in(vars(mfx), config.steps).get(method)
     return mfx.Objective(
         identity,
-        time_pairs=mfx.TimePairs(mfx.LogitNormalTimes(*config.pair_times)),
+        time_pairs=mfx.TimePairs(mfx.LogitNormalTimes(*config.pair_times), at_data=config.at_data),
         boundary_times=mfx.LogitNormalTimes(*config.boundary_times),
         identity_share=config.identity_share if identity else 0,
-        weight=mfx.AdaptiveWeight(config.power, config.offset),
+        weight=mfx.AdaptiveWeight(0.0 if learns_from_pairs(identity) else config.power, config.offset),
     )
+
+
+def with_target(objective: mfx.Objective, config: Config, data: str) -> mfx.Objective:
+    """The objective, regressing on a better velocity than the conditional one where the method can take it."""
+    if config.marginal:
+        velocity = exact.MarginalVelocity(distribution_of(config, data), PATH)
+        return dataclasses.replace(objective, velocity=velocity)
+    if config.references and not learns_from_pairs(objective.identity):
+        stable_target = mfx.StableTarget(references_of(config, data), number=config.references)
+        return dataclasses.replace(objective, stable_target=stable_target)
+    return objective
+
+
+@functools.cache
+def references_of(config: Config, data: str) -> Float[Array, "references dim"]:
+    """The points of which each step takes some: the same for all methods and seeds."""
+    return exact.draw(distribution_of(config, data), REFERENCES, jr.key(2**31 - 2))
 
 
 @functools.cache
@@ -173,7 +216,7 @@ def train_step(config: Config, method: str) -> mfx.TrainStep:
     optimizer = optax.chain(optax.clip_by_global_norm(config.clip), optax.adam(schedule))
     average = mfx.ExponentialAverage(config.decay)
     taught = (identity := IDENTITIES.get(method)) is not None and identity.facts.needs_teacher
-    return mfx.TrainStep(objective(config, method), optimizer, [average], teacher=0 if taught else None)
+    return mfx.TrainStep(objective(config, method), optimizer, [average], teacher=0 if taught else None, unroll=True)
 
 
 class Instantaneous(mfx.AbstractField):
@@ -231,19 +274,21 @@ def training(config: Config, cell: Cell) -> run.Training | None:
     if cell.method == "Exact":
         return None
     field_key, run_key = jr.split(jr.key(cell.seed))
-    step, distribution = train_step(config, cell.method), distribution_of(config, cell.data)
-    if config.marginal:
-        step = eqx.tree_at(
-            lambda step: step.objective.velocity,
-            step,
-            exact.MarginalVelocity(distribution, PATH),
-            is_leaf=lambda leaf: leaf is None,
-        )
+    target = with_target(objective(config, cell.method), config, cell.data)
+    step = dataclasses.replace(train_step(config, cell.method), objective=target)
 
     def make_field() -> mfx.MLP:
-        return mfx.MLP(2 * config.copies, width=config.width, depth=config.depth, key=field_key)
+        return mfx.MLP(
+            2 * config.copies,
+            width=config.width,
+            depth=config.depth,
+            condition_width=config.condition_width,
+            fourier_features=config.fourier_features,
+            fourier_scale=config.fourier_scale,
+            key=field_key,
+        )
 
-    draw = exact.Draw(distribution, config.batch)
+    draw = exact.Draw(distribution_of(config, cell.data), config.batch)
     return run.Training("_".join(map(str, cell)), step, make_field, draw, config.steps, run_key)
 
 
@@ -447,17 +492,32 @@ def main(config: Config) -> None:
         print(f"{text} Pictures, results.md and results.json are in {directory.root}.")
 
 
+PLAIN = Config(
+    width=128,
+    depth=3,
+    condition_width=128,
+    fourier_features=0,
+    references=0,
+    pair_times=(0.0, 2.0),
+    at_data=0.0,
+    power=0.0,
+    offset=0.01,
+)
+
 PRESETS = {
     "default": ("two data sets, all methods, two seeds", Config()),
+    "plain": ("conditional velocity as target, no Fourier features", PLAIN),
     "long": (
         "one network on the checkerboard, as good as an hour makes it",
-        Config(
+        dataclasses.replace(
+            PLAIN,
             data=("checkerboard",),
             methods=("MeanFlow", "Exact"),
             seeds=1,
             steps=80000,
             batch=512,
             width=256,
+            condition_width=256,
             learning_rate=1e-3,
             # Constant up to errors of about 100, so that no row can pull harder than a few others together. It scales
             # the loss by 1/100, and with it what `clip` means.

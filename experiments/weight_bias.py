@@ -89,16 +89,17 @@ def cells(config: Config) -> list[Cell]:
 
 
 def toy_config(config: Config, cell: Cell) -> toy_2d.Config:
-    return toy_2d.Config(
+    return dataclasses.replace(
+        toy_2d.PLAIN,
         data=(config.data,),
         methods=("MeanFlow",),
         seeds=config.seeds,
         steps=config.steps,
         samples=config.samples,
         rows=config.rows,
+        marginal=cell.kind == MARGINAL,
         power=cell.power,
         offset=cell.offset,
-        marginal=cell.kind == MARGINAL,
     )
 
 

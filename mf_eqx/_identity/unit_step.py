@@ -1,0 +1,22 @@
+"""Losses whose steps have bounded length ("tangent normalisation" in arXiv 2410.11081)."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from .._custom_types import Scalar, ScalarLike
+
+
+def unit_step_loss(
+    residual: Float[Array, "*data"], offset: float, *, factor: ScalarLike = 1.0, root_mean_square: bool = False
+) -> Scalar:
+    r"""The loss $\mathrm{sg}(s / (|s \Delta| + c))\, |\Delta|^2$ of a residual $\Delta$.
+
+    Its gradient is that of moving u by $-g / (|g| + c)$ with $g = s \Delta$, a step of length below 1.
+
+    **Arguments:** `residual`; `offset` c; `factor` s; `root_mean_square` whether $|g|^2$ is the mean of squares over
+    dimensions rather than their sum, which makes the step one of length 1 per dimension, and the loss a mean.
+    """
+    error = jnp.mean(residual**2) if root_mean_square else jnp.sum(residual**2)
+    scale = jnp.asarray(factor, error.dtype)
+    return jax.lax.stop_gradient(scale / (scale * jnp.sqrt(error) + offset)) * error
