@@ -46,13 +46,14 @@ DATA: dict[str, Callable[[], exact.GaussianMixture]] = {
 }
 
 
-def is_usual(facts: mfx.Facts) -> bool:
-    return facts.exact and not facts.needs_teacher and not facts.learns_through_derivative
+def is_usual(identity: mfx.AbstractIdentity) -> bool:
+    facts, own_loss = identity.facts, isinstance(identity, mfx.AbstractIdentityWithLoss)
+    return facts.exact and not (facts.needs_teacher or facts.learns_through_derivative or own_loss)
 
 
 IDENTITIES = mfx.identities_in(vars(mfx), steps=1)
 METHODS = ["FlowMatching", *IDENTITIES, "WrongTangent", "Exact"]
-USUAL = ["FlowMatching", *(name for name, identity in IDENTITIES.items() if is_usual(identity.facts))]
+USUAL = ["FlowMatching", *(name for name, identity in IDENTITIES.items() if is_usual(identity))]
 EVALUATIONS = (1, 2, 4, 8)
 EDGES = tuple(np.linspace(0, 1, 9).tolist())
 FLOW_TIMES = (0.5, 0.7, 1.0)
@@ -86,8 +87,8 @@ class Config(run.CellSettings):
     two_spirals."""
     methods: tuple[str, ...] = (*USUAL, "Exact")
     """Methods: FlowMatching, the identities of mf_eqx by name, WrongTangent (MeanFlow with the tangent (v, 0, 0), which
-    is wrong), Exact (the true field, put through the same table). By default the identities that hold exactly, need no
-    teacher and no gradient through a derivative."""
+    is wrong), Exact (the true field, put through the same table). By default the identities that hold exactly, and need no
+    teacher, no gradient through a derivative and no loss of their own."""
     seeds: int = 2
     """Trainings of each, from seeds 0, 1, ..."""
     steps: int = 5000
