@@ -17,8 +17,10 @@ import dataclasses
 import functools
 import importlib
 import math
+import runpy
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -51,9 +53,17 @@ def is_usual(identity: mfx.AbstractIdentity) -> bool:
     return facts.exact and not (facts.needs_teacher or facts.learns_through_derivative or own_loss)
 
 
-IDENTITIES = mfx.identities_in(vars(mfx), steps=1)
-METHODS = ["FlowMatching", *IDENTITIES, "WrongTangent", "Exact"]
-USUAL = ["FlowMatching", *(name for name, identity in IDENTITIES.items() if is_usual(identity))]
+@functools.cache
+def identities(own: str | None, steps: int) -> dict[str, mfx.AbstractIdentity]:
+    """The identities of mf_eqx, and those of a Python file of the user's own, for a training of that many steps."""
+    return mfx.identities_in(vars(mfx) if own is None else {**vars(mfx), **runpy.run_path(own)}, steps)
+
+
+def methods(own: str | None = None) -> list[str]:
+    return ["FlowMatching", *identities(own, 1), "WrongTangent", "Exact"]
+
+
+USUAL = ["FlowMatching", *(name for name, identity in identities(None, 1).items() if is_usual(identity))]
 EVALUATIONS = (1, 2, 4, 8)
 EDGES = tuple(np.linspace(0, 1, 9).tolist())
 FLOW_TIMES = (0.5, 0.7, 1.0)
@@ -87,8 +97,11 @@ class Config(run.CellSettings):
     two_spirals."""
     methods: tuple[str, ...] = (*USUAL, "Exact")
     """Methods: FlowMatching, the identities of mf_eqx by name, WrongTangent (MeanFlow with the tangent (v, 0, 0), which
-    is wrong), Exact (the true field, put through the same table). By default the identities that hold exactly, and need no
-    teacher, no gradient through a derivative and no loss of their own."""
+    is wrong), Exact (the true field, put through the same table). By default the identities that hold exactly, and need
+    no teacher, no gradient through a derivative and no loss of their own."""
+    own: str | None = None
+    """A Python file with identities of your own, subclasses of mf_eqx.AbstractIdentity, which join the methods by their
+    names. Finished trainings are not done again when the file changes: give another --name then."""
     seeds: int = 2
     """Trainings of each, from seeds 0, 1, ..."""
     steps: int = 5000
@@ -148,7 +161,9 @@ class Config(run.CellSettings):
         run.check_sizes(self, samples=10**6, large_samples=10**7, rows=10**6)
         self.check(condition_width=1, fourier_features=0, references=0)
         run.check_sizes(self, condition_width=1 << 14, fourier_features=1 << 14, references=REFERENCES)
-        for name, known in (("data", DATA), ("methods", METHODS)):
+        if self.own is not None and not Path(self.own).is_file():
+            raise ValueError(f"own must be a Python file, got {self.own}")
+        for name, known in (("data", DATA), ("methods", methods(self.own))):
             if unknown := [item for item in getattr(self, name) if item not in known]:
                 raise ValueError(f"{name} must be among {', '.join(known)}; got {', '.join(unknown)}")
             if not getattr(self, name):
@@ -183,7 +198,7 @@ def learns_from_pairs(identity: mfx.AbstractIdentity | None) -> bool:
 def objective(config: Config, method: str) -> mfx.Objective:
     """The method's objective, without what depends on the data: the velocity of `marginal`, the references."""
     wrong = mfx.MeanFlow(tangent_t=0)
-    identity = wrong if method == "WrongTangent" else mfx.identities_in(vars(mfx), config.steps).get(method)
+    identity = wrong if method == "WrongTangent" else identities(config.own, config.steps).get(method)
     return mfx.Objective(
         identity,
         time_pairs=mfx.TimePairs(mfx.LogitNormalTimes(*config.pair_times), at_data=config.at_data),
@@ -216,8 +231,8 @@ def train_step(config: Config, method: str) -> mfx.TrainStep:
     schedule = optax.warmup_cosine_decay_schedule(0, rate, warmup, max(config.steps, warmup + 1), rate / 100)
     optimizer = optax.chain(optax.clip_by_global_norm(config.clip), optax.adam(schedule))
     average = mfx.ExponentialAverage(config.decay)
-    taught = (identity := IDENTITIES.get(method)) is not None and identity.facts.needs_teacher
-    return mfx.TrainStep(objective(config, method), optimizer, [average], teacher=0 if taught else None, unroll=True)
+    loss = objective(config, method)
+    return mfx.TrainStep(loss, optimizer, [average], teacher=0 if loss.needs_teacher else None, unroll=True)
 
 
 class Instantaneous(mfx.AbstractField):

@@ -82,8 +82,22 @@ def test_every_identity_is_a_method_and_the_usual_ones_are_the_default(toy_2d):
     import mf_eqx as mfx
 
     found = mfx.identities_in(vars(mfx), steps=1)
-    assert {*found, "FlowMatching", "WrongTangent", "Exact"} == set(toy_2d.METHODS)
+    assert {*found, "FlowMatching", "WrongTangent", "Exact"} == set(toy_2d.methods())
     assert {"FlowMatching", "MeanFlow", "Exact"} < set(toy_2d.Config().methods) < {"FlowMatching", "Exact", *found}
+
+
+def test_identities_of_a_file_join_the_methods(toy_2d, tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "import mf_eqx as mfx\n\n\nclass Mine(mfx.AbstractIdentity):\n    facts = mfx.Facts()\n\n"
+        "    def residual(self, field, row):\n        return row.evaluate(field, row.z, row.r, row.t) - row.v\n"
+    )
+    config = toy_2d.Config(own=str(path), methods=("Mine", "MeanFlow"))
+    assert type(toy_2d.objective(config, "Mine").identity).__name__ == "Mine"
+    with pytest.raises(ValueError, match=r"methods must be among .*; got Mine"):
+        toy_2d.Config(methods=("Mine",))
+    with pytest.raises(ValueError, match=r"own must be a Python file, got none\.py"):
+        toy_2d.Config(own="none.py")
 
 
 def test_flow_matching_samples_by_euler(toy_2d):
