@@ -7,8 +7,10 @@ estimated by
 $$v^*(z, t) = \sum_j w_j \left(\dot\alpha_t x_j + \dot\sigma_t\, \frac{z - \alpha_t x_j}{\sigma_t}\right), \qquad
 w = \mathrm{softmax}_j\left(-\frac{|z - \alpha_t x_j|^2}{2 \sigma_t^2}\right).$$
 
-Over a whole data set this is the marginal velocity of that data set, without variance or bias. Over a random part of it
-the variance falls, and a bias of order 1/n comes in.
+Over a whole data set this is the marginal velocity of that data set, without variance. With n references that are drawn
+from the distribution of x, independently, the variance falls as 1/n and there is no bias at any n: given z and the set
+{x_0, ..., x_n}, any of which might have been the row's own, $w_j$ is the probability that x_j led to z, so that v* is
+the mean of the conditional velocity given z and the set.
 
 Source: Stable Target Field for Reduced Variance Score Estimation in Diffusion Models, Xu, Tong, Jaakkola, 2023, arXiv
 2302.00670.

@@ -129,6 +129,35 @@ def test_quick_is_no_larger_than_what_is_asked_for(toy_2d):
     asked = dataclasses.replace(toy_2d.Config(), steps=7, samples=10**6, data=("two_moons", "pinwheel"))
     quick = toy_2d.shrunk(asked)
     assert (quick.steps, quick.samples, quick.seeds, quick.data) == (7, 1000, 1, ("two_moons",))
+    assert quick.methods == ("FlowMatching", "MeanFlow", "Exact")
+    asked = dataclasses.replace(asked, methods=("Shortcut",))
+    assert toy_2d.shrunk(asked).methods == ("Shortcut",)
+
+
+def test_methods_train_on_references_unless_they_need_pairs_or_the_exact_velocity_is_given(toy_2d):
+    methods = ("FlowMatching", "MeanFlow", "ConsistencyTraining", "InductiveMomentMatching")
+    config = toy_2d.Config(methods=methods, references=64)
+
+    def target(config, method):
+        return toy_2d.with_target(toy_2d.objective(config, method), config, "checkerboard")
+
+    for method in ("FlowMatching", "MeanFlow"):
+        stable = target(config, method).stable_target
+        assert stable.number == 64 and stable.x.shape == (toy_2d.REFERENCES, 2)
+        exact_target = target(dataclasses.replace(config, methods=(method,), marginal=True), method)
+        assert exact_target.stable_target is None and exact_target.velocity is not None
+        plain = target(dataclasses.replace(config, references=0), method)
+        assert plain.stable_target is None and plain.velocity is None
+    for method in methods[2:]:
+        without = target(config, method)
+        assert without.stable_target is None and without.weight.power == 0
+
+
+def test_network_is_the_one_that_is_asked_for(toy_2d):
+    config = toy_2d.Config(width=24, depth=2, condition_width=6, fourier_features=5)
+    field = toy_2d.training(config, toy_2d.Cell("checkerboard", "MeanFlow", 0)).make_field()
+    assert field.frequencies.shape == (2, 5)
+    assert field.stack.blocks.condition.weight.shape == (2, 6, 24)
 
 
 @pytest.mark.parametrize(
@@ -142,6 +171,11 @@ def test_quick_is_no_larger_than_what_is_asked_for(toy_2d):
         ("--identity-share 1", "--identity-share must be below 1 for ImprovedMeanFlow"),
         ("--power -1", "--power must be >= 0 and finite, got -1"),
         ("--clip 0", "--clip must be > 0, got 0.0"),
+        ("--references 65537", "--references must be"),
+        ("--references -1", "--references must be >= 0, got -1"),
+        ("--fourier-features -1", "--fourier-features must be >= 0, got -1"),
+        ("--fourier-scale 0", "--fourier-scale must be > 0, got 0.0"),
+        ("--methods ConsistencyTraining --marginal", "--marginal must be False for ConsistencyTraining"),
         ("--decay 1", "--decay must lie in"),
     ],
 )

@@ -100,6 +100,67 @@ def test_label_missing_or_given_in_vain_is_refused():
         small(labels=None)(z, r, t, label)
 
 
+# Fourier features
+
+
+def test_features_are_cosines_and_sines_beside_z(x64):
+    field = nn.cast(small(fourier_features=4, fourier_scale=2.0), jnp.float64)
+    z, *rest = inputs()
+    angles = 2 * np.pi * np.asarray(z) @ np.asarray(field.frequencies)
+    features = np.concatenate([z, np.cos(angles), np.sin(angles)])
+    assert field.first.weight.shape == (10, 16)
+
+    # A field without features whose first layer, a bias alone, gives the same.
+    hidden = linear(field.first, features)
+    layer = eqx.tree_at(lambda layer: (layer.weight, layer.bias), field.first, (jnp.zeros((2, 16)), hidden))
+    constant = eqx.tree_at(lambda field: (field.first, field.frequencies), field, (layer, None))
+    np.testing.assert_allclose(field(z, *rest), constant(z, *rest), rtol=1e-12)
+
+
+def test_frequencies_start_with_the_asked_deviation():
+    field = mfx.MLP(3, width=4, depth=1, fourier_features=2000, fourier_scale=0.5, key=jr.key(0))
+    assert field.frequencies.shape == (3, 2000)
+    assert abs(float(jnp.std(field.frequencies)) - 0.5) < 0.02
+
+
+def test_derivative_through_features_equals_central_finite_differences(x64):
+    field = nn.cast(small(fourier_features=4, condition_width=5), jnp.float64)
+    z, r, t, label = inputs()
+    v, step = jnp.array([1.0, 2.0]), 1e-5
+    dudt = jax.jit(mfx.total_derivative)(field, z, v, r, t, label)[1]
+    difference = (field(z + step * v, r, t + step, label) - field(z - step * v, r, t - step, label)) / (2 * step)
+    np.testing.assert_allclose(dudt, difference, rtol=1e-6, atol=1e-8)
+
+
+def test_features_and_narrow_condition_get_gradients_and_stay_float32_under_bfloat16():
+    field = small(fourier_features=4, condition_width=5, dtype=jnp.bfloat16)
+    z, r, t, label = inputs()
+    gradients = jax.jit(jax.grad(lambda field: jnp.sum(field(z, r, t, label) ** 2)))(field)
+    assert float(jnp.abs(gradients.frequencies).min()) > 0
+    assert field.stack.blocks.condition.weight.shape == (2, 5, 16)
+    for leaf in jax.tree.leaves((field(z, r, t, label), gradients)):
+        assert leaf.dtype == jnp.float32 and bool(jnp.isfinite(leaf).all())
+
+
+def test_without_features_nothing_is_added_and_the_condition_is_as_wide_as_the_field():
+    plain, wide = small(), small(condition_width=16)
+    assert plain.frequencies is None
+    assert all(map(np.array_equal, jax.tree.leaves(plain), jax.tree.leaves(wide)))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"fourier_features": -1}, "fourier_features must be >= 0, got -1"),
+        ({"fourier_scale": 0.0}, "fourier_scale must be > 0 and finite, got 0.0"),
+        ({"condition_width": 0}, "condition_width must be an integer >= 1, got 0"),
+    ],
+)
+def test_features_that_do_not_exist_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        small(**options)
+
+
 # Precision
 
 

@@ -1,0 +1,243 @@
+"""Targets from references: exact over a whole point set, and with the promised statistics over a part of it."""
+
+from fractions import Fraction
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import optax
+import pytest
+
+import mf_eqx as mfx
+from mf_eqx import exact
+
+PATHS = [mfx.LinearInterpolant(), mfx.TrigonometricInterpolant()]
+TIMES = (1e-3, 1e-2, 0.1, 0.3, 0.5, 0.8, 0.99, 1.0)
+
+
+def points(number=24, dim=2):
+    return jr.normal(jr.key(0), (number, dim))
+
+
+@eqx.filter_jit
+def velocities(target, path, x, eps, t, key=None):
+    """Of every row at every time."""
+    key = jr.key(0) if key is None else key
+    at = jax.vmap(lambda x, eps, t: target.velocity(path, x, eps, t, key=key), (None, None, 0))
+    return jax.vmap(at, (0, 0, None))(x, eps, t)
+
+
+@pytest.mark.parametrize("path", PATHS, ids=["linear", "trigonometric"])
+def test_over_a_whole_point_set_it_is_that_sets_velocity(path, x64):
+    x, t = points(), jnp.array(TIMES)
+    eps = jr.normal(jr.key(1), x.shape)
+
+    @jax.jit
+    def expected(x, eps, t):
+        def one(x, eps, t):
+            z, v = path.state_and_velocity(x, eps, t)
+            return exact.PointSet(points()).velocity(path, z, t), v
+
+        return jax.vmap(jax.vmap(one, (None, None, 0)), (0, 0, None))(x, eps, t)
+
+    marginal, conditional = expected(x, eps, t)
+    found = velocities(mfx.StableTarget(x), path, x, eps, t)
+    # Relative to the largest term, since the point set divides by sigma.
+    assert float(jnp.abs(found - marginal).max()) < 1e-12 * float(jnp.abs(marginal).max() + 1 / TIMES[0])
+    assert float(jnp.abs(found - marginal)[:, 1:].max()) < 1e-12
+    assert float(jnp.abs(found - conditional)[:, 4:].max()) > 0.5
+
+
+@pytest.mark.parametrize("path", PATHS, ids=["linear", "trigonometric"])
+def test_at_time_0_it_is_the_conditional_velocity(path, x64):
+    x = points()
+    eps = jr.normal(jr.key(1), x.shape)
+    found = velocities(mfx.StableTarget(x), path, x, eps, jnp.zeros(1))[:, 0]
+    rate = path.rates(jnp.zeros(()))
+    np.testing.assert_allclose(found, rate[2] * x + rate[3] * eps, rtol=0, atol=1e-12)
+
+
+def test_float32_is_near_float64(x64):
+    x, t = points(), jnp.array((0.0, *TIMES))
+    eps = jr.normal(jr.key(1), x.shape)
+    expected = velocities(mfx.StableTarget(x), PATHS[0], x, eps, t)
+    x, eps, t = (value.astype(jnp.float32) for value in (x, eps, t))
+    found = velocities(mfx.StableTarget(x), PATHS[0], x, eps, t)
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found, expected, rtol=0, atol=2e-4)
+
+
+def test_own_x_counts_once_whether_or_not_it_is_a_reference(x64):
+    x, t = points(), jnp.array(TIMES)
+    eps = jr.normal(jr.key(1), x.shape)
+    row = x[:1], eps[:1], t
+    with_own = velocities(mfx.StableTarget(x), PATHS[0], *row)
+    without = velocities(mfx.StableTarget(x[1:]), PATHS[0], *row)
+    twice = velocities(mfx.StableTarget(jnp.concatenate([x[:1], x])), PATHS[0], *row)
+    np.testing.assert_allclose(without, with_own, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(twice, with_own, rtol=0, atol=1e-12)
+
+
+def test_row_sees_references_of_its_label_only_and_all_when_dropped(x64):
+    x, label = points(), jnp.arange(24) % 3
+    eps = jr.normal(jr.key(1), (2,))
+    t, key = jnp.asarray(0.7), jr.key(0)
+
+    @jax.jit
+    def labelled(condition, dropped):
+        return mfx.StableTarget(x, label).velocity(PATHS[0], x[1], eps, t, condition, dropped, key=key)
+
+    @jax.jit
+    def of(references):
+        return mfx.StableTarget(references).velocity(PATHS[0], x[1], eps, t, key=key)
+
+    one, everything = of(x[label == 1]), of(x)
+    np.testing.assert_allclose(labelled(jnp.asarray(1), False), one, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(labelled(jnp.asarray(3), True), everything, rtol=0, atol=1e-12)
+    assert float(jnp.abs(one - everything).max()) > 0.01
+
+
+class Last(mfx.AbstractTimes):
+    """Always 1."""
+
+    def __call__(self, *, key):
+        return jnp.ones(())
+
+
+class Difference(mfx.AbstractIdentity):
+    """z - v, which at time 1 is the mean of the row's own x and the references."""
+
+    facts = mfx.Facts(degenerate=True)
+
+    def residual(self, field, row):
+        return row.z - row.v
+
+
+def drawn_references(accumulation):
+    """The mean squares of the residual in six steps; own x is 0, references are 1 to 64, a step draws one."""
+    target = mfx.StableTarget(jnp.arange(1.0, 65.0)[:, None], number=1)
+    objective = mfx.Objective(
+        Difference(), time_pairs=mfx.TimePairs(Last()), identity_share=Fraction(1, 2), stable_target=target
+    )
+    step = mfx.TrainStep(objective, optax.sgd(0.0), accumulation=accumulation)
+    field = mfx.MLP(1, width=2, depth=1, key=jr.key(0))
+    state, found = mfx.init_state(field, step.optimizer, key=jr.key(1)), []
+    for _ in range(6):
+        state, metrics = step(state, mfx.Batch(jnp.zeros((16, 1))))
+        found.append(float(metrics["identity_error"].value))
+    return found
+
+
+def test_rows_and_micro_batches_of_a_step_share_the_drawn_references_and_the_next_step_draws_others():
+    found = drawn_references(1)
+    numbers = 2 * np.sqrt(found)
+    np.testing.assert_allclose(numbers, np.round(numbers), atol=1e-3)  # the same one for all rows
+    assert len(set(np.round(numbers))) > 3
+    np.testing.assert_allclose(drawn_references(2), found, rtol=1e-5)
+
+
+def test_mean_over_drawn_references_is_the_marginal_velocity_and_the_variance_falls_as_their_number_rises():
+    """Against the exact velocity of a mixture, summed up by the mean of (v* - v) v, which is 0 without bias."""
+    mixture, path, rows = exact.GaussianMixture(jnp.array([[-1.0], [0.5], [1.0]]), 0.1), PATHS[0], 20_000
+    x = exact.draw(mixture, rows, jr.key(1))
+    eps, t, keys = jr.normal(jr.key(2), x.shape), jnp.asarray(0.6), jr.split(jr.key(3), rows)
+    references = exact.draw(mixture, rows, jr.key(4))
+
+    @eqx.filter_jit
+    def statistics(number):
+        target = mfx.StableTarget(references, number=number)
+
+        def one(x, eps, key):
+            v = mixture.velocity(path, path.state_and_velocity(x, eps, t)[0], t)
+            error = target.velocity(path, x, eps, t, key=key) - v
+            return jnp.sum(error * v), jnp.sum(error**2)
+
+        bias, square = jax.vmap(one)(x, eps, keys)
+        return jnp.mean(bias), jnp.std(bias) / rows**0.5, jnp.mean(square)
+
+    variances = []
+    for number in (4, 16):
+        bias, deviation, variance = map(float, statistics(number))
+        assert abs(bias) < 4 * deviation + 0.003, number  # the references are a finite draw themselves: 0.001
+        variances.append(variance)
+    assert 3 < variances[0] / variances[1] < 5
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"x": jnp.zeros((0, 2))}, "x must be at least one reference, floating point; got 0 of float32"),
+        ({"number": 0}, r"number must lie in \[1, 3\], the number of references, or be None; got 0"),
+        ({"number": 4}, r"number must lie in \[1, 3\], the number of references, or be None; got 4"),
+    ],
+)
+def test_references_that_do_not_fit_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        mfx.StableTarget(**({"x": jnp.zeros((3, 2))} | options))
+
+
+def test_references_of_integers_and_labels_of_another_number_are_refused(unchecked):
+    with pytest.raises(ValueError, match="x must be at least one reference, floating point; got 3 of int32"):
+        mfx.StableTarget(jnp.zeros((3, 2), jnp.int32))
+    with pytest.raises(ValueError, match=r"label must be one for each of 3 references, got shape \(2,\)"):
+        mfx.StableTarget(jnp.zeros((3, 2)), jnp.zeros(2, jnp.int32))
+
+
+def test_row_that_does_not_fit_is_refused():
+    row = {"eps": jnp.zeros(3), "t": jnp.asarray(0.5), "key": jr.key(0)}
+    with pytest.raises(ValueError, match=r"x must have the shape of a reference, \(2,\), got \(3,\)"):
+        mfx.StableTarget(points()).velocity(PATHS[0], jnp.zeros(3), **row)
+    labelled = mfx.StableTarget(points(), jnp.zeros(24, jnp.int32))
+    for condition in (None, jnp.asarray(1.0), jnp.zeros(2, jnp.int32)):
+        with pytest.raises(ValueError, match="condition must be one integer label where references have labels, got"):
+            labelled.velocity(PATHS[0], jnp.zeros(2), condition=condition, **row | {"eps": jnp.zeros(2)})
+
+
+def test_velocity_beside_it_and_methods_of_pairs_are_refused():
+    target = mfx.StableTarget(points())
+    with pytest.raises(ValueError, match="stable_target must be None with a velocity, which replaces it; got both"):
+        mfx.Objective(velocity=lambda z, t, condition: z, stable_target=target)
+    with pytest.raises(ValueError, match="stable_target must be None for ConsistencyTraining, which learns from x and"):
+        mfx.Objective(mfx.ConsistencyTraining(0.25), stable_target=target)
+
+
+def test_objective_learns_from_it_and_meets_less_error():
+    mixture = exact.eight_gaussians()
+    target = mfx.StableTarget(exact.draw(mixture, 256, jr.key(0)), number=64)
+
+    def mean_error(stable_target):
+        objective = mfx.Objective(None, identity_share=0, weight=mfx.ConstantWeight(), stable_target=stable_target)
+        step = mfx.TrainStep(objective, optax.adam(3e-3), unroll=True)
+        field = mfx.MLP(2, width=16, depth=1, key=jr.key(1))
+        state = mfx.init_state(field, step.optimizer, key=jr.key(2))
+        state, metrics = mfx.scan_steps(step, state, exact.Draw(mixture, 128), 200)
+        assert int(state.faults.total) == 0
+        assert not np.array_equal(state.field.out.weight, field.out.weight)
+        return float(metrics["boundary_error"].value)
+
+    assert mean_error(target) < 0.7 * mean_error(None)
+
+
+def test_guidance_composes_with_it():
+    """With the row's own x as the only reference nothing changes; with others the guided target does."""
+    field = jax.tree.map(lambda leaf: leaf + 0.1, mfx.MLP(2, width=8, depth=1, labels=2, key=jr.key(0)))
+    batch = mfx.Batch(jnp.ones((32, 2)), jnp.arange(32) % 2)
+    dropout = mfx.LabelDropout(0.1, field.null_label)
+
+    @eqx.filter_jit
+    def loss(stable_target):
+        objective = mfx.Objective(
+            guidance=mfx.Guidance(2.0, 0.5),
+            label_dropout=dropout,
+            stable_target=stable_target,
+            weight=mfx.ConstantWeight(),
+        )
+        return objective(field, batch, key=jr.key(3))[0]
+
+    labels = jnp.array([0, 1, 0, 1])
+    alone, own = loss(None), loss(mfx.StableTarget(jnp.ones((4, 2)), labels))
+    others = loss(mfx.StableTarget(points(4), labels))
+    np.testing.assert_allclose(own, alone, rtol=1e-5)
+    assert bool(jnp.isfinite(others)) and abs(float(others - alone)) > 0.01
