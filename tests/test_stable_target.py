@@ -69,15 +69,27 @@ def test_float32_is_near_float64(x64):
     np.testing.assert_allclose(found, expected, rtol=0, atol=2e-4)
 
 
-def test_own_x_counts_once_whether_or_not_it_is_a_reference(x64):
+def test_own_x_counts_once_whether_or_not_it_is_a_reference_and_twice_if_the_data_have_it_twice(x64):
     x, t = points(), jnp.array(TIMES)
     eps = jr.normal(jr.key(1), x.shape)
     row = x[:1], eps[:1], t
     with_own = velocities(mfx.StableTarget(x), PATHS[0], *row)
     without = velocities(mfx.StableTarget(x[1:]), PATHS[0], *row)
     twice = velocities(mfx.StableTarget(jnp.concatenate([x[:1], x])), PATHS[0], *row)
+    weighted = exact.PointSet(x, np.array([2.0] + [1.0] * 23))
+    z = jax.vmap(lambda t: PATHS[0].state_and_velocity(x[0], eps[0], t)[0])(t)
+    expected = jax.vmap(lambda z, t: weighted.velocity(PATHS[0], z, t))(z, t)
     np.testing.assert_allclose(without, with_own, rtol=0, atol=1e-12)
-    np.testing.assert_allclose(twice, with_own, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(twice[0, 1:], expected[1:], rtol=0, atol=1e-12)
+
+
+def test_references_of_uncentred_data_are_told_apart(x64):
+    x, t = points(), jnp.array(TIMES)
+    eps = jr.normal(jr.key(1), x.shape)
+    near = velocities(mfx.StableTarget(x), PATHS[0], x, eps, t)
+    moved, eps, t = (value.astype(jnp.float32) for value in (x + 100, eps, t))
+    far = velocities(mfx.StableTarget(moved), PATHS[0], moved, eps, t)
+    np.testing.assert_allclose(far[:, 2:] + 100, near[:, 2:], rtol=0, atol=1e-2)
 
 
 def test_row_sees_references_of_its_label_only_and_all_when_dropped(x64):
@@ -190,6 +202,10 @@ def test_row_that_does_not_fit_is_refused():
     with pytest.raises(ValueError, match=r"x must have the shape of a reference, \(2,\), got \(3,\)"):
         mfx.StableTarget(points()).velocity(PATHS[0], jnp.zeros(3), **row)
     labelled = mfx.StableTarget(points(), jnp.zeros(24, jnp.int32))
+    with pytest.raises(ValueError, match="label must be given for the references of rows that have a condition"):
+        mfx.StableTarget(points()).velocity(
+            PATHS[0], jnp.zeros(2), condition=jnp.asarray(1), **row | {"eps": jnp.zeros(2)}
+        )
     for condition in (None, jnp.asarray(1.0), jnp.zeros(2, jnp.int32)):
         with pytest.raises(ValueError, match="condition must be one integer label where references have labels, got"):
             labelled.velocity(PATHS[0], jnp.zeros(2), condition=condition, **row | {"eps": jnp.zeros(2)})
