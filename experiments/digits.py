@@ -48,7 +48,7 @@ PICTURE_SEED, JUDGED_SEED = 2**31 - 1, 2**31 - 2
 class Config(run.Settings):
     """A digits run. Times in [0, 1]; pixel values in the data's own unit, 0 to 16."""
 
-    steps: int = 6000
+    steps: int = 3000
     """Training steps."""
     batch: int = 64
     """Rows per step; a multiple of the denominator of identity_share."""
@@ -68,8 +68,9 @@ class Config(run.Settings):
     """Decay per step of the parameter average that generates."""
     identity_share: float = 0.5
     """Share of rows with r < t, which carry the MeanFlow identity; in [0, 1]. 0 is Flow Matching."""
-    stable_target: bool = False
-    """Take the velocity of all training digits of a row's label, instead of that of its own digit alone."""
+    stable_target: bool = True
+    """Take the velocity of all training digits of a row's label, instead of that of its own digit alone: at 3000 steps
+    it brings the Frechet distance at one evaluation from 24 to 14 (README.md beside this file)."""
     power: float = 0.5
     """Adaptive weight's power p (Eq. 22)."""
     offset: float = 0.01
@@ -356,7 +357,10 @@ def main(config: Config) -> None:
 
 PRESETS = {
     "unguided": ("plain MeanFlow: the whole variety of the data", Config()),
-    "guided": ("effective guidance scale 2: sharper and narrower", Config(scale=1.0, mix=0.5)),
+    "guided": (
+        "effective guidance scale 2: sharper and narrower; measured with the digit's own velocity alone",
+        Config(scale=1.0, mix=0.5, stable_target=False, steps=6000),
+    ),
 }
 
 if __name__ == "__main__":
