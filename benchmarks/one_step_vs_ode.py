@@ -200,7 +200,8 @@ def digits_problem(config: Config, directory: run.RunDirectory) -> Problem:
     rows = digits.load(settings)
     judge, fields = digits.Judge(rows), {}
     for name, objective in (("MeanFlow", digits.mean_flow), ("Flow Matching", digits.flow_matching)):
-        method = digits.Method(name, objective(settings), mfx.sample, (1,), shown=1)
+        target = digits.stable_target(settings, rows.train)
+        method = digits.Method(name, objective(settings, target), mfx.sample, (1,), shown=1)
         part = run.RunDirectory(directory.root / name.lower().replace(" ", "_"))
         fields[name] = digits.train(settings, method, rows.train, part)
     eps = jr.normal(jr.key(digits.JUDGED_SEED), rows.every.x.shape)
