@@ -51,6 +51,7 @@ def one_step_energy_distance(field):
     return metrics.energy_distance(x, data)
 
 
+@pytest.mark.slow
 def test_training_lowers_the_error_against_the_truth():
     before, after = errors(fresh()), errors(trained(0.25))
     assert after.overall.value < before.overall.value / 20  # seen: a 27th
