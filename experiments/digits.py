@@ -1,13 +1,13 @@
 """Handwritten digits in one evaluation: a small class-conditional DiT trained from scratch by MeanFlow.
 
-    python experiments/digits.py                      322 seconds on 2 CPU cores
+    python experiments/digits.py                      about 3 minutes on 2 CPU cores, 6 on busy ones
     python experiments/digits.py --preset guided      about 5 minutes
-    python experiments/digits.py --compare            8 minutes, Flow Matching beside it
+    python experiments/digits.py --compare            Flow Matching beside it, twice the time
     python experiments/digits.py --dry-run            what would be trained, where, and in how much memory
 
 A run that was stopped, or killed, continues by the same command.
 
-Expect a Frechet distance of 14 to 15 at one evaluation (two random halves of the data: 17), with 98% of the digits
+Expect a Frechet distance of 14 to 16 at one evaluation (two random halves of the data: 17), with 98% of the digits
 read correctly; README.md beside this file has all figures.
 
 The data are scikit-learn's 1,797 real digits (8x8 pixels, grey values 0 to 16; Alpaydin and Kaynak, UCI, 1998), which

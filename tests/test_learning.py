@@ -33,7 +33,8 @@ def trained(share):
     )
     step = mfx.TrainStep(objective, optax.adam(2e-3), [mfx.ExponentialAverage(0.99)])
     state = mfx.init_state(mfx.MLP(2, width=64, depth=2, key=jr.key(0)), step.optimizer, step.averages, key=jr.key(1))
-    draw = jax.jit(jax.vmap(lambda key: MIXTURE().sample(key=key)))
+    mixture = MIXTURE()  # made here, since a cache must not keep what a jitted function makes
+    draw = jax.jit(jax.vmap(lambda key: mixture.sample(key=key)))
     for i in range(1500):
         state, _ = step(state, mfx.Batch(draw(jr.split(jr.fold_in(jr.key(2), i), 256))))
     return state.averages[0]
