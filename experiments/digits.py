@@ -1,6 +1,6 @@
 """Handwritten digits in one evaluation: a small class-conditional DiT trained from scratch by MeanFlow.
 
-    python experiments/digits.py                      about 3 minutes on 2 CPU cores, 6 on busy ones
+    python experiments/digits.py                      330 to 450 seconds on 2 busy CPU cores
     python experiments/digits.py --preset guided      about 5 minutes
     python experiments/digits.py --compare            Flow Matching beside it, twice the time
     python experiments/digits.py --dry-run            what would be trained, where, and in how much memory
