@@ -5,6 +5,7 @@ import functools
 import hashlib
 import json
 import os
+import pathlib
 import time
 
 import equinox as eqx
@@ -84,6 +85,8 @@ def main(config):
     pause, scan_steps = float(os.environ.get("PAUSE", "0")), _cells.scan_steps
 
     def slow(*arguments):
+        if pause:
+            pathlib.Path(os.environ["RUNS"], "a_part_has_begun").touch()
         time.sleep(pause)  # for signals to arrive at a known step
         return scan_steps(*arguments)
 
