@@ -119,8 +119,8 @@ class Config(run.CellSettings):
     fourier_scale: float = 0.5
     """Standard deviation of these frequencies at the start, in cycles per unit of the data."""
     references: int = 512
-    """Data points from which each step estimates the velocity with less variance, drawn from 65,536 that are drawn
-    once; 0 for the conditional velocity. Methods that learn from pairs of data and noise (ConsistencyTraining,
+    """Data points from which each step estimates the velocity with less variance, drawn from 65,536 / copies that are
+    drawn once; 0 for the conditional velocity. Methods that learn from pairs of data and noise (ConsistencyTraining,
     InductiveMomentMatching) go without."""
     learning_rate: float = 2e-3
     """Peak of Adam's learning rate, after 100 steps of warm-up and before the cosine decay."""
@@ -223,7 +223,8 @@ def with_target(objective: mfx.Objective, config: Config, data: str) -> mfx.Obje
 @functools.cache
 def references_of(config: Config, data: str) -> Float[Array, "references dim"]:
     """The points of which each step takes some: the same for all methods and seeds."""
-    return exact.draw(distribution_of(config, data), REFERENCES, jr.key(2**31 - 2))
+    number = max(REFERENCES // config.copies, config.references)
+    return exact.draw(distribution_of(config, data), number, jr.key(2**31 - 2))
 
 
 @functools.cache

@@ -150,8 +150,11 @@ class AtTheEnds(mfx.AbstractTimes):
 
 FLOATS = {
     "AdaptiveWeight.offset": lambda value: mfx.AdaptiveWeight(offset=value),
+    "AlignYourFlow.offset": lambda value: mfx.AlignYourFlow(offset=value),
     "AlphaFlow.clip": lambda value: mfx.AlphaFlow(0.5, clip=value),
     "ConsistencyTraining.offset": lambda value: mfx.ConsistencyTraining(0.5, offset=value),
+    "ContinuousConsistency.offset": lambda value: mfx.ContinuousConsistency(offset=value),
+    "FlowAnchoredConsistency.power": mfx.FlowAnchoredConsistency,
     "FrechetLoss.decay": lambda value: mfx.FrechetLoss(np.zeros(2), np.eye(2), decay=value),
     "SigmoidSchedule.steepness": lambda value: mfx.SigmoidSchedule(0, 1, value),
     "AdaptiveWeight.power": lambda value: mfx.AdaptiveWeight(power=value),
@@ -171,6 +174,9 @@ FLOATS = {
     "Guidance.scale": mfx.Guidance,
     "GuidedField.scale": lambda value: mfx.GuidedField(mfx.MLP(2, labels=2, key=KEY), value, null=2),
     "GuidedVelocity.scale": lambda value: exact.GuidedVelocity(lambda z, t, c: z, value),
+    "InductiveMomentMatching.bias": lambda value: mfx.InductiveMomentMatching(bias=value),
+    "InductiveMomentMatching.gap": mfx.InductiveMomentMatching,
+    "InductiveMomentMatching.power": lambda value: mfx.InductiveMomentMatching(power=value),
     "LabelDropout.rate": lambda value: mfx.LabelDropout(value, 2),
     "LogitNormalTimes.mean": lambda value: mfx.LogitNormalTimes(value, 1.0),
     "LogitNormalTimes.std": lambda value: mfx.LogitNormalTimes(0.0, value),
@@ -179,7 +185,10 @@ FLOATS = {
     "RandomFlip.probability": data.RandomFlip,
     "SamplePosterior.scale": data.SamplePosterior,
     "TimePairEmbedding.time_scale": lambda value: nn.TimePairEmbedding(4, time_scale=value, key=KEY),
+    "TimePairs.at_data": lambda value: mfx.TimePairs(at_data=value),
     "TimePairs.equal": lambda value: mfx.TimePairs(equal=value),
+    "TransitionModel.offset": lambda value: mfx.TransitionModel(offset=value),
+    "TransitionModel.sigma": mfx.TransitionModel,
     "UNetBlock.dropout": lambda value: mfx.UNet(
         (3, 8, 8), mfx.UNetSize(width=8, multipliers=(1,), blocks=1, attention=()), dropout=value, key=KEY
     ),

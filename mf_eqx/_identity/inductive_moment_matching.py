@@ -28,6 +28,7 @@ from .._derivative import Passes
 from .._field import AbstractField, stopped
 from .._interpolant import LinearInterpolant
 from .._row import Row
+from .._validate import check_finite
 from .base import AbstractIdentityWithLoss
 from .earlier_times import imm_earlier_time
 from .facts import Facts
@@ -35,9 +36,7 @@ from .laplace_kernel import squared_discrepancy
 
 
 class InductiveMomentMatching(AbstractIdentityWithLoss):
-    r"""The weighted discrepancy of groups of rows; the residual of a row is $y_i - \hat y_i$.
-
-    It learns from x and $\epsilon$ directly, so guidance and a given velocity are refused.
+    r"""The weighted discrepancy of groups of rows, without guidance; the residual of a row is $y_i - \hat y_i$.
 
     **Arguments:** `gap` in (0, 1], the difference of the noise levels of t and s in units of the largest level:
     $2^{-12}$ on ImageNet; `particles` M: 4 in the paper; `power` a >= 1: 1, or 2 for more than one step; `bias` b: 4 on
@@ -55,8 +54,9 @@ class InductiveMomentMatching(AbstractIdentityWithLoss):
             raise ValueError(f"particles must be >= 2, got {self.particles}")
         if not 0 < self.gap <= 1:
             raise ValueError(f"gap must lie in (0, 1], got {self.gap}")
-        if not self.power >= 1:
-            raise ValueError(f"power must be >= 1, got {self.power}")
+        if not 1 <= self.power < jnp.inf:
+            raise ValueError(f"power must be >= 1 and finite, got {self.power}")
+        check_finite("bias", self.bias)
 
     @property
     def facts(self) -> Facts:
