@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import optax
+import pytest
 
 import mf_eqx as mfx
 from mf_eqx.metrics import energy_distance
@@ -57,6 +58,7 @@ def test_residual_of_one_gaussian_is_zero():
         np.testing.assert_allclose(residual, 0, rtol=0, atol=1e-14)
 
 
+@pytest.mark.slow
 def test_training_with_it_makes_a_one_step_sampler():
     objective = mfx.Objective(
         identity=Lagrangian(),

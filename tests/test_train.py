@@ -785,20 +785,27 @@ def on_devices():
     return run_on_devices("train_on_devices.py")
 
 
-LAYOUTS = (
-    "2 devices",
-    "4 devices",
-    "8 devices",
-    "2 x fsdp 4",
-    "1 x fsdp 2",
-    "4 x 16 rows in turn",
-    "2 devices, 2 x 16 rows in turn",
-)
+SLOW_LAYOUTS = ("4 devices", "1 x fsdp 2", "2 devices, 2 x 16 rows in turn")
+LAYOUTS = [
+    *("2 devices", "8 devices", "2 x fsdp 4", "4 x 16 rows in turn"),
+    *(pytest.param(layout, marks=pytest.mark.slow) for layout in SLOW_LAYOUTS),
+]
+
+
+@pytest.fixture(scope="module")
+def slow_layouts():
+    return run_on_devices("train_on_devices.py", *SLOW_LAYOUTS)
+
+
+@pytest.fixture
+def in_layout(layout, request):
+    """What training in a layout showed."""
+    return request.getfixturevalue("slow_layouts" if layout in SLOW_LAYOUTS else "on_devices")["layouts"][layout]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_training_gives_the_same_numbers_however_rows_are_spread(on_devices, layout):
-    assert on_devices["layouts"][layout]["difference"] <= 1e-6
+def test_training_gives_the_same_numbers_however_rows_are_spread(in_layout):
+    assert in_layout["difference"] <= 1e-6
 
 
 def test_training_gives_the_same_numbers_on_one_and_eight_devices_in_float64(on_devices):
@@ -806,10 +813,9 @@ def test_training_gives_the_same_numbers_on_one_and_eight_devices_in_float64(on_
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_new_state_takes_the_place_of_the_old_one_wherever_it_lies(on_devices, layout):
-    found = on_devices["layouts"][layout]
-    assert found["kept"] == 0
-    assert found["strayed"] == []
+def test_new_state_takes_the_place_of_the_old_one_wherever_it_lies(in_layout):
+    assert in_layout["kept"] == 0
+    assert in_layout["strayed"] == []
 
 
 @pytest.mark.parametrize("name", ["per block", "holds the parameters"])
@@ -820,10 +826,9 @@ def test_optimisers_train_with_a_state_that_is_spread(on_devices, name):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_bad_row_of_one_device_or_turn_changes_nothing_anywhere(on_devices, layout):
-    found = on_devices["layouts"][layout]
-    assert found["unchanged"]
-    assert found["counted"] == [1, 1, 21, 21]
+def test_bad_row_of_one_device_or_turn_changes_nothing_anywhere(in_layout):
+    assert in_layout["unchanged"]
+    assert in_layout["counted"] == [1, 1, 21, 21]
 
 
 @pytest.mark.parametrize("form", ["unrolled", "scanned", "in turn"])

@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from typing import NamedTuple
 
 import equinox as eqx
@@ -39,6 +40,7 @@ LAYOUTS = {
     "2 devices, 2 x 16 rows in turn": Layout(2, accumulation=2),
 }
 
+QUICK = ("2 devices", "8 devices", "2 x fsdp 4", "4 x 16 rows in turn")
 
 RULES = {
     "per block": optax.chain(
@@ -110,11 +112,11 @@ def difference(numbers, others):
     return max(float(np.nanmax(np.abs(a - b)) / np.nanmax(np.abs(a))) for a, b in pairs)
 
 
-def layouts():
+def layouts(names):
     """How training in each layout differs from training on one device."""
     expected, result = train(ONE, jnp.float32)[0], {}
-    for name, layout in LAYOUTS.items():
-        numbers, found = train(layout, jnp.float32)
+    for name in names:
+        numbers, found = train(LAYOUTS[name], jnp.float32)
         result[name] = {**found, "difference": difference(expected, numbers)}
     return result
 
@@ -152,18 +154,25 @@ def refusal(number):
     return "none"
 
 
-if __name__ == "__main__":
+def main(names):
+    """What is measured of the layouts of these names, or of those of all tests that are not slow, and beside them."""
     assert jax.device_count() == 8
+    if names:
+        return {"layouts": layouts(names)}
     result = {
         "scanned": collectives(make_dit(Layout(8)), (1, 4, 4)),
         "unrolled": collectives(make_dit(Layout(8), unroll=True), (1, 4, 4)),
         "in turn": collectives(make_small(Layout(8, accumulation=2), jnp.float32), (2,)),
         "shared": collectives(make_dit(Layout(8, fsdp=4)), (1, 4, 4)),
-        "layouts": layouts(),
+        "layouts": layouts(QUICK),
         "refused": {number: refusal(number) for number in (40, 20)},
     }
     with jax.enable_x64(True):
         wide = [train(layout, jnp.float64)[0] for layout in (ONE, LAYOUTS["8 devices"])]
         result["float64"] = difference(*wide)
         result["rules"] = rules()
-    print(json.dumps(result))
+    return result
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(sys.argv[1:])))

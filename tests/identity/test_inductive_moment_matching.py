@@ -95,6 +95,7 @@ def test_the_batch_must_hold_whole_groups(share, rows):
         step.check_batch_size(rows)
 
 
+@pytest.mark.slow
 def test_parts_of_a_batch_train_as_the_whole():
     objective = mfx.Objective(IMM, identity_share=0.5)
     batch = mfx.Batch(jr.normal(jr.key(4), (32, 2)))
