@@ -15,6 +15,8 @@ Source: How to build a consistency model: Learning flow maps via self-distillati
 2025, arXiv 2505.18825, and the authors' code.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -24,6 +26,7 @@ from .._field import AbstractField, stopped
 from .._row import Row
 from .base import AbstractIdentity
 from .facts import Facts
+from .lagrangian_self_distillation import SELF_DISTILLATION
 
 
 class EulerianSelfDistillation(AbstractIdentity):
@@ -35,13 +38,8 @@ class EulerianSelfDistillation(AbstractIdentity):
 
     @property
     def facts(self) -> Facts:
-        return Facts(
-            degenerate=True,
-            trains_velocity=False,
-            uses_velocity=False,
-            learns_through_derivative=True,
-            passes=Passes(forward=1, tangent=4),  # u of the second JVP is that of the first, which XLA notices
-        )
+        # u of the second JVP is that of the first, which XLA notices.
+        return dataclasses.replace(SELF_DISTILLATION, passes=Passes(forward=1, tangent=4))
 
     def residual(self, field: AbstractField, row: Row) -> Float[Array, "*data"]:
         at, jvp, h = (row.z, row.r, row.t, row.condition), FusedJVP(), row.t - row.r

@@ -8,9 +8,8 @@ regression target keeps the conditional (or guided) v_t, so the minimiser is the
 less variance. Between this and MeanFlow ($\beta = 1$) lie mixed tangents.
 
 Source: Improved Mean Flows: On the Challenges of Fastforward Generative Models, Geng, Lu, Wu, Shechtman, Kolter, He,
-2025, arXiv 2512.02012; mixed tangents: On
-Variance Reduction in Learning Mean Flows, Lu, Wang, 2026, arXiv 2605.09235, which calls $1 - \beta$ beta, and takes
-u(z, t, t) from an averaged copy.
+2025, arXiv 2512.02012. Mixed tangents: On Variance Reduction in Learning Mean Flows, Lu, Wang, 2026, arXiv 2605.09235,
+which calls $1 - \beta$ beta, and takes u(z, t, t) from an averaged copy.
 """
 
 import equinox as eqx

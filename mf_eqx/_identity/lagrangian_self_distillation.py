@@ -20,8 +20,14 @@ from .._row import Row
 from .base import AbstractIdentity
 from .facts import Facts
 
-LAGRANGIAN_PASSES = Passes(forward=1, tangent=3)
-"""The velocity at the end, and a JVP with its gradient."""
+SELF_DISTILLATION = Facts(
+    degenerate=True,
+    trains_velocity=False,
+    uses_velocity=False,
+    learns_through_derivative=True,
+    passes=Passes(forward=1, tangent=3),  # the velocity at the end, and a JVP with its gradient
+)
+"""What holds of methods that learn v from boundary rows, and u through a derivative."""
 
 
 def lagrangian_sides(field: AbstractField, row: Row) -> tuple[Float[Array, "*data"], Float[Array, "*data"]]:
@@ -46,13 +52,7 @@ class LagrangianSelfDistillation(AbstractIdentity):
 
     @property
     def facts(self) -> Facts:
-        return Facts(
-            degenerate=True,
-            trains_velocity=False,
-            uses_velocity=False,
-            learns_through_derivative=True,
-            passes=LAGRANGIAN_PASSES,
-        )
+        return SELF_DISTILLATION
 
     def residual(self, field: AbstractField, row: Row) -> Float[Array, "*data"]:
         left, end = lagrangian_sides(field, row)

@@ -8,6 +8,8 @@ with $\bar v(z, r) = \bar u(z, r, r)$ of an exponential average of the parameter
 Source: Terminal Velocity Matching, Zhou, Parger, Haque, Song, 2025, arXiv 2511.19797.
 """
 
+import dataclasses
+
 import jax
 from jaxtyping import Array, Float
 
@@ -15,7 +17,7 @@ from .._field import AbstractField
 from .._row import Row
 from .base import AbstractIdentity
 from .facts import Facts
-from .lagrangian_self_distillation import LAGRANGIAN_PASSES, lagrangian_sides
+from .lagrangian_self_distillation import lagrangian_sides, SELF_DISTILLATION
 
 
 class TerminalVelocityMatching(AbstractIdentity):
@@ -30,14 +32,7 @@ class TerminalVelocityMatching(AbstractIdentity):
 
     @property
     def facts(self) -> Facts:
-        return Facts(
-            degenerate=True,
-            trains_velocity=False,
-            uses_velocity=False,
-            learns_through_derivative=True,
-            needs_teacher=True,
-            passes=LAGRANGIAN_PASSES,
-        )
+        return dataclasses.replace(SELF_DISTILLATION, needs_teacher=True)
 
     def residual(self, field: AbstractField, row: Row) -> Float[Array, "*data"]:
         if row.context is None or row.context.teacher is None:
