@@ -1,7 +1,7 @@
 """Does an objective learn the true average velocity, and does it sample? Toy data in two dimensions, exact truth.
 
     python experiments/toy_2d.py                                 2 data sets x 5 methods x 2 seeds
-    python experiments/toy_2d.py --quick                         a minute or two
+    python experiments/toy_2d.py --quick                         55 seconds on 2 CPU cores
     python experiments/toy_2d.py --data two_moons pinwheel --methods MeanFlow Exact WrongTangent
     python experiments/toy_2d.py --preset plain                  conditional velocity as target, no Fourier features
     python experiments/toy_2d.py --preset long                   one network, trained for an hour
