@@ -25,6 +25,7 @@ from typing import NamedTuple
 import jax.random as jr
 import numpy as np
 import toy_2d
+import toy_problems
 from jaxtyping import Array, Float, install_import_hook
 
 # Shapes and types are checked while the step is traced. JAXTYPING_DISABLE=1 turns this off.
@@ -114,11 +115,11 @@ def training(config: Config, cell: Cell) -> run.Training | None:
     """What the cell trains, if anything."""
     if cell.kind == EXACT:
         return None
-    made = toy_2d.training(toy_config(config, cell), toy_2d.Cell(config.data, "MeanFlow", cell.seed))
+    made = toy_2d.training(toy_config(config, cell), toy_problems.Cell(config.data, "MeanFlow", cell.seed))
     return made and made._replace(name="_".join(map(str, cell)))
 
 
-def judge(problem: toy_2d.Problem, cell: Cell, state: mfx.TrainState | None) -> Result:
+def judge(problem: toy_problems.Problem, cell: Cell, state: mfx.TrainState | None) -> Result:
     if state is None:
         weight = mfx.AdaptiveWeight(cell.power, cell.offset)
         # Its error is the iteration's, far above that of the solver.
@@ -126,8 +127,8 @@ def judge(problem: toy_2d.Problem, cell: Cell, state: mfx.TrainState | None) -> 
     else:
         field = state.averages[0]
     errors = metrics.field_errors(field, problem.known)
-    samples = toy_2d.generate(field, jr.normal(toy_2d.judged_keys().noise, problem.data.shape), 1)
-    quality = toy_2d.quality(problem, samples)
+    samples = toy_problems.generate(field, jr.normal(toy_problems.judged_keys().noise, problem.data.shape), 1)
+    quality = toy_problems.quality(problem, samples)
     figures = {
         "error of v": float(errors.diagonal.value),
         "error of u": float(errors.overall.value),
@@ -171,7 +172,7 @@ def main(config: Config) -> None:
     trainings = {cell: training(config, cell) for cell in cells(config)}
     with run.opened(config) as directory:
         run.announce(config, trainings, directory)
-        problem = toy_2d.make_problem(toy_config(config, next(iter(trainings))), config.data)
+        problem = toy_problems.make_problem(config.data, samples=config.samples, rows=config.rows)
         judge_cell = functools.partial(judge, problem)
         results = run.train_cells(config, trainings, judge_cell, directory, note=note)
         save(config, results, problem.limit, directory)

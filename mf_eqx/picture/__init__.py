@@ -2,6 +2,7 @@
 
     save_image_grid     samples of images
     save_point_grid     samples in the plane, by method and number of evaluations
+    save_point_panels   samples in the plane, one panel each
     save_flows          paths of points in the plane (`flow_of` follows a field)
     save_heat_maps      a number in each cell of a grid, such as an error over (r, t)
     save_curves         metrics of runs over steps
@@ -18,5 +19,6 @@ from ._plane import (
     save_flows as save_flows,
     save_heat_maps as save_heat_maps,
     save_point_grid as save_point_grid,
+    save_point_panels as save_point_panels,
 )
 from ._trends import save_trends as save_trends, Series as Series

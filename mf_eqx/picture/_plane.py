@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from .._field import AbstractField
 from .._optional import optional
-from .._validate import check_positive
+from .._validate import check_positive, check_sizes
 
 _SIDE = 2.2
 _DPI = 100
@@ -38,13 +38,34 @@ def save_point_grid(
     figure, panels = _panels(len(points), len(columns), title)
     for (name, row), line in zip(points.items(), panels, strict=True):
         for column, sample, panel in zip(columns, row, line, strict=True):
-            sample = np.asarray(sample)
-            panel.scatter(*sample.T, s=1.5, alpha=min(1.0, 2500 / max(len(sample), 1)), color="black", linewidths=0)
-            outside = np.mean(~np.all(np.abs(sample) <= limit, axis=1)) if len(sample) else 0
-            if outside > 0.001:
-                panel.text(0.02, 0.02, f"{outside:.1%} outside", transform=panel.transAxes, fontsize=7, color="C3")
-            _frame(panel, limit)
+            _scatter(panel, np.asarray(sample), limit)
             _label(panel, name, column)
+    figure.savefig(path, format="png")
+
+
+def save_point_panels(
+    path: str | Path,
+    points: Mapping[str, Float[Array | np.ndarray, "_ 2"]],
+    *,
+    limit: float,
+    columns: int = 6,
+    title: str | None = None,
+) -> None:
+    """Save one scatter plot for each sample as PNG, in lines of `columns` panels, each with its name.
+
+    **Arguments:** as for `save_point_grid`, but `points` by name, and `columns` the number of panels in a line.
+
+    **Raises:** `ValueError` without any points, if limit <= 0, or if columns < 1.
+    """
+    check_sizes(columns=columns)
+    _check({name: [sample] for name, sample in points.items()}, [""], limit)
+    columns = min(columns, len(points))
+    figure, panels = _panels(-(-len(points) // columns), columns, title)
+    for panel in panels.flat[len(points) :]:
+        panel.remove()
+    for (name, sample), panel in zip(points.items(), panels.flat, strict=False):
+        _scatter(panel, np.asarray(sample), limit)
+        panel.set_title(name, fontsize=9)
     figure.savefig(path, format="png")
 
 
@@ -142,13 +163,17 @@ def save_heat_maps(
         raise ValueError("maps must hold at least one positive number, got none")
     with optional("matplotlib"):
         from matplotlib.colors import LogNorm
-    figure, ((*panels,),) = _panels(1, len(values), title, side=2.8)
+    columns = min(len(values), 6)
+    figure, grid = _panels(-(-len(values) // columns), columns, title, side=2.8)
+    panels = list(grid.flat[: len(values)])
+    for panel in grid.flat[len(values) :]:
+        panel.remove()
     low = float(positive.min())
     norm = LogNorm(low, max(min(float(positive.max()), highest), 1.01 * low))
     image = None
     for (name, map), panel in zip(values.items(), panels, strict=True):
         image = panel.pcolormesh(edges, edges, map, norm=norm, cmap="magma_r")
-        panel.set(title=name, xlabel=column_label, ylabel=row_label if panel is panels[0] else None, aspect="equal")
+        panel.set(title=name, xlabel=column_label, ylabel=row_label if panel in grid[:, 0] else None, aspect="equal")
     figure.colorbar(image, ax=panels, label=value_label)
     figure.savefig(path, format="png")
 
@@ -170,6 +195,14 @@ def _panels(rows: int, columns: int, title: str | None, *, side: float = _SIDE) 
     if title is not None:
         figure.suptitle(title)
     return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def _scatter(panel: Any, sample: Float[np.ndarray, "_ 2"], limit: float) -> None:
+    panel.scatter(*sample.T, s=1.5, alpha=min(1.0, 2500 / max(len(sample), 1)), color="black", linewidths=0)
+    outside = np.mean(~np.all(np.abs(sample) <= limit, axis=1)) if len(sample) else 0
+    if outside > 0.001:
+        panel.text(0.02, 0.02, f"{outside:.1%} outside", transform=panel.transAxes, fontsize=7, color="C3")
+    _frame(panel, limit)
 
 
 def _frame(panel: Any, limit: float) -> None:

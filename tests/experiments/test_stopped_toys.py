@@ -13,9 +13,9 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[2]
 LONGEST = 600  # seconds
-TOY = "--data three_gaussians --methods MeanFlow FlowMatching --steps 1500 --seeds 1 --width 16 --depth 1 --batch 16 "
+TOY = "--data three_gaussians --methods MeanFlow FlowMatching --steps 1500 --width 16 --depth 1 --batch 16 "
 COMMANDS = {
-    "toy_2d": TOY + "--samples 50 --large-samples 50 --rows 10",
+    "toy_2d": TOY + "--settings common --shorter --samples 50 --large-samples 50 --rows 10",
     "weight_bias": "--data three_gaussians --powers 0 --offsets 1 --steps 1500 --seeds 1 --samples 50 --rows 10",
     "ablations": "--only 1a --seeds 1 --steps 1500",
 }

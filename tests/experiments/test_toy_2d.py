@@ -2,14 +2,16 @@
 
 import dataclasses
 import json
+import math
 import re
+from fractions import Fraction
 
 import numpy as np
 import pytest
 
 from mf_eqx import run
 
-SMALL = "--steps 800 --seeds 1 --width 48 --depth 2 --batch 128 --samples 1000 --large-samples 2000 --rows 200"
+SMALL = "--steps 800 --width 48 --depth 2 --batch 128 --samples 1000 --large-samples 2000 --rows 200"
 LOWER_IS_BETTER = ("sliced_wasserstein", "energy_distance", "mmd", "total_variation")
 
 
@@ -19,26 +21,54 @@ def toy_2d(experiment):
 
 
 @pytest.fixture(scope="module")
+def toys(experiment):
+    return experiment("toy_problems")
+
+
+@pytest.fixture(scope="module")
+def toy_report(experiment):
+    return experiment("toy_report")
+
+
+@pytest.fixture(scope="module")
 def finished(toy_2d, tmp_path_factory):
     """The directory of a finished run of the right method, a wrong one and the truth."""
     root = tmp_path_factory.mktemp("toy_2d")
-    arguments = f"--data three_gaussians --methods MeanFlow WrongTangent Exact {SMALL}"
+    arguments = f"--data three_gaussians --methods MeanFlow WrongTangent Exact --settings common --shorter {SMALL}"
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
         run.main(toy_2d.main, toy_2d.PRESETS, argv=arguments.split())
-    (directory,) = (root / "runs").glob("*/*")
-    return directory
+    return root / "runs"
+
+
+def report_of(runs):
+    """The directory of the only report."""
+    (path,) = runs.glob("*/all/*/results.json")
+    return path.parent
 
 
 @pytest.fixture(scope="module")
 def rows(finished):
-    return {row["method"]: row for row in json.loads((finished / "results.json").read_text())}
+    return {row["method"]: row for row in json.loads((report_of(finished) / "results.json").read_text())}
 
 
 def test_a_run_leaves_config_results_and_pictures(finished):
-    pictures = [f"three_gaussians_{kind}.png" for kind in ("samples", "errors", "flows")]
-    for name in ("config.json", "results.json", "results.md", *pictures):
-        assert (finished / name).stat().st_size > 0
+    pictures = [f"three_gaussians_{kind}.png" for kind in ("samples", "one_step", "errors", "flows")]
+    for name in ("results.json", "results.md", *pictures):
+        assert (report_of(finished) / name).stat().st_size > 0
+    assert (report_of(finished).parent / "config.json").exists()
+
+
+def test_a_finished_training_is_neither_repeated_nor_judged_again(toy_2d, finished, monkeypatch, capsys):
+    monkeypatch.chdir(finished.parent)
+    monkeypatch.setattr(toy_2d, "judge", None)
+    arguments = f"--data three_gaussians --methods MeanFlow --settings common --shorter {SMALL}"
+    run.main(toy_2d.main, toy_2d.PRESETS, argv=arguments.split())
+    printed = capsys.readouterr().out
+    assert "1 cells, 1 of them finished before" in printed
+    assert "| MeanFlow " in printed and "WrongTangent" not in printed
+    other = [toy_2d.recipe(toy_2d.Config(steps=steps), toy_2d.Cell("two_moons", "MeanFlow", 0)) for steps in (7, 8)]
+    assert other[0] != other[1]
 
 
 def test_exact_field_has_no_error(rows):
@@ -48,11 +78,11 @@ def test_exact_field_has_no_error(rows):
     assert exact["semigroup"] < 1e-4
 
 
-def test_exact_field_scores_the_noise_floor_at_any_number_of_evaluations(toy_2d, rows, finished):
-    (floor,) = re.findall(r"\| samples of the data(.*)\|", (finished / "results.md").read_text())
-    floor = [float(cell) for cell in floor.split("|")[-len(toy_2d.Quality._fields) :]]
+def test_exact_field_scores_the_noise_floor_at_any_number_of_evaluations(toys, rows, finished):
+    *_, floor = re.findall(r"\| samples of the data(.*)\|", (report_of(finished) / "results.md").read_text())
+    floor = [float(cell) for cell in floor.split("|")[-len(toys.Quality._fields) :]]
     for quality in rows["Exact"]["quality"]:
-        for name, value in zip(toy_2d.Quality._fields, floor, strict=True):
+        for name, value in zip(toys.Quality._fields, floor, strict=True):
             # Two draws of the noise floor: those of distances differ by a factor of up to three at 1,000 samples.
             if name in LOWER_IS_BETTER:
                 assert value / 3 < quality[name] < 3 * value
@@ -71,19 +101,36 @@ def test_wrong_tangent_shows_in_every_column_that_it_can_touch(rows):
     assert wrong["diagonal"] < 2 * right["diagonal"]
 
 
-def test_error_is_shown_by_cells_of_both_times(toy_2d, rows):
+def test_error_is_shown_by_cells_of_both_times(toys, rows):
     cells = np.array(rows["MeanFlow"]["error_by_cell"], float)
-    assert cells.shape == (len(toy_2d.EDGES) - 1,) * 2
+    assert cells.shape == (len(toys.EDGES) - 1,) * 2
     assert np.isnan(cells[np.tril_indices(len(cells), -1)]).all()  # r > t
     assert np.isfinite(cells[0, -1])
 
 
-def test_every_identity_is_a_method_and_the_usual_ones_are_the_default(toy_2d):
+def test_every_identity_is_a_method_and_trained_by_default_with_both_settings(toy_2d):
     import mf_eqx as mfx
 
     found = mfx.identities_in(vars(mfx), steps=1)
     assert {*found, "FlowMatching", "WrongTangent", "Exact"} == set(toy_2d.methods())
-    assert {"FlowMatching", "MeanFlow", "Exact"} < set(toy_2d.Config().methods) < {"FlowMatching", "Exact", *found}
+    cells = toy_2d.cells(toy_2d.Config(seeds=2))
+    expected = {(name, *kind) for name in found for kind in (("common", 1), ("paper", 1), ("common", 0.25))}
+    expected |= {("FlowMatching", "common", 1), ("FlowMatching", "common", 0.25), ("Exact", "common", 1)}
+    assert {(cell.method, cell.settings, cell.part) for cell in cells} == expected
+    assert len(cells) == 2 * len(expected) - 1  # the exact field has no seeds
+
+
+def test_settings_of_a_paper_are_those_that_the_method_declares(toy_2d):
+    config = toy_2d.Config(methods=("MeanFlow", "TransitionModel"))
+    shares = {
+        (method, settings): toy_2d.objective(config, toy_2d.Cell("checkerboard", method, 0, settings)).identity_share
+        for method in config.methods
+        for settings in config.settings
+    }
+    assert shares["MeanFlow", "paper"] == Fraction(1, 4)
+    assert shares["TransitionModel", "paper"] == shares["MeanFlow", "common"] == Fraction(1, 2)
+    paper = toy_2d.objective(config, toy_2d.Cell("checkerboard", "TransitionModel", 0, "paper"))
+    assert paper.time_pairs.at_data == 0.2
 
 
 def test_identities_of_a_file_join_the_methods(toy_2d, tmp_path):
@@ -92,15 +139,58 @@ def test_identities_of_a_file_join_the_methods(toy_2d, tmp_path):
         "import mf_eqx as mfx\n\n\nclass Mine(mfx.AbstractIdentity):\n    facts = mfx.Facts()\n\n"
         "    def residual(self, field, row):\n        return row.evaluate(field, row.z, row.r, row.t) - row.v\n"
     )
-    config = toy_2d.Config(own=str(path), methods=("Mine", "MeanFlow"))
-    assert type(toy_2d.objective(config, "Mine").identity).__name__ == "Mine"
+    config, cell = toy_2d.Config(own=str(path)), toy_2d.Cell("checkerboard", "Mine", 0)
+    assert type(toy_2d.identity_of(config, cell)).__name__ == "Mine" and cell in toy_2d.cells(config)
+    before, theirs = toy_2d.recipe(config, cell), toy_2d.recipe(config, cell._replace(method="MeanFlow"))
+    path.write_text(path.read_text() + "\n# changed\n")
+    assert toy_2d.recipe(config, cell) != before
+    assert toy_2d.recipe(config, cell._replace(method="MeanFlow")) == theirs
     with pytest.raises(ValueError, match=r"methods must be among .*; got Mine"):
         toy_2d.Config(methods=("Mine",))
     with pytest.raises(ValueError, match=r"own must be a Python file, got none\.py"):
         toy_2d.Config(own="none.py")
 
 
-def test_flow_matching_samples_by_euler(toy_2d):
+def entry(toys, toy_report, method, steps, error, *, part=1.0, settings="common", seed=0):
+    quality = [dict.fromkeys(toys.Quality._fields, error) | {"evaluations": n} for n in toys.EVALUATIONS]
+    names = ("overall", "diagonal", "one_step", "identity", "semigroup", "large_sliced_wasserstein")
+    found = dict.fromkeys(names, error) | {"quality": quality, "error_by_cell": [[error]]}
+    return toy_report.Entry(toys.Cell("two_moons", method, seed, settings, part), steps, found)
+
+
+def test_leaderboard_is_sorted_and_compares_at_equal_time(toys, toy_report):
+    entries = [entry(toys, toy_report, "MeanFlow", 400, 0.02), entry(toys, toy_report, "Shortcut", 400, 0.01)]
+    entries += [entry(toys, toy_report, name, 100, 0.08, part=0.25) for name in ("MeanFlow", "Shortcut")]
+    entries += [entry(toys, toy_report, "Diverged", 400, math.nan)]
+    entries += [
+        entry(toys, toy_report, "MeanFlow", 400, error, settings="paper", seed=i) for i, error in enumerate((2, 4))
+    ]
+    text = toy_report.tables("two_moons", entries, {"MeanFlow": 0.1, "Shortcut": 0.2}, entries[0].found)
+    board = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.split("\n\n")[1].splitlines()]
+    column = {name: i for i, name in reversed(list(enumerate(board[0])))}
+    assert [row[0] for row in board[2:6]] == ["Shortcut", "MeanFlow", "MeanFlow", "Diverged"]
+    at_equal_time = column["error at equal time"]
+    # 40 s are half of Shortcut's training: half way between 0.08 and 0.01 on logarithmic axes.
+    assert float(board[2][at_equal_time]) == pytest.approx((0.08 * 0.01) ** 0.5, rel=0.05)
+    assert board[3][at_equal_time] == "0.02"
+    assert board[4][column["error of u"]] == "3 ± 1" and board[4][at_equal_time] == "-"
+    assert board[5][column["error of u"]] == "-"
+
+
+def test_error_against_time_is_drawn_for_every_method_of_every_data_set(toys, toy_report, tmp_path, monkeypatch):
+    figure = pytest.importorskip("matplotlib.figure")
+    saved = []
+    monkeypatch.setattr(figure.Figure, "savefig", lambda self, *_, **__: saved.append(self))
+    entries = [
+        entry(toys, toy_report, "MeanFlow", steps, 1 / steps, part=part) for steps, part in ((400, 1), (100, 0.25))
+    ]
+    costs = {"MeanFlow": 0.1}
+    toy_report.save_error_against_time(tmp_path / "a.png", {"one": (entries, costs), "two": (entries, costs)})
+    for panel in saved[0].axes:
+        np.testing.assert_allclose(panel.lines[0].get_xydata(), [[10, 1 / 100], [40, 1 / 400]])
+
+
+def test_flow_matching_samples_by_euler(toys):
     import jax
     import jax.random as jr
 
@@ -111,18 +201,29 @@ def test_flow_matching_samples_by_euler(toy_2d):
     eps = jr.normal(jr.key(1), (2,))
     times = mfx.uniform_times(4)
     np.testing.assert_array_equal(
-        mfx.sample(toy_2d.Instantaneous(field), eps, times=times), mfx.sample_euler(field, eps, times=times)
+        mfx.sample(toys.Instantaneous(field), eps, times=times), mfx.sample_euler(field, eps, times=times)
     )
 
 
 @pytest.mark.slow
-def test_copies_are_judged_in_all_their_dimensions(toy_2d, tmp_path, monkeypatch):
+def test_stacked_data_are_learnt_by_a_dit_and_judged_in_all_their_dimensions(toy_2d, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    arguments = "--data eight_gaussians --methods FlowMatching --copies 2 --steps 2 --seeds 1 --samples 100 --rows 20"
+    arguments = "--data eight_gaussians_64d --methods FlowMatching MeanFlow --steps 8 --samples 100 --rows 20"
     run.main(toy_2d.main, toy_2d.PRESETS, argv=[*arguments.split(), "--large-samples", "100"])
-    (directory,) = (tmp_path / "runs").glob("*/*")
-    (row,) = json.loads((directory / "results.json").read_text())
-    assert all(np.isfinite(list(quality.values())).all() for quality in row["quality"])
+    rows = json.loads((report_of(tmp_path / "runs") / "results.json").read_text())
+    assert len(rows) == 5
+    assert all(np.isfinite(list(quality.values())).all() for row in rows for quality in row["quality"])
+    assert (report_of(tmp_path / "runs") / "error_against_time.png").exists()
+
+
+def test_field_of_stacked_data_takes_vectors(toy_2d):
+    import jax
+    import jax.numpy as jnp
+
+    field = toy_2d.make_field(toy_2d.Config(), "eight_gaussians_64d", 0)
+    field = jax.tree.map(lambda leaf: leaf + 0.1, field)
+    z = jnp.arange(64.0) / 64
+    np.testing.assert_array_equal(field(z, 0.0, 1.0), field.field(z.reshape(4, 4, 4), 0.0, 1.0).reshape(-1))
 
 
 def test_quick_is_no_larger_than_what_is_asked_for(toy_2d):
@@ -130,6 +231,8 @@ def test_quick_is_no_larger_than_what_is_asked_for(toy_2d):
     quick = toy_2d.shrunk(asked)
     assert (quick.steps, quick.samples, quick.seeds, quick.data) == (7, 1000, 1, ("two_moons",))
     assert quick.methods == ("FlowMatching", "MeanFlow", "Exact")
+    assert [cell[2:] for cell in toy_2d.cells(quick)] == [(0, "common", 1.0)] * 3
+    assert toy_2d.shrunk(toy_2d.Config()).data == ("eight_gaussians",)
     asked = dataclasses.replace(asked, methods=("Shortcut",))
     assert toy_2d.shrunk(asked).methods == ("Shortcut",)
 
@@ -139,7 +242,8 @@ def test_methods_train_on_references_unless_they_need_pairs_or_the_exact_velocit
     config = toy_2d.Config(methods=methods, references=64)
 
     def target(config, method):
-        return toy_2d.with_target(toy_2d.objective(config, method), config, "checkerboard")
+        cell = toy_2d.Cell("checkerboard", method, 0)
+        return toy_2d.with_target(toy_2d.objective(config, cell), config, "checkerboard")
 
     for method in ("FlowMatching", "MeanFlow"):
         stable = target(config, method).stable_target
@@ -164,6 +268,10 @@ def test_network_is_the_one_that_is_asked_for(toy_2d):
     ("arguments", "message"),
     [
         ("--data moons", "--data must be among eight_gaussians, .*; got moons"),
+        ("--settings papers", "--settings must be among common, paper; got papers"),
+        ("--settings", "--settings must be at least one of common, paper; got none"),
+        ("--shorter 1", r"--shorter must lie in \(0, 1\), got 1.0"),
+        ("--dit-width 50", "--dit-width must be a multiple of 12 .*, got 50"),
         ("--methods meanflow", "--methods must be among FlowMatching, .*; got meanflow"),
         ("--methods Exact Exact", "--methods must differ from each other, got Exact, Exact"),
         ("--steps 0", "--steps must be >= 1, got 0"),
@@ -189,10 +297,9 @@ def test_bad_input_ends_in_one_line(toy_2d, arguments, message, capsys, tmp_path
     assert not list(tmp_path.iterdir())
 
 
-def test_samples_that_are_not_finite_score_nan_in_the_table(toy_2d):
-    config = dataclasses.replace(toy_2d.Config(), samples=20, large_samples=20, rows=10)
-    problem = toy_2d.make_problem(config, "three_gaussians")
+def test_samples_that_are_not_finite_score_nan_in_the_table(toys):
+    problem = toys.make_problem("three_gaussians", samples=20, rows=10)
     for value in (np.nan, np.inf):
         x = problem.data.at[3].set(value)
-        assert np.isnan(toy_2d.quality(problem, x)).all()
-        assert np.isnan(toy_2d.large_distance(config, problem, x))
+        assert np.isnan(toys.quality(problem, x)).all()
+        assert np.isnan(toys.large_distance(problem, x))

@@ -25,6 +25,7 @@ LABELS = {"row_label": "r", "column_label": "t", "value_label": "error"}
 
 SAVERS = {
     "points": lambda path, **options: picture.save_point_grid(path, POINTS, ["one", "two"], limit=2, **options),
+    "panels": lambda path, **options: picture.save_point_panels(path, {"truth": np.zeros((3, 2))}, limit=2, **options),
     "flows": lambda path, **options: picture.save_flows(path, FLOWS, ["one", "two"], limit=2, **options),
     "maps": lambda path, **options: picture.save_heat_maps(path, {"MeanFlow": MAP}, EDGES, **LABELS, **options),
 }
@@ -144,6 +145,21 @@ def test_an_empty_sample_is_an_empty_panel_without_a_warning(path, saved):
         warnings.simplefilter("error")
         picture.save_point_grid(path, {"truth": [np.zeros((0, 2))]}, ["one"], limit=2)
     assert texts(grid(saved)[0, 0]) == []
+
+
+def test_samples_alone_stand_in_lines_each_under_its_name(path, saved):
+    samples = {str(n): RNG.uniform(-1, 1, (n, 2)) for n in range(1, 5)}
+    picture.save_point_panels(path, samples, limit=2, columns=3)
+    panels = saved[0].axes
+    assert [panel.get_title() for panel in panels] == list(samples)
+    for panel, sample in zip(panels, samples.values(), strict=True):
+        np.testing.assert_array_equal(panel.collections[0].get_offsets(), sample)
+    places = [panel.get_subplotspec() for panel in panels]
+    assert [(place.rowspan.start, place.colspan.start) for place in places] == [(0, 0), (0, 1), (0, 2), (1, 0)]
+    with pytest.raises(ValueError, match="columns must be"):
+        picture.save_point_panels(path, samples, limit=2, columns=0)
+    with pytest.raises(ValueError, match="at least one row"):
+        picture.save_point_panels(path, {}, limit=2)
 
 
 # Flows
