@@ -104,7 +104,7 @@ class AbstractMeanObjective(AbstractObjective):
 
 class Objective(AbstractObjective):
     r"""A boundary condition and an identity (Alg. 1, Eq. 9 to 11 with `MeanFlow`). The defaults are the paper's for
-    ImageNet.
+    ImageNet; `Objective(method, **method.facts.paper_settings)` has those of another method's paper, if they are known.
 
     `Objective(identity=None, identity_share=0)` is Flow Matching.
 

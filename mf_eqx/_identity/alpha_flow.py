@@ -7,7 +7,8 @@ $$u(z_t, r, t) = \alpha v_t + (1 - \alpha)\, u(z_s, r, s).$$
 The paper weighs the squared residual of this, $S$, by $\alpha / (S + c)$. Here the residual is divided by $\alpha$,
 which makes it MeanFlow's with the finite difference $(u - u(z_s, r, s)) / \alpha$ for $(t - r)\, du/dt$, of one size at
 every $\alpha$ (in bfloat16 mostly rounding at a small one: compute in float32). Weight $1 / (S + c)$ on it is the
-paper's with offset $\alpha^2 c$; with a fixed one, rows would fade out.
+paper's with offset $\alpha^2 c$; with a fixed one, rows would fade out. c is 0.001, added to the *mean* over dimensions
+in the authors' code. `paper_settings` are those of B/2; for XL/2 half of the rows carry the identity.
 
 Source: AlphaFlow: Understanding and Improving MeanFlow Models, Zhang, Siarohin, Menapace, Vasilkovsky, Tulyakov, Qu,
 Skorokhodov, 2025, arXiv 2510.20771.
@@ -22,6 +23,7 @@ from .._derivative import AbstractDerivative, FusedJVP, Passes
 from .._field import AbstractField, stopped
 from .._row import Row
 from .._schedule import as_schedule, at_step, Schedule, SigmoidSchedule
+from .._weight import AdaptiveWeight
 from .base import AbstractScheduledIdentity
 from .facts import Facts
 from .mean_flow import MeanFlow
@@ -49,10 +51,12 @@ class AlphaFlow(AbstractScheduledIdentity):
 
     @property
     def facts(self) -> Facts:
+        settings = {"identity_share": 0.75, "weight": AdaptiveWeight(offset=1e-3)}
         if callable(self.alpha):
-            return Facts(exact=False)
+            return Facts(exact=False, paper_settings=settings)
         branch = (self.alpha >= self.clip) + (self.alpha > 1 - self.clip)
-        return Facts(exact=branch == 0, passes=[self.derivative.passes, Passes(forward=1), Passes()][branch])
+        passes = [self.derivative.passes, Passes(forward=1), Passes()][branch]
+        return Facts(exact=branch == 0, passes=passes, paper_settings=settings)
 
     def residual(self, field: AbstractField, row: Row) -> Float[Array, "*data"]:
         alpha = at_step(self.alpha, row.context).astype(row.z.dtype)
@@ -71,7 +75,6 @@ class AlphaFlow(AbstractScheduledIdentity):
 
 def difference_residual(field: AbstractField, row: Row, alpha: Scalar) -> Float[Array, "*data"]:
     """The residual for alpha in (0, 1]."""
-    u = row.evaluate(field, row.z, row.r, row.t)
-    s = row.t - alpha * (row.t - row.r)
+    u, s = row.evaluate(field, row.z, row.r, row.t), row.t - alpha * (row.t - row.r)
     earlier = row.evaluate(stopped(field), row.z - (row.t - s) * row.v, row.r, s)
     return u - jax.lax.stop_gradient(row.v - (1 - alpha) * (u - earlier) / alpha)

@@ -8,8 +8,7 @@ which the average velocity satisfies as s -> t, in the mean over x and $\epsilon
 $(\sqrt{|\Delta|^2 + c^2} - c) / (\tau_t - \tau_s)$, with noise levels $\tau = t / (1 - t)$ of at most 80.
 
 Easy Consistency Tuning (ECT) starts at s = 0 for most t, regression on x, and halves the gap by stages; its code has c
-= 0 and the weight 4 + ((1 - t) / t)^2. Improved Consistency Training (iCT) has a grid of times that becomes finer. Both
-draw t as `LogitNormalTimes(-1.1, 2.0)`.
+= 0 and the weight 4 + ((1 - t) / t)^2. Improved Consistency Training (iCT) has a grid of times that becomes finer.
 
 Source: Consistency Models Made Easy, Geng, Pokle, Luo, Lin, Kolter, 2024, arXiv 2406.14548; Improved Techniques for
 Training Consistency Models, Song, Dhariwal, 2023, arXiv 2310.14189.
@@ -25,16 +24,17 @@ import optax
 from jaxtyping import Array, Float
 
 from .._custom_types import Scalar, Time
-from .._derivative import Passes
 from .._field import AbstractField, stopped
 from .._row import Row
 from .._schedule import as_schedule, at_step, Schedule
+from .._times import LogitNormalTimes, TimePairs
 from .._validate import check_positive
 from .base import AbstractIdentityWithLoss, AbstractScheduledIdentity
 from .earlier_times import ect_earlier_time, ict_earlier_time, noise_level
-from .facts import Facts
+from .facts import Facts, PAIRS
 
 _LEAST_GAP = 1 / 2048
+_TIMES = LogitNormalTimes(-1.1, 2.0)
 
 
 class ConsistencyTraining(AbstractIdentityWithLoss, AbstractScheduledIdentity):
@@ -68,8 +68,8 @@ class ConsistencyTraining(AbstractIdentityWithLoss, AbstractScheduledIdentity):
 
     @property
     def facts(self) -> Facts:
-        pairs = Facts(uses_velocity=False, uses_pair=True, exact=False, passes=Passes(forward=1))
-        return dataclasses.replace(pairs, trains_velocity=False, ends_at_data=True)
+        settings = {"identity_share": 1, "time_pairs": TimePairs(_TIMES, _TIMES)}
+        return dataclasses.replace(PAIRS, trains_velocity=False, ends_at_data=True, paper_settings=settings)
 
     def residual_and_loss(self, field: AbstractField, row: Row) -> tuple[Float[Array, "*data"], Scalar]:
         gap = jnp.maximum(at_step(self.gap, row.context), _LEAST_GAP).astype(row.t.dtype)

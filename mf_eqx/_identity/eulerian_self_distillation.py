@@ -7,9 +7,7 @@ $$u + (t - r)\, (\partial_t u + \partial_z u\, \hat v) = \hat v,$$
 
 which is MeanFlow along the network's own velocity, but learns through the derivative $\partial_t u$, too. The term
 $\partial_z X\, \hat v$ is behind stop-gradient, as in the authors' experiments with this equation. They found Eulerian
-losses unstable on images, and recommend `LagrangianSelfDistillation`.
-
-The authors' loss has a learnt weight, $e^{-w(r, t)} |\Delta|^2 + w(r, t)$, for this and the boundary term.
+losses unstable on images, and recommend `LagrangianSelfDistillation`, which has the same learnt weight in their code.
 
 Source: How to build a consistency model: Learning flow maps via self-distillation, Boffi, Albergo, Vanden-Eijnden,
 2025, arXiv 2505.18825, and the authors' code.

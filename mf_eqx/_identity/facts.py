@@ -1,6 +1,8 @@
 """Properties of a method: declared once, in the file of the method, and used wherever they matter."""
 
 import dataclasses
+from collections.abc import Mapping
+from typing import Any
 
 from .._derivative import Passes
 
@@ -29,7 +31,8 @@ class Facts:
     """Whether the residual uses x and eps, by `Row.at`. They do not depend on guidance, a given velocity or a stable
     target, so these are refused."""
     ends_at_data: bool = False
-    """Whether the equation is for r = 0 alone. Its rows are then drawn with r = 0."""
+    """Whether the equation is for r = 0 alone. Its rows are then drawn with r = 0. With `TimePairs(times, times)`, t is
+    one draw of `times`; with `TimePairs(times)` it is the larger of two."""
     learns_through_derivative: bool = False
     """Whether the gradient goes through a derivative of the field. Fused attention is then refused."""
     needs_teacher: bool = False
@@ -44,7 +47,14 @@ class Facts:
     passes: Passes | None = None
     """What one of its rows costs beyond a gradient step of Flow Matching, whose 3 forward passes are one pass and its
     gradient; without guidance. None if it changes in training, or is not known."""
+    paper_settings: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
+    """Arguments of `Objective` besides the identity with which the paper trains on images, where they are known and
+    differ from the defaults of `Objective`: `Objective(method, **method.facts.paper_settings)`."""
 
     def __post_init__(self):
         if self.group < 1:
             raise ValueError(f"group must be >= 1, got {self.group}")
+
+
+PAIRS = Facts(uses_velocity=False, uses_pair=True, exact=False, passes=Passes(forward=1))
+"""What holds of methods that compare the ends of two states of one pair (x, eps)."""

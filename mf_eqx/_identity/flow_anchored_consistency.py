@@ -7,8 +7,9 @@ Clipping and $\alpha$ shorten the way to the target and leave the solution g = 0
 squared error to the target over dimensions, the loss is $\sin(\pi t / 2)\, e / \sqrt{\mathrm{sg}(e) + 0.001}$.
 
 The boundary rows of the objective are the anchor. The paper adds both losses on the same rows, and one minus the cosine
-similarity of u(z, t, t) and v to the anchor's; its network has no r, and sees the time -t on anchor rows (the "expanded
-interval"). Times are $t = \frac{2}{\pi} \arctan e^n$ with n normal, mean -0.8 and deviation 1.6.
+similarity of u(z, t, t) and v to the anchor's, which is a mean over dimensions: in d of them, `ConstantWeight(1 / d)`.
+Its network has no r, and sees the time -t on anchor rows (the "expanded interval"). Times are $t = \frac{2}{\pi}
+\arctan e^n$ with n normal, mean -0.8 and deviation 1.6; `paper_settings` has the nearest logit-normal times.
 
 Source: FACM: Flow-Anchored Consistency Models, 2025, arXiv 2507.03738, and the authors' code.
 """
@@ -22,11 +23,13 @@ from .._custom_types import Scalar
 from .._derivative import AbstractDerivative, FusedJVP
 from .._field import AbstractField
 from .._row import Row
+from .._times import LogitNormalTimes, TimePairs
 from .._validate import check_positive
 from .base import AbstractIdentityWithLoss
 from .facts import Facts
 
 _OFFSET = 1e-3
+_TIMES = LogitNormalTimes(-0.93, 1.85)
 
 
 class FlowAnchoredConsistency(AbstractIdentityWithLoss):
@@ -45,7 +48,9 @@ class FlowAnchoredConsistency(AbstractIdentityWithLoss):
 
     @property
     def facts(self) -> Facts:
-        return Facts(trains_velocity=False, ends_at_data=True, passes=self.derivative.passes)
+        settings = {"identity_share": 0.5, "time_pairs": TimePairs(_TIMES, _TIMES)}
+        passes = self.derivative.passes
+        return Facts(trains_velocity=False, ends_at_data=True, passes=passes, paper_settings=settings)
 
     def residual_and_loss(self, field: AbstractField, row: Row) -> tuple[Float[Array, "*data"], Scalar]:
         at = (row.z, row.r, row.t, row.condition)

@@ -44,7 +44,8 @@ class ImprovedMeanFlow(AbstractIdentity):
 
     @property
     def facts(self) -> Facts:
-        return Facts(degenerate=True, trains_velocity=False, passes=and_forward(self.derivative.passes, 1))
+        passes, settings = and_forward(self.derivative.passes, 1), {"identity_share": 0.5}
+        return Facts(degenerate=True, trains_velocity=False, passes=passes, paper_settings=settings)
 
     def residual(self, field: AbstractField, row: Row) -> Float[Array, "*data"]:
         v = row.evaluate(stopped(field), row.z, row.t, row.t)

@@ -1,12 +1,11 @@
 r"""Inductive moment matching: the flow maps from t and from a slightly smaller s send samples to the same distribution.
 
-A group of M rows shares r <= s <= t, where s has a little less noise than t. With $X_{t \to r}(z) = z - (t - r)\, u(z,
-r, t)$ and states z_t, z_s of the same x and $\epsilon$ in each row, its loss is the squared maximum mean discrepancy of
+A group of M rows shares r <= s <= t, with s close to t. With $X_{t \to r}(z) = z - (t - r)\, u(z, r, t)$ and states
+z_t, z_s of the same x and $\epsilon$ in each row, its loss is the squared maximum mean discrepancy of
 
-$$y_i = X_{t \to r}(z_t^i) \quad\text{and}\quad \hat y_i = \mathrm{sg}(X_{s \to r}(z_s^i)), \qquad
-k(y, y') = e^{-|y - y'| / (n (t - r))},$$
+$$y_i = X_{t \to r}(z_t^i) \quad\text{and}\quad \hat y_i = \mathrm{sg}(X_{s \to r}(z_s^i))$$
 
-with the Laplace kernel in n dimensions, times the weight
+by the Laplace kernel $k(y, y') = e^{-|y - y'| / (n (t - r))}$ in n dimensions, times the weight
 
 $$w = \frac{\alpha_t^a}{2 (\alpha_t^2 + \sigma_t^2)}\, \frac{-\dot\lambda_t}{1 + e^{\lambda_t - b}}, \qquad
 \lambda = \ln (\alpha^2 / \sigma^2).$$
@@ -16,6 +15,7 @@ The average velocity makes both distributions one as s -> t. The paper draws t u
 Source: Inductive Moment Matching, Zhou, Ermon, Song, 2025, arXiv 2503.07565.
 """
 
+import dataclasses
 from collections.abc import Callable
 
 import equinox as eqx
@@ -24,14 +24,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from .._custom_types import Scalar, Time
-from .._derivative import Passes
 from .._field import AbstractField, stopped
 from .._interpolant import LinearInterpolant
 from .._row import Row
+from .._times import TimePairs, UniformTimes
 from .._validate import check_finite
 from .base import AbstractIdentityWithLoss
 from .earlier_times import imm_earlier_time
-from .facts import Facts
+from .facts import Facts, PAIRS
 from .laplace_kernel import squared_discrepancy
 
 
@@ -60,14 +60,14 @@ class InductiveMomentMatching(AbstractIdentityWithLoss):
 
     @property
     def facts(self) -> Facts:
-        return Facts(uses_velocity=False, uses_pair=True, group=self.particles, exact=False, passes=Passes(forward=1))
+        settings = {"identity_share": 1, "time_pairs": TimePairs(UniformTimes())}  # nearest, with more of large t
+        return dataclasses.replace(PAIRS, group=self.particles, paper_settings=settings)
 
     def residual_and_loss(self, field: AbstractField, row: Row) -> tuple[Float[Array, "particles *data"], Scalar]:
         def ends(row: Row) -> tuple[Float[Array, "*data"], Float[Array, "*data"]]:
             s = jnp.maximum(row.r, self.earlier_time(row.t, jnp.asarray(self.gap, row.t.dtype)))
-            later, earlier = row.z, row.at(s)
-            target = earlier - (s - row.r) * row.evaluate(stopped(field), earlier, row.r, s)
-            return later - (row.t - row.r) * row.evaluate(field, later, row.r, row.t), jax.lax.stop_gradient(target)
+            target = row.at(s) - (s - row.r) * row.evaluate(stopped(field), row.at(s), row.r, s)
+            return row.z - (row.t - row.r) * row.evaluate(field, row.z, row.r, row.t), jax.lax.stop_gradient(target)
 
         y, target = row.map(ends)
         return y - target, self._weight(row) * squared_discrepancy(y, target, (row.t - row.r)[0])

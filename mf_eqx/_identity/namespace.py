@@ -8,7 +8,7 @@ from .base import AbstractIdentity, AbstractScheduledIdentity
 
 
 def identities_in(namespace: Mapping[str, Any], steps: int) -> dict[str, AbstractIdentity]:
-    """Every method in a namespace such as `vars(mf_eqx)` or `globals()`, by name, with its paper's settings.
+    """Every method in a namespace such as `vars(mf_eqx)` or `globals()`, by name, with its paper's parameters.
 
     Made by `for_training` if it has schedules, without arguments else; a method that needs arguments is left out.
 

@@ -8,9 +8,9 @@ Divided by t - l, which the paper's loss does, the difference of both sides is t
 $\alpha = k$ and the other sign: the two methods differ in schedule and weights. There is no derivative.
 
 The paper's loss weighs by $1 / (\overline{\Delta^2} + 0.01)^p$ with the *mean* over dimensions, p = 0.5 or 1: in
-`AdaptiveWeight`, which takes the sum, the offset is 0.01 times the number of dimensions. Three quarters of the rows are
-boundary rows; in the authors' code their gradient has a factor 2 that the others lack. The gradient of a residual here
-is that of u(z, r, t), as in the authors' code, and not 1/k times as large.
+`AdaptiveWeight`, which takes the sum, the offset is 0.01 times the number of dimensions. In the authors' code the
+gradient of boundary rows has a factor 2 that the others lack. The gradient of a residual here is that of u(z, r, t), as
+in the authors' code, and not 1/k times as large.
 
 Source: SoFlow: Solution Flow Models for One-Step Generative Modeling, Luo, Yuan, Liu, 2025, arXiv 2512.15657, and the
 authors' code.
@@ -24,6 +24,7 @@ from .._derivative import Passes
 from .._field import AbstractField
 from .._row import Row
 from .._schedule import as_schedule, at_step, Schedule
+from .._times import LogitNormalTimes, TimePairs
 from .alpha_flow import difference_residual
 from .base import AbstractScheduledIdentity
 from .facts import Facts
@@ -52,7 +53,9 @@ class SoFlow(AbstractScheduledIdentity):
 
     @property
     def facts(self) -> Facts:
-        return Facts(exact=False, passes=Passes(forward=1))
+        pairs = TimePairs(LogitNormalTimes(0.2, 0.8), LogitNormalTimes(-1.0, 0.8))
+        settings = {"time_pairs": pairs, "boundary_times": LogitNormalTimes(-0.2, 1.0)}
+        return Facts(exact=False, passes=Passes(forward=1), paper_settings=settings)
 
     def residual(self, field: AbstractField, row: Row) -> Float[Array, "*data"]:
         return difference_residual(field, row, at_step(self.step, row.context).astype(row.z.dtype))

@@ -5,10 +5,9 @@ $$u(z_t, r, t) = v_t - (t - r)\, \frac{d}{dt} u(z_t, r, t), \qquad
 
 with e the mean squared residual over dimensions. The paper derives the identity for several paths, with a
 parametrisation of the transition for each; its published models use the linear path, where it is MeanFlow's, and this
-is what is here, on every path. They compute du/dt by a central difference, `CentralDifference(0.005)`; half of their
-rows have r = t, and 10% have r = 0: an identity share of 1/2, and `TimePairs(at_data=0.2)`.
+is what is here, on every path. They compute du/dt by a central difference, `CentralDifference(0.005)`.
 
-Their boundary rows have this weight, too, where it is that of `AdaptiveWeight(1, 1e-5)` but for the number of
+Their boundary rows have this weight, too; in that of `paper_settings` the offset is not multiplied by the number of
 dimensions. Under guidance the authors' code leaves the derivative along the path; here it is along the guided velocity,
 as in MeanFlow.
 
@@ -24,7 +23,9 @@ from .._custom_types import Scalar
 from .._derivative import AbstractDerivative, FusedJVP
 from .._field import AbstractField
 from .._row import Row
+from .._times import TimePairs
 from .._validate import check_positive
+from .._weight import AdaptiveWeight
 from .base import AbstractIdentityWithLoss
 from .facts import Facts
 from .mean_flow import MeanFlow
@@ -47,7 +48,8 @@ class TransitionModel(AbstractIdentityWithLoss):
 
     @property
     def facts(self) -> Facts:
-        return Facts(passes=self.derivative.passes)
+        settings = {"identity_share": 0.5, "time_pairs": TimePairs(at_data=0.2), "weight": AdaptiveWeight(offset=1e-5)}
+        return Facts(passes=self.derivative.passes, paper_settings=settings)
 
     def residual_and_loss(self, field: AbstractField, row: Row) -> tuple[Float[Array, "*data"], Scalar]:
         residual = MeanFlow(derivative=self.derivative).residual(field, row)

@@ -2,6 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats
 from fields import Cubic
 
 import mf_eqx as mfx
@@ -40,3 +41,11 @@ def test_rows_at_both_ends_of_time_have_finite_losses_and_gradients():
 def test_a_power_without_meaning_is_refused():
     with pytest.raises(ValueError, match="power must"):
         mfx.FlowAnchoredConsistency(0.0)
+
+
+def test_logit_normal_times_come_near_to_those_of_the_paper():
+    times = mfx.FlowAnchoredConsistency().facts.paper_settings["time_pairs"].times
+    n = np.linspace(-10.0, 10.0, 2001)
+    t = 2 / np.pi * np.arctan(np.exp(n))
+    ours = scipy.stats.norm.cdf(np.log(t / (1 - t)), times.mean, times.std)
+    np.testing.assert_allclose(ours, scipy.stats.norm.cdf(n, -0.8, 1.6), rtol=0, atol=0.03)
