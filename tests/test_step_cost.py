@@ -49,7 +49,8 @@ def test_tangents_and_the_split_cost_no_memory(name):
     assert cost(name, 256).temporary_bytes <= 0.85 * cost("Flow Matching", 256).temporary_bytes
 
 
-@pytest.mark.parametrize("name", ["MeanFlow", pytest.param("guided", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["MeanFlow", "guided"])
 def test_a_small_batch_costs_at_most_one_more_copy_of_the_parameters(name):
     assert cost(name, 16).temporary_bytes <= cost("Flow Matching", 16).temporary_bytes + PARAMETERS
 

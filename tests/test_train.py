@@ -785,9 +785,9 @@ def on_devices():
     return run_on_devices("train_on_devices.py")
 
 
-SLOW_LAYOUTS = ("4 devices", "1 x fsdp 2", "2 devices, 2 x 16 rows in turn")
+SLOW_LAYOUTS = ("2 devices", "4 devices", "1 x fsdp 2", "2 devices, 2 x 16 rows in turn")
 LAYOUTS = [
-    *("2 devices", "8 devices", "2 x fsdp 4", "4 x 16 rows in turn"),
+    *("8 devices", "2 x fsdp 4", "4 x 16 rows in turn"),
     *(pytest.param(layout, marks=pytest.mark.slow) for layout in SLOW_LAYOUTS),
 ]
 

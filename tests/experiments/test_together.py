@@ -98,9 +98,8 @@ def written(folder):
     return {str(path) for path in paths if path.parent.name == "checkpoints" or "checkpoints" not in path.parts}
 
 
-@pytest.mark.parametrize(
-    "name", [name if name == "digits" else pytest.param(name, marks=pytest.mark.slow) for name in TRAINING]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TRAINING)
 def test_two_processes_train_to_the_end_as_one_does(name, tmp_path):
     alone, together = tmp_path / "alone", tmp_path / "together"
     for folder in (alone, together):

@@ -11,7 +11,7 @@ import pytest
 
 from mf_eqx import run
 
-SMALL = "--steps 800 --width 48 --depth 2 --batch 128 --samples 1000 --large-samples 2000 --rows 200"
+SMALL = "--steps 600 --width 48 --depth 2 --batch 128 --samples 1000 --large-samples 2000 --rows 200"
 LOWER_IS_BETTER = ("sliced_wasserstein", "energy_distance", "mmd", "total_variation")
 
 
@@ -32,35 +32,35 @@ def toy_report(experiment):
 
 @pytest.fixture(scope="module")
 def finished(toy_2d, tmp_path_factory):
-    """The directory of a finished run of the right method, a wrong one and the truth."""
+    """The report of a finished run of the right method, a wrong one and the truth."""
     root = tmp_path_factory.mktemp("toy_2d")
     arguments = f"--data three_gaussians --methods MeanFlow WrongTangent Exact --settings common --shorter {SMALL}"
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
         run.main(toy_2d.main, toy_2d.PRESETS, argv=arguments.split())
-    return root / "runs"
+    return report_in(root)
 
 
-def report_of(runs):
-    """The directory of the only report."""
-    (path,) = runs.glob("*/all/*/results.json")
+def report_in(folder):
+    """The directory of the only report below a directory in which the script ran."""
+    (path,) = folder.glob("runs/*/all/*/results.json")
     return path.parent
 
 
 @pytest.fixture(scope="module")
 def rows(finished):
-    return {row["method"]: row for row in json.loads((report_of(finished) / "results.json").read_text())}
+    return {row["method"]: row for row in json.loads((finished / "results.json").read_text())}
 
 
 def test_a_run_leaves_config_results_and_pictures(finished):
     pictures = [f"three_gaussians_{kind}.png" for kind in ("samples", "one_step", "errors", "flows")]
     for name in ("results.json", "results.md", *pictures):
-        assert (report_of(finished) / name).stat().st_size > 0
-    assert (report_of(finished).parent / "config.json").exists()
+        assert (finished / name).stat().st_size > 0
+    assert (finished.parent / "config.json").exists()
 
 
 def test_a_finished_training_is_neither_repeated_nor_judged_again(toy_2d, finished, monkeypatch, capsys):
-    monkeypatch.chdir(finished.parent)
+    monkeypatch.chdir(finished.parents[3])
     monkeypatch.setattr(toy_2d, "judge", None)
     arguments = f"--data three_gaussians --methods MeanFlow --settings common --shorter {SMALL}"
     run.main(toy_2d.main, toy_2d.PRESETS, argv=arguments.split())
@@ -79,7 +79,7 @@ def test_exact_field_has_no_error(rows):
 
 
 def test_exact_field_scores_the_noise_floor_at_any_number_of_evaluations(toys, rows, finished):
-    *_, floor = re.findall(r"\| samples of the data(.*)\|", (report_of(finished) / "results.md").read_text())
+    *_, floor = re.findall(r"\| samples of the data(.*)\|", (finished / "results.md").read_text())
     floor = [float(cell) for cell in floor.split("|")[-len(toys.Quality._fields) :]]
     for quality in rows["Exact"]["quality"]:
         for name, value in zip(toys.Quality._fields, floor, strict=True):
@@ -210,10 +210,10 @@ def test_stacked_data_are_learnt_by_a_dit_and_judged_in_all_their_dimensions(toy
     monkeypatch.chdir(tmp_path)
     arguments = "--data eight_gaussians_64d --methods FlowMatching MeanFlow --steps 8 --samples 100 --rows 20"
     run.main(toy_2d.main, toy_2d.PRESETS, argv=[*arguments.split(), "--large-samples", "100"])
-    rows = json.loads((report_of(tmp_path / "runs") / "results.json").read_text())
+    rows = json.loads((report_in(tmp_path) / "results.json").read_text())
     assert len(rows) == 5
     assert all(np.isfinite(list(quality.values())).all() for row in rows for quality in row["quality"])
-    assert (report_of(tmp_path / "runs") / "error_against_time.png").exists()
+    assert (report_in(tmp_path) / "error_against_time.png").exists()
 
 
 def test_field_of_stacked_data_takes_vectors(toy_2d):

@@ -65,7 +65,9 @@ def test_no_gradient_passes_through_the_earlier_end():
     np.testing.assert_allclose(jax.grad(loss)(Scaled(jnp.asarray(0.4))).scale, expected, rtol=1e-12)
 
 
-@pytest.mark.parametrize("time_pairs", [mfx.TimePairs(), mfx.TimePairs(equal=0.5)])
+@pytest.mark.parametrize(
+    "time_pairs", [pytest.param(mfx.TimePairs(), marks=pytest.mark.slow), mfx.TimePairs(equal=0.5)]
+)
 def test_rows_have_r_zero_and_the_weight_of_the_objective_counts_for_the_boundary_alone(time_pairs):
     method = mfx.ConsistencyTraining(0.25)
     objectives = [
