@@ -2,13 +2,14 @@
 
     python benchmarks/one_step_vs_ode.py --quick     short trainings, fewer samplers
     python benchmarks/one_step_vs_ode.py             the trainings of toy_2d.py and digits.py
+    python benchmarks/one_step_vs_ode.py --methods MeanFlow Shortcut
 
-On a 2-D toy set (whose exact field is known, for the floor of the distance) and on handwritten digits, two networks are
-trained with one architecture and budget: MeanFlow, which knows u(z, r, t) and v(z, t) = u(z, t, t), and Flow Matching,
-which knows v alone. From the same noise:
+On a 2-D toy set (whose exact field is known, for the floor of the distance) and on handwritten digits, networks are
+trained with one architecture and budget: one by each method, which knows u(z, r, t) and v(z, t) = u(z, t, t), and one
+by Flow Matching, which knows v alone. From the same noise:
 
-- u in 1, 2, 4 steps of the MeanFlow network;
-- Euler, Heun (2 evaluations per step) and diffrax's adaptive Bosh3 and Tsit5 on v of either network.
+- u in 1, 2, 4 steps of each method's network; in 1 step alone where a method learns u(z, 0, t) alone;
+- Euler, Heun (2 evaluations per step) and diffrax's adaptive Bosh3 and Tsit5 on v of every network.
 
 Distances are those of the experiments: sliced Wasserstein-2 on the toy set, Frechet distance in raw pixels on digits.
 Evaluations are per sample; an adaptive solver's are the mean over samples, 3 (Bosh3) or 6 (Tsit5) for each step that it
@@ -43,7 +44,10 @@ from mf_eqx import measure, run
 
 FIXED = {"Euler": (mfx.sample_euler, 1), "Heun": (mfx.sample_heun, 2)}  # with evaluations per step
 ADAPTIVE = {"Bosh3": (diffrax.Bosh3(), 3), "Tsit5": (diffrax.Tsit5(), 6)}  # with evaluations per step
-AVERAGE = "u of MeanFlow"
+FLOW_MATCHING = "Flow Matching"
+# In the figure, by sampler: a colour says which network.
+MARKERS = dict(zip(("u", *FIXED, *ADAPTIVE), "osx^v", strict=True))
+LINES = dict(zip(MARKERS, ("-", "-", "--", "-.", ":"), strict=True))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +56,12 @@ class Config:
 
     data: tuple[str, ...] = ("checkerboard", "digits")
     """digits, and toy sets by the names of toy_2d.py."""
+    methods: tuple[str, ...] = ("MeanFlow",)
+    """Methods that learn an average velocity: the identities of mf_eqx by name. Each is trained as in toy_2d.py and
+    digits.py; methods that learn from pairs of data and noise go without a target of less variance."""
+    own: str | None = None
+    """A Python file with identities of your own, subclasses of mf_eqx.AbstractIdentity, which join the methods by their
+    names."""
     toy_steps: int = toy_2d.Config.steps
     """Training steps on a toy set."""
     digits_steps: int = digits.Config.steps
@@ -82,6 +92,15 @@ class Config:
             raise ValueError(f"data must be at least one of {', '.join(known)}; got none")
         if wrong := [name for name in self.data if name not in known]:
             raise ValueError(f"data must be among {', '.join(known)}; got {wrong[0]}")
+        if self.own is not None and not Path(self.own).is_file():
+            raise ValueError(f"own must be a Python file, got {self.own}")
+        known = toy_2d.identities(self.own, 1)
+        if wrong := [name for name in self.methods if name not in known]:
+            raise ValueError(f"methods must be among {', '.join(known)}; got {wrong[0]}")
+        if not self.methods:
+            raise ValueError(f"methods must be at least one of {', '.join(known)}; got none")
+        if len(set(self.methods)) < len(self.methods):
+            raise ValueError(f"methods must differ from each other, got {', '.join(self.methods)}")
         for name in ("euler", "heun", "tolerances"):
             if not getattr(self, name) or not min(getattr(self, name)) > 0:
                 raise ValueError(f"{name} must be positive numbers, got {getattr(self, name)}")
@@ -89,6 +108,8 @@ class Config:
         for name, bound in least.items():
             if getattr(self, name) < bound:
                 raise ValueError(f"{name} must be >= {bound}, got {getattr(self, name)}")
+        for name in self.data:  # what the experiments refuse, before anything trains
+            check_digits(self) if name == "digits" else toy_settings(self, name)
 
 
 # Samplers
@@ -139,8 +160,12 @@ def adaptive(family: str, field: mfx.AbstractField, name: str, tolerance: float)
 
 
 def samplers(config: Config, fields: dict[str, mfx.AbstractField]) -> list[Sampler]:
-    """Of the average velocity, then of v of every network."""
-    found = [fixed(AVERAGE, fields["MeanFlow"], mfx.sample, steps, 1) for steps in (1, 2, 4)]
+    """Of the average velocities, then of v of every network."""
+    methods, found = toy_2d.identities(config.own, 1), []
+    for network, field in fields.items():
+        if network != FLOW_MATCHING:
+            counts = (1,) if methods[network].facts.ends_at_data else (1, 2, 4)
+            found += [fixed(f"u of {network}", field, mfx.sample, steps, 1) for steps in counts]
     for network, field in fields.items():
         for name, (sampler, per_step) in FIXED.items():
             counts = config.euler if name == "Euler" else config.heun
@@ -150,11 +175,17 @@ def samplers(config: Config, fields: dict[str, mfx.AbstractField]) -> list[Sampl
     return found
 
 
+def parts(family: str) -> tuple[str, str]:
+    """The sampler of a family, which is "u" for the average velocity itself, and the network."""
+    sampler, _, network = family.rpartition(" of ")
+    return sampler.removesuffix(" on v"), network
+
+
 # Problems
 
 
 class Problem(NamedTuple):
-    """Two trained networks, noise, and how samples are judged."""
+    """Trained networks, noise, and how samples are judged."""
 
     name: str
     fields: dict[str, mfx.AbstractField]
@@ -166,14 +197,27 @@ class Problem(NamedTuple):
     floor_name: str
 
 
+def toy_settings(config: Config, name: str) -> toy_2d.Config:
+    """Those of toy_2d.py."""
+    return toy_2d.Config(
+        data=(name,),
+        methods=(*config.methods, "FlowMatching"),
+        own=config.own,
+        steps=config.toy_steps,
+        samples=config.samples,
+        rows=10,
+        workers=1,
+    )
+
+
 def toy_problem(config: Config, name: str, directory: run.RunDirectory) -> Problem:
-    toy = toy_2d.Config(data=(name,), steps=config.toy_steps, samples=config.samples, rows=10, workers=1)
-    problem, methods = toy_2d.make_problem(toy, name), {"MeanFlow": "MeanFlow", "Flow Matching": "FlowMatching"}
-    cells = {label: toy_2d.Cell(name, method, config.seed) for label, method in methods.items()}
+    toy = toy_settings(config, name)
+    problem, labels = toy_2d.make_problem(toy, name), (*config.methods, FLOW_MATCHING)
+    cells = {label: toy_2d.Cell(name, method, config.seed) for label, method in zip(labels, toy.methods, strict=True)}
 
     def field_of(label: str, state: mfx.TrainState | None) -> mfx.AbstractField:
         assert state is not None
-        return toy_2d.Instantaneous(state.averages[0]) if label == "Flow Matching" else state.averages[0]
+        return toy_2d.Instantaneous(state.averages[0]) if label == FLOW_MATCHING else state.averages[0]
 
     trainings = {label: toy_2d.training(toy, cell) for label, cell in cells.items()}
     fields = run.train_cells(toy, trainings, field_of, run.RunDirectory(directory.root / name))
@@ -195,13 +239,33 @@ def digits_settings(config: Config) -> digits.Config:
     )
 
 
+def digits_objectives(
+    config: Config, settings: digits.Config, target: mfx.StableTarget | None = None
+) -> dict[str, mfx.Objective]:
+    """Of all networks, by name."""
+    methods = toy_2d.identities(config.own, settings.steps)
+    found = {}
+    for name in config.methods:
+        allowed = None if methods[name].facts.uses_pair else target
+        found[name] = digits.objective(settings, allowed, methods[name])
+    return found | {FLOW_MATCHING: digits.flow_matching(settings, target)}
+
+
+def check_digits(config: Config) -> None:
+    """Refuses methods that cannot be trained on digits."""
+    settings = digits_settings(config)
+    for name, objective in digits_objectives(config, settings).items():
+        if settings.batch % objective.divisor:
+            rule = f"methods must take the batch of digits, {settings.batch}"
+            raise ValueError(f"{rule}; got {name}, which takes multiples of {objective.divisor}")
+
+
 def digits_problem(config: Config, directory: run.RunDirectory) -> Problem:
     settings = digits_settings(config)
     rows = digits.load(settings)
-    judge, fields = digits.Judge(rows), {}
-    for name, objective in (("MeanFlow", digits.mean_flow), ("Flow Matching", digits.flow_matching)):
-        target = digits.stable_target(settings, rows.train)
-        method = digits.Method(name, objective(settings, target), mfx.sample, (1,), shown=1)
+    judge, target, fields = digits.Judge(rows), digits.stable_target(settings, rows.train), {}
+    for name, objective in digits_objectives(config, settings, target).items():
+        method = digits.Method(name, objective, mfx.sample, (1,), shown=1)
         part = run.RunDirectory(directory.root / name.lower().replace(" ", "_"))
         fields[name] = digits.train(settings, method, rows.train, part)
     eps = jr.normal(jr.key(digits.JUDGED_SEED), rows.every.x.shape)
@@ -249,13 +313,16 @@ def judge(config: Config, problem: Problem) -> list[Point]:
 
 
 def verdict(points: list[Point]) -> str:
-    """What the cheapest solver needs to be as near to the data as the average velocity."""
-    lines = []
-    for point in (p for p in points if p.family == AVERAGE):
-        rivals = [p for p in points if p.family != AVERAGE and p.distance <= point.distance]
-        text = f"u in {point.setting} ({point.distance:.3g}): "
+    """What the cheapest solver, on v of any network, needs to be as near to the data as each average velocity."""
+    lines, averages = [], [p for p in points if parts(p.family)[0] == "u"]
+    for point in averages:
+        rivals = [p for p in points if p not in averages and p.distance <= point.distance]
+        text = f"{point.family} in {point.setting} ({point.distance:.3g}): "
+        if not np.isfinite(point.distance):
+            lines.append(text + "samples are not finite.")
+            continue
         if not rivals:
-            lines.append(text + "no solver on v of either network comes as near.")
+            lines.append(text + "no solver on v of any network comes as near.")
             continue
         fewest, fastest = min(rivals, key=lambda p: p.evaluations), min(rivals, key=lambda p: p.seconds)
         lines.append(
@@ -276,29 +343,39 @@ def describe(problem: Problem, points: list[Point]) -> str:
 
 
 def save_figure(path: Path, judged: list[tuple[Problem, list[Point]]]) -> None:
-    """Per problem: distance against evaluations and against seconds, a line per family."""
+    """Per problem: distance against evaluations and against seconds, a line per family, a colour per network."""
     with run.optional("matplotlib"):
+        from matplotlib import colormaps
         from matplotlib.figure import Figure
+        from matplotlib.lines import Line2D
         from matplotlib.ticker import NullFormatter
     figure = Figure(figsize=(12, 4.6 * len(judged)), dpi=100, layout="constrained")
     panels = figure.subplots(len(judged), 2, squeeze=False)
+    networks = [name for name in judged[0][0].fields if name != FLOW_MATCHING]
+    colour = colormaps["tab10" if len(networks) <= 10 else "tab20"]
+    colours = {name: colour(i) for i, name in enumerate(networks)} | {FLOW_MATCHING: (0, 0, 0, 1)}
+
+    def style_of(sampler: str) -> dict[str, Any]:
+        width = 3 if sampler == "u" else 1
+        return {"marker": MARKERS[sampler], "linestyle": LINES[sampler], "linewidth": width, "markersize": 4 + width}
+
     for row, (problem, points) in zip(panels, judged, strict=True):
         for panel, unit in zip(row, ("evaluations", "seconds"), strict=True):
             for family in dict.fromkeys(p.family for p in points):
                 line = [(getattr(p, unit), p.distance) for p in points if p.family == family]
-                style = "--" if family.endswith("Flow Matching") else "-"
-                bold = {"linewidth": 3, "color": "black"} if family == AVERAGE else {"color": colour(family)}
-                panel.plot(*zip(*line, strict=True), marker=".", linestyle=style, label=family, **bold)
-            panel.axhline(problem.floor, color="grey", linestyle=":", label=problem.floor_name)
+                sampler, network = parts(family)
+                panel.plot(*zip(*line, strict=True), color=colours[network], **style_of(sampler))
+            panel.axhline(problem.floor, color="grey", linestyle=":")
             panel.set(xscale="log", yscale="log", xlabel=unit, ylabel=problem.distance_name, title=problem.name)
             panel.xaxis.set_minor_formatter(NullFormatter())
             panel.grid(alpha=0.3, which="both")
-        row[1].legend(fontsize="x-small", loc="center left", bbox_to_anchor=(1, 0.5))
+        legend = [Line2D([], [], color=colours[name], linewidth=3, label=name) for name in colours]
+        for sampler in MARKERS:
+            label = "u" if sampler == "u" else f"{sampler} on v"
+            legend.append(Line2D([], [], color="grey", label=label, **style_of(sampler)))
+        legend.append(Line2D([], [], color="grey", linestyle=":", label=problem.floor_name))
+        row[1].legend(handles=legend, fontsize="x-small", loc="center left", bbox_to_anchor=(1, 0.5), handlelength=4)
     figure.savefig(path, format="png")
-
-
-def colour(family: str) -> str:
-    return f"C{[*FIXED, *ADAPTIVE].index(family.partition(' ')[0])}"
 
 
 def main(config: Config) -> None:
@@ -312,7 +389,7 @@ def main(config: Config) -> None:
     directory = run.RunDirectory.create(config, config.name)
     judged, texts = [], []
     for name in config.data:
-        print(f"{name}: training two networks", flush=True)
+        print(f"{name}: training {len(config.methods) + 1} networks", flush=True)
         problem = digits_problem(config, directory) if name == "digits" else toy_problem(config, name, directory)
         print(f"{name}: sampling", flush=True)
         judged.append((problem, judge(config, problem)))

@@ -3,15 +3,17 @@
     python experiments/ablations.py                      all tables on eight Gaussians
     python experiments/ablations.py --only 1a 1b         two of them
     python experiments/ablations.py --data digits --only 1a
+    python experiments/ablations.py --method Shortcut    the tables that another method has
 
-Every cell is one training from one seed. Finished cells are kept in runs/ablations/<data>/cells.jsonl, and a cell that
-is there is not trained again: tables share their cells, and more seeds add to those that exist. A command that was
-stopped, or killed, goes on where it was.
+Every cell is one training from one seed. Finished cells are kept in runs/ablations/<data>/cells.jsonl, those of other
+methods than MeanFlow in runs/ablations/<data>_<method>, and a cell that is there is not trained again: tables share
+their cells, and more seeds add to those that exist. A command that was stopped, or killed, goes on where it was.
 
 The paper's column is FID on ImageNet, of 400,000 steps of batch 256 around another centre (p = 1, lognorm(-0.4, 1.0)):
-what can agree is the order. Guidance moves samples away from the data: in Tab. 1f and 5 read the distance to the guided
-truth. Share 0 is judged like all others, at u(z, 0, 1), which Flow Matching never trained; toy_2d.py has Flow Matching
-as it is meant to be used. README.md beside this file says where orders agree and where they do not.
+what can agree is the order. It is MeanFlow's beside other methods, too. Guidance moves samples away from the data: in
+Tab. 1f and 5 read the distance to the guided truth. Share 0 is judged like all others, at u(z, 0, 1), which Flow
+Matching never trained; toy_2d.py has Flow Matching as it is meant to be used. README.md beside this file says where
+orders agree and where they do not.
 """
 
 import dataclasses
@@ -29,6 +31,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import optax
+import toy_2d
 from jaxtyping import Array, Float, install_import_hook, Int, Key
 
 # Shapes and types are checked while the step is traced. JAXTYPING_DISABLE=1 turns this off.
@@ -133,26 +136,91 @@ class Config(run.CellSettings):
     data: Literal["eight_gaussians", "digits"] = "eight_gaussians"
     """eight_gaussians: four classes of two opposite Gaussians each, an MLP, distance to the truth known. digits: a DiT,
     Frechet distance."""
-    only: tuple[str, ...] = tuple(TABLES)
-    """Tables: 1a (share), 1b (tangent), 1c (embedding), 1d (times), 1e (p), 1f (omega), 5 (kappa)."""
+    method: str = "MeanFlow"
+    """The identity of mf_eqx that is trained, by name."""
+    own: str | None = None
+    """A Python file with identities of your own, subclasses of mf_eqx.AbstractIdentity, which join the methods by their
+    names. Finished cells are not trained again when the file changes: give another --name then."""
+    only: tuple[str, ...] | None = None
+    """Tables: 1a (share), 1b (tangent), 1c (embedding), 1d (times), 1e (p), 1f (omega), 5 (kappa); by default all that
+    the method has. Only MeanFlow has 1b; methods that learn from pairs of data and noise have neither 1f nor 5; methods
+    whose rows with r < t alone do not fix v have no share of 100% in 1a. In 1e the weight of a method with a loss of
+    its own applies to rows with r = t alone."""
     seeds: int = 2
     """Trainings of each cell, from seeds 0, 1, ..."""
     steps: int | None = None
     """Training steps of a cell, by default 4000 for eight_gaussians, 1500 for digits."""
     name: str = ""
-    """Directory below runs/ablations where cells, tables and pictures are kept, by default that of the data set."""
+    """Directory below runs/ablations where cells, tables and pictures are kept, by default that of the data set and
+    the method."""
 
     def __post_init__(self):
         self.check(seeds=1)
         run.check_sizes(self, seeds=100)
+        if self.steps is not None and self.steps < 1:
+            raise ValueError(f"steps must be >= 1, got {self.steps}")
+        if self.own is not None and not Path(self.own).is_file():
+            raise ValueError(f"own must be a Python file, got {self.own}")
+        if self.method not in (known := toy_2d.identities(self.own, 1)):
+            raise ValueError(f"method must be among {', '.join(known)}; got {self.method}")
+        if self.only is None:
+            return
         if unknown := [name for name in self.only if name not in TABLES]:
             raise ValueError(f"only must be among {', '.join(TABLES)}; got {', '.join(unknown)}")
         if len(set(self.only)) < len(self.only):
             raise ValueError(f"only must differ from each other, got {', '.join(self.only)}")
         if not self.only:
             raise ValueError(f"only must be at least one of {', '.join(TABLES)}; got none")
-        if self.steps is not None and self.steps < 1:
-            raise ValueError(f"steps must be >= 1, got {self.steps}")
+        for name in self.only:
+            if name not in tables(self):
+                reason = next(iter(refused(self, name).values()))
+                raise ValueError(f"only must be among the tables of {self.method}, got {name}: {reason}")
+
+
+def identity(config: Config, setting: Setting, steps: int) -> mfx.AbstractIdentity | None:
+    """The method in one cell; None if no row carries it.
+
+    **Raises:** `ValueError` if the setting has a tangent that the method has not.
+    """
+    method = toy_2d.identities(config.own, steps)[config.method]
+    if isinstance(method, mfx.MeanFlow):
+        method = mfx.MeanFlow(*setting.tangent)
+    elif setting.tangent != Setting.tangent:
+        raise ValueError(f"tangent must be {Setting.tangent} for {config.method}, got {setting.tangent}")
+    return method if setting.share else None
+
+
+def refused(config: Config, name: str) -> dict[str, str]:
+    """The rows of a table that the method cannot have, with the reason, which its objective derives from its facts."""
+    reasons = {}
+    for value, (setting, _) in TABLES[name].cells.items():
+        try:
+            objective(config, setting, CLASSES, LABEL_DROPOUT, steps=1)
+        except ValueError as error:
+            reasons[value] = str(error)
+    return reasons
+
+
+def tables(config: Config) -> dict[str, Table]:
+    """The tables in which the method has two rows or more: those rows."""
+    found = {}
+    for name, table in TABLES.items():
+        without = refused(config, name)
+        cells = {value: cell for value, cell in table.cells.items() if value not in without}
+        if len(cells) > 1:
+            found[name] = table._replace(cells=cells)
+    return found
+
+
+def method_key(config: Config) -> dict[str, str]:
+    """What the key of a cell says of the method: nothing of MeanFlow, and the file of one that is not of mf_eqx."""
+    kind = type(toy_2d.identities(config.own, 1)[config.method])
+    if kind is mfx.MeanFlow:
+        return {}
+    return {"method": config.method} | ({} if kind is getattr(mfx, config.method, None) else {"own": str(config.own)})
+
+
+LABEL_DROPOUT = 0.1
 
 
 class Numbers(NamedTuple):
@@ -164,7 +232,7 @@ class Numbers(NamedTuple):
     learning_rate: float
     decay: float
     clip: float = 1.0
-    label_dropout: float = 0.1
+    label_dropout: float = LABEL_DROPOUT
 
 
 class Recipe(NamedTuple):
@@ -268,11 +336,10 @@ def one_step(
     return jax.vmap(lambda eps, label: mfx.sample(field, eps, label))(eps, label)
 
 
-def objective(setting: Setting, labels: int, label_dropout: float) -> mfx.Objective:
-    identity = mfx.MeanFlow(*setting.tangent)
+def objective(config: Config, setting: Setting, labels: int, label_dropout: float, *, steps: int) -> mfx.Objective:
     times = mfx.UniformTimes() if setting.times is None else mfx.LogitNormalTimes(*setting.times)
     return mfx.Objective(
-        identity if setting.share else None,
+        identity(config, setting, steps),
         time_pairs=mfx.TimePairs(times),
         identity_share=setting.share,
         weight=mfx.AdaptiveWeight(setting.power),
@@ -282,19 +349,20 @@ def objective(setting: Setting, labels: int, label_dropout: float) -> mfx.Object
 
 
 @functools.cache
-def train_step(setting: Setting, labels: int, numbers: Numbers) -> mfx.TrainStep:
+def train_step(config: Config, setting: Setting, labels: int, numbers: Numbers) -> mfx.TrainStep:
     rate, warmup = numbers.learning_rate, 100
     schedule = optax.warmup_cosine_decay_schedule(0, rate, warmup, max(numbers.steps, warmup + 1), rate / 100)
     # Single steps ruin trainings with a large p or kappa otherwise.
     optimizer = optax.chain(optax.clip_by_global_norm(numbers.clip), optax.adam(schedule))
     averages = [mfx.ExponentialAverage(numbers.decay)]
-    return mfx.TrainStep(objective(setting, labels, numbers.label_dropout), optimizer, averages)
+    loss = objective(config, setting, labels, numbers.label_dropout, steps=numbers.steps)
+    return mfx.TrainStep(loss, optimizer, averages, teacher=0 if loss.needs_teacher else None)
 
 
-def training(recipe: Recipe, cell: Cell, name: str, settings: dict[str, Any]) -> run.Training:
+def training(config: Config, recipe: Recipe, cell: Cell, name: str, settings: dict[str, Any]) -> run.Training:
     field_key, run_key = jr.split(jr.key(cell.seed))
-    step = train_step(cell.setting, recipe.labels, recipe.numbers)
-
+    step = train_step(config, cell.setting, recipe.labels, recipe.numbers)
+    step.check_batch_size(recipe.numbers.batch)
     make_field = functools.partial(recipe.make_field, EMBEDDINGS[cell.setting.embedding], field_key)
     return run.Training(name, step, make_field, recipe.draw, recipe.numbers.steps, run_key, settings)
 
@@ -303,7 +371,7 @@ def report(config: Config, recipe: Recipe, ledger: run.Ledger, names: Sequence[s
     """Tables as text."""
     parts, commits = [], set()
     for name in names:
-        table, rows, columns, distances = TABLES[name], [], (), []
+        table, rows, columns, distances = tables(config)[name], [], (), []
         for value, (setting, fid) in table.cells.items():
             keys = [key_of(config, recipe, Cell(setting, seed)) for seed in range(config.seeds)]
             commits |= {ledger.commit(key) for key in keys}
@@ -311,14 +379,20 @@ def report(config: Config, recipe: Recipe, ledger: run.Ledger, names: Sequence[s
             columns = tuple(results[0])
             rows.append((value, fid, *(spread([result[column] for result in results]) for column in columns)))
             distances.append([result["distance"] for result in results])
-        orders = agreement(distances, [fid for _, fid in table.cells.values()])
-        headers = (table.title, "paper's FID", *columns)
+        order = "the order of MeanFlow's paper" if method_key(config) else "the paper's order"
+        orders = agreement(distances, [fid for _, fid in table.cells.values()], order)
+        headers = (table.title, fid_label(config), *columns)
         parts.append(f"## Tab. {name}: {table.title}\n\n{run.table(rows, headers)}\n\n{orders}")
+        parts += [f"Without {value}: {reason}." for value, reason in refused(config, name).items()]
     about = (
-        f"distance: {recipe.distance}. Mean ± half the range of seeds 0 to {config.seeds - 1}; "
+        f"{config.method}, distance: {recipe.distance}. Mean ± half the range of seeds 0 to {config.seeds - 1}; "
         f"{recipe.numbers.steps} steps. Commits: {', '.join(sorted(map(str, commits)))}."
     )
     return "\n\n".join([about, *parts])
+
+
+def fid_label(config: Config) -> str:
+    return "MeanFlow's FID in its paper" if method_key(config) else "paper's FID"
 
 
 def spread(values: Sequence[float]) -> str:
@@ -326,7 +400,7 @@ def spread(values: Sequence[float]) -> str:
     return f"{np.mean(values):.3g}{half_range}"
 
 
-def agreement(ours: Sequence[Sequence[float]], papers: Sequence[float]) -> str:
+def agreement(ours: Sequence[Sequence[float]], papers: Sequence[float], order: str = "the paper's order") -> str:
     """How many pairs of rows are in the paper's order, where all seeds agree on theirs."""
     finite = [bool(np.isfinite(values).all()) for values in ours]
     pairs = [(i, j) for i in range(len(ours)) for j in range(len(ours)) if papers[i] < papers[j]]
@@ -334,7 +408,7 @@ def agreement(ours: Sequence[Sequence[float]], papers: Sequence[float]) -> str:
     same = sum(max(ours[i]) < min(ours[j]) for i, j in pairs)
     opposite = sum(max(ours[j]) < min(ours[i]) for i, j in pairs)
     text = (
-        f"Of {len(pairs)} pairs of rows, {same} are in the paper's order, {opposite} in the opposite one; in "
+        f"Of {len(pairs)} pairs of rows, {same} are in {order}, {opposite} in the opposite one; in "
         f"{len(pairs) - same - opposite} the seeds overlap."
     )
     return text if all(finite) else f"{text} Rows left out because a training diverged: {finite.count(False)}."
@@ -349,7 +423,7 @@ def save_figure(path: Path, config: Config, recipe: Recipe, ledger: run.Ledger, 
     figure = Figure(figsize=(3.6 * columns, 3.1 * rows), dpi=100, layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False).flat
     for name, panel in zip(names, panels, strict=False):
-        cells = TABLES[name].cells
+        cells = tables(config)[name].cells
         place, fids = np.arange(len(cells)), [fid for _, fid in cells.values()]
         keys = [
             [key_of(config, recipe, Cell(setting, seed)) for seed in range(config.seeds)]
@@ -368,7 +442,7 @@ def save_figure(path: Path, config: Config, recipe: Recipe, ledger: run.Ledger, 
         panel.set_xticks(place, list(cells), rotation=25, fontsize=7)
     for panel in list(panels):
         panel.remove()
-    figure.suptitle(f"blue: {recipe.distance}, every seed; orange: FID of the paper")
+    figure.suptitle(f"blue: {config.method}'s {recipe.distance}, every seed; orange: {fid_label(config)}")
     figure.savefig(path, format="png")
 
 
@@ -383,25 +457,28 @@ def describe(cell: Cell) -> str:
 
 def key_of(config: Config, recipe: Recipe, cell: Cell) -> dict[str, Any]:
     """What a finished cell is found by: everything that its result depends on but the code."""
-    return {"data": config.data, "setting": cell.setting, **recipe.numbers._asdict(), "seed": cell.seed}
+    key = {"data": config.data, "setting": cell.setting, **recipe.numbers._asdict(), "seed": cell.seed}
+    return key | method_key(config)
 
 
 def cells_of(config: Config, name: str) -> list[Cell]:
-    return [Cell(setting, seed) for seed in range(config.seeds) for setting, _ in TABLES[name].cells.values()]
+    return [Cell(setting, seed) for seed in range(config.seeds) for setting, _ in tables(config)[name].cells.values()]
 
 
 def main(config: Config) -> None:
     """Train the cells that are missing, then write tables and a figure."""
     steps = 2 if config.test_run else config.steps
     recipe = RECIPES[config.data]() if steps is None else RECIPES[config.data](steps)
-    with run.opened(config, shared=config.data) as directory:
+    shared = f"{config.data}_{config.method}" if method_key(config) else config.data
+    with run.opened(config, shared=shared) as directory:
         run_cells(config, recipe, directory)
 
 
 def run_cells(config: Config, recipe: Recipe, directory: run.RunDirectory) -> None:
     """Train what is missing of what is asked for, and write all tables that are complete."""
     ledger, key = run.Ledger(directory.root / "cells.jsonl"), functools.partial(key_of, config, recipe)
-    wanted = dict.fromkeys(cell for name in config.only for cell in cells_of(config, name))
+    names = tuple(tables(config)) if config.only is None else config.only
+    wanted = dict.fromkeys(cell for name in names for cell in cells_of(config, name))
     # Seeds outside: those of one setting compile the same program.
     missing = sorted((cell for cell in wanted if key(cell) not in ledger), key=lambda cell: cell.seed)
     steps, kept = recipe.numbers.steps, len(wanted) - len(missing)
@@ -416,16 +493,16 @@ def run_cells(config: Config, recipe: Recipe, directory: run.RunDirectory) -> No
         return recipe.judge(state.averages[0], cell.setting)
 
     trainings = {
-        cell: training(recipe, cell, f"{describe(cell)} {run.digest(key(cell))}", key(cell)) for cell in missing
+        cell: training(config, recipe, cell, f"{describe(cell)} {run.digest(key(cell))}", key(cell)) for cell in missing
     }
     run.announce(config, trainings, directory)
     run.train_cells(config, trainings, judge, directory, note=note)
     # The files have every table that is complete, also from earlier calls; what is printed is what was asked for.
-    complete = [name for name in TABLES if all(key(cell) in ledger for cell in cells_of(config, name))]
+    complete = [name for name in tables(config) if all(key(cell) in ledger for cell in cells_of(config, name))]
     everything = report(config, recipe, ledger, complete)
     directory.path("results.md").write_text(everything + "\n", encoding="utf-8")
     save_figure(directory.path("ablations.png"), config, recipe, ledger, complete)
-    text, seconds = report(config, recipe, ledger, config.only), time.perf_counter() - directory.opened
+    text, seconds = report(config, recipe, ledger, names), time.perf_counter() - directory.opened
     print(f"{text}\n\n{seconds:.0f} seconds. results.md and ablations.png are in {directory.root}.")
 
 

@@ -102,7 +102,7 @@ class Config(run.Settings):
         if guided(self) and self.label_dropout == 0:
             raise ValueError("label_dropout must be > 0 with guidance, which needs the unlabelled field; got 0.0")
         # What the parts themselves refuse is refused here, where a flag can be named.
-        mfx.check_batch_size(self.batch, mean_flow(self).identity_share)
+        mfx.check_batch_size(self.batch, objective(self).identity_share)
         eqx.filter_eval_shape(lambda: make_field(self, jr.key(0)))  # the key within: a real one needs a device
         mfx.ExponentialAverage(self.decay)
 
@@ -147,9 +147,11 @@ def stable_target(config: Config, source: data.ArraySource) -> mfx.StableTarget 
     return mfx.StableTarget(jnp.asarray(source.x), jnp.asarray(source.label)) if config.stable_target else None
 
 
-def mean_flow(config: Config, target: mfx.StableTarget | None = None) -> mfx.Objective:
+def objective(
+    config: Config, target: mfx.StableTarget | None = None, identity: mfx.AbstractIdentity = mfx.MeanFlow()
+) -> mfx.Objective:
     return mfx.Objective(
-        mfx.MeanFlow(),
+        identity,
         time_pairs=mfx.TimePairs(mfx.UniformTimes()),
         identity_share=config.identity_share,
         weight=mfx.AdaptiveWeight(config.power, config.offset),
@@ -197,7 +199,12 @@ def train(
     optimizer = optax.adam(optax.warmup_cosine_decay_schedule(0, rate, config.warmup, steps, rate / 100))
     averages, parallelism = [mfx.ExponentialAverage(config.decay)], run.parallelism(config)
     step = mfx.TrainStep(
-        method.objective, optimizer, averages, accumulation=config.accumulation, parallelism=parallelism
+        method.objective,
+        optimizer,
+        averages,
+        accumulation=config.accumulation,
+        parallelism=parallelism,
+        teacher=0 if method.objective.needs_teacher else None,
     )
     stream = data.Stream(source, config.batch, seed=config.seed, parallelism=parallelism)
 
@@ -330,7 +337,7 @@ def main(config: Config) -> None:
     began = time.perf_counter()
     digits = load(config)
     target = stable_target(config, digits.train)
-    methods = [Method("MeanFlow", mean_flow(config, target), mfx.sample, (1, 2, 4), shown=1)]
+    methods = [Method("MeanFlow", objective(config, target), mfx.sample, (1, 2, 4), shown=1)]
     if config.compare:
         methods.append(Method("Flow Matching", flow_matching(config, target), mfx.sample_euler, (1, 4, 32), shown=32))
     with run.opened(config) as directory:

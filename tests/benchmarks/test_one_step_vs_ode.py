@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -119,6 +120,23 @@ def test_every_solver_is_tried_on_v_of_every_network(one_step_vs_ode, gaussian):
     assert names == expected
 
 
+def test_every_method_is_tried_in_as_many_steps_as_it_learns(one_step_vs_ode, gaussian):
+    config = one_step_vs_ode.Config(methods=("Shortcut", "ConsistencyTraining"), euler=(1,), heun=(1,))
+    fields = dict.fromkeys(("Shortcut", "ConsistencyTraining", "Flow Matching"), gaussian)
+    samplers = one_step_vs_ode.samplers(config, fields)
+    averages = [str(s) for s in samplers if s.family.startswith("u ")]
+    steps = ["1 step", "2 steps", "4 steps"]
+    # Consistency training learns u(z, 0, t) alone: the first of two steps is not of that kind.
+    assert averages == [*(f"u of Shortcut, {number}" for number in steps), "u of ConsistencyTraining, 1 step"]
+    assert {s.family for s in samplers if s.family.startswith("Euler")} == {f"Euler on v of {name}" for name in fields}
+
+
+@pytest.mark.parametrize("family", ["u of MeanFlow", "Euler on v of Flow Matching"])
+def test_a_family_names_its_sampler_and_its_network(one_step_vs_ode, family):
+    expected = {"u of MeanFlow": ("u", "MeanFlow"), "Euler on v of Flow Matching": ("Euler", "Flow Matching")}
+    assert one_step_vs_ode.parts(family) == expected[family]
+
+
 # Verdict
 
 
@@ -134,7 +152,9 @@ def test_verdict_names_the_cheapest_of_those_as_near_by_either_cost(one_step_vs_
         point(one_step_vs_ode, "Tsit5", 16, 2.0, 0.1),
     ]
     (line,) = one_step_vs_ode.verdict(points).splitlines()
-    assert line == ("- u in 1 step (0.2): Heun needs 8 times the evaluations (8), Tsit5 4 times the seconds.")
+    assert line == (
+        "- u of MeanFlow in 1 step (0.2): Heun needs 8 times the evaluations (8), Tsit5 4 times the seconds."
+    )
 
 
 def test_verdict_says_if_no_solver_comes_as_near(one_step_vs_ode):
@@ -144,17 +164,86 @@ def test_verdict_says_if_no_solver_comes_as_near(one_step_vs_ode):
         point(one_step_vs_ode, "Euler", 2, 0.1, 0.3),
     ]
     near, far = one_step_vs_ode.verdict(points).splitlines()
-    assert near == "- u in 1 step (0.2): no solver on v of either network comes as near."
+    assert near == "- u of MeanFlow in 1 step (0.2): no solver on v of any network comes as near."
     assert "Euler needs 1 times the evaluations" in far
+
+
+def test_verdict_holds_every_method_against_all_solvers_and_no_method_against_another(one_step_vs_ode):
+    points = [
+        point(one_step_vs_ode, "u of MeanFlow", 1, 0.5, 0.2),
+        point(one_step_vs_ode, "u of Shortcut", 1, 0.5, 0.1),
+        point(one_step_vs_ode, "u of SoFlow", 1, 0.5, float("nan")),
+        point(one_step_vs_ode, "Euler on v of Shortcut", 8, 1.0, 0.15),
+    ]
+    first, second, third = one_step_vs_ode.verdict(points).splitlines()
+    assert first.startswith("- u of MeanFlow in 1 step (0.2): Euler on v of Shortcut needs 8 times the evaluations")
+    assert second == "- u of Shortcut in 1 step (0.1): no solver on v of any network comes as near."
+    assert third == "- u of SoFlow in 1 step (nan): samples are not finite."
+
+
+# What is trained
+
+
+def test_networks_on_digits_get_target_and_teacher_as_their_methods_allow(one_step_vs_ode):
+    methods = ("MeanFlow", "ConsistencyTraining", "TerminalVelocityMatching")
+    config, digits = one_step_vs_ode.Config(methods=methods), one_step_vs_ode.digits
+    settings = one_step_vs_ode.digits_settings(config)
+    target = digits.stable_target(settings, digits.load(settings).train)
+    objectives = one_step_vs_ode.digits_objectives(config, settings, target)
+    assert [type(objective.identity).__name__ for objective in objectives.values()] == [*methods, "NoneType"]
+    with_target = [name for name, objective in objectives.items() if objective.stable_target is not None]
+    assert with_target == ["MeanFlow", "TerminalVelocityMatching", "Flow Matching"]
+    assert [name for name, objective in objectives.items() if objective.needs_teacher] == ["TerminalVelocityMatching"]
+
+
+OWN = """
+import mf_eqx as mfx
+
+class Mine(mfx.AbstractIdentity):
+    facts = mfx.Facts()
+
+    def residual(self, field, row):
+        return row.evaluate(field, row.z, row.r, row.t) - row.v
+
+class Triples(mfx.AbstractIdentityWithLoss):
+    facts = mfx.Facts(group=3)
+
+    def residual_and_loss(self, field, rows):
+        return rows.v, 0.0
+"""
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory):
+    path = tmp_path_factory.mktemp("own") / "mine.py"
+    path.write_text(OWN)
+    return str(path)
+
+
+def test_identities_of_a_file_join_the_methods(one_step_vs_ode, own):
+    config = one_step_vs_ode.Config(own=own, methods=("Mine", "Shortcut"))
+    assert one_step_vs_ode.toy_settings(config, "checkerboard").methods == ("Mine", "Shortcut", "FlowMatching")
+    objectives = one_step_vs_ode.digits_objectives(config, one_step_vs_ode.digits_settings(config))
+    assert type(objectives["Mine"].identity).__name__ == "Mine"
+
+
+def test_a_method_that_does_not_fit_into_the_batch_is_refused_before_anything_trains(one_step_vs_ode, own):
+    message = "methods must take the batch of digits, 64; got Triples, which takes multiples of 6"
+    with pytest.raises(ValueError, match=message):
+        one_step_vs_ode.Config(own=own, methods=("Triples",), data=("digits",))
+    with pytest.raises(ValueError, match="batch must be a positive multiple of 6"):
+        one_step_vs_ode.Config(own=own, methods=("Triples",), data=("checkerboard",))
 
 
 # A whole run
 
 
+SMALL = {"toy_steps": 2, "samples": 20, "euler": (1,), "heun": (1,), "tolerances": (0.1,), "rounds": 1}
+
+
 @pytest.fixture(scope="module")
 def directory(finished):
-    small = {"toy_steps": 2, "samples": 20, "euler": (1,), "heun": (1,), "tolerances": (0.1,), "rounds": 1}
-    return finished("one_step_vs_ode", data=("three_gaussians",), **small)
+    return finished("one_step_vs_ode", data=("three_gaussians",), **SMALL)
 
 
 @pytest.fixture(scope="module")
@@ -180,11 +269,30 @@ def test_a_run_leaves_a_table_with_the_exact_distance_and_a_picture(directory):
     assert (directory / "one_step_vs_ode.png").stat().st_size > 0
 
 
+@pytest.mark.slow
+def test_a_run_of_two_other_methods_has_them_in_table_verdict_and_picture(finished):
+    methods = ("Shortcut", "ConsistencyTraining")
+    directory = finished("one_step_vs_ode", data=("three_gaussians",), methods=methods, **SMALL)
+    assert len(json.loads((directory / "results.json").read_text())) == 3 + 1 + 3 * 4
+    text = (directory / "results.md").read_text()
+    for name in methods:
+        assert re.search(rf"\| u of {name} +\| 1 step ", text)
+        assert f"- u of {name} in 1 step (" in text
+    assert "MeanFlow" not in text
+    assert (directory / "one_step_vs_ode.png").stat().st_size > 0
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
         ({"data": ()}, "data must be at least one of digits, .*; got none"),
         ({"data": ("digits", "moons")}, "data must be among digits, .*; got moons"),
+        ({"methods": ()}, "methods must be at least one of .*; got none"),
+        ({"methods": ("MeanFlow", "Flow")}, "methods must be among .*MeanFlow, .*; got Flow"),
+        ({"methods": ("FlowMatching",)}, "methods must be among .*; got FlowMatching"),
+        ({"methods": ("Exact",)}, "methods must be among .*; got Exact"),
+        ({"methods": ("MeanFlow", "MeanFlow")}, "methods must differ from each other, got MeanFlow, MeanFlow"),
+        ({"own": "none.py"}, r"own must be a Python file, got none\.py"),
         ({"euler": ()}, r"euler must be positive numbers, got \(\)"),
         ({"heun": (1, 0)}, r"heun must be positive numbers, got \(1, 0\)"),
         ({"tolerances": (-0.1,)}, r"tolerances must be positive numbers, got \(-0.1,\)"),

@@ -102,6 +102,104 @@ def test_another_recipe_is_another_key(ablations):
     assert {"batch", "width", "learning_rate", "decay", "clip", "label_dropout"} <= set(keys[0])
 
 
+# Other methods
+
+
+OWN = """
+import mf_eqx as mfx
+
+class Mine(mfx.AbstractIdentity):
+    facts = mfx.Facts()
+
+    def residual(self, field, row):
+        return row.evaluate(field, row.z, row.r, row.t) - row.v
+
+class Triples(mfx.AbstractIdentityWithLoss):
+    facts = mfx.Facts(group=3)
+
+    def residual_and_loss(self, field, rows):
+        return rows.v, 0.0
+"""
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory):
+    path = tmp_path_factory.mktemp("own") / "mine.py"
+    path.write_text(OWN)
+    return str(path)
+
+
+def key_in_centre(ablations, **config):
+    cell = ablations.Cell(ablations.Setting(), 0)
+    return ablations.key_of(ablations.Config(**config), ablations.eight_gaussians(), cell)
+
+
+def test_key_of_mean_flow_finds_cells_from_before_there_were_other_methods(ablations):
+    key = key_in_centre(ablations)
+    assert "method" not in key and "own" not in key
+    assert run.digest(key) == "413c75f7"  # as of cells that were finished then
+
+
+def test_keys_name_other_methods_and_the_file_of_the_users_own(ablations, own):
+    mean_flow = key_in_centre(ablations)
+    assert key_in_centre(ablations, method="Shortcut") == mean_flow | {"method": "Shortcut"}
+    assert key_in_centre(ablations, method="Shortcut", own=own) == mean_flow | {"method": "Shortcut"}
+    assert key_in_centre(ablations, method="Mine", own=own) == mean_flow | {"method": "Mine", "own": own}
+
+
+def test_an_own_method_called_mean_flow_has_keys_of_its_own(ablations, tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(OWN.replace("Mine", "MeanFlow"))
+    assert key_in_centre(ablations, own=str(path))["own"] == str(path)
+
+
+def identity_of(ablations, setting=None, **config):
+    setting = setting or ablations.Setting()
+    return ablations.objective(ablations.Config(**config), setting, 4, 0.1, steps=10).identity
+
+
+def test_the_method_is_what_is_trained(ablations, own):
+    assert type(identity_of(ablations, method="Shortcut")).__name__ == "Shortcut"
+    assert type(identity_of(ablations, method="Mine", own=own)).__name__ == "Mine"
+    assert identity_of(ablations, ablations.Setting(tangent=(1.0, 0.0))).tangent_r == 1
+    assert identity_of(ablations, ablations.Setting(share=0.0), method="Shortcut") is None
+
+
+def test_a_method_with_a_teacher_is_taught_by_the_average_that_is_judged(ablations):
+    for method, teacher in (("TerminalVelocityMatching", 0), ("Shortcut", None)):
+        config, recipe = ablations.Config(method=method), ablations.eight_gaussians()
+        assert ablations.train_step(config, ablations.Setting(), recipe.labels, recipe.numbers).teacher == teacher
+
+
+def test_tables_are_those_that_the_objective_of_the_method_allows(ablations):
+    every = set(ablations.TABLES)
+    rows = {"MeanFlow": 4, "SoFlow": 4, "Shortcut": 3, "TerminalVelocityMatching": 3, "InductiveMomentMatching": 4}
+    without = {"MeanFlow": set(), "InductiveMomentMatching": {"1b", "1f", "5"}}
+    for method, number in rows.items():
+        tables = ablations.tables(ablations.Config(method=method))
+        assert set(tables) == every - without.get(method, {"1b"}), method
+        assert len(tables["1a"].cells) == number, method  # a share of 100% or not
+
+
+@pytest.mark.slow
+def test_a_test_run_of_another_method_is_complete_and_has_a_directory_of_its_own(ablations, tmp_path, monkeypatch):
+    monkeypatch.setattr(ablations, "ROWS", 80)
+    start(ablations, tmp_path, "--method Shortcut --only 1a --seeds 1 --test-run")
+    assert files(tmp_path).name == "eight_gaussians_Shortcut-test"
+    assert [cell["settings"]["method"] for cell in cells(tmp_path)] == 3 * ["Shortcut"]
+    text = (files(tmp_path) / "results.md").read_text()
+    assert "MeanFlow's FID in its paper" in text and "the order of MeanFlow's paper" in text
+    assert "Without 100%: identity_share must be below 1 for Shortcut" in text
+    assert (files(tmp_path) / "ablations.png").stat().st_size > 0
+
+
+def test_a_method_that_does_not_fit_into_the_batch_is_refused_before_anything_trains(ablations, own, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        start(ablations, tmp_path, f"--method Triples --own {own} --only 1a --seeds 1")
+    assert "batch must be a positive multiple of 12" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.slow
 def test_tables_of_earlier_calls_stay_in_the_files(ablations, finished):
     start(ablations, finished, "--only 1b --seeds 1 --steps 30")
@@ -155,6 +253,12 @@ def test_digits_have_a_recipe_of_the_same_kind(ablations):
     ("arguments", "message"),
     [
         ("--only 1z", "--only must be among 1a, .*; got 1z"),
+        ("--only", "--only must be at least one of 1a, .*; got none"),
+        ("--method Shortkut", "--method must be among .*Shortcut, .*; got Shortkut"),
+        ("--own none.py", r"--own must be a Python file, got none\.py"),
+        ("--method Shortcut --only 1a 1b", "--only must be among the tables of Shortcut, got 1b: tangent must be"),
+        ("--method ConsistencyTraining --only 5", "of ConsistencyTraining, got 5: guidance must be None"),
+        ("--method InductiveMomentMatching --only 1f", "of InductiveMomentMatching, got 1f: guidance must be None"),
         ("--seeds 0", "--seeds must be >= 1, got 0"),
         ("--steps 0", "--steps must be >= 1, got 0"),
         ("--data cifar", "data"),
