@@ -38,6 +38,7 @@ import numpy as np
 sys.path.append(str(Path(__file__).resolve().parents[1] / "experiments"))
 import digits
 import toy_2d
+import toy_problems
 
 import mf_eqx as mfx
 from mf_eqx import measure, run
@@ -87,7 +88,7 @@ class Config:
 
     def __post_init__(self):
         run.check_sizes(self, samples=10**6, euler=10**4, heun=10**4)
-        known = ("digits", *toy_2d.DATA)
+        known = ("digits", *toy_problems.DATA)
         if not self.data:
             raise ValueError(f"data must be at least one of {', '.join(known)}; got none")
         if wrong := [name for name in self.data if name not in known]:
@@ -203,6 +204,8 @@ def toy_settings(config: Config, name: str) -> toy_2d.Config:
         data=(name,),
         methods=(*config.methods, "FlowMatching"),
         own=config.own,
+        settings=("common",),
+        shorter=(),
         steps=config.toy_steps,
         samples=config.samples,
         rows=10,
@@ -212,21 +215,24 @@ def toy_settings(config: Config, name: str) -> toy_2d.Config:
 
 def toy_problem(config: Config, name: str, directory: run.RunDirectory) -> Problem:
     toy = toy_settings(config, name)
-    problem, labels = toy_2d.make_problem(toy, name), (*config.methods, FLOW_MATCHING)
-    cells = {label: toy_2d.Cell(name, method, config.seed) for label, method in zip(labels, toy.methods, strict=True)}
-
-    def field_of(label: str, state: mfx.TrainState | None) -> mfx.AbstractField:
-        assert state is not None
-        return toy_2d.Instantaneous(state.averages[0]) if label == FLOW_MATCHING else state.averages[0]
-
+    problem = toy_problems.make_problem(name, samples=toy.samples, rows=toy.rows)
+    labels = (*config.methods, FLOW_MATCHING)
+    cells = {
+        label: toy_problems.Cell(name, method, config.seed) for label, method in zip(labels, toy.methods, strict=True)
+    }
     trainings = {label: toy_2d.training(toy, cell) for label, cell in cells.items()}
-    fields = run.train_cells(toy, trainings, field_of, run.RunDirectory(directory.root / name))
-    eps = jr.normal(toy_2d.judged_keys().noise, problem.data.shape)
+    fields = run.train_cells(
+        toy,
+        trainings,
+        lambda label, state: toy_2d.field_of(cells[label], problem, state),
+        run.RunDirectory(directory.root / name),
+    )
+    eps = jr.normal(toy_problems.judged_keys().noise, problem.data.shape)
 
     def distance(x: jax.Array) -> float:
-        return toy_2d.quality(problem, x).sliced_wasserstein
+        return toy_problems.quality(problem, x).sliced_wasserstein
 
-    floor = distance(toy_2d.generate(problem.truth, eps, 1))
+    floor = distance(toy_problems.generate(problem.truth, eps, 1))
     return Problem(name, fields, eps, None, distance, "sliced W2", floor, "exact average velocity, 1 step")
 
 
