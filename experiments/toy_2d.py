@@ -102,8 +102,12 @@ class Config(run.CellSettings):
     """Standard deviation of these frequencies at the start, in cycles per unit of the data."""
     dit_width: int = 48
     """Width of the DiT of eight_gaussians_64d."""
-    dit_depth: int = 4
+    dit_depth: int = 2
     """Blocks of that DiT."""
+    dit_batch: int = 64
+    """Rows per step for it, each with 32 draws of the mixture."""
+    dit_learning_rate: float = 5e-3
+    """Peak of Adam's learning rate for it."""
     references: int = 512
     """Data points from which each step estimates the velocity with less variance, drawn from 65,536 (fewer in 64
     dimensions) that are drawn once; 0 for the conditional velocity. Methods that learn from pairs of data and noise
@@ -143,9 +147,10 @@ class Config(run.CellSettings):
 
     def __post_init__(self):
         self.check(seeds=1, steps=1, width=1, depth=1, samples=10, large_samples=10, rows=10)
-        run.check_sizes(self, seeds=100, batch=1 << 20, width=1 << 14, depth=1000, dit_width=1 << 12, dit_depth=1000)
+        run.check_sizes(self, seeds=100, batch=1 << 20, width=1 << 14, depth=1000)
+        run.check_sizes(self, dit_batch=1 << 20, dit_width=1 << 12, dit_depth=1000)
         run.check_sizes(self, samples=10**6, large_samples=10**7, rows=10**6)
-        self.check(condition_width=1, fourier_features=0, references=0, dit_width=4, dit_depth=1)
+        self.check(condition_width=1, fourier_features=0, references=0, dit_batch=1, dit_width=4, dit_depth=1)
         run.check_sizes(self, condition_width=1 << 14, fourier_features=1 << 14, references=REFERENCES)
         if self.own is not None and not Path(self.own).is_file():
             raise ValueError(f"own must be a Python file, got {self.own}")
@@ -162,15 +167,16 @@ class Config(run.CellSettings):
             raise ValueError(f"clip must be > 0, got {self.clip}")
         if not self.fourier_scale > 0:
             raise ValueError(f"fourier_scale must be > 0, got {self.fourier_scale}")
-        if not 0 < self.learning_rate < 1:
-            raise ValueError(f"learning_rate must lie in (0, 1), got {self.learning_rate}")
+        for name in ("learning_rate", "dit_learning_rate"):
+            if not 0 < getattr(self, name) < 1:
+                raise ValueError(f"{name} must lie in (0, 1), got {getattr(self, name)}")
         if self.dit_width % 12:
             raise ValueError(
                 f"dit_width must be a multiple of 12 (three heads, sin-cos positions), got {self.dit_width}"
             )
         for cell in cells(self):
             if cell.method != "Exact" and cell.seed == 0:
-                train_step(self, cell).check_batch_size(self.batch)
+                train_step(self, cell).check_batch_size(batch_of(self, cell.data))
                 if self.marginal and learns_from_pairs(identity_of(self, cell)):
                     raise ValueError(
                         f"marginal must be False for {cell.method}, which learns from pairs of data and noise"
@@ -221,6 +227,14 @@ def identity_of(config: Config, cell: Cell) -> mfx.AbstractIdentity | None:
     return identities(config.own, steps_of(config, cell)).get(cell.method)
 
 
+def is_stacked(data: str) -> bool:
+    return copies_of(data) > 1
+
+
+def batch_of(config: Config, data: str) -> int:
+    return config.dit_batch if is_stacked(data) else config.batch
+
+
 def learns_from_pairs(identity: mfx.AbstractIdentity | None) -> bool:
     """Whether a method needs x and eps themselves, and can take no other velocity."""
     return identity is not None and identity.facts.uses_pair
@@ -259,7 +273,8 @@ def references_of(data: str, number: int) -> Float[Array, "references dim"]:
 
 @functools.cache
 def _train_step(config: Config, cell: Cell) -> mfx.TrainStep:
-    rate, warmup = config.learning_rate, 100
+    rate = config.dit_learning_rate if is_stacked(cell.data) else config.learning_rate
+    warmup = 100
     schedule = optax.warmup_cosine_decay_schedule(0, rate, warmup, max(steps_of(config, cell), warmup + 1), rate / 100)
     optimizer = optax.chain(optax.clip_by_global_norm(config.clip), optax.adam(schedule))
     average, loss = mfx.ExponentialAverage(config.decay), objective(config, cell)
@@ -267,26 +282,30 @@ def _train_step(config: Config, cell: Cell) -> mfx.TrainStep:
 
 
 def train_step(config: Config, cell: Cell) -> mfx.TrainStep:
-    """The step without what depends on the data; one object for all seeds, whose program is then compiled once."""
-    return _train_step(config, cell._replace(data="", seed=0))
+    """The step without the target, which depends on the data; one object for all seeds, whose program is then compiled
+    once."""
+    return _train_step(config, cell._replace(data=STACKED if is_stacked(cell.data) else "", seed=0))
 
 
-class Reshaped(mfx.AbstractField):
-    """A field of images that takes and returns vectors."""
+class OnVectors(mfx.AbstractField):
+    """A field of images of a shape (channels, height, width) that takes and returns vectors, channels last: both
+    coordinates of a draw are channels of one pixel."""
 
     field: mfx.AbstractField
     shape: tuple[int, int, int]
 
     def __call__(self, z, r, t, condition=None, *, key=None):
-        return self.field(z.reshape(self.shape), r, t, condition, key=key).reshape(z.shape)
+        channels, *sides = self.shape
+        u = self.field(jnp.moveaxis(z.reshape(*sides, channels), -1, 0), r, t, condition, key=key)
+        return jnp.moveaxis(u, 0, -1).reshape(z.shape)
 
 
 def make_field(config: Config, data: str, seed: int) -> mfx.AbstractField:
     """An MLP for two dimensions, a DiT for 64."""
     key, _ = jr.split(jr.key(seed))
-    if copies_of(data) > 1:
+    if is_stacked(data):
         shape, size = (4, 4, 4), mfx.DiTSize(config.dit_depth, config.dit_width, heads=3, patch=2)
-        return Reshaped(mfx.DiT(shape, size, unroll=True, key=key), shape)
+        return OnVectors(mfx.DiT(shape, size, unroll=True, key=key), shape)
     return mfx.MLP(
         2,
         width=config.width,
@@ -307,7 +326,7 @@ def training(config: Config, cell: Cell) -> run.Training | None:
     settings, (_, run_key) = recipe(config, cell), jr.split(jr.key(cell.seed))
     name = f"{cell.data}_{cell.method}_{cell.settings}_{steps_of(config, cell)}_{cell.seed}_{run.digest(settings)}"
     field = functools.partial(make_field, config, cell.data, cell.seed)
-    draw = exact.Draw(distribution_of(cell.data), config.batch)
+    draw = exact.Draw(distribution_of(cell.data), batch_of(config, cell.data))
     return run.Training(name, step, field, draw, steps_of(config, cell), run_key, settings)
 
 
