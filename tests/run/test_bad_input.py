@@ -20,7 +20,7 @@ for package in ("tyro", "hypothesis", "matplotlib", "sklearn", "beartype"):
 from hypothesis import given, HealthCheck, settings, strategies as st  # noqa: E402
 
 EXPERIMENTS, BENCHMARKS = (pathlib.Path(__file__).parents[2] / name for name in ("experiments", "benchmarks"))
-SCRIPTS = ("toy_2d", "digits", "ablations", "weight_bias", "prepare_data")
+SCRIPTS = ("toy_2d", "digits", "ablations", "weight_bias", "tangent_study", "prepare_data")
 ALL_SCRIPTS = (*SCRIPTS, "cifar10", "imagenet_latents", "evaluate", "prepare_latents", "import_weights")
 TIMED = ("checkpoint_blocking", "compile_time", "device_scaling", "jvp_accuracy", "jvp_overhead", "loader_throughput")
 TIMED += ("one_step_vs_ode", "sampling_throughput")
@@ -216,6 +216,7 @@ HUGE, EVEN = 2**31 - 1, 2_000_000_000
         *(("toy_2d", f"--{name} {EVEN} --dry-run") for name in ("copies", "seeds", "batch", "workers", "rows")),
         *(("digits", f"--{name} {EVEN} --dry-run") for name in ("width", "depth", "batch", "fsdp", "accumulation")),
         *(("weight_bias", f"--{name} {EVEN} --dry-run") for name in ("seeds", "samples", "workers")),
+        *(("tangent_study", f"--{name} {EVEN} --dry-run") for name in ("seeds", "gradient-rows", "samples", "width")),
         ("ablations", f"--seeds {EVEN} --dry-run"),
         ("ablations", f"--data digits --workers {EVEN} --dry-run"),
         *(("cifar10", f"--preset tiny --{name} {EVEN} --dry-run") for name in ("blocks", "width", "fsdp")),

@@ -1,0 +1,267 @@
+"""Which tangent should MeanFlow take? Bias and variance of its gradient, exactly known, and what trainings learn.
+
+    python experiments/tangent_study.py
+
+A run that was stopped, or killed, continues by the same command.
+
+The tangent is b v + (1 - b) u(z, t, t), the target v: MeanFlow at b = 1, `ImprovedMeanFlow` below. With b < 1 the
+gradient is biased unless u(z, t, t) is the marginal velocity, and has another variance. arXiv 2605.09235 calls 1 - b
+beta: it finds the least squared error of the gradient near beta = 0.94 (b = 0.06), but the best images at b = 1. There
+the exact field is not known; here it is.
+
+- Gradients (`gradient_moments.py`): bias, variance and the b of least squared error at every batch, for MeanFlows of
+  toy_2d.py after several lengths of training, with the conditional v and with v from references (`StableTarget`). No
+  adaptive weight, whose bias would be added. A batch counts rows with r < t, half of those of a step.
+- Quality: trainings with every b and both v, held against the exact field. With references they have toy_2d.py's
+  adaptive weight, without them none.
+
+README.md beside this file has the figures.
+"""
+
+import dataclasses
+import functools
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.random as jr
+import numpy as np
+import toy_2d
+from jaxtyping import Array, Float, install_import_hook
+
+# Shapes and types are checked while the step is traced. JAXTYPING_DISABLE=1 turns this off.
+with install_import_hook("mf_eqx", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"):
+    import gradient_moments as gm
+
+    import mf_eqx as mfx
+    from mf_eqx import metrics, run
+
+GIVEN = {"conditional": gm.CONDITIONAL, "references": gm.STABLE}
+LINES = {"conditional": "-", "references": "--"}
+COSINES = {"cosine with g*": "-", "with descent": ":"}
+OF_ONE = "of that at b = 1"
+QUALITIES = ("error of u", "error at (0, 1)", "sliced W2")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(run.CellSettings):
+    """A study of the tangent."""
+
+    data: str = "checkerboard"
+    """Data set, one of toy_2d.py's."""
+    conditional: tuple[float, ...] = (0.0, 0.06, 0.25, 0.5, 0.75, 0.94, 1.0)
+    """Parts b of the given velocity in the tangent."""
+    seeds: int = 3
+    """Trainings of each, from seeds 0, 1, ..."""
+    steps: int = 4000
+    """Training steps of each."""
+    stages: tuple[int, ...] = (500, 2000, 5000)
+    """Steps of the trainings by MeanFlow, with references, at whose ends gradients are measured."""
+    gradient_rows: int = 65536
+    """Rows over which gradients are averaged, a multiple of 16."""
+    batches: tuple[int, ...] = (16, 128, 1024, 8192)
+    """Rows with r < t in a batch, for which the b of least squared error is given; 128 in the trainings."""
+    width: int = 96
+    """Width of the MLP."""
+    depth: int = 5
+    """Residual blocks of the MLP, two layers each."""
+    samples: int = 20000
+    """Samples that are judged."""
+    rows: int = 1000
+    """Rows (z, r, t) at which fields are held against the truth."""
+
+    def __post_init__(self):
+        self.check(gradient_rows=gm.GROUPS)
+        run.check_sizes(self, seeds=100, gradient_rows=1 << 20)
+        for name in ("conditional", "stages", "batches"):
+            if not (values := getattr(self, name)):
+                raise ValueError(f"{name} must be at least one number, got none")
+            if len(set(values)) < len(values):
+                raise ValueError(f"{name} must differ from each other, got {', '.join(map(str, values))}")
+        if wrong := [b for b in self.conditional if not 0 <= b <= 1]:
+            raise ValueError(f"conditional must lie in [0, 1], got {wrong[0]}")
+        for name in ("stages", "batches"):
+            if min(getattr(self, name)) < 1:
+                raise ValueError(f"{name} must be >= 1, got {min(getattr(self, name))}")
+        if self.gradient_rows % gm.GROUPS:
+            raise ValueError(f"gradient_rows must be a multiple of {gm.GROUPS}, got {self.gradient_rows}")
+        toy_config(self, Cell("references", 1.0, self.steps, 0))
+
+
+class Cell(NamedTuple):
+    """A training."""
+
+    given: str
+    conditional: float
+    steps: int
+    seed: int
+
+
+def stages(config: Config) -> list[Cell]:
+    return [Cell("references", 1.0, steps, 0) for steps in config.stages]
+
+
+def cells(config: Config) -> list[Cell]:
+    """Seeds outside: those of one setting compile the same program."""
+    settings = [(given, b, config.steps) for given in GIVEN for b in config.conditional]
+    return list(dict.fromkeys([Cell(*s, seed) for seed in range(config.seeds) for s in settings] + stages(config)))
+
+
+def toy_config(config: Config, cell: Cell) -> toy_2d.Config:
+    plain = {"references": 0, "power": 0.0} if cell.given == "conditional" else {}
+    same = {name: getattr(config, name) for name in ("seeds", "width", "depth", "samples", "rows")}
+    return toy_2d.Config(data=(config.data,), methods=("MeanFlow",), steps=cell.steps, **same, **plain)
+
+
+def training(config: Config, cell: Cell) -> run.Training:
+    """The training of toy_2d.py with another tangent."""
+    made = toy_2d.training(toy_config(config, cell), toy_2d.Cell(config.data, "MeanFlow", cell.seed))
+    assert made is not None
+    identity = mfx.MeanFlow() if cell.conditional == 1 else mfx.ImprovedMeanFlow(cell.conditional)
+    objective = dataclasses.replace(objective_of(made), identity=identity)
+    return made._replace(name="_".join(map(str, cell)), step=dataclasses.replace(made.step, objective=objective))
+
+
+def objective_of(training: run.Training) -> mfx.Objective:
+    assert isinstance(training.step.objective, mfx.Objective)
+    return training.step.objective
+
+
+class Result(NamedTuple):
+    """What a training has learnt, and its gradients if it is a stage."""
+
+    quality: dict[str, float]
+    gradients: gm.Moments | None
+
+
+def judge(config: Config, problem: toy_2d.Problem, rows: gm.Rows, cell: Cell, state: mfx.TrainState | None) -> Result:
+    assert state is not None
+    field = state.averages[0]
+    errors = metrics.field_errors(field, problem.known)
+    x = one_step(field, jr.normal(jr.key(2**31 - 3), problem.data.shape))
+    finite = np.isfinite(x).all()
+    distance = float(metrics.sliced_wasserstein(x, problem.data, key=jr.key(2**31 - 4))) if finite else math.nan
+    found = gm.moments(*gm.gradients(state.field, rows)) if cell in stages(config) else None
+    values = (float(errors.overall.value), float(errors.one_step.value), distance)
+    return Result(dict(zip(QUALITIES, values, strict=True)), found)
+
+
+@eqx.filter_jit
+def one_step(field: mfx.AbstractField, eps: Float[Array, "rows dim"]) -> Float[Array, "rows dim"]:
+    return jax.vmap(lambda eps: mfx.sample(field, eps))(eps)
+
+
+def note(cell: Cell, result: Result) -> str:
+    shown = {name: f"{value:.3g}" for name, value in result.quality.items()}
+    return f"b {cell.conditional:g}, {cell.given}, {cell.steps} steps, seed {cell.seed}: {shown}"
+
+
+def main(config: Config) -> None:
+    """Measure gradients of stages, train with every tangent, and hold both against the truth."""
+    if config.test_run:
+        config = dataclasses.replace(config, samples=100, rows=20, gradient_rows=64)
+    trainings = {cell: training(config, cell) for cell in cells(config)}
+    with run.opened(config) as directory:
+        run.announce(config, trainings, directory)
+        print(f"integrating the truth at {config.gradient_rows} rows", flush=True)
+        first = stages(config)[0]
+        problem = toy_2d.make_problem(toy_config(config, first), config.data)
+        draw = functools.partial(gm.draw_rows, objective_of(trainings[first]), problem.distribution, problem.truth)
+        judge_cell = functools.partial(judge, config, problem, draw(config.gradient_rows, jr.key(2**31 - 5)))
+        results = run.train_cells(config, trainings, judge_cell, directory, note=note)
+        save(config, results, directory)
+
+
+def save(config: Config, results: Mapping[Cell, Result], directory: run.RunDirectory) -> None:
+    """Tables and the figure."""
+    found = {cell.steps: g for cell in stages(config) if (g := results[cell].gradients) is not None}
+    of_stage = [(steps, moments, given) for steps, moments in found.items() for given in GIVEN]
+    measured, best = [], []
+    for steps, moments, given in of_stage:
+        for b in config.conditional:
+            figures = {name: gm.with_error(x) for name, x in gm.figures(moments, GIVEN[given], b).items()}
+            measured.append({"steps": steps, "v": given, "b": b, **figures})
+        least = {str(n): gm.with_error(gm.best_tangent(moments, GIVEN[given], n)) for n in config.batches}
+        best.append({"steps": steps, "v": given, **least})
+    judged = [
+        {"v": given, "b": b, **{name: quality(config, results, name, given, b) for name in QUALITIES}}
+        for given in GIVEN
+        for b in config.conditional
+    ]
+    heads = (
+        f"Gradients over {config.gradient_rows} rows, value ± standard error: bias in units of |g\\*|, variance of one "
+        "row in units of |g\\*|², the batch at which |bias|² is variance / batch, cosines of the expected gradient",
+        "The b in [0, 1] with the least squared error of the gradient, by the rows with r < t in a batch",
+        f"Quality after {config.steps} steps, mean ± half the range of {config.seeds} seeds",
+    )
+    parts = [f"{head}:\n\n{as_table(lines)}" for head, lines in zip(heads, (measured, best, judged), strict=True)]
+    text = "\n\n".join([*parts, f"{time.perf_counter() - directory.opened:.0f} seconds in all."])
+    trained = [{**cell._asdict(), **result.quality} for cell, result in results.items()]
+    directory.save_results(text, [{"gradients": measured, "best b": best, "trainings": trained}])
+    save_figure(directory.path("tangent_study.png"), config, results, found)
+    print(f"{text} Figure, results.md and results.json are in {directory.root}.")
+
+
+def quality(config: Config, results: Mapping[Cell, Result], name: str, given: str, b: float) -> list[float]:
+    """Of all seeds."""
+    return [results[Cell(given, b, config.steps, seed)].quality[name] for seed in range(config.seeds)]
+
+
+def as_table(lines: list[dict[str, Any]]) -> str:
+    """Pairs are values with their errors, lists all seeds."""
+
+    def text(value: Any) -> Any:
+        if isinstance(value, list):
+            value = (np.mean(value), np.ptp(value) / 2) if len(value) > 1 else value[0]
+        if not isinstance(value, tuple):
+            return value
+        return f"{value[0]:.3g} ± {value[1]:.1g}" if np.isfinite(value).all() else None
+
+    return run.table([[text(value) for value in line.values()] for line in lines], list(lines[0]))
+
+
+def save_figure(path: Path, config: Config, results: Mapping[Cell, Result], found: Mapping[int, gm.Moments]) -> None:
+    """Top: gradients, colours are stages (batches in the last panel). Bottom: best b, and quality of every seed."""
+    with run.optional("matplotlib"):
+        from matplotlib.figure import Figure
+    figure = Figure(figsize=(16, 7.5), dpi=100, layout="constrained")
+    (bias, cosine, variance, error), (best, *qualities) = figure.subplots(2, 4)
+    grid, batches, last = np.linspace(0, 1, 41), np.logspace(0, 7, 71), list(found)[-1]
+    for i, (steps, moments) in enumerate(found.items()):
+        name, colour = f"{steps} steps", f"C{i}"
+        curves = {key: [gm.figures(moments, gm.STABLE, b)[key][0] for b in grid] for key in ("bias", *COSINES)}
+        bias.plot(grid, curves["bias"], color=colour, label=name)
+        for key, line in COSINES.items():
+            cosine.plot(grid, curves[key], line, color=colour, label=f"{name}, {key.removeprefix('cosine ')}")
+        for given, line in LINES.items():
+            style = {"color": colour, "linestyle": line, "label": f"{name}, {given}"}
+            variance.plot(grid, [gm.figures(moments, GIVEN[given], b)[OF_ONE][0] for b in grid], **style)
+            best.plot(batches, [gm.best_tangent(moments, GIVEN[given], batch)[0] for batch in batches], **style)
+    for i, batch in enumerate(config.batches):
+        for given, line in LINES.items():
+            values = [gm.squared_error(found[last], GIVEN[given], b, batch) for b in grid]
+            error.plot(grid, values, line, color=f"C{i}", label=f"batch {batch}, {given}")
+    for panel, name in zip(qualities, QUALITIES, strict=True):
+        for i, given in enumerate(GIVEN):
+            values = np.array([quality(config, results, name, given, b) for b in config.conditional])
+            panel.plot(config.conditional, values, ".-", color=f"C{i}", linewidth=0.4)
+            panel.plot(config.conditional, values.mean(1), LINES[given], color=f"C{i}", label=given)
+        panel.set(title=f"{name}: every seed, mean", xlabel="b", yscale="log")
+    bias.set(title="bias / |g*|", xlabel="b")
+    cosine.set(title="cosine of the expected gradient", xlabel="b")
+    variance.set(title="variance, 1 at b = 1", xlabel="b")
+    error.set(title=f"squared error ({last} steps), 1 at b = 1", xlabel="b", yscale="log")
+    best.set(title="b of least squared error", xlabel="rows with r < t in a batch", xscale="log")
+    for panel in figure.axes:
+        panel.grid(alpha=0.3)
+        panel.legend(fontsize="x-small")
+        panel.title.set_fontsize("medium")
+    figure.savefig(path, format="png")
+
+
+if __name__ == "__main__":
+    run.main(main, Config(), description=__doc__)
