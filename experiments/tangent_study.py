@@ -31,6 +31,7 @@ import jax
 import jax.random as jr
 import numpy as np
 import toy_2d
+import toy_problems
 from jaxtyping import Array, Float, install_import_hook
 
 # Shapes and types are checked while the step is traced. JAXTYPING_DISABLE=1 turns this off.
@@ -119,7 +120,7 @@ def toy_config(config: Config, cell: Cell) -> toy_2d.Config:
 
 def training(config: Config, cell: Cell) -> run.Training:
     """The training of toy_2d.py with another tangent."""
-    made = toy_2d.training(toy_config(config, cell), toy_2d.Cell(config.data, "MeanFlow", cell.seed))
+    made = toy_2d.training(toy_config(config, cell), toy_problems.Cell(config.data, "MeanFlow", cell.seed))
     assert made is not None
     identity = mfx.MeanFlow() if cell.conditional == 1 else mfx.ImprovedMeanFlow(cell.conditional)
     objective = dataclasses.replace(objective_of(made), identity=identity)
@@ -138,7 +139,7 @@ class Result(NamedTuple):
     gradients: gm.Moments | None
 
 
-def judge(config: Config, problem: toy_2d.Problem, rows: gm.Rows, cell: Cell, state: mfx.TrainState | None) -> Result:
+def judge(config: Config, problem: toy_problems.Problem, rows: gm.Rows, cell: Cell, state: mfx.TrainState | None) -> Result:
     assert state is not None
     field = state.averages[0]
     errors = metrics.field_errors(field, problem.known)
@@ -169,7 +170,7 @@ def main(config: Config) -> None:
         run.announce(config, trainings, directory)
         print(f"integrating the truth at {config.gradient_rows} rows", flush=True)
         first = stages(config)[0]
-        problem = toy_2d.make_problem(toy_config(config, first), config.data)
+        problem = toy_problems.make_problem(config.data, samples=config.samples, rows=config.rows)
         draw = functools.partial(gm.draw_rows, objective_of(trainings[first]), problem.distribution, problem.truth)
         judge_cell = functools.partial(judge, config, problem, draw(config.gradient_rows, jr.key(2**31 - 5)))
         results = run.train_cells(config, trainings, judge_cell, directory, note=note)
