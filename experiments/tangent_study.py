@@ -139,7 +139,9 @@ class Result(NamedTuple):
     gradients: gm.Moments | None
 
 
-def judge(config: Config, problem: toy_problems.Problem, rows: gm.Rows, cell: Cell, state: mfx.TrainState | None) -> Result:
+def judge(
+    config: Config, problem: toy_problems.Problem, rows: gm.Rows, cell: Cell, state: mfx.TrainState | None
+) -> Result:
     assert state is not None
     field = state.averages[0]
     errors = metrics.field_errors(field, problem.known)

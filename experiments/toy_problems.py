@@ -127,7 +127,6 @@ class Quality(NamedTuple):
 
     sliced_wasserstein: float
     energy_distance: float
-    mmd: float
     mode_coverage: float
     total_variation: float
 
@@ -139,7 +138,6 @@ def quality(problem: Problem, x: Float[Array, "rows dim"]) -> Quality:
     return Quality(
         float(metrics.sliced_wasserstein(x, problem.data, key=judged_keys().slices)),
         float(metrics.energy_distance(x, problem.data)),
-        float(metrics.maximum_mean_discrepancy(x, problem.data)),
         float(metrics.mode_coverage(pairs, mixture.mean, mixture.std, mixture.weight, mixture.label)),
         float(metrics.total_variation(pairs, mixture.log_density, low=(-limit, -limit), high=(limit, limit))),
     )
