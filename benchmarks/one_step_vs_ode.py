@@ -93,8 +93,6 @@ class Config:
             raise ValueError(f"data must be at least one of {', '.join(known)}; got none")
         if wrong := [name for name in self.data if name not in known]:
             raise ValueError(f"data must be among {', '.join(known)}; got {wrong[0]}")
-        if self.own is not None and not Path(self.own).is_file():
-            raise ValueError(f"own must be a Python file, got {self.own}")
         known = toy_2d.identities(self.own, 1)
         if wrong := [name for name in self.methods if name not in known]:
             raise ValueError(f"methods must be among {', '.join(known)}; got {wrong[0]}")

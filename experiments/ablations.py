@@ -159,10 +159,10 @@ class Config(run.CellSettings):
         run.check_sizes(self, seeds=100)
         if self.steps is not None and self.steps < 1:
             raise ValueError(f"steps must be >= 1, got {self.steps}")
-        if self.own is not None and not Path(self.own).is_file():
-            raise ValueError(f"own must be a Python file, got {self.own}")
         if self.method not in (known := toy_2d.identities(self.own, 1)):
             raise ValueError(f"method must be among {', '.join(known)}; got {self.method}")
+        if not tables(self):
+            raise ValueError(f"method must be one that a table can have, got {self.method}, which no table can")
         if self.only is None:
             return
         if unknown := [name for name in self.only if name not in TABLES]:
@@ -213,11 +213,12 @@ def tables(config: Config) -> dict[str, Table]:
 
 
 def method_key(config: Config) -> dict[str, str]:
-    """What the key of a cell says of the method: nothing of MeanFlow, and the file of one that is not of mf_eqx."""
-    kind = type(toy_2d.identities(config.own, 1)[config.method])
-    if kind is mfx.MeanFlow:
+    """What the key of a cell says of the method: nothing of MeanFlow, and the digest of the file of one's own."""
+    if config.method == "MeanFlow":
         return {}
-    return {"method": config.method} | ({} if kind is getattr(mfx, config.method, None) else {"own": str(config.own)})
+    if config.own is None or config.method not in toy_2d.own_methods(config.own)[0]:
+        return {"method": config.method}
+    return {"method": config.method, "own": toy_2d.own_methods(config.own)[1]}
 
 
 LABEL_DROPOUT = 0.1

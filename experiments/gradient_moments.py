@@ -42,7 +42,7 @@ DESCENT = np.eye(KINDS)[-1]
 GROUPS = 16
 """Groups of rows: products of different groups have no bias, and their spread says how large the errors are."""
 PER_PRODUCT = 8
-"""Rows for each whose gradient is multiplied by itself, which takes ten times as long as to add it."""
+"""One row in so many has its gradient multiplied by itself, which takes ten times as long as adding it."""
 
 
 class Rows(NamedTuple):
@@ -63,7 +63,8 @@ def draw_rows(
     number: int,
     key: Key[Array, ""],
 ) -> Rows:
-    """Rows that are independent: each draws references of its own, where those of a training step share theirs."""
+    """Independent rows. Each draws references of its own, while the rows of a training step share theirs: with
+    references, the variance of one row divided by their number is not that of a step."""
     path, stable_target = objective.interpolant, objective.stable_target
     assert stable_target is not None
 
@@ -115,8 +116,11 @@ def gradients(
 
 
 class Moments(NamedTuple):
-    """From all groups, then from all but one: `inner` products of the expected gradients of each two kinds; the trace
-    of their `covariance`, of one row."""
+    """Moments of the gradients of each two kinds. The first entry is from all groups of rows, each other one from all
+    groups but one.
+
+    **Arguments:** `inner` products of the expected gradients; `covariance` of one row, the trace.
+    """
 
     inner: Float[np.ndarray, "parts kinds kinds"]
     covariance: Float[np.ndarray, "parts kinds kinds"]
@@ -177,14 +181,14 @@ def squared_error(found: Moments, velocity: int, b: float, batch: float) -> floa
     """|bias|² + variance / batch in units of that at b = 1."""
     bias, given = gradient(MARGINAL, b) - gradient(MARGINAL, 1), gradient(velocity, b)
     at_one = gradient(velocity, 1)
-    error = product(found.inner, bias, bias) + product(found.covariance, given, given) / batch
+    error = np.maximum(product(found.inner, bias, bias), 0) + product(found.covariance, given, given) / batch
     return float((error / product(found.covariance, at_one, at_one) * batch)[0])
 
 
 def best_tangent(found: Moments, velocity: int, batch: float) -> Float[np.ndarray, " parts"]:
     """The b in [0, 1] with the least mean squared error."""
     change, bias = (gradient(given, 0) - gradient(given, 1) for given in (velocity, MARGINAL))
-    curvature = batch * product(found.inner, bias, bias) + product(found.covariance, change, change)
+    curvature = batch * np.maximum(product(found.inner, bias, bias), 0) + product(found.covariance, change, change)
     with np.errstate(invalid="ignore"):  # a field that does not depend on z has the same gradient at every b
         return 1 - np.clip(-product(found.covariance, gradient(velocity, 1), change) / curvature, 0, 1)
 

@@ -20,19 +20,17 @@ README.md beside this file has the figures.
 
 import dataclasses
 import functools
-import math
+import importlib
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import equinox as eqx
-import jax
 import jax.random as jr
 import numpy as np
 import toy_2d
 import toy_problems
-from jaxtyping import Array, Float, install_import_hook
+from jaxtyping import install_import_hook
 
 # Shapes and types are checked while the step is traced. JAXTYPING_DISABLE=1 turns this off.
 with install_import_hook("mf_eqx", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"):
@@ -44,7 +42,7 @@ with install_import_hook("mf_eqx", "beartype.beartype(conf=beartype.BeartypeConf
 GIVEN = {"conditional": gm.CONDITIONAL, "references": gm.STABLE}
 LINES = {"conditional": "-", "references": "--"}
 COSINES = {"cosine with g*": "-", "with descent": ":"}
-OF_ONE = "of that at b = 1"
+OF_ONE, AT_BATCH = "of that at b = 1", "equal at batch"
 QUALITIES = ("error of u", "error at (0, 1)", "sliced W2")
 
 
@@ -90,6 +88,8 @@ class Config(run.CellSettings):
                 raise ValueError(f"{name} must be >= 1, got {min(getattr(self, name))}")
         if self.gradient_rows % gm.GROUPS:
             raise ValueError(f"gradient_rows must be a multiple of {gm.GROUPS}, got {self.gradient_rows}")
+        if self.data == toy_problems.STACKED:
+            raise ValueError(f"data must be of two dimensions, got {self.data}")
         toy_config(self, Cell("references", 1.0, self.steps, 0))
 
 
@@ -145,17 +145,11 @@ def judge(
     assert state is not None
     field = state.averages[0]
     errors = metrics.field_errors(field, problem.known)
-    x = one_step(field, jr.normal(jr.key(2**31 - 3), problem.data.shape))
-    finite = np.isfinite(x).all()
-    distance = float(metrics.sliced_wasserstein(x, problem.data, key=jr.key(2**31 - 4))) if finite else math.nan
+    eps = jr.normal(toy_problems.judged_keys().noise, problem.data.shape)
+    distance = toy_problems.large_distance(problem, toy_problems.generate(field, eps, 1))
     found = gm.moments(*gm.gradients(state.field, rows)) if cell in stages(config) else None
     values = (float(errors.overall.value), float(errors.one_step.value), distance)
     return Result(dict(zip(QUALITIES, values, strict=True)), found)
-
-
-@eqx.filter_jit
-def one_step(field: mfx.AbstractField, eps: Float[Array, "rows dim"]) -> Float[Array, "rows dim"]:
-    return jax.vmap(lambda eps: mfx.sample(field, eps))(eps)
 
 
 def note(cell: Cell, result: Result) -> str:
@@ -165,6 +159,8 @@ def note(cell: Cell, result: Result) -> str:
 
 def main(config: Config) -> None:
     """Measure gradients of stages, train with every tangent, and hold both against the truth."""
+    with run.optional("matplotlib"):  # now rather than after the trainings
+        importlib.import_module("matplotlib")
     if config.test_run:
         config = dataclasses.replace(config, samples=100, rows=20, gradient_rows=64)
     trainings = {cell: training(config, cell) for cell in cells(config)}
@@ -186,10 +182,15 @@ def save(config: Config, results: Mapping[Cell, Result], directory: run.RunDirec
     measured, best = [], []
     for steps, moments, given in of_stage:
         for b in config.conditional:
-            figures = {name: gm.with_error(x) for name, x in gm.figures(moments, GIVEN[given], b).items()}
+            figures: dict[str, Any] = {
+                name: gm.with_error(x) for name, x in gm.figures(moments, GIVEN[given], b).items()
+            }
+            if given == "references":  # which the rows of a batch share: its variance is not that of one row / batch
+                figures[AT_BATCH] = None
             measured.append({"steps": steps, "v": given, "b": b, **figures})
-        least = {str(n): gm.with_error(gm.best_tangent(moments, GIVEN[given], n)) for n in config.batches}
-        best.append({"steps": steps, "v": given, **least})
+        if given == "conditional":
+            least = {str(n): gm.with_error(gm.best_tangent(moments, gm.CONDITIONAL, n)) for n in config.batches}
+            best.append({"steps": steps, **least})
     judged = [
         {"v": given, "b": b, **{name: quality(config, results, name, given, b) for name in QUALITIES}}
         for given in GIVEN
@@ -198,7 +199,7 @@ def save(config: Config, results: Mapping[Cell, Result], directory: run.RunDirec
     heads = (
         f"Gradients over {config.gradient_rows} rows, value ± standard error: bias in units of |g\\*|, variance of one "
         "row in units of |g\\*|², the batch at which |bias|² is variance / batch, cosines of the expected gradient",
-        "The b in [0, 1] with the least squared error of the gradient, by the rows with r < t in a batch",
+        "The b in [0, 1] with the least squared error of the gradient with the conditional v, by rows of a batch",
         f"Quality after {config.steps} steps, mean ± half the range of {config.seeds} seeds",
     )
     parts = [f"{head}:\n\n{as_table(lines)}" for head, lines in zip(heads, (measured, best, judged), strict=True)]
@@ -243,11 +244,11 @@ def save_figure(path: Path, config: Config, results: Mapping[Cell, Result], foun
         for given, line in LINES.items():
             style = {"color": colour, "linestyle": line, "label": f"{name}, {given}"}
             variance.plot(grid, [gm.figures(moments, GIVEN[given], b)[OF_ONE][0] for b in grid], **style)
-            best.plot(batches, [gm.best_tangent(moments, GIVEN[given], batch)[0] for batch in batches], **style)
+        least = [gm.best_tangent(moments, gm.CONDITIONAL, batch)[0] for batch in batches]
+        best.plot(batches, least, color=colour, label=name)
     for i, batch in enumerate(config.batches):
-        for given, line in LINES.items():
-            values = [gm.squared_error(found[last], GIVEN[given], b, batch) for b in grid]
-            error.plot(grid, values, line, color=f"C{i}", label=f"batch {batch}, {given}")
+        values = [gm.squared_error(found[last], gm.CONDITIONAL, b, batch) for b in grid]
+        error.plot(grid, values, color=f"C{i}", label=f"batch {batch}")
     for panel, name in zip(qualities, QUALITIES, strict=True):
         for i, given in enumerate(GIVEN):
             values = np.array([quality(config, results, name, given, b) for b in config.conditional])
@@ -257,8 +258,8 @@ def save_figure(path: Path, config: Config, results: Mapping[Cell, Result], foun
     bias.set(title="bias / |g*|", xlabel="b")
     cosine.set(title="cosine of the expected gradient", xlabel="b")
     variance.set(title="variance, 1 at b = 1", xlabel="b")
-    error.set(title=f"squared error ({last} steps), 1 at b = 1", xlabel="b", yscale="log")
-    best.set(title="b of least squared error", xlabel="rows with r < t in a batch", xscale="log")
+    error.set(title=f"squared error ({last} steps, conditional v), 1 at b = 1", xlabel="b", yscale="log")
+    best.set(title="b of least squared error, conditional v", xlabel="rows with r < t in a batch", xscale="log")
     for panel in figure.axes:
         panel.grid(alpha=0.3)
         panel.legend(fontsize="x-small")

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import jax.random as jr
 import optax
@@ -58,9 +59,25 @@ SETTINGS = ("common", "paper")
 
 
 @functools.cache
+def own_methods(path: str) -> tuple[dict[str, type], str]:
+    """The identities that a Python file defines, by name, and a digest of it, as it was when it was read first."""
+    if not Path(path).is_file():
+        raise ValueError(f"own must be a Python file, got {path}")
+    text, members = Path(path).read_text(encoding="utf-8"), runpy.run_path(path)
+    found = {
+        name: members[name] for name in mfx.identities_in(members, 1) if members[name] is not getattr(mfx, name, None)
+    }
+    if taken := [name for name in found if name in methods()]:
+        raise ValueError(f"own must be a file whose methods have other names than mf_eqx's, got {taken[0]}")
+    if not found:
+        raise ValueError(f"own must hold identities that can be made without arguments, got none in {path}")
+    return found, run.digest(text)
+
+
+@functools.cache
 def identities(own: str | None, steps: int) -> dict[str, mfx.AbstractIdentity]:
     """The identities of mf_eqx, and those of a Python file of the user's own, for a training of that many steps."""
-    return mfx.identities_in(vars(mfx) if own is None else {**vars(mfx), **runpy.run_path(own)}, steps)
+    return mfx.identities_in(vars(mfx) if own is None else {**vars(mfx), **own_methods(own)[0]}, steps)
 
 
 def methods(own: str | None = None) -> list[str]:
@@ -71,25 +88,28 @@ def methods(own: str | None = None) -> list[str]:
 class Config(run.CellSettings):
     """A toy run: every data set with every method, settings and seed."""
 
-    data: tuple[str, ...] = ("checkerboard",)
-    """Data sets: eight_gaussians, three_gaussians, two_moons, checkerboard, sharp_checkerboard, swiss_roll, pinwheel,
-    two_spirals; eight_gaussians_64d, 32 independent copies, which a DiT learns in the shape 4 x 4 x 4."""
+    data: tuple[str, ...] = ()
+    """Data sets, by default checkerboard: eight_gaussians, three_gaussians, two_moons, checkerboard,
+    sharp_checkerboard, swiss_roll, pinwheel, two_spirals; eight_gaussians_64d, 32 independent copies, which a DiT
+    learns in the shape 4 x 4 x 4."""
     methods: tuple[str, ...] = ()
     """Methods: FlowMatching, the identities of mf_eqx and of --own by name, WrongTangent (MeanFlow with the tangent (v,
-    0, 0), which is wrong), Exact (the true field, put through the same table). By default all but WrongTangent."""
+    0, 0), which is wrong), Exact (the true field, put through the same table). By default all but WrongTangent, and
+    with --marginal without those that learn from pairs of data and noise."""
     own: str | None = None
-    """A Python file with identities of your own, subclasses of mf_eqx.AbstractIdentity. When the file changes, their
-    trainings are done again."""
+    """A Python file with identities of your own, subclasses of mf_eqx.AbstractIdentity that can be made without
+    arguments. When the file changes, their trainings are done again."""
     settings: tuple[str, ...] = SETTINGS
-    """common: those below for every method; paper: each method's own share, times and weight."""
+    """common: those below for every method; paper: the share, times and weight of each method's own paper, for methods
+    whose paper's are known."""
     seeds: int = 1
     """Trainings of each, from seeds 0, 1, ..."""
     steps: int = 5000
     """Training steps."""
     shorter: tuple[float, ...] = (0.25,)
-    """Shorter trainings with the common settings, as parts of `steps`; none for none."""
+    """Lengths of shorter trainings with the common settings, as parts of `steps`; may be empty."""
     batch: int = 256
-    """Rows per step, drawn anew each time; a multiple of the denominator of identity_share."""
+    """Rows per step, drawn anew each time; a multiple of the denominator of each method's share of identity rows."""
     width: int = 96
     """Width of the MLP."""
     depth: int = 5
@@ -140,10 +160,15 @@ class Config(run.CellSettings):
     """The same for one more sliced W2 at one evaluation, whose noise floor is lower."""
     rows: int = 2000
     """Rows (z, r, t) at which fields are held against the truth."""
+    most_faults: int = 10**6
+    """Steps in a row without a finite loss and gradient after which the run stops. Such a step leaves the state
+    unchanged; a method that diverges is judged by its last finite state, and the table says so."""
+    name: str = ""
+    """Directory below runs/toy_2d/, by default one that all runs share: finished cells are found there."""
     quick: bool = False
     """Only the first data set, by default eight_gaussians, one seed, the common settings, and of the methods
-    FlowMatching, MeanFlow and Exact unless others are asked for; at most 1500 steps, a decay of 0.98, 1000 samples
-    (5000 of the large), 500 rows."""
+    FlowMatching, MeanFlow, Exact and those of --own unless others are asked for; at most 1500 steps, a decay of 0.98,
+    1000 samples (5000 of the large), 500 rows."""
 
     def __post_init__(self):
         self.check(seeds=1, steps=1, width=1, depth=1, samples=10, large_samples=10, rows=10)
@@ -152,17 +177,17 @@ class Config(run.CellSettings):
         run.check_sizes(self, samples=10**6, large_samples=10**7, rows=10**6)
         self.check(condition_width=1, fourier_features=0, references=0, dit_batch=1, dit_width=4, dit_depth=1)
         run.check_sizes(self, condition_width=1 << 14, fourier_features=1 << 14, references=REFERENCES)
-        if self.own is not None and not Path(self.own).is_file():
-            raise ValueError(f"own must be a Python file, got {self.own}")
         for name, known in (("data", DATA), ("settings", SETTINGS), ("methods", methods(self.own))):
             if unknown := [item for item in getattr(self, name) if item not in known]:
                 raise ValueError(f"{name} must be among {', '.join(known)}; got {', '.join(unknown)}")
-            if not getattr(self, name) and name != "methods":
+            if not getattr(self, name) and name == "settings":
                 raise ValueError(f"{name} must be at least one of {', '.join(known)}; got none")
             if len(set(getattr(self, name))) < len(getattr(self, name)):
                 raise ValueError(f"{name} must differ from each other, got {', '.join(getattr(self, name))}")
         if wrong := [part for part in self.shorter if not 0 < part < 1]:
             raise ValueError(f"shorter must lie in (0, 1), got {wrong[0]}")
+        if len(set(self.shorter)) < len(self.shorter):
+            raise ValueError(f"shorter must differ from each other, got {', '.join(map(str, self.shorter))}")
         if not self.clip > 0:
             raise ValueError(f"clip must be > 0, got {self.clip}")
         if not self.fourier_scale > 0:
@@ -176,45 +201,60 @@ class Config(run.CellSettings):
             )
         for cell in cells(self):
             if cell.method != "Exact" and cell.seed == 0:
-                train_step(self, cell).check_batch_size(batch_of(self, cell.data))
+                check_batch(self, cell)
                 if self.marginal and learns_from_pairs(identity_of(self, cell)):
                     raise ValueError(
                         f"marginal must be False for {cell.method}, which learns from pairs of data and noise"
                     )
 
 
+def check_batch(config: Config, cell: Cell) -> None:
+    """Refuses a batch that the method's rows do not divide."""
+    step = train_step(config, cell)
+    try:
+        step.check_batch_size(batch_of(config, cell.data))
+    except ValueError as error:
+        name = "dit_batch" if is_stacked(cell.data) else "batch"
+        text = f"{name}{str(error).removeprefix('batch')}, with the {cell.settings} settings of {cell.method}"
+        raise ValueError(text) from None
+
+
 def shrunk(config: Config) -> Config:
     """What `--quick` runs."""
     most = {"seeds": 1, "steps": 1500, "decay": 0.98, "samples": 1000, "large_samples": 5000, "rows": 500}
     least = {name: min(bound, getattr(config, name)) for name, bound in most.items()}
-    data = ("eight_gaussians",) if config.data == Config.data else config.data[:1]
-    chosen = config.methods or ("FlowMatching", "MeanFlow", "Exact")
+    data = config.data[:1] or ("eight_gaussians",)
+    own = own_methods(config.own)[0] if config.own else {}
+    chosen = config.methods or ("FlowMatching", "MeanFlow", *own, "Exact")
     return dataclasses.replace(config, data=data, methods=chosen, settings=("common",), shorter=(), **least)
 
 
+def chosen_data(config: Config) -> tuple[str, ...]:
+    return config.data or ("checkerboard",)
+
+
 def chosen_methods(config: Config) -> list[str]:
-    return list(config.methods) or [method for method in methods(config.own) if method != "WrongTangent"]
+    known = identities(config.own, 1)
+    without = ["WrongTangent", *(name for name in known if config.marginal and learns_from_pairs(known[name]))]
+    return list(config.methods) or [method for method in methods(config.own) if method not in without]
 
 
 def cells(config: Config) -> list[Cell]:
-    """Seeds outside: those of one method compile the same program. Flow Matching has the common settings alone, and the
-    exact field is judged once."""
+    """Seeds outside: those of one method compile the same program. Methods without settings of a paper have the common
+    ones alone, and the exact field is judged once."""
+    known = identities(config.own, 1)
+    of_paper = [name for name, identity in known.items() if identity.facts.paper_settings is not None]
     kinds = [(settings, 1.0) for settings in config.settings]
     kinds += [("common", part) for part in config.shorter if "common" in config.settings]
     every = [
         Cell(data, method, seed, *kind)
         for seed in range(config.seeds)
-        for data in config.data
+        for data in chosen_data(config)
         for kind in kinds
         for method in chosen_methods(config)
+        if kind[0] == "common" or method in of_paper
     ]
-
-    def counts(cell: Cell) -> bool:
-        if cell.method == "Exact":
-            return cell[2:] == (0, config.settings[0], 1.0)
-        return cell.method != "FlowMatching" or cell.settings == config.settings[0]
-
-    return [cell for cell in every if counts(cell)]
+    return [cell for cell in every if cell.method != "Exact" or cell[2:] == (0, "common", 1.0)]
 
 
 def steps_of(config: Config, cell: Cell) -> int:
@@ -243,7 +283,8 @@ def learns_from_pairs(identity: mfx.AbstractIdentity | None) -> bool:
 def objective(config: Config, cell: Cell) -> mfx.Objective:
     """The cell's objective, without what depends on the data: the velocity of `marginal`, the references."""
     identity = identity_of(config, cell)
-    if cell.settings == "paper" and identity is not None:
+    if cell.settings == "paper":
+        assert identity is not None and identity.facts.paper_settings is not None
         return mfx.Objective(identity, **identity.facts.paper_settings)
     return mfx.Objective(
         identity,
@@ -338,9 +379,7 @@ def recipe(config: Config, cell: Cell) -> dict[str, Any]:
     """Everything that the cell's training depends on but the code."""
     others = {*JUDGING, *CHOICE, *(field.name for field in dataclasses.fields(run.CellSettings))}
     values = {name: value for name, value in dataclasses.asdict(config).items() if name not in others}
-    own = None
-    if config.own is not None and cell.method not in methods():
-        own = run.digest(Path(config.own).read_text(encoding="utf-8"))
+    own = own_methods(config.own)[1] if config.own is not None and cell.method not in methods() else None
     return {**cell._asdict(), **values, "steps": steps_of(config, cell), "own": own}
 
 
@@ -356,16 +395,21 @@ def field_of(cell: Cell, problem: Problem, state: mfx.TrainState | None) -> mfx.
     return Instantaneous(state.averages[0]) if cell.method == "FlowMatching" else state.averages[0]
 
 
-ROUNDS = 3
+ROUNDS, TIMED_STEPS = 3, 250
 
 
 def measure_costs(config: Config, data: str, ledger: run.Ledger) -> dict[str, float]:
     """Seconds of CPU time of a step with the common settings, by method: the median of a few rounds of all methods in
     turn, in the middle of the training for those that change."""
     trainings = {c: training(config, c) for c in cells(config) if (c.data, *c[2:]) == (data, 0, "common", 1.0)}
-    keys = {cell.method: {"time of a step": recipe(config, cell)} for cell in trainings if cell.method != "Exact"}
+    device = jax.devices()[0].device_kind
+    keys = {
+        cell.method: {"time of a step": recipe(config, cell), "device": device}
+        for cell in trainings
+        if cell.method != "Exact"
+    }
     if any(key not in ledger for key in keys.values()):
-        steps = min(config.log_every, config.steps)
+        steps = min(TIMED_STEPS, config.steps)
         calls = {cell.method: repeated(made, steps) for cell, made in trainings.items() if made is not None}
         with run.Progress((ROUNDS + 1) * len(calls), shown=("seconds",)) as progress:
             progress.note(f"{data}: measuring the time of a step")
@@ -398,11 +442,17 @@ def main(config: Config) -> None:
     with run.opened(config, shared="all") as directory:
         ledger = run.Ledger(directory.root / "cells.jsonl")
         train_missing(config, directory, ledger)
-        report = run.RunDirectory(directory.root / run.digest(config))
+        report = run.RunDirectory(directory.root / run.digest(asked(config)))
         report.root.mkdir(exist_ok=True)
         text = write_report(config, directory, ledger, report)
         seconds = time.perf_counter() - directory.opened
         print(f"{text}\n\n{seconds:.0f} seconds. Pictures, results.md and results.json are in {report.root}.")
+
+
+def asked(config: Config) -> dict[str, Any]:
+    """What the report is of: the script's own fields."""
+    common = {field.name for field in dataclasses.fields(run.CellSettings)}
+    return {name: value for name, value in dataclasses.asdict(config).items() if name not in common}
 
 
 @functools.cache
@@ -422,7 +472,8 @@ def train_missing(config: Config, directory: run.RunDirectory, ledger: run.Ledge
 
     def judge_cell(cell: Cell, state: mfx.TrainState | None) -> dict[str, Any]:
         problem = problem_of(config, cell.data)
-        return judge(problem, field_of(cell, problem, state), config.large_samples)
+        faults = 0 if state is None else int(state.faults.total)
+        return judge(problem, field_of(cell, problem, state), config.large_samples) | {"faults": faults}
 
     def note(cell: Cell, result: dict[str, Any]) -> str:
         ledger.put(key_of(config, cell), result)
@@ -438,20 +489,21 @@ def write_report(config: Config, directory: run.RunDirectory, ledger: run.Ledger
     """Tables and pictures of everything that was asked for. Returns the tables."""
     results = {cell: ledger[key_of(config, cell)] for cell in cells(config)}
     texts, panels = [], {}
-    for data in config.data:
+    at_data = [name for name, identity in identities(config.own, 1).items() if identity.facts.ends_at_data]
+    for data in chosen_data(config):
         entries = [
             toy_report.Entry(cell, steps_of(config, cell), found)
             for cell, found in results.items()
             if cell.data == data
         ]
-        same_size = next(name for name in config.data if copies_of(name) == copies_of(data))
+        same_size = next(name for name in chosen_data(config) if copies_of(name) == copies_of(data))
         costs = measure_costs(config, same_size, ledger) if config.shorter else {}
         panels[data] = entries, costs
         at_best = floor(problem_of(config, data), config.large_samples)
-        texts.append(toy_report.tables(data, entries, costs, at_best))
+        texts.append(toy_report.tables(data, entries, costs, at_best, at_data))
         toy_report.save_error_maps(report.path(f"{data}_errors.png"), data, entries)
         save_pictures(config, data, directory, report)
-    if config.shorter:
+    if any(costs for _, costs in panels.values()):
         toy_report.save_error_against_time(report.path("error_against_time.png"), panels)
     commits = sorted({str(ledger.commit(key_of(config, cell))) for cell in results})
     text = "\n\n".join([*texts, f"Commits: {', '.join(commits)}."])

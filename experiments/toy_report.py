@@ -37,8 +37,8 @@ class Line(NamedTuple):
     found: list[Mapping[str, Any]]
 
     def values(self, name: str) -> list[float]:
-        """A number of the record of every seed, NaN for one that the exact field has not."""
-        return [math.nan if found[name] is None else found[name] for found in self.found]
+        """A number of the record of every seed."""
+        return [found[name] for found in self.found]
 
     def quality(self, evaluations: int, name: str) -> list[float]:
         return [found["quality"][EVALUATIONS.index(evaluations)][name] for found in self.found]
@@ -57,42 +57,78 @@ def lines_of(entries: Sequence[Entry]) -> list[Line]:
     return sorted(lines, key=lambda line: (not math.isfinite(line.error), line.error))
 
 
-def spread(values: Sequence[float]) -> str | None:
+def spread(values: Sequence[float]) -> str:
     """The mean, with half the range if there are several."""
-    if np.isnan(values).any():
-        return None if np.isnan(values).all() else "diverged"
+    if not np.isfinite(values).all():
+        return "diverged"
     half = f" ± {np.ptp(values) / 2:.1g}" if len(values) > 1 else ""
     return f"{np.mean(values):.2g}{half}"
 
 
-def tables(data: str, entries: Sequence[Entry], costs: Mapping[str, float], floor: Mapping[str, Any]) -> str:
-    """The leaderboard, sorted by the error of u, and the other figures."""
-    lines = lines_of(entries)
-    whole = [line for line in lines if line.part == 1]
-    headers = ("", "settings", "error of u", "r = t", "(0, 1)")
-    headers += ("W2 of many, 1 step", "W2, 1 step", "2 steps", "TV, 1 step", "2 steps")
-    headers += ("time of a step", "error at equal time", "W2")
-    least = min((costs[line.method] * line.steps for line in whole if line.method in costs), default=math.nan)
-    rows = []
-    for line in whole:
-        errors = [spread(line.values(name)) for name in ("overall", "diagonal", "one_step")]
-        distances = [spread(line.values("large_sliced_wasserstein"))]
-        distances += [
-            spread(line.quality(n, name)) for name in ("sliced_wasserstein", "total_variation") for n in (1, 2)
-        ]
-        cost, at_equal_time = None, [None, None]
-        if line.settings == "common" and line.method in costs:
-            cost = f"{costs[line.method] / costs['FlowMatching']:.2f}" if "FlowMatching" in costs else None
-            of_method = [other for other in lines if other[:2] == line[:2]]
-            at_equal_time = [value_at(least, of_method, costs, name) for name in ("overall", "sliced_wasserstein")]
-        rows.append((line.method, line.settings, *errors, *distances, cost, *at_equal_time))
-    at_best = [f"{floor['quality'][0][name]:.2g}" for name in ("sliced_wasserstein", "total_variation")]
+BOARD = (
+    *("", "settings", "error of u", "r = t", "(0, 1)", "W2 of many, 1 step", "W2, 1 step", "2 steps"),
+    *("TV, 1 step", "2 steps", "time of a step", "error at equal time", "W2"),
+)
+
+
+def tables(
+    data: str,
+    entries: Sequence[Entry],
+    costs: Mapping[str, float],
+    floor: Mapping[str, Any],
+    at_data: Sequence[str] = (),
+) -> str:
+    """The leaderboard, sorted by the error of u, and the other figures.
+
+    **Arguments:** `data` the name; `entries`; `costs` seconds of a step by method, or none; `floor` what samples of the
+    data score; `at_data` the methods that learn u(z, 0, t) alone, which come last.
+    """
+    whole = [line for line in lines_of(entries) if line.part == 1]
+    whole.sort(key=lambda line: line.method in at_data)
+    seconds = min((costs[line.method] * line.steps for line in whole if line.method in costs), default=math.nan)
+    rows = [
+        (
+            line.method,
+            line.settings,
+            *judged(line, line.method in at_data),
+            *timed(line, entries, costs, seconds, at_data),
+        )
+        for line in whole
+    ]
+    best = [f"{floor['quality'][0][name]:.2g}" for name in ("sliced_wasserstein", "total_variation")]
     many = f"{floor['large_sliced_wasserstein']:.2g}"
-    rows.append(("samples of the data", "", *[None] * 3, many, at_best[0], None, at_best[1], *[None] * 4))
-    text = f"## {data}\n\n{run.table(rows, headers)}"
+    rows.append(("samples of the data", "", *[None] * 3, many, best[0], None, best[1], *[None] * 4))
+    text = f"## {data}\n\n{run.table(rows, BOARD)}"
     if costs:
-        text += f"\n\nTime of a step relative to Flow Matching; equal time: {least:.3g} s of CPU time."
+        text += f"\n\nTime of a step relative to Flow Matching; equal time: {seconds:.3g} s of CPU time."
+    if last := [line.method for line in whole if line.method in at_data]:
+        text += f"\n\nThese learn u(z, 0, t) alone, for one step: {', '.join(dict.fromkeys(last))}."
+    if faults := [f"{line.method} ({n})" for line in whole if (n := sum(line.values("faults")))]:
+        text += f"\n\nSteps without a finite gradient, which were left out: {', '.join(faults)}."
     return f"{text}\n\n{details(whole, floor)}"
+
+
+def judged(line: Line, at_data: bool) -> list[str | None]:
+    """Errors and distances."""
+    errors = [None if at_data else spread(line.values("overall")), spread(line.values("diagonal"))]
+    errors += [spread(line.values("one_step"))]
+    is_exact = line.found[0]["large_sliced_wasserstein"] is None
+    distances = [None if is_exact else spread(line.values("large_sliced_wasserstein"))]
+    for name in ("sliced_wasserstein", "total_variation"):
+        distances += [spread(line.quality(1, name)), None if at_data else spread(line.quality(2, name))]
+    return errors + distances
+
+
+def timed(
+    line: Line, entries: Sequence[Entry], costs: Mapping[str, float], seconds: float, at_data: Sequence[str]
+) -> list[str | None]:
+    """The time of a step relative to Flow Matching, and error and one-step distance after `seconds` of training."""
+    if line.settings != "common" or line.method not in costs:
+        return [None, None, None]
+    lengths = [other for other in lines_of(entries) if other[:2] == line[:2]]
+    cost = f"{costs[line.method] / costs['FlowMatching']:.2f}" if "FlowMatching" in costs else None
+    error = None if line.method in at_data else value_at(seconds, lengths, costs, "overall")
+    return [cost, error, value_at(seconds, lengths, costs, "sliced_wasserstein")]
 
 
 def value_at(seconds: float, lines: Sequence[Line], costs: Mapping[str, float], name: str) -> str | None:
@@ -124,7 +160,7 @@ def details(lines: Sequence[Line], floor: Mapping[str, Any]) -> str:
 
 
 def save_pictures(report: run.RunDirectory, problem: Problem, fields: Mapping[str, mfx.AbstractField]) -> None:
-    """Samples and flows of the first seed, with the common settings."""
+    """Samples and flows by method."""
     name, limit = problem.name, problem.limit
     samples = {"data": [problem.data] * len(EVALUATIONS)}
     samples |= {method: samples_of(problem, field) for method, field in fields.items()}

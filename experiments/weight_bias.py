@@ -69,6 +69,8 @@ class Config(run.CellSettings):
             raise ValueError(f"offsets must be at most {len(LINES)}, got {len(self.offsets)}")
         if not 1 <= self.seeds <= 100:
             raise ValueError(f"seeds must lie in [1, 100], got {self.seeds}")
+        if self.data == toy_problems.STACKED:
+            raise ValueError(f"data must be of two dimensions, got {self.data}")
         for cell in cells(self):
             toy_config(self, cell)
 

@@ -47,9 +47,9 @@ class Facts:
     passes: Passes | None = None
     """What one of its rows costs beyond a gradient step of Flow Matching, whose 3 forward passes are one pass and its
     gradient; without guidance. None if it changes in training, or is not known."""
-    paper_settings: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
-    """Arguments of `Objective` besides the identity with which the paper trains on images, where they are known and
-    differ from the defaults of `Objective`: `Objective(method, **method.facts.paper_settings)`."""
+    paper_settings: Mapping[str, Any] | None = dataclasses.field(default=None, hash=False)
+    """Arguments of `Objective` with which the method's paper trains on images, where they differ from the defaults of
+    `Objective`: `Objective(method, **method.facts.paper_settings)`. None if they are not known."""
 
     def __post_init__(self):
         if self.group < 1:

@@ -7,7 +7,8 @@ Clipping and $\alpha$ shorten the way to the target and leave the solution g = 0
 squared error to the target over dimensions, the loss is $\sin(\pi t / 2)\, e / \sqrt{\mathrm{sg}(e) + 0.001}$.
 
 The boundary rows of the objective are the anchor. The paper adds both losses on the same rows, and one minus the cosine
-similarity of u(z, t, t) and v to the anchor's, which is a mean over dimensions: in d of them, `ConstantWeight(1 / d)`.
+similarity of u(z, t, t) and v to the anchor's, which is a mean over dimensions: in d of them, `ConstantWeight(1 / d)`,
+where `paper_settings` has `ConstantWeight(1)`.
 Its network has no r, and sees the time -t on anchor rows (the "expanded interval"). Times are $t = \frac{2}{\pi}
 \arctan e^n$ with n normal, mean -0.8 and deviation 1.6; `paper_settings` has the nearest logit-normal times.
 
@@ -25,6 +26,7 @@ from .._field import AbstractField
 from .._row import Row
 from .._times import LogitNormalTimes, TimePairs
 from .._validate import check_positive
+from .._weight import ConstantWeight
 from .base import AbstractIdentityWithLoss
 from .facts import Facts
 
@@ -48,7 +50,7 @@ class FlowAnchoredConsistency(AbstractIdentityWithLoss):
 
     @property
     def facts(self) -> Facts:
-        settings = {"identity_share": 0.5, "time_pairs": TimePairs(_TIMES, _TIMES)}
+        settings = {"identity_share": 0.5, "time_pairs": TimePairs(_TIMES, _TIMES), "weight": ConstantWeight()}
         passes = self.derivative.passes
         return Facts(trains_velocity=False, ends_at_data=True, passes=passes, paper_settings=settings)
 

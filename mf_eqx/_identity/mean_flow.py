@@ -36,7 +36,7 @@ class MeanFlow(AbstractIdentity):
 
     @property
     def facts(self) -> Facts:
-        return Facts(exact=(self.tangent_r, self.tangent_t) == (0, 1), passes=self.derivative.passes)
+        return Facts(exact=(self.tangent_r, self.tangent_t) == (0, 1), passes=self.derivative.passes, paper_settings={})
 
     def residual(self, field: AbstractField, row: Row) -> Float[Array, "*data"]:
         tangent = (row.v, self.tangent_r, self.tangent_t)

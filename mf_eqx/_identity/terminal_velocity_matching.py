@@ -32,7 +32,7 @@ class TerminalVelocityMatching(AbstractIdentity):
 
     @property
     def facts(self) -> Facts:
-        return dataclasses.replace(SELF_DISTILLATION, needs_teacher=True, paper_settings={})  # not known to us
+        return dataclasses.replace(SELF_DISTILLATION, needs_teacher=True, paper_settings=None)
 
     def residual(self, field: AbstractField, row: Row) -> Float[Array, "*data"]:
         if row.context is None or row.context.teacher is None:

@@ -114,10 +114,14 @@ def test_every_identity_is_a_method_and_trained_by_default_with_both_settings(to
     found = mfx.identities_in(vars(mfx), steps=1)
     assert {*found, "FlowMatching", "WrongTangent", "Exact"} == set(toy_2d.methods())
     cells = toy_2d.cells(toy_2d.Config(seeds=2))
-    expected = {(name, *kind) for name in found for kind in (("common", 1), ("paper", 1), ("common", 0.25))}
-    expected |= {("FlowMatching", "common", 1), ("FlowMatching", "common", 0.25), ("Exact", "common", 1)}
+    expected = {(name, "common", part) for name in (*found, "FlowMatching") for part in (1, 0.25)}
+    expected |= {(name, "paper", 1) for name in found if found[name].facts.paper_settings is not None}
+    expected |= {("Exact", "common", 1)}
     assert {(cell.method, cell.settings, cell.part) for cell in cells} == expected
+    assert ("MeanFlow", "paper", 1) in expected and ("Shortcut", "paper", 1) not in expected
     assert len(cells) == 2 * len(expected) - 1  # the exact field has no seeds
+    both = [toy_2d.cells(toy_2d.Config(settings=settings)) for settings in (("common", "paper"), ("paper", "common"))]
+    assert set(both[0]) == set(both[1])
 
 
 def test_settings_of_a_paper_are_those_that_the_method_declares(toy_2d):
@@ -133,20 +137,41 @@ def test_settings_of_a_paper_are_those_that_the_method_declares(toy_2d):
     assert paper.time_pairs.at_data == 0.2
 
 
+OWN = """import mf_eqx as mfx
+from mf_eqx import MeanFlow
+
+
+class {name}(mfx.AbstractIdentity):
+    facts = mfx.Facts()
+
+    def residual(self, field, row):
+        return row.evaluate(field, row.z, row.r, row.t) - row.v
+"""
+
+
 def test_identities_of_a_file_join_the_methods(toy_2d, tmp_path):
-    path = tmp_path / "mine.py"
-    path.write_text(
-        "import mf_eqx as mfx\n\n\nclass Mine(mfx.AbstractIdentity):\n    facts = mfx.Facts()\n\n"
-        "    def residual(self, field, row):\n        return row.evaluate(field, row.z, row.r, row.t) - row.v\n"
-    )
+    path, changed = tmp_path / "mine.py", tmp_path / "changed.py"
+    path.write_text(OWN.format(name="Mine"))
+    changed.write_text(path.read_text() + "\n# changed\n")
     config, cell = toy_2d.Config(own=str(path)), toy_2d.Cell("checkerboard", "Mine", 0)
     assert type(toy_2d.identity_of(config, cell)).__name__ == "Mine" and cell in toy_2d.cells(config)
-    before, theirs = toy_2d.recipe(config, cell), toy_2d.recipe(config, cell._replace(method="MeanFlow"))
-    path.write_text(path.read_text() + "\n# changed\n")
-    assert toy_2d.recipe(config, cell) != before
-    assert toy_2d.recipe(config, cell._replace(method="MeanFlow")) == theirs
+    assert "Mine" in toy_2d.shrunk(config).methods
+    other, theirs = toy_2d.Config(own=str(changed)), cell._replace(method="MeanFlow")
+    assert toy_2d.recipe(config, cell) != toy_2d.recipe(other, cell)
+    assert toy_2d.recipe(config, theirs) == toy_2d.recipe(other, theirs) == toy_2d.recipe(toy_2d.Config(), theirs)
     with pytest.raises(ValueError, match=r"methods must be among .*; got Mine"):
         toy_2d.Config(methods=("Mine",))
+
+
+def test_a_file_of_ones_own_needs_methods_with_names_of_their_own(toy_2d, tmp_path):
+    path = tmp_path / "empty.py"
+    path.write_text("from mf_eqx import MeanFlow\n")
+    with pytest.raises(ValueError, match=r"own must hold identities .*, got none in .*empty\.py"):
+        toy_2d.Config(own=str(path))
+    path = tmp_path / "taken.py"
+    path.write_text(OWN.format(name="Shortcut"))
+    with pytest.raises(ValueError, match=r"own must be a file whose methods have other names .*, got Shortcut"):
+        toy_2d.Config(own=str(path))
     with pytest.raises(ValueError, match=r"own must be a Python file, got none\.py"):
         toy_2d.Config(own="none.py")
 
@@ -154,7 +179,7 @@ def test_identities_of_a_file_join_the_methods(toy_2d, tmp_path):
 def entry(toys, toy_report, method, steps, error, *, part=1.0, settings="common", seed=0):
     quality = [dict.fromkeys(toys.Quality._fields, error) | {"evaluations": n} for n in toys.EVALUATIONS]
     names = ("overall", "diagonal", "one_step", "identity", "semigroup", "large_sliced_wasserstein")
-    found = dict.fromkeys(names, error) | {"quality": quality, "error_by_cell": [[error]]}
+    found = dict.fromkeys(names, error) | {"faults": 0, "quality": quality, "error_by_cell": [[error]]}
     return toy_report.Entry(toys.Cell("two_moons", method, seed, settings, part), steps, found)
 
 
@@ -174,7 +199,41 @@ def test_leaderboard_is_sorted_and_compares_at_equal_time(toys, toy_report):
     assert float(board[2][at_equal_time]) == pytest.approx((0.08 * 0.01) ** 0.5, rel=0.05)
     assert board[3][at_equal_time] == "0.02"
     assert board[4][column["error of u"]] == "3 ± 1" and board[4][at_equal_time] == "-"
-    assert board[5][column["error of u"]] == "-"
+    assert board[5][column["error of u"]] == "diverged"
+
+
+def test_methods_that_end_at_the_data_come_last_without_what_they_do_not_learn(toys, toy_report):
+    entries = [entry(toys, toy_report, "Ends", 400, 0.01), entry(toys, toy_report, "MeanFlow", 400, 0.02)]
+    entries[0].found["faults"] = 3
+    text = toy_report.tables("two_moons", entries, {}, entries[0].found, ["Ends"])
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.split("\n\n")[1].splitlines()]
+    assert [row[0] for row in rows[2:]] == ["MeanFlow", "Ends", "samples of the data"]
+    assert rows[3] == ["Ends", "common", "-", *["0.01"] * 4, "-", "0.01", "-", "-", "-", "-"]
+    assert "These learn u(z, 0, t) alone, for one step: Ends." in text and "left out: Ends (3)." in text
+
+
+def test_outside_the_trained_lengths_there_is_no_value(toys, toy_report):
+    entries = [entry(toys, toy_report, "MeanFlow", steps, 1 / steps, part=steps / 400) for steps in (100, 400)]
+    lines = toy_report.lines_of(entries)
+    values = [toy_report.value_at(seconds, lines, {"MeanFlow": 0.1}, "overall") for seconds in (9, 10, 20, 40, 41)]
+    assert values == [None, "0.01", "0.005", "0.0025", None]
+
+
+def test_time_of_a_step_is_measured_once_in_the_middle_of_a_training(toy_2d, tmp_path, monkeypatch):
+    small = {"width": 8, "depth": 1, "batch": 8, "references": 0, "steps": 20, "methods": ("FlowMatching",)}
+    config, ledger = toy_2d.Config(**small), run.Ledger(tmp_path / "cells.jsonl")
+    steps, scan = [], toy_2d.mfx.scan_steps
+
+    def counted(step, state, draw, number):
+        steps.append((int(state.step), number))
+        return scan(step, state, draw, number)
+
+    monkeypatch.setattr(toy_2d.mfx, "scan_steps", counted)
+    (seconds,) = toy_2d.measure_costs(config, "checkerboard", ledger).values()
+    assert 0 < seconds < 1
+    assert steps == [(10 + 20 * i, 20) for i in range(toy_2d.ROUNDS + 1)]
+    again = toy_2d.measure_costs(config, "checkerboard", run.Ledger(tmp_path / "cells.jsonl"))
+    assert again == {"FlowMatching": seconds} and len(steps) == toy_2d.ROUNDS + 1
 
 
 def test_error_against_time_is_drawn_for_every_method_of_every_data_set(toys, toy_report, tmp_path, monkeypatch):
@@ -234,6 +293,7 @@ def test_quick_is_no_larger_than_what_is_asked_for(toy_2d):
     assert quick.methods == ("FlowMatching", "MeanFlow", "Exact")
     assert [cell[2:] for cell in toy_2d.cells(quick)] == [(0, "common", 1.0)] * 3
     assert toy_2d.shrunk(toy_2d.Config()).data == ("eight_gaussians",)
+    assert toy_2d.shrunk(toy_2d.Config(data=("checkerboard",))).data == ("checkerboard",)
     asked = dataclasses.replace(asked, methods=("Shortcut",))
     assert toy_2d.shrunk(asked).methods == ("Shortcut",)
 
@@ -271,6 +331,8 @@ def test_network_is_the_one_that_is_asked_for(toy_2d):
         ("--data moons", "--data must be among eight_gaussians, .*; got moons"),
         ("--settings papers", "--settings must be among common, paper; got papers"),
         ("--settings", "--settings must be at least one of common, paper; got none"),
+        ("--shorter 0.5 0.5", "--shorter must differ from each other, got 0.5, 0.5"),
+        ("--data eight_gaussians_64d --dit-batch 7", "--dit-batch must be a positive multiple of .* settings of "),
         ("--shorter 1", r"--shorter must lie in \(0, 1\), got 1.0"),
         ("--dit-width 50", "--dit-width must be a multiple of 12 .*, got 50"),
         ("--methods meanflow", "--methods must be among FlowMatching, .*; got meanflow"),

@@ -213,7 +213,7 @@ HUGE, EVEN = 2**31 - 1, 2_000_000_000
 @pytest.mark.parametrize(
     ("script", "arguments"),
     [
-        *(("toy_2d", f"--{name} {EVEN} --dry-run") for name in ("copies", "seeds", "batch", "workers", "rows")),
+        *(("toy_2d", f"--{name} {EVEN} --dry-run") for name in ("dit-batch", "seeds", "batch", "workers", "rows")),
         *(("digits", f"--{name} {EVEN} --dry-run") for name in ("width", "depth", "batch", "fsdp", "accumulation")),
         *(("weight_bias", f"--{name} {EVEN} --dry-run") for name in ("seeds", "samples", "workers")),
         *(("tangent_study", f"--{name} {EVEN} --dry-run") for name in ("seeds", "gradient-rows", "samples", "width")),
@@ -241,8 +241,8 @@ def test_a_run_of_sizes_that_cannot_be_is_refused_in_one_line_and_leaves_nothing
     assert len([line for line in lines if "error: " in line]) == 1, lines
 
 
-@pytest.mark.parametrize("arguments", [f"--steps {HUGE} --log-every {HUGE}", f"--keep-last {HUGE} --copies 1000"])
+@pytest.mark.parametrize("arguments", [f"--steps {HUGE} --log-every {HUGE}", f"--keep-last {HUGE} --dit-batch 1000000"])
 def test_a_dry_run_of_large_numbers_that_can_be_ends(arguments, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    few = "--data eight_gaussians --methods MeanFlow --seeds 1 --dry-run"
+    few = "--data eight_gaussians --methods MeanFlow --settings common --shorter --dry-run"
     assert ended("toy_2d", f"{few} {arguments}") == (0, [], [])
