@@ -231,7 +231,7 @@ def test_a_method_that_does_not_fit_into_the_batch_is_refused_before_anything_tr
     message = "methods must take the batch of digits, 64; got Triples, which takes multiples of 6"
     with pytest.raises(ValueError, match=message):
         one_step_vs_ode.Config(own=own, methods=("Triples",), data=("digits",))
-    with pytest.raises(ValueError, match="batch must be a positive multiple of 6.* common settings of Triples"):
+    with pytest.raises(ValueError, match=r"batch must be a positive multiple of 6.* common settings of Triples"):
         one_step_vs_ode.Config(own=own, methods=("Triples",), data=("checkerboard",))
 
 

@@ -1,0 +1,64 @@
+"""Noise in targets: what the script measures is what the formulas say, and a whole small run."""
+
+import json
+import re
+
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+
+from mf_eqx import run
+
+
+@pytest.fixture(scope="module")
+def target_variance(benchmark_script):
+    pytest.importorskip("sklearn")
+    pytest.importorskip("tyro")
+    return benchmark_script("target_variance")
+
+
+def test_near_noise_the_target_has_the_variance_of_the_data_and_n_references_leave_one_part_in_n_plus_one(
+    target_variance,
+):
+    x = jr.normal(jr.key(0), (2000, 3)) * jnp.array([1.0, 2.0, 0.5])
+    noise, square, left = target_variance.noise(x, x[:500], 1.0, (1, 9))
+    variance = float(jnp.sum(jnp.var(x, axis=0)))
+    np.testing.assert_allclose(noise, variance, rtol=0.15)  # of 500 rows
+    np.testing.assert_allclose(square, 3 + variance, rtol=0.15)
+    np.testing.assert_allclose(left / noise, [1 / 2, 1 / 10], rtol=0.15)
+
+
+def test_near_the_data_nothing_is_left_to_remove(target_variance):
+    noise, _, _ = target_variance.noise(
+        jr.normal(jr.key(0), (200, 16)), jr.normal(jr.key(0), (200, 16))[:50], 0.01, (4,)
+    )
+    assert float(noise) < 1e-6
+
+
+def test_a_run_leaves_shares_of_every_data_set(target_variance, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments = "--copies 1 3 --times 0.5 1 --numbers 4 --data-rows 64 --rows 16 --name one"
+    run.main(target_variance.main, target_variance.Config(), argv=arguments.split())
+    (path,) = tmp_path.glob("runs/*/one/results.json")
+    records = json.loads(path.read_text())
+    assert [record["dim"] for record in records] == [2, 6, 64]
+    assert all(0 < share < 1 for record in records for share in record["noise"])
+    assert all(np.shape(record["left"]) == (2, 1) for record in records)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--images one", "--images must be two files, of images and of labels, got 1"),
+        ("--times 0", r"--times must be positive numbers, got \(0.0,\)"),
+        ("--times 2", r"--times must lie in \(0, 1\], got 2.0"),
+        ("--rows 0", "--rows must be >= 1, got 0"),
+        ("--data-rows 20000", "--data-rows must be at most 16384, got 20000"),
+    ],
+)
+def test_bad_input_ends_in_one_line(target_variance, arguments, message, capsys):
+    with pytest.raises(SystemExit) as ended:
+        run.main(target_variance.main, target_variance.Config(), argv=arguments.split())
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert ended.value.code == 2 and re.search(message, line), line
