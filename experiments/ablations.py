@@ -140,11 +140,11 @@ class Config(run.CellSettings):
     """The identity of mf_eqx that is trained, by name."""
     own: str | None = None
     """A Python file with identities of your own, subclasses of mf_eqx.AbstractIdentity, which join the methods by their
-    names. Finished cells are not trained again when the file changes: give another --name then."""
+    names. When the file changes, their cells are trained again."""
     only: tuple[str, ...] | None = None
     """Tables: 1a (share), 1b (tangent), 1c (embedding), 1d (times), 1e (p), 1f (omega), 5 (kappa); by default all that
     the method has. Only MeanFlow has 1b; methods that learn from pairs of data and noise have neither 1f nor 5; methods
-    whose rows with r < t alone do not fix v have no share of 100% in 1a. In 1e the weight of a method with a loss of
+    that need boundary rows (the README's table of methods) have no share of 100% in 1a. In 1e the weight of a method with a loss of
     its own applies to rows with r = t alone."""
     seeds: int = 2
     """Trainings of each cell, from seeds 0, 1, ..."""

@@ -52,8 +52,8 @@ class Config(run.CellSettings):
 
     data: str = "checkerboard"
     """Data set, one of toy_2d.py's."""
-    conditional: tuple[float, ...] = (0.0, 0.06, 0.25, 0.5, 0.75, 0.94, 1.0)
-    """Parts b of the given velocity in the tangent."""
+    tangents: tuple[float, ...] = (0.0, 0.06, 0.25, 0.5, 0.75, 0.94, 1.0)
+    """Parts b of the given velocity v in the tangent b v + (1 - b) u(z, t, t)."""
     seeds: int = 3
     """Trainings of each, from seeds 0, 1, ..."""
     steps: int = 4000
@@ -76,13 +76,13 @@ class Config(run.CellSettings):
     def __post_init__(self):
         self.check(gradient_rows=gm.GROUPS)
         run.check_sizes(self, seeds=100, gradient_rows=1 << 20)
-        for name in ("conditional", "stages", "batches"):
+        for name in ("tangents", "stages", "batches"):
             if not (values := getattr(self, name)):
                 raise ValueError(f"{name} must be at least one number, got none")
             if len(set(values)) < len(values):
                 raise ValueError(f"{name} must differ from each other, got {', '.join(map(str, values))}")
-        if wrong := [b for b in self.conditional if not 0 <= b <= 1]:
-            raise ValueError(f"conditional must lie in [0, 1], got {wrong[0]}")
+        if wrong := [b for b in self.tangents if not 0 <= b <= 1]:
+            raise ValueError(f"tangents must lie in [0, 1], got {wrong[0]}")
         for name in ("stages", "batches"):
             if min(getattr(self, name)) < 1:
                 raise ValueError(f"{name} must be >= 1, got {min(getattr(self, name))}")
@@ -97,7 +97,7 @@ class Cell(NamedTuple):
     """A training."""
 
     given: str
-    conditional: float
+    b: float
     steps: int
     seed: int
 
@@ -108,7 +108,7 @@ def stages(config: Config) -> list[Cell]:
 
 def cells(config: Config) -> list[Cell]:
     """Seeds outside: those of one setting compile the same program."""
-    settings = [(given, b, config.steps) for given in GIVEN for b in config.conditional]
+    settings = [(given, b, config.steps) for given in GIVEN for b in config.tangents]
     return list(dict.fromkeys([Cell(*s, seed) for seed in range(config.seeds) for s in settings] + stages(config)))
 
 
@@ -122,7 +122,7 @@ def training(config: Config, cell: Cell) -> run.Training:
     """The training of toy_2d.py with another tangent."""
     made = toy_2d.training(toy_config(config, cell), toy_problems.Cell(config.data, "MeanFlow", cell.seed))
     assert made is not None
-    identity = mfx.MeanFlow() if cell.conditional == 1 else mfx.ImprovedMeanFlow(cell.conditional)
+    identity = mfx.MeanFlow() if cell.b == 1 else mfx.ImprovedMeanFlow(cell.b)
     objective = dataclasses.replace(objective_of(made), identity=identity)
     return made._replace(name="_".join(map(str, cell)), step=dataclasses.replace(made.step, objective=objective))
 
@@ -154,7 +154,7 @@ def judge(
 
 def note(cell: Cell, result: Result) -> str:
     shown = {name: f"{value:.3g}" for name, value in result.quality.items()}
-    return f"b {cell.conditional:g}, {cell.given}, {cell.steps} steps, seed {cell.seed}: {shown}"
+    return f"b {cell.b:g}, {cell.given}, {cell.steps} steps, seed {cell.seed}: {shown}"
 
 
 def main(config: Config) -> None:
@@ -181,7 +181,7 @@ def save(config: Config, results: Mapping[Cell, Result], directory: run.RunDirec
     of_stage = [(steps, moments, given) for steps, moments in found.items() for given in GIVEN]
     measured, best = [], []
     for steps, moments, given in of_stage:
-        for b in config.conditional:
+        for b in config.tangents:
             figures: dict[str, Any] = {
                 name: gm.with_error(x) for name, x in gm.figures(moments, GIVEN[given], b).items()
             }
@@ -194,7 +194,7 @@ def save(config: Config, results: Mapping[Cell, Result], directory: run.RunDirec
     judged = [
         {"v": given, "b": b, **{name: quality(config, results, name, given, b) for name in QUALITIES}}
         for given in GIVEN
-        for b in config.conditional
+        for b in config.tangents
     ]
     heads = (
         f"Gradients over {config.gradient_rows} rows, value ± standard error: bias in units of |g\\*|, variance of one "
@@ -251,9 +251,9 @@ def save_figure(path: Path, config: Config, results: Mapping[Cell, Result], foun
         error.plot(grid, values, color=f"C{i}", label=f"batch {batch}")
     for panel, name in zip(qualities, QUALITIES, strict=True):
         for i, given in enumerate(GIVEN):
-            values = np.array([quality(config, results, name, given, b) for b in config.conditional])
-            panel.plot(config.conditional, values, ".-", color=f"C{i}", linewidth=0.4)
-            panel.plot(config.conditional, values.mean(1), LINES[given], color=f"C{i}", label=given)
+            values = np.array([quality(config, results, name, given, b) for b in config.tangents])
+            panel.plot(config.tangents, values, ".-", color=f"C{i}", linewidth=0.4)
+            panel.plot(config.tangents, values.mean(1), LINES[given], color=f"C{i}", label=given)
         panel.set(title=f"{name}: every seed, mean", xlabel="b", yscale="log")
     bias.set(title="bias / |g*|", xlabel="b")
     cosine.set(title="cosine of the expected gradient", xlabel="b")

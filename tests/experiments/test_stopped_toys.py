@@ -17,7 +17,7 @@ TOY = "--data three_gaussians --methods MeanFlow FlowMatching --steps 1500 --wid
 COMMANDS = {
     "toy_2d": TOY + "--settings common --shorter --samples 50 --large-samples 50 --rows 10",
     "weight_bias": "--data three_gaussians --powers 0 --offsets 1 --steps 1500 --seeds 1 --samples 50 --rows 10",
-    "tangent_study": "--data three_gaussians --conditional 1 --steps 1500 --stages 1500 --seeds 1 --width 16 --depth 1 "
+    "tangent_study": "--data three_gaussians --tangents 1 --steps 1500 --stages 1500 --seeds 1 --width 16 --depth 1 "
     "--samples 50 --rows 10 --gradient-rows 64",
     "ablations": "--only 1a --seeds 1 --steps 1500",
 }

@@ -15,7 +15,7 @@ from jax.flatten_util import ravel_pytree
 import mf_eqx as mfx
 from mf_eqx import run
 
-TINY = "--data three_gaussians --conditional 0 1 --seeds 1 --stages 2 --batches 16 128 --width 4 --depth 1"
+TINY = "--data three_gaussians --tangents 0 1 --seeds 1 --stages 2 --batches 16 128 --width 4 --depth 1"
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def exact(experiment):
 def judged_untrained(config, trainings, judge, directory, *, note):
     """In place of `run.train_cells`: most of the time would go into compiling trainings."""
     results = {cell: judge(cell, training.make_state()) for cell, training in trainings.items()}
-    assert all(note(cell, result).startswith(f"b {cell.conditional:g}, ") for cell, result in results.items())
+    assert all(note(cell, result).startswith(f"b {cell.b:g}, ") for cell, result in results.items())
     return results
 
 
@@ -195,20 +195,20 @@ def test_standard_error_of_a_mean_is_the_usual_one(gm):
 
 
 def test_every_b_is_trained_with_both_velocities(tangent_study):
-    config = tangent_study.Config(conditional=(0.0, 1.0), seeds=2, steps=50, stages=(20, 50))
+    config = tangent_study.Config(tangents=(0.0, 1.0), seeds=2, steps=50, stages=(20, 50))
     cells = tangent_study.cells(config)
     assert len(cells) == len(set(cells)) == 2 * 2 * 2 + 1  # one stage is among the trainings
     objectives = [tangent_study.objective_of(tangent_study.training(config, cell)) for cell in cells]
     for cell, objective in zip(cells, objectives, strict=True):
-        assert getattr(objective.identity, "conditional", 1) == cell.conditional
+        assert getattr(objective.identity, "conditional", 1) == cell.b
         assert (objective.stable_target is None) == (cell.given == "conditional") == (objective.weight.power == 0)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--conditional 1.1", r"--conditional must lie in \[0, 1\], got 1.1"),
-        ("--conditional 0 0.5 0", "--conditional must differ from each other, got 0.0, 0.5, 0.0"),
+        ("--tangents 1.1", r"--tangents must lie in \[0, 1\], got 1.1"),
+        ("--tangents 0 0.5 0", "--tangents must differ from each other, got 0.0, 0.5, 0.0"),
         ("--stages 0", "--stages must be >= 1, got 0"),
         ("--batches 0", "--batches must be >= 1, got 0"),
         ("--gradient-rows 100", "--gradient-rows must be a multiple of 16, got 100"),
