@@ -144,8 +144,8 @@ class Config(run.CellSettings):
     only: tuple[str, ...] | None = None
     """Tables: 1a (share), 1b (tangent), 1c (embedding), 1d (times), 1e (p), 1f (omega), 5 (kappa); by default all that
     the method has. Only MeanFlow has 1b; methods that learn from pairs of data and noise have neither 1f nor 5; methods
-    that need boundary rows (the README's table of methods) have no share of 100% in 1a. In 1e the weight of a method with a loss of
-    its own applies to rows with r = t alone."""
+    that need boundary rows (see the README's table of methods) have no share of 100% in 1a. In 1e the weight of a
+    method with a loss of its own applies to rows with r = t alone."""
     seeds: int = 2
     """Trainings of each cell, from seeds 0, 1, ..."""
     steps: int | None = None
