@@ -219,6 +219,7 @@ def test_velocity_beside_it_and_methods_of_pairs_are_refused():
         mfx.Objective(mfx.ConsistencyTraining(0.25), stable_target=target)
 
 
+@pytest.mark.slow
 def test_objective_learns_from_it_and_meets_less_error():
     mixture = exact.eight_gaussians()
     target = mfx.StableTarget(exact.draw(mixture, 256, jr.key(0)), number=64)

@@ -140,6 +140,7 @@ def on_devices():
     return run_on_devices("methods_on_devices.py")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["FrechetLoss", "InductiveMomentMatching", "TerminalVelocityMatching"])
 def test_eight_devices_train_as_one_does(on_devices, name):
     assert on_devices[name] < 1e-10

@@ -56,6 +56,7 @@ def test_each_method_has_checkpoints_previews_and_metrics_of_its_own(finished):
         assert checkpoint.Checkpoints(finished / method / "checkpoints").steps() == [4, 6]
 
 
+@pytest.mark.slow
 def test_the_same_command_again_judges_the_same_networks_and_trains_nothing(finished, digits, capsys, monkeypatch):
     def results():
         return json.loads((finished / "results.json").read_text())

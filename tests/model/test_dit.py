@@ -272,7 +272,11 @@ def test_central_difference_gives_the_training_gradient_up_to_the_square_of_its_
 
 @pytest.mark.parametrize(
     ("guidance", "form"),
-    [(None, {}), (GUIDED, {}), (None, {"unroll": True}), (None, {"remat": True})],
+    [
+        (None, {}),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in [(GUIDED, {}), (None, {"unroll": True})]),
+        (None, {"remat": True}),
+    ],
     ids=["scanned", "scanned, guided", "unrolled", "remat"],
 )
 def test_training_gradient_with_a_fused_kernel_is_that_with_xla_attention(x64, guidance, form):

@@ -100,7 +100,12 @@ OURS = {name: nn.per_block(rule) for name, rule in PLAIN.items()} | {
 }
 
 
-@pytest.mark.parametrize("name", PLAIN)
+QUICK = ("adamw with mask", "muon", "lars", "adaptive clipping")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in PLAIN]
+)
 def test_stack_is_optimised_as_its_blocks_are(x64, name):
     for found, expected in both(OURS[name], PLAIN[name]):
         for result, leaf in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):

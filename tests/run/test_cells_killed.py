@@ -67,9 +67,8 @@ def assert_continues(root, undisturbed, told):
     assert f"continues; of 3 trainings, {told} begun" in found.out
 
 
-@pytest.mark.parametrize(
-    ("by", "code"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("by", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_saves_what_is_under_way_and_the_same_command_ends_as_if_nothing_had_been(
     by, code, undisturbed, tmp_path
 ):

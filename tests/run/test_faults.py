@@ -141,6 +141,7 @@ def test_a_checkpoint_that_has_lost_a_file_is_passed_over_with_nothing_on_stderr
 # Moved
 
 
+@pytest.mark.slow
 def test_a_directory_that_is_moved_in_the_midst_stops_the_run_and_back_in_its_place_ends_as_ever(
     undisturbed, tmp_path, monkeypatch
 ):

@@ -115,7 +115,11 @@ def test_a_run_in_two_halves_has_the_bits_and_the_metrics_of_one_in_one(fields, 
     assert metrics(continued) == metrics(directory)
 
 
-@pytest.mark.parametrize("stops", [(1,), (5,), (14,), (2, 3, 6, 7, 8, 12, 13)], ids=str)
+@pytest.mark.parametrize(
+    "stops",
+    [(2, 3, 6, 7, 8, 12, 13), *(pytest.param(stop, marks=pytest.mark.slow) for stop in [(1,), (5,), (14,)])],
+    ids=str,
+)
 def test_stops_at_any_step_change_neither_bits_nor_metrics(stops, undisturbed, tmp_path):
     for after in stops:
         stopped(tmp_path, after=after)
