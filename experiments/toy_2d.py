@@ -240,17 +240,17 @@ def chosen_methods(config: Config) -> list[str]:
 
 
 def cells(config: Config) -> list[Cell]:
-    """Seeds outside: those of one method compile the same program. Methods without settings of a paper have the common
-    ones alone, and the exact field is judged once."""
+    """In an order in which the seeds of one method, which compile the same program, are not far apart and not
+    neighbours. Methods without settings of a paper have the common ones alone, and the exact field is judged once."""
     known = identities(config.own, 1)
     of_paper = [name for name, identity in known.items() if identity.facts.paper_settings is not None]
     kinds = [(settings, 1.0) for settings in config.settings]
     kinds += [("common", part) for part in config.shorter if "common" in config.settings]
     every = [
         Cell(data, method, seed, *kind)
-        for seed in range(config.seeds)
         for data in chosen_data(config)
         for kind in kinds
+        for seed in range(config.seeds)
         for method in chosen_methods(config)
         if kind[0] == "common" or method in of_paper
     ]

@@ -17,11 +17,13 @@ training refuses it.
 
 import contextlib
 import dataclasses
+import gc
 import json
 import math
 import re
 import threading
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import equinox as eqx
@@ -116,7 +118,7 @@ def train_cells(
     - `config`: the settings of the run.
     - `trainings`: the training of each cell, by any key that identifies the cell; None for a cell that is only judged.
       They start in this order. Put others between trainings that compile the same program, or two threads compile it
-      at the same time.
+      at the same time; but not more than about thirty, since programs are dropped when there are many.
     - `judge`: a function from a cell and its last state (None without a training) to its result. It is called in the
       threads, for every cell, each time the command runs.
     - `directory`: from `opened`.
@@ -247,6 +249,7 @@ class _CellRun:
                 return judge(state)
         finally:
             self.seconds = self.watch.seconds()
+            drop_programs_if_many()
 
     def _train(self, training: Training) -> Generator[tuple[int, Metrics], None, TrainState]:
         """Yields the number of steps and the metrics of each part, and returns the last state."""
@@ -324,6 +327,22 @@ class _CellRun:
                 f"{bad} steps in a row up to step {self.done} had no finite loss and gradient; "
                 f"{self.checkpoints.path(self.done)} is finite"
             )
+
+
+def drop_programs_if_many() -> None:
+    """Forget all compiled programs if they take half of the memory mappings that Linux allows a process.
+
+    XLA needs hundreds of mappings for each program of a CPU. Of the default number, 65,530, some eighty training steps
+    take all, and then XLA ends the process ("Unable to allocate section memory").
+    """
+    try:
+        used = Path("/proc/self/maps").read_bytes().count(b"\n")
+        allowed = int(Path("/proc/sys/vm/max_map_count").read_text())
+    except OSError:  # another system
+        return
+    if used > allowed / 2:
+        jax.clear_caches()
+        gc.collect()
 
 
 def _summarise(directory: RunDirectory, cells: Iterable[_CellRun], before: float) -> None:

@@ -367,3 +367,34 @@ def test_a_dry_run_counts_what_the_test_run_would_do(directory, capsys):
     out = capsys.readouterr().out
     assert "| seed_0 | Hidden  |         16 |     2 |    0 |" in out and '"dry_run": true' in out
     assert not list(directory.root.iterdir())
+
+
+def test_programs_are_dropped_when_they_take_half_of_the_memory_mappings_of_a_process(monkeypatch):
+    traced = []
+
+    @jax.jit
+    def function(x):
+        traced.append(x)
+        return x + 1
+
+    def after(allowed):
+        def read_text(path):
+            return str(allowed)
+
+        monkeypatch.setattr(_cells.Path, "read_text", read_text)
+        function(jnp.zeros(()))
+        _cells.drop_programs_if_many()
+        function(jnp.zeros(()))
+        return len(traced)
+
+    if not os.path.exists("/proc/self/maps"):
+        pytest.skip("needs Linux")
+    assert after(allowed=10**9) == 1
+    assert after(allowed=10) == 2
+
+
+def test_programs_are_counted_after_every_cell(directory, monkeypatch):
+    counted = []
+    monkeypatch.setattr(_cells, "drop_programs_if_many", lambda: counted.append(1))
+    trained(config(), {name: training(name=name) for name in ("a", "b")}, directory)
+    assert len(counted) == 2
