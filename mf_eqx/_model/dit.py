@@ -1,7 +1,7 @@
 r"""The diffusion transformer (DiT) as a field.
 
 Patches become tokens, a transformer with adaLN-Zero blocks works on them, and a linear layer turns each token back into
-a patch. The sum of the (r, t) and label embeddings modulates every block:
+a patch. The sum of the embeddings of (r, t) and of the condition modulates every block:
 
     x = x + gate_1 * attention(modulate(norm(x), shift_1, scale_1))
     x = x + gate_2 * mlp(modulate(norm(x), shift_2, scale_2))
@@ -22,11 +22,12 @@ from jax.nn.initializers import zeros
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key
 
-from .._custom_types import as_times, Label, TimeLike
+from .._custom_types import as_times, Condition, TimeLike
 from .._field import AbstractField
 from .._validate import check_sizes
 from ..nn import (
     AbstractAttention,
+    AbstractConditionEmbedding,
     cast,
     ConditionEmbedding,
     end_duration,
@@ -41,6 +42,7 @@ from ..nn import (
     TimeVariables,
     XLAAttention,
 )
+from ..nn._embedding import as_embedding
 
 
 class DiTSize(NamedTuple):
@@ -99,6 +101,9 @@ class DiT(AbstractField):
     - `size`: a `DiTSize`, such as `DIT_B4`, or one of your own.
     - `labels`: number of labels, or None for an unconditional field. The condition is then an integer label in [0,
       labels], `labels` itself being "no label" (`null_label`).
+    - `condition`: None, or what the field is conditioned on if it is no label: the size of a vector, which
+      `mf_eqx.nn.VectorEmbedding` embeds; or an `mf_eqx.nn.AbstractConditionEmbedding` of your own, for conditions of
+      any structure.
     - `time_variables`: the variables that are embedded, one of the functions of Tab. 1c in `mf_eqx.nn`.
     - `time_scale`: factor on times before the sinusoidal embedding, see `mf_eqx.nn.TimePairEmbedding`.
     - `dtype`: compute precision of the blocks, float32 or bfloat16 (float64 for tests). Parameters, times and their
@@ -111,9 +116,10 @@ class DiT(AbstractField):
     - `remat`, `unroll`: the trade-off of memory, run time and compile time, see `mf_eqx.nn.Stack`.
     - `key`.
 
-    **Raises:** `ValueError` if a size is below 1 or does not fit the others, or if `dtype` is not floating point; when
-    called, if `z` does not have the data_shape, or if the condition is not one integer label for a field with labels
-    or None for a field without labels.
+    **Raises:** `ValueError` if a size is below 1 or does not fit the others, if `dtype` is not floating point, or if
+    `labels` and `condition` are both given; when called, if `z` does not have the data_shape, or if the condition is
+    not one integer label for a field with labels, a vector of its size for a field with vectors, or None without
+    either.
 
     With 1000 labels and a (4, 32, 32) input: S/4 33,142,336 parameters, S/2 33,105,424, B/4 131,165,248, B/2
     131,091,472, M/2 308,019,216, L/2 459,137,040, XL/2 676,440,592.
@@ -135,6 +141,7 @@ class DiT(AbstractField):
         size: DiTSize,
         *,
         labels: int | None = None,
+        condition: int | AbstractConditionEmbedding | None = None,
         time_variables: TimeVariables = end_duration,
         time_scale: float = 1.0,
         dtype: DTypeLike = jnp.float32,
@@ -162,6 +169,7 @@ class DiT(AbstractField):
         self.embedding = ConditionEmbedding(
             TimePairEmbedding(size.width, variables=time_variables, time_scale=time_scale, key=time_key),
             None if labels is None else LabelEmbedding(labels, size.width, key=label_key),
+            as_embedding(condition, size.width, key=label_key),
         )
         self.stack = Stack(
             lambda key: DiTBlock(size.width, size.heads, attention=attention, key=key),
@@ -187,7 +195,7 @@ class DiT(AbstractField):
         z: Float[Array, "channels height width"],
         r: TimeLike,
         t: TimeLike,
-        condition: Label | None = None,
+        condition: Condition = None,
         *,
         key: Key[Array, ""] | None = None,
     ) -> Float[Array, "channels height width"]:

@@ -8,6 +8,7 @@ from ._attention import (
     XLAAttention as XLAAttention,
 )
 from ._embedding import (
+    AbstractConditionEmbedding as AbstractConditionEmbedding,
     ConditionEmbedding as ConditionEmbedding,
     duration as duration,
     end_duration as end_duration,
@@ -18,6 +19,7 @@ from ._embedding import (
     sinusoidal_positions as sinusoidal_positions,
     TimePairEmbedding as TimePairEmbedding,
     TimeVariables as TimeVariables,
+    VectorEmbedding as VectorEmbedding,
 )
 from ._linear import Linear as Linear
 from ._norm import (

@@ -151,7 +151,7 @@ def test_label_missing_or_given_in_vain_is_refused():
     r, t = jnp.asarray(R), jnp.asarray(T)
     with pytest.raises(ValueError, match="condition must be a label for a field with labels, got None"):
         nn.ConditionEmbedding(times, nn.LabelEmbedding(3, 4, key=jr.key(1)))(r, t, None)
-    with pytest.raises(ValueError, match="condition must be None for a field without labels, got 1"):
+    with pytest.raises(ValueError, match="condition must be None for a field made without labels and condition, got 1"):
         nn.ConditionEmbedding(times)(r, t, jnp.asarray(1))
 
 
@@ -199,7 +199,7 @@ def test_label_missing_or_in_vain_is_refused_by_every_network(make):
     with pytest.raises(ValueError, match="condition must be a label for a field with labels, got None"):
         field(z, 0.0, 1.0)
     field, z, condition = make(labels=None)
-    with pytest.raises(ValueError, match="condition must be None for a field without labels, got 1"):
+    with pytest.raises(ValueError, match="condition must be None for a field made without labels and condition, got 1"):
         field(z, 0.0, 1.0, condition(jnp.asarray(1)))
 
 
