@@ -226,7 +226,7 @@ def test_condition_that_is_no_label_is_refused(target, condition, got):
     condition = jax.tree.map(jnp.asarray, condition)
     with pytest.raises(ValueError, match=f"condition must be one integer label or None for a StableTarget, got {got}"):
         velocity(condition)
-    with pytest.raises(ValueError, match="condition must be one integer label or None for .*, got .*of shape"):
+    with pytest.raises(ValueError, match=r"condition must be one integer label or None for .*, got .*of shape"):
         jax.jit(velocity)(condition)
 
 
