@@ -34,7 +34,9 @@ def _described_leaf(leaf: Any) -> str:
     if not isinstance(leaf, jax.Array | np.ndarray | np.generic | bool | int | float | complex):
         return type(leaf).__name__
     value = on_host_if_known(leaf) if np.shape(leaf) == () else None
-    return str(value) if value is not None else f"{jnp.result_type(leaf)} of shape {np.shape(leaf)}"
+    return (
+        str(value) if value is not None else f"{getattr(leaf, 'dtype', type(leaf).__name__)} of shape {np.shape(leaf)}"
+    )
 
 
 def check_finite(name: str, values: Any) -> None:

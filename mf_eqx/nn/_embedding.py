@@ -168,13 +168,14 @@ class LabelEmbedding(AbstractConditionEmbedding):
         return self.table.shape[0] - 1
 
     def __call__(self, label: Label) -> Float[Array, " width"]:
-        dtype = getattr(label, "dtype", None) or np.asarray(label).dtype
-        if np.shape(label) != () or not jnp.issubdtype(dtype, jnp.integer):
+        value = on_host_if_known(label)
+        array = label if hasattr(label, "dtype") or value is None or value.dtype == object else value
+        if not hasattr(array, "dtype") or array.shape != () or not jnp.issubdtype(array.dtype, jnp.integer):
+            found = f"{array.dtype} of shape {array.shape}" if hasattr(array, "dtype") else described(array)
             raise ValueError(
                 f"condition must be one integer label of shape () (functions are per example: jax.vmap makes batches), "
-                f"got {dtype} of shape {np.shape(label)}"
+                f"got {found}"
             )
-        value = on_host_if_known(label)
         if value is not None and not 0 <= value <= self.null_label:
             raise ValueError(f"condition must be a label in [0, {self.null_label}], got {value}")
         return self.table[label]

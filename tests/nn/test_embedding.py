@@ -164,6 +164,7 @@ LABELS = {
     "a boolean array": (lambda: jnp.asarray(False), r"bool of shape \(\)"),
     "a float": (lambda: 1.0, r"float64 of shape \(\)"),
     "a float array": (lambda: jnp.ones(()), r"float32 of shape \(\)"),
+    "a dictionary": (lambda: {"a": jnp.ones(3)}, r"\['a'\] float32 of shape \(3,\)"),
     "a one-hot vector": (lambda: jnp.eye(3)[1], r"float32 of shape \(3,\)"),
 }
 
@@ -359,7 +360,7 @@ def test_what_is_no_vector_of_the_size_is_refused(make, condition, got):
 @EVERY
 def test_shape_of_a_traced_condition_is_told(make):
     field, z = make(5)
-    with pytest.raises(ValueError, match=r"got float32 of shape \(7,\)$"):
+    with pytest.raises(ValueError, match=r"got float32 of shape \(7,\)"):
         eqx.filter_jit(field)(z, 0.0, 1.0, jnp.ones(7))
 
 
