@@ -169,9 +169,11 @@ class LabelEmbedding(AbstractConditionEmbedding):
 
     def __call__(self, label: Label) -> Float[Array, " width"]:
         value = on_host_if_known(label)
-        array = label if hasattr(label, "dtype") or value is None or value.dtype == object else value
-        if not hasattr(array, "dtype") or array.shape != () or not jnp.issubdtype(array.dtype, jnp.integer):
-            found = f"{array.dtype} of shape {array.shape}" if hasattr(array, "dtype") else described(array)
+        is_array = isinstance(label, jax.Array | np.ndarray | np.generic)
+        array: Any = label if is_array or value is None or value.dtype == object else value
+        dtype, shape = getattr(array, "dtype", None), getattr(array, "shape", None)
+        if dtype is None or shape != () or not jnp.issubdtype(dtype, jnp.integer):
+            found = described(array) if dtype is None else f"{dtype} of shape {shape}"
             raise ValueError(
                 f"condition must be one integer label of shape () (functions are per example: jax.vmap makes batches), "
                 f"got {found}"
