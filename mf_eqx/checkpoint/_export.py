@@ -92,8 +92,8 @@ def export_sampler(
 
     requires nothing but JAX. In place of the label stands any condition, such as vectors or a dictionary of arrays, all
     with a leading axis of rows. The number of rows is arbitrary. The weights are part of the program: a few hundred MB
-    are no problem, but the format's limit of 2 GB is close to the size of the largest networks. Unlike the other files of
-    this part, it has no checksum, because JAX itself reads it: if you distribute the file, distribute its SHA-256 as
+    are no problem, but the format's limit of 2 GB is close to the size of the largest networks. Unlike the other files
+    of this part, it has no checksum, because JAX itself reads it: if you distribute the file, distribute its SHA-256 as
     well. Names and line numbers of source files are left out, so that one version of JAX always writes the same bytes
     for the same field.
 
