@@ -59,8 +59,13 @@ EMPTY = {
     "SelfAttention of 0 heads": (lambda: nn.SelfAttention(4, 0, key=KEY), "width must be a multiple of heads, got"),
     "SelfAttention of width 0": (lambda: nn.SelfAttention(0, 2, key=KEY), "width must be an integer >= 1, got 0"),
     "LabelEmbedding of width 0": (lambda: nn.LabelEmbedding(3, 0, key=KEY), "width must be an integer >= 1, got 0"),
+    "VectorEmbedding of size 0": (lambda: nn.VectorEmbedding(0, 4, key=KEY), "size must be an integer >= 1, got 0"),
+    "VectorEmbedding of width 0": (lambda: nn.VectorEmbedding(3, 0, key=KEY), "width must be an integer >= 1, got 0"),
+    "MLP of an empty condition": (lambda: mfx.MLP(2, condition=0, key=KEY), "condition must be an integer >= 1, got 0"),
     "TimePairEmbedding of width 0": (lambda: nn.TimePairEmbedding(0, key=KEY), "width must be an integer >= 1, got 0"),
     "positions of size 0": (lambda: nn.sinusoidal_positions(2, 2, 0), "size must be a positive multiple of 4, got 0"),
+    "positions of length 0": (lambda: nn.sinusoidal_line_positions(0, 4), "length must be an integer >= 1, got 0"),
+    "DiT of shape (3, 0)": (lambda: dit((3, 0)), r"data_shape must be of integers >= 1, got \(3, 0\)"),
     "positions of height 0": (lambda: nn.sinusoidal_positions(0, 2, 4), "height must be an integer >= 1, got 0"),
     "sinusoids of size 0": (lambda: nn.sinusoidal_embedding(0.5, 0), "size must be even and positive, got 0"),
     "no noise": (

@@ -16,6 +16,7 @@ from ._embedding import (
     end_start_duration as end_start_duration,
     LabelEmbedding as LabelEmbedding,
     sinusoidal_embedding as sinusoidal_embedding,
+    sinusoidal_line_positions as sinusoidal_line_positions,
     sinusoidal_positions as sinusoidal_positions,
     TimePairEmbedding as TimePairEmbedding,
     TimeVariables as TimeVariables,

@@ -325,3 +325,16 @@ def sinusoidal_positions(height: int, width: int, size: int) -> Float[np.ndarray
         return np.concatenate([np.sin(angles), np.cos(angles)], axis=-1)
 
     return np.concatenate([encode(columns), encode(rows)], axis=-1).astype(np.float32)
+
+
+def sinusoidal_line_positions(length: int, size: int) -> Float[np.ndarray, "tokens size"]:
+    r"""Fixed 1-D position embedding: size/2 sines, then size/2 cosines, of position x 10000^(-k / (size/2)). A
+    constant, not a parameter.
+
+    **Arguments:** `length` number of tokens; `size` a positive multiple of 2.
+    """
+    check_sizes(length=length)
+    if size < 2 or size % 2:
+        raise ValueError(f"size must be a positive multiple of 2, got {size}")
+    angles = np.arange(length).reshape(-1, 1) * 10_000.0 ** (-np.arange(size // 2) / (size // 2))
+    return np.concatenate([np.sin(angles), np.cos(angles)], axis=-1).astype(np.float32)

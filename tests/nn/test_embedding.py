@@ -432,6 +432,19 @@ def test_positions_refuse_a_size_without_quarters():
         nn.sinusoidal_positions(2, 2, 6)
 
 
+def test_line_positions_are_sines_then_cosines():
+    angles = np.arange(5)[:, None] * 10_000.0 ** (-np.arange(3) / 3)
+    found = nn.sinusoidal_line_positions(5, 6)
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, np.concatenate([np.sin(angles), np.cos(angles)], axis=1), atol=1e-7)
+
+
+@pytest.mark.parametrize("size", [0, 5])
+def test_line_positions_refuse_a_size_without_halves(size):
+    with pytest.raises(ValueError, match=f"size must be a positive multiple of 2, got {size}"):
+        nn.sinusoidal_line_positions(2, size)
+
+
 def test_times_embedding_keeps_its_derivative_at_r_equal_to_t():
     layer = nn.TimePairEmbedding(4, key=jr.key(0))
     time = jnp.asarray(0.5)
