@@ -13,7 +13,7 @@ from methods import guidance, METHODS, trainer
 
 import mf_eqx as mfx
 from mf_eqx import data, exact, nn
-from mf_eqx._validate import check_finite, check_positive, check_sizes
+from mf_eqx._validate import check_finite, check_positive, check_sizes, described
 
 KEY = jr.key(0)
 
@@ -103,6 +103,27 @@ def test_sizes_of_at_least_one_are_taken(size):
 @pytest.mark.parametrize("check", [check_finite, check_positive])
 def test_values_that_are_traced_pass(check):
     assert jax.jit(lambda x: (check("x", x), x)[1])(jnp.nan) is not None
+
+
+@pytest.mark.parametrize(
+    ("tree", "text"),
+    [
+        (None, "None"),
+        ({}, "{}"),
+        (np.int64(3), "3"),
+        (jnp.asarray(3), "3"),
+        (np.zeros((2, 3)), "float64 of shape (2, 3)"),
+        ({"a": True, "b": (jnp.zeros(4), "text")}, "['a'] True, ['b'][0] float32 of shape (4,), ['b'][1] str"),
+    ],
+)
+def test_tree_is_described_by_its_values_or_its_shapes(tree, text):
+    assert described(tree) == text
+
+
+def test_traced_tree_is_described_by_its_shapes():
+    found = []
+    jax.eval_shape(lambda tree: found.append(described(tree)), {"a": jnp.zeros(4), "b": jnp.zeros(())})
+    assert found == ["['a'] float32 of shape (4,), ['b'] float32 of shape ()"]
 
 
 # 0 / 0
