@@ -5,6 +5,7 @@
     python experiments/prepare_data.py --idx train-images-idx3-ubyte.gz train-labels-idx1-ubyte.gz --to data/mnist
     python experiments/prepare_data.py --images imagenet/train --size 64 --to data/imagenet64
     python experiments/prepare_data.py --npy x_0.npy x_1.npy --npy-label y_0.npy y_1.npy --to data/latents
+    python experiments/prepare_data.py --npy actions.npy --npy-condition observations.npy --to data/robot
     python experiments/prepare_data.py --array-record train.array_record --labels 10 --to data/train
     python experiments/prepare_data.py --verify data/cifar10
 
@@ -18,6 +19,8 @@ import dataclasses
 import math
 import time
 from typing import Literal
+
+import jax
 
 from mf_eqx import data, run
 
@@ -40,6 +43,8 @@ class Config:
     """Files in the format .npy with rows, in this order."""
     npy_label: tuple[str, ...] = ()
     """A file in the format .npy with labels for each of npy."""
+    npy_condition: tuple[str, ...] = ()
+    """A file in the format .npy with conditions that are no labels, such as vectors, for each of npy."""
     array_record: tuple[str, ...] = ()
     """ArrayRecord files whose records are .npy, or .npz with x and label."""
     labels: int | None = None
@@ -65,7 +70,13 @@ class Config:
 
 KINDS = ("cifar10", "idx", "images", "npy", "array_record", "verify")
 """The fields of which exactly one is given."""
-NEEDED_BY = {"size": ("images",), "npy_label": ("npy",), "labels": ("idx", "npy", "array_record"), "to": KINDS[:-1]}
+NEEDED_BY = {
+    "size": ("images",),
+    "npy_label": ("npy",),
+    "npy_condition": ("npy",),
+    "labels": ("idx", "npy", "array_record"),
+    "to": KINDS[:-1],
+}
 """For which kinds a field may be given."""
 
 
@@ -97,15 +108,20 @@ def open_source(config: Config) -> data.AbstractSource:
     if config.images and config.size:
         return data.ImageFolderSource(config.images, size=config.size)
     if config.npy:
-        return data.NpySource(config.npy, config.npy_label or None, labels=config.labels)
+        condition = config.npy_condition or None
+        return data.NpySource(config.npy, config.npy_label or None, condition=condition, labels=config.labels)
     return data.ArrayRecordSource(config.array_record, labels=config.labels)
 
 
 def report(source: data.AbstractSource) -> str:
     """What a source holds, in one line."""
-    size = len(source) * math.prod(source.row_shape) * source.dtype.itemsize
+    arrays = jax.tree_util.tree_leaves_with_path(source.row_condition)
+    numbers = [(source.row_shape, source.dtype), *((leaf.shape, leaf.dtype) for _, leaf in arrays)]
+    size = len(source) * sum(math.prod(shape) * dtype.itemsize for shape, dtype in numbers)
     labels = "no labels" if source.labels is None else f"{source.labels} labels"
-    return f"{len(source):,} rows of shape {source.row_shape}, {source.dtype}, {labels}, {size:,} bytes"
+    found = [f"condition{jax.tree_util.keystr(path)} {leaf.dtype} of shape {leaf.shape}" for path, leaf in arrays]
+    conditions = ", ".join(found) or labels
+    return f"{len(source):,} rows of shape {source.row_shape}, {source.dtype}, {conditions}, {size:,} bytes"
 
 
 def main(config: Config) -> None:

@@ -15,13 +15,19 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
-from jaxtyping import Array, ArrayLike, Float, Int, Key, Real
+from jaxtyping import Array, ArrayLike, Float, Int, Key, PyTree, Real
 
-from ._custom_types import Label
+from ._custom_types import Condition
 from ._field import AbstractField
+from ._leaves import by_name
 from ._sample import check_times, sample, Times
 from ._sharding import Parallelism
-from ._validate import check_sizes
+from ._validate import check_sizes, described, on_host_if_known
+
+
+def _as_arrays(condition: PyTree[Any]) -> PyTree[Array]:
+    """The same PyTree of arrays of JAX."""
+    return jax.tree.map(jnp.asarray, condition)
 
 
 def _as_times(times: Times) -> tuple[float, ...]:
@@ -39,10 +45,13 @@ class Generator(eqx.Module):
     - `times`: the grid from noise to data, see `sample`.
     - `labels`: None for a field without labels, or their number K: sample i has a random label in [0, K).
     - `balanced`: sample i has the label i mod K instead.
+    - `condition`: None, or the conditions of a field that has others than labels: a PyTree of arrays with a leading
+      axis of n rows, of which sample i has row i mod n.
     - `method`: `sample`, along average velocities; or `sample_euler`, `sample_heun`, along v = u(z, t, t).
     - `unroll`: whether to unroll the loop over the steps, see `sample`.
 
-    **Raises:** `ValueError` if `times`, `labels`, `balanced` or `data_shape` is not valid.
+    **Raises:** `ValueError` if `times`, `labels`, `balanced`, `condition` or `data_shape` is not valid, or if both
+    `labels` and `condition` are given.
     """
 
     field: AbstractField
@@ -53,6 +62,7 @@ class Generator(eqx.Module):
     balanced: bool = eqx.field(static=True, default=False)
     method: Callable[..., Float[Array, "*data"]] = eqx.field(static=True, default=sample)
     unroll: bool = eqx.field(static=True, default=False)
+    condition: PyTree[Array] = eqx.field(default=None, converter=_as_arrays)
 
     def __check_init__(self):
         check_times(self.times)
@@ -61,32 +71,43 @@ class Generator(eqx.Module):
             raise ValueError(f"labels must be an integer >= 1 or None, got {self.labels}")
         if self.balanced and self.labels is None:
             raise ValueError("labels must be given if balanced is True, got None")
+        if self.condition is not None:
+            if self.labels is not None:
+                raise ValueError(f"labels must be None with a condition, got {self.labels}")
+            _check_rows(self.condition, None)
 
     def __call__(self, numbers: Int[ArrayLike, " rows"] | Sequence[int]) -> Float[Array, "rows *data"]:
         """The samples with these numbers, on the devices that hold the numbers."""
         return _from_numbers(self, jnp.asarray(numbers))
 
-    def inputs(self, number: Int[ArrayLike, ""]) -> tuple[Float[Array, "*data"], Int[Array, ""] | None]:
-        """The noise and the label of a sample."""
+    def inputs(self, number: Int[ArrayLike, ""]) -> tuple[Float[Array, "*data"], Condition]:
+        """The noise and the condition of a sample."""
         number = jnp.asarray(number)
         eps_key, label_key = jr.split(jr.fold_in(self.key, number))
         eps = jr.normal(eps_key, self.data_shape)
         if self.labels is None:
-            return eps, None
+            return eps, jax.tree.map(lambda leaf: leaf[number % len(leaf)], self.condition)
         return eps, number % self.labels if self.balanced else jr.randint(label_key, (), 0, self.labels)
 
     def from_noise(
-        self,
-        eps: Real[ArrayLike, "rows *data"] | Sequence[Any],
-        label: Int[ArrayLike, " rows"] | Sequence[int] | None = None,
+        self, eps: Real[ArrayLike, "rows *data"] | Sequence[Any], condition: PyTree[Any] = None
     ) -> Float[Array, "rows *data"]:
-        """Samples from given noise and labels.
+        """Samples from given noise and conditions.
 
-        **Raises:** `ValueError` unless `label` is given if and only if the generator has labels.
+        **Arguments:** `eps` noise, one row for each sample; `condition` None, or a PyTree of arrays with the same
+        leading axis. For a generator with `labels` K, integer labels in [0, K], where K means "no label".
+
+        **Raises:** `ValueError` if the condition is missing though the generator has `labels` or a `condition`, if it
+        has another number of rows, or, where values are known, if a label lies outside of [0, K].
         """
-        if (label is None) != (self.labels is None):
-            raise ValueError(f"label must be given if and only if labels is, got {label} with labels {self.labels}")
-        return _from_noise(self, jnp.asarray(eps), None if label is None else jnp.asarray(label))
+        eps = jnp.asarray(eps)
+        if condition is None and (self.labels is not None or self.condition is not None):
+            raise ValueError("condition must be given for a generator with labels or a condition, got None")
+        if self.labels is not None:
+            return _from_noise(self, eps, _as_labels(condition, len(eps), self.labels))
+        condition = _as_arrays(condition)
+        _check_rows(condition, len(eps))
+        return _from_noise(self, eps, condition)
 
     def batches(self, count: int, batch: int, devices: Parallelism) -> Iterator[Float[Array, "batch *data"]]:
         """Samples 0, 1, ... in batches of equal size, whose rows are spread over all devices. The last batch may have
@@ -115,9 +136,30 @@ def _from_numbers(generator: Generator, numbers: Int[Array, " rows"]) -> Float[A
 
 @eqx.filter_jit
 def _from_noise(
-    generator: Generator, eps: Real[Array, "rows *data"], label: Int[Array, " rows"] | None
+    generator: Generator, eps: Real[Array, "rows *data"], condition: PyTree[Array]
 ) -> Float[Array, "rows *data"]:
-    def generate(eps: Real[Array, "*data"], label: Label | None) -> Float[Array, "*data"]:
-        return generator.method(generator.field, eps, label, times=generator.times, unroll=generator.unroll)
+    def generate(eps: Real[Array, "*data"], condition: Condition) -> Float[Array, "*data"]:
+        return generator.method(generator.field, eps, condition, times=generator.times, unroll=generator.unroll)
 
-    return jax.vmap(generate)(eps, label)
+    return jax.vmap(generate)(eps, condition)
+
+
+def _check_rows(condition: PyTree[Array], rows: int | None) -> None:
+    """Refuses arrays without a leading axis of `rows` rows, or for None of any equal number of rows."""
+    for name, leaf in by_name("condition", condition).items():
+        rows = leaf.shape[0] if rows is None and leaf.ndim and leaf.shape[0] else rows
+        if leaf.shape[:1] != (rows,):
+            wanted = "at least one row" if rows is None else f"{rows} rows"
+            raise ValueError(f"{name} must have a leading axis of {wanted}, got shape {leaf.shape}")
+
+
+def _as_labels(labels: Any, rows: int, count: int) -> Int[Array, " rows"]:
+    """Labels as an array, of which those outside of [0, count] are refused: the table of a network would silently
+    return another row."""
+    labels = jnp.asarray(labels) if isinstance(labels, Sequence) else labels
+    if not isinstance(labels, jax.Array | np.ndarray) or labels.shape != (rows,) or labels.dtype.kind not in "iu":
+        raise ValueError(f"condition must be one integer label for each of {rows} samples, got {described(labels)}")
+    known = on_host_if_known(labels)
+    if known is not None and (wrong := (known < 0) | (known > count)).any():
+        raise ValueError(f"condition must be labels in [0, {count}], {count} being no label, got {known[wrong][0]}")
+    return jnp.asarray(labels)

@@ -20,6 +20,7 @@ from jaxtyping import Array, ArrayLike, Float, Key
 
 from ._custom_types import as_scalar, as_times, Condition, TimeLike
 from ._field import AbstractField
+from ._leaves import by_name
 from ._validate import check_positive
 
 
@@ -90,9 +91,11 @@ class GuidedField(AbstractField):
     field that was trained without guidance. Such a field must have learnt the unconditional u at r < t as well
     (`LabelDropout` with `boundary_only` False).
 
-    **Arguments:** `field`; `scale` w, 1 for none ("cfg scale" elsewhere); `null` the condition that means "none".
+    **Arguments:** `field`; `scale` w, 1 for none ("cfg scale" elsewhere); `null` the condition that means "none",
+    broadcast to the shapes of the condition as in `LabelDropout`.
 
-    **Raises:** `ValueError` unless 0 <= scale < infinity, or if `null` contains a NumPy integer that does not fit
+    **Raises:** `ValueError` unless 0 <= scale < infinity; when called, if an array of `null` does not broadcast to that
+    of the condition; or if `null` contains a NumPy integer that does not fit
     into the dtype to which JAX converts it.
 
     **Reference:** Classifier-Free Diffusion Guidance, Ho and Salimans, 2022, arXiv 2207.12598.
@@ -116,7 +119,8 @@ class GuidedField(AbstractField):
         key: Key[Array, ""] | None = None,
     ) -> Float[Array, "*data"]:
         r, t = as_times(r, t, z)
-        with_condition, without = (self.field(z, r, t, c, key=key) for c in (condition, self.null))
+        null = _broadcast(self.null, condition)
+        with_condition, without = (self.field(z, r, t, c, key=key) for c in (condition, null))
         return self.scale * with_condition + (1 - self.scale) * without
 
 
@@ -128,13 +132,19 @@ class LabelDropout(eqx.Module):
     **Arguments:**
 
     - `rate`: share of all rows of the batch, 0.1 in the paper.
-    - `null`: the condition that means "none" (a PyTree like one example's condition; for a `DiT` the label
-      `field.null_label`). It is cast to the condition's dtype, and an `Objective` refuses a value that the cast
-      would change, such as 300 for uint8 labels.
+    - `null`: the condition that means "none": for a field with labels `field.null_label`, otherwise a PyTree with the
+      structure of one example's condition, such as a vector of zeros. All its arrays take the place of the condition's
+      together. Each is broadcast to the shape of the condition's, so that a number is enough, and cast to its dtype; an
+      `Objective` refuses other shapes, and a value that the cast would change, such as 300 for uint8 labels. Where
+      null may occur in the data, add a flag to the condition: `{"x": x, "given": True}` and `{"x": 0.0, "given":
+      False}`.
     - `boundary_only`: whether only r = t rows are dropped, with probability `rate` / (1 - identity share), so that the
       null condition is never trained at r < t. True agrees in expectation with the authors' ImageNet code, which drops
       a prefix of Binomial(B, 0.1) rows, all of them r = t rows. With False any row may be dropped, as in the paper's
       text. With an identity share of 1 any row may be dropped in either case.
+
+    **Raises:** `ValueError` unless 0 <= rate <= 1, or if `null` contains a NumPy integer that does not fit into the
+    dtype to which JAX converts it.
     """
 
     rate: float = eqx.field(converter=float)
@@ -149,6 +159,27 @@ class LabelDropout(eqx.Module):
     def null_like(self, condition: Condition) -> Condition:
         """The null condition as arrays of the shapes and dtypes of one row's condition."""
         return jax.tree.map(lambda null, c: jnp.broadcast_to(jnp.asarray(null, c.dtype), c.shape), self.null, condition)
+
+
+def _broadcast(null: Condition, condition: Condition) -> Condition:
+    """The null condition with the shapes of the condition, if it has the same structure."""
+    if jax.tree.structure(null) != jax.tree.structure(condition):  # a field may take several
+        return null
+    conditions = by_name("", condition)
+    for name, leaf in by_name("", null).items():
+        check_null_shape(f"null{name}", leaf, np.shape(conditions[name]))
+
+    def broadcast(null: Any, c: Any) -> Any:
+        return null if np.shape(null) == np.shape(c) else jnp.broadcast_to(null, np.shape(c))
+
+    return jax.tree.map(broadcast, null, condition)
+
+
+def check_null_shape(name: str, null: ArrayLike, shape: tuple[int, ...]) -> None:
+    """Raises a `ValueError` unless `null`, which is called `name`, can be broadcast to the shape of one condition."""
+    found = np.shape(null)
+    if len(found) > len(shape) or any(a not in (1, b) for a, b in zip(found[::-1], shape[::-1], strict=False)):
+        raise ValueError(f"{name} must be a number or of shape {shape} as the condition is, got shape {found}")
 
 
 def _check_null(null: Condition) -> None:

@@ -21,6 +21,11 @@ def leaves(tree: PyTree[Any]) -> dict[str, Any]:
     return {jax.tree_util.keystr(path): leaf for path, leaf in arrays}
 
 
+def by_name(name: str, tree: PyTree[Any]) -> dict[str, Any]:
+    """The leaves of a tree by what they are called where the tree is called `name`, such as `condition['label']`."""
+    return {name + jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
+
+
 def without_key_dtype(leaf: Any) -> Any:
     """The array itself, or for random keys their integers; the same for a `jax.ShapeDtypeStruct`."""
     if not _is_key(leaf):

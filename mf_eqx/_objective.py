@@ -24,13 +24,15 @@ from jaxtyping import Array, ArrayLike, Float, Key, PyTree
 from ._batch import Batch
 from ._custom_types import at_least_float32, Condition, Scalar, Time
 from ._field import AbstractField, AbstractFieldWithVelocity, check_per_example, stopped
-from ._guidance import first_changed_by_cast, Guidance, LabelDropout
+from ._guidance import check_null_shape, first_changed_by_cast, Guidance, LabelDropout
 from ._identity import AbstractIdentity, AbstractIdentityWithLoss, Facts, MeanFlow
 from ._interpolant import AbstractInterpolant, LinearInterpolant
+from ._leaves import by_name
 from ._mean import errors_by_kind, mean_of, Metrics, total
 from ._row import Context, Drawing, Row
 from ._stable_target import StableTarget
 from ._times import AbstractTimes, as_share, check_batch_size, rows_per_group, split_rows, TimePairs
+from ._validate import described
 from ._weight import AbstractWeight, AdaptiveWeight
 
 
@@ -225,9 +227,11 @@ class Objective(AbstractObjective):
             given, null = (jax.tree.structure(tree) for tree in (batch.condition, self.label_dropout.null))
             if given != null:
                 raise ValueError(f"condition must have the structure of label_dropout.null, {null}; got {given}")
-            jax.tree.map(_check_null, self.label_dropout.null, batch.condition)
+            nulls = by_name("", self.label_dropout.null)
+            for name, condition in by_name("", batch.condition).items():
+                _check_null(name, nulls[name], condition)
             if not jax.tree.leaves(batch.condition):
-                raise ValueError(f"condition must be given with label_dropout, got {batch.condition}")
+                raise ValueError(f"condition must be given with label_dropout, got {described(batch.condition)}")
 
     def _evaluate(
         self, field: AbstractField, batch: Batch, boundary: bool, key: Key[Array, ""], context: Context | None
@@ -336,18 +340,24 @@ class _Part(AbstractMeanObjective):
         return jnp.asarray(metrics["loss"].value), metrics
 
 
-def _check_null(null: ArrayLike, condition: ArrayLike) -> None:
-    """Refuses a null condition that a cast to the condition's dtype would change."""
+def _check_null(name: str, null: ArrayLike, condition: ArrayLike) -> None:
+    """Refuses a null condition that does not broadcast to one row of the condition, or that a cast to its dtype would
+    change.
+
+    **Arguments:** `name` of the leaf within its PyTree; `null` that leaf of the null condition; `condition` of a batch.
+    """
+    rule = f"label_dropout.null{name} must be"
+    check_null_shape(f"label_dropout.null{name}", null, np.shape(condition)[1:])
     dtype, null_dtype = jnp.result_type(condition), getattr(null, "dtype", None) or np.asarray(null).dtype
     is_float, null_is_float = (jnp.issubdtype(kind, jnp.floating) for kind in (dtype, null_dtype))
     if null_is_float and not is_float:
-        raise ValueError(f"label_dropout.null must be an integer like the condition, got {null}")
+        raise ValueError(f"{rule} an integer like the condition, got {described(null)}")
     try:
         changed = first_changed_by_cast(null, dtype)
     except jax.errors.TracerArrayConversionError:  # `null` is traced: only its dtype is known
         if not is_float and jnp.promote_types(null_dtype, dtype) != dtype:
-            rule = f"of the condition's dtype {dtype}, or a Python integer"
-            raise ValueError(f"label_dropout.null must be {rule}, got an array of {null_dtype}") from None
+            wanted = f"of the condition's dtype {dtype}, or a Python integer"
+            raise ValueError(f"{rule} {wanted}, got an array of {null_dtype}") from None
         return
     if changed is not None:
-        raise ValueError(f"label_dropout.null must be representable in the condition's dtype {dtype}, got {changed}")
+        raise ValueError(f"{rule} representable in the condition's dtype {dtype}, got {changed}")

@@ -27,6 +27,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int, Key
 
 from ._custom_types import Condition, Time
 from ._interpolant import AbstractInterpolant
+from ._validate import described
 
 _DRAW = 0x53544654  # folds the key of a step away from the keys of its rows, which are folded with their index
 _LEAST_SIGMA = 1e-6
@@ -44,14 +45,16 @@ class StableTarget(eqx.Module):
       float32 or better. They are not trained and in no checkpoint. Give arrays of JAX: those of NumPy are copied to the
       device at each step; with several devices, what `Parallelism.replicate` returns.
     - `label`: an integer label for each of them, which data with labels need: rows are compared with references of
-      their own label, and with all where the condition was dropped. None for data without.
+      their own label, and with all where the condition was dropped. None for data without conditions. Other conditions
+      than one label have no such target: hardly two rows of data share the same vector.
     - `number`: None to use all references at every step; or how many of them a step draws at random, with replacement
       and the same ones for all its rows. References of all labels count.
 
     A row's own x is added to those that are drawn, and to all of them unless it is one.
 
     **Raises:** `ValueError` unless x is floating point, label an integer for each, and number in [1, references]; when
-    called, if the row has another shape, or an integer label where the references have none, or the other way round.
+    called, if the row has another shape, a condition that is no integer label, or a label where the references have
+    none, or the other way round.
     """
 
     x: Float[Array | np.ndarray, "references *data"]
@@ -122,12 +125,17 @@ class StableTarget(eqx.Module):
     ) -> Bool[Array, " #drawn"]:
         """Whether each reference has the row's label, or the row has none."""
         leaves = jax.tree.leaves(condition)
+        is_label = len(leaves) == 1 and np.shape(leaves[0]) == () and jnp.issubdtype(leaves[0].dtype, jnp.integer)
+        if leaves and not is_label:
+            raise ValueError(
+                f"condition must be one integer label or None for a StableTarget, got {described(condition)}"
+            )
         if label is None:
             if leaves:
                 raise ValueError("label must be given for the references of rows that have a condition, got None")
             return jnp.ones(1, bool)
-        if len(leaves) != 1 or jnp.shape(leaves[0]) != () or not jnp.issubdtype(leaves[0].dtype, jnp.integer):
-            raise ValueError(f"condition must be one integer label where references have labels, got {condition}")
+        if not leaves:
+            raise ValueError("condition must be one integer label where references have labels, got None")
         return (label.astype(jnp.int32) == leaves[0].astype(jnp.int32)) | dropped
 
 

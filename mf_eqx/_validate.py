@@ -20,6 +20,25 @@ def on_host_if_known(values: Any) -> Shaped[np.ndarray, "..."] | None:
         return None
 
 
+def described(tree: Any) -> str:
+    """What an error message says of a PyTree: a number whose value is known, otherwise the dtype and shape of each
+    array, which are known of traced ones too."""
+    named = [(jax.tree_util.keystr(path), leaf) for path, leaf in jax.tree.leaves_with_path(tree)]
+    if not named:
+        return f"{tree!r:.60}"
+    text = ", ".join(f"{name} {_described_leaf(leaf)}".strip() for name, leaf in named)
+    return text if len(text) <= 300 else f"{text[:300]}..."
+
+
+def _described_leaf(leaf: Any) -> str:
+    if not isinstance(leaf, jax.Array | np.ndarray | np.generic | bool | int | float | complex):
+        return type(leaf).__name__
+    value = on_host_if_known(leaf) if np.shape(leaf) == () else None
+    return (
+        str(value) if value is not None else f"{getattr(leaf, 'dtype', type(leaf).__name__)} of shape {np.shape(leaf)}"
+    )
+
+
 def check_finite(name: str, values: Any) -> None:
     """Raises a `ValueError` unless all `values` are finite."""
     on_host = on_host_if_known(values)

@@ -153,7 +153,9 @@ def test_what_makes_no_samples_is_refused_at_once(options, message):
         mfx.Generator(make_field(), jr.key(4), **options)
 
 
-@pytest.mark.parametrize(("labels", "label"), [(LABELS, None), (None, np.asarray([1]))])
-def test_labels_are_given_if_and_only_if_there_are_any(labels, label):
-    with pytest.raises(ValueError, match="label must be given if and only if labels is"):
-        make_generator(labels=labels).from_noise(jnp.zeros((1, *SHAPE)), label)
+@pytest.mark.parametrize("options", [{}, {"labels": None, "condition": np.ones(3)}])
+def test_condition_is_given_where_there_is_one(options):
+    with pytest.raises(
+        ValueError, match="condition must be given for a generator with labels or a condition, got None"
+    ):
+        make_generator(**options).from_noise(jnp.zeros((1, *SHAPE)))

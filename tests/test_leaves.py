@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mf_eqx._leaves import digest
+from mf_eqx._leaves import by_name, digest
 
 ARRAYS = {"b": np.asarray([[1, 2], [3, 4]], np.int16), "a": np.asarray(2.5, np.float32), "c": jnp.ones(3, jnp.bfloat16)}
 
@@ -33,3 +33,9 @@ def test_digest_tells_values_shapes_types_and_names_apart(other):
 def test_transposed_array_has_the_digest_of_its_values():
     values = np.arange(6).reshape(2, 3)
     assert digest({"a": np.asfortranarray(values)}) == digest({"a": values})
+
+
+def test_leaves_are_named_as_in_python():
+    tree = {"a": 1, "b": (2, [None, 3])}
+    assert by_name("tree", tree) == {"tree['a']": 1, "tree['b'][0]": 2, "tree['b'][1][1]": 3}
+    assert by_name("tree", 4) == {"tree": 4} and by_name("tree", None) == {}

@@ -1,10 +1,11 @@
-"""The README's own words: its example runs and learns, its tree is the tree."""
+"""The README's own words: its examples run and learn, its tree is the tree."""
 
 import pathlib
 import re
 
 import jax
 import jax.random as jr
+import numpy as np
 import pytest
 
 from mf_eqx.metrics import energy_distance
@@ -13,13 +14,18 @@ ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
+SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def run(snippet, names):
+    exec(compile(snippet, "README.md", "exec"), names)
+    return names
+
+
 @pytest.fixture(scope="module")
 def example():
-    """The names that the example leaves behind."""
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    names = {}
-    exec(compile(code, "README.md", "exec"), names)
-    return names
+    """The names that the first example leaves behind."""
+    return run(SNIPPETS[0], {})
 
 
 def test_example_generates_the_mixture_in_one_evaluation(example):
@@ -30,6 +36,27 @@ def test_example_generates_the_mixture_in_one_evaluation(example):
 
 def test_example_reports_raw_errors(example):
     assert {"boundary_error", "identity_error"} <= set(jax.device_get(example["metrics"]))
+
+
+def test_robot_acts_on_what_it_observes(example, tmp_path, monkeypatch):
+    pytest.importorskip("grain")
+    monkeypatch.chdir(tmp_path)
+    draws = np.random.default_rng(0)
+    observed = draws.standard_normal((5000, 12)).astype(np.float32)
+    slope = draws.standard_normal((12, 24)).astype(np.float32) / 12**0.5
+    actions = (observed @ slope + 0.1 * draws.standard_normal((5000, 24))).astype(np.float32).reshape(-1, 8, 3)
+    np.save("actions.npy", actions)
+    np.save("observations.npy", observed)
+    assert len(SNIPPETS[1].splitlines()) <= 15
+    fewer = SNIPPETS[1].replace(", 1000)", ", 300)")
+    assert fewer != SNIPPETS[1]
+    chunks = np.asarray(run(fewer, dict(example))["chunks"])
+    assert chunks.shape == (100, 8, 3)
+    assert np.mean((chunks - actions[:100]) ** 2) < np.var(actions) / 5
+
+
+def test_there_are_two_examples():
+    assert len(SNIPPETS) == 2
 
 
 def test_tree_names_everything_in_the_package():

@@ -206,9 +206,28 @@ def test_row_that_does_not_fit_is_refused():
         mfx.StableTarget(points()).velocity(
             PATHS[0], jnp.zeros(2), condition=jnp.asarray(1), **row | {"eps": jnp.zeros(2)}
         )
-    for condition in (None, jnp.asarray(1.0), jnp.zeros(2, jnp.int32)):
-        with pytest.raises(ValueError, match="condition must be one integer label where references have labels, got"):
-            labelled.velocity(PATHS[0], jnp.zeros(2), condition=condition, **row | {"eps": jnp.zeros(2)})
+    with pytest.raises(ValueError, match="condition must be one integer label where references have labels, got None"):
+        labelled.velocity(PATHS[0], jnp.zeros(2), **row | {"eps": jnp.zeros(2)})
+
+
+@pytest.mark.parametrize("target", [mfx.StableTarget(np.ones((3, 2))), mfx.StableTarget(np.ones((3, 2)), np.arange(3))])
+@pytest.mark.parametrize(
+    ("condition", "got"),
+    [
+        (1.0, r"1\.0"),
+        (np.zeros(2, np.int32), r"int32 of shape \(2,\)"),
+        ({"a": np.zeros(12, np.float32), "b": np.asarray(1)}, r"\['a'\] float32 of shape \(12,\), \['b'\] 1"),
+    ],
+)
+def test_condition_that_is_no_label_is_refused(target, condition, got):
+    def velocity(condition):
+        return target.velocity(PATHS[0], jnp.zeros(2), jnp.zeros(2), jnp.asarray(0.5), condition, key=jr.key(0))
+
+    condition = jax.tree.map(jnp.asarray, condition)
+    with pytest.raises(ValueError, match=f"condition must be one integer label or None for a StableTarget, got {got}"):
+        velocity(condition)
+    with pytest.raises(ValueError, match=r"condition must be one integer label or None for .*, got .*of shape"):
+        jax.jit(velocity)(condition)
 
 
 def test_velocity_beside_it_and_methods_of_pairs_are_refused():

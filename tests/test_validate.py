@@ -13,7 +13,7 @@ from methods import guidance, METHODS, trainer
 
 import mf_eqx as mfx
 from mf_eqx import data, exact, nn
-from mf_eqx._validate import check_finite, check_positive, check_sizes
+from mf_eqx._validate import check_finite, check_positive, check_sizes, described
 
 KEY = jr.key(0)
 
@@ -59,8 +59,13 @@ EMPTY = {
     "SelfAttention of 0 heads": (lambda: nn.SelfAttention(4, 0, key=KEY), "width must be a multiple of heads, got"),
     "SelfAttention of width 0": (lambda: nn.SelfAttention(0, 2, key=KEY), "width must be an integer >= 1, got 0"),
     "LabelEmbedding of width 0": (lambda: nn.LabelEmbedding(3, 0, key=KEY), "width must be an integer >= 1, got 0"),
+    "VectorEmbedding of size 0": (lambda: nn.VectorEmbedding(0, 4, key=KEY), "size must be an integer >= 1, got 0"),
+    "VectorEmbedding of width 0": (lambda: nn.VectorEmbedding(3, 0, key=KEY), "width must be an integer >= 1, got 0"),
+    "MLP of an empty condition": (lambda: mfx.MLP(2, condition=0, key=KEY), "condition must be an integer >= 1, got 0"),
     "TimePairEmbedding of width 0": (lambda: nn.TimePairEmbedding(0, key=KEY), "width must be an integer >= 1, got 0"),
     "positions of size 0": (lambda: nn.sinusoidal_positions(2, 2, 0), "size must be a positive multiple of 4, got 0"),
+    "positions of length 0": (lambda: nn.sinusoidal_line_positions(0, 4), "length must be an integer >= 1, got 0"),
+    "DiT of shape (3, 0)": (lambda: dit((3, 0)), r"data_shape must be of integers >= 1, got \(3, 0\)"),
     "positions of height 0": (lambda: nn.sinusoidal_positions(0, 2, 4), "height must be an integer >= 1, got 0"),
     "sinusoids of size 0": (lambda: nn.sinusoidal_embedding(0.5, 0), "size must be even and positive, got 0"),
     "no noise": (
@@ -98,6 +103,27 @@ def test_sizes_of_at_least_one_are_taken(size):
 @pytest.mark.parametrize("check", [check_finite, check_positive])
 def test_values_that_are_traced_pass(check):
     assert jax.jit(lambda x: (check("x", x), x)[1])(jnp.nan) is not None
+
+
+@pytest.mark.parametrize(
+    ("tree", "text"),
+    [
+        (None, "None"),
+        ({}, "{}"),
+        (np.int64(3), "3"),
+        (jnp.asarray(3), "3"),
+        (np.zeros((2, 3)), "float64 of shape (2, 3)"),
+        ({"a": True, "b": (jnp.zeros(4), "text")}, "['a'] True, ['b'][0] float32 of shape (4,), ['b'][1] str"),
+    ],
+)
+def test_tree_is_described_by_its_values_or_its_shapes(tree, text):
+    assert described(tree) == text
+
+
+def test_traced_tree_is_described_by_its_shapes():
+    found = []
+    jax.eval_shape(lambda tree: found.append(described(tree)), {"a": jnp.zeros(4), "b": jnp.zeros(())})
+    assert found == ["['a'] float32 of shape (4,), ['b'] float32 of shape ()"]
 
 
 # 0 / 0

@@ -1,7 +1,8 @@
 r"""The diffusion transformer (DiT) as a field.
 
-Patches become tokens, a transformer with adaLN-Zero blocks works on them, and a linear layer turns each token back into
-a patch. The sum of the (r, t) and label embeddings modulates every block:
+Patches of an image, or of a sequence in one dimension, become tokens, a transformer with adaLN-Zero blocks works on
+them, and a linear layer turns each token back into a patch. The sum of the embeddings of (r, t) and of the condition
+modulates every block:
 
     x = x + gate_1 * attention(modulate(norm(x), shift_1, scale_1))
     x = x + gate_2 * mlp(modulate(norm(x), shift_2, scale_2))
@@ -12,6 +13,7 @@ Source: Scalable Diffusion Models with Transformers, Peebles, Xie, 2023, arXiv 2
 paper, Tab. 4; `early_blocks` as in Decoupled MeanFlow, 2025, arXiv 2510.24474.
 """
 
+import math
 from typing import NamedTuple
 
 import equinox as eqx
@@ -22,11 +24,12 @@ from jax.nn.initializers import zeros
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key
 
-from .._custom_types import as_times, Label, TimeLike
+from .._custom_types import as_times, Condition, TimeLike
 from .._field import AbstractField
 from .._validate import check_sizes
 from ..nn import (
     AbstractAttention,
+    AbstractConditionEmbedding,
     cast,
     ConditionEmbedding,
     end_duration,
@@ -35,16 +38,19 @@ from ..nn import (
     modulated_norm,
     Remat,
     SelfAttention,
+    sinusoidal_line_positions,
     sinusoidal_positions,
     Stack,
     TimePairEmbedding,
     TimeVariables,
     XLAAttention,
 )
+from ..nn._embedding import as_embedding
 
 
 class DiTSize(NamedTuple):
-    """The size of a DiT: `depth` blocks, tokens of `width`, attention `heads`, square `patch` in pixels."""
+    """The size of a DiT: `depth` blocks, tokens of `width`, attention `heads`, `patch` the side of a square
+    of pixels, or a number of steps of a sequence."""
 
     depth: int
     width: int
@@ -91,14 +97,18 @@ class DiTBlock(eqx.Module):
 
 
 class DiT(AbstractField):
-    """A diffusion transformer over images or latents, channels first.
+    """A diffusion transformer over images, latents or sequences, channels first.
 
     **Arguments:**
 
-    - `data_shape`: (channels, height, width); height and width multiples of the patch, not necessarily equal.
+    - `data_shape`: (channels, height, width) of images or (channels, length) of sequences; all sides multiples of the
+      patch, not necessarily equal.
     - `size`: a `DiTSize`, such as `DIT_B4`, or one of your own.
     - `labels`: number of labels, or None for an unconditional field. The condition is then an integer label in [0,
       labels], `labels` itself being "no label" (`null_label`).
+    - `condition`: None, or what the field is conditioned on if it is no label: the size of a vector, which
+      `mf_eqx.nn.VectorEmbedding` embeds; or an `mf_eqx.nn.AbstractConditionEmbedding` of your own, for conditions of
+      any structure.
     - `time_variables`: the variables that are embedded, one of the functions of Tab. 1c in `mf_eqx.nn`.
     - `time_scale`: factor on times before the sinusoidal embedding, see `mf_eqx.nn.TimePairEmbedding`.
     - `dtype`: compute precision of the blocks, float32 or bfloat16 (float64 for tests). Parameters, times and their
@@ -111,9 +121,10 @@ class DiT(AbstractField):
     - `remat`, `unroll`: the trade-off of memory, run time and compile time, see `mf_eqx.nn.Stack`.
     - `key`.
 
-    **Raises:** `ValueError` if a size is below 1 or does not fit the others, or if `dtype` is not floating point; when
-    called, if `z` does not have the data_shape, or if the condition is not one integer label for a field with labels
-    or None for a field without labels.
+    **Raises:** `ValueError` if a size is below 1 or does not fit the others, if `dtype` is not floating point, or if
+    `labels` and `condition` are both given; when called, if `z` does not have the data_shape, or if the condition is
+    not one integer label for a field with labels, a vector of its size for a field with vectors, or None without
+    either.
 
     With 1000 labels and a (4, 32, 32) input: S/4 33,142,336 parameters, S/2 33,105,424, B/4 131,165,248, B/2
     131,091,472, M/2 308,019,216, L/2 459,137,040, XL/2 676,440,592.
@@ -124,17 +135,18 @@ class DiT(AbstractField):
     stack: Stack[DiTBlock]
     modulation: Linear
     out: Linear
-    data_shape: tuple[int, int, int] = eqx.field(static=True)
+    data_shape: tuple[int, ...] = eqx.field(static=True)
     patch: int = eqx.field(static=True)
     dtype: DTypeLike = eqx.field(static=True)
     early_blocks: int | None = eqx.field(static=True)
 
     def __init__(
         self,
-        data_shape: tuple[int, int, int],
+        data_shape: tuple[int, ...],
         size: DiTSize,
         *,
         labels: int | None = None,
+        condition: int | AbstractConditionEmbedding | None = None,
         time_variables: TimeVariables = end_duration,
         time_scale: float = 1.0,
         dtype: DTypeLike = jnp.float32,
@@ -144,24 +156,28 @@ class DiT(AbstractField):
         unroll: int | bool = 1,
         key: Key[Array, ""],
     ):
-        channels, height, width = data_shape
+        if len(data_shape) not in (2, 3):
+            rule = "(channels, height, width) or (channels, length)"
+            raise ValueError(f"data_shape must be {rule}, got {data_shape}")
+        channels, *sides = data_shape
         check_sizes(data_shape=data_shape)
         if min(size) < 1:
             raise ValueError(f"size must be positive throughout, got {size}")
         if not jnp.issubdtype(dtype, jnp.floating):
             raise ValueError(f"dtype must be floating point, got {dtype}")
-        if height % size.patch or width % size.patch:
+        if any(side % size.patch for side in sides):
             raise ValueError(f"data_shape must be divisible by the patch size {size.patch}, got {data_shape}")
-        if size.width % 4:
-            raise ValueError(f"width must be a multiple of 4 (sin-cos positions), got {size.width}")
+        if size.width % (2 * len(sides)):
+            raise ValueError(f"width must be a multiple of {2 * len(sides)} (sin-cos positions), got {size.width}")
         if early_blocks is not None and not 1 <= early_blocks < size.depth:
             raise ValueError(f"early_blocks must lie in [1, depth - 1 = {size.depth - 1}], got {early_blocks}")
         patch_key, time_key, label_key, stack_key, modulation_key, out_key = jr.split(key, 6)
-        values = channels * size.patch**2
+        values = channels * size.patch ** len(sides)
         self.patches = Linear(values, size.width, key=patch_key)
         self.embedding = ConditionEmbedding(
             TimePairEmbedding(size.width, variables=time_variables, time_scale=time_scale, key=time_key),
             None if labels is None else LabelEmbedding(labels, size.width, key=label_key),
+            as_embedding(condition, size.width, key=label_key),
         )
         self.stack = Stack(
             lambda key: DiTBlock(size.width, size.heads, attention=attention, key=key),
@@ -172,7 +188,7 @@ class DiT(AbstractField):
         )
         self.modulation = Linear(size.width, 2 * size.width, init=zeros, key=modulation_key)
         self.out = Linear(size.width, values, init=zeros, key=out_key)
-        self.data_shape = (channels, height, width)
+        self.data_shape = tuple(data_shape)
         self.patch = size.patch
         self.dtype = jnp.dtype(dtype)
         self.early_blocks = early_blocks
@@ -184,13 +200,13 @@ class DiT(AbstractField):
 
     def __call__(
         self,
-        z: Float[Array, "channels height width"],
+        z: Float[Array, "channels *sides"],
         r: TimeLike,
         t: TimeLike,
-        condition: Label | None = None,
+        condition: Condition = None,
         *,
         key: Key[Array, ""] | None = None,
-    ) -> Float[Array, "channels height width"]:
+    ) -> Float[Array, "channels *sides"]:
         if z.shape != self.data_shape:
             raise ValueError(f"z must have the data_shape {self.data_shape}, got {z.shape}")
         r, t = as_times(r, t, z)
@@ -207,19 +223,30 @@ class DiT(AbstractField):
             )
         shift, scale = jnp.split(cast(self.modulation, self.dtype)(c), 2)
         tokens = cast(self.out, self.dtype)(modulated_norm(tokens, shift, scale))
-        return self._image(tokens).astype(jnp.promote_types(z.dtype, jnp.float32))
+        return self._joined(tokens).astype(jnp.promote_types(z.dtype, jnp.float32))
 
-    def _grid(self) -> tuple[int, int]:
-        _, height, width = self.data_shape
-        return height // self.patch, width // self.patch
+    def _grid(self) -> tuple[int, ...]:
+        """How many patches there are along each side."""
+        return tuple(side // self.patch for side in self.data_shape[1:])
 
-    def _tokens(self, z: Float[Array, "channels height width"]) -> Float[Array, "tokens features"]:
-        rows, columns = self._grid()
-        patches = z.reshape(-1, rows, self.patch, columns, self.patch).transpose(1, 3, 2, 4, 0)
-        positions = jnp.asarray(sinusoidal_positions(rows, columns, self.modulation.weight.shape[0]), self.dtype)
-        return cast(self.patches, self.dtype)(patches.reshape(rows * columns, -1)) + positions
+    def _tokens(self, z: Float[Array, "channels *sides"]) -> Float[Array, "tokens features"]:
+        grid, width = self._grid(), self.modulation.weight.shape[0]
+        if len(grid) == 1:
+            places = sinusoidal_line_positions(grid[0], width)
+        else:
+            places = sinusoidal_positions(grid[0], grid[1], width)
+        cut = z.reshape(self.data_shape[0], *(size for number in grid for size in (number, self.patch)))
+        patches = cut.transpose(self._axes()).reshape(math.prod(grid), -1)
+        return cast(self.patches, self.dtype)(patches) + jnp.asarray(places, self.dtype)
 
-    def _image(self, tokens: Float[Array, "tokens values"]) -> Float[Array, "channels height width"]:
-        rows, columns = self._grid()
-        patches = tokens.reshape(rows, columns, self.patch, self.patch, -1)
-        return patches.transpose(4, 0, 2, 1, 3).reshape(self.data_shape)
+    def _joined(self, tokens: Float[Array, "tokens values"]) -> Float[Array, "channels *sides"]:
+        """The image or sequence of which these are the patches."""
+        grid = self._grid()
+        cut = tokens.reshape(*grid, *[self.patch] * len(grid), self.data_shape[0])
+        return cut.transpose([self._axes().index(axis) for axis in range(cut.ndim)]).reshape(self.data_shape)
+
+    def _axes(self) -> list[int]:
+        """Where the axes of patches come from in (channels, grid, patch, grid, patch): those of the grid, those within
+        a patch, and the channels last."""
+        axes = 2 * len(self._grid())
+        return [*range(1, axes, 2), *range(2, axes + 1, 2), 0]

@@ -21,10 +21,11 @@ from jax.nn.initializers import xavier_uniform, zeros
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key
 
-from .._custom_types import as_times, at_least_float32, Label, TimeLike
+from .._custom_types import as_times, at_least_float32, Condition, TimeLike
 from .._field import AbstractField
 from .._validate import check_positive, check_sizes
 from ..nn import (
+    AbstractConditionEmbedding,
     cast,
     ConditionEmbedding,
     end_duration,
@@ -34,6 +35,7 @@ from ..nn import (
     TimePairEmbedding,
     TimeVariables,
 )
+from ..nn._embedding import as_embedding
 
 
 class MLPBlock(eqx.Module):
@@ -63,11 +65,14 @@ class MLP(AbstractField):
     - `depth`: number of residual blocks, of two layers each.
     - `labels`: number of labels, or None. The condition is then an integer label in [0, labels], `labels` being "no
       label".
+    - `condition`: None, or what the field is conditioned on if it is no label: the size of a vector, which
+      `mf_eqx.nn.VectorEmbedding` embeds; or an `mf_eqx.nn.AbstractConditionEmbedding` of your own, for conditions of
+      any structure.
     - `time_variables`: the variables that are embedded, one of the functions of Tab. 1c in `mf_eqx.nn`.
     - `time_scale`: factor on times before the sinusoidal embedding, see `mf_eqx.nn.TimePairEmbedding`; with 10 the
       argument of the fastest sine changes by 10 radians over [0, 1].
-    - `condition_width`: width of the embedding of times and label, by default `width`. In two dimensions a quarter is
-      enough, and saves up to half of the operations.
+    - `condition_width`: width of the embedding of times and condition, by default `width`. In two dimensions a quarter
+      is enough, and saves up to half of the operations.
     - `fourier_features`: the number of frequencies, each of which adds a sine and a cosine of z to the inputs; 0 for z
       alone.
     - `fourier_scale`: standard deviation of the frequencies at the start (the paper's sigma), in cycles per unit of z.
@@ -77,8 +82,8 @@ class MLP(AbstractField):
     - `key`.
 
     **Raises:** `ValueError` if a size is below 1, `fourier_features` below 0, `fourier_scale` not positive and finite,
-    or `dtype` not floating point; when called, if the condition is not one integer label for a field with labels or
-    None for a field without labels.
+    or `dtype` not floating point, or if `labels` and `condition` are both given; when called, if the condition is not
+    one integer label for a field with labels, a vector of its size for a field with vectors, or None without either.
     """
 
     frequencies: Float[Array, "size features"] | None
@@ -95,6 +100,7 @@ class MLP(AbstractField):
         width: int = 128,
         depth: int = 3,
         labels: int | None = None,
+        condition: int | AbstractConditionEmbedding | None = None,
         time_variables: TimeVariables = end_duration,
         time_scale: float = 10.0,
         condition_width: int | None = None,
@@ -120,7 +126,9 @@ class MLP(AbstractField):
             inner, variables=time_variables, size=32, time_scale=time_scale, init=xavier_uniform(), key=time_key
         )
         self.embedding = ConditionEmbedding(
-            times, None if labels is None else LabelEmbedding(labels, inner, key=label_key)
+            times,
+            None if labels is None else LabelEmbedding(labels, inner, key=label_key),
+            as_embedding(condition, inner, init=xavier_uniform(), key=label_key),
         )
         self.stack = Stack(lambda key: MLPBlock(width, inner, key=key), depth, key=stack_key)
         self.out = Linear(width, size, init=zeros, key=out_key)
@@ -136,7 +144,7 @@ class MLP(AbstractField):
         z: Float[Array, " size"],
         r: TimeLike,
         t: TimeLike,
-        condition: Label | None = None,
+        condition: Condition = None,
         *,
         key: Key[Array, ""] | None = None,
     ) -> Float[Array, " size"]:

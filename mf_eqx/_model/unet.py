@@ -9,7 +9,7 @@ computes
     x   = (skip(x) + h) / sqrt(2)
     x   = (x + attention(norm(x))) / sqrt(2)  in blocks with attention
 
-where c is the embedding of the times, the label, and the numbers that describe the augmentation. Consecutive equal
+where c is the embedding of the times, the condition, and the numbers that describe the augmentation. Consecutive equal
 blocks form one stack: the 33 blocks of the CIFAR-10 network are 15 stacks.
 
 Source: Score-Based Generative Modeling through Stochastic Differential Equations, Song et al., 2021, arXiv 2011.13456
@@ -29,11 +29,12 @@ from jax.nn.initializers import Initializer, normal, variance_scaling
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key
 
-from .._custom_types import as_times, Label, Time, TimeLike
+from .._custom_types import as_times, Condition, Time, TimeLike
 from .._field import AbstractField
 from .._validate import check_sizes
 from ..nn import (
     AbstractAttention,
+    AbstractConditionEmbedding,
     cast,
     downsample,
     end_duration,
@@ -48,7 +49,7 @@ from ..nn import (
     upsample,
     XLAAttention,
 )
-from ..nn._embedding import check_label_given
+from ..nn._embedding import as_embedding, check_one_embedding, embedded_condition
 
 
 class UNetSize(NamedTuple):
@@ -70,10 +71,10 @@ UNET_CIFAR10 = UNetSize(width=128, multipliers=(2, 2, 2), blocks=4, attention=(1
 
 
 class UNetCondition(NamedTuple):
-    """The condition of a U-Net: an integer label, and numbers that describe how the image was augmented (None for no
-    augmentation, as when sampling)."""
+    """The condition of a U-Net: an integer label, or another condition in its place, and numbers that describe how the
+    image was augmented (None for no augmentation, as when sampling)."""
 
-    label: Label | None = None
+    label: Condition = None
     augmentation: Float[Array, " numbers"] | None = None
 
 
@@ -212,25 +213,35 @@ class UNetBlock(eqx.Module):
 
 class UNetEmbedding(eqx.Module):
     """The embedding on which every block is conditioned. The sines and cosines of the times are concatenated; a vector
-    for the label and one that is linear in the numbers of the augmentation are added; two linear layers with SiLU
-    follow. It is computed in float32 or better.
+    for the label or another condition and one that is linear in the numbers of the augmentation are added; two linear
+    layers with SiLU follow. It is computed in float32 or better.
 
-    **Arguments:** `width` of the result; `labels`, `augmentation` as for `UNet`; `variables` its `time_variables`;
-    `key`.
+    **Arguments:** `width` of the result; `labels`, `condition`, `augmentation` as for `UNet`; `variables` its
+    `time_variables`; `key`.
     """
 
     label: LabelEmbedding | None
+    condition: AbstractConditionEmbedding | None
     augmentation: Float[Array, "numbers features"] | None
     hidden: Linear
     out: Linear
     variables: TimeVariables = eqx.field(static=True)
 
     def __init__(
-        self, width: int, labels: int | None, augmentation: int, variables: TimeVariables, *, key: Key[Array, ""]
+        self,
+        width: int,
+        labels: int | None,
+        condition: int | AbstractConditionEmbedding | None,
+        augmentation: int,
+        variables: TimeVariables,
+        *,
+        key: Key[Array, ""],
     ):
         features = len(variables(jnp.zeros(()), jnp.ones(()))) * width // 2
         label_key, augmentation_key, hidden_key, out_key = jr.split(key, 4)
         self.label = None if labels is None else LabelEmbedding(labels, features, init=normal(0.2), key=label_key)
+        self.condition = as_embedding(condition, features, init=_xavier_uniform(), key=label_key)
+        check_one_embedding(self.label, self.condition)
         numbers = (augmentation, features)
         self.augmentation = _xavier_uniform()(augmentation_key, numbers, jnp.float32) if augmentation else None
         self.hidden = Linear(features, width, key=hidden_key)
@@ -240,8 +251,8 @@ class UNetEmbedding(eqx.Module):
     def __call__(self, r: Time, t: Time, condition: UNetCondition) -> Float[Array, " width"]:
         self._check(condition)
         x = jnp.concatenate([self._embedded(value) for value in self.variables(r, t)])
-        if self.label is not None and condition.label is not None:
-            x = x + self.label(condition.label)
+        added = embedded_condition(condition.label, self.label, self.condition, x.shape[0])
+        x = x if added is None else x + added
         if self.augmentation is not None and condition.augmentation is not None:
             x = x + condition.augmentation @ self.augmentation
         return jax.nn.silu(self.out(jax.nn.silu(self.hidden(x))))
@@ -252,7 +263,6 @@ class UNetEmbedding(eqx.Module):
         return jnp.roll(sinusoidal_embedding(value, size, endpoint=True), size // 2)
 
     def _check(self, condition: UNetCondition) -> None:
-        check_label_given(condition.label, self.label)
         numbers = 0 if self.augmentation is None else len(self.augmentation)
         if condition.augmentation is not None and jnp.shape(condition.augmentation) != (numbers,):
             raise ValueError(f"augmentation must have shape ({numbers},), got {jnp.shape(condition.augmentation)}")
@@ -267,6 +277,9 @@ class UNet(AbstractField):
     - `size`: a `UNetSize`, such as `UNET_CIFAR10`, or one of your own.
     - `labels`: number of labels, or None for an unconditional field. The condition is then an integer label in
       [0, labels], `labels` itself being "no label" (`null_label`), alone or in a `UNetCondition`.
+    - `condition`: None, or what the field is conditioned on if it is no label: the size of a vector, which
+      `mf_eqx.nn.VectorEmbedding` embeds; or an `mf_eqx.nn.AbstractConditionEmbedding` of your own (of 2 `width` per
+      time variable), for conditions of any structure. They are given alone or as the `label` of a `UNetCondition`.
     - `augmentation`: how many numbers describe the augmentation of an image (6 in the CIFAR-10 experiment); 0 for none.
       If it is not 0, the condition is a `UNetCondition`, or None for an image without augmentation.
     - `dropout`: rate within residual blocks. It needs a `key` in the call, and is off without one. The mask is the
@@ -281,8 +294,9 @@ class UNet(AbstractField):
       CPU: 88 against 165 s for a step of width 32); its cost on a GPU has not been measured.
     - `key`.
 
-    **Raises:** `ValueError` if a size is below 1 or does not fit the others; when called, if `z` does not have the
-    data_shape, or if the condition does not have one integer label for a field with labels or no label for others.
+    **Raises:** `ValueError` if a size is below 1 or does not fit the others, or if `labels` and `condition` are both
+    given; when called, if `z` does not have the data_shape, or if the condition does not have one integer label for a
+    field with labels, a vector of its size for a field with vectors, or neither for others.
 
     `UNet((3, 32, 32), UNET_CIFAR10, augmentation=6, dropout=0.2, key=key)` is the paper's network for CIFAR-10:
     55,932,419 parameters, 55,929,347 without `augmentation`.
@@ -304,6 +318,7 @@ class UNet(AbstractField):
         size: UNetSize,
         *,
         labels: int | None = None,
+        condition: int | AbstractConditionEmbedding | None = None,
         augmentation: int = 0,
         dropout: float = 0.0,
         time_variables: TimeVariables = end_duration,
@@ -329,7 +344,7 @@ class UNet(AbstractField):
                 for (plan, depth), key in zip(runs, jr.split(key, len(runs)), strict=True)
             )
 
-        self.embedding = UNetEmbedding(embedded, labels, augmentation, time_variables, key=embedding_key)
+        self.embedding = UNetEmbedding(embedded, labels, condition, augmentation, time_variables, key=embedding_key)
         self.first = _convolution(channels, size.width, 3, key=first_key)
         self.down = stacks(_down_plans(size, rows), down_key)
         deepest = size.multipliers[-1] * size.width
@@ -357,7 +372,7 @@ class UNet(AbstractField):
         z: Float[Array, "channels height width"],
         r: TimeLike,
         t: TimeLike,
-        condition: UNetCondition | Label | None = None,
+        condition: UNetCondition | Condition = None,
         *,
         key: Key[Array, ""] | None = None,
     ) -> Float[Array, "channels height width"]:

@@ -90,14 +90,16 @@ def export_sampler(
         exported = jax.export.deserialize(pathlib.Path("sampler.jaxexport").read_bytes())
         x = exported.call(eps, label)                     (rows, *data_shape) from noise of the same shape
 
-    requires nothing but JAX. The number of rows is arbitrary. The weights are part of the program: a few hundred MB are
-    no problem, but the format's limit of 2 GB is close to the size of the largest networks. Unlike the other files of
-    this part, it has no checksum, because JAX itself reads it: if you distribute the file, distribute its SHA-256 as
+    requires nothing but JAX. In place of the label stands any condition, such as vectors or a dictionary of arrays, all
+    with a leading axis of rows. The number of rows is arbitrary. The weights are part of the program: a few hundred MB
+    are no problem, but the format's limit of 2 GB is close to the size of the largest networks. Unlike the other files
+    of this part, it has no checksum, because JAX itself reads it: if you distribute the file, distribute its SHA-256 as
     well. Names and line numbers of source files are left out, so that one version of JAX always writes the same bytes
     for the same field.
 
     **Arguments:** `path` of the file; `field`; `data_shape` of one row; `condition` of one row, of which only the
-    structure, shapes and dtypes are used, or None; `times` as for `sample`; `platforms` on which the program can run.
+    structure, shapes and dtypes are used, or None (a named tuple, or another class of nodes, must be registered for
+    `jax.export` first: its error says how); `times` as for `sample`; `platforms` on which the program can run.
     """
     with optional("flatbuffers", extra="export"):
         import flatbuffers  # noqa: F401 # pyright: ignore[reportMissingImports] # jax.export uses it for writing

@@ -60,8 +60,9 @@ def check_dtype(dtype: np.dtype) -> None:
         raise ValueError(f"x must be uint8 or floating point of at most 64 bits, got {dtype}")
 
 
-def check_finite(x: Shaped[np.ndarray, "rows *data"], numbers: Int[np.ndarray, " rows"]) -> None:
-    """Refuses values that are not finite in the dtype in which they reach the device."""
+def check_finite(x: Shaped[np.ndarray, "rows *data"], numbers: Int[np.ndarray, " rows"], name: str = "x") -> None:
+    """Refuses values that are not finite in the dtype in which they reach the device. Arguments: rows of data, their
+    numbers in error messages, and the name of the data there."""
     if x.dtype == np.uint8:
         return
     used = jax.dtypes.canonicalize_dtype(x.dtype)
@@ -70,9 +71,9 @@ def check_finite(x: Shaped[np.ndarray, "rows *data"], numbers: Int[np.ndarray, "
     if not finite.all():
         row = np.argmin(finite)
         if not np.isfinite(x[row]).all():
-            raise ValueError(f"x must be finite, got NaN or infinity in row {numbers[row]}")
+            raise ValueError(f"{name} must be finite, got NaN or infinity in row {numbers[row]}")
         found = f"{np.abs(x[row]).max():.3g} in row {numbers[row]}"
-        raise ValueError(f"x must be finite as {used}, which JAX uses without jax_enable_x64, got {found}")
+        raise ValueError(f"{name} must be finite as {used}, which JAX uses without jax_enable_x64, got {found}")
 
 
 def check_labels(

@@ -6,13 +6,20 @@ A manifest is not trusted: the type and range of every field are checked, and th
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
+
 from .._json import read_json_object
+from . import _structure
 
 MANIFEST = "manifest.json"
 VERSION = 2
+"""Of a folder without conditions, or with labels alone."""
+VERSION_WITH_CONDITION = 3
+"""Of a folder with conditions that are no labels."""
 
 
 class File(NamedTuple):
@@ -25,7 +32,9 @@ class File(NamedTuple):
 
 
 class Manifest(NamedTuple):
-    """The fields of the manifest, in the order in which they are written; `label` is None without labels."""
+    """The fields of the manifest, in the order in which they are written; `label` is None without labels. The last two
+    are written only if there are conditions that are no labels: `row_condition` as in `_structure`, and the files of
+    each of its arrays."""
 
     version: int
     rows: int
@@ -36,10 +45,16 @@ class Manifest(NamedTuple):
     label: list[File] | None
     crc: list[File]
     digest: str
+    row_condition: dict[str, Any] | None = None
+    condition: list[list[File]] | None = None
+
+
+_CONDITION = ("row_condition", "condition")
 
 
 def name_of_file(kind: str, number: int) -> str:
-    """The name of the file with the data (kind "x"), the labels ("label") or the checksums ("crc") of a shard."""
+    """The name of the file with the data (kind "x"), the labels ("label"), an array of the condition ("condition_0",
+    "condition_1", ... in the order of `jax.tree.leaves`) or the checksums ("crc") of a shard."""
     return f"{kind}_{number:05}.npy"
 
 
@@ -51,9 +66,12 @@ def as_text(manifest: Manifest) -> str:
 def _plain(manifest: Manifest) -> dict[str, Any]:
     """The manifest as dictionaries and lists, for JSON."""
     files = {"x": manifest.x, "label": manifest.label, "crc": manifest.crc}
-    return manifest._asdict() | {
+    plain = manifest._asdict() | {
         kind: None if several is None else [file._asdict() for file in several] for kind, several in files.items()
     }
+    if manifest.condition is None:
+        return {field: value for field, value in plain.items() if field not in _CONDITION}
+    return plain | {"condition": [[file._asdict() for file in several] for several in manifest.condition]}
 
 
 def _digest(manifest: Manifest) -> str:
@@ -65,16 +83,19 @@ def _digest(manifest: Manifest) -> str:
 def read_manifest(path: Path) -> Manifest:
     """The manifest in a file. Every field and the digest are checked, but nothing is compared with other files."""
     values = read_json_object(path)
-    if values.get("version", VERSION) != VERSION:
-        found = _short(values["version"])
-        raise ValueError(f"{path}: version must be {VERSION}, got {found}: the data must be converted again")
-    fields = _fields(str(path), values, Manifest)
-    manifest = Manifest(**fields)
+    version = values.get("version", VERSION)
+    if version not in (VERSION, VERSION_WITH_CONDITION):
+        rule = f"{VERSION} or {VERSION_WITH_CONDITION}"
+        raise ValueError(f"{path}: version must be {rule}, got {_short(version)}: the data must be converted again")
+    with_condition = version == VERSION_WITH_CONDITION
+    wanted = [field for field in Manifest._fields if with_condition or field not in _CONDITION]
+    manifest = Manifest(**_fields(str(path), values, wanted))
     _check_values(path, manifest)
     manifest = manifest._replace(
         x=_read_files(path, "x", manifest.x, None),
         label=None if manifest.label is None else _read_files(path, "label", manifest.label, len(manifest.x)),
         crc=_read_files(path, "crc", manifest.crc, len(manifest.x)),
+        condition=_read_condition(path, manifest) if with_condition else None,
     )
     if manifest.digest != (wanted := _digest(manifest)):
         rule = f"{wanted[:16]}..., the digest of the other fields"
@@ -82,14 +103,14 @@ def read_manifest(path: Path) -> Manifest:
     return manifest
 
 
-def _fields(name: str, values: Any, kind: type[Manifest] | type[File]) -> dict[str, Any]:
-    """`values` if it is a JSON object with exactly the fields of `kind`."""
+def _fields(name: str, values: Any, wanted: Sequence[str]) -> dict[str, Any]:
+    """`values` if it is a JSON object with exactly these fields."""
     if not isinstance(values, dict):
         raise ValueError(f"{name}: must be an object, got {type(values).__name__}")
-    if missing := [field for field in kind._fields if field not in values]:
-        raise ValueError(f"{name}: must have {', '.join(kind._fields)}; got no {', '.join(missing)}")
-    if extra := [field for field in values if field not in kind._fields]:
-        raise ValueError(f"{name}: must have only {', '.join(kind._fields)}, got {', '.join(extra)[:60]} too")
+    if missing := [field for field in wanted if field not in values]:
+        raise ValueError(f"{name}: must have {', '.join(wanted)}; got no {', '.join(missing)}")
+    if extra := [field for field in values if field not in wanted]:
+        raise ValueError(f"{name}: must have only {', '.join(wanted)}, got {', '.join(extra)[:60]} too")
     return values
 
 
@@ -119,8 +140,25 @@ def _read_files(path: Path, kind: str, values: list[Any], wanted: int | None) ->
     ]
 
 
+def _read_condition(path: Path, manifest: Manifest) -> list[list[File]]:
+    """The files of each array of the condition."""
+    try:
+        arrays = len(jax.tree.leaves(_structure.from_json(manifest.row_condition)))
+    except ValueError as error:
+        raise ValueError(f"{path}: row_condition {error}") from None
+    condition = manifest.condition
+    if manifest.label is not None or not isinstance(condition, list) or len(condition) != arrays:
+        rule = f"a list for each of the {arrays} arrays of row_condition, without labels"
+        raise ValueError(f"{path}: condition must be {rule}, got {_short(condition)}")
+    if not all(isinstance(several, list) for several in condition):
+        raise ValueError(f"{path}: condition must be lists of files, got {_short(condition[0])}")
+    return [
+        _read_files(path, f"condition_{number}", several, len(manifest.x)) for number, several in enumerate(condition)
+    ]
+
+
 def _read_file(where: str, name: str, values: Any) -> File:
-    file = File(**_fields(where, values, File))
+    file = File(**_fields(where, values, File._fields))
     for field, fits, rule in (
         ("name", file.name == name, name),  # so that no name can lead to another folder
         ("rows", _is_count(file.rows), "an integer >= 1"),

@@ -6,12 +6,14 @@ import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
 import numpy as np
-from jaxtyping import Int, Shaped
+from jaxtyping import Int, PyTree, Shaped
 
 from .._files import open_regular
+from .._leaves import by_name
 from .._validate import Count
 from ._file import as_paths, name_of, PathLike
 from ._source import AbstractSource, check_labels, Rows
@@ -39,11 +41,13 @@ class NpySource(AbstractSource):
     - `x`: the path of a file of shape (rows, *data), or several paths with the same data shape and dtype, in the order
       of their rows.
     - `label`: likewise for integers of shape (rows,), one file for each file of `x`; or None.
+    - `condition`: what a field is conditioned on if it is no label: a PyTree of paths, each of a file with a row for
+      each row of `x`. If `x` is several files, as many PyTrees of the same structure in a list. None otherwise.
     - `labels`: how many different labels there are, by default the largest one plus 1.
 
     **Raises:** `OSError` if a file cannot be opened; `ValueError` that names the file, what was expected and what was
     found: not an ordinary file, not a .npy file, objects or text in it, Fortran order, a length that does not match its
-    header, no rows, shapes or dtypes that differ between files, labels that do not fit.
+    header, no rows, shapes or dtypes that differ between files, labels or conditions that do not fit.
     """
 
     def __init__(
@@ -51,32 +55,55 @@ class NpySource(AbstractSource):
         x: PathLike | Sequence[PathLike],
         label: PathLike | Sequence[PathLike] | None = None,
         *,
+        condition: PyTree[Any] = None,
         labels: Count | None = None,
     ):
         paths = as_paths("x", x)
-        self.name = name_of(paths)
-        self._shards = [map_npy(path) for path in paths]
-        for path, shard in zip(paths, self._shards, strict=True):
-            _check_alike(path, shard, paths[0], self._shards[0])
-        self.row_shape, self.dtype = self._shards[0].shape[1:], self._shards[0].dtype.newbyteorder("=")
-        self.rows_per_file = [len(shard) for shard in self._shards]
-        self._ends = np.cumsum(self.rows_per_file)
+        self.name, self._x = name_of(paths), _Files(paths)
+        self.row_shape, self.dtype, self.rows_per_file = self._x.row_shape, self._x.dtype, self._x.rows_per_file
         if label is None and labels is not None:
             raise ValueError(f"{self.name}: label must be given with labels = {labels}, got None")
+        if label is not None and condition is not None:
+            raise ValueError(f"{self.name}: label must be None with a condition, got both")
         self._label, self.labels = None, None
         if label is not None:
-            self._label, self.labels = _read_labels(as_paths("label", label), paths, self._shards, labels)
+            self._label, self.labels = _read_labels(as_paths("label", label), self._x, labels)
+        several = condition if condition is None or not isinstance(x, str | os.PathLike) else [condition]
+        self._condition = None if several is None else _map_conditions(several, self._x)
+        self.row_condition = jax.tree.map(
+            lambda files: jax.ShapeDtypeStruct(files.row_shape, files.dtype), self._condition
+        )
+
+    def __len__(self) -> int:
+        return len(self._x)
+
+    def take(self, rows: Int[np.ndarray, " rows"]) -> Rows:
+        condition = jax.tree.map(lambda files: files.take(rows), self._condition)
+        return Rows(self._x.take(rows), None if self._label is None else self._label[rows], condition)
+
+
+class _Files:
+    """One array whose rows are in several .npy files, one file after the other, mapped into memory."""
+
+    def __init__(self, paths: list[Path]):
+        self.paths, self.shards = paths, [map_npy(path) for path in paths]
+        for path, shard in zip(paths, self.shards, strict=True):
+            _check_alike(path, shard, paths[0], self.shards[0])
+        self.row_shape, self.dtype = self.shards[0].shape[1:], self.shards[0].dtype.newbyteorder("=")
+        self.rows_per_file = [len(shard) for shard in self.shards]
+        self._ends = np.cumsum(self.rows_per_file)
 
     def __len__(self) -> int:
         return int(self._ends[-1])
 
-    def take(self, rows: Int[np.ndarray, " rows"]) -> Rows:
-        x = np.empty((len(rows), *self.row_shape), self.dtype)
+    def take(self, rows: Int[np.ndarray, " rows"]) -> Shaped[np.ndarray, "rows ..."]:
+        """The rows with these numbers, in native byte order."""
+        taken = np.empty((len(rows), *self.row_shape), self.dtype)
         file_of_row = np.searchsorted(self._ends, rows, side="right")
         for number in np.unique(file_of_row):
-            shard, chosen = self._shards[number], file_of_row == number
-            x[chosen] = shard[rows[chosen] - (self._ends[number] - len(shard))]
-        return Rows(x, None if self._label is None else self._label[rows])
+            shard, chosen = self.shards[number], file_of_row == number
+            taken[chosen] = shard[rows[chosen] - (self._ends[number] - len(shard))]
+        return taken
 
 
 class Header(NamedTuple):
@@ -151,15 +178,41 @@ def _check_alike(path: Path, shard: np.ndarray, first_path: Path, first: np.ndar
         raise ValueError(f"{path}: must be {first.dtype} as {first_path} is, got {shard.dtype}")
 
 
-def _read_labels(
-    paths: list[Path], x_paths: list[Path], shards: list[np.ndarray], labels: Count | None
-) -> tuple[Int[np.ndarray, " rows"], int]:
+def _read_labels(paths: list[Path], x: _Files, labels: Count | None) -> tuple[Int[np.ndarray, " rows"], int]:
     """All labels, read into memory, and how many different labels there are."""
-    if len(paths) != len(shards):
-        raise ValueError(f"label must be {len(shards)} files, one for each of x, got {len(paths)}")
+    if len(paths) != len(x.paths):
+        raise ValueError(f"label must be {len(x.paths)} files, one for each of x, got {len(paths)}")
     parts = [map_npy(path) for path in paths]
-    for path, part, x_path, shard in zip(paths, parts, x_paths, shards, strict=True):
-        if part.shape != (len(shard),):
-            raise ValueError(f"{path}: must have shape ({len(shard)},) for the rows of {x_path}, got {part.shape}")
+    for path, part, x_path, rows in zip(paths, parts, x.paths, x.rows_per_file, strict=True):
+        if part.shape != (rows,):
+            raise ValueError(f"{path}: must have shape ({rows},) for the rows of {x_path}, got {part.shape}")
     number = max(check_labels(str(path), part, len(part), labels) for path, part in zip(paths, parts, strict=True))
     return np.concatenate([part.astype(np.int32) for part in parts]), number
+
+
+def _map_conditions(several: Any, x: _Files) -> PyTree[_Files]:
+    """The arrays of a condition, of whose paths there is one PyTree for each file of `x`."""
+    if not isinstance(several, list | tuple) or len(several) != len(x.paths):
+        found = len(several) if isinstance(several, list | tuple) else type(several).__name__
+        raise ValueError(f"condition must be {len(x.paths)} PyTrees of paths, one for each file of x, got {found}")
+    _check_paths(several)
+    condition = jax.tree.map(lambda *paths: _Files([Path(path) for path in paths]), *several)
+    for files in jax.tree.leaves(condition):
+        numbers = zip(files.paths, x.paths, files.rows_per_file, x.rows_per_file, strict=True)
+        for path, x_path, rows, wanted in numbers:
+            if rows != wanted:
+                raise ValueError(f"{path}: must have {wanted} rows as {x_path} has, got {rows}")
+    return condition
+
+
+def _check_paths(several: list[PyTree[Any]] | tuple[PyTree[Any], ...]) -> None:
+    """Refuses PyTrees of different structures, without leaves, or with others than paths."""
+    first = jax.tree.structure(several[0])
+    if first.num_leaves == 0:
+        raise ValueError(f"condition must hold at least one path or be None, got {several[0]!r}")
+    for tree in several:
+        if (found := jax.tree.structure(tree)) != first:
+            raise ValueError(f"condition must have the same structure for all files of x, {first}, got {found}")
+        for name, path in by_name("condition", tree).items():
+            if not isinstance(path, str | os.PathLike):
+                raise ValueError(f"{name} must be a path, got {type(path).__name__}")

@@ -1,9 +1,12 @@
 """Shards, one format for data sets of any origin: .npy files with a fixed number of rows each, and a manifest.
 
-    folder/manifest.json      rows, shape, dtype, labels; name, length and SHA-256 of each file; its own digest
+    folder/manifest.json      rows, shape, dtype, labels, structure of other conditions with shapes and dtypes;
+                              name, length and SHA-256 of each file; its own digest
     folder/x_00000.npy ...    the data
     folder/label_00000.npy    the labels of these data, if there are any
-    folder/crc_00000.npy      a CRC-32 for each row: `zlib.crc32(bytes of the row as in the file, label, or 0 if none)`
+    folder/condition_0_00000.npy, condition_1_00000.npy, ...        the arrays of another condition, if there is one
+    folder/crc_00000.npy      a CRC-32 for each row: `zlib.crc32(bytes of the row as in the file, label, or 0 if none)`,
+                              continued over the bytes of the row's condition
 
 A folder is complete or does not exist: it is written under another name beside it, flushed to disk, and renamed at the
 end.
@@ -16,6 +19,8 @@ any other change with probability 1 - 2^-32.
 import contextlib
 import glob
 import hashlib
+import itertools
+import math
 import os
 import secrets
 import shutil
@@ -23,22 +28,36 @@ import time
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
+import jax
 import numpy as np
 from jaxtyping import Int, Shaped, UInt32
 
 from .._files import sha256_of_file
+from .._leaves import by_name
 from .._validate import as_count, Count
+from . import _structure
 from ._file import PathLike
-from ._manifest import as_text, File, MANIFEST, Manifest, name_of_file, read_manifest, VERSION
+from ._manifest import (
+    as_text,
+    File,
+    MANIFEST,
+    Manifest,
+    name_of_file,
+    read_manifest,
+    VERSION,
+    VERSION_WITH_CONDITION,
+)
 from ._npy import map_npy, NpySource, NUMBERS
-from ._source import AbstractSource, check_source, check_taken, Rows
+from ._source import AbstractSource, check_source, check_taken, name_in_errors, Rows
 
 _PIECE = 1 << 24
 """The approximate number of bytes that are read or written at once."""
 _MOST_SHARDS = 50_000
-"""The largest number of shards in a manifest, which is read as JSON of at most a million values."""
+_MOST_FILES = 3 * _MOST_SHARDS
+"""The largest number of files in a manifest, which is read as JSON of at most a million values. A shard has up to three
+files, or two and one for each array of a condition."""
 _ABANDONED = 3600
 """Seconds since the last write after which an unfinished folder is taken to be abandoned."""
 
@@ -62,7 +81,8 @@ def write_shards(
     **Arguments:**
 
     - `source`: any source of uint8, float16, float32 or float64, which are the dtypes that can be trained on and stored
-      in .npy files. float64 stays float64 in the files; training without `jax_enable_x64` converts it to float32.
+      in .npy files. float64 stays float64 in the files; training without `jax_enable_x64` converts it to float32. A
+      condition that is no label must be made of dictionaries with text as keys, tuples, lists and arrays.
     - `folder`: where to write; it must not exist or must be empty.
     - `rows_per_shard`: the number of rows in every shard but the last. A `ShardSource` keeps one file open per shard.
     - `progress`: called with the number of rows written so far.
@@ -76,9 +96,11 @@ def write_shards(
     check_source(source)
     if source.dtype.kind not in NUMBERS:
         raise ValueError(f"{source.name}: dtype must be one that .npy files can store, got {source.dtype}")
-    if (number := -(-len(source) // rows_per_shard)) > _MOST_SHARDS:
+    structure = _structure_of(source)
+    most = _MOST_FILES // max(3, 2 + len(jax.tree.leaves(source.row_condition)))
+    if (number := -(-len(source) // rows_per_shard)) > most:
         raise ValueError(
-            f"rows_per_shard must give at most {_MOST_SHARDS:,} shards, got {rows_per_shard} with {number:,} shards"
+            f"rows_per_shard must give at most {most:,} shards, got {rows_per_shard} with {number:,} shards"
         )
     target = Path(folder)
     _check_free(target)
@@ -88,7 +110,18 @@ def write_shards(
             _write_shard(source, partial, number, start, min(start + rows_per_shard, len(source)), progress)
             for number, start in enumerate(starts)
         ]
-        _write_manifest(source, partial, written)
+        _write_manifest(source, structure, partial, written)
+
+
+def _structure_of(source: AbstractSource) -> dict[str, Any] | None:
+    """The structure of the source's condition for the manifest, or None without one."""
+    if source.row_condition is None:
+        return None
+    with name_in_errors(source.name):
+        for name, leaf in by_name("condition", source.row_condition).items():
+            if leaf.dtype.kind not in NUMBERS:
+                raise ValueError(f"{name} must be of a dtype that .npy files can store, got {leaf.dtype}")
+        return _structure.as_json(source.row_condition)
 
 
 def _check_free(target: Path) -> None:
@@ -140,25 +173,37 @@ class _Shard(NamedTuple):
     x: File
     label: File | None
     crc: File
+    condition: list[File]
 
 
 def _write_shard(
     source: AbstractSource, folder: Path, number: int, start: int, stop: int, progress: Callable[[int], None] | None
 ) -> _Shard:
-    """Write rows `start` to `stop` - 1: a file of data, one of checksums and, with labels, one of labels."""
+    """Write rows `start` to `stop` - 1: files of data, of the arrays of a condition, of labels and of checksums."""
     label, crc = np.empty(stop - start, np.int32), np.empty(stop - start, np.uint32)
-    with _NpyFile(folder / name_of_file("x", number), source.dtype, (stop - start, *source.row_shape)) as file:
+    with contextlib.ExitStack() as files:
+
+        def new(kind: str, dtype: np.dtype, row_shape: tuple[int, ...]) -> _NpyFile:
+            path = folder / name_of_file(kind, number)
+            return files.enter_context(_NpyFile(path, dtype, (stop - start, *row_shape)))
+
+        likes = enumerate(jax.tree.leaves(source.row_condition))
+        condition = [new(f"condition_{leaf}", like.dtype, like.shape) for leaf, like in likes]
+        x = new("x", source.dtype, source.row_shape)
         for first in range(start, stop, step := _rows_at_once(source)):
             rows = np.arange(first, min(first + step, stop))
             got = source.take(rows)
             check_taken(source, rows, got)
-            file.write(got.x)
+            arrays = [got.x, *jax.tree.leaves(got.condition)]
+            for file, array in zip([x, *condition], arrays, strict=True):
+                file.write(array)
             label[rows - start] = 0 if got.label is None else got.label
-            crc[rows - start] = _checksums(got.x, label[rows - start])
+            crc[rows - start] = _checksums(label[rows - start], *arrays)
             if progress is not None:
                 progress(int(rows[-1]) + 1)
     label_file = None if source.labels is None else _write_array(folder / name_of_file("label", number), label)
-    return _Shard(file.entry, label_file, _write_array(folder / name_of_file("crc", number), crc))
+    crc_file = _write_array(folder / name_of_file("crc", number), crc)
+    return _Shard(x.entry, label_file, crc_file, [file.entry for file in condition])
 
 
 def _write_array(path: Path, array: Shaped[np.ndarray, " rows"]) -> File:
@@ -167,16 +212,20 @@ def _write_array(path: Path, array: Shaped[np.ndarray, " rows"]) -> File:
     return file.entry
 
 
-def _checksums(x: Shaped[np.ndarray, "rows *data"], label: Int[np.ndarray, " rows"]) -> UInt32[np.ndarray, " rows"]:
-    """The CRC-32 of the little-endian bytes of each row, as in the file, with the row's label as the starting value."""
-    rows = np.ascontiguousarray(x, x.dtype.newbyteorder("<"))
-    content, size = rows.reshape(-1).view(np.uint8).data, rows.nbytes // max(1, len(rows))
-    checksums = [zlib.crc32(content[i * size : (i + 1) * size], start) for i, start in enumerate(label.tolist())]
+def _checksums(label: Int[np.ndarray, " rows"], *arrays: Shaped[np.ndarray, "rows ..."]) -> UInt32[np.ndarray, " rows"]:
+    """The CRC-32 of the little-endian bytes of each row, as in the files, one array after the other, with the row's
+    label as the starting value."""
+    checksums = label.tolist()
+    for array in arrays:
+        rows = np.ascontiguousarray(array, array.dtype.newbyteorder("<"))
+        content, size = rows.reshape(-1).view(np.uint8).data, rows.nbytes // max(1, len(rows))
+        checksums = [zlib.crc32(content[i * size : (i + 1) * size], start) for i, start in enumerate(checksums)]
     return np.array(checksums, np.uint32)
 
 
 def _rows_at_once(source: AbstractSource) -> int:
-    return max(1, _PIECE // max(1, source.dtype.itemsize * int(np.prod(source.row_shape, dtype=np.int64))))
+    row = [jax.ShapeDtypeStruct(source.row_shape, source.dtype), *jax.tree.leaves(source.row_condition)]
+    return max(1, _PIECE // max(1, sum(part.dtype.itemsize * math.prod(part.shape) for part in row)))
 
 
 class _NpyFile:
@@ -207,11 +256,16 @@ class _NpyFile:
         return File(self._path.name, self._shape[0], self._bytes, self._hash.hexdigest())
 
 
-def _write_manifest(source: AbstractSource, folder: Path, written: list[_Shard]) -> None:
+def _write_manifest(
+    source: AbstractSource, structure: dict[str, Any] | None, folder: Path, written: list[_Shard]
+) -> None:
     x, crc = [shard.x for shard in written], [shard.crc for shard in written]
     label = [shard.label for shard in written if shard.label is not None] or None
     shape, dtype = list(source.row_shape), source.dtype.newbyteorder("=").name
     manifest = Manifest(VERSION, len(source), shape, dtype, source.labels, x, label, crc, "")
+    if structure is not None:
+        condition = [list(files) for files in zip(*(shard.condition for shard in written), strict=True)]
+        manifest = manifest._replace(version=VERSION_WITH_CONDITION, row_condition=structure, condition=condition)
     with open(folder / MANIFEST, "x", encoding="ascii") as file:
         file.write(as_text(manifest))
         file.flush()
@@ -224,9 +278,9 @@ def _write_manifest(source: AbstractSource, folder: Path, written: list[_Shard])
 class ShardSource(AbstractSource):
     """Rows in a folder that `write_shards` made. One file stays open for each shard.
 
-    Opening compares the manifest with the length and header of each file of data, and with every byte of labels and
-    checksums; `take` compares each row with its checksum; `verify` reads and compares all data. Files that the manifest
-    does not name are ignored.
+    Opening compares the manifest with the length and header of each file of data and conditions, and with every byte of
+    labels and checksums; `take` compares each row with its checksum; `verify` reads and compares all data. Files that
+    the manifest does not name are ignored.
 
     **Attributes:** `digest` identifies the data: SHA-256 of the manifest, which contains the SHA-256 of all files.
 
@@ -240,15 +294,16 @@ class ShardSource(AbstractSource):
     def __init__(self, folder: PathLike, *, verify: bool = False):
         self._folder = Path(folder)
         self._manifest = manifest = read_manifest(self._folder / MANIFEST)
-        for file in [*manifest.x, *_small_files(manifest)]:
+        for file in [*_large_files(manifest), *_small_files(manifest)]:
             _check_length(self._folder / file.name, file)
         for file in _small_files(manifest):
             _check_digest(self._folder / file.name, file)
         kinds = (manifest.x, manifest.label or [], manifest.crc)
         x, label, crc = ([self._folder / file.name for file in files] for files in kinds)
-        self._source = NpySource(x, label or None, labels=manifest.labels)
+        self._source = NpySource(x, label or None, condition=self._condition_paths(), labels=manifest.labels)
         self.name, self.digest = str(self._folder), manifest.digest
         self.row_shape, self.dtype, self.labels = self._source.row_shape, self._source.dtype, self._source.labels
+        self.row_condition = self._source.row_condition
         self._check_counts()
         checksums = [_read_checksums(path, file.rows) for path, file in zip(crc, manifest.x, strict=True)]
         self._crc = np.concatenate(checksums)
@@ -258,9 +313,19 @@ class ShardSource(AbstractSource):
     def __len__(self) -> int:
         return len(self._source)
 
+    def _condition_paths(self) -> list[Any] | None:
+        """For each shard, the paths of the arrays of its condition in their structure."""
+        manifest = self._manifest
+        if manifest.condition is None:
+            return None
+        structure = jax.tree.structure(_structure.from_json(manifest.row_condition))
+        shards = zip(*manifest.condition, strict=True)
+        return [jax.tree.unflatten(structure, [self._folder / file.name for file in files]) for files in shards]
+
     def take(self, rows: Int[np.ndarray, " rows"]) -> Rows:
         got = self._source.take(rows)
-        found = _checksums(got.x, np.zeros(len(rows), np.int32) if got.label is None else got.label)
+        label = np.zeros(len(rows), np.int32) if got.label is None else got.label
+        found = _checksums(label, got.x, *jax.tree.leaves(got.condition))
         if (wrong := found != self._crc[rows]).any():
             self._refuse(int(rows[np.argmax(wrong)]), int(found[np.argmax(wrong)]))
         return got
@@ -270,7 +335,10 @@ class ShardSource(AbstractSource):
         ends = np.cumsum(self._source.rows_per_file)
         number = int(np.searchsorted(ends, row, side="right"))
         path, first = self._folder / self._manifest.x[number].name, int(ends[number]) - self._manifest.x[number].rows
-        rule = f"row {row} (row {row - first} in this file) must have CRC-32 {self._crc[row]:08x} as it was written"
+        also = "" if self.row_condition is None else ", with its condition,"
+        rule = (
+            f"row {row} (row {row - first} in this file){also} must have CRC-32 {self._crc[row]:08x} as it was written"
+        )
         raise ValueError(f"{path}: {rule}, got {found:08x}")
 
     def verify(self, *, progress: Callable[[int], None] | None = None) -> None:
@@ -283,9 +351,10 @@ class ShardSource(AbstractSource):
         for file in _small_files(self._manifest):
             _check_digest(self._folder / file.name, file)
         done = 0
-        for file in self._manifest.x:
-            _check_digest(self._folder / file.name, file)
-            done += file.rows
+        for number, x in enumerate(self._manifest.x):
+            for file in [x, *(files[number] for files in self._manifest.condition or [])]:
+                _check_digest(self._folder / file.name, file)
+            done += x.rows
             if progress is not None:
                 progress(done)
 
@@ -297,9 +366,15 @@ class ShardSource(AbstractSource):
             ("row_shape", manifest.row_shape, list(self.row_shape)),
             ("dtype", manifest.dtype, self.dtype.name),
             ("x", [file.rows for file in manifest.x], self._source.rows_per_file),
+            ("row_condition", manifest.row_condition, self.row_condition and _structure.as_json(self.row_condition)),
         ):
             if declared != actual:
                 raise ValueError(f"{path}: {name} must be {actual} as in its files, got {declared}"[:500])
+
+
+def _large_files(manifest: Manifest) -> list[File]:
+    """The files of data and of conditions, of which only the length and the header are read when a folder is opened."""
+    return [*manifest.x, *itertools.chain.from_iterable(manifest.condition or [])]
 
 
 def _small_files(manifest: Manifest) -> list[File]:

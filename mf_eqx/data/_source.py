@@ -4,23 +4,27 @@ import abc
 import contextlib
 import hashlib
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
 import numpy as np
-from jaxtyping import Int, Shaped
+from jaxtyping import Int, PyTree, Shaped
 
 from .._validate import Count
-from . import _check
+from . import _check, _condition
+from ._condition import RowCondition
 
 
 class Rows(NamedTuple):
     """Rows of a data set, on the host.
 
-    **Arguments:** `x` their data, channels first for images; `label` an integer for each row, or None.
+    **Arguments:** `x` their data, channels first for images; `label` an integer for each row, or None; `condition`
+    another condition, a PyTree of arrays with a leading row axis, or None. Only one of them is given.
     """
 
     x: Shaped[np.ndarray, "rows *data"]
     label: Int[np.ndarray, " rows"] | None = None
+    condition: PyTree[Shaped[np.ndarray, "rows ..."]] = None
 
 
 class AbstractSource(abc.ABC):
@@ -35,6 +39,7 @@ class AbstractSource(abc.ABC):
     row_shape: tuple[int, ...]
     dtype: np.dtype
     labels: int | None
+    row_condition: RowCondition = None
     digest: str | None = None
 
     @abc.abstractmethod
@@ -53,18 +58,22 @@ class ArraySource(AbstractSource):
 
     - `x`: data with a leading row axis.
     - `label`: an integer for each row, or None.
+    - `condition`: what a field is conditioned on if it is no label: a PyTree of arrays with the same leading axis, such
+      as one vector for each row, or a dictionary of arrays. Labels may be among them; they are then integers like
+      others, whose range is not checked. None for data with labels, or without conditions.
     - `labels`: how many different labels there are, by default the largest one plus 1.
     - `name`: of the source in error messages.
 
     **Raises:** `ValueError` if there are no rows or empty ones, if `label` has another length or dtype than required,
-    or values outside of [0, labels) or of int32.
+    or values outside of [0, labels) or of int32, or if an array of `condition` has another length or is not of numbers.
     """
 
     def __init__(
         self,
         x: Shaped[np.ndarray, "rows *data"],
-        label: Shaped[np.ndarray, " rows"] | None = None,
+        label: Any = None,
         *,
+        condition: PyTree[Any] = None,
         labels: Count | None = None,
         name: str = "arrays",
     ):
@@ -72,15 +81,36 @@ class ArraySource(AbstractSource):
             raise ValueError(f"{name}: x must have at least one row and no empty axis, got shape {x.shape}")
         if label is None and labels is not None:
             raise ValueError(f"{name}: label must be given with labels = {labels}, got None")
+        _check_kind(name, label, condition)
         self.name, self.x, self.row_shape, self.dtype = name, x, x.shape[1:], x.dtype.newbyteorder("=")
         self.label, self.labels = label, None if label is None else check_labels(name, label, len(x), labels)
+        with name_in_errors(name):
+            self.condition = None if condition is None else _condition.as_arrays(condition, len(x))
+        self.row_condition = _condition.row_of(self.condition)
 
     def __len__(self) -> int:
         return len(self.x)
 
     def take(self, rows: Int[np.ndarray, " rows"]) -> Rows:
         x = self.x[rows].astype(self.dtype, copy=False)
-        return Rows(x, None if self.label is None else self.label[rows].astype(np.int32))
+        label = None if self.label is None else self.label[rows].astype(np.int32)
+        return Rows(x, label, _condition.take(self.condition, self.row_condition, rows))
+
+
+def _check_kind(name: str, label: Any, condition: Any) -> None:
+    """Refuses a label beside another condition, and anything but an integer for each row in the place of a label.
+
+    **Arguments:** `name` of the source; `label`, `condition` as given, or None.
+    """
+    if label is not None and condition is not None:
+        raise ValueError(f"{name}: label must be None with a condition, which may hold labels too, got both")
+    if label is None:
+        return
+    dtype = getattr(label, "dtype", None)
+    if dtype is None or not np.issubdtype(dtype, np.integer) or label.ndim != 1:
+        found = type(label).__name__ if dtype is None else f"{dtype} of shape {label.shape}"
+        rule = "an array of one integer for each row (pass any other condition as condition=...)"
+        raise ValueError(f"{name}: label must be {rule}, got {found}")
 
 
 def check_labels(name: str, label: Shaped[np.ndarray, "..."], rows: int, labels: Count | None) -> int:
@@ -89,12 +119,12 @@ def check_labels(name: str, label: Shaped[np.ndarray, "..."], rows: int, labels:
     **Arguments:** `name` of the file or source, put in front of error messages; `label` the labels; `rows` how many
     there must be; `labels` how many different ones there are, or None for the largest one plus 1.
     """
-    with _name_in_errors(name):
+    with name_in_errors(name):
         return _check.check_labels(label, rows, labels)
 
 
 @contextlib.contextmanager
-def _name_in_errors(name: str) -> Iterator[None]:
+def name_in_errors(name: str) -> Iterator[None]:
     """A context that puts `name` in front of the message of a `ValueError`."""
     try:
         yield
@@ -104,13 +134,16 @@ def _name_in_errors(name: str) -> Iterator[None]:
 
 def check_source(source: AbstractSource) -> None:
     """Refuses a source on which nothing can be trained, judged by its attributes alone."""
-    with _name_in_errors(source.name):
+    with name_in_errors(source.name):
         if len(source) < 1 or 0 in source.row_shape:
             found = f"{len(source)} of shape {source.row_shape}"
             raise ValueError(f"must have at least one row and no empty axis, got {found}")
         _check.check_dtype(source.dtype)
         if source.labels is not None:
             _check.as_labels(source.labels)
+        if source.labels is not None and source.row_condition is not None:
+            raise ValueError(f"labels must be None with a row_condition, got {source.labels}")
+        _condition.check_row_condition(source.row_condition)
 
 
 def check_taken(source: AbstractSource, rows: Int[np.ndarray, " rows"], taken: Rows) -> None:
@@ -119,15 +152,16 @@ def check_taken(source: AbstractSource, rows: Int[np.ndarray, " rows"], taken: R
     **Arguments:** `source`; `rows` the numbers of the rows; `taken` what `source.take` returned for them.
     """
     _check_shape_and_dtype(source, rows, taken)
-    with _name_in_errors(source.name):
+    with name_in_errors(source.name):
         _check.check_finite(taken.x, rows)
         if taken.label is not None:
             _check.check_labels(taken.label, len(rows), source.labels, rows)
+        _condition.check_values(taken.condition, rows)
 
 
 def _check_shape_and_dtype(source: AbstractSource, rows: Int[np.ndarray, " rows"], taken: Rows) -> None:
-    """Refuses rows and labels of another shape or dtype than `source` declares: writing them into an array would
-    broadcast or cast them without an error."""
+    """Refuses rows, labels and conditions of another shape or dtype than `source` declares: writing them into an array
+    would broadcast or cast them without an error."""
     x, label, shape = taken.x, taken.label, (len(rows), *source.row_shape)
     if x.shape != shape or x.dtype != source.dtype:
         wanted = f"{source.dtype} of shape {shape}"
@@ -140,13 +174,15 @@ def _check_shape_and_dtype(source: AbstractSource, rows: Int[np.ndarray, " rows"
     if label is not None and (label.dtype.kind not in "iu" or label.shape != shape[:1]):
         wanted = f"integers of shape {shape[:1]}"
         raise ValueError(f"{source.name}: label must be {wanted}, got {label.dtype} of shape {label.shape}")
+    with name_in_errors(source.name):
+        _condition.check_like(taken.condition, source.row_condition, len(rows))
 
 
 class JoinedSource(AbstractSource):
     """All rows of several sources, one source after the other.
 
-    **Arguments:** `parts` the sources, at least one, of the same row shape, dtype and number of labels; `name` of the
-    joined source in error messages.
+    **Arguments:** `parts` the sources, at least one, of the same row shape, dtype, number of labels and kind of
+    condition; `name` of the joined source in error messages.
 
     **Raises:** `ValueError` if the parts differ, with the names of two that do; from `take`, if a part returns rows of
     another shape or dtype than it declares, or labels that do not fit.
@@ -157,11 +193,12 @@ class JoinedSource(AbstractSource):
             raise ValueError(f"{name}: parts must be at least one source, got none")
         first = parts[0]
         for part in parts[1:]:
-            for attribute in ("row_shape", "dtype", "labels"):
+            for attribute in ("row_shape", "dtype", "labels", "row_condition"):
                 if (found := getattr(part, attribute)) != (wanted := getattr(first, attribute)):
                     raise ValueError(f"{part.name}: {attribute} must be {wanted} as in {first.name}, got {found}")
         self._parts, self._ends = list(parts), np.cumsum([len(part) for part in parts])
         self.name, self.row_shape, self.dtype, self.labels = name, first.row_shape, first.dtype, first.labels
+        self.row_condition = first.row_condition
         digests = [part.digest for part in parts if part.digest is not None]
         if len(digests) == len(parts):
             self.digest = hashlib.sha256("".join(digests).encode()).hexdigest()
@@ -172,6 +209,7 @@ class JoinedSource(AbstractSource):
     def take(self, rows: Int[np.ndarray, " rows"]) -> Rows:
         x = np.empty((len(rows), *self.row_shape), self.dtype)
         label = None if self.labels is None else np.empty(len(rows), np.int64)  # larger values would overflow int32
+        condition = jax.tree.map(lambda like: np.empty((len(rows), *like.shape), like.dtype), self.row_condition)
         owner = np.searchsorted(self._ends, rows, side="right")
         for number in np.unique(owner):
             part, positions = self._parts[number], np.flatnonzero(owner == number)
@@ -181,8 +219,10 @@ class JoinedSource(AbstractSource):
             x[positions] = taken.x
             if label is not None:
                 label[positions] = taken.label
+            for leaf, part_leaf in zip(*map(jax.tree.leaves, (condition, taken.condition)), strict=True):
+                leaf[positions] = part_leaf
         if label is None:
-            return Rows(x)
-        with _name_in_errors(self.name):
+            return Rows(x, None, condition)
+        with name_in_errors(self.name):
             _check.check_labels(label, len(rows), self.labels, rows)
         return Rows(x, label.astype(np.int32))

@@ -24,6 +24,7 @@ from jaxtyping import Int
 from .._batch import Batch
 from .._sharding import Parallelism
 from .._validate import as_count, Count
+from . import _condition
 from ._source import AbstractSource, check_source, check_taken
 
 _SAMPLED = 64
@@ -34,7 +35,7 @@ class Stream:
 
     **Arguments:**
 
-    - `source`: of the rows.
+    - `source`: of the rows. The condition of a batch is their labels, or their other condition, or None.
     - `batch`: number of rows in a global batch.
     - `seed`: of the random order.
     - `parallelism`: how rows are distributed over devices, or None for one device.
@@ -72,7 +73,7 @@ class Stream:
         """The batch of a step, counted from 0, on the host: the rows for the devices of this process.
 
         **Raises:** `ValueError` that names the source, and the row for a label out of range or a value that is not
-        finite; also for rows of another shape or dtype than the source declares.
+        finite; also for rows or conditions of another shape or dtype than the source declares.
         """
         return self._read(self._rows(step, self._positions), self._positions)
 
@@ -100,10 +101,12 @@ class Stream:
         has no digest, only 64 of its rows are compared."""
         source = self.source
         sampled = np.unique(np.linspace(0, len(source) - 1, _SAMPLED).astype(np.int64))
-        x, label = source.take(sampled)
+        x, label, condition = source.take(sampled)
         digest = hashlib.sha256(np.ascontiguousarray(x).tobytes())
         digest.update(b"" if label is None else label.astype("<i8").tobytes())
-        return {
+        for leaf in jax.tree.leaves(condition):
+            digest.update(np.ascontiguousarray(leaf).tobytes())
+        described = {
             "rows": len(source),
             "row_shape": list(source.row_shape),
             "dtype": str(source.dtype),
@@ -113,6 +116,8 @@ class Stream:
             "batch": self.batch,
             "seed": self.seed if self.shuffle else None,
         }
+        # Without conditions the description stays what it was before there were any, so that older runs go on.
+        return described if condition is None else described | {"condition": _condition.as_json(source.row_condition)}
 
     def _rows(self, step: Count, positions: Int[np.ndarray, " local"]) -> Int[np.ndarray, " local"]:
         first = as_count("step", step, 0) * self.batch
@@ -121,7 +126,8 @@ class Stream:
     def _read(self, rows: Int[np.ndarray, " local"], positions: Int[np.ndarray, " local"]) -> Batch:
         read = self.source.take(rows)
         check_taken(self.source, rows, read)
-        return Batch(read.x, read.label, positions.astype(np.int32))
+        condition = read.condition if read.label is None else read.label
+        return Batch(read.x, condition, positions.astype(np.int32))
 
     def _place(self, batch: Batch) -> Batch:
         if self._parallelism is None:

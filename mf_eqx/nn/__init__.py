@@ -8,6 +8,7 @@ from ._attention import (
     XLAAttention as XLAAttention,
 )
 from ._embedding import (
+    AbstractConditionEmbedding as AbstractConditionEmbedding,
     ConditionEmbedding as ConditionEmbedding,
     duration as duration,
     end_duration as end_duration,
@@ -15,9 +16,11 @@ from ._embedding import (
     end_start_duration as end_start_duration,
     LabelEmbedding as LabelEmbedding,
     sinusoidal_embedding as sinusoidal_embedding,
+    sinusoidal_line_positions as sinusoidal_line_positions,
     sinusoidal_positions as sinusoidal_positions,
     TimePairEmbedding as TimePairEmbedding,
     TimeVariables as TimeVariables,
+    VectorEmbedding as VectorEmbedding,
 )
 from ._linear import Linear as Linear
 from ._norm import (

@@ -1,14 +1,15 @@
-r"""Embeddings of times, labels and positions.
+r"""Embeddings of times, labels, other conditions, and positions.
 
 Which variables a network gets in place of (r, t) is a choice of Tab. 1c; the JVP is always that of u(., r, t). Each
 choice is a function `(r, t) -> numbers`; every number gets its own sinusoidal embedding and two-layer MLP, and the
 results are summed.
 """
 
+import abc
 import functools
 import operator
 from collections.abc import Callable
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import equinox as eqx
 import jax
@@ -18,8 +19,8 @@ import numpy as np
 from jax.nn.initializers import normal
 from jaxtyping import Array, Float, Key
 
-from .._custom_types import as_scalar, as_times, at_least_float32, Label, ScalarLike, Time, TimeLike
-from .._validate import check_finite, check_sizes, on_host_if_known
+from .._custom_types import as_scalar, as_times, at_least_float32, Condition, Label, ScalarLike, Time, TimeLike
+from .._validate import as_count, check_finite, check_sizes, described, on_host_if_known
 from ._linear import Linear
 
 TimeVariables: TypeAlias = Callable[[Time, Time], tuple[Time, ...]]
@@ -119,7 +120,25 @@ class TimePairEmbedding(eqx.Module):
         return functools.reduce(operator.add, map(embed, self.variables(r, t), self.hidden, self.out))
 
 
-class LabelEmbedding(eqx.Module):
+class AbstractConditionEmbedding(eqx.Module):
+    """A function that makes a vector of the condition of one example, which a network adds to the embedding of times.
+
+    Subclass it for conditions of any structure, such as a dictionary of arrays, or tokens whose embeddings are
+    averaged. Its floating-point arrays are parameters of the network.
+    """
+
+    @abc.abstractmethod
+    def __call__(self, condition: Any) -> Float[Array, " width"]:
+        """The vector of a condition.
+
+        **Arguments:** `condition` a PyTree without batch axis, never None.
+
+        **Returns:** a vector of the width for which the network asks: `condition_width` (by default `width`) of an
+        `MLP`, the width of a `DiTSize`.
+        """
+
+
+class LabelEmbedding(AbstractConditionEmbedding):
     """A table with one row per label and one more for "no label".
 
     **Arguments:** `labels` number of labels; `width` of a row; `init` normal with standard deviation 0.02 as in DiT;
@@ -149,33 +168,127 @@ class LabelEmbedding(eqx.Module):
         return self.table.shape[0] - 1
 
     def __call__(self, label: Label) -> Float[Array, " width"]:
-        dtype = getattr(label, "dtype", None) or np.asarray(label).dtype
-        if np.shape(label) != () or not jnp.issubdtype(dtype, jnp.integer):
+        value = on_host_if_known(label)
+        is_array = isinstance(label, jax.Array | np.ndarray | np.generic)
+        array: Any = label if is_array or value is None or value.dtype == object else value
+        dtype, shape = getattr(array, "dtype", None), getattr(array, "shape", None)
+        if dtype is None or shape != () or not jnp.issubdtype(dtype, jnp.integer):
+            found = described(array) if dtype is None else f"{dtype} of shape {shape}"
             raise ValueError(
                 f"condition must be one integer label of shape () (functions are per example: jax.vmap makes batches), "
-                f"got {dtype} of shape {np.shape(label)}"
+                f"got {found}"
             )
-        value = on_host_if_known(label)
         if value is not None and not 0 <= value <= self.null_label:
             raise ValueError(f"condition must be a label in [0, {self.null_label}], got {value}")
         return self.table[label]
 
 
-def check_label_given(label: Label | None, embedding: LabelEmbedding | None) -> None:
-    """Raises a `ValueError` unless there is a label for a field with labels, and none for one without."""
-    if (label is None) != (embedding is None):
-        rule = "None for a field without labels" if embedding is None else "a label for a field with labels"
-        raise ValueError(f"condition must be {rule}, got {label}")
+class VectorEmbedding(AbstractConditionEmbedding):
+    """The embedding of a vector of numbers: linear, SiLU, linear, as of times. It is computed in float32 or better.
+
+    The numbers should be of order 1: normalise what is measured in other units.
+
+    **Arguments:** `size` how many numbers the vector has; `width` of the result; `init` for the weights, normal with
+    standard deviation 0.02 as in DiT; `key`.
+
+    **Raises:** `ValueError` if `size` or `width` is below 1; when called, unless the condition is one array of real
+    numbers of shape (size,).
+    """
+
+    hidden: Linear
+    out: Linear
+
+    def __init__(
+        self,
+        size: int,
+        width: int,
+        *,
+        init: jax.nn.initializers.Initializer = normal(0.02),
+        key: Key[Array, ""],
+    ):
+        check_sizes(size=size, width=width)
+        hidden_key, out_key = jr.split(key)
+        self.hidden = Linear(size, width, init=init, key=hidden_key)
+        self.out = Linear(width, width, init=init, key=out_key)
+
+    def __call__(self, condition: Any) -> Float[Array, " width"]:
+        size, is_array = self.hidden.weight.shape[0], isinstance(condition, jax.Array | np.ndarray)
+        if not is_array or condition.shape != (size,) or jnp.issubdtype(condition.dtype, jnp.complexfloating):
+            raise ValueError(
+                f"condition must be one vector of shape ({size},) (functions are per example: jax.vmap makes batches), "
+                f"got {described(condition)}"
+            )
+        is_real = jnp.issubdtype(condition.dtype, jnp.floating)
+        vector = at_least_float32(condition) if is_real else jnp.asarray(condition, self.hidden.weight.dtype)
+        return self.out(jax.nn.silu(self.hidden(vector)))
+
+
+def as_embedding(
+    condition: int | AbstractConditionEmbedding | None,
+    width: int,
+    *,
+    init: jax.nn.initializers.Initializer = normal(0.02),
+    key: Key[Array, ""],
+) -> AbstractConditionEmbedding | None:
+    """The embedding that the argument `condition` of a network stands for: an int is the size of a vector."""
+    if condition is None or isinstance(condition, AbstractConditionEmbedding):
+        return condition
+    if isinstance(condition, int | np.integer):
+        return VectorEmbedding(as_count("condition", condition), width, init=init, key=key)
+    rule = "the size of a vector, an nn.AbstractConditionEmbedding, or None"
+    raise ValueError(f"condition must be {rule}, got {type(condition).__name__}")
+
+
+def embedded_condition(
+    condition: Condition,
+    label: LabelEmbedding | None,
+    other: AbstractConditionEmbedding | None,
+    width: int,
+) -> Float[Array, " width"] | None:
+    """The embedding of a condition by the only one of two embeddings that there is, or None where there is neither.
+
+    **Raises:** `ValueError` if the condition is None though there is one, or not None though there is none, or if the
+    result is no vector of `width`.
+    """
+    embedding = label if other is None else other
+    if embedding is None:
+        if condition is not None:
+            rule = "None for a field made without labels and condition"
+            raise ValueError(f"condition must be {rule}, got {described(condition)}")
+        return None
+    if condition is None:
+        rule = "a label for a field with labels" if other is None else f"given for a field with {type(other).__name__}"
+        raise ValueError(f"condition must be {rule}, got None")
+    vector = embedding(condition)
+    if vector.shape != (width,):
+        raise ValueError(
+            f"condition must be embedded as shape ({width},), got {vector.shape} of {type(other).__name__}"
+        )
+    return vector
+
+
+def check_one_embedding(label: LabelEmbedding | None, condition: AbstractConditionEmbedding | None) -> None:
+    """Raises a `ValueError` if both embeddings are given."""
+    if label is not None and condition is not None:
+        rule = "labels must be None with a condition, whose embedding may hold a LabelEmbedding"
+        raise ValueError(f"{rule}; got {label.null_label}")
 
 
 class ConditionEmbedding(eqx.Module):
-    """The embedding that modulates a network: that of (r, t), plus that of the label if there are labels.
+    """The embedding that modulates a network: that of (r, t), plus that of the label or of another condition.
 
-    **Arguments:** `times`; `label` or None for a network without labels.
+    **Arguments:** `times`; `label` or None for a network without labels; `condition` the embedding of another
+    condition, or None. At most one of the latter two.
+
+    **Raises:** `ValueError` if both are given; when called, if the condition does not fit them.
     """
 
     times: TimePairEmbedding
     label: LabelEmbedding | None = None
+    condition: AbstractConditionEmbedding | None = None
+
+    def __check_init__(self):
+        check_one_embedding(self.label, self.condition)
 
     @property
     def null_label(self) -> int:
@@ -187,10 +300,10 @@ class ConditionEmbedding(eqx.Module):
             raise ValueError("labels must be given for a null label to exist, got None")
         return self.label.null_label
 
-    def __call__(self, r: TimeLike, t: TimeLike, label: Label | None) -> Float[Array, " width"]:
-        check_label_given(label, self.label)
+    def __call__(self, r: TimeLike, t: TimeLike, condition: Condition) -> Float[Array, " width"]:
         embedded = self.times(r, t)
-        return embedded if self.label is None or label is None else embedded + self.label(label)
+        added = embedded_condition(condition, self.label, self.condition, embedded.shape[0])
+        return embedded if added is None else embedded + added
 
 
 def sinusoidal_positions(height: int, width: int, size: int) -> Float[np.ndarray, "tokens size"]:
@@ -212,3 +325,16 @@ def sinusoidal_positions(height: int, width: int, size: int) -> Float[np.ndarray
         return np.concatenate([np.sin(angles), np.cos(angles)], axis=-1)
 
     return np.concatenate([encode(columns), encode(rows)], axis=-1).astype(np.float32)
+
+
+def sinusoidal_line_positions(length: int, size: int) -> Float[np.ndarray, "tokens size"]:
+    r"""Fixed 1-D position embedding: size/2 sines, then size/2 cosines, of position x 10000^(-k / (size/2)). A
+    constant, not a parameter.
+
+    **Arguments:** `length` number of tokens; `size` a positive multiple of 2.
+    """
+    check_sizes(length=length)
+    if size < 2 or size % 2:
+        raise ValueError(f"size must be a positive multiple of 2, got {size}")
+    angles = np.arange(length).reshape(-1, 1) * 10_000.0 ** (-np.arange(size // 2) / (size // 2))
+    return np.concatenate([np.sin(angles), np.cos(angles)], axis=-1).astype(np.float32)

@@ -80,7 +80,9 @@ def batch_shapes(stream: Stream) -> Batch:
 
     def make() -> Batch:
         label = None if source.labels is None else jnp.zeros(rows, jnp.int32)
-        return Batch(jnp.zeros((rows, *source.row_shape), source.dtype), label, jnp.arange(rows, dtype=jnp.int32))
+        other = jax.tree.map(lambda like: jnp.zeros((rows, *like.shape), like.dtype), source.row_condition)
+        condition = other if label is None else label
+        return Batch(jnp.zeros((rows, *source.row_shape), source.dtype), condition, jnp.arange(rows, dtype=jnp.int32))
 
     return jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=stream.sharding), jax.eval_shape(make)

@@ -15,7 +15,7 @@ from devices import run_on_devices
 from fields import refilled
 
 import mf_eqx as mfx
-from mf_eqx import checkpoint, run
+from mf_eqx import checkpoint, nn, run
 from mf_eqx._leaves import digest
 
 pytest.importorskip("safetensors")
@@ -325,6 +325,34 @@ def test_a_sampler_without_a_condition_takes_noise_alone(field, tmp_path):
     checkpoint.export_sampler(tmp_path / "plain", plain, (2,), platforms=("cpu",))
     called = jax.export.deserialize(bytearray((tmp_path / "plain").read_bytes())).call(normal(3))
     np.testing.assert_allclose(called, jax.vmap(lambda eps: mfx.sample(plain, eps))(normal(3)), rtol=1e-5, atol=1e-6)
+
+
+def test_a_sampler_takes_conditions_of_any_structure(tmp_path):
+    pytest.importorskip("flatbuffers")
+
+    class Sum(nn.AbstractConditionEmbedding):
+        table: jax.Array
+
+        def __call__(self, condition):
+            return condition["a"] @ self.table[:3] + self.table[condition["b"][0]].sum(axis=0)
+
+    field = refilled(mfx.MLP(2, width=8, depth=1, condition=Sum(jr.normal(jr.key(1), (9, 8))), key=jr.key(0)))
+    condition = {"a": jr.normal(jr.key(2), (4, 3)), "b": (jnp.arange(8).reshape(4, 2),)}
+    one = jax.tree.map(lambda leaf: leaf[0], condition)
+    checkpoint.export_sampler(tmp_path / "tree", field, (2,), one, platforms=("cpu",))
+    called = jax.export.deserialize(bytearray((tmp_path / "tree").read_bytes())).call(normal(4), condition)
+    expected = jax.vmap(lambda eps, condition: mfx.sample(field, eps, condition))(normal(4), condition)
+    np.testing.assert_allclose(called, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_sampler_takes_vectors(tmp_path):
+    pytest.importorskip("flatbuffers")
+    field = refilled(mfx.MLP(2, width=8, depth=1, condition=3, key=jr.key(0)))
+    checkpoint.export_sampler(tmp_path / "vector", field, (2,), np.zeros(3, np.float32), platforms=("cpu",))
+    vectors = np.asarray(jr.normal(jr.key(2), (4, 3)))
+    called = jax.export.deserialize(bytearray((tmp_path / "vector").read_bytes())).call(normal(4), vectors)
+    expected = jax.vmap(lambda eps, vector: mfx.sample(field, eps, vector))(normal(4), vectors)
+    np.testing.assert_allclose(called, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_a_sampler_is_the_same_bytes_wherever_it_is_written_from(field, tmp_path):

@@ -41,7 +41,7 @@ def test_batch_may_be_an_integer_of_numpy():
             jnp.zeros((6, 1)),
             jnp.zeros(3, int),
             2,
-            "label must have one value for each of the 6 rows",
+            r"condition must have a leading axis of the 6 rows, got shape \(3,\)",
         ),
         (jnp.zeros((0, 1)), None, 2, r"x must have at least one row, got shape \(0, 1\)"),
     ],

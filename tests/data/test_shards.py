@@ -9,7 +9,9 @@ import signal
 import subprocess
 import sys
 import time
+from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -373,7 +375,7 @@ def test_file_that_holds_something_else_than_checksums_is_refused(folder):
         (b'{"x": [' + b"[], " * 1_100_000 + b"[]]}", "must be JSON, but it cannot be read: it has more than 1,048,576"),
         (b"[]", "must be an object, got list"),
         (b"{}", "must have version, rows, .*; got no version, rows, row_shape, dtype, labels, x, label, crc, digest"),
-        (b'{"version": 1, "more": 1}', "version must be 2, got 1: the data must be converted again"),
+        (b'{"version": 1, "more": 1}', "version must be 2 or 3, got 1: the data must be converted again"),
     ],
 )
 def test_manifest_that_is_none_is_refused(content, message, folder):
@@ -444,6 +446,164 @@ def test_flipped_byte_is_refused_by_verifying(draws, name, whole, tmp_path_facto
     if opens_or_is_refused(lambda: ShardSource(folder, verify=True)):
         # Space between the words of a manifest may change, nothing else.
         assert json.loads((folder / name).read_text()) == json.loads(whole[name])
+
+
+# Conditions that are no labels
+
+TREE = {
+    "joints": RANDOM.normal(size=(11, 5)),
+    "more": (RANDOM.integers(0, 9, (11, 3)).astype(np.int16), [LABEL > 1, None]),
+}
+
+
+def write_conditions(folder, condition=TREE, rows_per_shard=4):
+    write_shards(ArraySource(X, condition=condition), folder, rows_per_shard=rows_per_shard)
+    return folder
+
+
+@pytest.fixture
+def conditions(tmp_path):
+    return write_conditions(tmp_path / "conditions")
+
+
+def all_conditions(source):
+    return source.take(np.arange(len(source))).condition
+
+
+@pytest.mark.parametrize("condition", [TREE, TREE["joints"], [LABEL]], ids=["tree", "vector", "list"])
+@pytest.mark.parametrize("rows_per_shard", [1, 4, 4096])
+def test_shards_hold_the_conditions_that_the_source_held(condition, rows_per_shard, tmp_path):
+    source = ShardSource(write_conditions(tmp_path / "s", condition, rows_per_shard), verify=True)
+    found = all_conditions(source)
+    assert jax.tree.structure(found) == jax.tree.structure(condition)
+    for a, b in zip(*map(jax.tree.leaves, (found, condition)), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(a, b)
+    assert source.row_condition == ArraySource(X, condition=condition).row_condition and source.labels is None
+
+
+def test_manifest_tells_shapes_dtypes_and_files_of_conditions(conditions):
+    manifest = json.loads((conditions / "manifest.json").read_text())
+    array = {"kind": "array", "shape": [], "dtype": "bool"}
+    more = [array | {"shape": [3], "dtype": "int16"}, {"kind": "list", "entries": [array, {"kind": "none"}]}]
+    expected = {"joints": array | {"shape": [5], "dtype": "float64"}, "more": {"kind": "tuple", "entries": more}}
+    assert manifest["row_condition"] == {"kind": "dict", "entries": expected}
+    assert (manifest["version"], manifest["labels"], manifest["label"]) == (3, None, None)
+    names = [[file["name"] for file in files] for files in manifest["condition"]]
+    assert names == [[f"condition_{leaf}_0000{number}.npy" for number in range(3)] for leaf in range(3)]
+    np.testing.assert_array_equal(np.load(conditions / names[0][1]), TREE["joints"][4:8])
+
+
+def test_folder_without_conditions_is_what_it_was_before_there_were_any(folder):
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["version"] == 2 and not {"row_condition", "condition"} & manifest.keys()
+
+
+def test_shards_with_conditions_can_be_written_again(conditions, tmp_path):
+    write_shards(ShardSource(conditions), tmp_path / "again", rows_per_shard=4)
+    assert ShardSource(tmp_path / "again").digest == ShardSource(conditions).digest
+
+
+def test_checksums_continue_over_the_condition(conditions):
+    rows = zip(X, *(np.asarray(leaf) for leaf in jax.tree.leaves(TREE)), strict=True)
+    found = np.concatenate([np.load(conditions / f"crc_0000{number}.npy") for number in range(3)])
+    assert found.tolist() == [crc32(b"".join(np.asarray(part).tobytes() for part in row), 0) for row in rows]
+
+
+@pytest.mark.parametrize("leaf", [0, 1, 2])
+def test_changed_condition_is_refused_when_it_is_read_and_by_verifying(leaf, conditions):
+    flip(conditions / f"condition_{leaf}_00001.npy", (-1, 1))
+    source = ShardSource(conditions)
+    rule = r"x_00001.npy: row 7 \(row 3 in this file\), with its condition, must have CRC-32 [0-9a-f]{8} as it was"
+    with pytest.raises(ValueError, match=rule):
+        source.take(np.array([0, 7]))
+    with pytest.raises(ValueError, match=rf"condition_{leaf}_00001.npy: must have SHA-256"):
+        source.verify()
+
+
+def test_condition_file_of_another_length_is_refused(conditions):
+    path = conditions / "condition_1_00002.npy"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"condition_1_00002.npy: must hold 146 bytes as manifest.json says, got 145"):
+        ShardSource(conditions)
+
+
+def entry(manifest, *path):
+    return functools.reduce(lambda node, key: node["entries"][key], path, manifest["row_condition"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m.pop("condition"), "got no condition"),
+        (lambda m: m.update(version=2), "must have only .*, got row_condition, condition too"),
+        (lambda m: m.update(row_condition=None), "row_condition must describe arrays, dictionaries, tuples and lists"),
+        (lambda m: m["row_condition"].update(kind=["dict"]), "row_condition must describe arrays"),
+        (lambda m: m["row_condition"].update(kind="list"), "row_condition must have entries that fit the kind list"),
+        (lambda m: m["row_condition"].update(entries={}), "row_condition must describe 1 to 100 arrays, got 0"),
+        (lambda m: entry(m, "joints").update(shape=[5, 0]), "row_condition must have shapes that are lists of at most"),
+        (lambda m: entry(m, "joints").update(dtype="O"), "row_condition must have dtypes among bool, float16, .* 'O'"),
+        (lambda m: entry(m, "joints").update(dtype=[]), r"row_condition must have dtypes among .*, got \[\]"),
+        (lambda m: entry(m, "joints").update(shape=[6]), "row_condition must be .* as in its files, got "),
+        (lambda m: m["condition"].pop(), "condition must be a list for each of the 3 arrays of row_condition"),
+        (
+            lambda m: m.update(
+                label=[file | {"name": file["name"].replace("crc", "label")} for file in m["crc"]], labels=3
+            ),
+            "condition must be a list for each of .*, without labels",
+        ),
+        (lambda m: m["condition"][1].pop(), "condition_1 must have 3 files as x has, got 2"),
+        (lambda m: m.update(condition=[1, 2, 3]), "condition must be lists of files, got 1"),
+        (
+            lambda m: m["condition"][1][0].update(name="../condition_1_00000.npy"),
+            r"condition_1 0: name must be condition_1_00000.npy, got '../condition_1_00000.npy'",
+        ),
+    ],
+)
+def test_manifest_that_tells_something_else_of_conditions_is_refused(change, message, conditions):
+    changed_manifest(conditions, change)
+    with pytest.raises(ValueError, match=message):
+        ShardSource(conditions)
+
+
+def test_condition_of_very_many_levels_is_refused(conditions):
+    def deepen(manifest):
+        for _ in range(20):
+            manifest["row_condition"] = {"kind": "list", "entries": [manifest["row_condition"]]}
+
+    changed_manifest(conditions, deepen)
+    with pytest.raises(ValueError, match=r"row_condition must describe arrays, .* in at most 16 levels"):
+        ShardSource(conditions)
+
+
+class Named(NamedTuple):
+    joints: np.ndarray
+
+
+@pytest.mark.parametrize(
+    ("condition", "message"),
+    [
+        ([Named(X[:, 0])], r"condition\[0\] must be made of dictionaries with text as keys, .*, got Named"),
+        ({"a": {1: X}}, r"condition\['a'\] must be made of dictionaries with text as keys, .*, got dict"),
+        ({"a": X.astype(jnp.bfloat16)}, r"condition\['a'\] must be of a dtype that .npy files can store, got bfloat16"),
+        (
+            functools.reduce(lambda tree, _: [tree], range(20), X),
+            r"condition\[0\].* must have at most 16 levels, got more",
+        ),
+    ],
+)
+def test_condition_that_files_cannot_keep_is_refused_and_leaves_nothing(condition, message, tmp_path):
+    with pytest.raises(ValueError, match=f"arrays: {message}"):
+        write_conditions(tmp_path / "s", condition)
+    assert not list(tmp_path.iterdir())
+
+
+def test_values_of_conditions_are_checked_before_they_are_written(tmp_path):
+    condition = TREE["joints"].copy()
+    condition[9, 2] = np.nan
+    with pytest.raises(ValueError, match="arrays: condition must be finite, got NaN or infinity in row 9"):
+        write_conditions(tmp_path / "s", condition)
+    assert not list(tmp_path.iterdir())
 
 
 # Rows that are no longer what was written

@@ -83,6 +83,23 @@ def test_npy_becomes_shards(convert):
     check("deep/shards", X, LABEL)
 
 
+def test_npy_with_conditions_becomes_shards(convert, capsys):
+    condition = RANDOM.standard_normal((10, 12)).astype(np.float32)
+    save("x", X[:4], X[4:])
+    save("c", condition[:4], condition[4:])
+    convert("--npy x_0.npy x_1.npy --npy-condition c_0.npy c_1.npy --to shards --rows-per-shard 3")
+    np.testing.assert_array_equal(data.ShardSource("shards", verify=True).take(np.arange(10)).condition, condition)
+    line = r"shards: 10 rows of shape \(3, 32, 32\), uint8, condition float32 of shape \(12,\), 31,200 bytes, "
+    assert re.match(line, capsys.readouterr().out)
+
+
+def test_conditions_without_npy_are_refused(convert, capsys):
+    save_cifar10("cifar")
+    with pytest.raises(SystemExit):
+        convert("--cifar10 cifar --npy-condition c.npy --to shards")
+    assert "--npy-condition must be given with --npy, got --cifar10" in capsys.readouterr().err
+
+
 def test_images_become_shards(convert):
     image = pytest.importorskip("PIL.Image")
     for name, x in zip("ab", X, strict=False):

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
+import optax
 import pytest
 from fields import FusedAttention, refilled
 
@@ -92,7 +93,31 @@ def reference_dit(field, z, r, t, label):
         pixels = [(i, j, k) for i in range(p) for j in range(p) for k in range(channels)]
         patch = np.array([z[k, row * p + i, column * p + j] for i, j, k in pixels])
         x.append(reference_linear(field.patches, patch) + reference_position(row, column, c.size))
-    x = np.stack(x)
+    values = reference_blocks(field, np.stack(x), c)
+    image = np.zeros(z.shape)
+    for (row, column), patch in zip(places, values, strict=True):
+        for i in range(p):
+            for j in range(p):
+                image[:, row * p + i, column * p + j] = patch.reshape(p, p, channels)[i, j]
+    return image
+
+
+def reference_line(field, z, r, t, label):
+    """The same for a sequence."""
+    (channels, length), p = z.shape, field.patch
+    c = reference_silu(reference_times(field.embedding.times, r, t) + np.asarray(field.embedding.label.table)[label])
+    frequencies = 10_000.0 ** (-np.arange(c.size // 2) / (c.size // 2))
+    x = []
+    for place in range(length // p):
+        patch = np.array([z[k, place * p + i] for i in range(p) for k in range(channels)])
+        position = np.concatenate([np.sin(place * frequencies), np.cos(place * frequencies)])
+        x.append(reference_linear(field.patches, patch) + position)
+    values = reference_blocks(field, np.stack(x), c)
+    return np.concatenate([patch.reshape(p, channels).T for patch in values], axis=1)
+
+
+def reference_blocks(field, x, c):
+    """The values of patches, from their tokens and the embedded condition."""
     for i in range(SMALL.depth):
         block = jax.tree.map(lambda leaf, i=i: np.asarray(leaf)[i], field.stack.blocks)
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = np.split(reference_linear(block.modulation, c), 6)
@@ -100,13 +125,7 @@ def reference_dit(field, z, r, t, label):
         hidden = reference_gelu(reference_linear(block.hidden, (1 + scale_2) * reference_norm(x) + shift_2))
         x = x + gate_2 * reference_linear(block.out, hidden)
     shift, scale = np.split(reference_linear(field.modulation, c), 2)
-    values = reference_linear(field.out, (1 + scale) * reference_norm(x) + shift)
-    image = np.zeros(z.shape)
-    for (row, column), patch in zip(places, values, strict=True):
-        for i in range(p):
-            for j in range(p):
-                image[:, row * p + i, column * p + j] = patch.reshape(p, p, channels)[i, j]
-    return image
+    return reference_linear(field.out, (1 + scale) * reference_norm(x) + shift)
 
 
 def test_forward_pass_equals_an_independent_one(x64):
@@ -116,6 +135,70 @@ def test_forward_pass_equals_an_independent_one(x64):
     # Positions are constants in float32.
     np.testing.assert_allclose(eqx.filter_jit(field)(z, r, t, label), expected, rtol=1e-5, atol=1e-6)
     assert np.abs(expected).max() > 0.1
+
+
+# Sequences
+
+LINE = (3, 10)
+
+
+@functools.cache
+def line(**options):
+    with jax.enable_x64(False):
+        return refilled(mfx.DiT(LINE, SMALL, labels=4, **options, key=jr.key(0)))
+
+
+def line64(**options):
+    """To be built inside float64."""
+    return nn.cast(line(dtype=jnp.float64, **options), jnp.float64)
+
+
+def test_forward_pass_of_a_sequence_equals_an_independent_one(x64):
+    _, r, t, label = inputs()
+    z = jr.normal(jr.key(2), LINE)
+    expected = reference_line(line64(), np.asarray(z), R, T, LABEL)
+    np.testing.assert_allclose(eqx.filter_jit(line64())(z, r, t, label), expected, rtol=1e-5, atol=1e-6)
+    assert np.abs(expected).max() > 0.1
+
+
+def test_total_derivative_of_a_sequence_is_that_of_every_form_and_of_finite_differences(x64):
+    _, r, t, label = inputs()
+    z, v = jr.normal(jr.key(2), (2, *LINE))
+    step = 1e-5
+    dudt = jax.jit(mfx.total_derivative)(line64(), z, v, r, t, label)[1]
+    ahead, behind = (line64()(z + s * v, r, t + s, label) for s in (step, -step))
+    np.testing.assert_allclose(dudt, (ahead - behind) / (2 * step), rtol=1e-5, atol=1e-7)
+    for form in ({"unroll": True}, {"remat": True}):
+        np.testing.assert_allclose(jax.jit(mfx.total_derivative)(line64(**form), z, v, r, t, label)[1], dudt, rtol=1e-9)
+
+
+def test_sequence_in_bfloat16_keeps_a_float32_output():
+    _, r, t, label = inputs()
+    z = jr.normal(jr.key(2), LINE)
+    found, expected = (field(z, r, t, label) for field in (line(dtype=jnp.bfloat16), line()))
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found, expected, atol=0.05 * float(jnp.abs(expected).max()))
+
+
+def test_sequence_trains_with_a_vector_for_its_condition():
+    field = mfx.DiT(LINE, SMALL, condition=5, key=jr.key(0))
+    batch = mfx.Batch(jr.normal(jr.key(1), (8, *LINE)), jr.normal(jr.key(2), (8, 5)))
+    step = mfx.TrainStep(mfx.Objective(), optax.adam(1e-3))
+    state, metrics = step(mfx.init_state(field, step.optimizer, key=jr.key(3)), batch)
+    assert np.isfinite(metrics["loss"].value) and int(state.faults.total) == 0
+
+
+@pytest.mark.parametrize("shape", [(8,), (1, 2, 2, 2), ()])
+def test_data_that_are_no_image_and_no_sequence_are_refused(shape):
+    with pytest.raises(
+        ValueError, match=r"data_shape must be \(channels, height, width\) or \(channels, length\), got"
+    ):
+        mfx.DiT(shape, SMALL, key=jr.key(0))
+
+
+def test_patch_that_does_not_divide_the_length_is_refused():
+    with pytest.raises(ValueError, match=r"data_shape must be divisible by the patch size 2, got \(3, 9\)"):
+        mfx.DiT((3, 9), SMALL, key=jr.key(0))
 
 
 # Size and start
@@ -419,7 +502,7 @@ def test_label_missing_or_given_in_vain_is_refused():
     z, r, t, label = inputs()
     with pytest.raises(ValueError, match="condition must be a label for a field with labels, got None"):
         small()(z, r, t)
-    with pytest.raises(ValueError, match="condition must be None for a field without labels, got 1"):
+    with pytest.raises(ValueError, match="condition must be None for a field made without labels and condition, got 1"):
         small(labels=None)(z, r, t, label)
 
 

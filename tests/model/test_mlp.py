@@ -96,7 +96,7 @@ def test_label_missing_or_given_in_vain_is_refused():
     z, r, t, label = inputs()
     with pytest.raises(ValueError, match="condition must be a label for a field with labels, got None"):
         small()(z, r, t)
-    with pytest.raises(ValueError, match="condition must be None for a field without labels, got 1"):
+    with pytest.raises(ValueError, match="condition must be None for a field made without labels and condition, got 1"):
         small(labels=None)(z, r, t, label)
 
 

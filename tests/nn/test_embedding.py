@@ -1,3 +1,4 @@
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -151,7 +152,7 @@ def test_label_missing_or_given_in_vain_is_refused():
     r, t = jnp.asarray(R), jnp.asarray(T)
     with pytest.raises(ValueError, match="condition must be a label for a field with labels, got None"):
         nn.ConditionEmbedding(times, nn.LabelEmbedding(3, 4, key=jr.key(1)))(r, t, None)
-    with pytest.raises(ValueError, match="condition must be None for a field without labels, got 1"):
+    with pytest.raises(ValueError, match="condition must be None for a field made without labels and condition, got 1"):
         nn.ConditionEmbedding(times)(r, t, jnp.asarray(1))
 
 
@@ -163,6 +164,7 @@ LABELS = {
     "a boolean array": (lambda: jnp.asarray(False), r"bool of shape \(\)"),
     "a float": (lambda: 1.0, r"float64 of shape \(\)"),
     "a float array": (lambda: jnp.ones(()), r"float32 of shape \(\)"),
+    "a dictionary": (lambda: {"a": jnp.ones(3)}, r"\['a'\] float32 of shape \(3,\)"),
     "a one-hot vector": (lambda: jnp.eye(3)[1], r"float32 of shape \(3,\)"),
 }
 
@@ -199,7 +201,7 @@ def test_label_missing_or_in_vain_is_refused_by_every_network(make):
     with pytest.raises(ValueError, match="condition must be a label for a field with labels, got None"):
         field(z, 0.0, 1.0)
     field, z, condition = make(labels=None)
-    with pytest.raises(ValueError, match="condition must be None for a field without labels, got 1"):
+    with pytest.raises(ValueError, match="condition must be None for a field made without labels and condition, got 1"):
         field(z, 0.0, 1.0, condition(jnp.asarray(1)))
 
 
@@ -211,6 +213,196 @@ def test_null_label_needs_labels():
 def test_zero_labels_are_refused():
     with pytest.raises(ValueError, match="labels must be an integer >= 1, got 0"):
         nn.LabelEmbedding(0, 4, key=jr.key(0))
+
+
+# Other conditions
+
+
+def mlp_of(condition, **options):
+    return mfx.MLP(2, width=4, depth=1, condition=condition, key=jr.key(0), **options), jnp.ones(2)
+
+
+def dit_of(condition, **options):
+    return mfx.DiT((1, 4, 4), mfx.DiTSize(1, 4, 1, 2), condition=condition, key=jr.key(0), **options), jnp.ones(
+        (1, 4, 4)
+    )
+
+
+def unet_of(condition, **options):
+    size = mfx.UNetSize(4, (1,), 1, ())
+    variables = nn.duration  # of which the embedding has two values for each of the width
+    field = mfx.UNet((1, 4, 4), size, condition=condition, time_variables=variables, key=jr.key(0), **options)
+    return field, jnp.ones((1, 4, 4))
+
+
+EVERY = pytest.mark.parametrize("make", [mlp_of, dit_of, unet_of], ids=lambda make: make.__name__)
+
+
+def lively(field):
+    """The field with numbers in all parameters, of which some start at almost zero."""
+    arrays, rest = eqx.partition(field, eqx.is_inexact_array)
+    draws = np.random.default_rng(0)
+    return eqx.combine(
+        jax.tree.map(lambda leaf: leaf + 0.3 * draws.standard_normal(leaf.shape).astype("f4"), arrays), rest
+    )
+
+
+VECTOR = np.linspace(-1, 1, 5, dtype=np.float32)
+
+
+class Pooled(nn.AbstractConditionEmbedding):
+    """Of a vector and tokens, whose rows of a table are averaged."""
+
+    joints: nn.VectorEmbedding
+    words: jax.Array
+
+    def __init__(self, width, *, key):
+        self.joints = nn.VectorEmbedding(5, width, key=key)
+        self.words = jr.normal(key, (20, width))
+
+    def __call__(self, condition):
+        return self.joints(condition["joints"]) + self.words[condition["words"]].mean(axis=0)
+
+
+def test_vector_goes_through_linear_silu_linear(x64):
+    layer = nn.cast(nn.VectorEmbedding(5, 7, key=jr.key(0)), jnp.float64)
+    expected = silu(VECTOR @ layer.hidden.weight + layer.hidden.bias) @ layer.out.weight + layer.out.bias
+    np.testing.assert_allclose(layer(jnp.asarray(VECTOR, float)), expected, rtol=1e-12)
+    assert expected.shape == (7,)
+
+
+def test_vector_weights_have_standard_deviation_two_hundredths():
+    layer = nn.VectorEmbedding(200, 300, key=jr.key(0))
+    for part in (layer.hidden, layer.out):
+        np.testing.assert_allclose(part.weight.std(), 0.02, rtol=0.02)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.int8, jnp.uint8, bool])
+def test_vector_of_few_bits_is_embedded_in_float32(dtype):
+    layer, vector = nn.VectorEmbedding(5, 4, key=jr.key(0)), jnp.asarray([1, 0, 1, 1, 0], dtype)
+    assert layer(vector).dtype == jnp.float32
+    np.testing.assert_array_equal(layer(vector), layer(vector.astype(jnp.float32)))
+
+
+@EVERY
+def test_vector_changes_the_output_and_is_added_to_the_times(make):
+    field, z = make(5)
+    field = lively(field)
+    outputs = [field(z, 0.2, 0.9, vector) for vector in (VECTOR, -VECTOR, 0 * VECTOR)]
+    for i in range(3):
+        assert bool((outputs[i] != outputs[i - 1]).any())
+
+
+@EVERY
+def test_size_of_a_vector_is_short_for_its_embedding(make):
+    field, z = make(5)
+    embedding = field.embedding.condition
+    again, _ = make(embedding)
+    assert isinstance(embedding, nn.VectorEmbedding) and jax.tree.structure(again) == jax.tree.structure(field)
+    np.testing.assert_array_equal(lively(again)(z, 0.0, 1.0, VECTOR), lively(field)(z, 0.0, 1.0, VECTOR))
+
+
+@EVERY
+def test_condition_of_any_structure_goes_through_an_embedding_of_ones_own(make):
+    width = 8 if make is unet_of else 4
+    field, z = make(Pooled(width, key=jr.key(1)))
+    field, condition = lively(field), {"joints": VECTOR, "words": jnp.asarray([3, 3, 19])}
+    outputs = [field(z, 0.0, 1.0, c) for c in (condition, condition | {"words": jnp.asarray([3, 4, 19])})]
+    assert bool((outputs[0] != outputs[1]).any())
+
+
+@pytest.mark.parametrize("make", [mlp_of, dit_of], ids=lambda make: make.__name__)
+def test_every_parameter_of_an_embedding_gets_a_gradient(make):
+    field, z = make(5)
+    batch = mfx.Batch(jr.normal(jr.key(1), (8, *z.shape)), jr.normal(jr.key(2), (8, 5)))
+    objective = mfx.Objective(label_dropout=mfx.LabelDropout(0.3, np.zeros(5, np.float32)))
+    loss = eqx.filter_jit(eqx.filter_grad(lambda field: objective(field, batch, key=jr.key(3))[0]))
+    found = loss(lively(field)).embedding.condition
+    for path, leaf in jax.tree_util.tree_leaves_with_path(found):
+        assert bool(jnp.isfinite(leaf).all() & (leaf != 0).all()), jax.tree_util.keystr(path)
+
+
+@EVERY
+def test_field_without_a_condition_has_the_parameters_that_it_had_before(make):
+    field, other = make(5)[0], make(None)[0]
+    expected = eqx.tree_at(lambda field: field.embedding.condition, field, None)
+    assert eqx.tree_equal(expected, other)
+
+
+def test_unet_takes_a_vector_beside_its_augmentation():
+    field, z = unet_of(5, augmentation=6)
+    field = lively(field)
+    alone, beside = field(z, 0.0, 1.0, VECTOR), field(z, 0.0, 1.0, mfx.UNetCondition(VECTOR, jnp.ones(6)))
+    np.testing.assert_array_equal(alone, field(z, 0.0, 1.0, mfx.UNetCondition(VECTOR)))
+    assert bool((alone != beside).any())
+
+
+VECTORS = {
+    "one of a batch": (VECTOR[None], r"float32 of shape \(1, 5\)"),
+    "another size": (VECTOR[:4], r"float32 of shape \(4,\)"),
+    "a label": (3, "3"),
+    "a list": ([0.5], r"\[0\] 0\.5"),
+    "a dictionary": ({"a": VECTOR}, r"\['a'\] float32 of shape \(5,\)"),
+    "complex": (VECTOR.astype(np.complex64), r"complex64 of shape \(5,\)"),
+    "text": ("joints", "str"),
+}
+
+
+@pytest.mark.parametrize(("condition", "got"), VECTORS.values(), ids=VECTORS)
+@EVERY
+def test_what_is_no_vector_of_the_size_is_refused(make, condition, got):
+    field, z = make(5)
+    message = rf"condition must be one vector of shape \(5,\) \(.*jax.vmap.*\), got {got}$"
+    with pytest.raises(ValueError, match=message):
+        field(z, 0.0, 1.0, condition)
+
+
+@EVERY
+def test_shape_of_a_traced_condition_is_told(make):
+    field, z = make(5)
+    with pytest.raises(ValueError, match=r"got float32 of shape \(7,\)"):
+        eqx.filter_jit(field)(z, 0.0, 1.0, jnp.ones(7))
+
+
+@EVERY
+def test_vector_missing_or_in_vain_is_refused_by_every_network(make):
+    field, z = make(5)
+    with pytest.raises(ValueError, match="condition must be given for a field with VectorEmbedding, got None"):
+        field(z, 0.0, 1.0)
+    field, z = make(None)
+    message = r"condition must be None for a field made without labels and condition, got float32 of shape \(5,\)"
+    with pytest.raises(ValueError, match=message):
+        eqx.filter_jit(field)(z, 0.0, 1.0, VECTOR)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("condition", "message"),
+    [
+        (0, "condition must be an integer >= 1, got 0"),
+        (True, "condition must be an integer >= 1, got True"),
+        (2.5, "condition must be the size of a vector, an nn.AbstractConditionEmbedding, or None, got float"),
+        (VECTOR, "condition must be the size of a vector, an nn.AbstractConditionEmbedding, or None, got ndarray"),
+    ],
+)
+@EVERY
+def test_what_stands_for_no_embedding_is_refused(make, condition, message):
+    with pytest.raises(ValueError, match=message):
+        make(condition)
+
+
+@EVERY
+def test_labels_and_another_condition_are_refused_together(make):
+    with pytest.raises(ValueError, match=r"labels must be None with a condition, .*; got 3"):
+        make(5, labels=3)
+
+
+@pytest.mark.usefixtures("unchecked")
+@EVERY
+def test_embedding_of_another_width_is_refused(make):
+    field, z = make(Pooled(3, key=jr.key(1)))
+    with pytest.raises(ValueError, match=r"condition must be embedded as shape \([48],\), got \(3,\) of Pooled"):
+        field(z, 0.0, 1.0, {"joints": VECTOR, "words": jnp.asarray([3, 3, 19])})
 
 
 # Positions
@@ -238,6 +430,19 @@ def test_positions_encode_the_column_in_the_first_half_and_the_row_in_the_second
 def test_positions_refuse_a_size_without_quarters():
     with pytest.raises(ValueError, match="size must be a positive multiple of 4, got 6"):
         nn.sinusoidal_positions(2, 2, 6)
+
+
+def test_line_positions_are_sines_then_cosines():
+    angles = np.arange(5)[:, None] * 10_000.0 ** (-np.arange(3) / 3)
+    found = nn.sinusoidal_line_positions(5, 6)
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, np.concatenate([np.sin(angles), np.cos(angles)], axis=1), atol=1e-7)
+
+
+@pytest.mark.parametrize("size", [0, 5])
+def test_line_positions_refuse_a_size_without_halves(size):
+    with pytest.raises(ValueError, match=f"size must be a positive multiple of 2, got {size}"):
+        nn.sinusoidal_line_positions(2, size)
 
 
 def test_times_embedding_keeps_its_derivative_at_r_equal_to_t():
