@@ -172,10 +172,12 @@ def trained(devices=1, accumulation=1, steps=3):
     return losses
 
 
+@pytest.mark.slow
 def test_micro_batches_have_the_conditions_of_their_rows():
     np.testing.assert_allclose(trained(accumulation=4), trained(), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_devices_have_the_conditions_of_their_rows():
     found = run_on_devices("conditions_on_devices.py")
     assert found["devices"] == 8

@@ -95,6 +95,7 @@ def test_training_brings_samples_to_the_moments_of_the_data():
     assert metrics["loss"].value < 0.02
 
 
+@pytest.mark.slow
 def test_state_of_the_objective_is_saved_and_training_continues_with_the_same_bits(tmp_path):
     checkpoint = pytest.importorskip("mf_eqx.checkpoint")
     pytest.importorskip("orbax.checkpoint")

@@ -16,6 +16,7 @@ def test_meshes_are_each_number_of_devices_without_and_with_sharing(script):
     assert script.cells(script.Config(devices=(1, 2, 4))) == [(1, 1), (2, 1), (2, 2), (4, 1), (4, 4)]
 
 
+@pytest.mark.slow
 def test_one_device_has_the_whole_state_and_no_collective(script, finished, monkeypatch):
     monkeypatch.setitem(script.SIZES, "small", mfx.DiTSize(depth=1, width=16, heads=2, patch=16))
     directory = finished("device_scaling", devices=(1,), batch=4, rounds=1, real=True)

@@ -244,7 +244,9 @@ OPTIMISERS = {
 }
 
 
-@pytest.mark.parametrize("name", OPTIMISERS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name == "adam" else pytest.mark.slow) for name in OPTIMISERS]
+)
 def test_restored_training_continues_as_if_nothing_had_happened(tmp_path, name):
     optimizer, averages = OPTIMISERS[name], (mfx.ExponentialAverage(0.9),)
     step = mfx.TrainStep(mfx.Objective(None, identity_share=0.0), optimizer, averages)
@@ -651,12 +653,16 @@ def sweep(checkpoints, paths, damages):
     return found
 
 
-def test_damaged_file_is_harmless_or_its_step_passed_over(tmp_path):
+@pytest.mark.parametrize(
+    "names", [("second flip", "zeros"), pytest.param(tuple(DAMAGES), marks=pytest.mark.slow)], ids=len
+)
+def test_damaged_file_is_harmless_or_its_step_passed_over(names, tmp_path):
     checkpoints = saved(tmp_path, 1, 2)
-    found = sweep(checkpoints, files(checkpoints, 2), DAMAGES.items())
+    found = sweep(checkpoints, files(checkpoints, 2), [(name, DAMAGES[name]) for name in names])
     assert {name: how for name, how in found.items() if how not in ("right", "digest", "unreadable")} == {}
-    assert set(found.values()) == {"right", "digest", "unreadable"}  # or the damages were too tame to show anything
-    assert len(found) > 40
+    # Or the damages were too tame to show anything. Few of them reach the data, which the digest is for.
+    assert set(found.values()) >= {"right", "unreadable", *(["digest"] if names == tuple(DAMAGES) else [])}
+    assert len(found) > 8 * len(names)
 
 
 def test_sweep_finds_wrong_weights_where_digests_are_not_compared(tmp_path, monkeypatch):

@@ -50,6 +50,7 @@ def finished(tangent_study, root, monkeypatch):
     return results
 
 
+@pytest.mark.slow
 def test_results_and_a_figure_are_made_of_what_was_trained(tangent_study, tmp_path, monkeypatch):
     monkeypatch.setattr(run, "train_cells", judged_untrained)
     results = finished(tangent_study, tmp_path, monkeypatch)

@@ -341,6 +341,7 @@ def training_gradient(*, engine=mfx.FusedJVP(), attention=nn.XLAAttention(), gui
     return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(gradient)])
 
 
+@pytest.mark.slow
 def test_stopped_jvp_gives_the_training_gradient_of_the_fused_one(x64):
     expected = training_gradient()
     np.testing.assert_allclose(training_gradient(engine=mfx.StoppedJVP()), expected, rtol=1e-12, atol=1e-12)

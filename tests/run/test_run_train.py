@@ -105,7 +105,7 @@ def undisturbed(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "fields", [{}, {"half": True}, pytest.param({"accumulation": 2}, marks=pytest.mark.slow)], ids=str
+    "fields", [{"half": True}, *(pytest.param(f, marks=pytest.mark.slow) for f in ({}, {"accumulation": 2}))], ids=str
 )
 def test_a_run_in_two_halves_has_the_bits_and_the_metrics_of_one_in_one(fields, tmp_path):
     whole, directory = trained(tmp_path / "whole", configured(**fields))
@@ -178,6 +178,7 @@ def test_metrics_after_the_last_checkpoint_are_taken_back(undisturbed, tmp_path)
     assert (root / "metrics.jsonl").read_bytes() == metrics(undisturbed[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lost", ["a line", "the file"])
 def test_lines_that_are_gone_from_the_log_are_told_once(lost, tmp_path, capsys):
     config = configured(log_every=2)
@@ -209,6 +210,7 @@ def test_a_checkpoint_with_one_flipped_byte_is_passed_over_for_the_one_before(un
     assert metrics(directory) == metrics(undisturbed[1])
 
 
+@pytest.mark.slow
 def test_settings_may_change_and_the_bits_do_not(undisturbed, tmp_path):
     stopped(tmp_path, configured(save_every=2), after=7)
     changed = configured(save_every=3, keep_last=4, keep_every=2, log_every=20, preview_every=0, most_faults=1)
