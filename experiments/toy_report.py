@@ -98,7 +98,8 @@ def tables(
     best = [f"{floor['quality'][0][name]:.2g}" for name in ("sliced_wasserstein", "total_variation")]
     many = f"{floor['large_sliced_wasserstein']:.2g}"
     rows.append(("samples of the data", "", *[None] * 3, many, best[0], None, best[1], *[None] * 4))
-    text = f"## {data}\n\n{run.table(rows, BOARD)}"
+    shown = len(BOARD) if costs else len(BOARD) - 3
+    text = f"## {data}\n\n{run.table([row[:shown] for row in rows], BOARD[:shown])}"
     if costs:
         text += f"\n\nTime of a step relative to Flow Matching; equal time: {seconds:.3g} s of CPU time."
     if last := [line.method for line in whole if line.method in at_data]:
