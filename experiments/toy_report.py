@@ -17,6 +17,7 @@ with install_import_hook("mf_eqx", "beartype.beartype(conf=beartype.BeartypeConf
 
 FLOW_TIMES = (0.5, 0.7, 1.0)
 MARKERS = "os^vD<>pP*Xh"
+HIGHEST = 2.0  # error that is drawn: one method that diverged must not make all others look alike
 
 
 class Entry(NamedTuple):
@@ -213,6 +214,7 @@ def save_error_against_time(path: Path, panels: Mapping[str, tuple[Sequence[Entr
             bars = np.abs(np.stack([means - np.min(values, axis=1), np.max(values, axis=1) - means]))
             panel.errorbar(seconds, means, bars, label=method, markersize=5, linewidth=1, capsize=2, **styles[method])
         panel.set(xscale="log", yscale="log", title=data, xlabel="CPU seconds of training", ylabel="error of u")
+        panel.set_ylim(top=min(panel.get_ylim()[1], HIGHEST))
         panel.grid(alpha=0.3, which="both")
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right center", fontsize="small")
     figure.savefig(path, format="png")
