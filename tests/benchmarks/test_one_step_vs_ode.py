@@ -10,6 +10,7 @@ import jax.random as jr
 import numpy as np
 import pytest
 from fields import GaussianField
+from own_methods import OWN
 
 import mf_eqx as mfx
 
@@ -194,23 +195,6 @@ def test_networks_on_digits_get_target_and_teacher_as_their_methods_allow(one_st
     with_target = [name for name, objective in objectives.items() if objective.stable_target is not None]
     assert with_target == ["MeanFlow", "TerminalVelocityMatching", "Flow Matching"]
     assert [name for name, objective in objectives.items() if objective.needs_teacher] == ["TerminalVelocityMatching"]
-
-
-OWN = """
-import mf_eqx as mfx
-
-class Mine(mfx.AbstractIdentity):
-    facts = mfx.Facts()
-
-    def residual(self, field, row):
-        return row.evaluate(field, row.z, row.r, row.t) - row.v
-
-class Triples(mfx.AbstractIdentityWithLoss):
-    facts = mfx.Facts(group=3)
-
-    def residual_and_loss(self, field, rows):
-        return rows.v, 0.0
-"""
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ import re
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from own_methods import OWN
 
 from mf_eqx import exact, run
 
@@ -103,23 +104,6 @@ def test_another_recipe_is_another_key(ablations):
 
 
 # Other methods
-
-
-OWN = """
-import mf_eqx as mfx
-
-class Mine(mfx.AbstractIdentity):
-    facts = mfx.Facts()
-
-    def residual(self, field, row):
-        return row.evaluate(field, row.z, row.r, row.t) - row.v
-
-class Triples(mfx.AbstractIdentityWithLoss):
-    facts = mfx.Facts(group=3)
-
-    def residual_and_loss(self, field, rows):
-        return rows.v, 0.0
-"""
 
 
 @pytest.fixture(scope="module")
