@@ -19,6 +19,7 @@ with references of their own label. README.md beside this file has figures.
 import dataclasses
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import equinox as eqx
 import jax
@@ -57,6 +58,8 @@ class Config:
         run.check_sizes(self, data_rows=LARGEST, rows=1 << 16, copies=512, numbers=LARGEST)
         if len(self.images) not in (0, 2):
             raise ValueError(f"images must be two files, of images and of labels, got {len(self.images)}")
+        if missing := [path for path in self.images if not Path(path).is_file()]:
+            raise ValueError(f"images must be files, found none at {missing[0]}")
         for name in ("copies", "times", "numbers"):
             if not getattr(self, name) or not min(getattr(self, name)) > 0:
                 raise ValueError(f"{name} must be positive numbers, got {getattr(self, name)}")

@@ -51,6 +51,7 @@ def test_a_run_leaves_shares_of_every_data_set(target_variance, tmp_path, monkey
     ("arguments", "message"),
     [
         ("--images one", "--images must be two files, of images and of labels, got 1"),
+        ("--images one two", "--images must be files, found none at one"),
         ("--times 0", r"--times must be positive numbers, got \(0.0,\)"),
         ("--times 2", r"--times must lie in \(0, 1\], got 2.0"),
         ("--rows 0", "--rows must be >= 1, got 0"),
