@@ -375,12 +375,21 @@ JUDGING = ("samples", "large_samples", "rows")
 CHOICE = ("data", "methods", "own", "settings", "seeds", "steps", "shorter", "quick")
 
 
+OF_MLP = ("batch", "width", "depth", "condition_width", "fourier_features", "fourier_scale", "learning_rate")
+OF_DIT = ("dit_batch", "dit_width", "dit_depth", "dit_learning_rate")
+OF_COMMON = ("identity_share", "pair_times", "at_data", "boundary_times", "power", "offset")
+
+
 def recipe(config: Config, cell: Cell) -> dict[str, Any]:
-    """Everything that the cell's training depends on but the code."""
-    others = {*JUDGING, *CHOICE, *(field.name for field in dataclasses.fields(run.CellSettings))}
-    values = {name: value for name, value in dataclasses.asdict(config).items() if name not in others}
+    """Everything that the cell's training depends on but the code; of the exact field, its data set alone."""
+    if cell.method == "Exact":
+        return {"data": cell.data, "method": cell.method}
+    unused = {*JUDGING, *CHOICE, *(field.name for field in dataclasses.fields(run.CellSettings))}
+    unused |= {*(OF_MLP if is_stacked(cell.data) else OF_DIT), *(OF_COMMON if cell.settings == "paper" else ())}
+    values = {name: value for name, value in dataclasses.asdict(config).items() if name not in unused}
     own = own_methods(config.own)[1] if config.own is not None and cell.method not in methods() else None
-    return {**cell._asdict(), **values, "steps": steps_of(config, cell), "own": own}
+    cell_values = {name: value for name, value in cell._asdict().items() if name != "part"}
+    return {**cell_values, **values, "steps": steps_of(config, cell), "own": own}
 
 
 def key_of(config: Config, cell: Cell) -> dict[str, Any]:

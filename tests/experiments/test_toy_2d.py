@@ -71,6 +71,22 @@ def test_a_finished_training_is_neither_repeated_nor_judged_again(toy_2d, finish
     assert other[0] != other[1]
 
 
+def test_a_setting_that_a_training_does_not_use_does_not_repeat_it(toy_2d):
+    config, stacked = toy_2d.Config(), "eight_gaussians_64d"
+    others = [
+        ("two_moons", "MeanFlow", "common", {"dit_width": 12, "dit_learning_rate": 0.1}),
+        (stacked, "MeanFlow", "common", {"width": 7, "learning_rate": 0.1}),
+        ("two_moons", "MeanFlow", "paper", {"power": 0.0, "pair_times": (1.0, 1.0)}),
+        ("two_moons", "Exact", "common", {"steps": 3, "width": 7}),
+    ]
+    for data, method, settings, changes in others:
+        cell = toy_2d.Cell(data, method, 0, settings)
+        assert toy_2d.recipe(dataclasses.replace(config, **changes), cell) == toy_2d.recipe(config, cell)
+    for name, value in {"width": 7, "power": 0.0, "batch": 128}.items():
+        cell, changed = toy_2d.Cell("two_moons", "MeanFlow", 0), dataclasses.replace(config, **{name: value})
+        assert toy_2d.recipe(changed, cell) != toy_2d.recipe(config, cell)
+
+
 def test_exact_field_has_no_error(rows):
     exact = rows["Exact"]
     assert max(exact[place] for place in ("overall", "diagonal", "one_step")) < 1e-6
