@@ -18,6 +18,7 @@ METHODS = {
     "AlignYourFlow without regularisation": mfx.AlignYourFlow(1.0),
     "AlignYourFlow": mfx.AlignYourFlow(),
     "EulerianSelfDistillation": mfx.EulerianSelfDistillation(),
+    "EulerianSelfDistillation with stopped advection": mfx.EulerianSelfDistillation(stop_advection=True),
     "SoFlow": mfx.SoFlow(0.1),
     "ConsistencyTraining": mfx.ConsistencyTraining(0.25),
     "ConsistencyTraining by iCT": mfx.ConsistencyTraining.improved(1),

@@ -5,12 +5,17 @@ With $X_{t \to r}(z) = z - (t - r)\, u(z, r, t)$ and $\hat v = u(z, t, t)$, the 
 
 $$u + (t - r)\, (\partial_t u + \partial_z u\, \hat v) = \hat v,$$
 
-which is MeanFlow along the network's own velocity, but learns through the derivative $\partial_t u$, too. The term
-$\partial_z X\, \hat v$ is behind stop-gradient, as in the authors' experiments with this equation. They found Eulerian
-losses unstable on images, and recommend `LagrangianSelfDistillation`, which has the same learnt weight in their code.
+which is MeanFlow along the network's own velocity, but learns through the derivative, too.
+
+The authors' experiments with this equation put $\partial_z u\, \hat v$ behind stop-gradient, and they report that it is
+unstable. On toys it is (`experiments/RESULTS.md`), and it is the stop-gradient that makes it so: an error wave $e^{i
+(\omega t + k z)}$ of u gives the residual $1 + i h (\omega + k v)$ times itself, with $h = t - r$, and the update multiplies
+that by the transpose of what learns. If all of it learns, the wave shrinks at the rate $1 + h^2 (\omega + k v)^2$. If
+only $u + h\, \partial_t u$ learns, the rate is $1 + h^2 \omega (\omega + k v)$, and the wave grows wherever this is
+negative. Therefore everything learns by default here.
 
 Source: How to build a consistency model: Learning flow maps via self-distillation, Boffi, Albergo, Vanden-Eijnden,
-2025, arXiv 2505.18825, and the authors' code.
+2025, arXiv 2505.18825, and the authors' code. The remark on waves is ours.
 """
 
 import dataclasses
@@ -28,20 +33,28 @@ from .lagrangian_self_distillation import SELF_DISTILLATION
 
 
 class EulerianSelfDistillation(AbstractIdentity):
-    r"""The residual $u + (t - r)\, \partial_t u - \mathrm{sg}(\hat v - (t - r)\, \partial_z u\, \hat v)$.
+    r"""The residual $u + (t - r)\, (\partial_t u + \partial_z u\, \mathrm{sg}(\hat v)) - \mathrm{sg}(\hat v)$.
 
     Needs boundary rows, from which v is learnt; no v on its own rows. Fused attention, whose derivative has no
     gradient, is refused.
+
+    **Arguments:** `stop_advection` puts $\partial_z u\, \hat v$ behind stop-gradient, as in the authors' experiments,
+    which costs one more tangent pass.
     """
+
+    stop_advection: bool = False
 
     @property
     def facts(self) -> Facts:
-        # u of the second JVP is that of the first, which XLA notices.
-        return dataclasses.replace(SELF_DISTILLATION, passes=Passes(forward=1, tangent=4))
+        # With stop_advection, u of the second JVP is that of the first, which XLA notices.
+        return dataclasses.replace(SELF_DISTILLATION, passes=Passes(forward=1, tangent=3 + self.stop_advection))
 
     def residual(self, field: AbstractField, row: Row) -> Float[Array, "*data"]:
         at, jvp, h = (row.z, row.r, row.t, row.condition), FusedJVP(), row.t - row.r
         v = row.evaluate(stopped(field), row.z, row.t, row.t)
-        u, along_t = jvp(field, *at, tangent=(jnp.zeros_like(row.z), 0.0, 1.0), key=row.key)
-        _, along_v = jvp(stopped(field), *at, tangent=(v, 0.0, 0.0), key=row.key)
-        return u + h * along_t - jax.lax.stop_gradient(v - h * along_v)
+        direction = jnp.zeros_like(row.z) if self.stop_advection else v
+        u, slope = jvp(field, *at, tangent=(direction, 0.0, 1.0), key=row.key)
+        if not self.stop_advection:
+            return u + h * slope - v
+        _, advection = jvp(stopped(field), *at, tangent=(v, 0.0, 0.0), key=row.key)
+        return u + h * slope - jax.lax.stop_gradient(v - h * advection)
