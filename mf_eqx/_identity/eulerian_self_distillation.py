@@ -7,12 +7,12 @@ $$u + (t - r)\, (\partial_t u + \partial_z u\, \hat v) = \hat v,$$
 
 which is MeanFlow along the network's own velocity, but learns through the derivative, too.
 
-The authors' experiments with this equation put $\partial_z u\, \hat v$ behind stop-gradient, and they report that it is
-unstable. On toys it is (`experiments/RESULTS.md`), and it is the stop-gradient that makes it so: an error wave $e^{i
-(\omega t + k z)}$ of u gives the residual $1 + i h (\omega + k v)$ times itself, with $h = t - r$, and the update multiplies
-that by the transpose of what learns. If all of it learns, the wave shrinks at the rate $1 + h^2 (\omega + k v)^2$. If
-only $u + h\, \partial_t u$ learns, the rate is $1 + h^2 \omega (\omega + k v)$, and the wave grows wherever this is
-negative. Therefore everything learns by default here.
+The authors' experiments with this equation put $\partial_z u\, \hat v$ behind stop-gradient, and they report that it
+is unstable. It is on toys, too, and the stop-gradient makes it so. With $h = t - r$, an error of u in the form of a
+wave, $e^{i (\omega t + k z)}$, leaves a residual of $1 + i h (\omega + k v)$ times the wave, and the update multiplies
+this by the transpose of what learns. If all of it learns, the wave shrinks at the rate $1 + h^2 (\omega + k v)^2$. If
+only $u + h\, \partial_t u$ learns, the rate is $1 + h^2 \omega (\omega + k v)$, and where this is negative the wave
+grows. So everything learns by default here.
 
 Source: How to build a consistency model: Learning flow maps via self-distillation, Boffi, Albergo, Vanden-Eijnden,
 2025, arXiv 2505.18825, and the authors' code. The remark on waves is ours.
