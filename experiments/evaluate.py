@@ -305,7 +305,7 @@ class Evaluation:
         versions = {"jax": jax.__version__, "equinox": eqx.__version__, "mf_eqx": mfx.__version__}
         device = {"kind": jax.devices()[0].device_kind, "count": jax.device_count()}
         batch = {"batch": self.config.batch, "at_once": self.config.at_once}
-        about = {"network": self.subject.network, "notes": dataclasses.asdict(self.subject.notes)}
+        about = {"network": self.subject.network, "notes": self.subject.notes.as_json()}
         return {"files": files, **about, **batch, "versions": versions, "device": device}
 
 

@@ -233,8 +233,9 @@ def save_picture(job: Job) -> None:
     rows = -(-len(x) // job.columns)
     white = np.full((rows * job.columns - len(x), *x.shape[1:]), high, x.dtype)  # after the last sample
     grid = np.concatenate([x, white]).reshape(rows, job.columns, *x.shape[1:])
-    labels = names if names is not None and len(names) == job.columns else None
-    picture.save_image_grid(job.to, grid, low, high, column_labels=labels)
+    several = names is not None and len(names) > 1
+    labels, title = (names[: job.columns], None) if several else (None, names and f"label {names[0]}")
+    picture.save_image_grid(job.to, grid, low, high, column_labels=labels, title=title)
 
 
 def save_array(job: Job) -> None:
@@ -285,11 +286,7 @@ def main(config: Config) -> None:
     check_place(job)
     save = save_files if is_folder(job.to) else save_array if job.to.endswith(".npy") else save_picture
     save(job)
-    turn = (
-        ""
-        if job.names is None
-        else f"; sample i has number i mod {len(job.names)} of the labels {', '.join(job.names)}"
-    )
+    turn = f", labels in turn: {', '.join(job.names)}" if job.names else ""
     run.tell(f"{job.to}{turn if len(turn) < 200 else ''}")
 
 

@@ -179,8 +179,9 @@ def open_tokenizer(config: Config) -> vae.Autoencoder | None:
 
 
 @eqx.filter_jit
-def generate(field: mfx.DiT, tokenizer: vae.Autoencoder, number: int) -> Float[Array, "rows 3 height width"]:
+def generate(field: mfx.AbstractField, tokenizer: vae.Autoencoder, number: int) -> Float[Array, "rows 3 height width"]:
     """Images of evenly spaced labels in one evaluation each, from the noise of all pictures."""
+    assert isinstance(field, mfx.DiT)
     eps = jr.normal(jr.key(PREVIEW_SEED), (number, *field.data_shape))
     label = jnp.arange(number) * field.null_label // number
 
@@ -190,7 +191,7 @@ def generate(field: mfx.DiT, tokenizer: vae.Autoencoder, number: int) -> Float[A
     return jax.lax.map(one, (eps, label), batch_size=min(number, 16))
 
 
-def save_samples(field: mfx.DiT, tokenizer: vae.Autoencoder, path: Path) -> None:
+def save_samples(field: mfx.AbstractField, tokenizer: vae.Autoencoder, path: Path) -> None:
     """A square of sixteen generated images."""
     x = np.asarray(generate(field, tokenizer, 16))
     picture.save_image_grid(path, x.reshape(4, 4, *x.shape[1:]), -1, 1)
@@ -227,7 +228,7 @@ def main(config: Config) -> None:
         is_new = not checkpoint.Checkpoints(directory.root / "checkpoints").steps()
         first = eqx.Partial(make_state, load_start(config, source) if is_new else None)
         state = run.train(config, step, first, stream, directory, steps=steps, preview=shown)
-        save(config, directory, state, step.objective, tokenizer)
+        save(config, directory, state, source, tokenizer)
         run.tell(f"the average is in {directory.root}")
 
 
@@ -235,7 +236,7 @@ def save(
     config: Config,
     directory: run.RunDirectory,
     state: mfx.TrainState,
-    objective: mfx.Objective,
+    source: data.AbstractSource,
     tokenizer: vae.Autoencoder | None,
 ) -> None:
     """The average as weights, and pictures of it."""
@@ -243,8 +244,8 @@ def save(
     notes = checkpoint.Notes(
         pixels=(-1, 1),
         tokenizer=checkpoint.Tokenizer(latents.tokenizer_size, latents.vae),
-        class_names=latents.class_names and tuple(latents.class_names),
-        trained=objective.trained,
+        class_names=tuple(latents.class_names) if latents.class_names else None,
+        trained=objective(config, source.labels or 0).trained,
         steps=int(state.step),
         decay=config.decay,
     )

@@ -120,7 +120,9 @@ def _decoded(name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
     if "time_variables" in decoded:
         decoded["time_variables"] = _TIME_VARIABLES[decoded["time_variables"]]
     if name != "MLP":
-        parts = {part: tuple(value) if isinstance(value, list) else value for part, value in decoded["size"].items()}
+        parts: dict[str, Any] = {
+            part: tuple(value) if isinstance(value, list) else value for part, value in decoded["size"].items()
+        }
         decoded["size"] = (DiTSize if name == "DiT" else UNetSize)(**parts)
     return decoded
 

@@ -52,6 +52,15 @@ class Notes:
         if self.decay is not None and not (_are(float, (self.decay,)) and 0 <= self.decay < 1):
             raise ValueError(f"decay must lie in [0, 1), got {self.decay!r:.80}")
 
+    def as_json(self) -> dict[str, Any]:
+        """All that is known, as values that JSON can hold."""
+        known = {name: value for name, value in vars(self).items() if value is not None}
+        if self.tokenizer is not None:
+            known["tokenizer"] = {"size": self.tokenizer.size._asdict(), "digest": self.tokenizer.digest}
+        if self.trained is not None:
+            known["trained"] = self.trained._asdict()
+        return known
+
 
 def _are(kind: type, values: Any, number: int | None = None) -> bool:
     """Whether these are a tuple of so many values of one kind. An int is a float, too, but a bool is a bool alone."""
@@ -63,19 +72,9 @@ def _are(kind: type, values: Any, number: int | None = None) -> bool:
     )
 
 
-def notes_as_json(notes: Notes) -> dict[str, Any]:
-    """Notes as values that JSON can hold; without those that are None."""
-    known = {name: value for name, value in vars(notes).items() if value is not None}
-    if notes.tokenizer is not None:
-        known["tokenizer"] = {"size": notes.tokenizer.size._asdict(), "digest": notes.tokenizer.digest}
-    if notes.trained is not None:
-        known["trained"] = notes.trained._asdict()
-    return known
-
-
 def notes_of_json(values: Mapping[str, Any]) -> Notes:
     """The notes of which these are the JSON. **Raises:** `ValueError` if they are no notes."""
-    known = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    known: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     try:
         if "tokenizer" in known:
             size = dict(known["tokenizer"]["size"])

@@ -33,7 +33,7 @@ from .._leaves import compare, digest, fill_shapes, leaves, listed, on_host, sha
 from .._model import describe, make_network
 from .._optional import optional
 from .._sharding import Parallelism
-from ._notes import Notes, notes_as_json, notes_of_json
+from ._notes import Notes, notes_of_json
 
 _Field = TypeVar("_Field", bound=AbstractField)
 
@@ -119,7 +119,7 @@ def save_weights(
         labels = about["network"] and about["network"]["labels"]
         if labels and notes.class_names and len(notes.class_names) != labels:
             raise ValueError(f"class_names must be {labels}, one for each label, got {len(notes.class_names)}")
-        about["notes"] = notes_as_json(notes)
+        about["notes"] = notes.as_json()
     if jax.process_index() == 0:
         text = json.dumps(about)
         content = {"format": _FORMAT, "about": text, "sha256": _digest(arrays, text)}
