@@ -181,7 +181,7 @@ def chosen_labels(config: Config, subject: Subject, most: int | None) -> Int[np.
     labels = [names.index(text) if text in names else int(text) if text.isdecimal() else -1 for text in config.label]
     for text, label in zip(config.label, labels, strict=True):
         if not 0 <= label < count:
-            named = " or the name of a class" if names else ""
+            named = " or be the name of a class" if names else ""
             raise ValueError(f"--label must lie in [0, {count - 1}]{named} for {subject.path}, got {text}")
     return np.array(labels)
 
