@@ -8,7 +8,7 @@
 
 A run that was stopped, or killed, continues by the same command. Data are a folder or an archive of CIFAR-10, a folder
 of shards by prepare_data.py (faster to start), or "shapes". The averages end as .safetensors beside the checkpoints;
-evaluate.py judges them.
+generate.py samples from them, evaluate.py judges them.
 
 The paper's numbers: FID 2.92 at one evaluation, after 800,000 steps of 1024 images. README.md beside this file says
 what was run here.
@@ -18,13 +18,11 @@ Sources of every number: the MeanFlow paper (arXiv 2505.13447), App. A, and the 
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-import networks
 import numpy as np
 import optax
 from jaxtyping import Array, install_import_hook, Key, UInt8
@@ -109,15 +107,16 @@ class Config(run.Settings):
         prepare(self)
 
 
-def describe(config: Config) -> networks.Description:
-    """The network, in words that its weights are saved with."""
-    size = mfx.UNetSize(config.width, config.multipliers, config.blocks, config.attention)
-    return networks.describe_unet((3, 32, 32), size, augmentation=6, dropout=config.dropout)
-
-
-def make_field(config: Config, key: Key[Array, ""]) -> mfx.DiT | mfx.UNet:
-    dtype = jnp.bfloat16 if config.bfloat16 else jnp.float32
-    return networks.make(describe(config), key, dtype=dtype, remat=config.remat)
+def make_field(config: Config, key: Key[Array, ""]) -> mfx.UNet:
+    return mfx.UNet(
+        (3, 32, 32),
+        mfx.UNetSize(config.width, config.multipliers, config.blocks, config.attention),
+        augmentation=6,
+        dropout=config.dropout,
+        dtype=jnp.bfloat16 if config.bfloat16 else jnp.float32,
+        remat=config.remat,
+        key=key,
+    )
 
 
 def objective(config: Config) -> mfx.Objective:
@@ -211,9 +210,10 @@ def main(config: Config) -> None:
 
 def save(config: Config, directory: run.RunDirectory, state: mfx.TrainState) -> None:
     """Every average as weights, and pictures of the first."""
-    notes: dict[str, Any] = {**describe(config), "steps": int(state.step), "data": config.data}
+    trained, steps = objective(config).trained, int(state.step)
     for decay, field in zip(config.decays, state.averages, strict=True):
-        checkpoint.save_weights(directory.path(f"ema_{decay}.safetensors"), field, {**notes, "decay": decay})
+        notes = checkpoint.Notes(pixels=(-1, 1), trained=trained, steps=steps, decay=decay)
+        checkpoint.save_weights(directory.path(f"ema_{decay}.safetensors"), field, {"data": config.data}, notes)
     field = run.local(state.averages[0])
     if run.is_first():
         for evaluations in (1, 2):

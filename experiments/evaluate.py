@@ -26,13 +26,12 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-import networks
 import numpy as np
-import prepare_latents
-from jaxtyping import Array, Float, Int, UInt8
+import saved
+from jaxtyping import Array, Int, UInt8
 
 import mf_eqx as mfx
-from mf_eqx import checkpoint, data, metrics, picture, run, vae
+from mf_eqx import data, metrics, picture, run
 
 _Tree = TypeVar("_Tree")
 
@@ -139,24 +138,6 @@ def check_flags(config: Config) -> None:
 # What is judged, and by what
 
 
-class Subject(NamedTuple):
-    """A network on all devices, what its file says of it, a digest of that file, and the tokenizer of its latents."""
-
-    field: mfx.DiT | mfx.UNet
-    description: dict[str, Any]
-    digest: str
-    tokenizer: vae.Autoencoder | None
-
-    @property
-    def labels(self) -> int | None:
-        return self.description.get("labels")
-
-    @property
-    def image_shape(self) -> tuple[int, ...]:
-        factor = 1 if self.tokenizer is None else self.tokenizer.factor
-        return 3, *(factor * side for side in self.field.data_shape[1:])
-
-
 class Yardstick(NamedTuple):
     """An Inception behind a protocol, the reference (moments or images), and digests of both."""
 
@@ -166,44 +147,25 @@ class Yardstick(NamedTuple):
     reference_digest: str
 
 
-def open_subject(config: Config, devices: mfx.Parallelism) -> Subject:
+def open_subject(config: Config, devices: mfx.Parallelism) -> saved.Subject:
     """**Raises:** `OSError`, `ValueError` for files that hold something else, or flags that do not fit the network."""
-    description: dict[str, Any] = {}
-
-    def make_field(found: dict[str, Any]) -> mfx.DiT | mfx.UNet:
-        description.update(found)
-        try:
-            return networks.make(found, jr.key(0), dtype=jnp.bfloat16 if config.bfloat16 else jnp.float32)
-        except ValueError as error:
-            raise ValueError(f"{config.weights}: {error}") from error
-
-    field = checkpoint.load_weights(config.weights, make_field, devices)
-    size = vae.AutoencoderSize(**description["tokenizer"]) if "tokenizer" in description else vae.SD_VAE
-    size = size._replace(widths=tuple(size.widths))
-    is_latent = "tokenizer" in description or field.data_shape[0] == size.latent
-    if not is_latent and field.data_shape[0] != 3:
-        rule = f"3 channels (pixels) or {size.latent} (latents)"
-        raise ValueError(f"{config.weights}: data must have {rule}, got the shape {field.data_shape}")
-    if is_latent != bool(config.vae):
-        rule = "given for a network of latents" if is_latent else "left out for a network of pixels"
-        raise ValueError(f"--vae must be {rule}, such as {config.weights}, got {config.vae or 'none'}")
-    if description.get("labels") is None and any(scale != 1 for scale in config.guidance_scale):
-        raise ValueError(
-            f"--guidance-scale must be 1 for {config.weights}, without labels, got {config.guidance_scale}"
-        )
-    tokenizer = devices.replicate(prepare_latents.open_tokenizer(config.vae, size)) if is_latent else None
-    if tokenizer is not None and description.get("vae", digest := tokenizer.digest()) != digest:
-        raise ValueError(f"--vae must hold the tokenizer that {config.weights} was trained with, got {config.vae}")
-    return Subject(field, description, run.sha256_of_file(config.weights), tokenizer)
+    subject = saved.open_subject(config.weights, config.vae, devices, bfloat16=config.bfloat16)
+    if subject.is_latent:
+        raise ValueError(f"--vae must be given for a network of latents, such as {config.weights}, got none")
+    if not subject.is_image or subject.shape[0] != 3:
+        rule = "images of 3 channels, or latents of them"
+        raise ValueError(f"{config.weights}: samples must be {rule}, got the shape {subject.shape}")
+    saved.check_guidance(subject, config.guidance_scale, euler=config.euler)
+    return subject
 
 
-def open_yardstick(config: Config, subject: Subject, devices: mfx.Parallelism) -> Yardstick:
+def open_yardstick(config: Config, subject: saved.Subject, devices: mfx.Parallelism) -> Yardstick:
     """**Raises:** `OSError`, `ValueError` for files that hold something else, or a reference that does not fit."""
     assert config.protocol is not None
-    protocol, wanted = PROTOCOLS[config.protocol], SHAPES.get(config.protocol, subject.image_shape)
-    if wanted != subject.image_shape:
+    protocol, wanted = PROTOCOLS[config.protocol], SHAPES.get(config.protocol, subject.shape)
+    if wanted != subject.shape:
         rule = f"--protocol {config.protocol} is for images of shape {wanted}"
-        raise ValueError(f"{config.weights}: {rule}, got {subject.image_shape}")
+        raise ValueError(f"{config.weights}: {rule}, got {subject.shape}")
     if config.reference.endswith(".npz"):
         reference, digest = metrics.load_moments(config.reference), run.sha256_of_file(config.reference)
         check_made_by(config, "protocol", reference.protocol, protocol.name)
@@ -216,7 +178,7 @@ def open_yardstick(config: Config, subject: Subject, devices: mfx.Parallelism) -
     inception_digest = extractor.digest()
     if isinstance(reference, metrics.FeatureMoments):
         check_made_by(config, "Inception weights", reference.weights, inception_digest)
-        features, _ = eqx.filter_eval_shape(extractor, jax.ShapeDtypeStruct((1, *subject.image_shape), jnp.float32))
+        features, _ = eqx.filter_eval_shape(extractor, jax.ShapeDtypeStruct((1, *subject.shape), jnp.float32))
         if (size := features.pooled.shape[1]) != len(reference.mean):
             raise ValueError(f"{config.reference}: moments must be of {size} features, got {len(reference.mean)}")
     return Yardstick(extractor, reference, inception_digest, digest)
@@ -228,19 +190,19 @@ def check_made_by(config: Config, what: str, found: str | None, wanted: str) -> 
         raise ValueError(f"{config.reference}: {what} must be {wanted!r} as for the samples, got {found!r}")
 
 
-def open_images(config: Config, subject: Subject) -> data.AbstractSource:
+def open_images(config: Config, subject: saved.Subject) -> data.AbstractSource:
     """The images of the reference."""
     path, least = Path(config.reference), max(LEAST, config.reference_count or 0)
     if (path / "manifest.json").exists():
         source = data.ShardSource(path)
     elif path.is_dir() and not any(path.glob("data_batch_1*")):
-        source = data.ImageFolderSource(path, size=subject.image_shape[1])
+        source = data.ImageFolderSource(path, size=subject.shape[1])
         run.tell(f"{path}: {len(source):,} images; passed over: {source.passed_over_as_text()}")
     else:
         source = data.read_cifar10(path)
-    if source.dtype != np.uint8 or source.row_shape != subject.image_shape:
+    if source.dtype != np.uint8 or source.row_shape != subject.shape:
         found = f"{source.dtype} of shape {source.row_shape}"
-        raise ValueError(f"{path}: images must be uint8 of shape {subject.image_shape} as the samples, got {found}")
+        raise ValueError(f"{path}: images must be uint8 of shape {subject.shape} as the samples, got {found}")
     if len(source) < least:
         raise ValueError(f"{path}: must hold at least {least} images, got {len(source)}")
     return source
@@ -261,26 +223,6 @@ def spread(number: int, count: int) -> Int[np.ndarray, " count"]:
 
 
 # Batches on all devices
-
-
-@eqx.filter_jit
-def decode(tokenizer: vae.Autoencoder, z: Float[Array, "rows latent height width"]) -> Float[Array, "rows 3 _ _"]:
-    """Images of latents whose standard deviation is about 1."""
-    return jax.vmap(tokenizer.decode)(z / vae.SCALE)
-
-
-def decoded(
-    batches: Iterable[Float[Array, "_ *data"]], tokenizer: vae.Autoencoder | None, size: int, devices: mfx.Parallelism
-) -> Iterator[Float[Array, "_ 3 height width"]]:
-    """Latents decoded, `size` at once, which divides their number or is above it (the last is repeated then); pixels,
-    without a tokenizer, as they are."""
-    for x in batches:
-        if tokenizer is None:
-            yield x
-            continue
-        for start in range(0, len(x), size):
-            rows = np.minimum(np.arange(start, start + size), len(x) - 1)
-            yield decode(tokenizer, jax.device_put(x[rows], devices.rows))
 
 
 def image_batches(
@@ -327,14 +269,16 @@ class Evaluation:
 
     config: Config
     devices: mfx.Parallelism
-    subject: Subject
+    subject: saved.Subject
     yardstick: Yardstick | None
+    digest: str
+    """Of the weights."""
 
     def common(self) -> dict[str, Any]:
         """What all rows share, and what their numbers depend on beyond rounding."""
         config, subject, yardstick = self.config, self.subject, self.yardstick
         names = ["euler", "bfloat16", *(["samples", "seed", "reference_count"] if yardstick else [])]
-        known = {"weights": subject.digest, **{name: getattr(config, name) for name in names}}
+        known = {"weights": self.digest, **{name: getattr(config, name) for name in names}}
         known["vae"] = subject.tokenizer and subject.tokenizer.digest()
         if yardstick is None:
             return known
@@ -347,22 +291,13 @@ class Evaluation:
 
     def generator(self, row: Row) -> mfx.Generator:
         """What makes the samples of a row."""
-        config, field, labels = self.config, self.subject.field, self.subject.labels
-        shown = field if labels is None or row.scale == 1 else mfx.GuidedField(field, row.scale, jnp.asarray(labels))
-        return mfx.Generator(
-            shown,
-            jr.key(config.seed),
-            field.data_shape,
-            row.times,
-            labels,
-            balanced=labels is not None and config.labels == "balanced",
-            method=mfx.sample_euler if config.euler else mfx.sample,
-            # Convolutions in loops are slow on CPUs; long programs compile for long.
-            unroll=isinstance(field, mfx.UNet) and jax.default_backend() == "cpu" and len(row.times) <= 9,
-        )
+        config, labels = self.config, self.subject.labels
+        is_balanced = labels is not None and config.labels == "balanced"
+        how = {"seed": config.seed, "scale": row.scale, "euler": config.euler}
+        return saved.make_generator(self.subject, row.times, **how, labels=labels, balanced=is_balanced)
 
     def images(self, batches: Iterable[Array]) -> Iterator[Array]:
-        return decoded(batches, self.subject.tokenizer, self.config.at_once, self.devices)
+        return saved.decoded(batches, self.subject.tokenizer, self.config.at_once, self.devices)
 
     def made_with(self) -> dict[str, Any]:
         """What numbers do not depend on, or that is known by digests alone."""
@@ -370,7 +305,8 @@ class Evaluation:
         versions = {"jax": jax.__version__, "equinox": eqx.__version__, "mf_eqx": mfx.__version__}
         device = {"kind": jax.devices()[0].device_kind, "count": jax.device_count()}
         batch = {"batch": self.config.batch, "at_once": self.config.at_once}
-        return {"files": files, "network": self.subject.description, **batch, "versions": versions, "device": device}
+        about = {"network": self.subject.network, "notes": self.subject.notes.as_json()}
+        return {"files": files, **about, **batch, "versions": versions, "device": device}
 
 
 def read_reference(job: Evaluation, yardstick: Yardstick) -> tuple[metrics.FeatureMoments, Any]:
@@ -440,12 +376,9 @@ def table(job: Evaluation, results: Mapping[Row, dict[str, Any]]) -> str:
 
 def remarks(job: Evaluation, found: Mapping[str, Any]) -> Iterator[str]:
     config, subject = job.config, job.subject
-    notes = [
-        f"{name} {subject.description[name]}"
-        for name in ("decay", "steps", "data", "source")
-        if name in subject.description
-    ]
-    yield f"{config.weights}: {', '.join(notes) or 'no notes'}, sha256 {subject.digest[:16]}."
+    known = {**subject.config, "decay": subject.notes.decay, "steps": subject.notes.steps}
+    notes = [f"{name} {known[name]}" for name in ("decay", "steps", "data", "source") if known.get(name) is not None]
+    yield f"{config.weights}: {', '.join(notes) or 'no notes'}, sha256 {job.digest[:16]}."
     labels = f", {config.labels} labels" if subject.labels else ""
     yield f"{config.samples:,} samples of seed {config.seed}{labels}{', Euler steps along v' * config.euler}."
     count = "an unknown number of" if found["reference_images"] is None else f"{found['reference_images']:,}"
@@ -463,8 +396,7 @@ def remarks(job: Evaluation, found: Mapping[str, Any]) -> Iterator[str]:
 def plan(job: Evaluation, root: Path, rows: Iterable[Row], missing: Mapping[Row, Any]) -> str:
     """What would be computed."""
     config, subject = job.config, job.subject
-    number = sum(leaf.size for leaf in jax.tree.leaves(eqx.filter(subject.field, eqx.is_array)))
-    what = f"{subject.description['network']} of {number:,} parameters, images of shape {subject.image_shape}"
+    what = f"{subject.network['network']} of {subject.parameters:,} parameters, images of shape {subject.shape}"
     where = f"{config.batch} at once on {jax.device_count()} x {jax.devices()[0].device_kind}"
     work = "pictures alone" if config.grid_only else f"{config.samples:,} samples for each row, {where}"
     lines = [[row.name, "to do" if row in missing else "finished"] for row in rows]
@@ -481,7 +413,7 @@ def save_picture(job: Evaluation, row: Row, path: Path) -> None:
     z = job.generator(row).from_noise(eps, None if shown is None else jnp.tile(shown, 8))
     x = np.concatenate([*map(np.asarray, job.images([z]))])[: len(eps)]
     names = None if shown is None else [str(label) for label in shown]
-    picture.save_image_grid(path, x.reshape(8, columns, *job.subject.image_shape), -1, 1, column_labels=names)
+    picture.save_image_grid(path, x.reshape(8, columns, *job.subject.shape), -1, 1, column_labels=names)
 
 
 def main(config: Config) -> None:
@@ -489,7 +421,8 @@ def main(config: Config) -> None:
     check_flags(config)
     devices = mfx.Parallelism()
     subject = open_subject(config, devices)
-    job = Evaluation(config, devices, subject, None if config.grid_only else open_yardstick(config, subject, devices))
+    yardstick = None if config.grid_only else open_yardstick(config, subject, devices)
+    job = Evaluation(config, devices, subject, yardstick, run.sha256_of_file(config.weights))
     common = job.common()
     settings = {row: {**common, "times": row.times, "guidance_scale": row.scale} for row in rows_of(config)}
     with run.opened(config, shared=run.digest(common)) as directory:

@@ -7,8 +7,8 @@
     python experiments/imagenet_latents.py --preset XL/2 --bfloat16 --dry-run            what it takes
 
 A run that was stopped, or killed, continues by the same command, on any number of devices and processes that divides
-the batch. The average ends as .safetensors beside the checkpoints; evaluate.py judges it. With --vae the previews are
-images, else there are none.
+the batch. The average ends as .safetensors beside the checkpoints; generate.py samples from it, evaluate.py judges it.
+With --vae the previews are images, else there are none.
 
 The paper's FID at one evaluation (50,000 samples): B/4 without guidance after 80 epochs 61.06; B/2 6.17, M/2 5.01, L/2
 3.84, XL/2 3.43 after 240 epochs; XL/2+ after 1000 epochs with two evaluations 2.20. README.md beside this file says
@@ -27,7 +27,6 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-import networks
 import numpy as np
 import optax
 import prepare_latents
@@ -133,34 +132,29 @@ def objective(config: Config, labels: int) -> mfx.Objective:
     )
 
 
-def describe(config: Config, source: data.AbstractSource) -> networks.Description:
-    """The network, in words that its weights are saved with."""
+def make_field(config: Config, source: data.AbstractSource, key: Key[Array, ""]) -> mfx.DiT:
     channels, height, width = source.row_shape
-    size = mfx.DiTSize(config.depth, config.width, config.heads, config.patch)
-    return networks.describe_dit((channels // 2, height, width), size, labels=source.labels)
-
-
-def make_field(config: Config, source: data.AbstractSource, key: Key[Array, ""]) -> mfx.DiT | mfx.UNet:
-    return networks.make(
-        describe(config, source),
-        key,
+    return mfx.DiT(
+        (channels // 2, height, width),
+        mfx.DiTSize(config.depth, config.width, config.heads, config.patch),
+        labels=source.labels,
         dtype=jnp.bfloat16 if config.bfloat16 else jnp.float32,
         attention=mfx.nn.CudnnAttention() if config.cudnn else mfx.nn.XLAAttention(),
         remat=config.remat,
+        key=key,
     )
 
 
 def load_start(config: Config, source: data.AbstractSource) -> mfx.AbstractField | None:
     """The field to start from, if one is given."""
-    wanted = describe(config, source)
-
-    def same_network(found: networks.Description) -> mfx.AbstractField:
-        for name, value in wanted.items():
-            if found.get(name) != value:
-                raise ValueError(f"start must be of {name} {value}, got {found.get(name)} in {config.start}")
-        return make_field(config, source, jr.key(0))
-
-    return checkpoint.load_weights(config.start, same_network) if config.start else None
+    if not config.start:
+        return None
+    weights, fresh = checkpoint.read_weights(config.start), eqx.Partial(make_field, config, source, jr.key(0))
+    found = mfx.describe(eqx.filter_eval_shape(weights.make_network))
+    for name, value in mfx.describe(eqx.filter_eval_shape(fresh)).items():
+        if found.get(name) != value:
+            raise ValueError(f"start must be of {name} {value}, got {found.get(name)} in {config.start}")
+    return weights.fill(fresh)
 
 
 def open_source(config: Config) -> data.AbstractSource:
@@ -185,12 +179,11 @@ def open_tokenizer(config: Config) -> vae.Autoencoder | None:
 
 
 @eqx.filter_jit
-def generate(
-    field: mfx.AbstractField, tokenizer: vae.Autoencoder, number: int, labels: int, shape: tuple[int, ...]
-) -> Float[Array, "rows 3 height width"]:
+def generate(field: mfx.AbstractField, tokenizer: vae.Autoencoder, number: int) -> Float[Array, "rows 3 height width"]:
     """Images of evenly spaced labels in one evaluation each, from the noise of all pictures."""
-    eps = jr.normal(jr.key(PREVIEW_SEED), (number, *shape))
-    label = jnp.arange(number) * labels // number
+    assert isinstance(field, mfx.DiT)
+    eps = jr.normal(jr.key(PREVIEW_SEED), (number, *field.data_shape))
+    label = jnp.arange(number) * field.null_label // number
 
     def one(row: tuple[Array, Array]) -> Array:
         return tokenizer.decode(mfx.sample(field, *row) / vae.SCALE)
@@ -198,16 +191,15 @@ def generate(
     return jax.lax.map(one, (eps, label), batch_size=min(number, 16))
 
 
-def save_samples(field: mfx.AbstractField, tokenizer: vae.Autoencoder, description: dict, path: Path) -> None:
+def save_samples(field: mfx.AbstractField, tokenizer: vae.Autoencoder, path: Path) -> None:
     """A square of sixteen generated images."""
-    x = np.asarray(generate(field, tokenizer, 16, description["labels"], tuple(description["data_shape"])))
+    x = np.asarray(generate(field, tokenizer, 16))
     picture.save_image_grid(path, x.reshape(4, 4, *x.shape[1:]), -1, 1)
 
 
 def main(config: Config) -> None:
     """Train on the latents of ImageNet, or of any folder of images, and save what was learnt."""
     source, tokenizer = open_source(config), open_tokenizer(config)
-    description = describe(config, source)
     field_key, run_key = jr.split(jr.key(config.seed))
     parallelism = run.parallelism(config)
     step = mfx.TrainStep(
@@ -227,7 +219,7 @@ def main(config: Config) -> None:
 
     def preview(state: mfx.TrainState, path: Path) -> None:
         assert tokenizer is not None
-        save_samples(run.local(state.averages[0]), tokenizer, description, path)
+        save_samples(run.local(state.averages[0]), tokenizer, path)
 
     with run.opened(config) as directory:
         scale = mfx.Guidance(config.scale, config.mix).effective_scale
@@ -236,7 +228,7 @@ def main(config: Config) -> None:
         is_new = not checkpoint.Checkpoints(directory.root / "checkpoints").steps()
         first = eqx.Partial(make_state, load_start(config, source) if is_new else None)
         state = run.train(config, step, first, stream, directory, steps=steps, preview=shown)
-        save(config, directory, state, description, tokenizer)
+        save(config, directory, state, source, tokenizer)
         run.tell(f"the average is in {directory.root}")
 
 
@@ -244,25 +236,25 @@ def save(
     config: Config,
     directory: run.RunDirectory,
     state: mfx.TrainState,
-    description: networks.Description,
+    source: data.AbstractSource,
     tokenizer: vae.Autoencoder | None,
 ) -> None:
     """The average as weights, and pictures of it."""
     latents = prepare_latents.read_notes(config.data)
-    notes: dict[str, Any] = {
-        **description,
-        "steps": int(state.step),
-        "data": config.data,
-        "decay": config.decay,
-        "guidance": [config.scale, config.mix, list(config.interval)],
-        "tokenizer": latents.tokenizer,
-        "vae": latents.vae,
-    }
-    checkpoint.save_weights(directory.path(f"ema_{config.decay}.safetensors"), state.averages[0], notes)
+    notes = checkpoint.Notes(
+        pixels=(-1, 1),
+        tokenizer=checkpoint.Tokenizer(latents.tokenizer_size, latents.vae),
+        class_names=tuple(latents.class_names) if latents.class_names else None,
+        trained=objective(config, source.labels or 0).trained,
+        steps=int(state.step),
+        decay=config.decay,
+    )
+    learnt = {"data": config.data, "guidance": [config.scale, config.mix, list(config.interval)]}
+    checkpoint.save_weights(directory.path(f"ema_{config.decay}.safetensors"), state.averages[0], learnt, notes)
     field = run.local(state.averages[0])
     if run.is_first():
         if tokenizer is not None:
-            save_samples(field, tokenizer, description, directory.path("samples.png"))
+            save_samples(field, tokenizer, directory.path("samples.png"))
         if records := directory.records():
             picture.save_curves(directory.path("curves.png"), records)
 

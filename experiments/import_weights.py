@@ -10,11 +10,8 @@ CIFAR-10 network of their torch code. --sit: SiT, trained by Flow Matching, to s
 in mf_eqx/released/_sit.py. --inception: the network of the FID, in the file of pytorch-fid or torch-fidelity.
 
 Nothing is downloaded and nothing in a file is executed. Every tensor is accounted for, or the file is refused. What is
-written says what it was made from, and is read by
-
-    checkpoint.load_weights("dit.safetensors", networks.from_description)
-
-(the one of --inception by `metrics.load_inception`). All but --dit need torch.
+written says what it was made from, and is read by generate.py, evaluate.py and `checkpoint.load_weights` (the one of
+--inception by `metrics.load_inception`). All but --dit need torch.
 """
 
 import dataclasses
@@ -25,10 +22,9 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax
 import jax.random as jr
-import networks
 
 import mf_eqx as mfx
-from mf_eqx import checkpoint, metrics, released, run
+from mf_eqx import checkpoint, metrics, released, run, vae
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,11 +63,11 @@ class Config:
 
 
 class Imported(NamedTuple):
-    """A network from a file: what it is, its weights, and which of the file's sets they are."""
+    """A network from a file, which of the file's sets of weights it has, and what was trained, if that is known."""
 
-    description: networks.Description
     field: mfx.DiT | mfx.UNet
     weights: str
+    trained: mfx.Trained | None = None
 
 
 KINDS = ("dit", "unet", "sit", "inception")
@@ -114,17 +110,17 @@ def choose(sets: Mapping[str, Any], wanted: str | None, average: str, path: str)
     return found[0]
 
 
-def shapes(description: networks.Description) -> Any:
-    """A network without numbers."""
-    return eqx.filter_eval_shape(lambda: networks.from_description(description))
+def dit_shapes(channels: int, size: mfx.DiTSize, labels: int | None, config: Config) -> mfx.DiT:
+    """A DiT without numbers."""
+    shape = (channels, *config.image_size)
+    return eqx.filter_eval_shape(lambda: mfx.DiT(shape, size, labels=labels, key=jr.key(0)))
 
 
 def import_dit(path: str, config: Config) -> Imported:
     weights = config.weights or "ema_params"
     tensors = released.read_flax(path, weights)
     channels, size, labels = released.measure_dit(tensors, path, heads=config.heads)
-    description = networks.describe_dit((channels, *config.image_size), size, labels=labels)
-    return Imported(description, released.fill_dit(shapes(description), tensors, path), weights)
+    return Imported(released.fill_dit(dit_shapes(channels, size, labels, config), tensors, path), weights)
 
 
 def import_unet(path: str, config: Config) -> Imported:
@@ -132,21 +128,18 @@ def import_unet(path: str, config: Config) -> Imported:
     weights = choose(sets, config.weights, "net_ema", path)
     shape, size, augmentation = released.measure_unet(sets[weights], path)
     # The rate is seen in no tensor; 0.2 is the paper's, and off without a key.
-    description = networks.describe_unet(shape, size, augmentation=augmentation, dropout=0.2)
-    return Imported(
-        description,
-        released.fill_unet(shapes(description), sets[weights], path, alternating=config.alternating),
-        weights,
-    )
+    options = {"augmentation": augmentation, "dropout": 0.2}
+    shapes = eqx.filter_eval_shape(lambda: mfx.UNet(shape, size, **options, key=jr.key(0)))
+    return Imported(released.fill_unet(shapes, sets[weights], path, alternating=config.alternating), weights)
 
 
 def import_sit(path: str, config: Config) -> Imported:
     sets = released.read_state_dicts(path, "x_embedder.proj.weight")
     weights = choose(sets, config.weights, "ema", path)
     channels, size, labels = released.measure_sit(sets[weights], path, heads=config.heads)
-    description = networks.describe_dit((channels, *config.image_size), size, labels=labels)
-    field = released.fill_sit(shapes(description), sets[weights], path, key=jr.key(config.seed))
-    return Imported(description, field, weights)
+    shapes = dit_shapes(channels, size, labels, config)
+    field = released.fill_sit(shapes, sets[weights], path, key=jr.key(config.seed))
+    return Imported(field, weights, mfx.Trained(average=False, null_velocity=True, null_average=False))
 
 
 IMPORTS = {"dit": import_dit, "unet": import_unet, "sit": import_sit}
@@ -161,11 +154,15 @@ def main(config: Config) -> None:
         metrics.convert_inception(path, config.to)
         print(f"{config.to}: Inception-v3 from {path}, sha256 {digest}")
         return
-    description, field, weights = IMPORTS[kind](path, config)
+    field, weights, trained = IMPORTS[kind](path, config)
     source = {"kind": kind, "weights": weights, "sha256": digest}
-    checkpoint.save_weights(config.to, field, description | {"source": source})
+    is_latent = field.data_shape[0] == vae.SD_VAE.latent
+    tokenizer = checkpoint.Tokenizer(vae.SD_VAE) if is_latent else None
+    notes = checkpoint.Notes(pixels=(-1, 1), tokenizer=tokenizer, trained=trained)
+    checkpoint.save_weights(config.to, field, {"source": source}, notes)
     count = sum(leaf.size for leaf in jax.tree.leaves(eqx.filter(field, eqx.is_array)))
-    print(f"{config.to}: {description['network']} of {description['size']}, {count:,} parameters")
+    size = field.arguments["size"]._asdict()
+    print(f"{config.to}: {type(field).__name__} of {size}, {count:,} parameters")
     print(f"from {weights or 'the only weights'} in {path}, sha256 {digest}")
 
 

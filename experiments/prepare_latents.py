@@ -185,6 +185,7 @@ class Notes(NamedTuple):
     tokenizer: dict[str, Any]
     """Its size."""
     bfloat16: bool
+    class_names: list[str] | None = None
 
     @property
     def tokenizer_size(self) -> AutoencoderSize:
@@ -222,6 +223,8 @@ def begin(config: Config, made_of: Notes) -> None:
         beside.unlink()
     saved = read_notes(config.to)
     for name, found in saved._asdict().items():
+        if name == "class_names":  # they follow from the images, and older folders lack them
+            continue
         if found != (wanted := json.loads(json.dumps(getattr(made_of, name)))):
             raise ValueError(
                 f"to must be new or of the same latents, but in {path} {name} is {found!r}, not {wanted!r}"
@@ -249,7 +252,7 @@ def main(config: Config) -> None:
     where, description = str(Path(config.images).resolve()), size._asdict()
     digest = tokenizer.digest()
     made_of = (where, len(images), images.labels, config.size, config.parts, digest, description, config.bfloat16)
-    begin(config, Notes(*made_of))
+    begin(config, Notes(*made_of, images.class_names))
     rows = np.array_split(np.arange(len(images)), config.parts)
     last = config.last_part if config.last_part >= 0 else config.parts - 1
     left = [number for number in range(config.first_part, last + 1) if not part_folder(config.to, number).exists()]

@@ -19,7 +19,12 @@ from ._field import (
     WithVelocity as WithVelocity,
 )
 from ._generate import Generator as Generator
-from ._guidance import Guidance as Guidance, GuidedField as GuidedField, LabelDropout as LabelDropout
+from ._guidance import (
+    Guidance as Guidance,
+    GuidedField as GuidedField,
+    LabelDropout as LabelDropout,
+    Trained as Trained,
+)
 from ._identity import (
     AbstractIdentity as AbstractIdentity,
     AbstractIdentityWithLoss as AbstractIdentityWithLoss,
@@ -53,6 +58,7 @@ from ._interpolant import (
 )
 from ._mean import Mean as Mean, Metrics as Metrics, total as total
 from ._model import (
+    describe as describe,
     DiT as DiT,
     DIT_B2 as DIT_B2,
     DIT_B4 as DIT_B4,
@@ -62,6 +68,7 @@ from ._model import (
     DIT_S4 as DIT_S4,
     DIT_XL2 as DIT_XL2,
     DiTSize as DiTSize,
+    make_network as make_network,
     MLP as MLP,
     UNet as UNet,
     UNET_CIFAR10 as UNET_CIFAR10,

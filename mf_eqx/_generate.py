@@ -19,7 +19,9 @@ from jaxtyping import Array, ArrayLike, Float, Int, Key, PyTree, Real
 
 from ._custom_types import Condition
 from ._field import AbstractField
+from ._guidance import GuidedField
 from ._leaves import by_name
+from ._model import check_labels
 from ._sample import check_times, sample, Times
 from ._sharding import Parallelism
 from ._validate import check_sizes, described, on_host_if_known
@@ -50,8 +52,9 @@ class Generator(eqx.Module):
     - `method`: `sample`, along average velocities; or `sample_euler`, `sample_heun`, along v = u(z, t, t).
     - `unroll`: whether to unroll the loop over the steps, see `sample`.
 
-    **Raises:** `ValueError` if `times`, `labels`, `balanced`, `condition` or `data_shape` is not valid, or if both
-    `labels` and `condition` are given.
+    **Raises:** `ValueError` if `times`, `labels`, `balanced`, `condition` or `data_shape` is not valid, if both
+    `labels` and `condition` are given, or if a network of this package, also in a `GuidedField`, lacks some of the
+    labels.
     """
 
     field: AbstractField
@@ -71,10 +74,16 @@ class Generator(eqx.Module):
             raise ValueError(f"labels must be an integer >= 1 or None, got {self.labels}")
         if self.balanced and self.labels is None:
             raise ValueError("labels must be given if balanced is True, got None")
+        self._check_labels("labels", self.labels)
+        self._check_labels("condition", self.condition)
         if self.condition is not None:
             if self.labels is not None:
                 raise ValueError(f"labels must be None with a condition, got {self.labels}")
             _check_rows(self.condition, None)
+
+    def _check_labels(self, name: str, condition: PyTree[Any]) -> None:
+        """Refuses labels that the network lacks."""
+        check_labels(name, condition, self.field.field if isinstance(self.field, GuidedField) else self.field)
 
     def __call__(self, numbers: Int[ArrayLike, " rows"] | Sequence[int]) -> Float[Array, "rows *data"]:
         """The samples with these numbers, on the devices that hold the numbers."""
@@ -107,6 +116,7 @@ class Generator(eqx.Module):
             return _from_noise(self, eps, _as_labels(condition, len(eps), self.labels))
         condition = _as_arrays(condition)
         _check_rows(condition, len(eps))
+        self._check_labels("condition", condition)
         return _from_noise(self, eps, condition)
 
     def batches(self, count: int, batch: int, devices: Parallelism) -> Iterator[Float[Array, "batch *data"]]:

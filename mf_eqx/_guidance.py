@@ -10,7 +10,7 @@ $\omega' = \omega / (1 - \kappa)$.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -21,6 +21,7 @@ from jaxtyping import Array, ArrayLike, Float, Key
 from ._custom_types import as_scalar, as_times, Condition, TimeLike
 from ._field import AbstractField
 from ._leaves import by_name
+from ._model import check_labels
 from ._validate import check_positive
 
 
@@ -94,9 +95,9 @@ class GuidedField(AbstractField):
     **Arguments:** `field`; `scale` w, 1 for none ("cfg scale" elsewhere); `null` the condition that means "none",
     broadcast to the shapes of the condition as in `LabelDropout`.
 
-    **Raises:** `ValueError` unless 0 <= scale < infinity; when called, if an array of `null` does not broadcast to that
-    of the condition; or if `null` contains a NumPy integer that does not fit
-    into the dtype to which JAX converts it.
+    **Raises:** `ValueError` unless 0 <= scale < infinity; if `null` contains a NumPy integer that does not fit into the
+    dtype to which JAX converts it, or is a label that a network of this package lacks; when called, if an array of
+    `null` does not broadcast to that of the condition.
 
     **Reference:** Classifier-Free Diffusion Guidance, Ho and Salimans, 2022, arXiv 2207.12598.
     """
@@ -108,6 +109,7 @@ class GuidedField(AbstractField):
     def __check_init__(self):
         check_positive("scale", self.scale, or_zero=True)
         _check_null(self.null)
+        check_labels("null", self.null, self.field)
 
     def __call__(
         self,
@@ -122,6 +124,17 @@ class GuidedField(AbstractField):
         null = _broadcast(self.null, condition)
         with_condition, without = (self.field(z, r, t, c, key=key) for c in (condition, null))
         return self.scale * with_condition + (1 - self.scale) * without
+
+
+class Trained(NamedTuple):
+    """Which values of a field an objective trains beside u(z, t, t) with the condition."""
+
+    average: bool
+    """u(z, r, t) for r < t; without it, sample by Euler steps along u(z, t, t)."""
+    null_velocity: bool
+    """u(z, t, t) with the null condition, which guidance needs, also in the target."""
+    null_average: bool
+    """u(z, r, t) for r < t with the null condition, which a `GuidedField` needs, except by Euler steps."""
 
 
 class LabelDropout(eqx.Module):

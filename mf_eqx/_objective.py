@@ -24,7 +24,7 @@ from jaxtyping import Array, ArrayLike, Float, Key, PyTree
 from ._batch import Batch
 from ._custom_types import at_least_float32, Condition, Scalar, Time
 from ._field import AbstractField, AbstractFieldWithVelocity, check_per_example, stopped
-from ._guidance import check_null_shape, first_changed_by_cast, Guidance, LabelDropout
+from ._guidance import check_null_shape, first_changed_by_cast, Guidance, LabelDropout, Trained
 from ._identity import AbstractIdentity, AbstractIdentityWithLoss, Facts, MeanFlow
 from ._interpolant import AbstractInterpolant, LinearInterpolant
 from ._leaves import by_name
@@ -206,6 +206,12 @@ class Objective(AbstractObjective):
     @property
     def needs_teacher(self) -> bool:
         return self._facts.needs_teacher
+
+    @property
+    def trained(self) -> Trained:
+        """Which values of a field it trains, for those who sample later."""
+        average, drops = self.identity_share > 0, self._drop_probability > 0
+        return Trained(average, drops, average and drops and self._drops_any_row)
 
     @property
     def _facts(self) -> Facts:

@@ -73,6 +73,18 @@ def refilled(field, seed=0):
     return jax.tree.map(refill, field)
 
 
+def filled(make, seed=0):
+    """The field that `make()` returns, with every parameter drawn from N(0, 0.1^2): nothing is compiled, as it is when
+    a network draws its own."""
+    draws = np.random.default_rng(seed)
+
+    def fill(leaf):
+        is_shape = isinstance(leaf, jax.ShapeDtypeStruct)
+        return jnp.asarray(0.1 * draws.standard_normal(leaf.shape), leaf.dtype) if is_shape else leaf
+
+    return jax.tree.map(fill, eqx.filter_eval_shape(make))
+
+
 def _weights(query, key):
     wide = jnp.promote_types(query.dtype, jnp.float32)
     logits = jnp.einsum("qhd,khd->hqk", query.astype(wide), key.astype(wide)) / np.sqrt(query.shape[-1])

@@ -10,7 +10,7 @@ import jax.random as jr
 import numpy as np
 import pytest
 from devices import run_on_devices
-from fields import refilled
+from fields import filled, refilled
 
 import mf_eqx as mfx
 
@@ -159,3 +159,53 @@ def test_condition_is_given_where_there_is_one(options):
         ValueError, match="condition must be given for a generator with labels or a condition, got None"
     ):
         make_generator(**options).from_noise(jnp.zeros((1, *SHAPE)))
+
+
+# Labels that the network lacks
+
+
+@pytest.fixture(scope="module")
+def network():
+    return filled(lambda: mfx.MLP(2, width=8, depth=1, labels=LABELS, key=jr.key(0)))
+
+
+@pytest.mark.parametrize(
+    ("options", "name", "got"),
+    [
+        ({"labels": 4}, "labels", 4),
+        ({"condition": np.array([0, 99])}, "condition", 99),
+        ({"condition": np.array([-1, 2])}, "condition", -1),
+    ],
+    ids=range(3),
+)
+@pytest.mark.parametrize("guided", [False, True])
+def test_labels_that_the_network_lacks_are_refused(network, options, name, got, guided):
+    field = mfx.GuidedField(network, 2, LABELS) if guided else network
+    message = rf"{name} must lie in \[0, 3\] for a network with 3 labels, got {got}"
+    with pytest.raises(ValueError, match=message):
+        mfx.Generator(field, jr.key(0), (2,), **options)
+
+
+def test_labels_beside_noise_that_the_network_lacks_are_refused(network):
+    generator = mfx.Generator(network, jr.key(0), (2,))
+    with pytest.raises(ValueError, match=r"condition must lie in \[0, 3\] for a network with 3 labels, got 4"):
+        generator.from_noise(jnp.zeros((2, 2)), np.array([0, 4]))
+
+
+def test_labels_of_a_unet_are_seen_in_its_condition():
+    field = filled(lambda: mfx.UNet((1, 4, 4), mfx.UNetSize(4, (1,), 1, ()), labels=LABELS, key=jr.key(0)))
+    condition = mfx.UNetCondition(np.array([0, 4]))
+    with pytest.raises(ValueError, match=r"condition must lie in \[0, 3\] for a network with 3 labels, got 4"):
+        mfx.Generator(field, jr.key(0), (1, 4, 4), condition=condition)
+
+
+def test_no_label_and_fewer_labels_than_the_network_has_are_accepted(network):
+    assert mfx.Generator(network, jr.key(0), (2,), labels=2).labels == 2
+    samples = mfx.Generator(network, jr.key(0), (2,), condition=np.array([LABELS, 0]))([0, 1])
+    assert np.isfinite(samples).all()
+
+
+@pytest.mark.parametrize("null", [4, -1, np.int32(4), jnp.asarray(4)])
+def test_null_that_the_network_lacks_is_refused(network, null):
+    with pytest.raises(ValueError, match=r"null must lie in \[0, 3\] for a network with 3 labels, got"):
+        mfx.GuidedField(network, 2, null)

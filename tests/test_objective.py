@@ -929,6 +929,26 @@ def test_rate_that_boundary_rows_cannot_reach_is_refused(share, rate):
         Objective(identity_share=share, label_dropout=LabelDropout(rate, LABELS))
 
 
+@pytest.mark.parametrize(
+    ("parts", "expected"),
+    [
+        ({}, (True, False, False)),
+        ({"label_dropout": LabelDropout(0.0, LABELS, boundary_only=False)}, (True, False, False)),
+        ({"label_dropout": LabelDropout(0.1, LABELS)}, (True, True, False)),
+        ({"label_dropout": LabelDropout(0.1, LABELS, boundary_only=False)}, (True, True, True)),
+        ({"label_dropout": LabelDropout(0.1, LABELS), "identity_share": 1}, (True, True, True)),
+        ({"identity": None, "identity_share": 0}, (False, False, False)),
+        (
+            {"identity": None, "identity_share": 0, "label_dropout": LabelDropout(0.1, LABELS, boundary_only=False)},
+            (False, True, False),
+        ),
+    ],
+    ids=range(7),
+)
+def test_what_is_trained_follows_from_share_and_dropout(parts, expected):
+    assert Objective(**parts).trained == expected
+
+
 @pytest.mark.parametrize(("share", "rate"), [(0.25, 0.75), (0.0, 1.0), (1.0, 1.0)])
 def test_rate_that_drops_every_possible_row_is_accepted(share, rate):
     Objective(identity_share=share, label_dropout=LabelDropout(rate, LABELS))

@@ -1,5 +1,6 @@
 """Networks that are fields."""
 
+from .description import check_labels as check_labels, describe as describe, make_network as make_network
 from .dit import (
     DiT as DiT,
     DIT_B2 as DIT_B2,

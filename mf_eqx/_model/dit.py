@@ -14,7 +14,7 @@ paper, Tab. 4; `early_blocks` as in Decoupled MeanFlow, 2025, arXiv 2510.24474.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -45,7 +45,7 @@ from ..nn import (
     TimeVariables,
     XLAAttention,
 )
-from ..nn._embedding import as_embedding
+from ..nn._embedding import as_argument, as_embedding
 
 
 class DiTSize(NamedTuple):
@@ -197,6 +197,22 @@ class DiT(AbstractField):
     def null_label(self) -> int:
         """The label that means "no label"."""
         return self.embedding.null_label
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The arguments of which this field is made, without `key` and those that say only how it computes: `dtype`,
+        `attention`, `remat`, `unroll`. `DiT(**field.arguments, key=key)` is a fresh field of the same structure."""
+        times, label = self.embedding.times, self.embedding.label
+        heads = self.stack.blocks.attention.heads
+        return {
+            "data_shape": self.data_shape,
+            "size": DiTSize(self.stack.depth, self.modulation.weight.shape[0], heads, self.patch),
+            "labels": None if label is None else label.null_label,
+            "condition": as_argument(self.embedding.condition),
+            "time_variables": times.variables,
+            "time_scale": times.time_scale,
+            "early_blocks": self.early_blocks,
+        }
 
     def __call__(
         self,

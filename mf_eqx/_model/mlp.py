@@ -12,6 +12,8 @@ Source: Fourier Features Let Networks Learn High Frequency Functions in Low Dime
 Mildenhall, Fridovich-Keil, Raghavan, Singhal, Ramamoorthi, Barron, Ng, 2020, arXiv 2006.10739.
 """
 
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -35,7 +37,7 @@ from ..nn import (
     TimePairEmbedding,
     TimeVariables,
 )
-from ..nn._embedding import as_embedding
+from ..nn._embedding import as_argument, as_embedding
 
 
 class MLPBlock(eqx.Module):
@@ -138,6 +140,28 @@ class MLP(AbstractField):
     def null_label(self) -> int:
         """The label that means "no label"."""
         return self.embedding.null_label
+
+    @property
+    def data_shape(self) -> tuple[int]:
+        """(size,)."""
+        return (self.out.weight.shape[1],)
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The arguments of which this field is made, as for `DiT`, and without `fourier_scale`, which says only where
+        the frequencies start."""
+        times, label = self.embedding.times, self.embedding.label
+        return {
+            "size": self.out.weight.shape[1],
+            "width": self.out.weight.shape[0],
+            "depth": self.stack.depth,
+            "labels": None if label is None else label.null_label,
+            "condition": as_argument(self.embedding.condition),
+            "time_variables": times.variables,
+            "time_scale": times.time_scale,
+            "condition_width": self.stack.blocks.condition.weight.shape[1],
+            "fourier_features": 0 if self.frequencies is None else self.frequencies.shape[1],
+        }
 
     def __call__(
         self,

@@ -19,7 +19,7 @@ Source: Score-Based Generative Modeling through Stochastic Differential Equation
 
 import itertools
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -49,7 +49,7 @@ from ..nn import (
     upsample,
     XLAAttention,
 )
-from ..nn._embedding import as_embedding, check_one_embedding, embedded_condition
+from ..nn._embedding import as_argument, as_embedding, check_one_embedding, embedded_condition
 
 
 class UNetSize(NamedTuple):
@@ -310,6 +310,7 @@ class UNet(AbstractField):
     norm: GroupNorm
     last: eqx.nn.Conv2d
     data_shape: tuple[int, int, int] = eqx.field(static=True)
+    size: UNetSize = eqx.field(static=True)
     dtype: DTypeLike = eqx.field(static=True)
 
     def __init__(
@@ -355,6 +356,7 @@ class UNet(AbstractField):
         self.norm = _group_norm(outputs)
         self.last = _convolution(outputs, channels, 3, scale=_ALMOST_ZERO, key=last_key)
         self.data_shape = (channels, rows, data_shape[2])
+        self.size = size
         self.dtype = jnp.dtype(dtype)
 
     @property
@@ -366,6 +368,20 @@ class UNet(AbstractField):
         if self.embedding.label is None:
             raise ValueError("labels must be given for a null label to exist, got None")
         return self.embedding.label.null_label
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The arguments of which this field is made, as for `DiT`."""
+        embedding = self.embedding
+        return {
+            "data_shape": self.data_shape,
+            "size": self.size,
+            "labels": None if embedding.label is None else embedding.label.null_label,
+            "condition": as_argument(embedding.condition),
+            "augmentation": 0 if embedding.augmentation is None else embedding.augmentation.shape[0],
+            "dropout": self.middle[0].blocks.dropout,
+            "time_variables": embedding.variables,
+        }
 
     def __call__(
         self,

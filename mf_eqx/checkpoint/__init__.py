@@ -4,9 +4,19 @@
     restored = checkpoints.load(make_state, parallelism)         None if there is no checkpoint yet
     checkpoints.save(step, state)                                returns before everything is written
 
+    checkpoint.save_weights("ema.safetensors", state.averages[0], notes=checkpoint.Notes(pixels=(-1, 1)))
+    field = checkpoint.load_weights("ema.safetensors")
+
 Import this part explicitly (`from mf_eqx import checkpoint`); Orbax is imported where it is used.
 """
 
 from ._checkpoints import CheckpointError as CheckpointError, Checkpoints as Checkpoints, Restored as Restored
 from ._digest import digests as digests
-from ._export import export_sampler as export_sampler, load_weights as load_weights, save_weights as save_weights
+from ._export import export_sampler as export_sampler
+from ._notes import Notes as Notes, Tokenizer as Tokenizer
+from ._weights import (
+    load_weights as load_weights,
+    read_weights as read_weights,
+    save_weights as save_weights,
+    Weights as Weights,
+)

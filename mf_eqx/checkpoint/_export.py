@@ -1,79 +1,24 @@
-"""Results of a training for users who only sample: the averaged weights, or a whole sampler, as one file.
-
-    save_weights("ema.safetensors", state.averages[0], config={"width": 96})
-    field = load_weights("ema.safetensors", lambda config: make_field(Config(**config), jr.key(0)))
+"""A whole sampler as one file, for users who only sample.
 
     export_sampler("sampler.jaxexport", field, (3, 32, 32), condition=0, times=(1.0, 0.0))
 
-Both require the extra `export`.
+Requires the extra `export`.
 """
 
 import contextlib
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from .._custom_types import Condition
 from .._field import AbstractField
-from .._files import read_regular, write_whole
-from .._json import parse_json
-from .._leaves import compare, digest, fill_shapes, leaves, listed, on_host, shapes, without_key_dtype
+from .._files import write_whole
 from .._optional import optional
 from .._sample import sample
-from .._sharding import Parallelism
-
-_Field = TypeVar("_Field", bound=AbstractField)
-
-_FORMAT = "mf_eqx weights 1"
-_LONGEST_HEADER = 100_000_000
-
-
-def save_weights(path: str | Path, field: AbstractField, config: Mapping[str, Any] | None = None) -> None:
-    """Write the arrays of a field as safetensors, each under its path in the field, together with the configuration
-    from which the field is made. The file is complete or absent, and equal arrays and configurations always give the
-    same bytes. One process writes, but all must call this function.
-
-    **Arguments:** `path` of the file; `field` usually an average; `config` any values that JSON can represent.
-
-    **Raises:** `ValueError` for arrays in bfloat16, float8 and similar dtypes, which safetensors cannot read into NumPy
-    (averages are float32). `OSError` if the file cannot be written; an existing file is then left unchanged.
-    """
-    with optional("safetensors", extra="export"):
-        import safetensors.numpy
-    arrays = {name: on_host(without_key_dtype(leaf)) for name, leaf in leaves(field).items()}
-    if unknown := [f"{name} in {array.dtype}" for name, array in arrays.items() if not _is_supported(array.dtype)]:
-        rule = "have arrays of dtypes that safetensors can read into NumPy"
-        raise ValueError(f"field must {rule}, got {listed(unknown)}: cast them to float32")
-    if jax.process_index() == 0:
-        text = json.dumps(dict(config or {}))
-        content = {"format": _FORMAT, "config": text, "sha256": _digest(arrays, text)}
-        write_whole(path, *_with_ordered_header(safetensors.numpy.save(arrays, content)))
-
-
-def load_weights(
-    path: str | Path, make_field: Callable[[dict[str, Any]], _Field], parallelism: Parallelism | None = None
-) -> _Field:
-    """The field in a file of `save_weights`.
-
-    **Arguments:** `path` of the file; `make_field` makes a field of the right structure from the configuration: from
-    its result only the shapes and dtypes of arrays and everything that is not an array are used; `parallelism` None for
-    one device.
-
-    **Raises:** `OSError` if the file cannot be read; `ValueError` that names the file and what is wrong with it: not
-    safetensors, truncated, another format, a configuration or arrays that changed after they were written, or arrays
-    other than those of the field (with the paths that differ).
-    """
-    path = Path(path)
-    config, arrays = _read(path)
-    wanted = eqx.filter_eval_shape(lambda: make_field(config))
-    compare(shapes(arrays), shapes({name: without_key_dtype(leaf) for name, leaf in leaves(wanted).items()}), path)
-    return _on_devices(fill_shapes(wanted, {name: jnp.asarray(leaf) for name, leaf in arrays.items()}), parallelism)
 
 
 def export_sampler(
@@ -117,56 +62,6 @@ def export_sampler(
         write_whole(path, bytes(exported.serialize()))
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Configuration and arrays of a file of `save_weights`, after a check that they are unchanged."""
-    with optional("safetensors", extra="export"):
-        import safetensors
-        import safetensors.numpy
-    content, rule = read_regular(path), f"{path}: must be a file of save_weights"
-    try:
-        # The metadata first: files from other programs may hold tensors of dtypes that NumPy lacks.
-        metadata = _metadata(content)
-        arrays = safetensors.numpy.load(content) if metadata.get("format") == _FORMAT else {}
-    except (safetensors.SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"{rule}, but it cannot be read: {error}") from error
-    if (found := metadata.get("format")) != _FORMAT:
-        raise ValueError(f"{rule} in the format {_FORMAT!r}, got {found!r:.60}")
-    if metadata.get("sha256") != _digest(arrays, metadata.get("config", "")):
-        raise ValueError(f"{path}: must hold the weights as written, but their sha256 differs: the file is damaged")
-    try:
-        config = parse_json(metadata["config"].encode(), finite=False)
-    except (ValueError, KeyError) as error:
-        raise ValueError(f"{rule}, but its configuration cannot be read: {error}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{rule}, whose configuration is a JSON object, got {type(config).__name__}")
-    return config, arrays
-
-
-def _is_supported(dtype: np.dtype) -> bool:
-    """Whether arrays of this dtype can be written and read: only dtypes of NumPy itself can, not those of other
-    packages."""
-    return dtype.isbuiltin == 1 and dtype != np.complex128
-
-
-def _metadata(content: bytes) -> dict[str, str]:
-    """The metadata of a safetensors file: an object in its JSON header, which follows eight bytes with its length."""
-    length = int.from_bytes(content[:8], "little")
-    if length > min(len(content), _LONGEST_HEADER):
-        raise ValueError(f"its header has {length} bytes")
-    return json.loads(content[8 : 8 + length])["__metadata__"] or {}
-
-
-def _with_ordered_header(content: bytes) -> tuple[bytes, memoryview]:
-    """The header and the arrays of a safetensors file, with the metadata sorted: the library writes metadata in an
-    order that differs from call to call."""
-    start = 8 + int.from_bytes(content[:8], "little")
-    header = json.loads(content[8:start])
-    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)  # the position of the arrays must be a multiple of eight bytes
-    return len(text).to_bytes(8, "little") + text, memoryview(content)[start:]
-
-
 @contextlib.contextmanager
 def _without_source_lines() -> Iterator[None]:
     """A context in which JAX writes no tracebacks into its programs."""
@@ -176,19 +71,3 @@ def _without_source_lines() -> Iterator[None]:
         yield
     finally:
         jax.config.update("jax_traceback_in_locations_limit", before)
-
-
-def _on_devices(field: _Field, parallelism: Parallelism | None) -> _Field:
-    if parallelism is None:
-        return field
-    return jax.tree.map(
-        lambda leaf, sharding: leaf if sharding is None else jax.device_put(leaf, sharding),
-        field,
-        parallelism.of_tree(field),
-        is_leaf=lambda leaf: leaf is None,
-    )
-
-
-def _digest(arrays: Mapping[str, np.ndarray], text: str) -> str:
-    """SHA-256 of arrays with their names, whatever their order in a file, and of a text."""
-    return digest(dict(sorted(arrays.items())), text)

@@ -239,6 +239,11 @@ def as_embedding(
     raise ValueError(f"condition must be {rule}, got {type(condition).__name__}")
 
 
+def as_argument(embedding: AbstractConditionEmbedding | None) -> int | AbstractConditionEmbedding | None:
+    """The argument `condition` of a network that `as_embedding` makes this embedding of."""
+    return embedding.hidden.weight.shape[0] if isinstance(embedding, VectorEmbedding) else embedding
+
+
 def embedded_condition(
     condition: Condition,
     label: LabelEmbedding | None,

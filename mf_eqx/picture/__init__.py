@@ -1,5 +1,6 @@
 """Plots of a run as PNG files, drawn by matplotlib (extra `experiments`), which is imported where it is used.
 
+    save_image          one image
     save_image_grid     samples of images
     save_point_grid     samples in the plane, by method and number of evaluations
     save_point_panels   samples in the plane, one panel each
@@ -12,7 +13,7 @@ This module is imported explicitly (`from mf_eqx import picture`).
 """
 
 from ._curves import save_curves as save_curves
-from ._image_grid import save_image_grid as save_image_grid
+from ._image_grid import save_image as save_image, save_image_grid as save_image_grid
 from ._plane import (
     Flow as Flow,
     flow_of as flow_of,

@@ -1,4 +1,4 @@
-"""Grids of images, pixel for pixel."""
+"""Images and grids of them, pixel for pixel."""
 
 import io
 import math
@@ -51,6 +51,25 @@ def save_image_grid(
     _check(images, low, high, row_labels, column_labels)
     scale = max(1, round(48 / max(images.shape[-2:]))) if scale is None else as_count("scale", scale)
     _draw(path, _to_bytes(images, low, high), scale, row_labels or (), column_labels or (), title or "")
+
+
+def save_image(
+    path: str | Path, image: Real[Array | np.ndarray, "channels height width"], low: int | float, high: int | float
+) -> None:
+    """Save one image as PNG of its own size, in red, green and blue. This requires Pillow (extra `images`).
+
+    **Arguments:** as for `save_image_grid`.
+
+    **Raises:** `ValueError` as `save_image_grid` does.
+    """
+    with optional("PIL", extra="images"):
+        from PIL import Image
+
+    images = np.asarray(image)[None, None]
+    _check(images, low, high, None, None)
+    content = io.BytesIO()
+    Image.fromarray(_to_bytes(images, low, high)[0, 0]).save(content, format="PNG")
+    write_whole(path, content.getvalue())
 
 
 def _check(

@@ -81,8 +81,8 @@ def test_parts_are_made_of_the_presets_numbers(cifar10):
 def test_network_of_the_paper_has_its_number_of_parameters(cifar10):
     field = eqx.filter_eval_shape(cifar10.make_field, cifar10.PAPER, jr.key(0))
     assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(field) if hasattr(leaf, "shape")) == 55_932_419
-    notes = cifar10.describe(cifar10.PAPER)
-    assert (notes["dropout"], notes["augmentation"], notes["data_shape"]) == (0.2, 6, [3, 32, 32])
+    arguments = field.arguments
+    assert (arguments["dropout"], arguments["augmentation"], arguments["data_shape"]) == (0.2, 6, (3, 32, 32))
 
 
 def test_times_of_v1_meet_in_three_rows_of_ten(cifar10):

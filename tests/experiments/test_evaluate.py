@@ -1,5 +1,6 @@
 """Saved weights are judged by one command: its numbers, pictures and refusals, and that nothing is computed twice."""
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -47,11 +48,6 @@ def evaluate(experiment):
     return experiment("evaluate")
 
 
-@pytest.fixture(scope="module")
-def networks(experiment):
-    return experiment("networks")
-
-
 def save_cifar10(folder, images):
     os.makedirs(folder)
     records = np.concatenate([np.zeros((len(images), 1), np.uint8), images.reshape(len(images), -1)], axis=1)
@@ -59,33 +55,39 @@ def save_cifar10(folder, images):
         part.tofile(f"{folder}/data_batch_{number + 1}.bin")
 
 
-def save_network(networks, path, description, start=""):
+def save_network(path, make, start="", notes=None):
     """Random weights that nothing had to be compiled for."""
 
     def fill(path, leaf):
         shape = getattr(leaf, "shape", None)
         return leaf if shape is None else jnp.asarray(random_tensor(start + jax.tree_util.keystr(path), shape, 1.5))
 
-    shapes = eqx.filter_eval_shape(networks.from_description, description)
-    field = jax.tree_util.tree_map_with_path(fill, shapes)
-    checkpoint.save_weights(path, field, {**description, "decay": 0.99, "steps": 7})
+    field = jax.tree_util.tree_map_with_path(fill, eqx.filter_eval_shape(make))
+    checkpoint.save_weights(
+        path, field, {"data": "drawn"}, notes or checkpoint.Notes(pixels=(-1, 1), decay=0.99, steps=7)
+    )
     return field
 
 
+def dit(shape=(3, 32, 32), labels=None):
+    return lambda: mfx.DiT(shape, mfx.DiTSize(1, 8, 2, 8), labels=labels, key=jr.key(0))
+
+
+LATENTS = checkpoint.Notes(
+    pixels=(-1, 1),
+    tokenizer=checkpoint.Tokenizer(TINY_VAE),
+    trained=mfx.Trained(average=True, null_velocity=True, null_average=True),
+)
+
+
 @pytest.fixture(scope="module")
-def fields(networks, tmp_path_factory):
+def fields(tmp_path_factory):
     """The folder of what is judged, and the networks in it."""
     root = tmp_path_factory.mktemp("files")
-    descriptions = {
-        "unet": networks.describe_unet((3, 32, 32), mfx.UNetSize(4, (1,), 1, ())),
-        "dit": networks.describe_dit((3, 32, 32), mfx.DiTSize(1, 8, 2, 8), labels=None),
-        "latent": {
-            **networks.describe_dit((4, 16, 16), mfx.DiTSize(1, 8, 2, 8), labels=3),
-            "tokenizer": TINY_VAE._asdict(),
-        },
-        "small": networks.describe_dit((3, 16, 16), mfx.DiTSize(1, 8, 2, 8), labels=None),
-    }
-    found = {name: save_network(networks, root / f"{name}.safetensors", d) for name, d in descriptions.items()}
+    unet = eqx.Partial(mfx.UNet, (3, 32, 32), mfx.UNetSize(4, (1,), 1, ()), key=jr.key(0))
+    made = {"unet": unet, "dit": dit(), "small": dit((3, 16, 16)), "grey": dit((1, 32, 32))}
+    found = {name: save_network(root / f"{name}.safetensors", make) for name, make in made.items()}
+    found["latent"] = save_network(root / "latent.safetensors", dit((4, 16, 16), labels=3), notes=LATENTS)
     save_cifar10(root / "cifar", IMAGES)
     data.write_shards(data.ArraySource(IMAGES), root / "images")
     with pytest.MonkeyPatch.context() as patch:
@@ -183,7 +185,7 @@ def test_numbers_tell_all_that_they_depend_on(judge):
     (row,) = results(judge(f"{ARGUMENTS} --reference-count 10"))
     assert row["weights"] == hashlib.sha256(pathlib.Path(row["files"]["weights"]).read_bytes()).hexdigest()
     assert len(row["inception"]) == len(row["reference"]) == 64 and row["weights"] != row["inception"]
-    assert (row["network"]["decay"], row["network"]["steps"]) == (0.99, 7)
+    assert (row["notes"]["decay"], row["notes"]["steps"], row["network"]["network"]) == (0.99, 7, "DiT")
     assert (row["protocol"], row["samples"], row["seed"], row["times"]) == ("CIFAR-train", 16, 0, [1.0, 0.0])
     assert (row["batch"], row["reference_count"], row["reference_images"], row["vae"]) == (16, 10, 10, None)
     assert row["files"]["reference"] == "cifar" and row["versions"]["jax"] == jax.__version__
@@ -264,11 +266,10 @@ def test_a_killed_sweep_keeps_its_finished_rows(evaluate, judge, monkeypatch):
     assert [row["fid"] == 5.0 for row in results(judge(f"{ARGUMENTS} --evaluations 1 2"))] == [False, True]
 
 
-def test_other_weights_are_judged_anew(judge, networks, fields):
+def test_other_weights_are_judged_anew(judge, fields):
     first = judge(ARGUMENTS)
     os.unlink("dit.safetensors")
-    description = networks.describe_dit((3, 32, 32), mfx.DiTSize(1, 8, 2, 8), labels=None)
-    save_network(networks, "dit.safetensors", description, "other")
+    save_network("dit.safetensors", dit(), "other")
     second = judge(ARGUMENTS)
     assert first != second and results(first)[0]["fid"] != results(second)[0]["fid"]
 
@@ -295,7 +296,7 @@ def test_images_behind_links_are_part_of_the_digest_and_other_files_are_told(eva
     (tmp_path / "images" / "a" / "link").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "images" / "a" / "notes.txt").write_text("text")
     config = evaluate.Config(reference=str(tmp_path / "images"))
-    subject = types.SimpleNamespace(image_shape=(3, 32, 32))
+    subject = types.SimpleNamespace(shape=(3, 32, 32))
     before = evaluate.digest_of_images(evaluate.open_images(config, subject))
     assert "images: 10 images; passed over: 1 .txt\n" in capsys.readouterr().out
     os.utime(tmp_path / "elsewhere" / "7.png", (0, 0))
@@ -370,7 +371,10 @@ def refused(judge, capsys, arguments):
         (f"{ARGUMENTS} --times 1 0.5", "--times must fall strictly from 1 to 0"),
         (f"{ARGUMENTS} --guidance-scale 2", "--guidance-scale must be 1 for dit.safetensors, without labels"),
         (f"{ARGUMENTS} --reference-count 21", "cifar: must hold at least 21 images, got 20"),
-        (f"{ARGUMENTS} --vae vae.safetensors", "--vae must be left out for a network of pixels"),
+        (
+            f"{ARGUMENTS} --vae vae.safetensors",
+            "--vae must be left out for dit.safetensors, whose values are no latents",
+        ),
         (f"{ARGUMENTS} --weights latent.safetensors", "--vae must be given for a network of latents"),
         (f"{ARGUMENTS} --weights vae.safetensors", "vae.safetensors: must be a file of save_weights"),
         (f"{ARGUMENTS} --weights missing", "No such file or directory: 'missing'"),
@@ -378,6 +382,7 @@ def refused(judge, capsys, arguments):
         (f"{ARGUMENTS} --reference missing", "missing"),
         (f"{ARGUMENTS} --save-reference x.txt", "--save-reference must end in .npz, got x.txt"),
         (f"{ARGUMENTS} --reference runs.npz --save-reference x.npz", "--save-reference must be given with images"),
+        (f"{ARGUMENTS} --weights grey.safetensors", r"grey.*: samples must be images of 3 channels, .* \(1, 32, 32\)"),
         (f"{ARGUMENTS} --weights small.safetensors", r"small.*: --protocol cifar_train is for .* got \(3, 16, 16\)"),
         (f"{LATENT} --batch 9 --decode-batch 6", "--decode-batch must divide the batch, 9, got 6"),
     ],
@@ -387,6 +392,14 @@ def test_bad_input_ends_in_one_line_and_leaves_nothing(arguments, message, judge
 
 
 def test_weights_of_no_known_network_are_refused_by_name(judge, capsys):
-    checkpoint.save_weights("mlp.safetensors", mfx.MLP(2, width=4, depth=1, key=jr.key(0)), {"width": 4})
-    line = refused(judge, capsys, "--weights mlp.safetensors --grid-only")
-    assert "mlp.safetensors: the description must be that of a network" in line
+    checkpoint.save_weights("own.safetensors", mfx.GuidedField(mfx.MLP(2, width=4, depth=1, key=jr.key(0)), 1, None))
+    line = refused(judge, capsys, "--weights own.safetensors --grid-only")
+    assert "own.safetensors: must describe its network" in line
+
+
+def test_guidance_that_the_network_was_not_trained_for_is_refused(judge, capsys):
+    os.unlink("latent.safetensors")
+    trained = mfx.Trained(average=True, null_velocity=True, null_average=False)
+    save_network("latent.safetensors", dit((4, 16, 16), labels=3), notes=dataclasses.replace(LATENTS, trained=trained))
+    line = refused(judge, capsys, f"{LATENT} --samples 12 --batch 6 --guidance-scale 1 2")
+    assert "--guidance-scale must be 1, or --euler be given, for latent.safetensors, whose u without a label" in line

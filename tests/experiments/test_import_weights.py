@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from random_tensors import random_tensor
 
-from mf_eqx import checkpoint, released, run
+import mf_eqx as mfx
+from mf_eqx import checkpoint, released, run, vae
 
 TESTS = Path(__file__).parents[1]
 
@@ -43,20 +44,10 @@ def convert(import_weights, tmp_path, monkeypatch):
     return convert
 
 
-@pytest.fixture
-def load(import_weights):
-    """A file of ours, and its description."""
-
-    def load(path):
-        descriptions = []
-
-        def make(description):
-            descriptions.append(description)
-            return import_weights.networks.from_description(description)
-
-        return checkpoint.load_weights(path, make), descriptions[0]
-
-    return load
+def load(path):
+    """The field in a file of ours, and the file's words."""
+    weights = checkpoint.read_weights(path)
+    return weights.fill(weights.make_network), weights
 
 
 def sha256(path):
@@ -79,13 +70,14 @@ def flax_file(files, tmp_path):
 
 
 @pytest.mark.parametrize(("flags", "part", "seed"), [("", "ema_params", "average"), ("params", "params", "trained")])
-def test_dit_is_imported(flags, part, seed, convert, load, flax_file, files, capsys):
+def test_dit_is_imported(flags, part, seed, convert, flax_file, files, capsys):
     convert(DIT + f" --weights {flags}" * bool(flags))
-    field, description = load("dit.safetensors")
+    field, weights = load("dit.safetensors")
     assert_equal(field, released.fill_dit(field, files.flax_tensors(seed), "dit"))
     assert field.data_shape == (4, 8, 12) and field.null_label == 5
     digest = sha256(flax_file)
-    assert description["source"] == {"kind": "dit", "weights": part, "sha256": digest}
+    assert weights.config["source"] == {"kind": "dit", "weights": part, "sha256": digest}
+    assert weights.notes == checkpoint.Notes(pixels=(-1, 1), tokenizer=checkpoint.Tokenizer(vae.SD_VAE))
     first, second = capsys.readouterr().out.splitlines()
     count = sum(leaf.size for leaf in jax.tree.leaves(field))
     size = "{'depth': 3, 'width': 16, 'heads': 2, 'patch': 2}"
@@ -113,29 +105,31 @@ def save_unet(path, *prefixes):
 
 
 @pytest.mark.parametrize(("flags", "part"), [("", "net_ema"), ("--weights net_ema1", "net_ema1")])
-def test_unet_is_imported(flags, part, convert, load, capsys):
+def test_unet_is_imported(flags, part, convert, capsys):
     tensors = save_unet("unet.pth", "net", "net_ema", "net_ema1")
     convert(f"--unet unet.pth --to unet.safetensors {flags}")
-    field, description = load("unet.safetensors")
+    field, weights = load("unet.safetensors")
     assert_equal(field, released.fill_unet(field, tensors[part], "unet"))
     size = {"width": 8, "multipliers": [1, 2], "blocks": 2, "attention": [4]}
     source = {"kind": "unet", "weights": f"model.{part}", "sha256": sha256("unet.pth")}
-    known = {"network": "UNet", "data_shape": [3, 8, 8], "augmentation": 6, "dropout": 0.2}
-    assert description == known | {"size": size, "source": source}
+    known = {"network": "UNet", "data_shape": [3, 8, 8], "augmentation": 6, "dropout": 0.2, "size": size}
+    assert weights.network.items() >= known.items() and weights.config == {"source": source}
+    assert weights.notes == checkpoint.Notes(pixels=(-1, 1))
     assert f"from model.{part} in unet.pth, sha256 {source['sha256']}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("nested", "name"), [(False, ""), (True, "ema")])
-def test_sit_is_imported(nested, name, convert, load, files, capsys):
+def test_sit_is_imported(nested, name, convert, files, capsys):
     torch = pytest.importorskip("torch")
     held, other = (
         {name: torch.from_numpy(tensor) for name, tensor in files.sit_tensors(seed).items()} for seed in ("a", "b")
     )
     torch.save({"ema": held, "model": other} if nested else held, "sit.pt")
     convert("--sit sit.pt --to start.safetensors --heads 2 --image-size 8 12 --seed 4")
-    field, description = load("start.safetensors")
+    field, weights = load("start.safetensors")
     assert_equal(field, released.fill_sit(field, files.sit_tensors("a"), "sit", key=jr.key(4)))
-    assert description["source"] == {"kind": "sit", "weights": name, "sha256": sha256("sit.pt")}
+    assert weights.config["source"] == {"kind": "sit", "weights": name, "sha256": sha256("sit.pt")}
+    assert weights.notes.trained == mfx.Trained(average=False, null_velocity=True, null_average=False)
     assert f"from {name or 'the only weights'} in sit.pt" in capsys.readouterr().out
 
 

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import mf_eqx as mfx
 from mf_eqx import checkpoint, data, metrics, run, vae
 
 pytestmark = pytest.mark.slow
@@ -67,15 +68,10 @@ def kept_states(script):
     return states, lambda *given: states.append(given[2]) or save(*given)
 
 
-def load(script, path):
+def load(path):
     """The field of a file, and what the file says of it."""
-    notes = {}
-
-    def make_field(found):
-        notes.update(found)
-        return script.networks.from_description(found)
-
-    return checkpoint.load_weights(path, make_field), notes
+    weights = checkpoint.read_weights(path)
+    return weights.fill(weights.make_network), weights
 
 
 def check_training(directory, state, steps):
@@ -138,12 +134,13 @@ def test_cifar10_trains_on_files_of_cifar10(trained_on_cifar10):
     check_training(directory, state, 4)
 
 
-def test_weights_on_disk_are_the_averages_and_tell_what_they_are_of(trained_on_cifar10, experiment):
+def test_weights_on_disk_are_the_averages_and_tell_what_they_are_of(trained_on_cifar10):
     _, directory, state = trained_on_cifar10
     for decay, average in zip((0.9, 0.5), state.averages, strict=True):
-        field, notes = load(experiment("cifar10"), directory / f"ema_{decay}.safetensors")
+        field, weights = load(directory / f"ema_{decay}.safetensors")
         assert bool(eqx.tree_equal(field, average))
-        assert (notes["decay"], notes["steps"], notes["data"], notes["dropout"]) == (decay, 4, "cifar", 0.2)
+        notes, network = weights.notes, weights.network
+        assert (notes.decay, notes.steps, weights.config["data"], network["dropout"]) == (decay, 4, "cifar", 0.2)
     assert not eqx.tree_equal(*state.averages)
 
 
@@ -161,7 +158,7 @@ def test_cifar10_weights_are_judged(trained_on_cifar10, command, monkeypatch):
     weights = (directory / "ema_0.9.safetensors").relative_to(root)
     judged = command(root, "evaluate", f"--weights {weights} --protocol cifar_train --reference cifar {JUDGED}")
     row = check_numbers(judged, "CIFAR-train", ["samples_1.png"])
-    assert row["reference_images"] == 20 and row["network"]["decay"] == 0.9
+    assert row["reference_images"] == 20 and row["notes"]["decay"] == 0.9
 
 
 # ImageNet
@@ -212,12 +209,14 @@ def test_imagenet_trains_with_guidance_on_latents(trained_on_latents):
     assert (config["scale"], config["mix"]) == (1.0, 0.5)
 
 
-def test_average_on_disk_is_the_average_and_tells_what_it_is_of(trained_on_latents, experiment):
+def test_average_on_disk_is_the_average_and_tells_what_it_is_of(trained_on_latents):
     _, directory, state = trained_on_latents
-    field, notes = load(experiment("imagenet_latents"), directory / "ema_0.9.safetensors")
+    field, weights = load(directory / "ema_0.9.safetensors")
     assert bool(eqx.tree_equal(field, state.averages[0]))
-    assert (notes["decay"], notes["steps"], notes["data"], notes["labels"]) == (0.9, 4, "latents", 3)
-    assert notes["guidance"] == [1.0, 0.5, [0.0, 1.0]] and notes["tokenizer"]["widths"] == [4, 8, 8]
+    notes, learnt = weights.notes, {"data": "latents", "guidance": [1.0, 0.5, [0.0, 1.0]]}
+    assert (notes.decay, notes.steps, weights.network["labels"], weights.config) == (0.9, 4, 3, learnt)
+    assert notes.tokenizer.size == TINY_VAE and notes.class_names == ("class_0", "class_1", "class_2")
+    assert notes.trained == mfx.Trained(average=True, null_velocity=True, null_average=False)
 
 
 def test_imagenet_leaves_squares_of_16_decoded_samples(trained_on_latents):
@@ -233,4 +232,4 @@ def test_imagenet_weights_are_judged(trained_on_latents, command):
     flags = "--vae vae --protocol adm --reference images --reference-count 10 --decode-batch 10"
     judged = command(root, "evaluate", f"--weights {weights} {flags} {JUDGED}")
     row = check_numbers(judged, "ADM", ["samples_1.png"])
-    assert row["reference_images"] == 10 and row["vae"] == row["network"]["vae"]
+    assert row["reference_images"] == 10 and row["vae"] == row["notes"]["tokenizer"]["digest"]

@@ -107,3 +107,18 @@ def test_what_is_no_real_numbers_is_refused(unchecked, tmp_path, dtype):
 def test_scale_that_is_no_integer_is_refused(unchecked, tmp_path, scale):
     with pytest.raises(ValueError, match=f"scale must be an integer >= 1, got {scale}"):
         saved(tmp_path, grid(), scale=scale)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_one_image_is_saved_pixel_for_pixel(tmp_path, channels):
+    pil = pytest.importorskip("PIL.Image")
+    (one,) = grid(1, 1, channels)[0]
+    picture.save_image(tmp_path / "image.png", one, 0, 16)
+    with pil.open(tmp_path / "image.png") as file:
+        assert (file.mode, file.format) == ("RGB", "PNG")
+        np.testing.assert_array_equal(file, np.broadcast_to(np.round(255 * one / 16).transpose(1, 2, 0), (4, 6, 3)))
+
+
+def test_one_image_of_another_shape_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="images must have the shape"):
+        picture.save_image(tmp_path / "image.png", np.zeros((2, 4, 6)), 0, 1)

@@ -1,0 +1,294 @@
+"""Pictures, or arrays, of what saved weights generate.
+
+    python experiments/generate.py --weights runs/digits/1a2b3c4d/meanflow/ema_0.997.safetensors
+    python experiments/generate.py --weights ema.safetensors --label 3 7 --number 64 --evaluations 2 --to some.png
+    python experiments/generate.py --weights ema.safetensors --vae sd-vae-ft-mse --number 5000 --to folder/
+    python experiments/generate.py --weights policy.safetensors --condition observations.npy --to actions.npy
+    python experiments/generate.py ... --dry-run                  what it would make, without making it
+
+The weights are a file of `checkpoint.save_weights`, as every recipe here leaves it. It says what the network is, what
+its values are, and whether u was trained at r < t, so that the weights alone are enough. All devices of the machine
+share the work. Sample i follows from the seed and i alone, whatever the batch and the devices.
+"""
+
+import dataclasses
+import itertools
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Int, Real
+from saved import check_guidance, decoded, make_generator, open_subject, Subject
+
+import mf_eqx as mfx
+from mf_eqx import data, picture, run
+
+COLUMNS, ROWS = 10, 8
+"""Of a picture of all labels: at most so many columns, and so many rows."""
+EULER_STEPS = 32
+"""If u is known at r = t alone, or with --euler."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What to generate."""
+
+    weights: str = ""
+    """File of weights, as the recipes leave it."""
+    to: str = ""
+    """Where to: NAME.png is one picture of all samples, NAME.npy one array, and a folder (new or empty, written with a
+    slash at its end) gets a PNG file for each sample. An older file is replaced. By default the name of the weights in
+    the current folder, a picture of images and of points in the plane, else an array."""
+    label: tuple[str, ...] = ()
+    """Labels, each by its name (if the weights know names) or its number. Sample i has the one at place i mod their
+    number. By default all; for a picture ten of them, in equal distances."""
+    condition: str = ""
+    """For weights with vectors as conditions: a .npy file with a row for each. Sample i has row i mod their number."""
+    guidance_scale: float = 1.0
+    """Scale w of classifier-free guidance at sampling: w u(z, r, t | label) + (1 - w) u(z, r, t | none), at twice the
+    evaluations. 1 is none, right for networks that learnt guidance in training."""
+    evaluations: int | None = None
+    """Number of equal steps from noise to data; by default 1, or 32 with --euler."""
+    times: tuple[float, ...] = ()
+    """The times of the steps, falling from 1 to 0, in place of --evaluations."""
+    euler: bool = False
+    """Step along v = u(z, t, t), as Flow Matching does, instead of by average velocities."""
+    number: int | None = None
+    """Samples. By default one for each row of --condition, eight for each label in a picture of images, 1,000 points
+    or vectors, else 64."""
+    seed: int = 0
+    """Seed of all samples."""
+    batch: int = 256
+    """Samples generated at once, on all devices together."""
+    vae: str = ""
+    """Folder or .safetensors file of the tokenizer, or "hub" to download the paper's, to decode latents."""
+    bfloat16: bool = False
+    """Compute the network in bfloat16."""
+    dry_run: bool = False
+    """Check everything, print what would be made, and stop."""
+
+    def __post_init__(self):
+        run.check_sizes(self, evaluations=10**4, number=10**8, batch=1 << 20)
+        for name, bound in {"evaluations": 1, "number": 1, "batch": 1, "seed": 0}.items():
+            if (value := getattr(self, name)) is not None and value < bound:
+                raise ValueError(f"{name} must be >= {bound}, got {value}")
+        falling = all(before > after for before, after in itertools.pairwise(self.times))
+        if self.times and not (len(self.times) > 1 and falling and (self.times[0], self.times[-1]) == (1, 0)):
+            raise ValueError(f"times must fall strictly from 1 to 0, got {self.times}")
+        if self.times and self.evaluations is not None:
+            raise ValueError(f"evaluations must be left out with --times, got {self.evaluations}")
+        if not 0 <= self.guidance_scale < math.inf:
+            raise ValueError(f"guidance_scale must be >= 0 and finite, got {self.guidance_scale}")
+
+
+# What is asked for
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A configuration with all its defaults filled in."""
+
+    subject: Subject
+    generator: mfx.Generator
+    labels: Int[np.ndarray, " labels"] | None
+    """Those that samples have in turn."""
+    number: int
+    batch: int
+    to: str
+    devices: mfx.Parallelism
+
+    @property
+    def names(self) -> list[str] | None:
+        """Of the labels."""
+        known = self.subject.notes.class_names
+        return None if self.labels is None else [known[i] if known else str(i) for i in self.labels]
+
+    @property
+    def columns(self) -> int:
+        """Of a picture."""
+        return min(self.number, ROWS if self.labels is None or len(self.labels) == 1 else len(self.labels))
+
+    def samples(self) -> Iterator[Real[np.ndarray, "_ *data"]]:
+        """All samples in turn, as they become ready."""
+        share = math.gcd(self.batch // self.devices.shards, 8)  # decoding takes more memory than sampling
+        batches = self.generator.batches(self.number, self.batch, self.devices)
+        left, work = self.number, run.Work(self.batch)
+        with run.Progress(-(-self.number // self.batch), work=work, doing="compiling the sampler") as progress:
+            for number, z in enumerate(batches, 1):
+                for x in decoded([z], self.subject.tokenizer, share * self.devices.shards, self.devices):
+                    rows = np.asarray(x)[:left]
+                    left -= len(rows)
+                    if len(rows):
+                        yield rows
+                progress.update(number, {})
+
+
+def plan(config: Config, subject: Subject, devices: mfx.Parallelism) -> Job:
+    """**Raises:** `ValueError` for flags that do not fit the weights, or each other."""
+    euler, trained = config.euler, subject.notes.trained
+    if not euler and trained is not None and not trained.average:
+        run.tell(f"{subject.path}: u was trained at r = t alone (Flow Matching), so steps are those of --euler")
+        euler = True
+    check_guidance(subject, (config.guidance_scale,), euler=euler)
+    times = config.times or mfx.uniform_times(config.evaluations or (EULER_STEPS if euler else 1))
+    is_point = subject.shape == (2,)
+    to = config.to or Path(subject.path).stem + (".png" if subject.is_image or is_point else ".npy")
+    if not is_folder(to) and Path(to).suffix not in (".png", ".npy"):
+        raise ValueError(f"--to must end in .png, in .npy, or in / for a folder, got {to}")
+    if not to.endswith(".npy") and not subject.is_image and (is_folder(to) or not is_point):
+        reason = "whose latents need --vae for pictures" if subject.is_latent else "whose samples are no images"
+        raise ValueError(f"--to must end in .npy for {subject.path}, {reason}, got {to}")
+    labels = chosen_labels(config, subject, COLUMNS if to.endswith(".png") else None)
+    condition = read_condition(config, subject) if labels is None else labels
+    number = config.number or default_number(subject, labels, to, None if labels is not None else condition)
+    if config.batch % (shards := devices.shards):
+        raise ValueError(f"--batch must be a multiple of the {shards} devices, got {config.batch}")
+    if to.endswith(".png") and number > (most := 10_000):
+        raise ValueError(f"--number must be at most {most} in one picture, got {number}: give a folder as --to")
+    scale, seed = config.guidance_scale, config.seed
+    generator = make_generator(subject, times, seed=seed, scale=scale, euler=euler, condition=condition)
+    batch = min(config.batch, -(-number // shards) * shards)
+    return Job(subject, generator, labels, number, batch, to, devices)
+
+
+def is_folder(to: str) -> bool:
+    return to.endswith("/") or Path(to).is_dir()
+
+
+def default_number(subject: Subject, labels: Any, to: str, condition: Any) -> int:
+    """Of samples, if none is given."""
+    if condition is not None:
+        return len(condition)
+    if labels is not None and len(labels) > 1 and to.endswith(".png") and subject.is_image:
+        return ROWS * len(labels)
+    return 1000 if len(subject.shape) == 1 else 64
+
+
+def chosen_labels(config: Config, subject: Subject, most: int | None) -> Int[np.ndarray, " labels"] | None:
+    """The labels that samples have in turn: those of --label, or at most `most` of all."""
+    count, names = subject.labels, subject.notes.class_names or ()
+    if count is None:
+        if config.label:
+            raise ValueError(f"--label must be left out for {subject.path}, without labels, got {config.label[0]}")
+        return None
+    if not config.label:
+        shown = min(count, most or count)
+        return np.arange(shown) * count // shown
+    labels = [names.index(text) if text in names else int(text) if text.isdecimal() else -1 for text in config.label]
+    for text, label in zip(config.label, labels, strict=True):
+        if not 0 <= label < count:
+            named = " or be the name of a class" if names else ""
+            raise ValueError(f"--label must lie in [0, {count - 1}]{named} for {subject.path}, got {text}")
+    return np.array(labels)
+
+
+def read_condition(config: Config, subject: Subject) -> Any:
+    """The vectors that samples have in turn, or None for a network without conditions."""
+    size = subject.network.get("condition")
+    if (size is None) != (not config.condition):
+        rule = "left out for weights without vectors as conditions" if size is None else f"given: vectors of {size}"
+        raise ValueError(f"--condition must be {rule}, such as {subject.path}, got {config.condition or 'none'}")
+    if size is None:
+        return None
+    rows = data.NpySource(config.condition)
+    if rows.row_shape != (size,):
+        raise ValueError(f"--condition must have rows of shape ({size},), got {rows.row_shape} in {config.condition}")
+    vectors = rows.take(np.arange(len(rows))).x.astype(np.float32)
+    if not np.isfinite(vectors).all():
+        raise ValueError(f"--condition must be finite, got values that are not in {config.condition}")
+    return vectors
+
+
+# What is left
+
+
+def check_place(job: Job) -> None:
+    """Refuses a place that nothing can be written to, before anything is computed."""
+    path = Path(job.to)
+    if not job.to.endswith(".npy"):
+        with run.optional("matplotlib"):
+            import matplotlib  # noqa: F401
+    if is_folder(job.to):
+        path.mkdir(parents=True, exist_ok=True)
+        if any(path.iterdir()):
+            raise ValueError(f"--to must be a new or empty folder, got {job.to}")
+    else:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(path if path.is_dir() else path.parent, os.W_OK):
+        raise ValueError(f"--to must be where files may be written, got {job.to}")
+
+
+def save_picture(job: Job) -> None:
+    """All samples in one picture, a column for each label."""
+    x, names = np.concatenate([*job.samples()]), job.names
+    if job.subject.shape == (2,):
+        kinds = {"": x} if names is None else {name: x[i :: len(names)] for i, name in enumerate(names)}
+        limit = 1.1 * float(np.abs(x[np.isfinite(x)]).max(initial=1e-3))
+        return picture.save_point_panels(job.to, kinds, limit=limit)
+    low, high = job.subject.notes.pixels or (-1, 1)
+    rows = -(-len(x) // job.columns)
+    white = np.full((rows * job.columns - len(x), *x.shape[1:]), high, x.dtype)  # after the last sample
+    grid = np.concatenate([x, white]).reshape(rows, job.columns, *x.shape[1:])
+    several = names is not None and len(names) > 1
+    labels, title = (names[: job.columns], None) if several else (None, names and f"label {names[0]}")
+    picture.save_image_grid(job.to, grid, low, high, column_labels=labels, title=title)
+
+
+def save_array(job: Job) -> None:
+    """All samples as float32, written as they become ready."""
+    part = Path(job.to).with_name(Path(job.to).name + ".part")
+    try:
+        array = np.lib.format.open_memmap(part, "w+", np.float32, (job.number, *job.subject.shape))
+        start = 0
+        for x in job.samples():
+            array[start : start + len(x)] = x
+            start += len(x)
+        array.flush()
+        part.replace(job.to)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def save_files(job: Job) -> None:
+    """Each sample as a PNG file, called by its number and label."""
+    (low, high), number = job.subject.notes.pixels or (-1, 1), itertools.count()
+    for x in job.samples():
+        for image, i in zip(x, number, strict=False):
+            label = "" if job.labels is None else f"_{job.labels[i % len(job.labels)]}"
+            picture.save_image(Path(job.to) / f"{i:06}{label}.png", image, low, high)
+
+
+def described(job: Job) -> str:
+    """What is made, of what, in one line."""
+    subject, generator = job.subject, job.generator
+    notes = [f"{name} {value}" for name in ("steps", "decay") if (value := getattr(subject.notes, name)) is not None]
+    of = ", ".join([f"{subject.network['network']} of {subject.parameters:,} parameters", *notes])
+    steps = len(generator.times) - 1
+    how = f"{steps} {'Euler step' if generator.method is mfx.sample_euler else 'evaluation'}{'s' * (steps > 1)}"
+    guided = f", guidance {generator.field.scale:g}" if isinstance(generator.field, mfx.GuidedField) else ""
+    where = f"{job.batch} at once on {job.devices.shards} x {jax.devices()[0].device_kind}"
+    return f"{subject.path}: {of}; {job.number:,} samples of shape {subject.shape}, {how}{guided}, {where}"
+
+
+def main(config: Config) -> None:
+    """Generate samples of saved weights."""
+    if not config.weights:
+        raise ValueError("--weights must be given, got none")
+    devices = mfx.Parallelism()
+    job = plan(config, open_subject(config.weights, config.vae, devices, bfloat16=config.bfloat16), devices)
+    run.tell(described(job))
+    if config.dry_run:
+        return run.tell(f"would be written to {job.to}")
+    check_place(job)
+    save = save_files if is_folder(job.to) else save_array if job.to.endswith(".npy") else save_picture
+    save(job)
+    turn = f", labels in turn: {', '.join(job.names)}" if job.names else ""
+    run.tell(f"{job.to}{turn if len(turn) < 200 else ''}")
+
+
+if __name__ == "__main__":
+    run.main(main, Config(), description=__doc__)

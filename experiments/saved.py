@@ -1,0 +1,140 @@
+"""Saved weights, opened so that samples can be made of them: what `generate.py` and `evaluate.py` share."""
+
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import prepare_latents
+from jaxtyping import Array, Float
+
+import mf_eqx as mfx
+from mf_eqx import checkpoint, vae
+
+
+class Subject(NamedTuple):
+    """A network on all devices, what its file says of it, and the tokenizer of its latents, if that is given."""
+
+    path: str
+    field: Any
+    network: dict[str, Any]
+    config: dict[str, Any]
+    notes: checkpoint.Notes
+    tokenizer: vae.Autoencoder | None
+
+    @property
+    def labels(self) -> int | None:
+        return self.network.get("labels")
+
+    @property
+    def is_latent(self) -> bool:
+        """Whether its samples are latents that nothing decodes."""
+        return self.notes.tokenizer is not None and self.tokenizer is None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of a sample, decoded if that is possible."""
+        if self.tokenizer is None:
+            return self.field.data_shape
+        return 3, *(self.tokenizer.factor * side for side in self.field.data_shape[1:])
+
+    @property
+    def is_image(self) -> bool:
+        return self.notes.pixels is not None and not self.is_latent and len(self.shape) == 3 and self.shape[0] in (1, 3)
+
+    @property
+    def parameters(self) -> int:
+        return sum(leaf.size for leaf in jax.tree.leaves(eqx.filter(self.field, eqx.is_array)))
+
+
+def open_subject(path: str, tokenizer_path: str, devices: mfx.Parallelism, *, bfloat16: bool) -> Subject:
+    """**Raises:** `OSError`, `ValueError` for files that hold something else, or that do not belong together."""
+    weights = checkpoint.read_weights(path)
+    how = {"dtype": jnp.bfloat16} if bfloat16 else {}
+    field: Any = weights.fill(lambda: weights.make_network(**how), devices)
+    notes = weights.notes or assumed_notes(weights.config, field.data_shape)
+    if tokenizer_path and notes.tokenizer is None:
+        raise ValueError(f"--vae must be left out for {path}, whose values are no latents, got {tokenizer_path}")
+    tokenizer = None
+    if tokenizer_path and notes.tokenizer is not None:
+        tokenizer = prepare_latents.open_tokenizer(tokenizer_path, notes.tokenizer.size)
+        if notes.tokenizer.digest not in (None, tokenizer.digest()):
+            raise ValueError(f"--vae must hold the tokenizer that {path} was trained with, got {tokenizer_path}")
+    assert weights.network is not None
+    return Subject(path, field, weights.network, weights.config, notes, devices.replicate(tokenizer))
+
+
+def assumed_notes(config: dict[str, Any], shape: tuple[int, ...]) -> checkpoint.Notes:
+    """Of a file without notes: what recipes wrote into its configuration before there were any, or what its shape
+    suggests."""
+    size = vae.AutoencoderSize(**config["tokenizer"]) if "tokenizer" in config else vae.SD_VAE
+    size = size._replace(widths=tuple(size.widths))
+    channels = shape[0] if len(shape) == 3 else 0
+    is_latent = "tokenizer" in config or channels == size.latent
+    return checkpoint.Notes(
+        pixels=(-1, 1) if is_latent or channels in (1, 3) else None,
+        tokenizer=checkpoint.Tokenizer(size, config.get("vae")) if is_latent else None,
+        steps=config.get("steps"),
+        decay=config.get("decay"),
+    )
+
+
+def check_guidance(subject: Subject, scales: Sequence[float], *, euler: bool) -> None:
+    """Refuses guidance at sampling for a network that cannot do without a label; warns if nobody knows."""
+    if all(scale == 1 for scale in scales):
+        return
+    found, trained = ", ".join(f"{scale:g}" for scale in scales), subject.notes.trained
+    if subject.labels is None:
+        raise ValueError(f"--guidance-scale must be 1 for {subject.path}, without labels, got {found}")
+    if trained is None:
+        where = "at r = t" if euler else "at r < t"
+        text = (
+            f"{subject.path} does not say whether u without a label was trained {where}, which --guidance-scale needs"
+        )
+        print(f"warning: {text}", file=sys.stderr)
+    elif not trained.null_velocity:
+        raise ValueError(f"--guidance-scale must be 1 for {subject.path}, trained with labels alone, got {found}")
+    elif not (euler or trained.null_average):
+        rule = f"1, or --euler be given, for {subject.path}, whose u without a label was trained at r = t alone"
+        raise ValueError(f"--guidance-scale must be {rule}, got {found}")
+
+
+def make_generator(
+    subject: Subject, times: tuple[float, ...], *, seed: int, scale: float, euler: bool, **conditions: Any
+) -> mfx.Generator:
+    """What makes the samples; `conditions` as for `mfx.Generator`."""
+    field = subject.field
+    return mfx.Generator(
+        field if scale == 1 else mfx.GuidedField(field, scale, jnp.asarray(subject.labels)),
+        jr.key(seed),
+        field.data_shape,
+        times,
+        method=mfx.sample_euler if euler else mfx.sample,
+        # Convolutions in loops are slow on CPUs; long programs compile for long.
+        unroll=isinstance(field, mfx.UNet) and jax.default_backend() == "cpu" and len(times) <= 9,
+        **conditions,
+    )
+
+
+@eqx.filter_jit
+def decode(tokenizer: vae.Autoencoder, z: Float[Array, "rows latent height width"]) -> Float[Array, "rows 3 _ _"]:
+    """Images of latents whose standard deviation is about 1."""
+    return jax.vmap(tokenizer.decode)(z / vae.SCALE)
+
+
+def decoded(
+    batches: Iterable[Float[Array, "_ *data"]], tokenizer: vae.Autoencoder | None, size: int, devices: mfx.Parallelism
+) -> Iterator[Float[Array, "_ *image"]]:
+    """Latents decoded, `size` at once, which divides their number or is above it (the last is repeated then); pixels,
+    without a tokenizer, as they are."""
+    for x in batches:
+        if tokenizer is None:
+            yield x
+            continue
+        for start in range(0, len(x), size):
+            rows = np.minimum(np.arange(start, start + size), len(x) - 1)
+            yield decode(tokenizer, jax.device_put(x[rows], devices.rows))

@@ -1,0 +1,141 @@
+"""Networks as values that JSON can hold, and back: how files of weights say what they are the weights of.
+
+    description = describe(field)                     {"network": "DiT", "data_shape": [3, 32, 32], "labels": 10, ...}
+    fresh = make_network(description, key=key)        the same structure, with new parameters
+
+A description has all arguments that decide which function of its parameters a network is. How it computes that function
+(dtype, attention, rematerialisation, unrolling) is chosen anew whenever one is made.
+"""
+
+import inspect
+import json
+from collections.abc import Mapping
+from typing import Any, TypeAlias
+
+import equinox as eqx
+import jax
+import jax.random as jr
+import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Array, Key
+
+from .._custom_types import Condition
+from .._field import AbstractField
+from .._leaves import leaves, listed, shapes
+from .._validate import on_host_if_known
+from ..nn import (
+    AbstractAttention,
+    AbstractConditionEmbedding,
+    duration,
+    end_duration,
+    end_start,
+    end_start_duration,
+    LabelEmbedding,
+    Remat,
+)
+from .dit import DiT, DiTSize
+from .mlp import MLP
+from .unet import UNet, UNetCondition, UNetSize
+
+Network: TypeAlias = MLP | DiT | UNet
+
+_NETWORKS = {network.__name__: network for network in (MLP, DiT, UNet)}
+_TIME_VARIABLES = {
+    variables.__name__: variables for variables in (end_duration, end_start, end_start_duration, duration)
+}
+_NOT_DESCRIBED = {"dtype", "attention", "remat", "unroll", "fourier_scale", "key"}
+"""Arguments of networks that say how they compute, or with which parameters they start."""
+
+
+def describe(field: AbstractField) -> dict[str, Any]:
+    """The description of an `MLP`, a `DiT` or a `UNet`, as values that JSON can hold: the name of the class as
+    "network", and its `arguments`. The parameters are no part of it.
+
+    **Raises:** `ValueError` for another field, and for a network with parts that have no description: a condition
+    embedding or time variables of your own, or arrays that its arguments do not explain.
+    """
+    if not isinstance(field, MLP | DiT | UNet):
+        raise ValueError(f"field must be an MLP, a DiT or a UNet to be described, got {type(field).__name__}")
+    try:
+        arguments = field.arguments
+    except AttributeError as error:  # parts were replaced by others
+        raise ValueError(f"field must be made by {type(field).__name__} to be described, but {error}") from error
+    if isinstance(condition := arguments["condition"], AbstractConditionEmbedding):
+        rule = "a vector or None for a network to be described"
+        raise ValueError(f"condition must be {rule}, got the embedding {type(condition).__name__}")
+    if (variables := arguments["time_variables"]) not in _TIME_VARIABLES.values():
+        rule = f"among {', '.join(_TIME_VARIABLES)} for a network to be described"
+        raise ValueError(f"time_variables must be {rule}, got {getattr(variables, '__name__', variables)}")
+    size = arguments["size"]
+    named = {"time_variables": variables.__name__, "size": size if isinstance(size, int) else size._asdict()}
+    description = json.loads(json.dumps({"network": type(field).__name__, **arguments, **named}))
+    made = eqx.filter_eval_shape(lambda: make_network(description, key=jr.key(0)))
+    found, wanted = shapes(leaves(field)), shapes(leaves(made))
+    if different := [name for name in found | wanted if found.get(name) != wanted.get(name)]:
+        raise ValueError(
+            f"field must have the arrays of its arguments to be described, got others: {listed(different)}"
+        )
+    return description
+
+
+def make_network(
+    description: Mapping[str, Any],
+    *,
+    dtype: DTypeLike | None = None,
+    attention: AbstractAttention | None = None,
+    remat: Remat | None = None,
+    unroll: int | bool | None = None,
+    key: Key[Array, ""],
+) -> Network:
+    """A fresh network of a description, which may come from a file of others.
+
+    **Arguments:** `description` by `describe`; arguments that it lacks have their defaults; `dtype`, `attention`,
+    `remat`, `unroll` how the network computes, None for its own default (an `MLP` has only `dtype`); `key`.
+
+    **Raises:** `ValueError` if the description is not that of a network.
+    """
+    given = dict(description)
+    name = given.pop("network", None)
+    if not isinstance(name, str) or name not in _NETWORKS:
+        raise ValueError(f"network must be one of {', '.join(_NETWORKS)}, got {name!r:.60}")
+    network = _NETWORKS[name]
+    parameters = inspect.signature(network).parameters.keys()
+    if unknown := given.keys() - (parameters - _NOT_DESCRIBED):
+        raise ValueError(f"description of a {name} must have no other arguments than it, got {listed(sorted(unknown))}")
+    how = {"dtype": dtype, "attention": attention, "remat": remat, "unroll": unroll}
+    how = {option: value for option, value in how.items() if value is not None}
+    if unknown := how.keys() - parameters:
+        raise ValueError(f"{listed(sorted(unknown))} must be None for {name}, which has no such choice")
+    try:
+        return network(**_decoded(name, given), **how, key=key)
+    except (TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"description must be that of a {name}, but none can be made: {error}") from error
+
+
+def _decoded(name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments as the network takes them."""
+    decoded = dict(arguments)
+    if "data_shape" in decoded:
+        decoded["data_shape"] = tuple(decoded["data_shape"])
+    if "time_variables" in decoded:
+        decoded["time_variables"] = _TIME_VARIABLES[decoded["time_variables"]]
+    if name != "MLP":
+        parts: dict[str, Any] = {
+            part: tuple(value) if isinstance(value, list) else value for part, value in decoded["size"].items()
+        }
+        decoded["size"] = (DiTSize if name == "DiT" else UNetSize)(**parts)
+    return decoded
+
+
+def check_labels(name: str, condition: Condition, field: AbstractField) -> None:
+    """Raises a `ValueError` if `condition`, which is called `name`, has labels that a network of this package lacks, of
+    one row or of several: under `jax.vmap` the table of the network would silently return another row. Other fields,
+    other conditions and values that JAX traces pass."""
+    embedding = getattr(getattr(field, "embedding", None), "label", None)
+    if not isinstance(field, MLP | DiT | UNet) or not isinstance(embedding, LabelEmbedding):
+        return
+    labels = condition.label if isinstance(condition, UNetCondition) else condition
+    known = on_host_if_known(labels) if isinstance(labels, jax.Array | np.ndarray | np.generic | int) else None
+    most = embedding.null_label
+    if known is not None and (wrong := (known < 0) | (known > most)).any():
+        raise ValueError(f"{name} must lie in [0, {most}] for a network with {most} labels, got {known[wrong].flat[0]}")

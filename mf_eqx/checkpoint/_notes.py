@@ -1,0 +1,87 @@
+"""What travels with weights beside the network: what its values are, and what was trained."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from .._guidance import Trained
+from ..vae import AutoencoderSize
+
+
+class Tokenizer(NamedTuple):
+    """The tokenizer of which a field's data are latents: its `size`, and its `digest` (`vae.Autoencoder.digest`), or
+    None if only the size is known."""
+
+    size: AutoencoderSize
+    digest: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Notes:
+    """Notes on weights, for those who sample. None is always "not known", or "there is none".
+
+    **Raises:** `ValueError` for values of other types or ranges.
+    """
+
+    pixels: tuple[float, float] | None = None
+    """For images, and for latents of images: the values of black and of full brightness, such as (-1, 1)."""
+    tokenizer: Tokenizer | None = None
+    """For latents: what decodes them to pixels, after a division by `mf_eqx.vae.SCALE`."""
+    class_names: tuple[str, ...] | None = None
+    """The name of each label."""
+    trained: Trained | None = None
+    """Which values of the field were trained: `Objective.trained`."""
+    steps: int | None = None
+    """Training steps."""
+    decay: float | None = None
+    """Decay per step, if the weights are an average."""
+
+    def __post_init__(self):
+        pixels, names = self.pixels, self.class_names
+        if pixels is not None and not (_are(float, pixels, 2) and -math.inf < pixels[0] < pixels[1] < math.inf):
+            raise ValueError(f"pixels must be two finite numbers, the lower one first, got {pixels!r:.80}")
+        if names is not None and not (names and _are(str, names)):
+            raise ValueError(f"class_names must be at least one text, got {names!r:.80}")
+        if self.trained is not None and not _are(bool, self.trained, len(Trained._fields)):
+            raise ValueError(f"trained must be of bools, got {self.trained!r:.120}")
+        if self.tokenizer is not None and not isinstance(self.tokenizer.digest, str | None):
+            raise ValueError(f"digest must be a text or None, got {self.tokenizer.digest!r:.80}")
+        if self.steps is not None and not (_are(int, (self.steps,)) and self.steps >= 0):
+            raise ValueError(f"steps must be an integer >= 0, got {self.steps!r:.80}")
+        if self.decay is not None and not (_are(float, (self.decay,)) and 0 <= self.decay < 1):
+            raise ValueError(f"decay must lie in [0, 1), got {self.decay!r:.80}")
+
+    def as_json(self) -> dict[str, Any]:
+        """All that is known, as values that JSON can hold."""
+        known = {name: value for name, value in vars(self).items() if value is not None}
+        if self.tokenizer is not None:
+            known["tokenizer"] = {"size": self.tokenizer.size._asdict(), "digest": self.tokenizer.digest}
+        if self.trained is not None:
+            known["trained"] = self.trained._asdict()
+        return known
+
+
+def _are(kind: type, values: Any, number: int | None = None) -> bool:
+    """Whether these are a tuple of so many values of one kind. An int is a float, too, but a bool is a bool alone."""
+    kinds = (int, float) if kind is float else kind
+    return (
+        isinstance(values, tuple)
+        and number in (None, len(values))
+        and all(isinstance(value, kinds) and (kind is bool or not isinstance(value, bool)) for value in values)
+    )
+
+
+def notes_of_json(values: Mapping[str, Any]) -> Notes:
+    """The notes of which these are the JSON. **Raises:** `ValueError` if they are no notes."""
+    known: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    try:
+        if "tokenizer" in known:
+            size = dict(known["tokenizer"]["size"])
+            size["widths"] = tuple(size["widths"])
+            known["tokenizer"] = Tokenizer(AutoencoderSize(**size), known["tokenizer"]["digest"])
+        if "trained" in known:
+            known["trained"] = Trained(**known["trained"])
+        return Notes(**known)
+    except (TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"notes must be those of checkpoint.Notes, but cannot be read: {error}") from error

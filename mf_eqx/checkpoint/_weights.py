@@ -1,0 +1,237 @@
+"""The weights of a field in one file, for users who only sample.
+
+    save_weights("ema.safetensors", state.averages[0], notes=Notes(pixels=(-1, 1), steps=3000))
+    field = load_weights("ema.safetensors")
+
+An `MLP`, a `DiT` and a `UNet` describe themselves, so that nothing else is needed to load them. For a network of your
+own the file holds what a function of yours makes it of:
+
+    save_weights("ema.safetensors", field, {"width": 96})
+    field = load_weights("ema.safetensors", lambda config: MyNet(**config, key=jr.key(0)))
+
+A file holds arrays, each under its path in the field, and a text of JSON with `network`, `config` and `notes`; the
+SHA-256 of all of them is checked whenever it is read. This requires the extra `export`.
+"""
+
+import contextlib
+import dataclasses
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+
+from .._field import AbstractField
+from .._files import read_regular, write_whole
+from .._json import parse_json
+from .._leaves import compare, digest, fill_shapes, leaves, listed, on_host, shapes, without_key_dtype
+from .._model import describe, make_network
+from .._optional import optional
+from .._sharding import Parallelism
+from ._notes import Notes, notes_of_json
+
+_Field = TypeVar("_Field", bound=AbstractField)
+
+_FORMAT = "mf_eqx weights 2"
+_FIRST_FORMAT = "mf_eqx weights 1"
+"""Its text is the configuration alone; a script of that time wrote the description of its network into it."""
+_ARGUMENTS_IN_CONFIG = ("network", "data_shape", "size", "labels", "augmentation", "dropout")
+_LONGEST_HEADER = 100_000_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """A file of `save_weights`, whose arrays are in host memory.
+
+    **Arguments:** `path` of the file; `network` the description of the field (`mf_eqx.describe`), or None; `config` as
+    given to `save_weights`; `notes`, None if there are none; `arrays` by their paths in the field.
+    """
+
+    path: Path
+    network: dict[str, Any] | None
+    config: dict[str, Any]
+    notes: Notes | None
+    arrays: Mapping[str, np.ndarray] = dataclasses.field(repr=False)
+
+    def fill(self, make_field: Callable[[], _Field], parallelism: Parallelism | None = None) -> _Field:
+        """The field that `make_field()` returns, with the arrays of the file.
+
+        **Arguments:** `make_field`, of whose result only the shapes and dtypes of arrays and everything that is not an
+        array are used; `parallelism` None for one device.
+
+        **Raises:** `ValueError` if the arrays are not those of the field (with the paths that differ).
+        """
+        wanted = eqx.filter_eval_shape(make_field)
+        expected = {name: without_key_dtype(leaf) for name, leaf in leaves(wanted).items()}
+        compare(shapes(self.arrays), shapes(expected), self.path)
+        filled = fill_shapes(wanted, {name: jnp.asarray(leaf) for name, leaf in self.arrays.items()})
+        return _on_devices(filled, parallelism)
+
+    def make_network(self, **how: Any) -> AbstractField:
+        """A fresh network of the file's description.
+
+        **Arguments:** `how` the network computes, as for `mf_eqx.make_network`; the parameters of `key=jr.key(0)`.
+
+        **Raises:** `ValueError` if the file does not describe its network.
+        """
+        if self.network is None:
+            rule = "describe its network, an MLP, DiT or UNet with labels, a vector as condition, or neither"
+            raise ValueError(f"{self.path}: must {rule}; a network of your own is made by make_field")
+        try:
+            return make_network(self.network, key=jr.key(0), **how)
+        except ValueError as error:
+            raise ValueError(f"{self.path}: {error}") from error
+
+
+def save_weights(
+    path: str | Path, field: AbstractField, config: Mapping[str, Any] | None = None, notes: Notes | None = None
+) -> None:
+    """Write the arrays of a field as safetensors. The file is complete or absent, and equal arguments always give the
+    same bytes. One process writes, but all must call this function.
+
+    **Arguments:**
+
+    - `path`: of the file.
+    - `field`: usually an average. An `MLP`, `DiT` or `UNet` is described (`mf_eqx.describe`) if that is possible; with
+      a condition embedding of your own it is not.
+    - `config`: any values that JSON can represent, such as those of which a network of your own is made.
+    - `notes`: what those who sample should know.
+
+    **Raises:** `ValueError` for arrays in bfloat16, float8 and similar dtypes, which safetensors cannot read into NumPy
+    (averages are float32), or if there are not as many `class_names` as labels. `OSError` if the file cannot be
+    written; an existing file is then left unchanged.
+    """
+    with optional("safetensors", extra="export"):
+        import safetensors.numpy
+    arrays = {name: on_host(without_key_dtype(leaf)) for name, leaf in leaves(field).items()}
+    if unknown := [f"{name} in {array.dtype}" for name, array in arrays.items() if not _is_supported(array.dtype)]:
+        rule = "have arrays of dtypes that safetensors can read into NumPy"
+        raise ValueError(f"field must {rule}, got {listed(unknown)}: cast them to float32")
+    about: dict[str, Any] = {"network": None, "config": dict(config or {})}
+    with contextlib.suppress(ValueError):
+        about["network"] = describe(field)
+    if notes is not None:
+        labels = about["network"] and about["network"]["labels"]
+        if labels and notes.class_names and len(notes.class_names) != labels:
+            raise ValueError(f"class_names must be {labels}, one for each label, got {len(notes.class_names)}")
+        about["notes"] = notes.as_json()
+    if jax.process_index() == 0:
+        text = json.dumps(about)
+        content = {"format": _FORMAT, "about": text, "sha256": _digest(arrays, text)}
+        write_whole(path, *_with_ordered_header(safetensors.numpy.save(arrays, content)))
+
+
+def load_weights(
+    path: str | Path,
+    make_field: Callable[[dict[str, Any]], AbstractField] | None = None,
+    parallelism: Parallelism | None = None,
+) -> Any:
+    """The field in a file of `save_weights`. `read_weights` returns it with its description, configuration and notes.
+
+    **Arguments:** `path` of the file; `make_field` None for a network that describes itself, or a function that makes a
+    field of the right structure from the configuration, see `Weights.fill`; `parallelism` None for one device.
+
+    **Raises:** as `read_weights`, `Weights.fill` and `Weights.make_network`.
+    """
+    weights = read_weights(path)
+    made = weights.make_network if make_field is None else lambda: make_field(weights.config)
+    return weights.fill(made, parallelism)
+
+
+def read_weights(path: str | Path) -> Weights:
+    """The content of a file of `save_weights`, after a check that it is unchanged.
+
+    **Raises:** `OSError` if the file cannot be read; `ValueError` that names the file and what is wrong with it: not
+    safetensors, truncated, another format, or a text or arrays that changed after they were written.
+    """
+    path = Path(path)
+    rule = f"{path}: must be a file of save_weights"
+    metadata, arrays = _read(path, rule)
+    is_first = metadata["format"] == _FIRST_FORMAT
+    text = metadata.get("config" if is_first else "about", "")
+    if metadata.get("sha256") != _digest(arrays, text):
+        raise ValueError(f"{path}: must hold the weights as written, but their sha256 differs: the file is damaged")
+    try:
+        about = parse_json(text.encode(), finite=False)
+    except ValueError as error:
+        raise ValueError(f"{rule}, but its configuration cannot be read: {error}") from error
+    if not isinstance(about, dict):
+        raise ValueError(f"{rule}, whose configuration is a JSON object, got {type(about).__name__}")
+    about = _of_first_format(about) if is_first else about
+    network, config, notes = (about.get(name) for name in ("network", "config", "notes"))
+    if not (isinstance(network, dict | None) and isinstance(config, dict) and isinstance(notes, dict | None)):
+        raise ValueError(f"{rule}, with objects for network, config and notes, got {text:.80}")
+    try:
+        return Weights(path, network, config, None if notes is None else notes_of_json(notes), arrays)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _of_first_format(config: dict[str, Any]) -> dict[str, Any]:
+    is_described = isinstance(config.get("network"), str)
+    network = {name: config[name] for name in _ARGUMENTS_IN_CONFIG if name in config} if is_described else None
+    return {"network": network, "config": config}
+
+
+def _read(path: Path, rule: str) -> tuple[dict[str, str], dict[str, np.ndarray]]:
+    """The metadata of a file in one of our formats, and its arrays."""
+    with optional("safetensors", extra="export"):
+        import safetensors
+        import safetensors.numpy
+    content = read_regular(path)
+    try:
+        # The metadata first: files from other programs may hold tensors of dtypes that NumPy lacks.
+        metadata = _metadata(content)
+        is_ours = metadata.get("format") in (_FORMAT, _FIRST_FORMAT)
+        arrays = safetensors.numpy.load(content) if is_ours else {}
+    except (safetensors.SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{rule}, but it cannot be read: {error}") from error
+    if not is_ours:
+        raise ValueError(f"{rule} in the format {_FORMAT!r}, got {metadata.get('format')!r:.60}")
+    return metadata, arrays
+
+
+def _is_supported(dtype: np.dtype) -> bool:
+    """Whether arrays of this dtype can be written and read: only dtypes of NumPy itself can, not those of other
+    packages."""
+    return dtype.isbuiltin == 1 and dtype != np.complex128
+
+
+def _metadata(content: bytes) -> dict[str, str]:
+    """The metadata of a safetensors file: an object in its JSON header, which follows eight bytes with its length."""
+    length = int.from_bytes(content[:8], "little")
+    if length > min(len(content), _LONGEST_HEADER):
+        raise ValueError(f"its header has {length} bytes")
+    return json.loads(content[8 : 8 + length])["__metadata__"] or {}
+
+
+def _with_ordered_header(content: bytes) -> tuple[bytes, memoryview]:
+    """The header and the arrays of a safetensors file, with the metadata sorted: the library writes metadata in an
+    order that differs from call to call."""
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:start])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # the position of the arrays must be a multiple of eight bytes
+    return len(text).to_bytes(8, "little") + text, memoryview(content)[start:]
+
+
+def _on_devices(field: _Field, parallelism: Parallelism | None) -> _Field:
+    if parallelism is None:
+        return field
+    return jax.tree.map(
+        lambda leaf, sharding: leaf if sharding is None else jax.device_put(leaf, sharding),
+        field,
+        parallelism.of_tree(field),
+        is_leaf=lambda leaf: leaf is None,
+    )
+
+
+def _digest(arrays: Mapping[str, np.ndarray], text: str) -> str:
+    """SHA-256 of arrays with their names, whatever their order in a file, and of a text."""
+    return digest(dict(sorted(arrays.items())), text)

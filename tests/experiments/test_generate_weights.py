@@ -1,0 +1,227 @@
+"""Saved weights become pictures and arrays by one command: their content, the defaults, and what is refused."""
+
+import os
+import pathlib
+import re
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+from fields import filled
+
+import mf_eqx as mfx
+from mf_eqx import checkpoint, nn, run, vae
+
+TESTS = pathlib.Path(__file__).parents[1]
+TINY_VAE = vae.AutoencoderSize(widths=(4, 4), blocks=1, latent=4, groups=2)
+SIZE = mfx.DiTSize(1, 8, 2, 4)
+NETWORKS = {
+    "plain": eqx.Partial(mfx.DiT, (1, 8, 8), SIZE, key=jr.key(0)),
+    "digits": eqx.Partial(mfx.DiT, (1, 8, 8), SIZE, labels=12, key=jr.key(0)),
+    "flow": eqx.Partial(mfx.MLP, 2, width=8, depth=1, labels=3, key=jr.key(0)),
+    "robot": eqx.Partial(mfx.MLP, 6, width=8, depth=1, condition=5, key=jr.key(0)),
+    "latent": eqx.Partial(mfx.DiT, (4, 4, 4), SIZE, key=jr.key(0)),
+    "unsaid": eqx.Partial(mfx.DiT, (3, 4, 4), SIZE, labels=2, key=jr.key(0)),
+}
+NAMES = tuple("abcdefghijkl")
+NOTES = {
+    "plain": checkpoint.Notes(pixels=(-1, 1), steps=7, decay=0.9),
+    "digits": checkpoint.Notes(pixels=(0, 2), class_names=NAMES, trained=mfx.Trained(True, True, False)),
+    "flow": checkpoint.Notes(trained=mfx.Trained(False, True, False)),
+    "robot": checkpoint.Notes(trained=mfx.Trained(True, False, False)),
+    "latent": checkpoint.Notes(pixels=(-1, 1), tokenizer=checkpoint.Tokenizer(TINY_VAE)),
+    "unsaid": None,
+}
+
+
+@pytest.fixture(scope="module")
+def files(experiment, tmp_path_factory):
+    """A folder with weights, the fields in them, and the script."""
+    for package in ("safetensors", "PIL"):
+        pytest.importorskip(package)
+    root = tmp_path_factory.mktemp("files")
+    fields = {name: filled(make) for name, make in NETWORKS.items()}
+    for name, field in fields.items():
+        checkpoint.save_weights(root / f"{name}.safetensors", field, notes=NOTES[name])
+    np.save(root / "vectors.npy", np.random.default_rng(0).standard_normal((4, 5)))
+    np.save(root / "short.npy", np.zeros((4, 3), np.float32))
+    return root, fields, experiment("generate")
+
+
+@pytest.fixture
+def command(files, tmp_path, monkeypatch):
+    """The command, in a folder of its own."""
+    root, _, generate = files
+    for entry in root.iterdir():
+        (tmp_path / entry.name).symlink_to(entry)
+    monkeypatch.chdir(tmp_path)
+    before = set(os.listdir())
+
+    def command(arguments):
+        run.main(generate.main, generate.Config(), argv=f"--weights {arguments}".split())
+        return sorted(set(os.listdir()) - before)
+
+    return command
+
+
+def samples(field, count, condition=None, *, times=(1.0, 0.0), seed=0, **options):
+    """What the library makes of these."""
+    condition = None if condition is None else np.asarray(condition)
+    shape = (field.field if isinstance(field, mfx.GuidedField) else field).data_shape
+    generator = mfx.Generator(field, jr.key(seed), shape, times, condition=condition, **options)
+    return np.asarray(generator(np.arange(count)))
+
+
+def bytes_of(x, low, high):
+    """Pixels as a file holds them."""
+    return np.round(255 * np.clip((x - low) / (high - low), 0, 1))
+
+
+def colours(path):
+    from PIL import Image
+
+    with Image.open(path) as file:
+        return np.asarray(file.convert("RGB"))
+
+
+# Arrays
+
+
+def test_samples_are_those_of_their_numbers_labels_and_seed_in_any_batch(command, files):
+    flags = "--to x.npy --label b 7 --number 5 --seed 3 --evaluations 2 --batch 2"
+    assert command(f"digits.safetensors {flags}") == ["x.npy"]
+    expected = samples(files[1]["digits"], 5, [1, 7], times=(1, 0.5, 0), seed=3)
+    np.testing.assert_allclose(np.load("x.npy"), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_guided_euler_steps_follow_the_guided_velocity(command, files):
+    command("flow.safetensors --to x.npy --label 1 --number 2 --euler --times 1 0.3 0 --guidance-scale 2.5")
+    field = mfx.GuidedField(files[1]["flow"], 2.5, jnp.asarray(3))
+    expected = samples(field, 2, [1], times=(1, 0.3, 0), method=mfx.sample_euler)
+    np.testing.assert_allclose(np.load("x.npy"), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_each_vector_of_a_file_conditions_a_sample(command, files):
+    assert command("robot.safetensors --condition vectors.npy") == ["robot.npy"]
+    expected = samples(files[1]["robot"], 4, np.load("vectors.npy").astype(np.float32))
+    np.testing.assert_allclose(np.load("robot.npy"), expected, rtol=1e-5, atol=1e-6)
+
+
+# Pictures
+
+
+def test_picture_has_a_column_for_each_of_ten_labels_by_default(command, files):
+    assert command("digits.safetensors") == ["digits.png"]
+    found, (pad, gap, side) = colours("digits.png"), (8, 4, 48)
+    assert found.shape[1] == 2 * pad + 10 * side + 9 * gap
+    top = found.shape[0] - pad - 8 * side - 7 * gap
+    labels = [0, 1, 2, 3, 4, 6, 7, 8, 9, 10]  # of twelve, in equal distances
+    x = bytes_of(samples(files[1]["digits"], 80, labels), 0, 2)
+    for row, column in [(0, 0), (1, 5), (7, 9)]:
+        at = top + row * (side + gap) + 3, pad + column * (side + gap) + 3
+        shown = found[at[0] :: 6, at[1] :: 6, 0][:8, :8].astype(float)
+        np.testing.assert_allclose(shown, x[10 * row + column, 0], atol=1)
+
+
+def test_each_sample_is_a_file_of_its_own_size_with_its_number_and_label(command, files):
+    assert command("digits.safetensors --to some/ --label 3 c --number 3") == ["some"]
+    assert sorted(os.listdir("some")) == ["000000_3.png", "000001_2.png", "000002_3.png"]
+    x = samples(files[1]["digits"], 3, [3, 2])
+    np.testing.assert_allclose(colours("some/000001_2.png")[..., 1], bytes_of(x[1, 0], 0, 2), atol=1)
+
+
+def test_weights_of_flow_matching_are_sampled_by_euler_steps_and_points_drawn(command, capsys):
+    assert command("flow.safetensors --number 4 --evaluations 3") == ["flow.png"]
+    out = capsys.readouterr().out
+    assert (
+        "u was trained at r = t alone (Flow Matching), so steps are those of --euler" in out and "3 Euler steps" in out
+    )
+
+
+def test_latents_are_an_array_without_a_tokenizer_and_pictures_with_one(command):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(TESTS / "vae")
+        import diffusers_files
+
+        diffusers_files.write_file(pathlib.Path("vae.safetensors"), diffusers_files.tensors(TINY_VAE))
+    assert "latent.npy" in command("latent.safetensors --number 2")
+    command("latent.safetensors --number 2 --vae vae.safetensors --to some/")
+    tokenizer = vae.load_autoencoder("vae.safetensors", TINY_VAE)
+    decode = jax.jit(lambda z: tokenizer.decode(z / vae.SCALE))
+    for i, z in enumerate(np.load("latent.npy")):
+        expected = np.moveaxis(np.asarray(decode(z)), 0, -1)
+        np.testing.assert_allclose(colours(f"some/00000{i}.png"), bytes_of(expected, -1, 1), atol=1)
+
+
+def test_a_dry_run_tells_what_it_would_make_and_leaves_nothing(command, capsys):
+    assert command("plain.safetensors --evaluations 2 --to new/folder/x.png --dry-run") == []
+    out = capsys.readouterr().out
+    assert re.search(
+        r"DiT of [\d,]+ parameters, steps 7, decay 0.9; 64 samples of shape \(1, 8, 8\), 2 evaluations", out
+    )
+    assert "would be written to new/folder/x.png" in out
+
+
+def test_guidance_of_weights_that_say_nothing_is_a_warning(command, capsys):
+    command("unsaid.safetensors --guidance-scale 2 --dry-run")
+    text = "warning: unsaid.safetensors does not say whether u without a label was trained at r < t"
+    assert text in capsys.readouterr().err
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("missing", "No such file or directory: 'missing'"),
+        ("vectors.npy", "vectors.npy: must be a file of save_weights"),
+        ("digits.safetensors --label 99", r"--label must lie in \[0, 11\] or be the name of a class for dig.*, got 99"),
+        ("digits.safetensors --label z", "--label must lie in .*, got z"),
+        ("plain.safetensors --label 1", "--label must be left out for plain.safetensors, without labels, got 1"),
+        ("plain.safetensors --guidance-scale 2", "--guidance-scale must be 1 for plain.safetensors, without labels"),
+        ("digits.safetensors --guidance-scale 2", "--guidance-scale must be 1, or --euler be given, for digits"),
+        ("robot.safetensors", r"--condition must be given: vectors of 5, such as robot.safetensors, got none"),
+        ("robot.safetensors --condition short.npy", r"--condition must have rows of shape \(5,\), got \(3,\) in short"),
+        ("robot.safetensors --condition none.npy", "No such file or directory: 'none.npy'"),
+        ("plain.safetensors --condition vectors.npy", "--condition must be left out for weights without vectors"),
+        (
+            "robot.safetensors --condition vectors.npy --to x.png",
+            "--to must end in .npy for robot.*, whose samples are",
+        ),
+        ("flow.safetensors --to some/", "--to must end in .npy for flow.safetensors, whose samples are no images"),
+        ("latent.safetensors --to x.png", "--to must end in .npy for latent.*, whose latents need --vae for pictures"),
+        ("plain.safetensors --vae vae", "--vae must be left out for plain.safetensors, whose values are no latents"),
+        ("plain.safetensors --to x.jpg", r"--to must end in .png, in .npy, or in / for a folder, got x.jpg"),
+        ("plain.safetensors --to .", r"--to must be a new or empty folder, got \."),
+        ("plain.safetensors --number 10001", "--number must be at most 10000 in one picture, got 10001"),
+        ("plain.safetensors --number 0", "--number must be >= 1, got 0"),
+        ("plain.safetensors --times 1 0.5", "--times must fall strictly from 1 to 0"),
+        ("plain.safetensors --times 1 0 --evaluations 1", "--evaluations must be left out with --times, got 1"),
+        ("plain.safetensors --guidance-scale -1", "--guidance-scale must be >= 0 and finite, got -1.0"),
+    ],
+)
+def test_bad_input_ends_in_one_line_and_leaves_nothing(arguments, message, command, capsys):
+    before = set(os.listdir())
+    with pytest.raises(SystemExit) as ended:
+        command(arguments)
+    assert ended.value.code == 2 and set(os.listdir()) == before
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert re.search(message, line), line
+
+
+def test_weights_of_a_network_of_ones_own_are_refused_by_name(command, capsys):
+    class Own(nn.AbstractConditionEmbedding):
+        weight: jax.Array
+
+        def __call__(self, condition):
+            return condition @ self.weight
+
+    field = filled(lambda: mfx.MLP(2, width=4, depth=1, condition=Own(jnp.ones((3, 4))), key=jr.key(0)))
+    checkpoint.save_weights("own.safetensors", field)
+    with pytest.raises(SystemExit):
+        command("own.safetensors")
+    assert "own.safetensors: must describe its network, an MLP, DiT or UNet" in capsys.readouterr().err
