@@ -148,10 +148,14 @@ def open_source(path: str) -> data.AbstractSource:
     """The training images."""
     if path == SHAPES:
         return data.ArraySource(draw_shapes(4096, seed=0), name="drawn shapes")
-    source = data.ShardSource(path) if (Path(path) / "manifest.json").exists() else data.read_cifar10(path)
+    folder, others = Path(path), "(images.py trains on other images, and prepare_data.py --images makes shards of them)"
+    is_shards = (folder / "manifest.json").exists()
+    if folder.is_dir() and not is_shards and not any(folder.glob("data_batch_*")):
+        raise ValueError(f"data must be CIFAR-10, or shards of such images, got {path} {others}")
+    source = data.ShardSource(path) if is_shards else data.read_cifar10(path)
     if source.row_shape != (3, 32, 32) or source.dtype != np.uint8:
         found = f"{source.dtype} of shape {source.row_shape}"
-        raise ValueError(f"data must have rows of uint8 of shape (3, 32, 32), got {found} in {path}")
+        raise ValueError(f"data must have rows of uint8 of shape (3, 32, 32), got {found} in {path} {others}")
     return source
 
 

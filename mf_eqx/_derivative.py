@@ -28,7 +28,7 @@ from jaxtyping import Array, Float, Key, PyTree
 
 from ._custom_types import as_times, Condition, Scalar, Time, TimeLike
 from ._engine_guards import refuse_custom_vjp, refuse_gradient, refuse_low_precision, trace_and_check
-from ._field import AbstractField, stopped, WithVelocity
+from ._field import AbstractField, stopped, with_checked_shapes, WithVelocity
 from ._validate import check_positive
 from .nn import AbstractAttention, StoppedTangent
 
@@ -165,7 +165,7 @@ class CentralDifference(AbstractDerivative):
         key: Key[Array, ""] | None,
     ) -> tuple[Values, Values]:
         r, t = as_times(r, t, z)
-        u = _with_checked_shapes(field(z, r, t, condition, key=key), z)
+        u = with_checked_shapes(field(z, r, t, condition, key=key), z)
         inputs = (u, z, r, t, tangent[0])
         teacher, (z, r, t, condition), (dz, dr, dt) = stopped((field, (z, r, t, condition), tangent))
 
@@ -218,13 +218,7 @@ def _jvp(
     def rate(u: Array, rate: Array | None) -> Array:
         return jnp.zeros_like(u) if rate is None else rate  # None: u does not depend on z, r or t
 
-    return _with_checked_shapes(u, z), jax.tree.map(rate, u, dudt, is_leaf=lambda node: node is None)
-
-
-def _with_checked_shapes(u: PyTree[Float[Array, "..."]], z: Float[Array, "*data"]) -> Values:
-    if wrong := [leaf.shape for leaf in jax.tree.leaves(u) if leaf.shape != z.shape]:
-        raise ValueError(f"field must return the shape of z, {z.shape}, got {wrong[0]}")
-    return u
+    return with_checked_shapes(u, z), jax.tree.map(rate, u, dudt, is_leaf=lambda node: node is None)
 
 
 def _is_attention(node: object) -> bool:

@@ -4,6 +4,7 @@ An average is a complete field, kept in float32 or better. It starts as a *copy*
 two places of a donated state is an error.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import equinox as eqx
@@ -43,6 +44,14 @@ class ExponentialAverage(eqx.Module):
             return a + share.astype(a.dtype) * (p.astype(a.dtype) - a) if eqx.is_inexact_array(a) else a
 
         return jax.tree.map(move, average, field)
+
+
+def as_averages(averages: Sequence[ExponentialAverage]) -> tuple[ExponentialAverage, ...]:
+    """`averages` as a tuple. **Raises:** `ValueError` unless they are a list or a tuple of `ExponentialAverage`."""
+    if not isinstance(averages, Sequence) or not all(isinstance(one, ExponentialAverage) for one in averages):
+        rule = "a list of ExponentialAverage, such as [ExponentialAverage(0.999)]"
+        raise ValueError(f"averages must be {rule}, got {averages!r:.100}")
+    return tuple(averages)
 
 
 def _copy(leaf: Any) -> Any:

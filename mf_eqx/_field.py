@@ -6,10 +6,12 @@ so one network holds both the one-step map and the velocity of Flow Matching.
 """
 
 import abc
+import inspect
 from typing import TypeVar
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from ._custom_types import Condition, Time
@@ -108,8 +110,17 @@ def stopped(tree: _Tree) -> _Tree:
     return jax.tree.map(lambda leaf: jax.lax.stop_gradient(leaf) if eqx.is_inexact_array(leaf) else leaf, tree)
 
 
-def check_per_example(field: AbstractField) -> None:
-    """Raises a `ValueError` if the field holds a `BatchNorm` outside of inference mode, which needs a batch."""
+def with_checked_shapes(u: _Tree, z: Float[Array, "*data"]) -> _Tree:
+    """`u`, what a field returned at `z`. **Raises:** `ValueError` unless all its arrays have the shape of `z`."""
+    if wrong := [jnp.shape(leaf) for leaf in jax.tree.leaves(u) if jnp.shape(leaf) != z.shape]:
+        raise ValueError(f"field must return the shape of z, {z.shape}, got {wrong[0]}")
+    return u
+
+
+def check_field(field: AbstractField) -> None:
+    """Raises a `ValueError` if the field cannot be called as an `AbstractField` is, or if it holds a `BatchNorm`, which
+    needs a batch, outside of inference mode."""
+    _check_signature(field)
 
     def is_norm(node: object) -> bool:
         return isinstance(node, eqx.nn.BatchNorm)
@@ -119,3 +130,16 @@ def check_per_example(field: AbstractField) -> None:
             "field must be a function of one example, got an eqx.nn.BatchNorm, which needs a batch: use "
             "eqx.nn.GroupNorm or eqx.nn.LayerNorm"
         )
+
+
+def _check_signature(field: AbstractField) -> None:
+    found = type(field).__name__
+    try:
+        signature = inspect.signature(field)
+        found += f", which takes ({', '.join(signature.parameters)})"
+        signature.bind("z", "r", "t", "condition", key="key")
+    except TypeError as error:
+        raise ValueError(
+            f"field must be callable as field(z, r, t, condition, key=key), got {found}: call it from a subclass of "
+            "mf_eqx.AbstractField"
+        ) from error

@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Int, Key, PyTree, Real
 
 from ._custom_types import Condition
-from ._field import AbstractField
+from ._field import AbstractField, check_field
 from ._guidance import GuidedField
 from ._leaves import by_name
 from ._model import check_labels
@@ -52,9 +52,9 @@ class Generator(eqx.Module):
     - `method`: `sample`, along average velocities; or `sample_euler`, `sample_heun`, along v = u(z, t, t).
     - `unroll`: whether to unroll the loop over the steps, see `sample`.
 
-    **Raises:** `ValueError` if `times`, `labels`, `balanced`, `condition` or `data_shape` is not valid, if both
-    `labels` and `condition` are given, or if a network of this package, also in a `GuidedField`, lacks some of the
-    labels.
+    **Raises:** `ValueError` if `field`, `times`, `labels`, `balanced`, `condition` or `data_shape` is not valid, if
+    both `labels` and `condition` are given, or if a network of this package, also in a `GuidedField`, lacks some of
+    the labels.
     """
 
     field: AbstractField
@@ -68,6 +68,7 @@ class Generator(eqx.Module):
     condition: PyTree[Array] = eqx.field(default=None, converter=_as_arrays)
 
     def __check_init__(self):
+        check_field(self.field)
         check_times(self.times)
         check_sizes(data_shape=self.data_shape)
         if self.labels is not None and not (isinstance(self.labels, int) and self.labels >= 1):

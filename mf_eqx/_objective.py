@@ -23,7 +23,13 @@ from jaxtyping import Array, ArrayLike, Float, Key, PyTree
 
 from ._batch import Batch
 from ._custom_types import at_least_float32, Condition, Scalar, Time
-from ._field import AbstractField, AbstractFieldWithVelocity, check_per_example, stopped
+from ._field import (
+    AbstractField,
+    AbstractFieldWithVelocity,
+    check_field,
+    stopped,
+    with_checked_shapes,
+)
 from ._guidance import check_null_shape, first_changed_by_cast, Guidance, LabelDropout, Trained
 from ._identity import AbstractIdentity, AbstractIdentityWithLoss, Facts, MeanFlow
 from ._interpolant import AbstractInterpolant, LinearInterpolant
@@ -243,7 +249,7 @@ class Objective(AbstractObjective):
         self, field: AbstractField, batch: Batch, boundary: bool, key: Key[Array, ""], context: Context | None
     ) -> Metrics:
         """The metrics of rows of one kind."""
-        check_per_example(field)
+        check_field(field)
         if self._facts.needs_velocity_head and not isinstance(field, AbstractFieldWithVelocity):
             name = type(self.identity).__name__
             raise ValueError(f"field must be an AbstractFieldWithVelocity for {name}, got {type(field).__name__}")
@@ -284,9 +290,7 @@ class Objective(AbstractObjective):
 
     def _boundary_term(self, field: AbstractField, row: Row) -> tuple[Float[Array, "*data"], Scalar]:
         """Residual and loss of a row with r = t: u(z, t, t) = v."""
-        u = at_least_float32(row.evaluate(field, row.z, row.t, row.t))
-        if u.shape != row.z.shape:
-            raise ValueError(f"field must return the shape of z, {row.z.shape}, got {u.shape}")
+        u = at_least_float32(with_checked_shapes(row.evaluate(field, row.z, row.t, row.t), row.z))
         residual = u - self._guided(field, row, jax.lax.stop_gradient(u))
         return residual, self._weighted(residual, row)
 

@@ -18,9 +18,11 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Real
 
 from ._custom_types import at_least_float32, Condition, Time
-from ._field import AbstractField, check_per_example
+from ._field import AbstractField, check_field, with_checked_shapes
 
 Times: TypeAlias = Sequence[float] | Real[Array | np.ndarray, " times"]
+_Evaluate: TypeAlias = Callable[[Float[Array, "*data"], Time, Time], Float[Array, "*data"]]
+"""A field with its condition, as a function of z, r and t."""
 
 
 def uniform_times(steps: int) -> tuple[float, ...]:
@@ -51,10 +53,10 @@ def sample(
 
     **Returns:** the state at the last time, data if that is 0, in float32 or better.
 
-    **Raises:** `ValueError` if `times` is not such a grid, if `eps` is empty, or if the field holds a `BatchNorm`,
-    which needs a batch.
+    **Raises:** `ValueError` if `times` is not such a grid, if `eps` is empty, or if the field cannot be called as an
+    `AbstractField` is, returns another shape, or holds a `BatchNorm`, which needs a batch.
     """
-    return _integrate(field, lambda z, r, t: z - (t - r) * field(z, r, t, condition), eps, times, unroll)
+    return _integrate(field, lambda u, z, r, t: z - (t - r) * u(z, r, t), eps, condition, times, unroll)
 
 
 def sample_euler(
@@ -66,7 +68,7 @@ def sample_euler(
     unroll: bool = False,
 ) -> Float[Array, "*data"]:
     """One sample of the ODE dz/dt = u(z, t, t) by Euler's method: arguments as `sample`, one evaluation per step."""
-    return _integrate(field, lambda z, r, t: z - (t - r) * field(z, t, t, condition), eps, times, unroll)
+    return _integrate(field, lambda u, z, r, t: z - (t - r) * u(z, t, t), eps, condition, times, unroll)
 
 
 def sample_heun(
@@ -79,12 +81,12 @@ def sample_heun(
 ) -> Float[Array, "*data"]:
     """One sample of the ODE dz/dt = u(z, t, t) by Heun's method: arguments as `sample`, two evaluations per step."""
 
-    def step(z: Float[Array, "*data"], r: Time, t: Time) -> Float[Array, "*data"]:
-        v = field(z, t, t, condition)
+    def step(u: _Evaluate, z: Float[Array, "*data"], r: Time, t: Time) -> Float[Array, "*data"]:
+        v = u(z, t, t)
         predicted = z - (t - r) * v
-        return z - (t - r) / 2 * (v + field(predicted, r, r, condition))
+        return z - (t - r) / 2 * (v + u(predicted, r, r))
 
-    return _integrate(field, step, eps, times, unroll)
+    return _integrate(field, step, eps, condition, times, unroll)
 
 
 def check_times(times: Times) -> None:
@@ -96,20 +98,24 @@ def check_times(times: Times) -> None:
 
 def _integrate(
     field: AbstractField,
-    step: Callable[[Float[Array, "*data"], Time, Time], Float[Array, "*data"]],
+    step: Callable[[_Evaluate, Float[Array, "*data"], Time, Time], Float[Array, "*data"]],
     eps: Real[ArrayLike, "*data"] | Sequence[Any],
+    condition: Condition,
     times: Times,
     unroll: bool,
 ) -> Float[Array, "*data"]:
     check_times(times)
-    check_per_example(field)
+    check_field(field)
     eps = at_least_float32(jnp.asarray(eps))
     if eps.size < 1:
         raise ValueError(f"eps must hold at least one value, got shape {eps.shape}")
     grid = jnp.asarray(times, eps.dtype)
 
+    def u(z: Float[Array, "*data"], r: Time, t: Time) -> Float[Array, "*data"]:
+        return with_checked_shapes(field(z, r, t, condition), z)
+
     def scan_step(z: Float[Array, "*data"], pair: Sequence[Time]) -> tuple[Float[Array, "*data"], None]:
-        return step(z, *pair).astype(z.dtype), None
+        return step(u, z, *pair).astype(z.dtype), None
 
     if len(times) == 2:  # JAX would make a loop of this single step, unrolled or not
         return scan_step(eps, (grid[1], grid[0]))[0]

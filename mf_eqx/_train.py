@@ -20,8 +20,8 @@ from jaxtyping import Array, Bool, Int, Key, PyTree
 
 from ._batch import Batch
 from ._custom_types import Scalar
-from ._ema import ExponentialAverage
-from ._field import AbstractField
+from ._ema import as_averages, ExponentialAverage
+from ._field import AbstractField, check_field
 from ._gradient import Differentiation
 from ._leaves import leaves, listed, shapes
 from ._mean import Mean, Metrics
@@ -88,14 +88,16 @@ def init_state(
     `objective` also the same if it has a state; `key` of the run. All arrays are copied, including those of the
     optimiser's state, because steps donate the state.
 
-    **Raises:** `ValueError` if the field holds one parameter twice, since training would change the two copies
-    separately, or if a step does not support the optimiser, see `TrainStep`.
+    **Raises:** `ValueError` if the field cannot be called as an `AbstractField` is, if it holds one parameter twice,
+    since training would change the two copies separately, if `averages` is not a list, or if a step does not support
+    the optimiser, see `TrainStep`.
     """
+    check_field(field)
     _check_untied(field)
     field = jax.tree.map(copy, field)
     opt_state = init_optimizer(optimizer, eqx.filter(field, eqx.is_inexact_array))
     no_faults = Faults(*(jnp.zeros((), jnp.int32) for _ in range(4)))
-    averaged = tuple(average.init(field) for average in averages)
+    averaged = tuple(average.init(field) for average in as_averages(averages))
     objective_state = jax.tree.map(copy, objective.init()) if objective is not None else None
     return TrainState(field, opt_state, averaged, jnp.zeros((), jnp.int32), copy(key), no_faults, objective_state)
 
@@ -150,7 +152,7 @@ class TrainStep(eqx.Module):
 
     objective: AbstractObjective
     optimizer: optax.GradientTransformation
-    averages: tuple[ExponentialAverage, ...] = eqx.field(default=(), converter=tuple)
+    averages: tuple[ExponentialAverage, ...] = eqx.field(default=(), converter=as_averages)
     prepare: Callable[[Batch, Key[Array, ""]], Batch] | None = None
     accumulation: int = 1
     parallelism: Parallelism | None = None

@@ -69,6 +69,13 @@ def check_sizes(**sizes: Count | Sequence[Count]) -> None:
             raise ValueError(f"{name} must be of integers >= 1, got {size}")
 
 
+def check_data_shape(shape: Sequence[Count]) -> None:
+    """Raises a `ValueError` unless `shape` is that of an image or of a sequence, channels first."""
+    if not isinstance(shape, Sequence) or len(shape) not in (2, 3):
+        raise ValueError(f"data_shape must be (channels, height, width) or (channels, length), got {shape}")
+    check_sizes(data_shape=shape)
+
+
 def _is_count(value: Any, minimum: int = 1) -> bool:
     return isinstance(value, int | np.integer) and not isinstance(value, bool) and int(value) >= minimum
 

@@ -10,7 +10,7 @@ import pytest
 
 import mf_eqx as mfx
 from mf_eqx import AbstractField
-from mf_eqx._field import check_per_example, stopped
+from mf_eqx._field import check_field, stopped
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -166,4 +166,53 @@ def test_objective_refuses_batch_norm_with_what_to_take_instead():
 
 
 def test_batch_norm_in_inference_mode_is_a_function_of_one_example():
-    check_per_example(eqx.nn.inference_mode(normalised()))
+    check_field(eqx.nn.inference_mode(normalised()))
+
+
+# Networks that are called in another way
+
+OPTIMIZER = optax.sgd(0.1)
+
+
+class WithoutKey(AbstractField):
+    def __call__(self, z, r, t, condition=None):
+        return z
+
+
+class Narrow(AbstractField):
+    """Returns one value less than it gets."""
+
+    def __call__(self, z, r, t, condition=None, *, key=None):
+        return z[1:]
+
+
+USES = {
+    "init_state": lambda field: mfx.init_state(field, OPTIMIZER, key=jr.key(0)),
+    "Objective": lambda field: mfx.Objective()(field, mfx.Batch(jnp.ones((4, 2))), key=jr.key(0)),
+    "sample": lambda field: mfx.sample(field, jnp.ones(2)),
+    "sample_heun": lambda field: mfx.sample_heun(field, jnp.ones(2), times=(1.0, 0.5, 0.0)),
+    "Generator": lambda field: mfx.Generator(field, jr.key(0), (2,)),
+}
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("use", USES.values(), ids=USES)
+@pytest.mark.parametrize(
+    ("make", "found"),
+    [
+        (lambda: eqx.nn.MLP(4, 2, 8, 1, key=jr.key(0)), r"MLP, which takes \(x, key\)"),
+        (WithoutKey, r"WithoutKey, which takes \(z, r, t, condition\)"),
+        (lambda: jnp.ones(2), "ArrayImpl"),
+    ],
+    ids=["eqx.nn.MLP", "no key", "array"],
+)
+def test_network_that_is_called_in_another_way_is_refused_with_the_way(use, make, found):
+    rule = r"field must be callable as field\(z, r, t, condition, key=key\)"
+    with pytest.raises(ValueError, match=f"{rule}, got {found}: call it from a subclass of mf_eqx.AbstractField"):
+        use(make())
+
+
+@pytest.mark.parametrize("use", [USES["Objective"], USES["sample"], USES["sample_heun"]])
+def test_network_that_returns_another_shape_is_refused_with_both(use):
+    with pytest.raises(ValueError, match=r"field must return the shape of z, \(2,\), got \(1,\)"):
+        use(Narrow())

@@ -772,6 +772,15 @@ def test_averages_that_do_not_match_the_state_are_refused():
         step(state(AVERAGES[:1]), batch())
 
 
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("averages", [mfx.ExponentialAverage(0.9), 0.9, [0.9], None])
+@pytest.mark.parametrize("use", [state, lambda averages: mfx.TrainStep(Probe(), OPTIMIZER, averages)])
+def test_averages_that_are_no_list_of_averages_are_refused(use, averages):
+    rule = r"averages must be a list of ExponentialAverage, such as \[ExponentialAverage\(0\.999\)\], got"
+    with pytest.raises(ValueError, match=rf"{rule} {re.escape(repr(averages))}"):
+        use(averages)
+
+
 def test_batch_that_the_split_does_not_divide_is_refused():
     with pytest.raises(ValueError, match=r"batch must be a positive multiple of 4 .* = 4, got 6"):
         mfx.TrainStep(mfx.Objective(), OPTIMIZER)(state(()), mfx.Batch(jnp.zeros((6, DIM))))

@@ -26,7 +26,7 @@ from jaxtyping import Array, Float, Key
 
 from .._custom_types import as_times, Condition, TimeLike
 from .._field import AbstractField
-from .._validate import check_sizes
+from .._validate import check_data_shape
 from ..nn import (
     AbstractAttention,
     AbstractConditionEmbedding,
@@ -156,11 +156,8 @@ class DiT(AbstractField):
         unroll: int | bool = 1,
         key: Key[Array, ""],
     ):
-        if len(data_shape) not in (2, 3):
-            rule = "(channels, height, width) or (channels, length)"
-            raise ValueError(f"data_shape must be {rule}, got {data_shape}")
+        check_data_shape(data_shape)
         channels, *sides = data_shape
-        check_sizes(data_shape=data_shape)
         if min(size) < 1:
             raise ValueError(f"size must be positive throughout, got {size}")
         if not jnp.issubdtype(dtype, jnp.floating):

@@ -84,8 +84,9 @@ class MLP(AbstractField):
     - `key`.
 
     **Raises:** `ValueError` if a size is below 1, `fourier_features` below 0, `fourier_scale` not positive and finite,
-    or `dtype` not floating point, or if `labels` and `condition` are both given; when called, if the condition is not
-    one integer label for a field with labels, a vector of its size for a field with vectors, or None without either.
+    or `dtype` not floating point, or if `labels` and `condition` are both given; when called, if z does not have the
+    size, or if the condition is not one integer label for a field with labels, a vector of its size for a field with
+    vectors, or None without either.
     """
 
     frequencies: Float[Array, "size features"] | None
@@ -172,6 +173,8 @@ class MLP(AbstractField):
         *,
         key: Key[Array, ""] | None = None,
     ) -> Float[Array, " size"]:
+        if z.shape != (size := self.out.bias.shape):
+            raise ValueError(f"z must have the shape {size}, got {z.shape}")
         r, t = as_times(r, t, z)
         dtype = np.promote_types(self.out.weight.dtype, z.dtype) if self.dtype is None else self.dtype
         c = jax.nn.silu(self.embedding(r, t, condition)).astype(dtype)

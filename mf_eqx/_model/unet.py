@@ -1,8 +1,8 @@
 r"""The DDPM++ U-Net as a field, in the form of EDM.
 
-Residual blocks work on images of decreasing size (the way down) and then on images of increasing size (the way up). On
-the way up, the input of each block that does not resample is concatenated with an output from the way down. A block
-computes
+Residual blocks work on images, or on sequences, of decreasing size (the way down) and then on ones of increasing size
+(the way up). On the way up, the input of each block that does not resample is concatenated with an output from the way
+down. A block computes
 
     h   = conv(silu(norm(x)))                 resampled before conv if the resolution changes
     h   = conv(dropout(silu(norm(h + linear(c)))))
@@ -31,7 +31,7 @@ from jaxtyping import Array, Float, Key
 
 from .._custom_types import as_times, Condition, Time, TimeLike
 from .._field import AbstractField
-from .._validate import check_sizes
+from .._validate import check_data_shape
 from ..nn import (
     AbstractAttention,
     AbstractConditionEmbedding,
@@ -50,15 +50,17 @@ from ..nn import (
     XLAAttention,
 )
 from ..nn._embedding import as_argument, as_embedding, check_one_embedding, embedded_condition
+from ..nn._norm import per_channel
 
 
 class UNetSize(NamedTuple):
     """The size of a U-Net.
 
-    The network has one resolution for each of `multipliers`, first that of the image, then each half of the one before.
+    The network has one resolution for each of `multipliers`, first that of the data, then each half of the one before.
     The number of channels there is `width` times the multiplier. There are `blocks` blocks per resolution on the way
-    down, and one more on the way up. `attention` lists the resolutions with attention by their number of rows: there
-    attention follows every block on the way down, and the last block on the way up. The middle always has attention.
+    down, and one more on the way up. `attention` lists the resolutions with attention by their number of rows (of an
+    image) or steps (of a sequence): there attention follows every block on the way down, and the last block on the way
+    up. The middle always has attention.
     """
 
     width: int
@@ -83,12 +85,15 @@ def _xavier_uniform(scale: float = 1.0, *, out_axis: int = -1, in_axis: int = -2
     return variance_scaling(scale**2, "fan_avg", "uniform", in_axis=in_axis, out_axis=out_axis)
 
 
-def _convolution(inputs: int, outputs: int, kernel: int, *, scale: float = 1.0, key: Key[Array, ""]) -> eqx.nn.Conv2d:
-    """A convolution that keeps the size of the image. Its fans count the kernel's positions, and its bias is zero."""
+def _convolution(
+    sides: int, inputs: int, outputs: int, kernel: int, *, scale: float = 1.0, key: Key[Array, ""]
+) -> eqx.nn.Conv:
+    """A convolution over `sides` axes that keeps their sizes. Its fans count the kernel's positions, and its bias is
+    zero."""
     # Only its shapes, since the numbers that it would draw itself are not used.
-    convolution = eqx.filter_eval_shape(eqx.nn.Conv2d, inputs, outputs, kernel, padding=kernel // 2, key=key)
-    weight = _xavier_uniform(scale, in_axis=1, out_axis=0)(key, (outputs, inputs, kernel, kernel), jnp.float32)
-    bias = jnp.zeros((outputs, 1, 1), jnp.float32)
+    convolution = eqx.filter_eval_shape(eqx.nn.Conv, sides, inputs, outputs, kernel, padding=kernel // 2, key=key)
+    weight = _xavier_uniform(scale, in_axis=1, out_axis=0)(key, (outputs, inputs, *[kernel] * sides), jnp.float32)
+    bias = jnp.zeros((outputs, *[1] * sides), jnp.float32)
     return eqx.tree_at(lambda c: (c.weight, c.bias), convolution, (weight, bias))
 
 
@@ -108,7 +113,7 @@ _ROOT_HALF = 0.5**0.5
 
 class _BlockPlan(NamedTuple):
     """One block: its input channels, the channels from the way down that are concatenated with them, its output
-    channels, whether attention follows, and the factor on the size of the image: 1, 2 or 1/2."""
+    channels, whether attention follows, and the factor on the size: 1, 2 or 1/2."""
 
     inputs: int
     down_channels: int
@@ -140,8 +145,8 @@ def _up_plans(size: UNetSize, rows: int) -> Iterator[_BlockPlan]:
             channels = outputs
 
 
-class ImageAttention(eqx.Module):
-    """(x + attention(norm(x))) / sqrt(2), with one head over all channels of every pixel."""
+class ResidualAttention(eqx.Module):
+    """(x + attention(norm(x))) / sqrt(2), with one head over all channels of every pixel or step."""
 
     norm: GroupNorm
     attention: SelfAttention
@@ -158,56 +163,63 @@ class ImageAttention(eqx.Module):
             ),
         )
 
-    def __call__(self, x: Float[Array, "channels height width"]) -> Float[Array, "channels height width"]:
-        pixels = self.norm(x).reshape(x.shape[0], -1).T
-        return (x + self.attention(pixels).T.reshape(x.shape)) * _ROOT_HALF
+    def __call__(self, x: Float[Array, "channels *sides"]) -> Float[Array, "channels *sides"]:
+        tokens = self.norm(x).reshape(x.shape[0], -1).T
+        return (x + self.attention(tokens).T.reshape(x.shape)) * _ROOT_HALF
 
 
 class UNetBlock(eqx.Module):
     """A residual block. Its equations are in the module's docstring."""
 
     norm_1: GroupNorm
-    conv_1: eqx.nn.Conv2d
+    conv_1: eqx.nn.Conv
     condition: Linear
     norm_2: GroupNorm
-    conv_2: eqx.nn.Conv2d
-    skip: eqx.nn.Conv2d | None
-    attention: ImageAttention | None
+    conv_2: eqx.nn.Conv
+    skip: eqx.nn.Conv | None
+    attention: ResidualAttention | None
     plan: _BlockPlan = eqx.field(static=True)
     dropout: float = eqx.field(static=True)
 
     def __init__(
-        self, plan: _BlockPlan, embedded: int, dropout: float, attention: AbstractAttention, *, key: Key[Array, ""]
+        self,
+        plan: _BlockPlan,
+        sides: int,
+        embedded: int,
+        dropout: float,
+        attention: AbstractAttention,
+        *,
+        key: Key[Array, ""],
     ):
         inputs, outputs = plan.inputs + plan.down_channels, plan.outputs
         conv_1_key, condition_key, conv_2_key, skip_key, attention_key = jr.split(key, 5)
         self.norm_1 = _group_norm(inputs)
-        self.conv_1 = _convolution(inputs, outputs, 3, key=conv_1_key)
+        self.conv_1 = _convolution(sides, inputs, outputs, 3, key=conv_1_key)
         self.condition = Linear(embedded, outputs, key=condition_key)
         self.norm_2 = _group_norm(outputs)
-        self.conv_2 = _convolution(outputs, outputs, 3, scale=_ALMOST_ZERO, key=conv_2_key)
+        self.conv_2 = _convolution(sides, outputs, outputs, 3, scale=_ALMOST_ZERO, key=conv_2_key)
         same = inputs == outputs and plan.factor == 1
-        self.skip = None if same else _convolution(inputs, outputs, 1, key=skip_key)
-        self.attention = ImageAttention(outputs, attention, key=attention_key) if plan.attention else None
+        self.skip = None if same else _convolution(sides, inputs, outputs, 1, key=skip_key)
+        self.attention = ResidualAttention(outputs, attention, key=attention_key) if plan.attention else None
         self.plan = plan
         self.dropout = float(dropout)
 
     def __call__(
         self,
-        x: Float[Array, "channels height width"],
+        x: Float[Array, "channels *sides"],
         c: Float[Array, " embedded"],
         key: Key[Array, ""] | None,
-        from_down: Float[Array, "channels3 height width"] | None = None,
-    ) -> Float[Array, "channels2 height2 width2"]:
+        from_down: Float[Array, "channels3 *sides"] | None = None,
+    ) -> Float[Array, "channels2 *sides2"]:
         x = x if from_down is None else jnp.concatenate([x, from_down])
         h = self.conv_1(self._resampled(jax.nn.silu(self.norm_1(x))))
-        h = jax.nn.silu(self.norm_2(h + self.condition(c)[:, None, None]))
+        h = jax.nn.silu(self.norm_2(h + per_channel(self.condition(c), h)))
         h = self.conv_2(eqx.nn.Dropout(self.dropout)(h, key=key, inference=key is None))
         skip = x if self.skip is None else self.skip(self._resampled(x))
         x = (skip + h) * _ROOT_HALF
         return x if self.attention is None else self.attention(x)
 
-    def _resampled(self, x: Float[Array, "channels height width"]) -> Float[Array, "channels height2 width2"]:
+    def _resampled(self, x: Float[Array, "channels *sides"]) -> Float[Array, "channels *sides2"]:
         return x if self.plan.factor == 1 else downsample(x) if self.plan.factor < 1 else upsample(x)
 
 
@@ -269,11 +281,12 @@ class UNetEmbedding(eqx.Module):
 
 
 class UNet(AbstractField):
-    """A convolutional field over images, channels first. A fresh U-Net outputs almost zero.
+    """A convolutional field over images or sequences, channels first. A fresh U-Net outputs almost zero.
 
     **Arguments:**
 
-    - `data_shape`: (channels, height, width); height and width multiples of 2 for every resolution but the first.
+    - `data_shape`: (channels, height, width) of images or (channels, length) of sequences; all sides multiples of 2 for
+      every resolution but the first.
     - `size`: a `UNetSize`, such as `UNET_CIFAR10`, or one of your own.
     - `labels`: number of labels, or None for an unconditional field. The condition is then an integer label in
       [0, labels], `labels` itself being "no label" (`null_label`), alone or in a `UNetCondition`.
@@ -303,19 +316,19 @@ class UNet(AbstractField):
     """
 
     embedding: UNetEmbedding
-    first: eqx.nn.Conv2d
+    first: eqx.nn.Conv
     down: tuple[Stack[UNetBlock], ...]
     middle: tuple[Stack[UNetBlock], ...]
     up: tuple[Stack[UNetBlock], ...]
     norm: GroupNorm
-    last: eqx.nn.Conv2d
-    data_shape: tuple[int, int, int] = eqx.field(static=True)
+    last: eqx.nn.Conv
+    data_shape: tuple[int, ...] = eqx.field(static=True)
     size: UNetSize = eqx.field(static=True)
     dtype: DTypeLike = eqx.field(static=True)
 
     def __init__(
         self,
-        data_shape: tuple[int, int, int],
+        data_shape: tuple[int, ...],
         size: UNetSize,
         *,
         labels: int | None = None,
@@ -330,12 +343,12 @@ class UNet(AbstractField):
         key: Key[Array, ""],
     ):
         _check_arguments(data_shape, size, augmentation, dropout, dtype)
-        channels, rows, _ = data_shape
+        channels, rows, sides = data_shape[0], data_shape[1], len(data_shape) - 1
         embedded = 4 * size.width
         embedding_key, first_key, down_key, middle_key, up_key, last_key = jr.split(key, 6)
 
         def block(plan: _BlockPlan, key: Key[Array, ""]) -> UNetBlock:
-            return UNetBlock(plan, embedded, dropout, attention, key=key)
+            return UNetBlock(plan, sides, embedded, dropout, attention, key=key)
 
         def stacks(plans: Iterator[_BlockPlan], key: Key[Array, ""]) -> tuple[Stack[UNetBlock], ...]:
             """One stack for each run of consecutive equal blocks."""
@@ -346,7 +359,7 @@ class UNet(AbstractField):
             )
 
         self.embedding = UNetEmbedding(embedded, labels, condition, augmentation, time_variables, key=embedding_key)
-        self.first = _convolution(channels, size.width, 3, key=first_key)
+        self.first = _convolution(sides, channels, size.width, 3, key=first_key)
         self.down = stacks(_down_plans(size, rows), down_key)
         deepest = size.multipliers[-1] * size.width
         middle = [_BlockPlan(deepest, 0, deepest, attention) for attention in (True, False)]
@@ -354,8 +367,8 @@ class UNet(AbstractField):
         self.up = stacks(_up_plans(size, rows), up_key)
         outputs = size.multipliers[0] * size.width
         self.norm = _group_norm(outputs)
-        self.last = _convolution(outputs, channels, 3, scale=_ALMOST_ZERO, key=last_key)
-        self.data_shape = (channels, rows, data_shape[2])
+        self.last = _convolution(sides, outputs, channels, 3, scale=_ALMOST_ZERO, key=last_key)
+        self.data_shape = tuple(data_shape)
         self.size = size
         self.dtype = jnp.dtype(dtype)
 
@@ -385,13 +398,13 @@ class UNet(AbstractField):
 
     def __call__(
         self,
-        z: Float[Array, "channels height width"],
+        z: Float[Array, "channels *sides"],
         r: TimeLike,
         t: TimeLike,
         condition: UNetCondition | Condition = None,
         *,
         key: Key[Array, ""] | None = None,
-    ) -> Float[Array, "channels height width"]:
+    ) -> Float[Array, "channels *sides"]:
         if z.shape != self.data_shape:
             raise ValueError(f"z must have the data_shape {self.data_shape}, got {z.shape}")
         if not isinstance(condition, UNetCondition):
@@ -421,13 +434,13 @@ class UNet(AbstractField):
     def _apply_stack(
         self,
         stack: Stack[UNetBlock],
-        x: Float[Array, "channels height width"],
+        x: Float[Array, "channels *sides"],
         c: Float[Array, " embedded"],
         key: Key[Array, ""] | None,
-        from_down: list[Float[Array, "channels3 height width"]] | None = None,
-    ) -> tuple[Float[Array, "channels2 height2 width2"], list[Float[Array, "channels2 height2 width2"]]]:
-        """The image after a stack, and the images after each of its blocks; `from_down` has one image from the way down
-        for each block."""
+        from_down: list[Float[Array, "channels3 *sides"]] | None = None,
+    ) -> tuple[Float[Array, "channels2 *sides2"], list[Float[Array, "channels2 *sides2"]]]:
+        """The features after a stack, and those after each of its blocks; `from_down` has those from the way down for
+        each block."""
 
         def apply(block: UNetBlock, x: Array, inputs: tuple[Array | None, Array | None]) -> tuple[Array, Array]:
             x = cast(block, self.dtype)(x, c, *inputs)
@@ -439,9 +452,9 @@ class UNet(AbstractField):
 
 
 def _check_arguments(
-    data_shape: tuple[int, int, int], size: UNetSize, augmentation: int, dropout: float, dtype: DTypeLike
+    data_shape: tuple[int, ...], size: UNetSize, augmentation: int, dropout: float, dtype: DTypeLike
 ) -> None:
-    check_sizes(data_shape=data_shape)
+    check_data_shape(data_shape)
     if size.width < 4 or size.width % 4:
         raise ValueError(f"width must be a positive multiple of 4, got {size.width}")
     if size.blocks < 1:
@@ -450,9 +463,9 @@ def _check_arguments(
         raise ValueError(f"multipliers must be at least one number >= 1, got {size.multipliers}")
     rows = [data_shape[1] >> level for level in range(len(size.multipliers))]
     if unknown := [number for number in size.attention if number not in rows]:
-        raise ValueError(f"attention must be at resolutions among {rows} rows, got {unknown}")
+        raise ValueError(f"attention must be among the resolutions {rows} of data_shape {data_shape}, got {unknown}")
     multiple = 2 ** (len(rows) - 1)
-    if data_shape[1] % multiple or data_shape[2] % multiple:
+    if any(side % multiple for side in data_shape[1:]):
         raise ValueError(f"data_shape must be divisible by {multiple} for {len(rows)} resolutions, got {data_shape}")
     if augmentation < 0:
         raise ValueError(f"augmentation must be >= 0, got {augmentation}")

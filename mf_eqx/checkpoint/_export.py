@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, PyTree
 
 from .._custom_types import Condition
 from .._field import AbstractField
@@ -28,6 +29,7 @@ def export_sampler(
     condition: Condition = None,
     *,
     times: Sequence[float] = (1.0, 0.0),
+    postprocess: Callable[[Float[Array, "*data"]], PyTree[Array]] | None = None,
     platforms: Sequence[str] = ("cpu", "cuda", "tpu"),
 ) -> None:
     """Write `sample` together with the weights as one program for several platforms, by `jax.export`.
@@ -44,20 +46,23 @@ def export_sampler(
 
     **Arguments:** `path` of the file; `field`; `data_shape` of one row; `condition` of one row, of which only the
     structure, shapes and dtypes are used, or None (a named tuple, or another class of nodes, must be registered for
-    `jax.export` first: its error says how); `times` as for `sample`; `platforms` on which the program can run.
+    `jax.export` first: its error says how); `times` as for `sample`; `postprocess` None, or what the program returns of
+    each sample: `mf_eqx.metrics.round_to_pixels` for uint8 pixels, the decoder of a tokenizer, or a function of your
+    own that undoes the normalisation of the data; `platforms` on which the program can run.
     """
     with optional("flatbuffers", extra="export"):
         import flatbuffers  # noqa: F401 # pyright: ignore[reportMissingImports] # jax.export uses it for writing
 
-    def draw(eps: Any, *conditions: Any) -> Any:
-        return jax.vmap(lambda eps, *condition: sample(field, eps, *condition, times=tuple(times)))(eps, *conditions)
+    def draw(eps: Any, *condition: Any) -> Any:
+        x = sample(field, eps, *condition, times=tuple(times))
+        return x if postprocess is None else postprocess(x)
 
     (rows,) = jax.export.symbolic_shape("rows")
     conditions = () if condition is None else (condition,)
     arguments = [jax.ShapeDtypeStruct((rows, *data_shape), jnp.float32)]
     arguments += jax.tree.map(lambda c: jax.ShapeDtypeStruct((rows, *np.shape(c)), jnp.result_type(c)), conditions)
     with _without_source_lines():
-        exported = jax.export.export(jax.jit(draw), platforms=list(platforms))(*arguments)
+        exported = jax.export.export(jax.jit(jax.vmap(draw)), platforms=list(platforms))(*arguments)
     if jax.process_index() == 0:
         write_whole(path, bytes(exported.serialize()))
 

@@ -13,7 +13,7 @@ import pytest
 from fields import refilled
 
 import mf_eqx as mfx
-from mf_eqx import checkpoint, nn, run
+from mf_eqx import checkpoint, metrics, nn, run
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +106,17 @@ def test_a_sampler_takes_vectors(tmp_path):
     called = jax.export.deserialize(bytearray((tmp_path / "vector").read_bytes())).call(normal(4), vectors)
     expected = jax.vmap(lambda eps, vector: mfx.sample(field, eps, vector))(normal(4), vectors)
     np.testing.assert_allclose(called, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_sampler_returns_what_postprocess_makes_of_each_sample(tmp_path):
+    pytest.importorskip("flatbuffers")
+    field = refilled(mfx.MLP(2, width=8, depth=1, key=jr.key(0)))
+    checkpoint.export_sampler(tmp_path / "pixels", field, (2,), postprocess=metrics.round_to_pixels, platforms=("cpu",))
+    called = jax.export.deserialize(bytearray((tmp_path / "pixels").read_bytes())).call(normal(40))
+    expected = metrics.round_to_pixels(jax.vmap(lambda eps: mfx.sample(field, eps))(normal(40)))
+    assert called.dtype == np.uint8 and np.ptp(called) > 100
+    # Samples that are compiled apart may differ in the last bit, and so fall on both sides of a border between levels.
+    assert np.abs(np.asarray(called, int) - np.asarray(expected, int)).max() <= 1
 
 
 def test_a_sampler_is_the_same_bytes_wherever_it_is_written_from(field, tmp_path):

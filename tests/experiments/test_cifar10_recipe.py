@@ -164,10 +164,10 @@ def test_without_augmentation_images_are_only_mirrored_and_told_nothing(cifar10)
     ("arguments", "message"),
     [
         ("--data missing", "No such file or directory: 'missing'"),
-        ("--data empty", "empty: must hold data_batch_1.bin to data_batch_5.bin or"),
+        ("--data empty", "--data must be CIFAR-10, .*, got empty .*prepare_data.py --images .* images.py"),
         (
             "--data small",
-            r"data must have rows of uint8 of shape \(3, 32, 32\), got uint8 of shape \(3, 16, 16\) in sm",
+            r"data must have rows of uint8 of shape \(3, 32, 32\), got uint8 of shape \(3, 16, 16\) in sm.*images.py",
         ),
         (
             "--data floats",
@@ -185,7 +185,7 @@ def test_without_augmentation_images_are_only_mirrored_and_told_nothing(cifar10)
         ("--decays", r"--decays must be at least one number, each once, got \(\)"),
         ("--decays 1", r"decay must lie in \[0, 1\), got 1.0"),
         ("--average-every 0", "interval must be >= 1, got 0"),
-        ("--attention 7", r"--attention must be at resolutions among \[32, 16, 8\] rows, got \[7\]"),
+        ("--attention 7", r"--attention must be among the resolutions \[32, 16, 8\] of .*, got \[7\]"),
         ("--multipliers", r"--multipliers must be at least one number >= 1, got \(\)"),
         ("--width 6", "--width must be a positive multiple of 4, got 6"),
         ("--dropout 1", r"--dropout must lie in \[0, 1\), got 1.0"),

@@ -13,13 +13,20 @@ from mf_eqx import measure, nn
 
 SMALL = mfx.UNetSize(width=8, multipliers=(1, 2), blocks=2, attention=(4,))
 FLAT = mfx.UNetSize(width=8, multipliers=(1,), blocks=2, attention=())  # one resolution, with stacks of 2 and 3 blocks
+PLAIN = SMALL._replace(blocks=1)
 FRESH = mfx.UNetSize(width=32, multipliers=(1, 2), blocks=1, attention=(4,))
 SHAPE = (3, 8, 4)  # height and width differ, so that neither can stand for the other
+LINE = (3, 8)
 R, T, LABEL, NULL = 0.3, 0.8, 1, 4
 
 
 def shapes(shape=SHAPE, size=SMALL, **options):
     return eqx.filter_eval_shape(lambda key: mfx.UNet(shape, size, **options, key=key), jr.key(0))
+
+
+def is_kernel(name):
+    """Whether a parameter is the weight of a convolution."""
+    return name.endswith("weight") and any(layer in name for layer in (".first", ".last", ".conv_", ".skip"))
 
 
 @functools.cache
@@ -32,8 +39,8 @@ def small(shape=SHAPE, size=SMALL, *, labels=NULL, augmentation=6, **options):
             return leaf
         numbers = draws.standard_normal(leaf.shape)
         name = jax.tree_util.keystr(path)
-        if leaf.ndim >= 4 and name.endswith("weight"):
-            numbers /= np.sqrt(np.prod(leaf.shape[-3:]))
+        if is_kernel(name):
+            numbers /= np.sqrt(np.prod(leaf.shape[-len(shape) :]))
         elif name.endswith(("weight", "table", "augmentation")) and "norm" not in name:
             numbers /= np.sqrt(leaf.shape[-2])
         else:
@@ -56,9 +63,9 @@ def small64(*arguments, **options):
     return nn.cast(small(*arguments, dtype=jnp.float64, **options), jnp.float64)
 
 
-def inputs(rows=()):
+def inputs(rows=(), shape=SHAPE):
     """(z, r, t, condition), or as many of them as `rows` says, in the default precision."""
-    z = jr.normal(jr.key(2), (*rows, *SHAPE))
+    z = jr.normal(jr.key(2), (*rows, *shape))
     r, t = jnp.sort(jr.uniform(jr.key(3), (2, *rows)), axis=0) if rows else (jnp.asarray(R), jnp.asarray(T))
     label = jnp.arange(rows[0]) % (NULL + 1) if rows else jnp.asarray(LABEL)
     return z, r, t, mfx.UNetCondition(label, jr.normal(jr.key(4), (*rows, 6)))
@@ -235,6 +242,47 @@ def test_three_resolutions_and_attention_nowhere_but_in_the_middle():
     assert jax.eval_shape(lambda *inputs: field(*inputs), state, time, time).shape == (2, 4, 12)
 
 
+# Sequences
+
+
+def widened(field):
+    """The field of images of two columns that treats equal columns as `field` treats the sequence in each of them."""
+    image = shapes((*LINE, 2), PLAIN, labels=NULL, augmentation=6, dtype=jnp.float64)
+    stacks = {f".{part}[{i}]": stack for part in ("down", "up") for i, stack in enumerate(getattr(field, part))}
+
+    def widen(path, leaf):
+        name = jax.tree_util.keystr(path)
+        if is_kernel(name):
+            # Of each row of the kernel, the middle. Resampling along the second axis multiplies equal columns by 3/4.
+            resamples = (stack := stacks.get(name.partition(".blocks")[0])) and stack.blocks.plan.factor != 1
+            factor = 4 / 3 if resamples and (".conv_1" in name or ".skip" in name) else 1
+            middle = leaf.shape[-1] // 2
+            return jnp.zeros((*leaf.shape, leaf.shape[-1])).at[..., middle].set(factor * leaf)
+        is_bias = is_kernel(name.replace("bias", "weight"))
+        return leaf[..., None] if is_bias else leaf
+
+    leaves = jax.tree.leaves(jax.tree_util.tree_map_with_path(widen, field))
+    return jax.tree.unflatten(jax.tree.structure(image), leaves)
+
+
+def test_sequence_gives_the_columns_of_an_image_of_two_equal_columns(x64):
+    z, r, t, condition = inputs(shape=LINE)
+    field = small64(LINE, PLAIN)
+    expected = compiled(lambda field: field(z, r, t, condition), field)
+    found = compiled(lambda field: field(jnp.stack([z, z], axis=-1), r, t, condition), widened(field))
+    np.testing.assert_allclose(found, jnp.stack([expected] * 2, axis=-1), rtol=1e-9, atol=1e-12)
+    assert float(jnp.abs(expected).max()) > 0.1
+
+
+def test_sequence_has_attention_where_its_length_says():
+    size = mfx.UNetSize(width=8, multipliers=(1, 1, 1), blocks=1, attention=(64,))
+    field = small((1, 128), size, labels=None)
+    attentions = [path.partition(".blocks")[0] for path in parameters(field) if "qkv.weight" in path]
+    assert attentions == [".down[2]", ".middle[0]", ".up[3]"]
+    state, time = jax.ShapeDtypeStruct((1, 128), jnp.float32), jax.ShapeDtypeStruct((), jnp.float32)
+    assert jax.eval_shape(lambda *inputs: field(*inputs), state, time, time).shape == (1, 128)
+
+
 # Derivatives
 
 
@@ -258,11 +306,12 @@ def test_scan_unrolled_and_remat_agree_in_values_and_gradients(x64):
             np.testing.assert_allclose(leaf, expected, rtol=1e-9, atol=1e-12)
 
 
-def test_total_derivative_with_dropout_equals_central_finite_differences(x64):
+@pytest.mark.parametrize("shape", [SHAPE, LINE], ids=["image", "sequence"])
+def test_total_derivative_with_dropout_equals_central_finite_differences(x64, shape):
     # Only if the mask is the same in u and in du/dt. (Without dropout, tests/parity compares with torch.)
     key = jr.key(7)
-    z, r, t, condition = inputs()
-    v = jr.normal(jr.key(5), SHAPE)
+    z, r, t, condition = inputs(shape=shape)
+    v = jr.normal(jr.key(5), shape)
 
     def both(field):
         def along(step):
@@ -271,7 +320,7 @@ def test_total_derivative_with_dropout_equals_central_finite_differences(x64):
         near = jax.lax.map(along, jnp.asarray([-1e-5, 0, 1e-5]))
         return mfx.total_derivative(field, z, v, r, t, condition, key=key), (near[1], (near[2] - near[0]) / 2e-5)
 
-    (u, dudt), (value, difference) = compiled(both, small64(SHAPE, FLAT, dropout=0.5))
+    (u, dudt), (value, difference) = compiled(both, small64(shape, FLAT, dropout=0.5))
     np.testing.assert_allclose(dudt, difference, rtol=1e-7, atol=1e-8)
     np.testing.assert_allclose(u, value, rtol=1e-12)
     assert float(jnp.abs(dudt).max()) > 0.1
@@ -435,7 +484,15 @@ def test_low_precision_is_accurate_in_value_and_derivative(x64, dtype, bound):
 # Errors
 
 
-@pytest.mark.parametrize("shape", [(3, 6, 8), (3, 8, 6)])
+@pytest.mark.parametrize("shape", [(8,), (1, 2, 2, 2), (), 8])
+def test_data_that_are_no_image_and_no_sequence_are_refused(unchecked, shape):
+    with pytest.raises(
+        ValueError, match=r"data_shape must be \(channels, height, width\) or \(channels, length\), got"
+    ):
+        mfx.UNet(shape, SMALL, key=jr.key(0))
+
+
+@pytest.mark.parametrize("shape", [(3, 6, 8), (3, 8, 6), (3, 6)])
 def test_image_that_cannot_be_halved_often_enough_is_refused(shape):
     with pytest.raises(ValueError, match=r"data_shape must be divisible by 4 for 3 resolutions, got \(3, "):
         mfx.UNet(shape, SMALL._replace(multipliers=(1, 1, 1), attention=()), key=jr.key(0))
@@ -449,7 +506,7 @@ def test_image_that_cannot_be_halved_often_enough_is_refused(shape):
         ({"multipliers": ()}, r"multipliers must be at least one number >= 1, got \(\)"),
         ({"multipliers": (1, 0)}, r"multipliers must be at least one number >= 1, got \(1, 0\)"),
         ({"blocks": 0}, "blocks must be >= 1, got 0"),
-        ({"attention": (16,)}, r"attention must be at resolutions among \[8, 4\] rows, got \[16\]"),
+        ({"attention": (16,)}, r"attention must be among the resolutions \[8, 4\] of data_shape \(3, 8, 4\), got .16"),
     ],
 )
 def test_size_that_makes_no_network_is_refused(change, message):

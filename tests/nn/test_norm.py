@@ -52,9 +52,10 @@ def group_norm(groups, x, *, epsilon):
 GROUPS = [1, 2, 3, 6]
 
 
+@pytest.mark.parametrize("shape", [(6, 5, 4), (6, 5)])
 @pytest.mark.parametrize("groups", GROUPS)
-def test_group_norm_is_that_of_equinox(x64, groups):
-    x = 3 * jr.normal(jr.key(0), (6, 5, 4), jnp.float64) + 2
+def test_group_norm_is_that_of_equinox(x64, groups, shape):
+    x = 3 * jr.normal(jr.key(0), shape, jnp.float64) + 2
     layer = group_norm(groups, x, epsilon=0.1)  # large enough to be seen
     reference = eqx.nn.GroupNorm(groups, 6, eps=0.1)
     reference = eqx.tree_at(lambda layer: (layer.weight, layer.bias), reference, (layer.weight, layer.bias))

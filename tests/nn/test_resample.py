@@ -1,4 +1,4 @@
-"""Halving and doubling images are the depthwise convolutions that they stand for."""
+"""Halving and doubling images and sequences are the depthwise convolutions that they stand for."""
 
 import jax
 import jax.numpy as jnp
@@ -8,8 +8,7 @@ import pytest
 
 from mf_eqx import nn
 
-FILTER = np.outer([1, 3, 3, 1], [1, 3, 3, 1]) / 64
-SHAPES = [(3, 8, 6), (1, 2, 2), (2, 4, 10)]
+SHAPES = [(3, 8, 6), (1, 2, 2), (2, 4, 10), (3, 8), (1, 2)]
 
 
 def image(shape):
@@ -18,29 +17,36 @@ def image(shape):
 
 def depthwise(x, **options):
     """The filter over each channel of its own, by XLA's convolution."""
-    kernel = jnp.broadcast_to(FILTER, (len(x), 1, 4, 4))
+    line = np.array([1, 3, 3, 1]) / 8
+    taps = line if x.ndim == 2 else np.outer(line, line)
+    kernel = jnp.broadcast_to(taps, (len(x), 1, *taps.shape))
     return jax.lax.conv_general_dilated(x[None], kernel, feature_group_count=len(x), **options)[0]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_downsampling_is_a_convolution_with_stride_two(x64, shape):
     x = image(shape)
-    expected = depthwise(x, window_strides=(2, 2), padding=[(1, 1)] * 2)
+    sides = x.ndim - 1
+    expected = depthwise(x, window_strides=(2,) * sides, padding=[(1, 1)] * sides)
     np.testing.assert_allclose(nn.downsample(x), expected, rtol=1e-13, atol=1e-14)
 
 
-@pytest.mark.parametrize("shape", [*SHAPES, (2, 1, 3)])
-def test_upsampling_is_four_times_a_transposed_convolution_with_stride_two(x64, shape):
+@pytest.mark.parametrize("shape", [*SHAPES, (2, 1, 3), (2, 3)])
+def test_upsampling_is_twice_a_transposed_convolution_with_stride_two_for_each_side(x64, shape):
     x = image(shape)
-    expected = 4 * depthwise(x, window_strides=(1, 1), padding=[(2, 2)] * 2, lhs_dilation=(2, 2))
+    sides = x.ndim - 1
+    options = {"window_strides": (1,) * sides, "padding": [(2, 2)] * sides, "lhs_dilation": (2,) * sides}
+    expected = 2**sides * depthwise(x, **options)
     np.testing.assert_allclose(nn.upsample(x), expected, rtol=1e-13, atol=1e-14)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_upsampling_is_four_times_the_transpose_of_downsampling(x64, shape):
-    channels, height, width = shape
-    (transposed,) = jax.linear_transpose(nn.downsample, jnp.zeros((channels, 2 * height, 2 * width)))(image(shape))
-    np.testing.assert_allclose(nn.upsample(image(shape)), 4 * transposed, rtol=1e-13, atol=1e-14)
+def test_upsampling_is_twice_the_transpose_of_downsampling_for_each_side(x64, shape):
+    channels, *sides = shape
+    (transposed,) = jax.linear_transpose(nn.downsample, jnp.zeros((channels, *(2 * side for side in sides))))(
+        image(shape)
+    )
+    np.testing.assert_allclose(nn.upsample(image(shape)), 2 ** len(sides) * transposed, rtol=1e-13, atol=1e-14)
 
 
 def test_both_keep_the_brightness_of_a_plain_image_away_from_its_borders():
@@ -54,7 +60,7 @@ def test_resampling_keeps_bfloat16(resample):
     assert resample(jnp.ones((1, 4, 4), jnp.bfloat16)).dtype == jnp.bfloat16
 
 
-@pytest.mark.parametrize(("height", "width"), [(3, 4), (4, 3), (1, 1)])
-def test_odd_sides_cannot_be_halved(height, width):
-    with pytest.raises(ValueError, match=f"height and width must be even, got {height} and {width}"):
-        nn.downsample(jnp.ones((1, height, width)))
+@pytest.mark.parametrize("sides", [(3, 4), (4, 3), (1, 1), (3,)])
+def test_odd_sides_cannot_be_halved(sides):
+    with pytest.raises(ValueError, match=rf"sides must be even, got \({', '.join(map(str, sides))}"):
+        nn.downsample(jnp.ones((1, *sides)))
