@@ -235,9 +235,8 @@ def save_figure(path: Path, config: Config, errors: list[Error]) -> None:
         from matplotlib.figure import Figure
     shown = panels(config)
     figure = Figure(figsize=(5.2 * len(shown), 4), dpi=100, layout="constrained")
-    for (title, scale, precisions), panel in zip(
-        shown, np.atleast_1d(figure.subplots(1, len(shown), sharey=True)), strict=True
-    ):
+    subplots = figure.subplots(1, len(shown), sharey=True, squeeze=False).flat
+    for (title, scale, precisions), panel in zip(shown, subplots, strict=True):
         for i, precision in enumerate(precisions):
             chosen = [e for e in errors if (e.precision, e.time_scale) == (precision, scale)]
             curve = sorted((e.step, e.median) for e in chosen if e.step is not None)

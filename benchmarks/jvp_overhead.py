@@ -145,11 +145,11 @@ class Config:
 
 def settings(config: Config) -> list[Setting]:
     """The base, and one axis at a time away from it."""
-    own = own_network(config.network, config.shape)
-    base = Setting(*(getattr(config, axis)[0] for axis in Setting._fields))
-    if own is not None:
-        base, config = base._replace(model=own), dataclasses.replace(config, model=config.model[:1])
-    return [base, *(base._replace(**{a: value}) for a in Setting._fields for value in getattr(config, a)[1:])]
+    axes = {axis: getattr(config, axis) for axis in Setting._fields}
+    if (own := own_network(config.network, config.shape)) is not None:
+        axes["model"] = (own,)
+    base = Setting(*(values[0] for values in axes.values()))
+    return [base, *(base._replace(**{axis: value}) for axis, values in axes.items() for value in values[1:])]
 
 
 def chosen(config: Config, setting: Setting) -> list[str]:

@@ -59,10 +59,11 @@ class OwnNetwork(NamedTuple):
         return f"{self.place} on {' x '.join(map(str, self.shape))}"
 
 
+@functools.cache
 def own_network(place: str | None, shape: tuple[int, ...]) -> OwnNetwork | None:
     """The network that `--network` and `--shape` ask for, if any. **Raises:** `ValueError` if it cannot be used."""
     if (place is None) != (not shape):
-        raise ValueError(f"shape must be given with a network of one's own and without it not, got {shape}")
+        raise ValueError(f"shape must be given with network, and only with it, got shape {shape}, network {place}")
     if shape and min(shape) < 1:
         raise ValueError(f"shape must be positive numbers, got {shape}")
     if place is None:
