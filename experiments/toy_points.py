@@ -40,7 +40,8 @@ def mixture_of_points(path: str, blur: float, most: int) -> exact.GaussianMixtur
     """
     source = data.NpySource(path)
     if source.row_shape != (2,):
-        raise ValueError(f"data must hold points of shape (rows, 2), got (rows, {source.row_shape}) in {path}")
+        found = ", ".join(map(str, ("rows", *source.row_shape)))
+        raise ValueError(f"data must hold points of shape (rows, 2), got ({found}) in {path}")
     rows = np.arange(len(source))
     if len(rows) > most:
         rows = np.sort(np.random.default_rng(0).choice(rows, most, replace=False))

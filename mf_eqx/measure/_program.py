@@ -2,11 +2,12 @@
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Generic, TypeVar
 
 import equinox as eqx
 import jax
+import numpy as np
 from jaxtyping import PyTree
 
 _Result = TypeVar("_Result")
@@ -16,8 +17,8 @@ _Result = TypeVar("_Result")
 class Cost:
     """XLA's analysis of a compiled program, and the time that its compilation took.
 
-    Bytes are those of one device. On XLA:CPU `flops` and `bytes_accessed` count the body of a loop once: to compare
-    steps, take `product_flops` or `relative_cost`.
+    Bytes are those of one device. On XLA:CPU `flops` and `bytes_accessed` count the body of a loop once: compare steps
+    by `relative_cost`.
     """
 
     trace_seconds: float
@@ -72,7 +73,7 @@ def compile_program(
     (all other leaves are constants); `donate` the positions of inputs whose memory the outputs may reuse; `options` of
     XLA.
     """
-    dynamic, static = eqx.partition(inputs, has_shape)
+    dynamic, static = eqx.partition(inputs, _has_shape)
     constant = None
 
     def arrays_to_arrays(*dynamic: Any) -> Any:
@@ -104,6 +105,51 @@ def compile_program(
     return Program(compiled, cost, lambda results: eqx.combine(results, constant))
 
 
-def has_shape(leaf: Any) -> bool:
-    """Whether a leaf is an array, or stands for one."""
+def product_flops(function: Callable[..., Any], *inputs: PyTree[Any]) -> int:
+    """Floating-point operations of all matrix products and convolutions of a function, two per multiply-add.
+
+    The body of a loop is counted once per iteration; of several branches, the most expensive one is counted. (So the
+    count is too large for a `TrainStep`, a loop over branches: count the gradient of its objective.) Operations that a
+    compiler would remove as unused are counted, too.
+
+    **Arguments:** as for `compile_program`. **Raises:** `ValueError` for a loop without a fixed number of iterations.
+    """
+    dynamic, static = eqx.partition(inputs, _has_shape)
+
+    def arrays_only(*dynamic: Any) -> Any:
+        return eqx.filter(function(*eqx.combine(dynamic, static)), eqx.is_array)
+
+    return _product_flops(jax.make_jaxpr(arrays_only)(*dynamic).jaxpr)
+
+
+def _has_shape(leaf: Any) -> bool:
     return eqx.is_array(leaf) or isinstance(leaf, jax.ShapeDtypeStruct)
+
+
+def _product_flops(jaxpr: Any) -> int:
+    return sum(_flops_of_equation(equation) for equation in jaxpr.eqns)
+
+
+def _flops_of_equation(equation: Any) -> int:
+    name, parameters = equation.primitive.name, equation.params
+    if name == "dot_general":
+        (contracted, _), _ = parameters["dimension_numbers"]
+        inner = np.prod([equation.invars[0].aval.shape[axis] for axis in contracted], dtype=int)
+        return 2 * int(inner) * equation.outvars[0].aval.size
+    if name == "conv_general_dilated":
+        kernel, (out_axis, *_) = equation.invars[1].aval, parameters["dimension_numbers"].rhs_spec
+        return 2 * (kernel.size // kernel.shape[out_axis]) * equation.outvars[0].aval.size
+    inner = [_product_flops(program) for program in _programs(parameters)]
+    if name == "scan":
+        return parameters["length"] * sum(inner)
+    if name == "while" and sum(inner):
+        raise ValueError("function must have a fixed number of iterations in all loops, got a while loop with products")
+    return max(inner, default=0) if name == "cond" else sum(inner)
+
+
+def _programs(parameters: dict[str, Any]) -> Iterator[Any]:
+    """The programs that an equation calls."""
+    for value in jax.tree.leaves(tuple(parameters.values()), is_leaf=lambda leaf: hasattr(leaf, "eqns")):
+        program = getattr(value, "jaxpr", value)
+        if hasattr(program, "eqns"):
+            yield program
