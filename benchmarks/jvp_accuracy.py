@@ -120,8 +120,8 @@ def make_field(config: Config, precision: str, time_scale: float | None) -> Any:
     if (own := own_network(config.network, config.shape)) is not None:
         field: Any = run.own_network("network", *own)(key=key)
     else:
-        dtype, size = precision.partition(" ")[0], DITS[config.model]
-        field = mfx.DiT(LATENT, size, labels=LABELS, time_scale=time_scale, dtype=dtype, key=key)
+        options: Any = {"dtype": precision.partition(" ")[0], "time_scale": time_scale}
+        field = mfx.DiT(LATENT, DITS[config.model], labels=LABELS, **options, key=key)
     leaves, structure = jax.tree.flatten(eqx.filter(field, eqx.is_inexact_array))
     drawn = [
         leaf if np.any(leaf) else 0.1 * jr.normal(k, leaf.shape)

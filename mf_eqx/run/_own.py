@@ -104,13 +104,13 @@ def own_network(
     **Raises:** as `own_class`, and `ValueError` if the network cannot be made so, or does not take and return data of
     this shape. (It is traced once, and nothing is computed.)
     """
-    cls = own_class(name, place, AbstractField)
+    cls: Any = own_class(name, place, AbstractField)
     size = shape[0] if len(shape) == 1 else shape
     call = f"{cls.__name__}({size}, key=key)(z, r, t{'' if condition is None else ', condition'})"
     row, time = jax.ShapeDtypeStruct(shape, jnp.float32), jax.ShapeDtypeStruct((), jnp.float32)
     try:
         u = eqx.filter_eval_shape(
-            lambda z, r, t, c: cls(size, key=jr.key(0))(z, r, t, c),  # pyright: ignore[reportCallIssue]
+            lambda z, r, t, c: cls(size, key=jr.key(0))(z, r, t, c),
             *(row, time, time, condition),
         )
     except Exception as error:

@@ -106,8 +106,8 @@ def test_a_cell_is_found_by_its_points_and_network_and_others_as_before(toy_2d, 
     np.save("moved.npy", np.load("cross.npy"))
     assert toy_2d.recipe(plain, own) == toy_2d.recipe(plain, own._replace(data="moved.npy"))
     assert toy_2d.recipe(changed, own) != toy_2d.recipe(plain, own)
-    network, other = (dataclasses.replace(plain, network=f"{folder / name}.py:Net") for name in ("mine", "other"))
     (folder / "other.py").write_text(MINE + "# changed")
+    network, other = (dataclasses.replace(plain, network=f"{folder / name}.py:Net") for name in ("mine", "other"))
     assert toy_2d.recipe(network, exact) == toy_2d.recipe(plain, exact)
     recipes = [toy_2d.recipe(config, own) for config in (plain, network, other)]
     assert recipes[0] != recipes[1] != recipes[2]
