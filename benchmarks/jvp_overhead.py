@@ -250,7 +250,8 @@ def compile_steps(
 
 def count_ratios(names: list[str], setting: Setting, meter: Meter) -> dict[str, float]:
     """Operations as XLA counts them, relative to Flow Matching's."""
-    ratios, model = {}, str(setting.model)
+    ratios, model = {}, setting.model
+    assert isinstance(model, str)
     for name in names:
         began = time.perf_counter()
         operations = (xla_flops(model, each, setting.share) for each in (name, FLOW_MATCHING))

@@ -75,7 +75,7 @@ def own_network(place: str | None, shape: tuple[int, ...]) -> OwnNetwork | None:
 class Setting(NamedTuple):
     """One value of every axis: what all variants have in common."""
 
-    model: "str | OwnNetwork"
+    model: str | OwnNetwork
     batch: int = 16
     dtype: str = "float32"
     form: str = "default"

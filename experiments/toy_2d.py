@@ -230,10 +230,10 @@ class Config(run.CellSettings):
             raise ValueError(f"blur must lie in (0, 10), got {self.blur}")
         for name in filter(is_own, self.data):
             toy_problems.mixture_of(name, self.blur, self.points)
-        titles = [title_of(name) for name in self.data]
-        if len(set(titles)) < len(set(self.data)):
-            raise ValueError(f"data must differ in name from each other, got {', '.join(self.data)}")
-        for size in {2 * copies_of(name) for name in chosen_data(self)} if self.network else ():
+        names = [*DATA, *(title_of(name) for name in dict.fromkeys(self.data) if is_own(name))]
+        if taken := [name for name in self.data if names.count(title_of(name)) > 1]:
+            raise ValueError(f"data must be files of different names, other than mf_eqx's, got {', '.join(taken)}")
+        for size in {2 * copies_of(name) for name in chosen_data(self)} if self.network is not None else ():
             run.own_network("network", str(self.network), (size,))
 
 

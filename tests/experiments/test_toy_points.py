@@ -90,11 +90,14 @@ def test_what_is_not_there_is_refused(toy_2d, folder):
         toy_2d.Config(network=f"{folder / 'mine.py'}:Mine")
 
 
-def test_two_files_of_one_name_are_refused(toy_2d, folder):
+def test_two_data_sets_of_one_name_are_refused(toy_2d, folder):
     (folder / "a").mkdir()
-    np.save("a/cross.npy", np.load("cross.npy"))
-    with pytest.raises(ValueError, match=r"data must differ in name from each other, got cross.npy, a/cross.npy"):
-        toy_2d.Config(data=("cross.npy", "a/cross.npy"))
+    for name in ("a/cross.npy", "two_moons.npy"):
+        np.save(name, np.load("cross.npy"))
+    with pytest.raises(ValueError, match=r"data must be files of different names, .*, got cross.npy, a/cross.npy"):
+        toy_2d.Config(data=("cross.npy", "a/cross.npy", "two_moons"))
+    with pytest.raises(ValueError, match=r"data must be files of different names, .*, got two_moons.npy"):
+        toy_2d.Config(data=("cross.npy", "two_moons.npy"))
 
 
 def test_a_cell_is_found_by_its_points_and_network_and_others_as_before(toy_2d, folder):
