@@ -3,6 +3,7 @@
     python benchmarks/compile_time.py --quick                  small networks, 90 seconds on one busy CPU core
     python benchmarks/compile_time.py                          B/4 and XL/2, also with remat
     python benchmarks/compile_time.py --model XL/2 --form scan
+    python benchmarks/compile_time.py --network mine.py:Net --shape 3 64 64 --identity mine.py:Mix
 
 Nothing is run and no parameters are allocated: networks are shapes, so that XL/2 compiles on any machine. Each program
 is compiled `repeats` times, programs in turn, without JAX's persistent cache; the first compilation of the process pays
@@ -34,9 +35,12 @@ from steps import (
     FORMS,
     make_state,
     make_step,
+    own_network,
+    OwnNetwork,
     REMATS,
     Setting,
     UNETS,
+    variant_of,
     VARIANTS,
 )
 
@@ -56,6 +60,15 @@ class Config:
     """none, products, full."""
     variant: tuple[str, ...] = (FLOW_MATCHING, "MeanFlow", "guided")
     """Steps, by the names of `steps.py`."""
+    network: str | None = None
+    """A network of your own in place of `model`, `form` and `remat`, as mine.py:Net: a subclass of
+    mf_eqx.AbstractField that is made as Net(shape, key=key), as Net(size, key=key) where the shape is one number. Its
+    conditions are labels from 0 to 999, 1000 for "no label", which it may ignore."""
+    shape: tuple[int, ...] = ()
+    """Of one row for that network, such as 3 64 64."""
+    identity: str | None = None
+    """A method of your own besides `variant`, as mine.py:Mix: a subclass of mf_eqx.AbstractIdentity that can be made
+    without arguments."""
     batch: int = 16
     """Rows per step, a multiple of 4."""
     dtype: str = "float32"
@@ -68,7 +81,8 @@ class Config:
     """Name of the run below runs/compile_time/; by default the time of day."""
 
     def __post_init__(self):
-        run.check_sizes(self, batch=1 << 20, repeats=1000)
+        run.check_sizes(self, batch=1 << 20, repeats=1000, shape=1 << 14)
+        own_network(self.network, self.shape)
         known = {"model": (*DITS, *UNETS), "form": FORMS, "remat": REMATS, "variant": VARIANTS}
         for name, allowed in known.items():
             if not (values := getattr(self, name)):
@@ -79,6 +93,8 @@ class Config:
             raise ValueError(f"dtype must be among {', '.join(DTYPES)}; got {self.dtype}")
         if self.batch < 4 or self.batch % 4:
             raise ValueError(f"batch must be a positive multiple of 4, got {self.batch}")
+        if self.identity is not None and self.batch % (group := variant_of(self.identity).objective.divisor):
+            raise ValueError(f"batch must be a multiple of {group} for {self.identity}, got {self.batch}")
         if self.repeats < 1:
             raise ValueError(f"repeats must be >= 1, got {self.repeats}")
 
@@ -86,10 +102,18 @@ class Config:
 class Cell(NamedTuple):
     """One program."""
 
-    model: str
+    model: str | OwnNetwork
     form: str
     remat: str
     variant: str
+
+
+def chosen(config: Config) -> list[Cell]:
+    """The programs that are asked for."""
+    own = own_network(config.network, config.shape)
+    networks = (config.model, config.form, config.remat) if own is None else ((own,), ("default",), ("none",))
+    variants = (*config.variant, *([] if config.identity is None else [config.identity]))
+    return [Cell(*values) for values in itertools.product(*networks, variants)]
 
 
 def compile_cell(config: Config, cell: Cell) -> measure.Cost:
@@ -138,7 +162,7 @@ def main(config: Config) -> None:
         config = dataclasses.replace(config, model=("tiny", "S/4"), variant=("MeanFlow",), repeats=1)
     jax.config.update("jax_enable_compilation_cache", False)
     directory = run.RunDirectory.create(config, config.name)
-    cells = [Cell(*values) for values in itertools.product(config.model, config.form, config.remat, config.variant)]
+    cells = chosen(config)
     costs: dict[Cell, list[measure.Cost]] = {cell: [] for cell in cells}
     with run.Progress(1 + len(cells) * config.repeats) as progress:
         compile_cell(config, Cell("tiny", "scan", "none", FLOW_MATCHING))

@@ -2,6 +2,7 @@
 
     python benchmarks/jvp_accuracy.py               DiT-S/4, about three minutes on one CPU core
     python benchmarks/jvp_accuracy.py --model B/4
+    python benchmarks/jvp_accuracy.py --network mine.py:Net --shape 3 64 64
 
 One network with random parameters (those that start at zero are drawn too, or du/dt would be zero) is evaluated in
 float64 by a JVP, then with the same parameters in other ways. The error of a row is |du/dt - reference| / |reference|;
@@ -23,7 +24,7 @@ import importlib
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -31,7 +32,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 from jaxtyping import Array, Float
-from steps import DITS, LABELS, LATENT
+from steps import DITS, LABELS, LATENT, own_network
 
 import mf_eqx as mfx
 from mf_eqx import nn, run
@@ -47,6 +48,13 @@ class Config:
 
     model: str = "S/4"
     """Network: tiny, S/4, S/2, B/4, B/2, M/2, L/2 or XL/2."""
+    network: str | None = None
+    """A network of your own in place of `model`, as mine.py:Net, with its own precision and times: a subclass of
+    mf_eqx.AbstractField that is made as Net(shape, key=key), as Net(size, key=key) where the shape is one number. Its
+    conditions are labels from 0 to 999. For the reference its parameters are made float64, and all that it computes
+    has to follow."""
+    shape: tuple[int, ...] = ()
+    """Of one row for that network, such as 3 64 64."""
     rows: int = 32
     """Rows (z, r, t) at which du/dt is compared."""
     steps: tuple[float, ...] = (1e-1, 3e-2, 1e-2, 5e-3, 2e-3, 1e-3, 3e-4, 1e-4)
@@ -59,7 +67,8 @@ class Config:
     """Name of the run below runs/jvp_accuracy/; by default the time of day."""
 
     def __post_init__(self):
-        run.check_sizes(self, rows=10**5)
+        run.check_sizes(self, rows=10**5, shape=1 << 14)
+        own_network(self.network, self.shape)
         if self.model not in DITS:
             raise ValueError(f"model must be among {', '.join(DITS)}; got {self.model}")
         if self.rows < 1:
@@ -90,11 +99,29 @@ class Bfloat16Times(eqx.Module):
         return jnp.sum(jnp.stack(embedded), axis=0).astype(jnp.float32)
 
 
-def make_field(config: Config, precision: str, time_scale: float) -> mfx.DiT:
+class Panel(NamedTuple):
+    """What is judged together: a title, a time scale, precisions."""
+
+    title: str
+    time_scale: float | None
+    precisions: tuple[str, ...]
+
+
+def panels(config: Config) -> list[Panel]:
+    """One for each time scale of a DiT; one for a network of one's own."""
+    if (own := own_network(config.network, config.shape)) is not None:
+        return [Panel(str(own), None, ("its own",))]
+    return [Panel(f"time scale {scale:g}", scale, PRECISIONS) for scale in TIME_SCALES]
+
+
+def make_field(config: Config, precision: str, time_scale: float | None) -> Any:
     """Always the same parameters, in float32."""
-    dtype = precision.partition(" ")[0]
-    key, size = jr.key(config.seed), DITS[config.model]
-    field = mfx.DiT(LATENT, size, labels=LABELS, time_scale=time_scale, dtype=dtype, key=key)
+    key = jr.key(config.seed)
+    if (own := own_network(config.network, config.shape)) is not None:
+        field: Any = run.own_network("network", *own)(key=key)
+    else:
+        options: Any = {"dtype": precision.partition(" ")[0], "time_scale": time_scale}
+        field = mfx.DiT(LATENT, DITS[config.model], labels=LABELS, **options, key=key)
     leaves, structure = jax.tree.flatten(eqx.filter(field, eqx.is_inexact_array))
     drawn = [
         leaf if np.any(leaf) else 0.1 * jr.normal(k, leaf.shape)
@@ -117,7 +144,7 @@ class Rows(NamedTuple):
 
 
 def make_rows(config: Config) -> Rows:
-    x, eps = jr.normal(jr.key(config.seed + 1), (2, config.rows, *LATENT))
+    x, eps = jr.normal(jr.key(config.seed + 1), (2, config.rows, *(config.shape or LATENT)))
     r, t = jnp.sort(jr.uniform(jr.key(config.seed + 2), (2, config.rows)), axis=0)
     z, v = jax.vmap(mfx.LinearInterpolant().state_and_velocity)(x, eps, t)
     return Rows(z, v, r, t, jnp.arange(config.rows) % LABELS)
@@ -148,11 +175,15 @@ def differences(field: mfx.AbstractField, rows: Rows, step: Array) -> Array:
     return jax.vmap(one)(*rows)
 
 
-def reference(config: Config, time_scale: float, rows: Rows) -> np.ndarray:
+def reference(config: Config, time_scale: float | None, rows: Rows) -> np.ndarray:
     """In float64, with the very same numbers as parameters and rows."""
     field = make_field(config, "float64", time_scale)
     with jax.enable_x64(True):
-        return by_engine(mfx.FusedJVP(), nn.cast(field, jnp.float64), nn.cast(rows, jnp.float64))
+        field, rows = nn.cast(field, jnp.float64), nn.cast(rows, jnp.float64)
+        z, _, r, t, label = jax.tree.map(lambda leaf: leaf[0], rows)
+        if (found := jax.eval_shape(field, z, r, t, label).dtype) != jnp.float64:
+            raise ValueError(f"network must compute in float64 where parameters and data are float64, got {found}")
+        return by_engine(mfx.FusedJVP(), field, rows)
 
 
 def effect_of_rounding_targets(u: np.ndarray, distance: float = 0.05) -> float:
@@ -171,7 +202,7 @@ class Error(NamedTuple):
     engine: str
     step: float | None
     precision: str
-    time_scale: float
+    time_scale: float | None
     median: float
     worst: float
 
@@ -181,7 +212,7 @@ def relative(found: np.ndarray, expected: np.ndarray) -> np.ndarray:
     return np.sqrt(np.sum((found - expected) ** 2, axes) / np.sum(expected**2, axes))
 
 
-def judge(config: Config, precision: str, time_scale: float, rows: Rows, expected: np.ndarray) -> list[Error]:
+def judge(config: Config, precision: str, time_scale: float | None, rows: Rows, expected: np.ndarray) -> list[Error]:
     field = make_field(config, precision, time_scale)
     found: list[tuple[str, float | None, Callable[[], np.ndarray]]] = [
         (JVP, None, functools.partial(by_engine, mfx.FusedJVP(), field, rows)),
@@ -202,19 +233,22 @@ def save_figure(path: Path, config: Config, errors: list[Error]) -> None:
     """Per time scale: the finite difference against its step, the JVP as a level line; colours are precisions."""
     with run.optional("matplotlib"):
         from matplotlib.figure import Figure
-    figure = Figure(figsize=(5.2 * len(TIME_SCALES), 4), dpi=100, layout="constrained")
-    for panel, scale in zip(figure.subplots(1, len(TIME_SCALES), sharey=True), TIME_SCALES, strict=True):
-        for i, precision in enumerate(PRECISIONS):
+    shown = panels(config)
+    figure = Figure(figsize=(5.2 * len(shown), 4), dpi=100, layout="constrained")
+    subplots = figure.subplots(1, len(shown), sharey=True, squeeze=False).flat
+    for (title, scale, precisions), panel in zip(shown, subplots, strict=True):
+        for i, precision in enumerate(precisions):
             chosen = [e for e in errors if (e.precision, e.time_scale) == (precision, scale)]
             curve = sorted((e.step, e.median) for e in chosen if e.step is not None)
             (level,) = [e.median for e in chosen if e.engine == JVP]
             panel.plot(*zip(*curve, strict=True), ".-", color=f"C{i}", label=f"{DIFFERENCE}, {precision}")
             panel.axhline(level, color=f"C{i}", linestyle=(4 * i, (4, 8)), label=f"{JVP}, {precision}")
-        panel.set(xscale="log", yscale="log", title=f"time scale {scale:g}", xlabel="step of the finite difference")
+        panel.set(xscale="log", yscale="log", title=title, xlabel="step of the finite difference")
         panel.grid(alpha=0.3)
     figure.axes[0].set_ylabel("relative error of du/dt (median)")
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize="small")
-    figure.suptitle(f"DiT-{config.model}, {config.rows} rows, against float64")
+    name = f"DiT-{config.model}" if config.network is None else "du/dt"
+    figure.suptitle(f"{name}, {config.rows} rows, against float64")
     figure.savefig(path, format="png")
 
 
@@ -225,21 +259,21 @@ def main(config: Config) -> None:
         importlib.import_module("matplotlib")
     directory = run.RunDirectory.create(config, config.name)
     rows, errors, rounding = make_rows(config), [], 0.0
-    with run.Progress(len(TIME_SCALES) * (1 + len(PRECISIONS))) as progress:
-        for i, scale in enumerate(TIME_SCALES):
-            done = i * (1 + len(PRECISIONS)) + 1
+    with run.Progress(sum(1 + len(panel.precisions) for panel in panels(config))) as progress:
+        done = 0
+        for _, scale, precisions in panels(config):
             expected = reference(config, scale, rows)
             rounding = effect_of_rounding_targets(expected)  # of any numbers: these are at hand
-            progress.update(done, {})
-            for j, precision in enumerate(PRECISIONS):
+            progress.update(done := done + 1, {})
+            for precision in precisions:
                 errors += judge(config, precision, scale, rows, expected)
-                progress.update(done + j + 1, {})
+                progress.update(done := done + 1, {})
     shown = [e for e in errors if e.step in (None, config.shown_step)]
     cells = [
         (
             e.engine if e.step is None else f"{e.engine}, step {e.step:g}",
             e.precision,
-            f"{e.time_scale:g}",
+            None if e.time_scale is None else f"{e.time_scale:g}",
             f"{e.median:.1e}",
             f"{e.worst:.1e}",
         )

@@ -5,6 +5,7 @@
     python benchmarks/jvp_overhead.py --preset cifar        the CIFAR-10 U-Net at batch 1024, share 0.75
     python benchmarks/jvp_overhead.py --preset accelerator  B/4, B/2, XL/2 in bfloat16, for one large GPU
     python benchmarks/jvp_overhead.py --model B/4 S/4 --batch 16 --remat none products full
+    python benchmarks/jvp_overhead.py --network mine.py:Net --shape 3 64 64 --identity mine.py:Mix
 
 A variant is one training step: loss, gradient, Adam, one average. The steps of all variants run in one process, in
 rounds whose order changes, so compare ratios. The first value of each axis flag is the base; every other value is tried
@@ -36,6 +37,7 @@ import numpy as np
 from steps import (
     ATTENTIONS,
     COMPARED,
+    DITS,
     DTYPES,
     ENGINES,
     FLOAT32_ONLY,
@@ -46,10 +48,12 @@ from steps import (
     make_state,
     make_step,
     MODELS,
+    own_network,
     REMATS,
     Setting,
+    UNETS,
+    variant_of,
     VARIANTS,
-    variants,
     xla_flops,
 )
 
@@ -82,6 +86,15 @@ class Config:
     variant: tuple[str, ...] = COMPARED
     """What is compared with Flow Matching, by the names in the table, or a method by its name; of methods that cost the
     same, one by default."""
+    network: str | None = None
+    """A network of your own in place of `model`, as mine.py:Net: a subclass of mf_eqx.AbstractField that is made as
+    Net(shape, key=key), as Net(size, key=key) where the shape is one number. Its conditions are labels from 0 to 999,
+    1000 for "no label", which it may ignore. XLA's count, which needs programs without loops, is left out."""
+    shape: tuple[int, ...] = ()
+    """Of one row for that network, such as 3 64 64."""
+    identity: str | None = None
+    """A method of your own besides `variant`, as mine.py:Mix: a subclass of mf_eqx.AbstractIdentity that can be made
+    without arguments. If its facts do not state its passes, its program is counted as it is traced."""
     rounds: int = 7
     """Rounds that are timed."""
     count: bool = True
@@ -92,7 +105,8 @@ class Config:
     """Name of the run below runs/jvp_overhead/; by default the time of day."""
 
     def __post_init__(self):
-        run.check_sizes(self, batch=1 << 20)
+        run.check_sizes(self, batch=1 << 20, shape=1 << 14)
+        own_network(self.network, self.shape)
         known = {
             "model": MODELS,
             "dtype": DTYPES,
@@ -117,11 +131,13 @@ class Config:
                 raise ValueError(f"attention cudnn must come with dtype bfloat16, got {setting.dtype}")
             if setting.model == "MLP" and setting[3:6] != ("default", "none", "xla"):
                 raise ValueError(f"model MLP must come with form default, remat none and attention xla, got {setting}")
+            if self.network and setting[2:6] != ("float32", "default", "none", "xla"):
+                raise ValueError(f"network must come with the default dtype, form, remat and attention, got {setting}")
             try:
-                share = variants(setting.share)["MeanFlow"].objective.identity_share
+                group = variant_of(self.identity or "MeanFlow", setting.share).objective.divisor
             except ValueError as error:
                 raise ValueError(str(error).removeprefix("identity_")) from None
-            if setting.batch % (group := share.denominator):
+            if setting.batch % group:
                 raise ValueError(
                     f"batch must be multiples of {group} with share {setting.share:g}, got {setting.batch}"
                 )
@@ -129,13 +145,17 @@ class Config:
 
 def settings(config: Config) -> list[Setting]:
     """The base, and one axis at a time away from it."""
-    base = Setting(*(getattr(config, axis)[0] for axis in Setting._fields))
-    return [base, *(base._replace(**{a: value}) for a in Setting._fields for value in getattr(config, a)[1:])]
+    axes = {axis: getattr(config, axis) for axis in Setting._fields}
+    if (own := own_network(config.network, config.shape)) is not None:
+        axes["model"] = (own,)
+    base = Setting(*(values[0] for values in axes.values()))
+    return [base, *(base._replace(**{axis: value}) for axis, values in axes.items() for value in values[1:])]
 
 
 def chosen(config: Config, setting: Setting) -> list[str]:
     """Names of the steps, Flow Matching's first: everything is a ratio to it."""
     names = [name for name in VARIANTS if name in config.variant or name == FLOW_MATCHING]
+    names += [] if config.identity is None else [config.identity]
     return [name for name in names if setting.dtype == "float32" or name not in FLOAT32_ONLY]
 
 
@@ -174,7 +194,7 @@ def parts(config: Config, setting: Setting) -> int:
 
 def counted(config: Config, setting: Setting) -> bool:
     """Whether XLA's count, which is of a program without remat, belongs to this setting."""
-    return config.count and setting.model != "MLP" and setting.remat == "none"
+    return config.count and setting.model in (*DITS, *UNETS) and setting.remat == "none"
 
 
 def measured(config: Config, setting: Setting, meter: Meter) -> list[Measurement]:
@@ -230,10 +250,11 @@ def compile_steps(
 
 def count_ratios(names: list[str], setting: Setting, meter: Meter) -> dict[str, float]:
     """Operations as XLA counts them, relative to Flow Matching's."""
-    ratios = {}
+    ratios, model = {}, setting.model
+    assert isinstance(model, str)
     for name in names:
         began = time.perf_counter()
-        operations = (xla_flops(setting.model, each, setting.share) for each in (name, FLOW_MATCHING))
+        operations = (xla_flops(model, each, setting.share) for each in (name, FLOW_MATCHING))
         ratios[name] = next(operations) / next(operations)
         meter.report(time.perf_counter() - began)
     return ratios

@@ -16,7 +16,7 @@ import jax.random as jr
 import optax
 
 import mf_eqx as mfx
-from mf_eqx import measure, nn
+from mf_eqx import measure, nn, run
 
 LABELS = 1000
 PLANE, IMAGE, LATENT = (2,), (3, 32, 32), (4, 32, 32)
@@ -49,10 +49,33 @@ REMATS: dict[str, nn.Remat] = {
 ATTENTIONS: dict[str, nn.AbstractAttention] = {"xla": nn.XLAAttention(), "cudnn": nn.CudnnAttention()}
 
 
+class OwnNetwork(NamedTuple):
+    """A network of one's own in the place of a model's name: where its class stands, and the shape of one row."""
+
+    place: str
+    shape: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"{self.place} on {' x '.join(map(str, self.shape))}"
+
+
+@functools.cache
+def own_network(place: str | None, shape: tuple[int, ...]) -> OwnNetwork | None:
+    """The network that `--network` and `--shape` ask for, if any. **Raises:** `ValueError` if it cannot be used."""
+    if (place is None) != (not shape):
+        raise ValueError(f"shape must be given with network, and only with it, got shape {shape}, network {place}")
+    if shape and min(shape) < 1:
+        raise ValueError(f"shape must be positive numbers, got {shape}")
+    if place is None:
+        return None
+    run.own_network("network", place, shape, jax.ShapeDtypeStruct((), jnp.int32))
+    return OwnNetwork(place, shape)
+
+
 class Setting(NamedTuple):
     """One value of every axis: what all variants have in common."""
 
-    model: str
+    model: str | OwnNetwork
     batch: int = 16
     dtype: str = "float32"
     form: str = "default"
@@ -74,11 +97,12 @@ class Setting(NamedTuple):
 class Variant(NamedTuple):
     """A step: its objective, and its passes in units of one forward pass F of the whole batch (a backward pass is 2).
 
-    `passes(tangent, share)`: `tangent` is the cost of a tangent pass, `share` that of the rows with r < t.
+    `passes(tangent, share)`: `tangent` is the cost of a tangent pass, `share` that of the rows with r < t. None if a
+    method of one's own does not state them: its program is counted instead.
     """
 
     objective: mfx.Objective
-    passes: Callable[[float, float], float]
+    passes: Callable[[float, float], float] | None
 
 
 FLOW_MATCHING = "Flow Matching"
@@ -96,34 +120,46 @@ def variants(share: float = 0.25) -> dict[str, Variant]:
     the authors' code.
     """
 
-    def objective(
-        identity: mfx.AbstractIdentity | None, share: float = share, *, guided: bool = False, equal: float = 0
-    ) -> mfx.Objective:
-        return mfx.Objective(
-            identity,
-            time_pairs=mfx.TimePairs(equal=equal),
-            identity_share=share,
-            guidance=mfx.Guidance(scale=1.0, mix=0.5) if guided else None,
-            label_dropout=mfx.LabelDropout(0.1, LABELS),
-        )
-
-    def of_method(identity: mfx.AbstractIdentity) -> Variant:
-        passes = identity.facts.passes or mfx.Passes()
-        return Variant(objective(identity), lambda T, s: 3 + s * (passes.forward + passes.tangent * T))
-
-    mean_flow = mfx.MeanFlow()
-    every = functools.partial(objective, mean_flow, 1, equal=1 - share)
+    mean_flow, of_method = mfx.MeanFlow(), functools.partial(variant_of_method, share=share)
+    every = functools.partial(paper_objective, mean_flow, 1, equal=1 - share)
     stopped, difference = (mfx.MeanFlow(derivative=rule()) for rule in (mfx.StoppedJVP, mfx.CentralDifference))
     return {
-        FLOW_MATCHING: Variant(objective(None, 0), lambda T, s: 3),
+        FLOW_MATCHING: Variant(paper_objective(None, 0), lambda T, s: 3),
         "MeanFlow on every row": Variant(every(), lambda T, s: 3 + T),
         "MeanFlow": of_method(mean_flow),
         "stopped JVP": of_method(stopped),
         "finite difference": of_method(difference),
         "guided on every row": Variant(every(guided=True), lambda T, s: 3 + T + 2),
-        "guided": Variant(objective(mean_flow, guided=True), lambda T, s: 3 + s * T + 1 + s),
+        "guided": Variant(paper_objective(mean_flow, share, guided=True), lambda T, s: 3 + s * T + 1 + s),
         **{name: of_method(method) for name, method in methods().items() if name != "MeanFlow"},
     }
+
+
+def paper_objective(
+    identity: mfx.AbstractIdentity | None, share: float, *, guided: bool = False, equal: float = 0
+) -> mfx.Objective:
+    return mfx.Objective(
+        identity,
+        time_pairs=mfx.TimePairs(equal=equal),
+        identity_share=share,
+        guidance=mfx.Guidance(scale=1.0, mix=0.5) if guided else None,
+        label_dropout=mfx.LabelDropout(0.1, LABELS),
+    )
+
+
+def variant_of_method(identity: mfx.AbstractIdentity, share: float) -> Variant:
+    """A method with the passes that its facts state."""
+    objective, passes = paper_objective(identity, share), identity.facts.passes
+    if passes is None:
+        return Variant(objective, None)
+    return Variant(objective, lambda T, s: 3 + s * (passes.forward + passes.tangent * T))
+
+
+@functools.cache
+def variant_of(name: str, share: float = 0.25) -> Variant:
+    """A step by its name, or the method of one's own that stands there, as mine.py:Mix."""
+    known = variants(share)
+    return known[name] if name in known else variant_of_method(run.own_identity("identity", name, 1), share)
 
 
 @functools.cache
@@ -143,14 +179,18 @@ COMPARED = tuple(name for name in VARIANTS if name not in methods() or name in F
 # Networks and steps
 
 
-def data_shape(model: str) -> tuple[int, ...]:
+def data_shape(model: str | OwnNetwork) -> tuple[int, ...]:
     """Of one row."""
+    if isinstance(model, OwnNetwork):
+        return model.shape
     return PLANE if model == "MLP" else IMAGE if model in UNETS else LATENT
 
 
 def make_field(setting: Setting, *, depth: int | None = None, key: jax.Array) -> mfx.AbstractField:
     """The network of a setting, a DiT with another number of blocks if `depth` says so."""
     dtype = DTYPES[setting.dtype]
+    if isinstance(setting.model, OwnNetwork):
+        return run.own_network("network", *setting.model)(key=key)
     if setting.model == "MLP":
         return mfx.MLP(*PLANE, labels=LABELS, dtype=dtype, key=key)
     options: dict[str, Any] = {"remat": REMATS[setting.remat], "attention": ATTENTIONS[setting.attention]}
@@ -172,7 +212,7 @@ def make_step(setting: Setting, name: str) -> mfx.TrainStep:
     """A variant's step."""
     # Convolutions in loops are slow on CPUs.
     unroll = setting.model in UNETS and setting.form != "scan" and jax.default_backend() == "cpu"
-    objective, average = variants(setting.share)[name].objective, mfx.ExponentialAverage(0.9999)
+    objective, average = variant_of(name, setting.share).objective, mfx.ExponentialAverage(0.9999)
     teacher = 0 if objective.needs_teacher else None
     return mfx.TrainStep(objective, optax.adam(1e-4, b2=0.95), [average], teacher=teacher, unroll=unroll)
 
@@ -200,16 +240,17 @@ class Passes(NamedTuple):
 
 
 @functools.cache
-def count_passes(model: str) -> Passes:
+def count_passes(model: str | OwnNetwork) -> Passes:
     """From the program of one row, as it is traced."""
     field, *row = _row(Setting(model))
-    forward = measure.product_flops(lambda f, z, t, c: f(z, t, t, c), field, *row)
+    if (forward := measure.product_flops(lambda f, z, t, c: f(z, t, t, c), field, *row)) == 0:
+        raise ValueError(f"network must have matrix products or convolutions, got {model} without any")
     both = measure.product_flops(lambda f, z, t, c: mfx.total_derivative(f, z, z, t, t, c), field, *row)
     return Passes(forward, both / forward - 1)
 
 
 @functools.cache
-def count_again(model: str, remat: str) -> float:
+def count_again(model: str | OwnNetwork, remat: str) -> float:
     """What a backward pass does again, in units of a forward pass."""
 
     def gradient(field: mfx.AbstractField, *row: jax.Array) -> mfx.AbstractField:
@@ -228,7 +269,11 @@ def _row(setting: Setting) -> tuple[Any, ...]:
 
 def formula_flops(setting: Setting, name: str) -> float:
     """Operations of a whole step's products and convolutions, those with the zeros of padding included."""
-    (forward, tangent), variant = count_passes(setting.model), variants(setting.share)[name]
+    (forward, tangent), variant = count_passes(setting.model), variant_of(name, setting.share)
+    if variant.passes is None:
+        batch = eqx.filter_eval_shape(lambda key: make_batch(setting, key=key), jr.key(0))
+        ratio = measure.relative_cost(variant.objective, shapes_of(setting), batch)
+        return ratio * formula_flops(setting, FLOW_MATCHING)
     passes = variant.passes(tangent, float(variant.objective.identity_share)) + count_again(
         setting.model, setting.remat
     )
@@ -242,7 +287,7 @@ def xla_flops(model: str, name: str, share: float = 0.25) -> float:
     XLA counts the body of a loop once, and long programs compile for long: so of a DiT it counts one and two blocks
     without a loop, and all other blocks cost what the second costs.
     """
-    setting, objective = Setting(model, form="unroll"), variants(share)[name].objective
+    setting, objective = Setting(model, form="unroll"), variant_of(name, share).objective
     group = objective.divisor
     rows = group * math.ceil(16 / group)  # as many as the share wants
 

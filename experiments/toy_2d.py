@@ -5,6 +5,8 @@
     python experiments/toy_2d.py --preset full                   three seeds, four data sets, one in 64 dimensions
     python experiments/toy_2d.py --data two_moons pinwheel --methods MeanFlow Exact WrongTangent
     python experiments/toy_2d.py --own mine.py                   with the methods of a file of your own
+    python experiments/toy_2d.py --quick --data points.npy --own mine.py --network mine.py:Net
+                                                                 on points of your own, with a network of your own
     python experiments/toy_2d.py --preset plain                  conditional velocity as target, no Fourier features
     python experiments/toy_2d.py --preset long                   one network, trained for an hour
     python experiments/toy_2d.py --dry-run                       what would be trained, and what is done already
@@ -21,20 +23,21 @@ quality at equal time. README.md beside this file has figures.
 import dataclasses
 import functools
 import importlib
-import runpy
 import time
 from collections.abc import Callable
 from fractions import Fraction
-from pathlib import Path
 from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+import numpy as np
 import optax
+import toy_problems
 import toy_report
 from jaxtyping import Array, Float, install_import_hook
+from toy_points import is_own, title_of
 from toy_problems import (
     Cell,
     copies_of,
@@ -61,9 +64,7 @@ SETTINGS = ("common", "paper")
 @functools.cache
 def own_methods(path: str) -> tuple[dict[str, type], str]:
     """The identities that a Python file defines, by name, and a digest of it, as it was when it was read first."""
-    if not Path(path).is_file():
-        raise ValueError(f"own must be a Python file, got {path}")
-    text, members = Path(path).read_text(encoding="utf-8"), runpy.run_path(path)
+    members, digest = run.own_file("own", path)
     found = {
         name: members[name] for name in mfx.identities_in(members, 1) if members[name] is not getattr(mfx, name, None)
     }
@@ -71,7 +72,7 @@ def own_methods(path: str) -> tuple[dict[str, type], str]:
         raise ValueError(f"own must be a file whose methods have other names than mf_eqx's, got {taken[0]}")
     if not found:
         raise ValueError(f"own must hold identities that can be made without arguments, got none in {path}")
-    return found, run.digest(text)
+    return found, digest
 
 
 @functools.cache
@@ -91,7 +92,15 @@ class Config(run.CellSettings):
     data: tuple[str, ...] = ()
     """Data sets, by default checkerboard: eight_gaussians, three_gaussians, two_moons, checkerboard,
     sharp_checkerboard, swiss_roll, pinwheel, two_spirals; eight_gaussians_64d, 32 independent copies, which a DiT
-    learns in the shape 4 x 4 x 4."""
+    learns in the shape 4 x 4 x 4; or .npy files of points of your own, shape (rows, 2), which are moved and scaled to
+    mean 0 and root-mean-square distance 1 from it."""
+    blur: float = toy_problems.BLUR
+    """Standard deviation of the Gaussian around each point of a file, where the points' own distance from their mean is
+    1. It makes a density of the points, whose exact field is the truth. With less, details are sharper and harder to
+    learn; with less than the distance between neighbouring points it is the points that are learnt, not their shape."""
+    points: int = toy_problems.POINTS
+    """Most points that are taken of a file, at random and always the same. The time of the exact field, which every run
+    integrates, grows as their number."""
     methods: tuple[str, ...] = ()
     """Methods: FlowMatching, the identities of mf_eqx and of --own by name, WrongTangent (MeanFlow with the tangent (v,
     0, 0), which is wrong), Exact (the true field, put through the same table). By default all but WrongTangent, and
@@ -99,6 +108,10 @@ class Config(run.CellSettings):
     own: str | None = None
     """A Python file with identities of your own, subclasses of mf_eqx.AbstractIdentity that can be made without
     arguments. When the file changes, their trainings are done again."""
+    network: str | None = None
+    """A network of your own in place of MLP and DiT, as mine.py:Net, or mine.py if the file defines one: a subclass of
+    mf_eqx.AbstractField that is made as Net(size, key=key), 2 being the size of points in the plane. When the file
+    changes, everything is trained again."""
     settings: tuple[str, ...] = SETTINGS
     """common: those below for every method; paper: the share, times and weight of each method's own paper, for methods
     whose paper's are known."""
@@ -177,7 +190,9 @@ class Config(run.CellSettings):
         run.check_sizes(self, samples=10**6, large_samples=10**7, rows=10**6)
         self.check(condition_width=1, fourier_features=0, references=0, dit_batch=1, dit_width=4, dit_depth=1)
         run.check_sizes(self, condition_width=1 << 14, fourier_features=1 << 14, references=REFERENCES)
-        for name, known in (("data", DATA), ("settings", SETTINGS), ("methods", methods(self.own))):
+        self.check_own()
+        known_data = (*DATA, *filter(is_own, self.data))
+        for name, known in (("data", known_data), ("settings", SETTINGS), ("methods", methods(self.own))):
             if unknown := [item for item in getattr(self, name) if item not in known]:
                 raise ValueError(f"{name} must be among {', '.join(known)}; got {', '.join(unknown)}")
             if not getattr(self, name) and name == "settings":
@@ -206,6 +221,20 @@ class Config(run.CellSettings):
                     raise ValueError(
                         f"marginal must be False for {cell.method}, which learns from pairs of data and noise"
                     )
+
+    def check_own(self) -> None:
+        """Refuses files of points and networks that cannot be used."""
+        self.check(points=2)
+        run.check_sizes(self, points=1 << 14)
+        if not 0 < self.blur < 10:
+            raise ValueError(f"blur must lie in (0, 10), got {self.blur}")
+        for name in filter(is_own, self.data):
+            toy_problems.mixture_of(name, self.blur, self.points)
+        names = [*DATA, *(title_of(name) for name in dict.fromkeys(self.data) if is_own(name))]
+        if taken := [name for name in self.data if names.count(title_of(name)) > 1]:
+            raise ValueError(f"data must be files of different names, other than mf_eqx's, got {', '.join(taken)}")
+        for size in {2 * copies_of(name) for name in chosen_data(self)} if self.network is not None else ():
+            run.own_network("network", str(self.network), (size,))
 
 
 def check_batch(config: Config, cell: Cell) -> None:
@@ -298,18 +327,23 @@ def objective(config: Config, cell: Cell) -> mfx.Objective:
 def with_target(objective: mfx.Objective, config: Config, data: str) -> mfx.Objective:
     """The objective, regressing on a better velocity than the conditional one where the method can take it."""
     if config.marginal:
-        velocity = exact.MarginalVelocity(distribution_of(data), PATH)
+        velocity = exact.MarginalVelocity(distribution(config, data), PATH)
         return dataclasses.replace(objective, velocity=velocity)
     if config.references and not learns_from_pairs(objective.identity):
-        stable_target = mfx.StableTarget(references_of(data, config.references), number=config.references)
+        stable_target = mfx.StableTarget(references_of(config, data), number=config.references)
         return dataclasses.replace(objective, stable_target=stable_target)
     return objective
 
 
+def distribution(config: Config, data: str) -> exact.AbstractDistribution:
+    return distribution_of(data, config.blur, config.points)
+
+
 @functools.cache
-def references_of(data: str, number: int) -> Float[Array, "references dim"]:
+def references_of(config: Config, data: str) -> Float[Array, "references dim"]:
     """The points of which each step takes some: the same for all methods and seeds."""
-    return exact.draw(distribution_of(data), max(REFERENCES // copies_of(data), number), jr.key(2**31 - 2))
+    number = max(REFERENCES // copies_of(data), config.references)
+    return exact.draw(distribution(config, data), number, jr.key(2**31 - 2))
 
 
 @functools.cache
@@ -342,8 +376,10 @@ class OnVectors(mfx.AbstractField):
 
 
 def make_field(config: Config, data: str, seed: int) -> mfx.AbstractField:
-    """An MLP for two dimensions, a DiT for 64."""
+    """A network of one's own; or an MLP for two dimensions, a DiT for 64."""
     key, _ = jr.split(jr.key(seed))
+    if config.network is not None:
+        return run.own_network("network", config.network, (2 * copies_of(data),))(key=key)
     if is_stacked(data):
         shape, size = (4, 4, 4), mfx.DiTSize(config.dit_depth, config.dit_width, heads=3, patch=2)
         return OnVectors(mfx.DiT(shape, size, unroll=True, key=key), shape)
@@ -365,14 +401,15 @@ def training(config: Config, cell: Cell) -> run.Training | None:
     target = with_target(objective(config, cell), config, cell.data)
     step = dataclasses.replace(train_step(config, cell), objective=target)
     settings, (_, run_key) = recipe(config, cell), jr.split(jr.key(cell.seed))
-    name = f"{cell.data}_{cell.method}_{cell.settings}_{steps_of(config, cell)}_{cell.seed}_{run.digest(settings)}"
+    title = title_of(cell.data)
+    name = f"{title}_{cell.method}_{cell.settings}_{steps_of(config, cell)}_{cell.seed}_{run.digest(settings)}"
     field = functools.partial(make_field, config, cell.data, cell.seed)
-    draw = exact.Draw(distribution_of(cell.data), batch_of(config, cell.data))
+    draw = exact.Draw(distribution(config, cell.data), batch_of(config, cell.data))
     return run.Training(name, step, field, draw, steps_of(config, cell), run_key, settings)
 
 
 JUDGING = ("samples", "large_samples", "rows")
-CHOICE = ("data", "methods", "own", "settings", "seeds", "steps", "shorter", "quick")
+CHOICE = ("data", "blur", "points", "network", "methods", "own", "settings", "seeds", "steps", "shorter", "quick")
 
 
 OF_MLP = ("batch", "width", "depth", "condition_width", "fourier_features", "fourier_scale", "learning_rate")
@@ -383,13 +420,25 @@ OF_COMMON = ("identity_share", "pair_times", "at_data", "boundary_times", "power
 def recipe(config: Config, cell: Cell) -> dict[str, Any]:
     """Everything that the cell's training depends on but the code; of the exact field, its data set alone."""
     if cell.method == "Exact":
-        return {"data": cell.data, "method": cell.method}
+        return {"data": cell.data, "method": cell.method, **own_values(config, cell)}
     unused = {*JUDGING, *CHOICE, *(field.name for field in dataclasses.fields(run.CellSettings))}
     unused |= {*(OF_MLP if is_stacked(cell.data) else OF_DIT), *(OF_COMMON if cell.settings == "paper" else ())}
     values = {name: value for name, value in dataclasses.asdict(config).items() if name not in unused}
     own = own_methods(config.own)[1] if config.own is not None and cell.method not in methods() else None
     cell_values = {name: value for name, value in cell._asdict().items() if name != "part"}
-    return {**cell_values, **values, "steps": steps_of(config, cell), "own": own}
+    return {**cell_values, **values, "steps": steps_of(config, cell), "own": own, **own_values(config, cell)}
+
+
+def own_values(config: Config, cell: Cell) -> dict[str, Any]:
+    """What a recipe says of points and a network of one's own: nothing of other cells."""
+    found: dict[str, Any] = {}
+    if is_own(cell.data):  # the points that are taken, wherever their file lies
+        points = toy_problems.mixture_of(cell.data, config.blur, config.points).mean
+        found |= {"data": run.digest(np.asarray(points).tolist()), "blur": config.blur}
+    if config.network is not None and cell.method != "Exact":
+        cls = run.own_class("network", config.network, mfx.AbstractField)
+        found["network"] = [cls.__name__, run.own_file("network", config.network).digest]
+    return found
 
 
 def key_of(config: Config, cell: Cell) -> dict[str, Any]:
@@ -467,7 +516,8 @@ def asked(config: Config) -> dict[str, Any]:
 @functools.cache
 def problem_of(config: Config, data: str) -> Problem:
     print(f"{data}: integrating the truth at {3 * config.rows} points", flush=True)
-    return make_problem(data, samples=config.samples, rows=config.rows)
+    same = {"blur": config.blur, "points": config.points}
+    return make_problem(data, samples=config.samples, rows=config.rows, **same)
 
 
 def train_missing(config: Config, directory: run.RunDirectory, ledger: run.Ledger) -> None:
@@ -507,10 +557,10 @@ def write_report(config: Config, directory: run.RunDirectory, ledger: run.Ledger
         ]
         same_size = next(name for name in chosen_data(config) if copies_of(name) == copies_of(data))
         costs = measure_costs(config, same_size, ledger) if config.shorter else {}
-        panels[data] = entries, costs
+        panels[title_of(data)] = entries, costs
         at_best = floor(problem_of(config, data), config.large_samples)
-        texts.append(toy_report.tables(data, entries, costs, at_best, at_data))
-        toy_report.save_error_maps(report.path(f"{data}_errors.png"), data, entries)
+        texts.append(toy_report.tables(title_of(data), entries, costs, at_best, at_data))
+        toy_report.save_error_maps(report.path(f"{title_of(data)}_errors.png"), title_of(data), entries)
         save_pictures(config, data, directory, report)
     if any(costs for _, costs in panels.values()):
         toy_report.save_error_against_time(report.path("error_against_time.png"), panels)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 from jaxtyping import Array, Float, install_import_hook, Key
+from toy_points import is_own, mixture_of_points, title_of
 
 # Shapes and types are checked while the step is traced. JAXTYPING_DISABLE=1 turns this off.
 with install_import_hook("mf_eqx", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"):
@@ -32,6 +33,7 @@ DATA: dict[str, Callable[[], exact.GaussianMixture]] = {
     "two_spirals": exact.two_spirals,
     STACKED: exact.eight_gaussians,
 }
+BLUR, POINTS = 0.05, 1024  # of a file of points
 COPIES = 32  # of the mixture in the stacked data set: 64 dimensions
 EVALUATIONS = (1, 2, 4, 8)
 EDGES = tuple(np.linspace(0, 1, 9).tolist())
@@ -59,8 +61,13 @@ def copies_of(name: str) -> int:
     return COPIES if name == STACKED else 1
 
 
-def distribution_of(name: str) -> exact.AbstractDistribution:
-    mixture, copies = DATA[name](), copies_of(name)
+def mixture_of(name: str, blur: float = BLUR, points: int = POINTS) -> exact.GaussianMixture:
+    """The mixture of a data set, or of a file of points (see `toy_points.py`)."""
+    return mixture_of_points(name, blur, points) if is_own(name) else DATA[name]()
+
+
+def distribution_of(name: str, blur: float = BLUR, points: int = POINTS) -> exact.AbstractDistribution:
+    mixture, copies = mixture_of(name, blur, points), copies_of(name)
     return exact.StackedMixture(mixture, copies) if copies > 1 else mixture
 
 
@@ -95,15 +102,15 @@ class Problem(NamedTuple):
     limit: float
 
 
-def make_problem(name: str, *, samples: int, rows: int) -> Problem:
-    """The truth at `rows` points, and `samples` of the data."""
-    mixture, distribution = DATA[name](), distribution_of(name)
+def make_problem(name: str, *, samples: int, rows: int, blur: float = BLUR, points: int = POINTS) -> Problem:
+    """The truth at `rows` points, and `samples` of the data; `blur` and `points` of a file of points."""
+    mixture, distribution = mixture_of(name, blur, points), distribution_of(name, blur, points)
     # The best that float32 can do, and a thousand times less than the error of any network here.
     truth = exact.AverageVelocity(exact.MarginalVelocity(distribution, PATH), rtol=1e-5, atol=1e-5)
     known = metrics.field_truth(truth, distribution.sample, PATH, JUDGED_PAIRS, rows, key=judged_keys().truth)
     data = exact.draw(distribution, samples, judged_keys().data)
     limit = 1.05 * float(jnp.max(jnp.abs(mixture.mean)) + 3 * jnp.max(mixture.std))
-    return Problem(name, mixture, distribution, truth, known, data, limit)
+    return Problem(title_of(name), mixture, distribution, truth, known, data, limit)
 
 
 @eqx.filter_jit

@@ -1,6 +1,7 @@
 """The cost of programs.
 
     compile_program     compile time, XLA's counts of operations and bytes, memory
+    relative_cost       what a step of an objective costs in units of Flow Matching's
     product_flops       operations of matrix products and convolutions, counted in the program as written
     time_interleaved    comparable times of several programs
     matmul_peak         the rate of matrix products that utilisation is relative to
@@ -14,4 +15,5 @@ from ._program import (
     product_flops as product_flops,
     Program as Program,
 )
+from ._relative_cost import relative_cost as relative_cost
 from ._timing import matmul_peak as matmul_peak, time_interleaved as time_interleaved, Times as Times

@@ -17,7 +17,8 @@ _Result = TypeVar("_Result")
 class Cost:
     """XLA's analysis of a compiled program, and the time that its compilation took.
 
-    Bytes are those of one device. On XLA:CPU `flops` and `bytes_accessed` count the body of a loop once.
+    Bytes are those of one device. On XLA:CPU `flops` and `bytes_accessed` count the body of a loop once: compare steps
+    by `relative_cost`.
     """
 
     trace_seconds: float

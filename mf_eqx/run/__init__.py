@@ -6,6 +6,7 @@
                                           -> Ledger         results of finished cells
                                           -> Progress       one line on stderr
                                           -> in_parallel    many small tasks of any kind
+                                          -> own_network    a class from a file of a user's own; also own_identity
                                           -> table          final results as text
 
 A script is one function of one frozen dataclass; `main` does the rest, and reports bad input in one line. A script
@@ -45,6 +46,13 @@ from ._ledger import Ledger as Ledger
 from ._lock import InUse as InUse, locked as locked, Moved as Moved
 from ._loggers import Logger as Logger, TensorBoardLogger as TensorBoardLogger, WandbLogger as WandbLogger
 from ._open import opened as opened
+from ._own import (
+    own_class as own_class,
+    own_file as own_file,
+    own_identity as own_identity,
+    own_network as own_network,
+    OwnFile as OwnFile,
+)
 from ._parallel import in_parallel as in_parallel
 from ._processes import is_first as is_first, local as local, Stopped as Stopped, tell as tell
 from ._progress import Progress as Progress, Work as Work

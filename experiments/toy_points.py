@@ -1,0 +1,59 @@
+"""A toy data set of points of one's own, whose exact velocity is known: used by `toy_2d.py`.
+
+Points alone have no density: their velocity is infinite at t = 0. So the data set is a Gaussian mixture, each point
+blurred a little, as the shapes in `mf_eqx.exact` are; training data and truth come from that one mixture. The exact
+field sums over all points at each of its evaluations: its time grows as their number.
+"""
+
+import functools
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float, install_import_hook
+
+# Shapes and types are checked while the step is traced. JAXTYPING_DISABLE=1 turns this off.
+with install_import_hook("mf_eqx", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"):
+    from mf_eqx import data, exact
+
+
+def is_own(name: str) -> bool:
+    """Whether a data set is a file of points rather than one of `mf_eqx.exact`."""
+    return name.endswith(".npy")
+
+
+def title_of(name: str) -> str:
+    """What a data set is called in tables and names of files."""
+    return Path(name).stem if is_own(name) else name
+
+
+@functools.cache
+def mixture_of_points(path: str, blur: float, most: int) -> exact.GaussianMixture:
+    """The points of a file, each one Gaussian of standard deviation `blur`; of more than `most` points that many, drawn
+    without replacement and always the same ones.
+
+    They are moved and scaled so that their mean is 0 and their root-mean-square distance from it is 1, since settings
+    suit data of the size of the noise.
+
+    **Raises:** `OSError` if the file cannot be opened; `ValueError` unless it holds two or more different points,
+    finite numbers of shape (rows, 2).
+    """
+    source = data.NpySource(path)
+    if source.row_shape != (2,):
+        found = ", ".join(map(str, ("rows", *source.row_shape)))
+        raise ValueError(f"data must hold points of shape (rows, 2), got ({found}) in {path}")
+    rows = np.arange(len(source))
+    if len(rows) > most:
+        rows = np.sort(np.random.default_rng(0).choice(rows, most, replace=False))
+    points = source.take(rows).x.astype(np.float64)
+    if not np.isfinite(points).all():
+        raise ValueError(f"data must be finite numbers, got {points[~np.isfinite(points)][0]} in {path}")
+    return exact.GaussianMixture(jnp.asarray(scaled(points, path)), blur, label=np.zeros(len(points), int))
+
+
+def scaled(points: Float[np.ndarray, "points 2"], path: str) -> Float[np.ndarray, "points 2"]:
+    """The points with mean 0 and root-mean-square distance 1 from it."""
+    points = points - points.mean(axis=0)
+    if (size := np.sqrt(np.mean(np.sum(points**2, axis=1)))) == 0:
+        raise ValueError(f"data must hold two or more different points, got one in {path}")
+    return (points / size).astype(np.float32)
