@@ -14,7 +14,7 @@ share the work. Sample i follows from the seed and i alone, whatever the batch a
 import dataclasses
 import itertools
 import math
-import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -212,14 +212,15 @@ def check_place(job: Job) -> None:
     if not job.to.endswith(".npy"):
         with run.optional("matplotlib"):
             import matplotlib  # noqa: F401
-    if is_folder(job.to):
-        path.mkdir(parents=True, exist_ok=True)
-        if any(path.iterdir()):
+    folder = path if is_folder(job.to) else path.parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if folder is path and any(path.iterdir()):
             raise ValueError(f"--to must be a new or empty folder, got {job.to}")
-    else:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    if not os.access(path if path.is_dir() else path.parent, os.W_OK):
-        raise ValueError(f"--to must be where files may be written, got {job.to}")
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(f"--to must be where files can be written, got {job.to}: {error.strerror}") from error
 
 
 def save_picture(job: Job) -> None:
@@ -270,8 +271,9 @@ def described(job: Job) -> str:
     steps = len(generator.times) - 1
     how = f"{steps} {'Euler step' if generator.method is mfx.sample_euler else 'evaluation'}{'s' * (steps > 1)}"
     guided = f", guidance {generator.field.scale:g}" if isinstance(generator.field, mfx.GuidedField) else ""
+    what = f"{job.number:,} {'latents' if subject.is_latent else 'samples'} of shape {subject.shape}"
     where = f"{job.batch} at once on {job.devices.shards} x {jax.devices()[0].device_kind}"
-    return f"{subject.path}: {of}; {job.number:,} samples of shape {subject.shape}, {how}{guided}, {where}"
+    return f"{subject.path}: {of}; {what}, {how}{guided}, {where}"
 
 
 def main(config: Config) -> None:

@@ -8,6 +8,7 @@ import re
 import numpy as np
 import pytest
 
+import mf_eqx as mfx
 from mf_eqx import checkpoint, run
 
 SCRIPT = pathlib.Path(__file__).parents[2] / "experiments" / "digits.py"
@@ -54,6 +55,15 @@ def test_each_method_has_checkpoints_previews_and_metrics_of_its_own(finished):
             "00000006.png",
         ]
         assert checkpoint.Checkpoints(finished / method / "checkpoints").steps() == [4, 6]
+
+
+def test_each_method_leaves_weights_that_say_what_they_are(finished):
+    for method, average in (("meanflow", True), ("flow_matching", False)):
+        weights = checkpoint.read_weights(finished / method / "ema_0.997.safetensors")
+        field, notes = weights.fill(weights.make_network), weights.notes
+        trained = mfx.Trained(average=average, null_velocity=True, null_average=False)
+        assert (notes.pixels, notes.class_names, notes.trained) == ((-1, 1), tuple("0123456789"), trained)
+        assert (notes.steps, notes.decay, field.data_shape, field.null_label) == (6, 0.997, (1, 8, 8), 10)
 
 
 @pytest.mark.slow

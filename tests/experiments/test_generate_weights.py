@@ -196,6 +196,7 @@ def test_guidance_of_weights_that_say_nothing_is_a_warning(command, capsys):
         ("latent.safetensors --to x.png", "--to must end in .npy for latent.*, whose latents need --vae for pictures"),
         ("plain.safetensors --vae vae", "--vae must be left out for plain.safetensors, whose values are no latents"),
         ("plain.safetensors --to x.jpg", r"--to must end in .png, in .npy, or in / for a folder, got x.jpg"),
+        ("plain.safetensors --to vectors.npy/x.png", "--to must be where files can be written, got vec.*: File exists"),
         ("plain.safetensors --to .", r"--to must be a new or empty folder, got \."),
         ("plain.safetensors --number 10001", "--number must be at most 10000 in one picture, got 10001"),
         ("plain.safetensors --number 0", "--number must be >= 1, got 0"),
