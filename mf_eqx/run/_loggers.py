@@ -33,7 +33,9 @@ class TensorBoardLogger(Logger):
     def __init__(self, folder: Path, start: int = 0):
         with optional("tensorboardX", extra="tensorboard"):
             from tensorboardX import SummaryWriter
-        self._writer = SummaryWriter(str(folder), purge_step=start + 1 if start else None)
+        purge_step = start + 1 if start else None
+        # Files are named by the second: a run that continues within it would replace that of the run before.
+        self._writer = SummaryWriter(str(folder), purge_step=purge_step, filename_suffix=f".{start:09}")
 
     def log(self, step: int, values: Mapping[str, Value]) -> None:
         for name, value in flat(values).items():

@@ -7,6 +7,7 @@ import math
 import os
 import re
 import signal
+import struct
 import sys
 import types
 
@@ -519,6 +520,60 @@ def test_tensorboard_gets_every_number_at_its_step(tmp_path):
                 if value is None
                 else found[record["step"], f"identity_error_by_gap/{i}"] == np.float32(value)
             )
+
+
+def test_tensorboard_itself_reads_each_step_once_though_a_killed_run_repeats_some(tmp_path):
+    pytest.importorskip("tensorboardX")
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    for start, steps in ((0, (4, 8, 12)), (5, (8, 12, 14))):
+        logger = run.TensorBoardLogger(tmp_path, start)
+        for step in steps:
+            logger.log(step, {"loss": step / 10 + start, "error_by_gap": [0.5, math.nan]})
+        logger.close()
+    events = reader.EventAccumulator(str(tmp_path), size_guidance={"scalars": 0}).Reload()
+    found = [(event.step, event.value) for event in events.Scalars("loss")]
+    assert found == [(step, np.float32(value)) for step, value in ((4, 0.4), (8, 5.8), (12, 6.2), (14, 6.4))]
+    assert [event.value for event in events.Scalars("error_by_gap/0")] == [0.5] * 4
+    assert all(math.isnan(event.value) for event in events.Scalars("error_by_gap/1"))
+
+
+def weights_and_biases_records(path):
+    """What the package wrote into a file: after seven bytes, blocks of 32 KiB; in these, parts of records, each with
+    its checksum, its length, and whether it is whole (1), the first (2), a middle (3) or the last part (4)."""
+    from wandb.proto import wandb_internal_pb2
+
+    content, position, record = path.read_bytes(), 7, b""
+    while position < len(content):
+        if (left := -position % 32768) < 7:  # too few for another part: filled up with zeros
+            position += left
+        _, length, kind = struct.unpack_from("<IHB", content, position)
+        record += content[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):
+            yield wandb_internal_pb2.Record.FromString(record)
+            record = b""
+
+
+def test_weights_and_biases_itself_takes_every_number_of_a_run_that_continues_offline(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    config = configured(wandb="toys")
+    stopped(tmp_path, config, after=7)
+    _, directory = trained(tmp_path, config)
+    paths = sorted((directory.root / "wandb").glob("offline-run-*/*.wandb"))
+    found = [record for path in paths for record in weights_and_biases_records(path)]
+    runs = [record.run for record in found if record.WhichOneof("record_type") == "run"]
+    assert len(paths) == 2 and len({run.run_id for run in runs}) == 1 and runs[0].project == "toys"
+    assert {"width": "16"}.items() <= {item.key: item.value_json for item in runs[0].config.update}.items()
+    history = [record.history for record in found if record.WhichOneof("record_type") == "history"]
+    losses = {
+        step.step.num: json.loads(item.value_json)
+        for step in history
+        for item in step.item
+        if "loss" in item.nested_key
+    }
+    assert losses == {record["step"]: record["loss"] for record in directory.records()} and len(history) == len(losses)
 
 
 def test_weights_and_biases_gets_one_run_that_continues(tmp_path, monkeypatch):
