@@ -19,7 +19,7 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -48,8 +48,10 @@ PICTURE_SEED, JUDGED_SEED = 2**31 - 1, 2**31 - 2
 class Config(run.Settings):
     """A digits run. Times in [0, 1]; pixel values in the data's own unit, 0 to 16."""
 
+    start: str = ""
+    """Weights or checkpoints of the same network to start from: a .safetensors file, or the directory of a run."""
     steps: int = 3000
-    """Training steps."""
+    """Training steps. The learning rate decays over all of them, so that more are another run; see start."""
     batch: int = 64
     """Rows per step; a multiple of the denominator of identity_share."""
     width: int = 96
@@ -185,6 +187,12 @@ class Method(NamedTuple):
     shown: int
 
 
+def describe(config: Config) -> dict[str, Any]:
+    """The network, in words."""
+    size = mfx.DiTSize(config.depth, config.width, config.heads, config.patch)
+    return {"network": "DiT", "data_shape": [1, 8, 8], "size": size._asdict(), "labels": CLASSES}
+
+
 def make_field(config: Config, key: Key[Array, ""]) -> mfx.DiT:
     size = mfx.DiTSize(config.depth, config.width, config.heads, config.patch)
     return mfx.DiT((1, 8, 8), size, labels=CLASSES, unroll=True, key=key)
@@ -215,7 +223,16 @@ def train(
         save_samples(method, run.local(state.averages[0]), path, rows=2)
 
     state = run.train(
-        config, step, make_state, stream, directory, steps=config.steps, name=method.name, preview=preview
+        config,
+        step,
+        make_state,
+        stream,
+        directory,
+        steps=config.steps,
+        name=method.name,
+        preview=preview,
+        start=config.start,
+        network=describe(config),
     )
     return run.local(state.averages[0])
 
@@ -335,6 +352,7 @@ def report(results: list[Result]) -> str:
 def main(config: Config) -> None:
     """Train on handwritten digits, then judge what the network generates in one evaluation."""
     began = time.perf_counter()
+    run.require("matplotlib")
     digits = load(config)
     target = stable_target(config, digits.train)
     methods = [Method("MeanFlow", objective(config, target), mfx.sample, (1, 2, 4), shown=1)]

@@ -21,13 +21,19 @@ Description = dict[str, Any]
 
 
 def describe_unet(
-    data_shape: tuple[int, int, int], size: mfx.UNetSize, *, augmentation: int = 0, dropout: float = 0.0
+    data_shape: tuple[int, int, int],
+    size: mfx.UNetSize,
+    *,
+    labels: int | None = None,
+    augmentation: int = 0,
+    dropout: float = 0.0,
 ) -> Description:
-    """A U-Net without labels."""
+    """A U-Net."""
     return {
         "network": "UNet",
         "data_shape": list(data_shape),
         "size": {name: list(value) if isinstance(value, tuple) else value for name, value in size._asdict().items()},
+        "labels": labels,
         "augmentation": augmentation,
         "dropout": dropout,
     }
@@ -60,7 +66,7 @@ def make(
         if kind == "UNet":
             size |= {name: tuple(size[name]) for name in ("multipliers", "attention")}
             given = {name: description[name] for name in ("augmentation", "dropout")}
-            return mfx.UNet(shape, mfx.UNetSize(**size), **given, **options)
+            return mfx.UNet(shape, mfx.UNetSize(**size), labels=description.get("labels"), **given, **options)
     except (KeyError, TypeError) as error:
         raise ValueError(f"the description must be that of a network, but it is not complete: {error}") from error
     raise ValueError(f"network must be DiT or UNet, got {kind!r}")
