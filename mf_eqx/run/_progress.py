@@ -71,7 +71,7 @@ class Progress:
     - `start`: the number of steps that were finished before.
     - `shown`: names of the metrics to show, if they are given; by default all single numbers.
     - `every`: seconds between lines; by default 0.5 on a terminal, else 10.
-    - `window`: over how many of the last updates metrics are averaged; numbers that are no `Mean` are those of the last.
+    - `window`: over how many of the last updates each `Mean` is taken; other numbers are those of the last update.
     - `work`: of one step, to show rows per second and utilisation.
     - `doing`: the activity to show before the first step is reported.
     - `silent`: whether to write nothing.
