@@ -98,11 +98,11 @@ class Config(run.Settings):
     """Decay per step of the parameter average that generates."""
     identity_share: float = 0.5
     """Share of rows with r < t, which carry the MeanFlow identity; in [0, 1]. 0 is Flow Matching."""
-    times: tuple[float, float] = (-0.4, 1.4)
-    """Mean and standard deviation of the logit of both times, drawn apart and sorted."""
-    power: float = 0.75
+    times: tuple[float, float] = (0.0, 2.0)
+    """Mean and standard deviation of the logit of both times, drawn apart and sorted; by default nearly uniform."""
+    power: float = 0.5
     """Adaptive weight's power p (Eq. 22)."""
-    offset: float = 1e-3
+    offset: float = 0.01
     """Adaptive weight's offset c (Eq. 22)."""
     references: int = 0
     """Training images with which a step estimates the mean velocity at each state (mf_eqx.StableTarget); 0 to take that
@@ -420,6 +420,8 @@ PRESETS = {
             decay=0.99995,
             identity_share=0.75,
             times=(-2.0, 2.0),
+            power=0.75,
+            offset=1e-3,
             flips=True,
             augmentation=0.12,
         ),

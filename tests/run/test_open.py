@@ -74,7 +74,10 @@ def test_a_longer_run_of_that_name_is_refused_with_the_way_on(tmp_path):
     with run.opened(Started(name="a"), root=tmp_path, script="toys") as directory:
         pass
     message = f"steps was 10, now 20; the number of steps cannot be changed .*: --start {directory.root} begins"
-    with pytest.raises(ValueError, match=message), run.opened(Started(name="a", steps=20), root=tmp_path, script="toys"):
+    with (
+        pytest.raises(ValueError, match=message),
+        run.opened(Started(name="a", steps=20), root=tmp_path, script="toys"),
+    ):
         pass
 
 

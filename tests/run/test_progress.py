@@ -190,7 +190,8 @@ def test_progress_goes_to_stderr_by_default(capsys):
 
 
 @pytest.mark.parametrize(
-    ("options", "message"), [({"total": -1}, "total.*-1"), ({"total": 1, "every": 0.0}, "every.*0"), ({"total": 1, "window": 0}, "window.*0")]
+    ("options", "message"),
+    [({"total": -1}, "total.*-1"), ({"total": 1, "every": 0.0}, "every.*0"), ({"total": 1, "window": 0}, "window.*0")],
 )
 def test_impossible_arguments_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
