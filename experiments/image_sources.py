@@ -90,7 +90,7 @@ def open_images(paths: Sequence[str], *, size: int = 0, train: bool = True) -> d
         raise ValueError(f"data must be one path, or IDX files of images and of labels, got {len(paths)} paths")
     path = Path(paths[0])
     if len(paths) == 2 or _is_idx(path):
-        return data.read_idx(*paths)
+        return data.read_idx(path, paths[1] if len(paths) == 2 else None)
     if (path / "manifest.json").exists():
         return data.ShardSource(path)
     if files := _mnist_files(path, "train" if train else "t10k"):

@@ -21,7 +21,7 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import equinox as eqx
 import image_sources
@@ -47,6 +47,10 @@ MOST_FEATURES = 1024
 MOST_REFERENCES = 1 << 32
 """Bytes that the images of stable targets may take on each device."""
 GENERATED_AT_ONCE = 250
+
+
+Shape: TypeAlias = tuple[int, int, int]
+"""Channels, height and width of an image."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,19 +160,23 @@ def guided(config: Config) -> bool:
     return (config.scale, config.mix) != (1, 0)
 
 
-def describe(config: Config, shape: tuple[int, ...], labels: int | None) -> networks.Description:
+def make_field(config: Config, shape: Shape, labels: int | None, key: Key[Array, ""]) -> mfx.DiT | mfx.UNet:
+    how: dict[str, Any] = {"dtype": jnp.bfloat16 if config.bfloat16 else jnp.float32, "remat": config.remat, "key": key}
+    if config.network == "dit":
+        return mfx.DiT(shape, mfx.DiTSize(config.depth, config.width, config.heads, config.patch), labels=labels, **how)
+    size = mfx.UNetSize(config.width, config.multipliers, config.blocks, config.attention)
+    told = 6 if config.augmentation else 0
+    return mfx.UNet(shape, size, labels=labels, augmentation=told, dropout=config.dropout, **how)
+
+
+def describe(config: Config, shape: Shape, labels: int | None) -> networks.Description:
     """The network, in words that its weights are saved with."""
-    if config.network == "unet":
-        size = mfx.UNetSize(config.width, config.multipliers, config.blocks, config.attention)
-        told = 6 if config.augmentation else 0
-        return networks.describe_unet(shape, size, labels=labels, augmentation=told, dropout=config.dropout)
-    size = mfx.DiTSize(config.depth, config.width, config.heads, config.patch)
-    return networks.describe_dit(shape, size, labels=labels)
-
-
-def make_field(config: Config, shape: tuple[int, ...], labels: int | None, key: Key[Array, ""]) -> mfx.DiT | mfx.UNet:
-    dtype = jnp.bfloat16 if config.bfloat16 else jnp.float32
-    return networks.make(describe(config, shape, labels), key, dtype=dtype, remat=config.remat)
+    if config.network == "dit":
+        size = mfx.DiTSize(config.depth, config.width, config.heads, config.patch)
+        return networks.describe_dit(shape, size, labels=labels)
+    size = mfx.UNetSize(config.width, config.multipliers, config.blocks, config.attention)
+    told = 6 if config.augmentation else 0
+    return networks.describe_unet(shape, size, labels=labels, augmentation=told, dropout=config.dropout)
 
 
 def objective(config: Config, labels: int | None, target: mfx.StableTarget | None = None) -> mfx.Objective:
@@ -320,7 +328,11 @@ def judge(
 
 def report(results: list[Result], count: int) -> str:
     """The table as text."""
-    rows = [(*row[:4], "-" if row[4] is None else f"{100 * row[4]:.1f}%") for row in results]
+
+    def percent(share: float | None) -> str:
+        return "-" if share is None else f"{100 * share:.1f}%"
+
+    rows = [(*row[:4], percent(row.nearer_to_training)) for row in results]
     headers = ("against test images", "evaluations", "Frechet distance", "sliced W2", "nearer to training (chance 50%)")
     return f"{count:,} images each, pixels in [0, 1].\n\n{run.table(rows, headers)}"
 
@@ -352,8 +364,11 @@ def main(config: Config) -> None:
     stream = data.Stream(train, config.batch, seed=config.seed, parallelism=parallelism)
     sampler = Sampler(config, labels, names)
 
+    channels, height, width = train.row_shape
+    shape = (channels, height, width)
+
     def make_state() -> mfx.TrainState:
-        field = make_field(config, train.row_shape, labels, field_key)
+        field = make_field(config, shape, labels, field_key)
         return mfx.init_state(field, step.optimizer, step.averages, key=run_key)
 
     def preview(state: mfx.TrainState, path: Path) -> None:
@@ -361,15 +376,26 @@ def main(config: Config) -> None:
 
     with run.opened(config) as directory:
         run.tell(f"{len(train):,} {train.name}, {len(test):,} {test.name}, labels: {labels or 'none'}")
-        description = describe(config, train.row_shape, labels)
+        description = describe(config, shape, labels)
         origin = {"start": config.start, "network": description}
         state = run.train(config, step, make_state, stream, directory, steps=config.steps, preview=preview, **origin)
-        notes = {"steps": int(state.step), "data": list(config.data), "decay": config.decay, "class_names": names}
-        notes["guidance"] = [config.scale, config.mix, list(config.interval)]
-        checkpoint.save_weights(directory.path("ema.safetensors"), state.averages[0], {**description, **notes})
+        save_weights(config, directory, state, names, description)
         field = run.local(state.averages[0])
         if run.is_first():
             finish(config, sampler, field, train, test, directory)
+
+
+def save_weights(
+    config: Config,
+    directory: run.RunDirectory,
+    state: mfx.TrainState,
+    names: list[str] | None,
+    description: networks.Description,
+) -> None:
+    """The average as weights."""
+    notes = {"steps": int(state.step), "data": list(config.data), "decay": config.decay, "class_names": names}
+    notes["guidance"] = [config.scale, config.mix, list(config.interval)]
+    checkpoint.save_weights(directory.path("ema.safetensors"), state.averages[0], {**description, **notes})
 
 
 def finish(
