@@ -152,8 +152,9 @@ class Config(run.Settings):
         mfx.check_batch_size(self.batch, objective(self, 10).identity_share)
         mfx.ExponentialAverage(self.decay)
         prepare(self, 10)
-        side = 4 * self.patch if self.network == "dit" else max(self.attention, default=2 ** len(self.multipliers))
-        eqx.filter_eval_shape(lambda: make_field(self, (3, side, side), 10, jr.key(0)))  # a real key needs a device
+        if self.network == "dit":  # a U-Net must know the side of images
+            side = self.patch
+            eqx.filter_eval_shape(lambda: make_field(self, (3, side, side), 10, jr.key(0)))  # a real key needs a device
 
 
 def guided(config: Config) -> bool:

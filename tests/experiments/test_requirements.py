@@ -1,4 +1,5 @@
-"""No script discovers at its end that a package is missing: it asks for all of them before it makes its directory."""
+"""What all scripts have in common: packages that they need at their end are asked for at their start, and recipes take
+--start."""
 
 import pathlib
 import re
@@ -25,3 +26,12 @@ def test_packages_that_a_script_needs_at_its_end_are_asked_for_at_its_start(path
     before = re.split(BEGINS, main)[0]
     asked = {name for call in re.findall(r"run\.require\((.*?)\)", before) for name in re.findall(r'"(\w+)"', call)}
     assert needed <= asked
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in SCRIPTS if "(run.Settings)" in path.read_text()], ids=lambda p: p.stem
+)
+def test_every_recipe_that_trains_one_network_may_start_from_another_run(path):
+    text = path.read_text()
+    assert '    start: str = ""\n' in text
+    assert re.search(r'start=config\.start|"start": config\.start', text)
