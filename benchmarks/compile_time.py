@@ -15,7 +15,6 @@ README.md beside this file has figures.
 
 import dataclasses
 import gc
-import importlib
 import itertools
 import math
 import time
@@ -156,8 +155,7 @@ def label(cell: Cell) -> str:
 def main(config: Config) -> None:
     """Compile training steps."""
     began = time.perf_counter()
-    with run.optional("matplotlib"):
-        importlib.import_module("matplotlib")
+    run.require("matplotlib")
     if config.quick:
         config = dataclasses.replace(config, model=("tiny", "S/4"), variant=("MeanFlow",), repeats=1)
     jax.config.update("jax_enable_compilation_cache", False)

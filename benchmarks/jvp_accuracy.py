@@ -20,7 +20,6 @@ README.md beside this file has figures.
 
 import dataclasses
 import functools
-import importlib
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -255,8 +254,7 @@ def save_figure(path: Path, config: Config, errors: list[Error]) -> None:
 def main(config: Config) -> None:
     """Compare du/dt with float64."""
     began = time.perf_counter()
-    with run.optional("matplotlib"):
-        importlib.import_module("matplotlib")
+    run.require("matplotlib")
     directory = run.RunDirectory.create(config, config.name)
     rows, errors, rounding = make_rows(config), [], 0.0
     with run.Progress(sum(1 + len(panel.precisions) for panel in panels(config))) as progress:

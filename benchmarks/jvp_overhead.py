@@ -24,7 +24,6 @@ import contextlib
 import dataclasses
 import functools
 import gc
-import importlib
 import math
 import time
 from collections.abc import Iterator
@@ -413,8 +412,7 @@ def save_figure(path: Path, groups: list[list[Measurement]]) -> None:
 def main(config: Config) -> None:
     """Time training steps against Flow Matching's."""
     began = time.perf_counter()
-    with run.optional("matplotlib"):  # now rather than after the measurements
-        importlib.import_module("matplotlib")
+    run.require("matplotlib")
     config = shrunk(config) if config.quick else config
     if "cudnn" in config.attention and jax.default_backend() != "gpu":
         raise ValueError(f"attention must be xla without an NVIDIA GPU, got cudnn on {jax.default_backend()}")

@@ -21,7 +21,6 @@ README.md beside this file has figures.
 
 import dataclasses
 import functools
-import importlib
 import sys
 import time
 from collections.abc import Callable
@@ -385,8 +384,7 @@ def save_figure(path: Path, judged: list[tuple[Problem, list[Point]]]) -> None:
 def main(config: Config) -> None:
     """Compare samplers."""
     began = time.perf_counter()
-    with run.optional("matplotlib"):  # now rather than after the trainings
-        importlib.import_module("matplotlib")
+    run.require("matplotlib")
     if config.quick:
         fewer = {"euler": (1, 4, 16), "heun": (1, 4, 16), "tolerances": (1e-1, 1e-3), "rounds": 3}
         config = dataclasses.replace(config, toy_steps=600, digits_steps=300, samples=1000, **fewer)

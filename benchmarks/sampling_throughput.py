@@ -14,7 +14,6 @@ README.md beside this file has figures.
 
 import dataclasses
 import functools
-import importlib
 import itertools
 import time
 from pathlib import Path
@@ -109,8 +108,7 @@ def save_figure(path: Path, rates: dict[Cell, float]) -> None:
 def main(config: Config) -> None:
     """Time sampling."""
     began = time.perf_counter()
-    with run.optional("matplotlib"):
-        importlib.import_module("matplotlib")
+    run.require("matplotlib")
     if config.quick:
         config = dataclasses.replace(config, model=("tiny", "S/4"), batch=(1, 4, 16))
     if config.attention == "cudnn" and jax.default_backend() != "gpu":

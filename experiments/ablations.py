@@ -468,6 +468,7 @@ def cells_of(config: Config, name: str) -> list[Cell]:
 
 def main(config: Config) -> None:
     """Train the cells that are missing, then write tables and a figure."""
+    run.require("matplotlib")
     steps = 2 if config.test_run else config.steps
     recipe = RECIPES[config.data]() if steps is None else RECIPES[config.data](steps)
     shared = f"{config.data}_{config.method}" if method_key(config) else config.data

@@ -45,8 +45,10 @@ class Config(run.Settings):
     data: str = "cifar-10-binary.tar.gz"
     """Images of 3 x 32 x 32 bytes: a folder or an archive of CIFAR-10, a folder of shards, or "shapes" for drawn ones.
     Labels, if there are any, are not used."""
-    steps: int = 800_000
-    """Training steps (the authors' code: 768,000)."""
+    start: str = ""
+    """Weights or checkpoints of the same network to start from: a .safetensors file, or the directory of a run."""
+    steps: int = run.setting(800_000)
+    """Training steps (the authors' code: 768,000); more continue a finished run."""
     batch: int = 1024
     """Images per step; a multiple of the denominator of identity_share."""
     width: int = 128
@@ -186,6 +188,7 @@ def save_samples(field: mfx.AbstractField, path: Path, *, evaluations: int, side
 
 def main(config: Config) -> None:
     """Train on CIFAR-10, or images like it, and save what was learnt."""
+    run.require("matplotlib", "safetensors")
     field_key, run_key = jr.split(jr.key(config.seed))
     parallelism = run.parallelism(config)
     step = mfx.TrainStep(
@@ -207,7 +210,8 @@ def main(config: Config) -> None:
         save_samples(run.local(state.averages[0]), path, evaluations=1, side=4)
 
     with run.opened(config) as directory:
-        state = run.train(config, step, make_state, stream, directory, steps=config.steps, preview=preview)
+        options = {"steps": config.steps, "preview": preview, "start": config.start}
+        state = run.train(config, step, make_state, stream, directory, **options)
         save(config, directory, state)
         run.tell(f"{len(config.decays)} averages and samples are in {directory.root}")
 

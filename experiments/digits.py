@@ -49,8 +49,10 @@ PICTURE_SEED, JUDGED_SEED = 2**31 - 1, 2**31 - 2
 class Config(run.Settings):
     """A digits run. Times in [0, 1]; pixel values in the data's own unit, 0 to 16."""
 
+    start: str = ""
+    """Weights or checkpoints of the same network to start from: a .safetensors file, or the directory of a run."""
     steps: int = 3000
-    """Training steps."""
+    """Training steps. The learning rate decays over all of them, so that more are another run; see start."""
     batch: int = 64
     """Rows per step; a multiple of the denominator of identity_share."""
     width: int = 96
@@ -216,7 +218,15 @@ def train(
         save_samples(method, run.local(state.averages[0]), path, rows=2)
 
     state = run.train(
-        config, step, make_state, stream, directory, steps=config.steps, name=method.name, preview=preview
+        config,
+        step,
+        make_state,
+        stream,
+        directory,
+        steps=config.steps,
+        name=method.name,
+        preview=preview,
+        start=config.start,
     )
     field, decay = run.local(state.averages[0]), config.decay
     notes = checkpoint.Notes(
@@ -345,6 +355,7 @@ def report(results: list[Result]) -> str:
 def main(config: Config) -> None:
     """Train on handwritten digits, then judge what the network generates in one evaluation."""
     began = time.perf_counter()
+    run.require("matplotlib")
     digits = load(config)
     target = stable_target(config, digits.train)
     methods = [Method("MeanFlow", objective(config, target), mfx.sample, (1, 2, 4), shown=1)]

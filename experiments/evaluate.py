@@ -418,6 +418,7 @@ def save_picture(job: Evaluation, row: Row, path: Path) -> None:
 
 def main(config: Config) -> None:
     """Judge saved weights."""
+    run.require("matplotlib")
     check_flags(config)
     devices = mfx.Parallelism()
     subject = open_subject(config, devices)

@@ -234,8 +234,8 @@ def save_picture(job: Job) -> None:
     rows = -(-len(x) // job.columns)
     white = np.full((rows * job.columns - len(x), *x.shape[1:]), high, x.dtype)  # after the last sample
     grid = np.concatenate([x, white]).reshape(rows, job.columns, *x.shape[1:])
-    several = names is not None and len(names) > 1
-    labels, title = (names[: job.columns], None) if several else (None, names and f"label {names[0]}")
+    labels = names[: job.columns] if names and len(names) > 1 else None
+    title = f"label {names[0]}" if names and len(names) == 1 else None
     picture.save_image_grid(job.to, grid, low, high, column_labels=labels, title=title)
 
 

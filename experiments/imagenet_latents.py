@@ -51,9 +51,10 @@ class Config(run.Settings):
     """Weights of the tokenizer, for pictures: a folder as diffusers has it, a .safetensors file, or "hub" to download
     the paper's."""
     start: str = ""
-    """Weights to start from, of the same network: a .safetensors file by import_weights.py or of an earlier run."""
-    epochs: float = 240.0
-    """Passes over the data."""
+    """Weights or checkpoints of the same network to start from: a .safetensors file by import_weights.py or of another
+    run, or that run's directory."""
+    epochs: float = run.setting(240.0)
+    """Passes over the data; more continue a finished run."""
     batch: int = 256
     """Latents per step; a multiple of the denominator of identity_share."""
     depth: int = 12
@@ -145,18 +146,6 @@ def make_field(config: Config, source: data.AbstractSource, key: Key[Array, ""])
     )
 
 
-def load_start(config: Config, source: data.AbstractSource) -> mfx.AbstractField | None:
-    """The field to start from, if one is given."""
-    if not config.start:
-        return None
-    weights, fresh = checkpoint.read_weights(config.start), eqx.Partial(make_field, config, source, jr.key(0))
-    found = mfx.describe(eqx.filter_eval_shape(weights.make_network))
-    for name, value in mfx.describe(eqx.filter_eval_shape(fresh)).items():
-        if found.get(name) != value:
-            raise ValueError(f"start must be of {name} {value}, got {found.get(name)} in {config.start}")
-    return weights.fill(fresh)
-
-
 def open_source(config: Config) -> data.AbstractSource:
     """The latents."""
     source = prepare_latents.open_latents(config.data)
@@ -199,6 +188,7 @@ def save_samples(field: mfx.AbstractField, tokenizer: vae.Autoencoder, path: Pat
 
 def main(config: Config) -> None:
     """Train on the latents of ImageNet, or of any folder of images, and save what was learnt."""
+    run.require("matplotlib", "safetensors")
     source, tokenizer = open_source(config), open_tokenizer(config)
     field_key, run_key = jr.split(jr.key(config.seed))
     parallelism = run.parallelism(config)
@@ -213,9 +203,8 @@ def main(config: Config) -> None:
     stream = data.Stream(source, config.batch, seed=config.seed, parallelism=parallelism)
     steps = math.ceil(config.epochs * len(source) / config.batch)
 
-    def make_state(start: mfx.AbstractField | None) -> mfx.TrainState:
-        field = make_field(config, source, field_key) if start is None else start
-        return mfx.init_state(field, step.optimizer, step.averages, key=run_key)
+    def make_state() -> mfx.TrainState:
+        return mfx.init_state(make_field(config, source, field_key), step.optimizer, step.averages, key=run_key)
 
     def preview(state: mfx.TrainState, path: Path) -> None:
         assert tokenizer is not None
@@ -225,9 +214,7 @@ def main(config: Config) -> None:
         scale = mfx.Guidance(config.scale, config.mix).effective_scale
         run.tell(f"{steps:,} steps, effective guidance scale {scale:g}")
         shown = preview if tokenizer is not None else None
-        is_new = not checkpoint.Checkpoints(directory.root / "checkpoints").steps()
-        first = eqx.Partial(make_state, load_start(config, source) if is_new else None)
-        state = run.train(config, step, first, stream, directory, steps=steps, preview=shown)
+        state = run.train(config, step, make_state, stream, directory, steps=steps, preview=shown, start=config.start)
         save(config, directory, state, source, tokenizer)
         run.tell(f"the average is in {directory.root}")
 

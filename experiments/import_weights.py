@@ -148,6 +148,8 @@ IMPORTS = {"dit": import_dit, "unet": import_unet, "sit": import_sit}
 def main(config: Config) -> None:
     """Import released weights."""
     kind = check_flags(config)
+    run.require("safetensors")
+    run.check_writable(config.to)
     path = getattr(config, kind)
     digest = run.sha256_of_file(path)
     if kind == "inception":

@@ -20,7 +20,6 @@ README.md beside this file has the figures.
 
 import dataclasses
 import functools
-import importlib
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -159,8 +158,7 @@ def note(cell: Cell, result: Result) -> str:
 
 def main(config: Config) -> None:
     """Measure gradients of stages, train with every tangent, and hold both against the truth."""
-    with run.optional("matplotlib"):  # now rather than after the trainings
-        importlib.import_module("matplotlib")
+    run.require("matplotlib")
     if config.test_run:
         config = dataclasses.replace(config, samples=100, rows=20, gradient_rows=64)
     trainings = {cell: training(config, cell) for cell in cells(config)}

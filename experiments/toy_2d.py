@@ -22,7 +22,6 @@ quality at equal time. README.md beside this file has figures.
 
 import dataclasses
 import functools
-import importlib
 import time
 from collections.abc import Callable
 from fractions import Fraction
@@ -492,8 +491,7 @@ def repeated(training: run.Training, steps: int) -> Callable[[], Any]:
 
 def main(config: Config) -> None:
     """Train every method on every data set, and hold it against the truth."""
-    with run.optional("matplotlib"):  # now rather than after the trainings
-        importlib.import_module("matplotlib")
+    run.require("matplotlib")
     config = shrunk(config) if config.quick else config
     if config.test_run:
         config = dataclasses.replace(config, samples=100, large_samples=100, rows=20, log_every=1)

@@ -170,6 +170,7 @@ def note(cell: Cell, result: Result) -> str:
 
 def main(config: Config) -> None:
     """Hold weighted regressions against the truth."""
+    run.require("matplotlib")
     if config.test_run:
         config = dataclasses.replace(config, samples=100, rows=20)
     trainings = {cell: training(config, cell) for cell in cells(config)}

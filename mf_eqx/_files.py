@@ -1,6 +1,7 @@
 """Files and directories: written atomically, read without trust in their source, and removed with their contents."""
 
 import contextlib
+import errno
 import hashlib
 import io
 import os
@@ -36,6 +37,16 @@ def write_whole(path: str | Path, *pieces: bytes | memoryview) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def check_writable(path: str | Path) -> None:
+    """Raises `OSError`, with its name, if a file or folder could not be written: before what takes long, not after."""
+    path = Path(path).absolute()
+    existing = next(found for found in (path, *path.parents) if found.exists())
+    if existing != path and not existing.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(existing))
+    if not os.access(existing, os.W_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(existing))
 
 
 def append(path: str | Path, content: bytes) -> None:

@@ -1,6 +1,10 @@
 """Optional packages: those of the extras, and those that only some parts of mf_eqx need."""
 
+import importlib
 from types import TracebackType
+
+_EXTRA = {"matplotlib": "experiments", "sklearn": "experiments", "safetensors": "export", "PIL": "images"}
+"""The extra that installs a package."""
 
 
 class MissingDependency(ImportError):
@@ -34,3 +38,17 @@ class optional:
         if isinstance(error, ModuleNotFoundError) and (error.name or "").partition(".")[0] == self.package:
             message = f"{self.package} is not installed: pip install {self.source}"
             raise MissingDependency(message, name=self.package) from error
+
+
+def require(*packages: str) -> None:
+    """Import what a script needs at its end, before its first step.
+
+        run.require("matplotlib", "safetensors")
+
+    **Arguments:** `packages` their import names.
+
+    **Raises:** `MissingDependency` for the first one that is not installed.
+    """
+    for package in packages:
+        with optional(package, _EXTRA.get(package)):
+            importlib.import_module(package)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from mf_eqx import checkpoint, data, metrics, released, run, vae
-from mf_eqx._files import append, read_regular, remove, remove_temporary_files, write_whole
+from mf_eqx._files import append, check_writable, read_regular, remove, remove_temporary_files, write_whole
 
 
 def test_file_and_its_folders_are_made(tmp_path):
@@ -30,6 +30,17 @@ def test_file_is_what_it_was_after_an_error(tmp_path, monkeypatch, step):
         with pytest.raises(OSError, match="No space left"):
             write_whole(path, b"after")
     assert path.read_bytes() == b"before"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_path_that_cannot_be_written_is_refused_before_anything_is_written(tmp_path, monkeypatch):
+    check_writable(tmp_path / "new" / "file")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(NotADirectoryError, match="file"):
+        check_writable(tmp_path / "file" / "below")
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(PermissionError, match=str(tmp_path)):
+        check_writable(tmp_path / "new" / "file")
     assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
 
 

@@ -101,7 +101,7 @@ def parts(width, half, sgd, share, accumulation, parallelism):
     return step, make_state
 
 
-def train(config, directory, *, source=None, preview=None, loggers=(), steps=None, name=""):
+def train(config, directory, *, source=None, preview=None, steps=None, **options):
     """The last state of a run in an open directory."""
     parallelism = run.parallelism(config)
     step, make_state = parts(config.width, config.half, config.sgd, config.share, config.accumulation, parallelism)
@@ -121,9 +121,8 @@ def train(config, directory, *, source=None, preview=None, loggers=(), steps=Non
         stream,
         directory,
         steps=config.steps if steps is None else steps,
-        name=name,
         preview=picture if preview is None else preview,
-        loggers=loggers,
+        **options,
     )
 
 

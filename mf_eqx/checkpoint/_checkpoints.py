@@ -163,13 +163,15 @@ class Checkpoints:
         *,
         step: int | None = None,
         check: Callable[[Mapping[str, Any]], None] | None = None,
+        partial: bool = False,
     ) -> Restored[_State] | None:
         """The newest state that is unchanged since it was saved; None if nothing was ever saved. Nothing is written.
 
         **Arguments:** `make_state` as for `Parallelism.make`: from its result only the shapes and dtypes of arrays and
         everything that is not an array are used; `parallelism` of the loaded state, which may differ from that of the
         saved one; `step` to load this step and no other; `check` a function that is called with a step's notes and
-        raises `ValueError` if they do not fit.
+        raises `ValueError` if they do not fit; `partial` whether the saved state may have other leaves besides, which
+        are not read.
 
         Leaves in float64 require that `jax_enable_x64` is set for all threads, by `jax.config.update`.
 
@@ -180,7 +182,7 @@ class Checkpoints:
         passed_over: dict[int, str] = {}
         for candidate in reversed(_from_first_process(self.steps())) if step is None else [step]:
             try:
-                state, notes = self._load_step(candidate, wanted, parallelism, check)
+                state, notes = self._load_step(candidate, wanted, parallelism, check, partial)
             except _Damage as damage:
                 passed_over[candidate] = str(damage)
                 self._passed_over.add(candidate)
@@ -191,6 +193,17 @@ class Checkpoints:
             message = f"no checkpoint can be used ({reasons}); remove or rename this directory to start from step 0"
             raise CheckpointError(f"{self.directory}: {message}")
         return None
+
+    def saved(self, step: int) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What the record of a step says: shape and dtype of each array by its path in the state, and the notes.
+
+        **Raises:** `CheckpointError` if the record cannot be read; `ValueError` if it has another format.
+        """
+        try:
+            record = self._record(step)
+        except _Damage as damage:
+            raise CheckpointError(f"{self.path(step)}: {damage}") from damage
+        return record["leaves"], record["notes"]
 
     def clean(self) -> None:
         """Remove partially written or partially deleted checkpoints of killed runs, and all but the newest of the
@@ -211,14 +224,18 @@ class Checkpoints:
         wanted: _State,
         parallelism: Parallelism | None,
         check: Callable[[Mapping[str, Any]], None] | None,
+        partial: bool,
     ) -> tuple[_State, dict[str, Any]]:
         """State and notes of a step. **Raises:** `_Damage` or `ValueError` if the step cannot be used."""
         with _raising_everywhere():
             record = self._record(step)
             if check is not None:
                 check(record["notes"])
-            compare(record["leaves"], shapes(leaves(wanted)), self.path(step))
-        state = fill_shapes(wanted, self._read(step, wanted, parallelism))
+            expected, saved = shapes(leaves(wanted)), record["leaves"]
+            if partial:
+                saved = {name: leaf for name, leaf in saved.items() if name in expected}
+            compare(saved, expected, self.path(step))
+        state = fill_shapes(wanted, self._read(step, wanted, parallelism, partial))
         if wrong := [name for name, digest in digests(state).items() if record["digests"][name] != digest]:
             raise _Damage(f"{listed(wrong)} not as saved, by the digest")
         return state, record["notes"]
@@ -241,7 +258,7 @@ class Checkpoints:
             raise _Damage(f"its record is of step {record['step']}")
         return record
 
-    def _read(self, step: int, wanted: PyTree[Any], parallelism: Parallelism | None) -> dict[str, Any]:
+    def _read(self, step: int, wanted: PyTree[Any], parallelism: Parallelism | None, partial: bool) -> dict[str, Any]:
         """The arrays of a step, whose values are not yet verified."""
         from orbax.checkpoint import v1 as ocp
 
@@ -252,8 +269,10 @@ class Checkpoints:
             if irregular := _irregular_files(path):
                 raise _Damage(f"it contains other things than ordinary files: {listed(irregular)}")
             with _quiet():
+                loading = ocp.options.PyTreeOptions.Loading(partial_load=partial)
                 try:
-                    arrays = ocp.load(str(path), targets)
+                    with ocp.Context(pytree_options=ocp.options.PyTreeOptions(loading=loading)):
+                        arrays = ocp.load(str(path), targets)
                 except Exception as error:  # damaged files make the reader raise errors of many types
                     reason = f"it cannot be read: {_short_text(error)}"
             if reason is not None:

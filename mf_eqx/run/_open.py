@@ -13,9 +13,13 @@ from .._json import read_json_object
 from .._optional import MissingDependency
 from ._directory import as_json, RunDirectory
 from ._lock import in_place, locked
-from ._processes import agree, is_out_of_memory, once
+from ._processes import agree, is_out_of_memory, once, tell
 from ._settings import default_name, difference, recipe
 
+_LONGER = (
+    "the number of steps cannot be changed where it shapes what is learnt, such as a schedule of the learning rate: "
+    "--start {path} begins a new run from the state of that one"
+)
 _WRITTEN_AT_EVERY_START = (".lock", "config.json", "starts.jsonl")
 
 
@@ -69,6 +73,8 @@ def _enter(stack: contextlib.ExitStack, config: Any, path: Path, is_test: bool, 
     remove_temporary_files(path)
     stack.enter_context(_restored_if_refused(path, created))
     stack.enter_context(in_place(path))
+    if path in created and not is_test and not is_shared:
+        _tell_of_shorter(config, path)
     RunDirectory(path).add_start(config)
 
 
@@ -112,8 +118,27 @@ def _check_recipe(config: Any, path: Path) -> None:
     if (saved := _saved_config(path)) is None:
         return
     settings = as_json(config).keys() - recipe(config).keys()
-    if change := difference({k: v for k, v in saved.items() if k not in settings}, recipe(config)):
-        raise ValueError(f"name must be that of a run with this configuration, but in {path} {change}")
+    saved = {name: value for name, value in saved.items() if name not in settings}
+    if change := difference(saved, recipe(config)):
+        hint = f"; {_LONGER.format(path=path)}" if _differs_in_steps(saved, config) else ""
+        raise ValueError(f"name must be that of a run with this configuration, but in {path} {change}{hint}")
+
+
+def _differs_in_steps(saved: dict[str, Any], config: Any) -> bool:
+    """Whether a run differs in nothing but the number of steps, and the script can start from its state."""
+    current = recipe(config)
+    both = "steps" in current and "start" in current
+    return both and saved != current and {**saved, "steps": 0} == {**current, "steps": 0}
+
+
+def _tell_of_shorter(config: Any, path: Path) -> None:
+    """Print which other run has the same configuration but for the number of steps."""
+    for other in sorted(path.parent.glob("*/config.json")):
+        with contextlib.suppress(OSError, ValueError):
+            saved = _saved_config(other.parent) or {}
+            saved = {name: value for name, value in saved.items() if name in recipe(config)}
+            if _differs_in_steps(saved, config):
+                tell(f"{path}: a new run; {_LONGER.format(path=other.parent)}")
 
 
 def _check_is_test(path: Path) -> None:

@@ -1,8 +1,10 @@
-"""What a run requires, before it runs: operations, memory, and the placement of its arrays."""
+"""What a run requires, before it runs: operations, memory, disk, and the placement of its arrays."""
 
 import json
 import math
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import equinox as eqx
@@ -108,6 +110,30 @@ def describe(
     return "\n".join(lines)
 
 
+def check_disk(folder: Path, config: Settings, state: TrainState, saved: int, start: int, steps: int) -> None:
+    """Refuses a disk that has no space for what a run will write.
+
+    These are the checkpoints that will exist at the same time, of which there is one more while the newest is written,
+    and the averages, which most scripts export at the end.
+
+    **Arguments:** `folder` of the run; `config`; `state` its shapes; `saved` how many checkpoints there are already;
+    `start` and `steps` the numbers of the first and the last step of this session.
+    """
+    forever = steps // config.keep_every - start // config.keep_every if config.keep_every else 0
+    number = min(forever + config.keep_last + 1 - saved, math.ceil((steps - start) / config.save_every))
+    each, number = bytes_of(state), max(number, 1)
+    needed = number * each + bytes_of(state.averages)
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if needed > (free := shutil.disk_usage(existing).free):
+        what = f"{number} more checkpoints of {size(each)} each, and for the averages"
+        raise ValueError(f"{folder}: must have {size(needed)} of disk space for {what}, got {size(free)}")
+
+
+def bytes_of(tree: Any) -> int:
+    """The number of bytes of all arrays of a tree, or of arrays of these shapes."""
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(arrays_of(tree)))
+
+
 def parameters(state: TrainState) -> int:
     """The number of learnt parameters."""
     return sum(leaf.size for leaf in jax.tree.leaves(eqx.filter(state.field, _is_inexact)))
@@ -143,11 +169,10 @@ def memory(step: TrainStep, state: TrainState, batch: Batch) -> str:
     """A line on bytes per device, by XLA's analysis of the compiled step."""
     placed = state if step.parallelism is None else _with_shardings(state, step.parallelism.of_tree(state))
     cost = compile_program(step, placed, batch, donate=(0,)).cost
-    state_bytes = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(arrays_of(state)))
     total = cost.argument_bytes + cost.output_bytes - cost.donated_bytes + cost.temporary_bytes
     return (
         f"memory per device: {size(total)}, of which state and batch {size(cost.argument_bytes)}, intermediate results "
-        f"{size(cost.temporary_bytes)}; the whole state: {size(state_bytes)}, and so each checkpoint on disk"
+        f"{size(cost.temporary_bytes)}; the whole state: {size(bytes_of(state))}, and so each checkpoint on disk"
     )
 
 

@@ -1,12 +1,16 @@
 """The progress line of a run.
 
 Metrics are on the device, and fetching one waits for the step that computes it. So each step only stores its metrics
-here, and they are fetched when a line is due; the rate is measured right after that, when the device has caught up.
+here, and they are fetched when a line is due; the rate is measured right after that, when the device has caught up. A
+line shows means over the last steps: a single batch has too few rows for metrics of some kind of rows.
 The first step is waited for, because it compiles: the rate is measured from its end.
 """
 
+import collections
 import dataclasses
+import functools
 import io
+import operator
 import shutil
 import sys
 import threading
@@ -67,13 +71,14 @@ class Progress:
     - `start`: the number of steps that were finished before.
     - `shown`: names of the metrics to show, if they are given; by default all single numbers.
     - `every`: seconds between lines; by default 0.5 on a terminal, else 10.
+    - `window`: over how many of the last updates each `Mean` is taken; other numbers are those of the last update.
     - `work`: of one step, to show rows per second and utilisation.
     - `doing`: the activity to show before the first step is reported.
     - `silent`: whether to write nothing.
     - `stream`: where to write, by default stderr, so that stdout holds results only.
     - `clock`: seconds since any fixed time.
 
-    **Raises:** `ValueError` if `total` is negative or `every` is not positive.
+    **Raises:** `ValueError` if `total` is negative, `every` is not positive, or `window` is below 1.
     """
 
     def __init__(
@@ -83,6 +88,7 @@ class Progress:
         start: int = 0,
         shown: Sequence[str] | None = None,
         every: int | float | None = None,
+        window: int = 1,
         work: Work | None = None,
         doing: str = "compiling the first step",
         silent: bool = False,
@@ -93,6 +99,8 @@ class Progress:
             raise ValueError(f"total must be >= 0, got {total}")
         if every is not None and not every > 0:
             raise ValueError(f"every must be > 0, got {every}")
+        if window < 1:
+            raise ValueError(f"window must be >= 1, got {window}")
         self._total, self._shown, self._clock = total, shown, clock
         self._start, self._work, self._doing = start, work, doing
         self._stream = io.StringIO() if silent else sys.stderr if stream is None else stream
@@ -100,7 +108,8 @@ class Progress:
         self._every = every or (0.5 if self._in_place else 10.0)
         self._began = self._displayed = clock()
         self._first: tuple[int, float] | None = None
-        self._pending: tuple[int, Mapping[str, Mean | ArrayLike]] | None = None
+        self._pending: int | None = None
+        self._recent: collections.deque[Mapping[str, Mean | ArrayLike]] = collections.deque(maxlen=window)
         self._lock = threading.RLock()
 
     def __enter__(self) -> "Progress":
@@ -115,7 +124,9 @@ class Progress:
         **Arguments:** `step` its number, from 1; `metrics` as for `RunDirectory.log`.
         """
         with self._lock:
-            self._pending = (step, metrics)
+            self._pending = step
+            shown = metrics.keys() if self._shown is None else [name for name in self._shown if name in metrics]
+            self._recent.append({name: metrics[name] for name in shown})
             if self._first is None:
                 jax.block_until_ready(dict(metrics))
                 self._first = (step, self._clock())
@@ -142,8 +153,10 @@ class Progress:
     def _display(self) -> None:
         if self._pending is None:
             return
-        (step, metrics), self._pending = self._pending, None
-        values = fetch(metrics if self._shown is None else {k: metrics[k] for k in self._shown if k in metrics})
+        step, self._pending = self._pending, None
+        recent = jax.device_get(list(self._recent))
+        self._recent = collections.deque(recent, self._recent.maxlen)  # on the host now: each is fetched once
+        values = fetch(_averaged(recent))
         self._displayed = self._clock()
         numbers = [f"{name} {short(value)}" for name, value in values.items() if not isinstance(value, list)]
         self._write("  ".join([self._position(step), *self._times(step), *numbers]))
@@ -168,6 +181,16 @@ class Progress:
             line += "\n"
         self._stream.write(line)
         self._stream.flush()
+
+
+def _averaged(recent: Sequence[Mapping[str, Mean | ArrayLike]]) -> dict[str, Mean | ArrayLike]:
+    """The metrics of the last update, each `Mean` among them combined with those of the updates before."""
+
+    def combined(name: str, last: Mean | ArrayLike) -> Mean | ArrayLike:
+        means = [metrics[name] for metrics in recent if isinstance(metrics.get(name), Mean)]
+        return functools.reduce(operator.add, means) if isinstance(last, Mean) else last
+
+    return {name: combined(name, last) for name, last in recent[-1].items()}
 
 
 def _duration(seconds: float) -> str:

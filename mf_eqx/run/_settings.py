@@ -153,7 +153,8 @@ def parallelism(settings: Settings) -> Parallelism | None:
 
 
 def setting(default: Any) -> Any:
-    """A script's own field that does not change what is learnt, except for rounding, like the fields of `Settings`.
+    """A script's own field that does not change what is learnt, except for rounding, like the fields of `Settings`; or
+    a number of steps on which nothing else depends, so that a larger number continues the same run.
 
         remat: bool = run.setting(False)
 

@@ -5,7 +5,9 @@
 
 When the same command is run again, it finds the directory by the configuration, loads the newest valid checkpoint, and
 continues with the next step, on the same rows and with the same random numbers. On the same number of devices, the last
-state is bit-identical to that of a run that was never interrupted.
+state is bit-identical to that of a run that was never interrupted. A larger number of steps continues a finished run,
+if the configuration, without its settings, is the same: where a schedule depends on the number, make it a field of the
+configuration that is no `setting`.
 """
 
 import contextlib
@@ -28,10 +30,11 @@ from ..data import Stream
 from ._directory import made_by, missing_lines, RunDirectory
 from ._lock import check_in_place
 from ._loggers import Logger, TensorBoardLogger, WandbLogger
-from ._plan import describe, work_of_step
+from ._plan import check_disk, describe, work_of_step
 from ._processes import agree, is_first, once, Stopped, StopSignals, tell, together
 from ._progress import Progress
 from ._settings import difference, recipe, Settings
+from ._start import description_of, started
 from ._stopwatch import Stopwatch
 from ._values import fetch
 
@@ -39,8 +42,12 @@ Preview = Callable[[TrainState, Path], None]
 """Draws a picture of a state into a file."""
 
 
-_MUST_AGREE = {"config": "configuration", "data": "data", "steps": "number of steps", "training": "training"}
+_MUST_AGREE = {"config": "configuration", "data": "data", "training": "training"}
 """Notes of a checkpoint that must be the same in a run that continues from it."""
+
+
+_MEANS_OVER = 100
+"""The largest number of steps over which the progress line averages metrics."""
 
 
 class NonFinite(RuntimeError):
@@ -59,8 +66,10 @@ def train(
     preview: Preview | None = None,
     shown: Sequence[str] = ("loss", "boundary_error", "identity_error"),
     loggers: Sequence[Logger] = (),
+    start: str = "",
 ) -> TrainState:
-    """Train up to a number of steps, from the beginning or from the newest valid checkpoint.
+    """Train up to a number of steps, from the newest valid checkpoint or from the beginning, which may be the weights
+    or a checkpoint of another run.
 
     Files in `directory`: `checkpoints/`, `metrics.jsonl` (a line every `config.log_every` steps, the same in a run that
     was interrupted; lines that are lost are not restored, which is reported when the run continues), `previews/`,
@@ -75,18 +84,23 @@ def train(
       arrays, such as weights to start from.
     - `stream`: the stream of batches, made with the same parallelism.
     - `directory`: from `opened`.
-    - `steps`: number of the last step; with `config.test_run`, 2 at most.
+    - `steps`: number of the last step, at least that of the newest checkpoint; with `config.test_run`, 2 at most.
     - `name`: the name of this training, if one run has several: checkpoints of another training are refused.
     - `preview`: draws a picture of a state into a PNG file. It is called in all processes, since the state is
       distributed over them; the first process keeps its file, the others write to a temporary directory.
     - `shown`: metrics of the progress line.
     - `loggers`: destinations of metrics besides metrics.jsonl, TensorBoard and Weights & Biases.
+    - `start`: empty, or what a run begins from that has no checkpoint yet: a file of `save_weights`, or a directory of
+      checkpoints, also that of a run. From weights it gets the network. From a checkpoint it gets the network, the
+      averages if there are as many, and the optimiser's state if it has the same arrays, without the steps that its
+      schedules have counted. All else is new: the number of steps, the order of the data, the random numbers.
 
     **Returns:** the last state.
 
     **Raises:** `Stopped` after SIGTERM or SIGINT, with the state saved; `NonFinite` after `config.most_faults` steps
     in a row without a finite loss and gradient; `CheckpointError`; `Moved` if the directory was moved; `Separated` if
-    another process has ended; `ValueError` if a checkpoint is of another configuration or of other data, or if a
+    another process has ended; `ValueError` if a checkpoint is of another configuration or of other data, if more steps
+    are done than asked for, if `start` is of another network, if the disk is too small for the checkpoints, or if a
     setting, the batch size or the labels of the data are invalid; `SystemExit` after `config.dry_run` has printed its
     plan.
     """
@@ -97,6 +111,8 @@ def train(
         config, steps = dataclasses.replace(config, save_every=1, log_every=1, preview_every=1), min(steps, 2)
     if config.dry_run:
         tell(describe(config, step, make_state, stream, steps))
+        if start:
+            started(start, make_state, step)
         raise SystemExit(0)
     with together(), contextlib.ExitStack() as closing:
         for logger in loggers:
@@ -112,6 +128,7 @@ def train(
             preview=preview,
             shown=shown,
             loggers=loggers,
+            origin=start,
         )
         return training.run(closing)
 
@@ -148,6 +165,7 @@ class _Training:
     preview: Preview | None
     shown: Sequence[str]
     loggers: Sequence[Logger]
+    origin: str
 
     def __post_init__(self):
         config, folder = self.config, self.directory.root / "checkpoints"
@@ -157,6 +175,7 @@ class _Training:
             "data": self.stream.fingerprint(),
             "steps": self.steps,
             "training": self.name,
+            "network": description_of(eqx.filter_eval_shape(self.make_state).field),
             "made_by": made_by(),
         }
         self.watch, self.signals = Stopwatch(), StopSignals()
@@ -173,7 +192,14 @@ class _Training:
                     closing.callback(logger.close)
                     self.loggers = [*self.loggers, logger]
                 work = work_of_step(self.step, self.make_state, self.stream)
-            self.progress = Progress(self.steps, start=self.start, shown=self.shown, work=work, silent=not is_first())
+            self.progress = Progress(
+                self.steps,
+                start=self.start,
+                shown=self.shown,
+                window=min(self.config.log_every, _MEANS_OVER),
+                work=work,
+                silent=not is_first(),
+            )
             try:
                 with self.progress:
                     for batch in self._batches():
@@ -197,10 +223,19 @@ class _Training:
         restored = self.checkpoints.load(self.make_state, mesh, check=self._check_notes)
         if restored is not None:
             self._continue(restored)
+        if self.start < self.steps:
+            once(self._check_disk)
         once(lambda: self._restore_log(restored))
         if restored is not None:
             return restored.state
-        return eqx.filter_jit(self.make_state)() if mesh is None else mesh.make(self.make_state)
+        make_state = self.make_state
+        if self.origin:
+            make_state = started(self.origin, make_state, self.step)
+        return eqx.filter_jit(make_state)() if mesh is None else mesh.make(make_state)
+
+    def _check_disk(self) -> None:
+        state, saved = eqx.filter_eval_shape(self.make_state), len(self.checkpoints.steps())
+        check_disk(self.directory.root, self.config, state, saved, self.start, self.steps)
 
     def _restore_log(self, restored: Restored[TrainState] | None) -> None:
         """Remove from the log what was written after the restored step, and report lines that are missing before it."""
@@ -223,6 +258,9 @@ class _Training:
         if changed := difference(restored.notes["made_by"], self.notes["made_by"]):
             tell(f"{self.directory.root}: the setup has changed since it was saved: {changed}")
         done = restored.step == self.steps
+        if restored.step > self.steps:
+            rule = f"steps must be at least the {restored.step} that are done in {self.directory.root}"
+            raise ValueError(f"{rule}, got {self.steps}")
         tell(f"{self.directory.root}: {'finished' if done else 'continues after'} step {restored.step} of {self.steps}")
         self.start = self.number = restored.step
         self.unlogged = _unpacked(restored.notes["pending"])

@@ -166,6 +166,32 @@ def test_step_that_is_asked_for_and_missing_is_named(tmp_path):
         saved(tmp_path, 1).load(State, step=7)
 
 
+def test_a_part_of_a_state_is_read_by_the_paths_of_the_whole(tmp_path):
+    checkpoints = saved(tmp_path, 3)
+
+    def part():
+        return eqx.tree_at(lambda state: (state.half, state.key), State(0), (None, None))
+
+    found = checkpoints.load(part, partial=True).state
+    whole = bits(State(3))
+    assert bits(found) == {name: whole[name] for name in (".weight", ".flags", ".step")}
+    with pytest.raises(ValueError, match=r"must hold the expected arrays, but it has the unexpected \.half, \.key"):
+        checkpoints.load(part)
+
+
+def test_a_part_that_was_not_saved_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"must hold the expected arrays, but it differs: \.weight"):
+        saved(tmp_path, 3).load(lambda: State(0, width=64), partial=True)
+
+
+def test_a_record_tells_shapes_and_notes_without_the_arrays(tmp_path):
+    checkpoints = saved(tmp_path, 3)
+    leaves, notes = checkpoints.saved(3)
+    assert leaves[".weight"] == [[128, 4], "float32"] and notes == {"step": 3}
+    with pytest.raises(CheckpointError, match="00000004: its record cannot be read"):
+        checkpoints.saved(4)
+
+
 def test_nothing_is_loaded_where_nothing_was_saved(tmp_path):
     assert Checkpoints(tmp_path / "none").load(State) is None
     assert Checkpoints(tmp_path).load(State) is None

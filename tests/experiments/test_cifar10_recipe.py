@@ -63,7 +63,7 @@ def test_presets_are_the_numbers_of_the_paper_and_of_the_authors_code(cifar10, n
     recipe = {field.name for field in dataclasses.fields(config)} - {
         field.name for field in dataclasses.fields(run.Settings)
     }
-    assert recipe - set(expected) == {"data", "bfloat16", "remat", "seed"}  # nothing was forgotten above
+    assert recipe - set(expected) == {"data", "start", "bfloat16", "remat", "seed"}  # nothing was forgotten above
     assert not config.bfloat16 and config.accumulation == 1
 
 

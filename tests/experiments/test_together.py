@@ -23,6 +23,7 @@ UNET = "--log-every 1 --width 4 --multipliers 1 --blocks 1 --attention"
 TRAINING = {
     "digits": f"{DIT} --steps 2 --batch 16 --warmup 2",
     "cifar10": f"{UNET} --preset tiny --steps 2 --batch 8 --warmup 2 --augmentation 0 --preview-every 0",
+    "images": f"{DIT} --data idx --steps 2 --batch 8",
     "imagenet_latents": f"{DIT} --preset tiny --epochs 1.3 --batch 8",
 }
 
@@ -86,6 +87,11 @@ def save_latents(folder):
     (folder / "latents.json").write_text(json.dumps(notes))
 
 
+def save_idx(path):
+    """Images of 8 x 8 pixels."""
+    path.write_bytes(bytes([0, 0, 8, 3, 0, 0, 0, 40, 0, 0, 0, 8, 0, 0, 0, 8]) + bytes(i * i % 256 for i in range(2560)))
+
+
 def records(folder):
     """All numbers of each step."""
     (path,) = folder.rglob("metrics.jsonl")
@@ -104,6 +110,7 @@ def test_two_processes_train_to_the_end_as_one_does(name, tmp_path):
     alone, together = tmp_path / "alone", tmp_path / "together"
     for folder in (alone, together):
         save_latents(folder / "data" / "imagenet256")
+        save_idx(folder / "idx")
     several = ("--coordinator", free_address(), "--processes", "2", "--process")
     processes = [start_script(name, together, *several, process) for process in "01"]
     found = [ended(process, timeout=600) for process in (*processes, start_script(name, alone))]

@@ -14,6 +14,11 @@ class Config(run.Settings):
     rate: float = 0.1
 
 
+@dataclasses.dataclass(frozen=True)
+class Started(Config):
+    start: str = ""
+
+
 def opened(root, **fields):
     return run.opened(Config(**fields), root=root, script="toys")
 
@@ -63,6 +68,27 @@ def test_another_recipe_of_that_name_is_refused_with_what_differs(tmp_path):
     assert refused(tmp_path, name="a", rate=0.2) == (
         f"name must be that of a run with this configuration, but in {root} rate was 0.1, now 0.2"
     )
+
+
+def test_a_longer_run_of_that_name_is_refused_with_the_way_on(tmp_path):
+    with run.opened(Started(name="a"), root=tmp_path, script="toys") as directory:
+        pass
+    message = f"steps was 10, now 20; the number of steps cannot be changed .*: --start {directory.root} begins"
+    with (
+        pytest.raises(ValueError, match=message),
+        run.opened(Started(name="a", steps=20), root=tmp_path, script="toys"),
+    ):
+        pass
+
+
+def test_a_longer_run_in_a_directory_of_its_own_is_told_of_the_shorter_one(tmp_path, capsys):
+    for fields in ({}, {"steps": 20}, {"steps": 30, "rate": 0.2}):
+        with run.opened(Started(**fields), root=tmp_path, script="toys"):
+            pass
+    shorter = tmp_path / "toys" / default_name(Started())
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"{tmp_path / 'toys' / default_name(Started(steps=20))}: a new run; ")
+    assert f"--start {shorter} begins a new run from the state of that one" in line
 
 
 def test_a_shared_directory_is_that_of_all_configurations(tmp_path):

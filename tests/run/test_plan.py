@@ -1,3 +1,4 @@
+import shutil
 import types
 
 import equinox as eqx
@@ -9,7 +10,7 @@ import optax
 import pytest
 
 import mf_eqx as mfx
-from mf_eqx import data
+from mf_eqx import data, run
 from mf_eqx.run import _plan
 
 pytest.importorskip("grain")
@@ -114,3 +115,28 @@ def test_shapes_of_a_batch_are_those_of_the_streams_batches():
 )
 def test_bytes_for_people(count, text):
     assert _plan.size(count) == text
+
+
+@pytest.mark.parametrize(
+    ("settings", "saved", "start", "checkpoints"),
+    [
+        ({}, 0, 0, 3),  # the two that are kept, and the one that is written
+        ({}, 2, 4000, 1),
+        ({"keep_every": 2000}, 0, 0, 8),
+        ({"keep_every": 2000}, 4, 4000, 2),
+        ({"save_every": 6000}, 0, 0, 2),  # there will be no more
+    ],
+)
+def test_a_disk_must_have_space_for_all_checkpoints_at_once_and_for_the_averages(
+    settings, saved, start, checkpoints, tmp_path, monkeypatch
+):
+    field = mfx.MLP(2, width=4, depth=1, key=jr.key(0))
+    state = mfx.init_state(field, optax.sgd(0.1), key=jr.key(1))
+    monkeypatch.setattr(_plan, "bytes_of", lambda tree: 500 if tree is state else 100)
+    arguments = (tmp_path / "new" / "run", run.Settings(**settings), state, saved, start, 10_000)
+    needed = 500 * checkpoints + 100
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=needed))
+    _plan.check_disk(*arguments)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=needed - 1))
+    with pytest.raises(ValueError, match=f"for {checkpoints} more checkpoints of 500 B each"):
+        _plan.check_disk(*arguments)

@@ -87,6 +87,28 @@ def test_only_the_chosen_metrics_are_shown_and_missing_ones_are_not_needed():
     assert "loss 0.25" in stream.getvalue() and "gradient_norm" not in stream.getvalue()
 
 
+def rows(total, count):
+    return {"identity_error": Mean(jnp.asarray(float(total)), jnp.asarray(float(count)))}
+
+
+@pytest.mark.parametrize(("window", "shown"), [(1, "8"), (2, "3"), (5, "2")])
+def test_a_line_shows_the_mean_over_the_rows_of_the_last_updates(window, shown):
+    """Batches with 6, 3 and 1 rows of this kind."""
+    stream = io.StringIO()
+    with run.Progress(3, stream=stream, window=window) as progress:
+        for step, metrics in enumerate([rows(8, 6), rows(4, 3), rows(8, 1)], start=1):
+            progress.update(step, metrics)
+    assert stream.getvalue().splitlines()[-1].endswith(f"  identity_error {shown}")
+
+
+def test_values_that_a_line_has_fetched_count_in_the_next_one():
+    stream = io.StringIO()
+    with run.Progress(3, stream=stream, window=3, every=1, clock=itertools.count().__next__) as progress:
+        for step, metrics in enumerate([rows(8, 6), rows(4, 3), rows(8, 1)], start=1):
+            progress.update(step, metrics)
+    assert [line.rsplit(" ", 1)[1] for line in stream.getvalue().splitlines()[1:]] == ["1.333", "1.333", "2"]
+
+
 def test_metrics_in_bins_are_not_shown():
     stream = io.StringIO()
     with run.Progress(1, stream=stream) as progress:
@@ -168,7 +190,8 @@ def test_progress_goes_to_stderr_by_default(capsys):
 
 
 @pytest.mark.parametrize(
-    ("options", "message"), [({"total": -1}, "total.*-1"), ({"total": 1, "every": 0.0}, "every.*0")]
+    ("options", "message"),
+    [({"total": -1}, "total.*-1"), ({"total": 1, "every": 0.0}, "every.*0"), ({"total": 1, "window": 0}, "window.*0")],
 )
 def test_impossible_arguments_are_refused(options, message):
     with pytest.raises(ValueError, match=message):

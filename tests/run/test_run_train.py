@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import struct
 import sys
@@ -170,6 +171,13 @@ def test_a_finished_run_again_is_the_same_state_and_adds_nothing(tmp_path, capsy
     assert {k: v for k, v in after.items() if k not in grown} == {k: v for k, v in before.items() if k not in grown}
 
 
+def test_a_finished_run_goes_on_to_more_steps_as_if_it_had_never_ended(undisturbed, tmp_path):
+    _, directory = trained(tmp_path, steps=7)
+    found, _ = trained(tmp_path)
+    assert bits(found) == bits(undisturbed[0])
+    assert [record["step"] for record in directory.records()] == [4, 7, 8, 12, 14]
+
+
 def test_metrics_after_the_last_checkpoint_are_taken_back(undisturbed, tmp_path):
     stopped(tmp_path, after=7)
     (root,) = (tmp_path / "trainer").iterdir()
@@ -262,10 +270,17 @@ def test_a_checkpoint_that_does_not_say_of_what_it_is_is_refused(tmp_path):
     assert "configuration must be that of the run so far, but config was , now {" in refused(run.RunDirectory(tmp_path))
 
 
-def test_another_number_of_steps_is_refused(undisturbed):
-    assert "number of steps must be that of the run so far, but steps was 14, now 15" in refused(
-        undisturbed[1], steps=15
+def test_fewer_steps_than_are_done_are_refused(undisturbed):
+    assert f"steps must be at least the 14 that are done in {undisturbed[1].root}, got 13" in refused(
+        undisturbed[1], steps=13
     )
+
+
+def test_a_disk_that_is_too_small_for_the_checkpoints_is_refused_before_the_first_step(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=9_000))
+    with pytest.raises(ValueError, match=r"must have .* of disk space for 3 more checkpoints of .* got 9 kB"):
+        trained(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_another_network_is_refused_by_its_leaves(undisturbed, monkeypatch):

@@ -1,0 +1,147 @@
+"""Images of one's own, by their paths: what `images.py` and others train on and hold samples against.
+
+    train, test, names = image_sources.open_parts(("photos",), (), size=64, holdout=0.1, seed=0)
+
+What a path means is seen in what it holds:
+
+    a folder of images, or with a folder of images for each class      needs a size
+    a folder or an archive of CIFAR-10                                 has its own test images
+    a folder with the IDX files of MNIST or of a set like it           has its own test images
+    one IDX file of images, or that and one of labels
+    a folder of shards by prepare_data.py
+"""
+
+import gzip
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Int
+
+from mf_eqx import data
+
+CIFAR10 = ("data_batch_1.bin", "data_batch_1", "test_batch.bin", "test_batch")
+
+
+class Part(data.AbstractSource):
+    """Some rows of a source, perhaps in grey: the mean over the channels."""
+
+    def __init__(self, source: data.AbstractSource, rows: Int[np.ndarray, " rows"], name: str, *, grey: bool = False):
+        self.source, self.rows, self.grey, self.name = source, rows, grey, name
+        self.row_shape = (1, *source.row_shape[1:]) if grey else source.row_shape
+        self.dtype, self.labels, self.digest = source.dtype, source.labels, source.digest
+        self.row_condition = source.row_condition
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def take(self, rows: Int[np.ndarray, " rows"]) -> data.Rows:
+        taken = self.source.take(self.rows[rows])
+        x = np.rint(taken.x.mean(axis=1, keepdims=True)).astype(self.dtype) if self.grey else taken.x
+        return taken._replace(x=x)
+
+
+class Parts(NamedTuple):
+    """Images to train on, images that are held out, and the names of the classes if they have any."""
+
+    train: data.AbstractSource
+    test: data.AbstractSource
+    class_names: list[str] | None
+
+
+def open_parts(
+    paths: Sequence[str], test: Sequence[str], *, size: int, holdout: float, seed: int, grey: bool = False
+) -> Parts:
+    """The images at `paths`. Those at `test` are held out; without, the test images that belong to CIFAR-10 or MNIST;
+    for all others a random share, `holdout`.
+
+    **Raises:** `ValueError` if there are none, too few, or some that a network of pixels cannot take.
+    """
+    source = open_images(paths, size=size)
+    _check(source)
+    names = getattr(source, "class_names", None)
+    every = np.arange(len(source))
+    if test or has_test_images(Path(paths[0])):
+        held_out = open_images(test or paths, size=size, train=False)
+        _check_alike(source, held_out)
+        rows = every, np.arange(len(held_out))
+    else:
+        held_out, order = source, np.random.default_rng(seed).permutation(len(source))
+        count = round(holdout * len(source))
+        rows = np.sort(order[count:]), np.sort(order[:count])
+    if min(map(len, rows)) < 2:
+        raise ValueError(f"{source.name}: must have two images to train on and two held out, got {[*map(len, rows)]}")
+    train = Part(source, rows[0], f"training images of {source.name}", grey=grey)
+    held = Part(held_out, rows[1], f"test images of {held_out.name}", grey=grey)
+    return Parts(train, held, names)
+
+
+def open_images(paths: Sequence[str], *, size: int = 0, train: bool = True) -> data.AbstractSource:
+    """The images at one path, or at a path of images and one of labels.
+
+    **Arguments:** `paths`; `size` of both sides, for folders of images; `train` False for the test images of CIFAR-10
+    or MNIST.
+    """
+    if not 1 <= len(paths) <= 2:
+        raise ValueError(f"data must be one path, or IDX files of images and of labels, got {len(paths)} paths")
+    path = Path(paths[0])
+    if len(paths) == 2 or _is_idx(path):
+        return data.read_idx(path, paths[1] if len(paths) == 2 else None)
+    if (path / "manifest.json").exists():
+        return data.ShardSource(path)
+    if files := _mnist_files(path, "train" if train else "t10k"):
+        return data.read_idx(*files)
+    if path.is_file() or _is_cifar10(path):
+        return data.read_cifar10(path, train=train)
+    if path.is_dir() and not size:
+        raise ValueError(f"size must be given for a folder of images, in pixels, got none for {path}")
+    return data.ImageFolderSource(path, size=size or 1)
+
+
+def has_test_images(path: Path) -> bool:
+    """Whether a data set has test images of its own."""
+    return bool(_mnist_files(path, "t10k")) or _is_cifar10(path) or (path.is_file() and not _is_idx(path))
+
+
+def _is_cifar10(path: Path) -> bool:
+    return any((path / name).exists() for name in CIFAR10)
+
+
+def _mnist_files(folder: Path, part: str) -> list[Path]:
+    """The images of a part, and their labels if they are there."""
+    images, labels = (sorted(folder.glob(f"{part}-{what}*ubyte*")) for what in ("images", "labels"))
+    return [*images[:1], *labels[:1]] if images else []
+
+
+def _is_idx(path: Path) -> bool:
+    """Whether a file, gzipped or not, begins as IDX files do."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        start = file.read(2)
+    if start == b"\x1f\x8b":
+        try:
+            with gzip.open(path) as file:
+                start = file.read(2)
+        except (OSError, EOFError, zlib.error):  # damaged, as its reader will say
+            return False
+    return start == b"\0\0"
+
+
+def _check(source: data.AbstractSource) -> None:
+    shape = source.row_shape
+    if source.dtype != np.uint8 or len(shape) != 3 or shape[0] not in (1, 3) or source.row_condition is not None:
+        rule = "images of uint8 with 1 or 3 channels first, with labels or without"
+        raise ValueError(f"{source.name}: must hold {rule}, got {source.dtype} of shape {shape}")
+
+
+def _check_alike(train: data.AbstractSource, test: data.AbstractSource) -> None:
+    """Refuses test images of another kind than those that are trained on."""
+    _check(test)
+    for name in ("row_shape", "class_names"):
+        if (found := getattr(test, name, None)) != (wanted := getattr(train, name, None)):
+            raise ValueError(f"{test.name}: {name} must be {wanted} as in {train.name}, got {found}")
+    if (test.labels or 0) > (train.labels or 0):
+        raise ValueError(f"{test.name}: labels must be at most {train.labels}, as in {train.name}, got {test.labels}")

@@ -1,0 +1,267 @@
+"""The recipe for images of one's own: what it reads, refuses and leaves, with a network that shows that all runs."""
+
+import gzip
+import json
+import os
+import re
+import struct
+import sys
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+
+import mf_eqx as mfx
+from mf_eqx import checkpoint, data, run
+
+DRAWS = np.random.default_rng(5)
+X = DRAWS.integers(0, 256, (40, 1, 8, 8), np.uint8)
+LABEL = (np.arange(40) % 3).astype(np.uint8)
+SMALL = "--data idx labels --holdout 0.25 --width 8 --depth 1 --heads 2 --batch 8"
+SHORT = "--steps 3 --warmup 1 --decay 0.5 --save-every 2 --log-every 1 --preview-every 2"
+
+
+def save_idx(path, values, opened=open):
+    with opened(path, "wb") as file:
+        file.write(bytes([0, 0, 8, values.ndim]) + struct.pack(f">{values.ndim}I", *values.shape) + values.tobytes())
+
+
+def save_mnist(folder, suffix=""):
+    """Files as of MNIST, with other test images."""
+    os.makedirs(folder)
+    for part, x, label in (("train", X, LABEL), ("t10k", 255 - X[:6], LABEL[:6])):
+        opened = gzip.open if suffix else open
+        save_idx(f"{folder}/{part}-images-idx3-ubyte{suffix}", x[:, 0], opened)
+        save_idx(f"{folder}/{part}-labels-idx1-ubyte{suffix}", label, opened)
+
+
+def save_folder(folder, classes=("cat", "dog")):
+    from PIL import Image
+
+    for number, x in enumerate(X[:10, 0]):
+        path = f"{folder}/{classes[number % 2]}/{number:02}.png" if classes else f"{folder}/{number:02}.png"
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        Image.fromarray(x).save(path)
+
+
+@pytest.fixture(scope="module")
+def images(experiment):
+    for package in ("safetensors", "PIL"):
+        pytest.importorskip(package)
+    return experiment("images")
+
+
+@pytest.fixture(scope="module")
+def sources(images):
+    return images.image_sources
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A folder with data of every kind, in which a test works."""
+    monkeypatch.chdir(tmp_path)
+    save_idx("idx", X[:, 0])
+    save_idx("labels", LABEL)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def finished(images, tmp_path_factory):
+    """The directory of a finished run."""
+    root = tmp_path_factory.mktemp("images")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        save_idx("idx", X[:, 0])
+        save_idx("labels", LABEL)
+        run.main(images.main, images.PRESETS, argv=f"{SMALL} {SHORT}".split())
+    (directory,) = (root / "runs").glob("*/*")
+    return directory
+
+
+# A run
+
+
+def test_a_run_leaves_pictures_results_and_weights(finished):
+    names = ("samples.png", "comparison.png", "curves.png", "results.md", "ema.safetensors", "previews/00000002.png")
+    assert [name for name in names if not (finished / name).exists()] == []
+    assert [record["step"] for record in run.RunDirectory(finished).records()] == [1, 2, 3]
+
+
+def test_training_images_and_every_number_of_evaluations_are_judged(finished):
+    rows = json.loads((finished / "results.json").read_text())
+    assert [(row["what"], row["evaluations"]) for row in rows[:2]] == [("training images", None), ("MeanFlow", 1)]
+    assert [row["evaluations"] for row in rows] == [None, 1, 2, 4]
+    assert all(row["frechet"] > rows[0]["frechet"] > 0 for row in rows[1:])  # a network that has learnt nothing
+    assert "10 images each" in (finished / "results.md").read_text()
+
+
+def test_weights_tell_of_what_network_and_data_they_are(finished):
+    weights = checkpoint.read_weights(finished / "ema.safetensors")
+    field = checkpoint.load_weights(finished / "ema.safetensors")
+    assert (field.data_shape, field.null_label) == ((1, 8, 8), 3)
+    assert weights.config == {"data": ["idx", "labels"]}
+    assert (weights.notes.steps, weights.notes.decay, weights.notes.pixels) == (3, 0.999, (-1, 1))
+
+
+@pytest.mark.slow
+def test_a_finished_run_goes_on_to_more_steps(finished, images, monkeypatch, capsys):
+    monkeypatch.chdir(finished.parents[2])
+    run.main(images.main, images.PRESETS, argv=f"{SMALL} {SHORT} --steps 5".split())
+    assert "continues after step 3 of 5" in capsys.readouterr().out
+    assert run.RunDirectory(finished).records()[-1]["step"] == 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--network unet --width 4 --multipliers 1 --blocks 1 --no-labels --augmentation 0.5 --flips",
+        "--references 16 --flips --identity-share 0",
+        "--network unet --width 4 --multipliers 1 2 --blocks 1 --dropout 0.1 --bfloat16 --mix 0.5",
+    ],
+)
+def test_every_kind_of_network_and_target_trains(flags, images, here):
+    run.main(images.main, images.PRESETS, argv=f"{SMALL} {flags} --test-run".split())
+    (row, *_) = json.loads(next(here.glob("runs/*/*/results.json")).read_text())
+    assert np.isfinite(row["frechet"])
+
+
+# What it reads
+
+
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_a_folder_of_mnist_has_its_own_test_images(suffix, sources, here):
+    save_mnist("mnist", suffix)
+    train, test, _ = sources.open_parts(["mnist"], [], size=0, holdout=0.1, seed=0)
+    np.testing.assert_array_equal(train.take(np.arange(40)).x, X)
+    np.testing.assert_array_equal(test.take(np.arange(6)).x, 255 - X[:6])
+    assert (train.labels, test.labels) == (3, 3)
+
+
+def test_cifar10_has_its_own_test_images(sources, here):
+    os.makedirs("cifar")
+    records = DRAWS.integers(0, 10, (12, 3073), np.uint8)
+    for number, name in enumerate([*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]):
+        records[2 * number : 2 * number + 2].tofile(f"cifar/{name}.bin")
+    train, test, _ = sources.open_parts(["cifar"], [], size=0, holdout=0.1, seed=0)
+    np.testing.assert_array_equal(train.take(np.arange(10)).x.reshape(10, -1), records[:10, 1:])
+    np.testing.assert_array_equal(test.take(np.arange(2)).x.reshape(2, -1), records[10:, 1:])
+
+
+def test_folders_give_their_names_to_the_classes(sources, here):
+    save_folder("pets")
+    train, test, names = sources.open_parts(["pets"], [], size=8, holdout=0.2, seed=0)
+    assert names == ["cat", "dog"] and (len(train), len(test)) == (8, 2)
+    assert train.row_shape == (3, 8, 8) and train.labels == 2
+
+
+def test_grey_images_in_files_of_three_colours_become_what_they_were(sources, here):
+    save_folder("plain", classes=None)
+    train, _, names = sources.open_parts(["plain"], [], size=8, holdout=0.2, seed=0, grey=True)
+    found = train.take(np.arange(8))
+    assert names is None and found.label is None
+    assert {x.tobytes() for x in found.x} < {x.tobytes() for x in X[:10]}
+
+
+def test_held_out_images_are_no_training_images(sources, here):
+    train, test, _ = sources.open_parts(["idx"], [], size=0, holdout=0.25, seed=0)
+    rows = [{x.tobytes() for x in part.take(np.arange(len(part))).x} for part in (train, test)]
+    assert [*map(len, rows)] == [30, 10] and not rows[0] & rows[1]
+    again = sources.open_parts(["idx"], [], size=0, holdout=0.25, seed=0).test
+    np.testing.assert_array_equal(again.take(np.arange(10)).x, test.take(np.arange(10)).x)
+
+
+def test_shards_are_read_and_other_test_images_may_be_given(sources, here):
+    data.write_shards(data.ArraySource(X, LABEL), "shards")
+    save_mnist("mnist")
+    train, test, _ = sources.open_parts(["shards"], ["mnist"], size=0, holdout=0.1, seed=0)
+    assert (len(train), len(test), train.labels) == (40, 6, 3)
+
+
+# What it computes
+
+
+def test_references_are_the_training_images_and_their_mirror_images(images):
+    source = data.ArraySource(X, LABEL)
+    target = images.stable_target(images.Config(references=16, flips=True), source, 3, None)
+    row = jax.vmap(images.prepare(images.Config(), 3), in_axes=(0, None))
+    x = row(mfx.Batch(jnp.asarray(X), jnp.asarray(LABEL), jnp.arange(40)), jr.key(0)).x
+    np.testing.assert_allclose(target.x, np.concatenate([x, x[..., ::-1]]), atol=1e-6)
+    np.testing.assert_array_equal(target.label, np.tile(LABEL, 2))
+    assert target.number == 16
+
+
+@pytest.mark.parametrize(("shape", "count"), [((1, 28, 28), 784), ((3, 32, 32), 768), ((3, 64, 48), 1008)])
+def test_features_are_means_over_squares_of_at_most_1024_numbers(images, shape, count):
+    x = DRAWS.integers(0, 256, (5, *shape), np.uint8)
+    found = images.features(x)
+    assert found.shape == (5, count)
+    side = round((x[0].size / count) ** 0.5)
+    np.testing.assert_allclose(found[2, 0], x[2, 0, :side, :side].mean() / 255)
+
+
+def test_samples_do_not_depend_on_how_many_are_generated_at_once(images, monkeypatch):
+    config = images.Config(width=8, depth=1, heads=2)
+    field = images.make_field(config, (1, 8, 8), 3, jr.key(0))
+    field = eqx.tree_at(lambda f: f.out.weight, field, jr.normal(jr.key(1), field.out.weight.shape))
+    sampler = images.Sampler(config, 3, None)
+    whole = sampler(field, LABEL[:7], 1, 0)
+    monkeypatch.setattr(images, "GENERATED_AT_ONCE", 3)
+    parts = sampler(field, LABEL[:7], 1, 0)
+    assert whole.shape == parts.shape == (7, 1, 8, 8)
+    assert len({x.tobytes() for x in parts}) == 7
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--data missing", "No such file or directory: 'missing'"),
+        ("--data pets", "size must be given for a folder of images, in pixels, got none for pets"),
+        ("--data empty --size 8", "empty: must hold images, .* got none"),
+        ("--data idx labels labels", "data must be one path, or IDX files of images and of labels, got 3 paths"),
+        ("--data floats", r"floats: must hold images of uint8 .* got float32 of shape \(1, 8, 8\)"),
+        ("--data idx labels --test idx", "must hold|labels"),
+        ("--data idx --test pets --size 8", r"pets: row_shape must be \(1, 8, 8\) as in idx, got \(3, 8, 8\)"),
+        ("--data idx --batch 48", r"batch must lie in \[1, 36\], the rows of training images of idx, got 48"),
+        ("--data idx --batch 8 --mix 0.5", "scale must be 1 and mix 0 without labels, got 1.0 and 0.5"),
+        ("--data idx --batch 8 --patch 3", "data_shape must be divisible by the patch size 3"),
+        ("--data idx --batch 8 --start nowhere", "No such file or directory: 'nowhere'"),
+        ("--data idx --batch 8 --network unet --attention 7", r"attention must be at resolutions among \[8, 4, 2\]"),
+        ("--data idx --batch 8 --network unet --width 6", "width must be a positive multiple of 4, got 6"),
+        ("--heads 5", "--width must be a multiple of heads"),
+        ("--batch 7", "--batch must be a positive multiple of 2"),
+        ("--holdout 1", r"--holdout must lie in \(0, 1\), got 1.0"),
+        ("--network mlp", "--network"),
+        ("--learning-rate 2", r"--learning-rate must lie in \(0, 1\), got 2.0"),
+        ("--label-dropout 0 --mix 0.5", "--label-dropout must be > 0 with guidance"),
+        ("--augmentation 0.1", "--augmentation must be 0 for a DiT"),
+        ("--network unet --augmentation 0.1", "--augmentation must be 0 with label_dropout"),
+        ("--preset paper --augmentation 2", r"--augmentation|probability must lie in \[0, 1\]"),
+        ("--preset paper --references 8", "--references must be 0 with augmentation, got 8"),
+    ],
+)
+def test_bad_input_ends_in_one_line_and_leaves_no_run(images, arguments, message, capsys, here):
+    save_folder("pets")
+    os.makedirs("empty")
+    data.write_shards(data.ArraySource(X.astype(np.float32)), "floats")
+    before = set(os.listdir())
+    with pytest.raises(SystemExit) as ended:
+        run.main(images.main, images.PRESETS, argv=arguments.split())
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert ended.value.code == 2
+    assert re.search(message, line), line
+    assert set(os.listdir()) - {"runs"} == before and not list(here.glob("runs/*/*"))
+
+
+@pytest.mark.parametrize("package", ["matplotlib", "safetensors"])
+def test_a_missing_package_is_refused_before_anything_is_read(images, package, capsys, here, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(SystemExit) as ended:
+        run.main(images.main, images.PRESETS, argv=["--data", "missing"])
+    assert ended.value.code == 2 and f"error: {package} is not installed" in capsys.readouterr().err

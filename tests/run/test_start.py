@@ -1,0 +1,136 @@
+"""What a training begins from: weights or checkpoints of another run. With no steps, the state is that at the start."""
+
+import dataclasses
+import shutil
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import optax
+import pytest
+import trainer
+
+import mf_eqx as mfx
+from mf_eqx import checkpoint, data, run
+from mf_eqx.run._start import started
+
+for package in ("grain", "orbax.checkpoint", "safetensors"):
+    pytest.importorskip(package)
+
+CONFIG = trainer.Config(steps=2, save_every=1, preview_every=0)
+
+
+def begun(root, start, config=CONFIG, **options):
+    """The state of a run before its first step."""
+    return trainer.train(config, run.RunDirectory(root / "new"), start=str(start), steps=0, **options)
+
+
+def same(one, other):
+    return bool(eqx.tree_equal(*(eqx.filter(tree, eqx.is_array) for tree in (one, other))))
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory):
+    """Directory and last state of a run of two steps."""
+    root = tmp_path_factory.mktemp("other")
+    return root, trainer.train(CONFIG, run.RunDirectory(root))
+
+
+@pytest.fixture(scope="module")
+def fresh():
+    """The state of a run from nothing."""
+    return trainer.parts(16, False, False, 0.5, 1, None)[1]()
+
+
+def test_a_checkpoint_gives_network_averages_and_optimiser(other, fresh, tmp_path, capsys):
+    root, last = other
+    state = begun(tmp_path, root)
+    for part in ("field", "averages", "opt_state"):
+        assert same(getattr(state, part), getattr(last, part)), part
+        assert not same(getattr(state, part), getattr(fresh, part)), part
+    assert int(state.step) == 0 and same(state.key, fresh.key)
+    found = f"start: network, averages, state of the optimiser from {root}/checkpoints/00000002; new: all else\n"
+    assert found in capsys.readouterr().out
+
+
+def test_weights_give_the_network_and_averages_that_are_its_copies(other, fresh, tmp_path, capsys):
+    average = other[1].averages[0]
+    checkpoint.save_weights(tmp_path / "ema.safetensors", average)
+    state = begun(tmp_path, tmp_path / "ema.safetensors")
+    assert same(state.field, average) and same(state.averages, (average,)) and same(state.opt_state, fresh.opt_state)
+    assert "ema.safetensors; new: averages, state of the optimiser, all else\n" in capsys.readouterr().out
+
+
+def test_the_number_of_a_checkpoint_chooses_it(other, tmp_path):
+    path = other[0] / "checkpoints" / "00000001"
+    state, last = begun(tmp_path, path), other[1]
+    assert int(state.opt_state[0].count) == 1 and not same(state.field, last.field)
+
+
+def test_another_optimiser_begins_anew(other, tmp_path, capsys):
+    state = begun(tmp_path, other[0], dataclasses.replace(CONFIG, sgd=True))
+    assert same(state.field, other[1].field) and not jax.tree.leaves(state.opt_state)
+    assert "new: state of the optimiser, all else" in capsys.readouterr().out
+
+
+def test_schedules_start_again_and_moments_do_not(tmp_path):
+    optimizer = optax.adam(optax.linear_schedule(0.0, 1e-2, 5))
+    step = mfx.TrainStep(mfx.Objective(), optimizer)
+
+    def make_state():
+        return mfx.init_state(mfx.MLP(2, width=4, depth=1, key=jr.key(0)), optimizer, key=jr.key(1))
+
+    trained = jax.tree.map(lambda leaf: leaf + 3 if leaf.dtype == jnp.int32 else leaf, make_state().opt_state)
+    checkpoints = checkpoint.Checkpoints(tmp_path / "old")
+    checkpoints.save(3, eqx.tree_at(lambda state: state.opt_state, make_state(), trained))
+    checkpoints.wait()
+    stream = data.Stream(data.ArraySource(np.zeros((8, 2), np.float32)), 8)
+    arguments = (trainer.Config(), step, make_state, stream, run.RunDirectory(tmp_path / "new"))
+    adam, schedule = run.train(*arguments, steps=0, start=str(tmp_path / "old")).opt_state
+    assert (int(adam.count), int(schedule.count)) == (3, 0)
+
+
+def test_a_run_that_continues_does_not_read_its_start_again(other, tmp_path):
+    shutil.copytree(other[0], tmp_path / "copy")
+    arguments = (CONFIG, run.RunDirectory(tmp_path / "new"))
+    trainer.train(*arguments, start=str(tmp_path / "copy"), steps=1)
+    shutil.rmtree(tmp_path / "copy")
+    assert int(trainer.train(*arguments, start=str(tmp_path / "copy")).opt_state[0].count) == 4
+
+
+def test_another_network_is_refused_by_its_description(tmp_path):
+    step = mfx.TrainStep(mfx.Objective(), optax.sgd(1.0))
+
+    def make_state(heads=4):
+        field = mfx.DiT((1, 4, 4), mfx.DiTSize(1, 8, heads, patch=2), key=jr.key(0))
+        return mfx.init_state(field, step.optimizer, key=jr.key(1))
+
+    checkpoint.save_weights(tmp_path / "ema.safetensors", make_state(heads=2).field)
+    with pytest.raises(ValueError, match=r"start must be of size .*'heads': 4.*, got .*'heads': 2.* in "):
+        started(str(tmp_path / "ema.safetensors"), make_state, step)
+
+
+@pytest.mark.parametrize("kind", ["weights", "checkpoint"])
+def test_another_network_is_refused(kind, other, tmp_path):
+    path = other[0]
+    if kind == "weights":
+        path = tmp_path / "ema.safetensors"
+        checkpoint.save_weights(path, other[1].averages[0])
+    with pytest.raises(ValueError, match="start must be of size 8, got 16 in "):
+        begun(tmp_path, path, dataclasses.replace(CONFIG, width=8))
+
+
+def test_a_directory_of_several_trainings_is_refused_with_their_names(other, tmp_path):
+    for name in ("a", "b"):
+        shutil.copytree(other[0], tmp_path / "both" / name)
+    with pytest.raises(ValueError, match=r"start must be .* with none; there are some in .*both/a and .*both/b"):
+        begun(tmp_path, tmp_path / "both")
+    shutil.rmtree(tmp_path / "both" / "b")
+    assert same(begun(tmp_path, tmp_path / "both").field, other[1].field)
+
+
+def test_a_missing_start_is_an_error_with_its_name(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        begun(tmp_path, "nowhere")
