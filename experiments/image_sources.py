@@ -88,11 +88,11 @@ def open_images(paths: Sequence[str], *, size: int = 0, train: bool = True) -> d
         raise ValueError(f"data must be one path, or IDX files of images and of labels, got {len(paths)} paths")
     path = Path(paths[0])
     if len(paths) == 2 or _is_idx(path):
-        return data.read_idx(path, paths[1] if len(paths) == 2 else None)
+        return _read_idx(paths)
     if (path / "manifest.json").exists():
         return data.ShardSource(path)
     if files := _mnist_files(path, "train" if train else "t10k"):
-        return data.read_idx(*files)
+        return _read_idx(files)
     if path.is_file() or _is_cifar10(path):
         return data.read_cifar10(path, train=train)
     if path.is_dir() and not size:
@@ -103,6 +103,10 @@ def open_images(paths: Sequence[str], *, size: int = 0, train: bool = True) -> d
 def has_test_images(path: Path) -> bool:
     """Whether a data set has test images of its own."""
     return bool(_mnist_files(path, "t10k")) or _is_cifar10(path) or (path.is_file() and not _is_idx(path))
+
+
+def _read_idx(paths: Sequence[str | Path]) -> data.ArraySource:
+    return data.read_idx(paths[0], paths[1] if len(paths) == 2 else None)
 
 
 def _is_cifar10(path: Path) -> bool:

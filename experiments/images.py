@@ -45,7 +45,8 @@ MOST_FEATURES = 1024
 """Of the Frechet distance: pixels, or means over squares of pixels where there are more."""
 MOST_REFERENCES = 1 << 32
 """Bytes that the images of stable targets may take on each device."""
-GENERATED_AT_ONCE = 250
+GENERATED_AT_ONCE = 50
+"""Images, so that one program makes all of them."""
 
 
 Shape: TypeAlias = tuple[int, int, int]
@@ -229,11 +230,12 @@ class Sampler(NamedTuple):
         shape = field.data_shape  # pyright: ignore[reportAttributeAccessIssue]
         options = {"method": method, "unroll": jax.default_backend() == "cpu"}  # XLA:CPU is slow in loops
         generator = mfx.Generator(field, key, shape, times, labels=self.labels, **options)
-        made, rows = [], min(GENERATED_AT_ONCE, len(label))
+        made, rows = [], GENERATED_AT_ONCE
         for start in range(0, len(label), rows):
-            eps = jr.normal(jr.fold_in(key, start), (rows, *shape))
-            wanted = np.resize(label[start:], rows)  # the last part is filled up: one program for all
-            made.append(np.asarray(generator.from_noise(eps, None if self.labels is None else jnp.asarray(wanted))))
+            keys = jax.vmap(jr.fold_in, in_axes=(None, 0))(key, start + np.arange(rows))
+            eps = jax.vmap(lambda key: jr.normal(key, shape))(keys)
+            wanted = jnp.asarray(np.resize(label[start:], rows))  # the last part is filled up
+            made.append(np.asarray(generator.from_noise(eps, None if self.labels is None else wanted)))
         return np.concatenate(made)[: len(label)]
 
     def columns(self) -> tuple[Int[np.ndarray, " columns"], list[str] | None]:
@@ -340,6 +342,8 @@ def main(config: Config) -> None:
     labels = train.labels if config.labels else None
     if guided(config) and labels is None:
         raise ValueError(f"scale must be 1 and mix 0 without labels, got {config.scale} and {config.mix}")
+    if labels is not None and test.labels is None:
+        raise ValueError(f"test must have labels as the training images have, got none in {test.name} (or --no-labels)")
     field_key, run_key = jr.split(jr.key(config.seed))
     parallelism = run.parallelism(config)
     step = mfx.TrainStep(
