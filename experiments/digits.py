@@ -355,7 +355,7 @@ def report(results: list[Result]) -> str:
 def main(config: Config) -> None:
     """Train on handwritten digits, then judge what the network generates in one evaluation."""
     began = time.perf_counter()
-    run.require("matplotlib")
+    run.require("matplotlib", "safetensors")
     digits = load(config)
     target = stable_target(config, digits.train)
     methods = [Method("MeanFlow", objective(config, target), mfx.sample, (1, 2, 4), shown=1)]

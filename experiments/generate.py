@@ -286,6 +286,8 @@ def main(config: Config) -> None:
     if config.dry_run:
         return run.tell(f"would be written to {job.to}")
     check_place(job)
+    if not job.to.endswith(".npy"):
+        run.require("matplotlib")
     save = save_files if is_folder(job.to) else save_array if job.to.endswith(".npy") else save_picture
     save(job)
     turn = f", labels in turn: {', '.join(job.names)}" if job.names else ""

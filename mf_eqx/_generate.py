@@ -173,4 +173,4 @@ def _as_labels(labels: Any, rows: int, count: int) -> Int[Array, " rows"]:
     known = on_host_if_known(labels)
     if known is not None and (wrong := (known < 0) | (known > count)).any():
         raise ValueError(f"condition must be labels in [0, {count}], {count} being no label, got {known[wrong][0]}")
-    return jnp.asarray(labels)
+    return jnp.asarray(labels, jnp.int32)

@@ -112,7 +112,7 @@ def test_weights_tell_of_what_network_and_data_they_are(finished):
     field = checkpoint.load_weights(finished / "ema.safetensors")
     assert (field.data_shape, field.null_label) == ((1, 8, 8), 3)
     assert weights.config == {"data": ["idx", "labels"]}
-    assert (weights.notes.steps, weights.notes.decay, weights.notes.pixels) == (3, 0.999, (-1, 1))
+    assert (weights.notes.steps, weights.notes.decay, weights.notes.pixels) == (3, 0.5, (-1, 1))
 
 
 @pytest.mark.slow
@@ -238,7 +238,7 @@ def test_samples_do_not_depend_on_how_many_are_generated_at_once(images, monkeyp
         ("--data idx --batch 8 --mix 0.5", "scale must be 1 and mix 0 without labels, got 1.0 and 0.5"),
         ("--data idx --batch 8 --patch 3", "data_shape must be divisible by the patch size 3"),
         ("--data idx --batch 8 --start nowhere", "No such file or directory: 'nowhere'"),
-        ("--data idx --batch 8 --network unet --attention 7", r"attention must be at resolutions among \[8, 4, 2\]"),
+        ("--data idx --batch 8 --network unet --attention 7", r"attention must be among the resolutions \[8, 4, 2\]"),
         ("--data idx --batch 8 --network unet --width 6", "width must be a positive multiple of 4, got 6"),
         ("--heads 5", "--width must be a multiple of heads"),
         ("--batch 7", "--batch must be a positive multiple of 2"),

@@ -118,7 +118,7 @@ def test_another_network_is_refused(kind, other, tmp_path):
     if kind == "weights":
         path = tmp_path / "ema.safetensors"
         checkpoint.save_weights(path, other[1].averages[0])
-    with pytest.raises(ValueError, match="start must be of size 8, got 16 in "):
+    with pytest.raises(ValueError, match="start must be of width 8, got 16 in "):
         begun(tmp_path, path, dataclasses.replace(CONFIG, width=8))
 
 
