@@ -1,4 +1,55 @@
-"""One-step generative modelling with average velocities: MeanFlow and its relatives, in Equinox."""
+"""One-step generative modelling with average velocities: MeanFlow and its relatives, in Equinox.
+
+    import mf_eqx as mfx
+    from mf_eqx import checkpoint, data, exact, measure, metrics, picture, released, run, vae
+
+The first line has all public names of the files below that begin with an underscore, and `mfx.nn`. The rooms of the
+second line are imported explicitly, so that a training job does not load what it does not use. What is where:
+
+    _custom_types.py   the symbols, and types made of them
+    _validate.py       checks of arguments that several parts share
+    _batch.py          rows of training data
+    _mean.py           means that add up over micro-batches, devices and steps
+    _interpolant.py    paths from data to noise; the velocity follows by jvp
+    _times.py          time samplers, pairs (r, t), the strided split
+    _row.py            one drawn example, and how rows are drawn: noise, times, label dropout
+    _stable_target.py  the velocity estimated from reference data: targets with less variance
+    _schedule.py       hyper-parameters that change with the training step
+    _weight.py         constant and adaptive weights
+    _field.py          what an average velocity is: subclass it
+    _derivative.py     du/dt, and the engines that compute it
+    _engine_guards.py  what engines refuse: silent zeros, fields without forward mode
+    _guidance.py       guidance inside the target, label dropout; guidance at sampling
+    _identity/         one file per method, and what holds of it
+    _objective.py      from a batch to a loss: boundary condition + identity
+    _batch_objective/  losses on whole batches, one file each
+    _gradient.py       gradients in turn: kinds of rows, micro-batches, devices
+    _model/            DiT, U-Net and MLP
+    nn/                public blocks: attention, embeddings, stacks (scan, remat), what optimisers must know of them
+    _sample.py         n-step sampling of u; Euler and Heun for v
+    _ema.py            averages of the parameters
+    _optimizer.py      which optimisers a step can serve, and what it hands them
+    _sharding.py       meshes, and what lies where on them
+    _generate.py       many samples, each by its number, on all devices
+    _train.py          TrainState, init_state, TrainStep, scan_steps
+    _optional.py       packages that not every machine has
+    _leaves.py         states as flat dictionaries, and back
+    _files.py          files that are whole at any moment, and how files of others are opened
+    _json.py           JSON of others, read within bounds
+    _foreign.py        the one strict way in for weights of other programs
+    data/              sources, the one deterministic stream of batches, checks of both
+    checkpoint/        states on disk with digests; exported weights and samplers (loads orbax)
+    exact/             toy data sets, exact fields and their average velocity (loads diffrax)
+    metrics/           errors of fields, distances of samples, coverage; FID and relatives, with Inception
+    vae/               the tokenizer of latent diffusion
+    released/          weights that authors of papers released, in the layouts of their code
+    run/               what every script needs: command line, run directory, the training loop, progress
+    picture/           what is drawn: grids of images and points, flows, curves (loads matplotlib)
+    measure/           what a program costs: time, operations, memory
+
+Shapes and types of all of it are checked while it is traced if `jaxtyping.install_import_hook("mf_eqx",
+"beartype.beartype")` runs before the import. Experiments and tests do that; `JAXTYPING_DISABLE=1` turns it off.
+"""
 
 from . import nn as nn
 from ._batch import Batch as Batch

@@ -8,6 +8,7 @@ import jax.random as jr
 import numpy as np
 import pytest
 
+import mf_eqx as mfx
 from mf_eqx.metrics import energy_distance
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -59,11 +60,10 @@ def test_there_are_two_examples():
     assert len(SNIPPETS) == 2
 
 
-def test_tree_names_everything_in_the_package():
-    tree = README.split("## What is where")[1].split("```")[1]
+def test_the_docstring_of_the_package_names_everything_in_it():
     entries = {
         path.name + ("/" if path.is_dir() else "")
         for path in (ROOT / "mf_eqx").iterdir()
         if path.suffix == ".py" or (path / "__init__.py").exists()
     } - {"__init__.py"}
-    assert entries == set(re.findall(r"^  (\S+)", tree, re.MULTILINE))
+    assert entries == set(re.findall(r"^    (\w+(?:/|\.py)) ", mfx.__doc__, re.MULTILINE))
