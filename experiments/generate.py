@@ -64,7 +64,7 @@ class Config:
     seed: int = 0
     """Seed of all samples."""
     batch: int = 256
-    """Samples generated at once, on all devices together."""
+    """Samples generated at once, on all devices together; rounded up to a multiple of their number."""
     vae: str = ""
     """Folder or .safetensors file of the tokenizer, or "hub" to download the paper's, to decode latents."""
     bfloat16: bool = False
@@ -135,21 +135,18 @@ def plan(config: Config, subject: Subject, devices: mfx.Parallelism) -> Job:
         run.tell(f"{subject.path}: u was trained at r = t alone (Flow Matching), so steps are those of --euler")
         euler = True
     check_guidance(subject, (config.guidance_scale,), euler=euler)
-    times, to = (
-        config.times or mfx.uniform_times(config.evaluations or (EULER_STEPS if euler else 1)),
-        place(config, subject),
-    )
+    times = config.times or mfx.uniform_times(config.evaluations or (EULER_STEPS if euler else 1))
+    to = place(config, subject)
     labels = chosen_labels(config, subject, COLUMNS if to.endswith(".png") else None)
     vectors = read_condition(config, subject)
     condition = vectors if labels is None else labels
     number = config.number or default_number(subject, labels, vectors, to)
-    if config.batch % (shards := devices.shards):
-        raise ValueError(f"--batch must be a multiple of the {shards} devices, got {config.batch}")
     if to.endswith(".png") and number > (most := 10_000):
         raise ValueError(f"--number must be at most {most} in one picture, got {number}: give a folder as --to")
     scale, seed = config.guidance_scale, config.seed
     generator = make_generator(subject, times, seed=seed, scale=scale, euler=euler, condition=condition)
-    batch = min(config.batch, -(-number // shards) * shards)
+    shards, wanted = devices.shards, min(config.batch, number)
+    batch = -(-wanted // shards) * shards
     return Job(subject, generator, labels, number, batch, to, devices)
 
 
