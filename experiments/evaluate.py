@@ -155,6 +155,8 @@ def open_subject(config: Config, devices: mfx.Parallelism) -> saved.Subject:
     if not subject.is_image or subject.shape[0] != 3:
         rule = "images of 3 channels, or latents of them"
         raise ValueError(f"{config.weights}: samples must be {rule}, got the shape {subject.shape}")
+    if (trained := subject.notes.trained) is not None and not trained.average and not config.euler:
+        raise ValueError(f"--euler must be given for {config.weights}, whose u was trained at r = t alone, got none")
     saved.check_guidance(subject, config.guidance_scale, euler=config.euler)
     return subject
 

@@ -28,7 +28,8 @@ import mf_eqx as mfx
 from mf_eqx import data, picture, run
 
 COLUMNS, ROWS = 10, 8
-"""Of a picture of all labels: at most so many columns, and so many rows."""
+"""Of a picture of all labels: at most so many columns, and so many rows. Other pictures have as many columns as these
+have rows."""
 EULER_STEPS = 32
 """If u is known at r = t alone, or with --euler."""
 
@@ -63,7 +64,7 @@ class Config:
     seed: int = 0
     """Seed of all samples."""
     batch: int = 256
-    """Samples generated at once, on all devices together."""
+    """Samples generated at once, on all devices together; rounded up to a multiple of their number."""
     vae: str = ""
     """Folder or .safetensors file of the tokenizer, or "hub" to download the paper's, to decode latents."""
     bfloat16: bool = False
@@ -135,23 +136,17 @@ def plan(config: Config, subject: Subject, devices: mfx.Parallelism) -> Job:
         euler = True
     check_guidance(subject, (config.guidance_scale,), euler=euler)
     times = config.times or mfx.uniform_times(config.evaluations or (EULER_STEPS if euler else 1))
-    is_point = subject.shape == (2,)
-    to = config.to or Path(subject.path).stem + (".png" if subject.is_image or is_point else ".npy")
-    if not is_folder(to) and Path(to).suffix not in (".png", ".npy"):
-        raise ValueError(f"--to must end in .png, in .npy, or in / for a folder, got {to}")
-    if not to.endswith(".npy") and not subject.is_image and (is_folder(to) or not is_point):
-        reason = "whose latents need --vae for pictures" if subject.is_latent else "whose samples are no images"
-        raise ValueError(f"--to must end in .npy for {subject.path}, {reason}, got {to}")
+    to = place(config, subject)
     labels = chosen_labels(config, subject, COLUMNS if to.endswith(".png") else None)
-    condition = read_condition(config, subject) if labels is None else labels
-    number = config.number or default_number(subject, labels, to, None if labels is not None else condition)
-    if config.batch % (shards := devices.shards):
-        raise ValueError(f"--batch must be a multiple of the {shards} devices, got {config.batch}")
+    vectors = read_condition(config, subject)
+    condition = vectors if labels is None else labels
+    number = config.number or default_number(subject, labels, vectors, to)
     if to.endswith(".png") and number > (most := 10_000):
         raise ValueError(f"--number must be at most {most} in one picture, got {number}: give a folder as --to")
     scale, seed = config.guidance_scale, config.seed
     generator = make_generator(subject, times, seed=seed, scale=scale, euler=euler, condition=condition)
-    batch = min(config.batch, -(-number // shards) * shards)
+    shards, wanted = devices.shards, min(config.batch, number)
+    batch = -(-wanted // shards) * shards
     return Job(subject, generator, labels, number, batch, to, devices)
 
 
@@ -159,10 +154,22 @@ def is_folder(to: str) -> bool:
     return to.endswith("/") or Path(to).is_dir()
 
 
-def default_number(subject: Subject, labels: Any, to: str, condition: Any) -> int:
+def place(config: Config, subject: Subject) -> str:
+    """Where samples go, of a kind that fits them."""
+    is_point = subject.shape == (2,)
+    to = config.to or Path(subject.path).stem + (".png" if subject.is_image or is_point else ".npy")
+    if not is_folder(to) and Path(to).suffix not in (".png", ".npy"):
+        raise ValueError(f"--to must end in .png, in .npy, or in / for a folder, got {to}")
+    if not to.endswith(".npy") and not subject.is_image and (is_folder(to) or not is_point):
+        reason = "whose latents need --vae for pictures" if subject.is_latent else "whose samples are no images"
+        raise ValueError(f"--to must end in .npy for {subject.path}, {reason}, got {to}")
+    return to
+
+
+def default_number(subject: Subject, labels: Any, vectors: Any, to: str) -> int:
     """Of samples, if none is given."""
-    if condition is not None:
-        return len(condition)
+    if vectors is not None:
+        return len(vectors)
     if labels is not None and len(labels) > 1 and to.endswith(".png") and subject.is_image:
         return ROWS * len(labels)
     return 1000 if len(subject.shape) == 1 else 64
@@ -234,9 +241,9 @@ def save_picture(job: Job) -> None:
     rows = -(-len(x) // job.columns)
     white = np.full((rows * job.columns - len(x), *x.shape[1:]), high, x.dtype)  # after the last sample
     grid = np.concatenate([x, white]).reshape(rows, job.columns, *x.shape[1:])
-    labels = names[: job.columns] if names and len(names) > 1 else None
-    title = f"label {names[0]}" if names and len(names) == 1 else None
-    picture.save_image_grid(job.to, grid, low, high, column_labels=labels, title=title)
+    columns = names[: job.columns] if names and len(names) > 1 else None
+    title = f"label {names[0]}" if names and not columns else None
+    picture.save_image_grid(job.to, grid, low, high, column_labels=columns, title=title)
 
 
 def save_array(job: Job) -> None:

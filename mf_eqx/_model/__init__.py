@@ -1,6 +1,6 @@
 """Networks that are fields."""
 
-from .description import check_labels as check_labels, describe as describe, make_network as make_network
+from .description import describe as describe, make_network as make_network
 from .dit import (
     DiT as DiT,
     DIT_B2 as DIT_B2,
@@ -12,5 +12,6 @@ from .dit import (
     DIT_XL2 as DIT_XL2,
     DiTSize as DiTSize,
 )
+from .labels import check_labels as check_labels
 from .mlp import MLP as MLP
 from .unet import UNet as UNet, UNET_CIFAR10 as UNET_CIFAR10, UNetCondition as UNetCondition, UNetSize as UNetSize

@@ -13,16 +13,12 @@ from collections.abc import Mapping
 from typing import Any, TypeAlias
 
 import equinox as eqx
-import jax
 import jax.random as jr
-import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Key
 
-from .._custom_types import Condition
 from .._field import AbstractField
 from .._leaves import leaves, listed, shapes
-from .._validate import on_host_if_known
 from ..nn import (
     AbstractAttention,
     AbstractConditionEmbedding,
@@ -30,12 +26,11 @@ from ..nn import (
     end_duration,
     end_start,
     end_start_duration,
-    LabelEmbedding,
     Remat,
 )
 from .dit import DiT, DiTSize
 from .mlp import MLP
-from .unet import UNet, UNetCondition, UNetSize
+from .unet import UNet, UNetSize
 
 Network: TypeAlias = MLP | DiT | UNet
 
@@ -68,7 +63,8 @@ def describe(field: AbstractField) -> dict[str, Any]:
         raise ValueError(f"time_variables must be {rule}, got {getattr(variables, '__name__', variables)}")
     size = arguments["size"]
     named = {"time_variables": variables.__name__, "size": size if isinstance(size, int) else size._asdict()}
-    description = json.loads(json.dumps({"network": type(field).__name__, **arguments, **named}))
+    about = {"network": type(field).__name__, **arguments, **named}
+    description = json.loads(json.dumps(about, default=int))  # sizes may be integers of NumPy
     made = eqx.filter_eval_shape(lambda: make_network(description, key=jr.key(0)))
     found, wanted = shapes(leaves(field)), shapes(leaves(made))
     if different := [name for name in found | wanted if found.get(name) != wanted.get(name)]:
@@ -125,17 +121,3 @@ def _decoded(name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
         }
         decoded["size"] = (DiTSize if name == "DiT" else UNetSize)(**parts)
     return decoded
-
-
-def check_labels(name: str, condition: Condition, field: AbstractField) -> None:
-    """Raises a `ValueError` if `condition`, which is called `name`, has labels that a network of this package lacks, of
-    one row or of several: under `jax.vmap` the table of the network would silently return another row. Other fields,
-    other conditions and values that JAX traces pass."""
-    embedding = getattr(getattr(field, "embedding", None), "label", None)
-    if not isinstance(field, MLP | DiT | UNet) or not isinstance(embedding, LabelEmbedding):
-        return
-    labels = condition.label if isinstance(condition, UNetCondition) else condition
-    known = on_host_if_known(labels) if isinstance(labels, jax.Array | np.ndarray | np.generic | int) else None
-    most = embedding.null_label
-    if known is not None and (wrong := (known < 0) | (known > most)).any():
-        raise ValueError(f"{name} must lie in [0, {most}] for a network with {most} labels, got {known[wrong].flat[0]}")

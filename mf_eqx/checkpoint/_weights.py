@@ -10,7 +10,7 @@ own the file holds what a function of yours makes it of:
     field = load_weights("ema.safetensors", lambda config: MyNet(**config, key=jr.key(0)))
 
 A file holds arrays, each under its path in the field, and a text of JSON with `network`, `config` and `notes`; the
-SHA-256 of all of them is checked whenever it is read. This requires the extra `export`.
+SHA-256 of all of them is checked whenever it is read.
 """
 
 import contextlib

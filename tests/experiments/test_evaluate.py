@@ -397,9 +397,21 @@ def test_weights_of_no_known_network_are_refused_by_name(judge, capsys):
     assert "own.safetensors: must describe its network" in line
 
 
-def test_guidance_that_the_network_was_not_trained_for_is_refused(judge, capsys):
+@pytest.mark.parametrize(
+    ("trained", "flags", "message"),
+    [
+        ((True, True, False), "--guidance-scale 1 2", "--guidance-scale must be 1, or --euler be given, for latent.s"),
+        (
+            (True, False, False),
+            "--guidance-scale 2 --euler",
+            "--guidance-scale must be 1 for latent.*, trained with labels",
+        ),
+        ((False, True, False), "", "--euler must be given for latent.safetensors, whose u was trained at r = t alone"),
+    ],
+    ids=range(3),
+)
+def test_samples_that_the_network_was_not_trained_for_are_refused(trained, flags, message, judge, capsys):
     os.unlink("latent.safetensors")
-    trained = mfx.Trained(average=True, null_velocity=True, null_average=False)
-    save_network("latent.safetensors", dit((4, 16, 16), labels=3), notes=dataclasses.replace(LATENTS, trained=trained))
-    line = refused(judge, capsys, f"{LATENT} --samples 12 --batch 6 --guidance-scale 1 2")
-    assert "--guidance-scale must be 1, or --euler be given, for latent.safetensors, whose u without a label" in line
+    notes = dataclasses.replace(LATENTS, trained=mfx.Trained(*trained))
+    save_network("latent.safetensors", dit((4, 16, 16), labels=3), notes=notes)
+    assert re.search(message, refused(judge, capsys, f"{LATENT} --samples 12 --batch 6 {flags}"))

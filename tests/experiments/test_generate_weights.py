@@ -187,6 +187,7 @@ def test_guidance_of_weights_that_say_nothing_is_a_warning(command, capsys):
         ("robot.safetensors", r"--condition must be given: vectors of 5, such as robot.safetensors, got none"),
         ("robot.safetensors --condition short.npy", r"--condition must have rows of shape \(5,\), got \(3,\) in short"),
         ("robot.safetensors --condition none.npy", "No such file or directory: 'none.npy'"),
+        ("digits.safetensors --condition vectors.npy", "--condition must be left out for weights without vectors"),
         ("plain.safetensors --condition vectors.npy", "--condition must be left out for weights without vectors"),
         (
             "robot.safetensors --condition vectors.npy --to x.png",

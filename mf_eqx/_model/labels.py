@@ -1,0 +1,26 @@
+"""Labels that a network has, and others."""
+
+import jax
+import numpy as np
+
+from .._custom_types import Condition
+from .._field import AbstractField
+from .._validate import on_host_if_known
+from ..nn import LabelEmbedding
+from .dit import DiT
+from .mlp import MLP
+from .unet import UNet, UNetCondition
+
+
+def check_labels(name: str, condition: Condition, field: AbstractField) -> None:
+    """Raises a `ValueError` if `condition`, which is called `name`, has labels that a network of this package lacks, of
+    one row or of several: under `jax.vmap` the table of the network would silently return another row. Other fields,
+    other conditions and values that JAX traces pass."""
+    embedding = getattr(getattr(field, "embedding", None), "label", None)
+    if not isinstance(field, MLP | DiT | UNet) or not isinstance(embedding, LabelEmbedding):
+        return
+    labels = condition.label if isinstance(condition, UNetCondition) else condition
+    known = on_host_if_known(labels) if isinstance(labels, jax.Array | np.ndarray | np.generic | int) else None
+    most = embedding.null_label
+    if known is not None and (wrong := (known < 0) | (known > most)).any():
+        raise ValueError(f"{name} must lie in [0, {most}] for a network with {most} labels, got {known[wrong].flat[0]}")
