@@ -32,16 +32,26 @@ def same(one, other):
 
 
 @pytest.fixture(scope="module")
-def other(tmp_path_factory):
-    """Directory and last state of a run of two steps."""
-    root = tmp_path_factory.mktemp("other")
-    return root, trainer.train(CONFIG, run.RunDirectory(root))
-
-
-@pytest.fixture(scope="module")
 def fresh():
     """The state of a run from nothing."""
     return trainer.parts(16, False, False, 0.5, 1, None)[1]()
+
+
+@pytest.fixture(scope="module")
+def other(fresh, tmp_path_factory):
+    """Directory and last state of a run of two steps, each of which adds 1 to all that is trained."""
+    root, state = tmp_path_factory.mktemp("other"), fresh
+    checkpoints = checkpoint.Checkpoints(root / "checkpoints")
+
+    def trained(state):
+        return state.field, state.averages, state.opt_state, state.step
+
+    for number in (1, 2):
+        added = [jax.tree.map(lambda x: x + 1 if eqx.is_array(x) else x, part) for part in trained(state)]
+        state = eqx.tree_at(trained, state, added)
+        checkpoints.save(number, state, {"network": mfx.describe(state.field)})
+    checkpoints.wait()
+    return root, state
 
 
 def test_a_checkpoint_gives_network_averages_and_optimiser(other, fresh, tmp_path, capsys):
@@ -92,6 +102,7 @@ def test_schedules_start_again_and_moments_do_not(tmp_path):
     assert (int(adam.count), int(schedule.count)) == (3, 0)
 
 
+@pytest.mark.slow
 def test_a_run_that_continues_does_not_read_its_start_again(other, tmp_path):
     shutil.copytree(other[0], tmp_path / "copy")
     arguments = (CONFIG, run.RunDirectory(tmp_path / "new"))
