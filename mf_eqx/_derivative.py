@@ -28,7 +28,7 @@ from jaxtyping import Array, Float, Key, PyTree
 
 from ._custom_types import as_times, Condition, Scalar, Time, TimeLike
 from ._engine_guards import refuse_custom_vjp, refuse_gradient, refuse_low_precision, trace_and_check
-from ._field import AbstractField, stopped, with_checked_shapes, WithVelocity
+from ._field import AbstractField, check_field, stopped, with_checked_shapes, WithVelocity
 from ._validate import check_positive
 from .nn import AbstractAttention, StoppedTangent
 
@@ -195,6 +195,7 @@ def total_derivative(
 
     **Returns:** the pair `(u, dudt)`.
     """
+    check_field(field)
     return FusedJVP()(field, z, r, t, condition, tangent=(v, 0.0, 1.0), key=key)
 
 

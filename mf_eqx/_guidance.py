@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Key
 
 from ._custom_types import as_scalar, as_times, Condition, TimeLike
-from ._field import AbstractField
+from ._field import AbstractField, check_field
 from ._leaves import by_name
 from ._model import check_labels
 from ._validate import check_positive
@@ -107,6 +107,7 @@ class GuidedField(AbstractField):
     null: Condition
 
     def __check_init__(self):
+        check_field(self.field)
         check_positive("scale", self.scale, or_zero=True)
         _check_null(self.null)
         check_labels("null", self.null, self.field)

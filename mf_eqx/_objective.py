@@ -38,7 +38,7 @@ from ._mean import errors_by_kind, mean_of, Metrics, total
 from ._row import Context, Drawing, Row
 from ._stable_target import StableTarget
 from ._times import AbstractTimes, as_share, check_batch_size, rows_per_group, split_rows, TimePairs
-from ._validate import described
+from ._validate import check_kind, described
 from ._weight import AbstractWeight, AdaptiveWeight
 
 
@@ -110,6 +110,19 @@ class AbstractMeanObjective(AbstractObjective):
         return loss, (metrics, None)
 
 
+_KINDS = {
+    "identity": AbstractIdentity,
+    "interpolant": AbstractInterpolant,
+    "time_pairs": TimePairs,
+    "boundary_times": AbstractTimes,
+    "weight": AbstractWeight,
+    "guidance": Guidance,
+    "label_dropout": LabelDropout,
+    "stable_target": StableTarget,
+}
+"""The parts of an objective."""
+
+
 class Objective(AbstractObjective):
     r"""A boundary condition and an identity (Alg. 1, Eq. 9 to 11 with `MeanFlow`). The defaults are the paper's for
     ImageNet; `Objective(method, **method.facts.paper_settings)` has those of another method's paper, if they are known.
@@ -154,6 +167,9 @@ class Objective(AbstractObjective):
     stable_target: StableTarget | None = None
 
     def __check_init__(self):
+        for name, kind in _KINDS.items():
+            if (part := getattr(self, name)) is not None:
+                check_kind(name, part, kind)
         share = self.identity_share
         if self.identity is None and share != 0:
             raise ValueError(f"identity_share must be 0 without an identity (Flow Matching), got {share}")

@@ -30,6 +30,7 @@ from ._optimizer import check_optimizer, copy, init_optimizer, is_number, standa
 from ._row import Context
 from ._sharding import Parallelism
 from ._times import check_divisible
+from ._validate import check_kind
 
 _Tree = TypeVar("_Tree")
 
@@ -93,6 +94,7 @@ def init_state(
     the optimiser, see `TrainStep`.
     """
     check_field(field)
+    check_kind("key", key, jax.Array)
     _check_untied(field)
     field = jax.tree.map(copy, field)
     opt_state = init_optimizer(optimizer, eqx.filter(field, eqx.is_inexact_array))
@@ -160,6 +162,7 @@ class TrainStep(eqx.Module):
     teacher: int | np.integer | AbstractField | None = None
 
     def __check_init__(self):
+        check_kind("objective", self.objective, AbstractObjective)
         check_optimizer(self.optimizer)
         if self.accumulation < 1:
             raise ValueError(f"accumulation must be >= 1, got {self.accumulation}")
@@ -171,8 +174,12 @@ class TrainStep(eqx.Module):
             raise ValueError("teacher must be one of the averages or a frozen field for this objective, got None")
         if isinstance(self.teacher, int | np.integer) and not 0 <= self.teacher < len(self.averages):
             raise ValueError(f"teacher must be the number of one of {len(self.averages)} averages, got {self.teacher}")
+        if self.teacher is not None and not isinstance(self.teacher, int | np.integer):
+            check_field(self.teacher)
 
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        check_kind("state", state, TrainState)
+        check_kind("batch", batch, Batch)
         if len(state.averages) != len(self.averages):
             raise ValueError(f"averages must be as many as the state's {len(state.averages)}, got {len(self.averages)}")
         self.check_batch_size(batch.index.shape[0])
@@ -219,6 +226,7 @@ def _train_step(constant: tuple[TrainStep, Batch], state: TrainState) -> tuple[T
     prepare_key, objective_key = jr.split(jr.fold_in(state.key, state.step))
     if (prepare := train_step.prepare) is not None:
         batch = jax.vmap(lambda row: prepare(row, jr.fold_in(prepare_key, row.index)))(batch)
+        check_kind("the result of prepare", batch, Batch)
     field, context, objective_state = _gathered(train_step, (state.field, train_step.context(state), state.objective))
     differentiate = Differentiation(
         train_step.objective,

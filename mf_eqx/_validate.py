@@ -69,6 +69,19 @@ def check_sizes(**sizes: Count | Sequence[Count]) -> None:
             raise ValueError(f"{name} must be of integers >= 1, got {size}")
 
 
+def as_tuple(name: str, values: Any, example: tuple[Any, ...]) -> tuple[Any, ...]:
+    """`values` as a tuple. **Raises:** `ValueError`, with an example, unless they are a tuple or a list."""
+    if isinstance(values, str) or not isinstance(values, Sequence):
+        raise ValueError(f"{name} must be a tuple or a list, such as {example}, got {values!r:.100}")
+    return tuple(values)
+
+
+def check_kind(name: str, value: Any, kind: type) -> None:
+    """Raises a `ValueError` unless `value` is an instance of `kind`."""
+    if not isinstance(value, kind):
+        raise ValueError(f"{name} must be an instance of {kind.__name__}, got {value!r:.100}")
+
+
 def check_data_shape(shape: Sequence[Count]) -> None:
     """Raises a `ValueError` unless `shape` is that of an image or of a sequence, channels first."""
     if not isinstance(shape, Sequence) or len(shape) not in (2, 3):

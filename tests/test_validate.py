@@ -12,7 +12,7 @@ import pytest
 from methods import guidance, METHODS, trainer
 
 import mf_eqx as mfx
-from mf_eqx import data, exact, nn
+from mf_eqx import checkpoint, data, exact, nn
 from mf_eqx._validate import check_finite, check_positive, check_sizes, described
 
 KEY = jr.key(0)
@@ -91,6 +91,65 @@ EMPTY = {
 @pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(("make", "message"), EMPTY.values(), ids=EMPTY)
 def test_what_would_be_empty_is_refused_by_name(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+BATCH = mfx.Batch(jnp.ones((4, 2)))
+STEP = mfx.TrainStep(mfx.Objective(), optax.sgd(0.1))
+
+
+def state():
+    return mfx.init_state(generator().field, STEP.optimizer, key=KEY)
+
+
+def prepared(function):
+    return mfx.TrainStep(mfx.Objective(), optax.sgd(0.1), prepare=function)(state(), BATCH)
+
+
+OF_ANOTHER_KIND = {
+    "times for time_pairs": (lambda: mfx.Objective(time_pairs=mfx.UniformTimes()), "time_pairs .* TimePairs, got Unif"),
+    "number for weight": (lambda: mfx.Objective(weight=1.0), "weight .* AbstractWeight, got 1.0"),
+    "class for identity": (
+        lambda: mfx.Objective(mfx.MeanFlow),
+        "identity .* AbstractIdentity, got <class '.*MeanFlow'>",
+    ),
+    "identity for objective": (lambda: mfx.TrainStep(mfx.MeanFlow(), STEP.optimizer), "objective .* got MeanFlow"),
+    "batch for state": (lambda: STEP(BATCH, state()), "state .* TrainState, got Batch"),
+    "array for batch": (lambda: STEP(state(), BATCH.x), r"batch .* Batch, got Array\(\[\[1., 1.\]"),
+    "array of prepare": (lambda: prepared(lambda row, key: row.x), "the result of prepare .* Batch, got"),
+    "seed for key": (lambda: mfx.init_state(generator().field, STEP.optimizer, key=0), "key .* Array, got 0"),
+    "seed of a generator": (lambda: mfx.Generator(generator().field, 0, (2,)), "key .* Array, got 0"),
+    "tuple for a U-Net's size": (
+        lambda: mfx.UNet((3, 8, 8), (8, (1,), 1, ()), key=KEY),
+        r"size .* UNetSize, got \(8, ",
+    ),
+    "tuple for a DiT's size": (lambda: mfx.DiT((3, 8, 8), (1, 8, 2, 2), key=KEY), r"size .* DiTSize, got \(1, 8"),
+    "number for multipliers": (lambda: unet(multipliers=2), "multipliers must be a tuple or a list, .* got 2"),
+    "number for attention": (lambda: unet(attention=8), "attention must be a tuple or a list, .* got 8"),
+    "part for parts": (lambda: data.InTurn(data.FromPixels()), "parts must be a tuple or a list, .* got FromPixels"),
+    "steps for times": (
+        lambda: mfx.Generator(generator().field, KEY, (2,), 4),
+        r"times must .* sequence .* got \(4.0,\)",
+    ),
+    "network for a teacher": (
+        lambda: mfx.TrainStep(mfx.Objective(), STEP.optimizer, teacher=eqx.nn.Linear(2, 2, key=KEY)),
+        "field must be callable as .* got Linear, which takes",
+    ),
+    "network for a guided field": (
+        lambda: mfx.GuidedField(eqx.nn.Linear(2, 2, key=KEY), 2.0, null=1),
+        "field must be callable as .* got Linear, which takes",
+    ),
+    "name for platforms": (
+        lambda: checkpoint.export_sampler("never", generator().field, (2,), platforms="cpu"),
+        "platforms must be a tuple or a list, .* got 'cpu'",
+    ),
+}
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(("make", "message"), OF_ANOTHER_KIND.values(), ids=OF_ANOTHER_KIND)
+def test_argument_of_another_kind_is_refused_by_name(make, message):
     with pytest.raises(ValueError, match=message):
         make()
 

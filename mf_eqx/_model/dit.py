@@ -26,7 +26,7 @@ from jaxtyping import Array, Float, Key
 
 from .._custom_types import as_times, Condition, TimeLike
 from .._field import AbstractField
-from .._validate import check_data_shape
+from .._validate import check_data_shape, check_kind
 from ..nn import (
     AbstractAttention,
     AbstractConditionEmbedding,
@@ -157,6 +157,7 @@ class DiT(AbstractField):
         key: Key[Array, ""],
     ):
         check_data_shape(data_shape)
+        check_kind("size", size, DiTSize)
         channels, *sides = data_shape
         if min(size) < 1:
             raise ValueError(f"size must be positive throughout, got {size}")

@@ -31,7 +31,7 @@ from jaxtyping import Array, Float, Key
 
 from .._custom_types import as_times, Condition, Time, TimeLike
 from .._field import AbstractField
-from .._validate import check_data_shape
+from .._validate import as_tuple, check_data_shape, check_kind
 from ..nn import (
     AbstractAttention,
     AbstractConditionEmbedding,
@@ -455,6 +455,9 @@ def _check_arguments(
     data_shape: tuple[int, ...], size: UNetSize, augmentation: int, dropout: float, dtype: DTypeLike
 ) -> None:
     check_data_shape(data_shape)
+    check_kind("size", size, UNetSize)
+    for name in ("multipliers", "attention"):
+        as_tuple(name, getattr(size, name), (16,))
     if size.width < 4 or size.width % 4:
         raise ValueError(f"width must be a positive multiple of 4, got {size.width}")
     if size.blocks < 1:

@@ -9,6 +9,7 @@ images in floating point.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -18,7 +19,11 @@ from jaxtyping import Key
 
 from .._batch import Batch
 from .._custom_types import at_least_float32
-from .._validate import check_positive
+from .._validate import as_tuple, check_positive
+
+
+def _as_parts(parts: Any) -> tuple[Any, ...]:
+    return as_tuple("parts", parts, ("FromPixels()", "RandomFlip()"))
 
 
 class InTurn(eqx.Module):
@@ -27,7 +32,7 @@ class InTurn(eqx.Module):
     **Arguments:** `parts` the functions, in the order in which they are applied.
     """
 
-    parts: tuple[Callable[[Batch, Key[jax.Array, ""]], Batch], ...] = eqx.field(converter=tuple)
+    parts: tuple[Callable[[Batch, Key[jax.Array, ""]], Batch], ...] = eqx.field(converter=_as_parts)
 
     def __call__(self, row: Batch, key: Key[jax.Array, ""]) -> Batch:
         for number, part in enumerate(self.parts):
