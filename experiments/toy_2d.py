@@ -64,6 +64,9 @@ SETTINGS = ("common", "paper")
 def own_methods(path: str) -> tuple[dict[str, type], str]:
     """The identities that a Python file defines, by name, and a digest of it, as it was when it was read first."""
     members, digest = run.own_file("own", path)
+    if not path.endswith(".py"):  # mine.py:Mix
+        cls = run.own_class("own", path, mfx.AbstractIdentity)
+        members = {cls.__name__: cls}
     found = {
         name: members[name] for name in mfx.identities_in(members, 1) if members[name] is not getattr(mfx, name, None)
     }
@@ -106,7 +109,7 @@ class Config(run.CellSettings):
     with --marginal without those that learn from pairs of data and noise."""
     own: str | None = None
     """A Python file with identities of your own, subclasses of mf_eqx.AbstractIdentity that can be made without
-    arguments. When the file changes, their trainings are done again."""
+    arguments, or one of them as mine.py:Mix. When the file changes, their trainings are done again."""
     network: str | None = None
     """A network of your own in place of MLP and DiT, as mine.py:Net, or mine.py if the file defines one: a subclass of
     mf_eqx.AbstractField that is made as Net(size, key=key), 2 being the size of points in the plane. When the file
@@ -190,7 +193,7 @@ class Config(run.CellSettings):
         self.check(condition_width=1, fourier_features=0, references=0, dit_batch=1, dit_width=4, dit_depth=1)
         run.check_sizes(self, condition_width=1 << 14, fourier_features=1 << 14, references=REFERENCES)
         self.check_own()
-        known_data = (*DATA, *filter(is_own, self.data))
+        known_data = (*DATA, "FILE.npy", *filter(is_own, self.data))
         for name, known in (("data", known_data), ("settings", SETTINGS), ("methods", methods(self.own))):
             if unknown := [item for item in getattr(self, name) if item not in known]:
                 raise ValueError(f"{name} must be among {', '.join(known)}; got {', '.join(unknown)}")

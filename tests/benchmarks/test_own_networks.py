@@ -87,6 +87,7 @@ def test_a_step_of_ones_own_is_compiled(finished, asked):
     assert all(record["compile_seconds"] > 0 for record in records) and len(records) == 2
 
 
+@pytest.mark.slow
 def test_derivative_of_a_network_of_ones_own_is_held_against_float64(finished, asked):
     own = {name: asked[name] for name in ("network", "shape")}
     directory = finished("jvp_accuracy", **own, rows=4, steps=(1e-2,), shown_step=1e-2)

@@ -6,24 +6,32 @@ import re
 import subprocess
 import sys
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
+
+import mf_eqx as mfx
 
 for package in ("matplotlib", "safetensors", "flatbuffers"):
     pytest.importorskip(package)
 
 SCRIPT = pathlib.Path(__file__).parents[2] / "experiments" / "tour.py"
 CELLS = re.split(r"^# %%(?: \[markdown\])?\n", SCRIPT.read_text(encoding="utf-8"), flags=re.MULTILINE)
+KINDS = ("boundary", "identity")
 
 
-def test_points_become_samples(tmp_path, monkeypatch):
+def test_points_become_samples_and_methods_have_costs(tmp_path, monkeypatch):
+    """Cells up to the error, and those of a new method and of costs; without training, most of the time."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("TOUR_STEPS", "10")
-    names = {}
-    for cell in CELLS[: next(i for i, cell in enumerate(CELLS) if cell.startswith("# ## How far"))]:
+    mean = mfx.Mean(jnp.ones(()), jnp.ones(()))
+    monkeypatch.setattr(mfx, "scan_steps", lambda _, state, *__: (state, {f"{k}_error": mean for k in KINDS}))
+    names, titles = {}, [cell.split("\n")[0] for cell in CELLS]
+    new, cost = (titles.index(f"# ## {title}") for title in ("A method of your own", "What does it cost?"))
+    for cell in (*CELLS[: titles.index("# ## How far is it from the truth?")], CELLS[new + 1], CELLS[cost + 1]):
         exec(compile(cell, SCRIPT.name, "exec"), names)
     assert (tmp_path / "runs" / "tour" / "samples.png").stat().st_size > 0
-    assert np.isfinite(names["panels"]["u, 1 evaluation"]).all()
+    np.testing.assert_array_equal(names["panels"]["u, 1 evaluation"], names["eps"])  # a fresh MLP is zero
+    np.testing.assert_allclose(names["cost"], 1 + 2 / 6, rtol=0.02)
 
 
 def test_prose_and_code_take_turns():

@@ -117,6 +117,12 @@ def test_a_cell_is_found_by_its_points_and_network_and_others_as_before(toy_2d, 
     json.dumps(recipes)
 
 
+def test_one_method_of_a_file_may_be_named(toy_2d, folder):
+    (folder / "two.py").write_text(MINE + MINE.replace("Mine", "Other"))
+    assert set(toy_2d.own_methods(str(folder / "two.py"))[0]) == {"Mine", "Other"}
+    assert set(toy_2d.own_methods(f"{folder / 'two.py'}:Other")[0]) == {"Other"}
+
+
 def test_a_network_of_ones_own_takes_the_place_of_mlp_and_dit(toy_2d, folder):
     config = toy_2d.Config(network=str(folder / "mine.py"))
     for data, size in (("cross.npy", 2), ("eight_gaussians_64d", 64)):
