@@ -1,46 +1,59 @@
-"""The README's own words: its examples run and learn, its tree is the tree."""
+"""The README's own words: its examples run and learn. What the package's docstring names is there."""
 
 import pathlib
 import re
 
 import jax
+import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
+import optax
 import pytest
 
 import mf_eqx as mfx
+from mf_eqx import exact
 from mf_eqx.metrics import energy_distance
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+POINTS, ROBOT, OWN = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
-SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-
-
-def run(snippet, names):
+def run(snippet, names, **replaced):
+    """The names that an example leaves behind."""
+    for old, new in replaced.values():
+        assert old in snippet
+        snippet = snippet.replace(old, new)
     exec(compile(snippet, "README.md", "exec"), names)
     return names
 
 
 @pytest.fixture(scope="module")
-def example():
-    """The names that the first example leaves behind."""
-    return run(SNIPPETS[0], {})
+def points(tmp_path_factory):
+    """What the first example leaves behind, with a quarter of its steps, and the points that it read."""
+    for package in ("grain", "safetensors"):
+        pytest.importorskip(package)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("points"))
+        x = np.asarray(exact.draw(exact.eight_gaussians(), 4000, jr.key(0)))
+        np.save("points.npy", x)
+        return run(POINTS, {}, steps=("(0, 3000)", "(0, 800)")), x
 
 
-def test_example_generates_the_mixture_in_one_evaluation(example):
-    data = example["draw"](jr.split(jr.key(99), 2000))
-    noise = jr.normal(jr.key(2), (2000, 2))
-    assert energy_distance(example["x"], data) < energy_distance(noise, data) / 5  # seen: a tenth
+def test_points_are_generated_in_one_evaluation_by_the_saved_weights(points):
+    names, x = points
+    samples = names["samples"]
+    assert samples.shape == (1000, 2)
+    noise = jr.normal(jr.key(3), (1000, 2))
+    near, far = (float(energy_distance(made, jnp.asarray(x))) for made in (samples, noise))
+    assert near < far / 4, (near, far)
 
 
-def test_example_reports_raw_errors(example):
-    assert {"boundary_error", "identity_error"} <= set(jax.device_get(example["metrics"]))
+def test_training_reports_raw_errors(points):
+    assert {"boundary_error", "identity_error"} <= set(jax.device_get(points[0]["metrics"]))
 
 
-def test_robot_acts_on_what_it_observes(example, tmp_path, monkeypatch):
-    pytest.importorskip("grain")
+def test_robot_acts_on_what_it_observes(points, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     draws = np.random.default_rng(0)
     observed = draws.standard_normal((5000, 12)).astype(np.float32)
@@ -48,16 +61,28 @@ def test_robot_acts_on_what_it_observes(example, tmp_path, monkeypatch):
     actions = (observed @ slope + 0.1 * draws.standard_normal((5000, 24))).astype(np.float32).reshape(-1, 8, 3)
     np.save("actions.npy", actions)
     np.save("observations.npy", observed)
-    assert len(SNIPPETS[1].splitlines()) <= 15
-    fewer = SNIPPETS[1].replace(", 1000)", ", 300)")
-    assert fewer != SNIPPETS[1]
-    chunks = np.asarray(run(fewer, dict(example))["chunks"])
+    assert len(ROBOT.splitlines()) <= 15
+    chunks = np.asarray(run(ROBOT, dict(points[0]), steps=("(0, 1000)", "(0, 300)"))["chunks"])
     assert chunks.shape == (100, 8, 3)
     assert np.mean((chunks - actions[:100]) ** 2) < np.var(actions) / 5
 
 
-def test_there_are_two_examples():
-    assert len(SNIPPETS) == 2
+def test_a_network_and_a_method_of_ones_own_train_together(points):
+    names = run(OWN, dict(points[0]))
+    network = names["Network"](names["eqx"].nn.MLP(4, 2, 64, 2, jax.nn.silu, key=jr.key(0)))
+    velocity = exact.MarginalVelocity(exact.eight_gaussians(), mfx.LinearInterpolant())  # a target without variance
+    objective = mfx.Objective(names["Midpoint"](), weight=mfx.ConstantWeight(), velocity=velocity)
+    step = mfx.TrainStep(objective, optax.adam(5e-3))
+    state = mfx.init_state(network, step.optimizer, key=jr.key(1))
+    errors = []
+    for _ in range(100):
+        state, metrics = step(state, mfx.Batch(jnp.asarray(points[1][:256])))
+        errors.append(float(metrics["boundary_error"].value))
+    assert np.isfinite(errors).all() and np.mean(errors[-10:]) < np.mean(errors[:10]) / 2
+
+
+def test_the_readme_fits_on_a_few_pages():
+    assert len(README.splitlines()) <= 200
 
 
 def test_the_docstring_of_the_package_names_everything_in_it():
