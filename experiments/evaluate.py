@@ -153,7 +153,7 @@ def open_subject(config: Config, devices: mfx.Parallelism) -> saved.Subject:
     if subject.is_latent:
         raise ValueError(f"--vae must be given for a network of latents, such as {config.weights}, got none")
     if not subject.is_image or subject.shape[0] != 3:
-        rule = "images of 3 channels, or latents of them"
+        rule = "images of 3 channels, which notes of pixels say, or latents of them"
         raise ValueError(f"{config.weights}: samples must be {rule}, got the shape {subject.shape}")
     if (trained := subject.notes.trained) is not None and not trained.average and not config.euler:
         raise ValueError(f"--euler must be given for {config.weights}, whose u was trained at r = t alone, got none")

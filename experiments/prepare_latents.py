@@ -186,6 +186,7 @@ class Notes(NamedTuple):
     """Its size."""
     bfloat16: bool
     class_names: list[str] | None = None
+    """Of the labels; None also in folders from before they were noted."""
 
     @property
     def tokenizer_size(self) -> AutoencoderSize:

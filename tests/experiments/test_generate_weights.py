@@ -171,6 +171,14 @@ def test_guidance_of_weights_that_say_nothing_is_a_warning(command, capsys):
     assert text in capsys.readouterr().err
 
 
+def test_what_older_recipes_wrote_into_configurations_is_understood(experiment):
+    tokenizer = {**TINY_VAE._asdict(), "widths": [4, 4]}
+    config = {"network": "DiT", "tokenizer": tokenizer, "vae": "0" * 64, "steps": 3, "decay": 0.9}
+    found = experiment("saved").assumed_notes(config, (4, 8, 8))
+    expected = checkpoint.Tokenizer(TINY_VAE, "0" * 64)
+    assert found == checkpoint.Notes(pixels=(-1, 1), tokenizer=expected, steps=3, decay=0.9)
+
+
 # What is refused
 
 
