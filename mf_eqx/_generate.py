@@ -24,7 +24,7 @@ from ._leaves import by_name
 from ._model import check_labels
 from ._sample import check_times, sample, Times
 from ._sharding import Parallelism
-from ._validate import check_kind, check_sizes, described, on_host_if_known
+from ._validate import check_key, check_sizes, described, on_host_if_known
 
 
 def _as_arrays(condition: PyTree[Any]) -> PyTree[Array]:
@@ -69,7 +69,7 @@ class Generator(eqx.Module):
 
     def __check_init__(self):
         check_field(self.field)
-        check_kind("key", self.key, jax.Array)
+        check_key(self.key)
         check_times(self.times)
         check_sizes(data_shape=self.data_shape)
         if self.labels is not None and not (isinstance(self.labels, int) and self.labels >= 1):

@@ -30,7 +30,7 @@ from ._optimizer import check_optimizer, copy, init_optimizer, is_number, standa
 from ._row import Context
 from ._sharding import Parallelism
 from ._times import check_divisible
-from ._validate import check_kind
+from ._validate import check_key, check_kind
 
 _Tree = TypeVar("_Tree")
 
@@ -94,7 +94,7 @@ def init_state(
     the optimiser, see `TrainStep`.
     """
     check_field(field)
-    check_kind("key", key, jax.Array)
+    check_key(key)
     _check_untied(field)
     field = jax.tree.map(copy, field)
     opt_state = init_optimizer(optimizer, eqx.filter(field, eqx.is_inexact_array))

@@ -82,6 +82,12 @@ def check_kind(name: str, value: Any, kind: type) -> None:
         raise ValueError(f"{name} must be an instance of {kind.__name__}, got {value!r:.100}")
 
 
+def check_key(key: Any) -> None:
+    """Raises a `ValueError` unless `key` is an array: a number is a seed."""
+    if not isinstance(key, jax.Array):
+        raise ValueError(f"key must be a key of JAX, such as jax.random.key(0), got {key!r:.100}")
+
+
 def check_data_shape(shape: Sequence[Count]) -> None:
     """Raises a `ValueError` unless `shape` is that of an image or of a sequence, channels first."""
     if not isinstance(shape, Sequence) or len(shape) not in (2, 3):

@@ -118,8 +118,14 @@ OF_ANOTHER_KIND = {
     "batch for state": (lambda: STEP(BATCH, state()), "state .* TrainState, got Batch"),
     "array for batch": (lambda: STEP(state(), BATCH.x), r"batch .* Batch, got Array\(\[\[1., 1.\]"),
     "array of prepare": (lambda: prepared(lambda row, key: row.x), "the result of prepare .* Batch, got"),
-    "seed for key": (lambda: mfx.init_state(generator().field, STEP.optimizer, key=0), "key .* Array, got 0"),
-    "seed of a generator": (lambda: mfx.Generator(generator().field, 0, (2,)), "key .* Array, got 0"),
+    "seed for key": (
+        lambda: mfx.init_state(generator().field, STEP.optimizer, key=0),
+        r"key must be .* jax.random.key\(0\), got 0",
+    ),
+    "seed of a generator": (
+        lambda: mfx.Generator(generator().field, 0, (2,)),
+        r"key must be .* jax.random.key\(0\), got 0",
+    ),
     "tuple for a U-Net's size": (
         lambda: mfx.UNet((3, 8, 8), (8, (1,), 1, ()), key=KEY),
         r"size .* UNetSize, got \(8, ",
