@@ -47,11 +47,11 @@ def own_file(name: str, place: str) -> OwnFile:
     path, _ = _parts(place)
     if not Path(path).is_file():
         raise ValueError(f"{name} must be a Python file, got {path}")
-    return _run(path)
+    return _read(path)
 
 
 @functools.cache
-def _run(path: str) -> OwnFile:
+def _read(path: str) -> OwnFile:
     sys.path.append(str(Path(path).resolve().parent))
     return OwnFile(runpy.run_path(path), digest(Path(path).read_text(encoding="utf-8")))
 
