@@ -12,7 +12,7 @@ their cells, and more seeds add to those that exist. A command that was stopped,
 The paper's column is FID on ImageNet, of 400,000 steps of batch 256 around another centre (p = 1, lognorm(-0.4, 1.0)):
 what can agree is the order. It is MeanFlow's beside other methods, too. Guidance moves samples away from the data: in
 Tab. 1f and 5 read the distance to the guided truth. Share 0 is judged like all others, at u(z, 0, 1), which Flow
-Matching never trained; toy_2d.py has Flow Matching as it is meant to be used. README.md beside this file says where
+Matching never trained; toy_2d.py has Flow Matching as it is meant to be used. RESULTS.md beside this file says where
 orders agree and where they do not.
 """
 

@@ -10,7 +10,7 @@ A run that was stopped, or killed, continues by the same command. Data are a fol
 of shards by prepare_data.py (faster to start), or "shapes". The averages end as .safetensors beside the checkpoints;
 generate.py samples from them, evaluate.py judges them.
 
-The paper's numbers: FID 2.92 at one evaluation, after 800,000 steps of 1024 images. README.md beside this file says
+The paper's numbers: FID 2.92 at one evaluation, after 800,000 steps of 1024 images. RESULTS.md beside this file says
 what was run here.
 
 Sources of every number: the MeanFlow paper (arXiv 2505.13447), App. A, and the authors' code where it says more.

@@ -9,7 +9,7 @@ A run that was stopped, or killed, continues by the same command. The average en
 checkpoints; generate.py samples from it.
 
 Expect a Frechet distance of 14 to 16 at one evaluation (two random halves of the data: 17), with 98% of the digits
-read correctly; README.md beside this file has all figures.
+read correctly; RESULTS.md beside this file has all figures.
 
 The data are scikit-learn's 1,797 real digits (8x8 pixels, grey values 0 to 16; Alpaydin and Kaynak, UCI, 1998), which
 come with the package: nothing is downloaded.
@@ -73,7 +73,7 @@ class Config(run.Settings):
     """Share of rows with r < t, which carry the MeanFlow identity; in [0, 1]. 0 is Flow Matching."""
     stable_target: bool = True
     """Take the velocity of all training digits of a row's label, instead of that of its own digit alone: at 3000 steps
-    it brings the Frechet distance at one evaluation from 24 to 14 (README.md beside this file)."""
+    it brings the Frechet distance at one evaluation from 24 to 14 (RESULTS.md beside this file)."""
     power: float = 0.5
     """Adaptive weight's power p (Eq. 22)."""
     offset: float = 0.01

@@ -11,7 +11,7 @@ the batch. The average ends as .safetensors beside the checkpoints; generate.py 
 With --vae the previews are images, else there are none.
 
 The paper's FID at one evaluation (50,000 samples): B/4 without guidance after 80 epochs 61.06; B/2 6.17, M/2 5.01, L/2
-3.84, XL/2 3.43 after 240 epochs; XL/2+ after 1000 epochs with two evaluations 2.20. README.md beside this file says
+3.84, XL/2 3.43 after 240 epochs; XL/2+ after 1000 epochs with two evaluations 2.20. RESULTS.md beside this file says
 what was run here.
 
 Sources of every number: the MeanFlow paper (arXiv 2505.13447), Tab. 4 and App. A, and the authors' code where it says

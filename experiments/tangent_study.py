@@ -15,7 +15,7 @@ the exact field is not known; here it is.
 - Quality: trainings with every b and both v, held against the exact field. With references they have toy_2d.py's
   adaptive weight, without them none.
 
-README.md beside this file has the figures.
+RESULTS.md beside this file has the figures.
 """
 
 import dataclasses

@@ -17,7 +17,7 @@ with the same settings take its result from the table `cells.jsonl`.
 Every method is trained with the common settings below, which suit toys, and with the shares, times and weight of its
 own paper (`Facts.paper_settings`); network, optimiser and data are the same. A shorter training with the common
 settings shows what a method has reached by then: with the CPU time of a step, measured in this run, that gives the
-quality at equal time. README.md beside this file has figures.
+quality at equal time. RESULTS.md beside this file has figures.
 """
 
 import dataclasses

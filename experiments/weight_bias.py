@@ -13,7 +13,7 @@ mode, and so do the r = t rows of every objective. Three fields for every p and 
   with r < t have other noise, (I - (t - r) du/dz) (v_t - v), and another bias;
 - the same trained on the exact marginal velocity, whose mean is its mode: training error alone.
 
-README.md beside this file has the figures.
+RESULTS.md beside this file has the figures.
 """
 
 import dataclasses
