@@ -73,11 +73,8 @@ def open_parts(
         rows = np.sort(order[count:]), np.sort(order[:count])
     if min(map(len, rows)) < 2:
         raise ValueError(f"{source.name}: must have two images to train on and two held out, got {[*map(len, rows)]}")
-    found = [
-        Part(source, rows[0], f"training images of {source.name}", grey=grey),
-        Part(held_out, rows[1], f"test images of {held_out.name}", grey=grey),
-    ]
-    return Parts(*found, names)
+    train = Part(source, rows[0], f"training images of {source.name}", grey=grey)
+    return Parts(train, Part(held_out, rows[1], f"test images of {held_out.name}", grey=grey), names)
 
 
 def open_images(paths: Sequence[str], *, size: int = 0, train: bool = True) -> data.AbstractSource:
