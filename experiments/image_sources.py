@@ -74,8 +74,7 @@ def open_parts(
     if min(map(len, rows)) < 2:
         raise ValueError(f"{source.name}: must have two images to train on and two held out, got {[*map(len, rows)]}")
     train = Part(source, rows[0], f"training images of {source.name}", grey=grey)
-    held = Part(held_out, rows[1], f"test images of {held_out.name}", grey=grey)
-    return Parts(train, held, names)
+    return Parts(train, Part(held_out, rows[1], f"test images of {held_out.name}", grey=grey), names)
 
 
 def open_images(paths: Sequence[str], *, size: int = 0, train: bool = True) -> data.AbstractSource:
