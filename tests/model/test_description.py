@@ -7,7 +7,6 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-import numpy as np
 import pytest
 from fields import FusedAttention, GaussianField
 
@@ -23,7 +22,6 @@ NETWORKS = {
     ),
     "DiT": lambda **how: mfx.DiT((3, 4, 8), SIZE, time_scale=2.0, **how),
     "DiT with labels": lambda **how: mfx.DiT((3, 4, 4), SIZE, labels=3, time_variables=nn.end_start, **how),
-    "DiT of NumPy's integers": lambda **how: mfx.DiT((3, 4, 4), mfx.DiTSize(*np.array([2, 8, 2, 2])), **how),
     "DiT with vectors": lambda **how: mfx.DiT((1, 8), SIZE, condition=5, early_blocks=1, **how),
     "DiT with an embedding of vectors": lambda **how: mfx.DiT(
         (1, 8), SIZE, condition=nn.VectorEmbedding(5, 8, key=jr.key(1)), **how
