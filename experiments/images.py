@@ -13,7 +13,7 @@ evaluate.py and --start read.
 
 At the end as many images are generated as are held out, with the labels of these, and both are compared: by the Frechet
 distance of pixels, the sliced Wasserstein distance of pixels, and the share of samples that are nearer to a training
-image than to any test image. Beside it stands what training images score. RESULTS.md beside this file says what was run.
+image than to any test image. Beside it stands what training images score. RESULTS.md says what was run.
 """
 
 import dataclasses
