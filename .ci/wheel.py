@@ -41,7 +41,7 @@ def build(folder: pathlib.Path) -> pathlib.Path:
 
 def environment(folder: pathlib.Path, package: str) -> pathlib.Path:
     """The Python of a new environment that has `package`, with what it depends on, and nothing else."""
-    venv.create(folder)
+    venv.create(folder, symlinks=True)
     python = folder / "bin" / "python"
     pip("--python", str(python), "install", "--no-compile", package)
     return python
