@@ -415,35 +415,52 @@ def agreement(ours: Sequence[Sequence[float]], papers: Sequence[float], order: s
     return text if all(finite) else f"{text} Rows left out because a training diverged: {finite.count(False)}."
 
 
+class Column(NamedTuple):
+    """A table as `draw` shows it: its title, the distances of all seeds by value, the paper's FIDs."""
+
+    title: str
+    distances: dict[str, list[float]]
+    fids: list[float]
+
+
 def save_figure(path: Path, config: Config, recipe: Recipe, ledger: run.Ledger, names: Sequence[str]) -> None:
-    """One panel per table: our distance with every seed, the paper's FID beside it."""
+    """Two panels per table: our distance with every seed, and below it the paper's FID."""
+    columns = []
+    for name in names:
+        cells = tables(config)[name].cells
+        keys = {
+            value: [key_of(config, recipe, Cell(setting, seed)) for seed in range(config.seeds)]
+            for value, (setting, _) in cells.items()
+        }
+        distances = {value: [ledger[key]["distance"] for key in row] for value, row in keys.items()}
+        columns.append(Column(f"Tab. {name}: {TABLES[name].title}", distances, [fid for _, fid in cells.values()]))
+    draw(path, columns, f"{config.method}'s {recipe.distance}, every seed", fid_label(config))
+
+
+def draw(path: Path, columns: Sequence[Column], ours: str, papers: str) -> None:
     with run.optional("matplotlib"):
         from matplotlib.figure import Figure
-    columns = min(4, len(names))
-    rows = -(-len(names) // columns)
-    figure = Figure(figsize=(3.6 * columns, 3.1 * rows), dpi=100, layout="constrained")
-    panels = figure.subplots(rows, columns, squeeze=False).flat
-    for name, panel in zip(names, panels, strict=False):
-        cells = tables(config)[name].cells
-        place, fids = np.arange(len(cells)), [fid for _, fid in cells.values()]
-        keys = [
-            [key_of(config, recipe, Cell(setting, seed)) for seed in range(config.seeds)]
-            for setting, _ in cells.values()
-        ]
-        distances = [[ledger[key]["distance"] for key in row] for row in keys]
-        means = [float(np.mean(values)) for values in distances]
-        for i, values in enumerate(distances):
-            panel.plot([i] * len(values), values, "o", color="C0", markersize=4, alpha=0.6)
-        paper = panel.twinx()
-        for axes, values, style, colour in ((panel, means, "-", "C0"), (paper, fids, "s--", "C1")):
-            axes.plot(place, values, style, color=colour, markersize=4)
-            axes.set_yscale("log" if max(values) > 3 * min(values) else "linear")
-            axes.tick_params(axis="y", colors=colour, which="both", labelsize=7)
-        panel.set_title(f"Tab. {name}: {TABLES[name].title}", fontsize=9)
-        panel.set_xticks(place, list(cells), rotation=25, fontsize=7)
-    for panel in list(panels):
+    width = min(4, len(columns))
+    height = -(-len(columns) // width)
+    figure = Figure(figsize=(3.4 * width, 3.9 * height), dpi=100, layout="constrained")
+    panels = figure.subplots(2 * height, width, squeeze=False, gridspec_kw={"height_ratios": [3, 2] * height})
+    for i, column in enumerate(columns):
+        above, below = panels[2 * (i // width), i % width], panels[2 * (i // width) + 1, i % width]
+        for place, values in enumerate(column.distances.values()):
+            above.plot([place] * len(values), values, "o", color="C0", markersize=4, alpha=0.6)
+            above.plot(place, np.mean(values), "_", color="C0", markersize=16)
+        below.plot(column.fids, "s", color="C1", markersize=5)
+        for panel, values in ((above, sum(column.distances.values(), [])), (below, column.fids)):
+            panel.set_yscale("log" if max(values) > 3 * min(values) else "linear")
+            panel.tick_params(axis="y", which="both", labelsize=7)
+            panel.set_xlim(-0.5, len(column.fids) - 0.5)
+            panel.grid(axis="y", alpha=0.3)
+        above.set_xticks(range(len(column.fids)), [])
+        below.set_xticks(range(len(column.fids)), list(column.distances), rotation=25, fontsize=8)
+        above.set_title(column.title, fontsize=9)
+    for panel in panels.T.reshape(width, height, 2).transpose(1, 0, 2).reshape(-1, 2)[len(columns) :].flat:
         panel.remove()
-    figure.suptitle(f"blue: {config.method}'s {recipe.distance}, every seed; orange: {fid_label(config)}")
+    figure.suptitle(f"circles: {ours}, and their mean; squares: {papers}")
     figure.savefig(path, format="png")
 
 

@@ -164,13 +164,13 @@ def details(lines: Sequence[Line], floor: Mapping[str, Any]) -> str:
 def save_pictures(report: run.RunDirectory, problem: Problem, fields: Mapping[str, mfx.AbstractField]) -> None:
     """Samples and flows by method."""
     name, limit = problem.name, problem.limit
-    samples = {"data": [problem.data] * len(EVALUATIONS)}
-    samples |= {method: samples_of(problem, field) for method, field in fields.items()}
+    samples = {method: samples_of(problem, field) for method, field in fields.items()}
+    samples["data"] = [problem.data]
     shown = {method: [np.asarray(x)[:, :2] for x in row] for method, row in samples.items()}
     counts = [f"{number} evaluation{'s' if number > 1 else ''}" for number in EVALUATIONS]
     title = f"{name}: samples from the same noise"
     picture.save_point_grid(report.path(f"{name}_samples.png"), shown, counts, limit=limit, title=title)
-    one_step = {method: row[0] for method, row in shown.items()}
+    one_step = {"data": shown["data"][0]} | {method: row[0] for method, row in shown.items()}
     title = f"{name}: samples of one evaluation"
     picture.save_point_panels(report.path(f"{name}_one_step.png"), one_step, limit=limit, title=title)
     if copies_of(name) == 1:

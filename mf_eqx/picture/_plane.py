@@ -28,18 +28,20 @@ def save_point_grid(
 ) -> None:
     """Save a grid of scatter plots as PNG, all on the same axes.
 
-    **Arguments:** `path` of the file; `points` of each row by its name, one sample per column; `columns` their titles;
-    `limit` of both axes, from -limit to limit: points outside are not drawn, but their share is written in the panel;
-    `title` above everything.
+    **Arguments:** `path` of the file; `points` of each row by its name, one sample per column, or fewer, such as one of
+    the data: the other places of that row stay empty; `columns` their titles; `limit` of both axes, from -limit to
+    limit: points outside are not drawn, but their share is written in the panel; `title` above everything.
 
-    **Raises:** `ValueError` if a row has another number of samples than there are columns, or limit <= 0.
+    **Raises:** `ValueError` if a row has no samples or more than there are columns, or limit <= 0.
     """
-    _check(points, columns, limit)
+    _check(points, columns, limit, least=1)
     figure, panels = _panels(len(points), len(columns), title)
     for (name, row), line in zip(points.items(), panels, strict=True):
-        for column, sample, panel in zip(columns, row, line, strict=True):
+        for column, sample, panel in zip(columns, row, line, strict=False):
             _scatter(panel, np.asarray(sample), limit)
             _label(panel, name, column)
+        for panel in line[len(row) :]:
+            panel.remove()
     figure.savefig(path, format="png")
 
 
@@ -178,11 +180,13 @@ def save_heat_maps(
     figure.savefig(path, format="png")
 
 
-def _check(rows: Mapping[str, Sequence[Any]], columns: Sequence[str], limit: float) -> None:
+def _check(
+    rows: Mapping[str, Sequence[Any]], columns: Sequence[str], limit: float, *, least: int | None = None
+) -> None:
     if not rows:
         raise ValueError("there must be at least one row, got none")
     for name, row in rows.items():
-        if len(row) != len(columns):
+        if not (len(columns) if least is None else least) <= len(row) <= len(columns):
             raise ValueError(f"columns must be {len(row)} titles, one per item of row {name!r}, got {len(columns)}")
     check_positive("limit", limit)
 

@@ -260,11 +260,18 @@ def test_a_map_of_equal_values_is_drawn(path):
 @pytest.mark.parametrize("columns", [["one"], ["one", "two", "three"]])
 def test_columns_that_do_not_fit_a_row_are_refused(path, columns):
     message = f"columns must be 2 titles, one per item of row '{{}}', got {len(columns)}"
-    with pytest.raises(ValueError, match=message.format("MeanFlow")):
-        picture.save_point_grid(path, POINTS, columns, limit=2)
     with pytest.raises(ValueError, match=message.format("truth")):
         picture.save_flows(path, FLOWS, columns, limit=2)
+    for points in (POINTS, {"MeanFlow": POINTS["MeanFlow"], "data": []})[len(columns) // 3 :]:
+        with pytest.raises(ValueError, match="columns must be [02] titles, one per item of row '(MeanFlow|data)'"):
+            picture.save_point_grid(path, points, columns, limit=2)
     assert not path.exists()
+
+
+def test_a_row_of_fewer_samples_leaves_its_other_places_empty(path, saved):
+    picture.save_point_grid(path, {**POINTS, "data": POINTS["MeanFlow"][:1]}, ["one", "two"], limit=2)
+    places = [panel.get_subplotspec() for panel in saved[-1].axes]
+    assert [(place.rowspan.start, place.colspan.start) for place in places] == [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0)]
 
 
 @pytest.mark.parametrize("limit", [0.0, -1.0, float("nan")])
