@@ -18,6 +18,7 @@ orders agree and where they do not.
 
 import dataclasses
 import functools
+import itertools
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -450,7 +451,7 @@ def draw(path: Path, columns: Sequence[Column], ours: str, papers: str) -> None:
             above.plot([place] * len(values), values, "o", color="C0", markersize=4, alpha=0.6)
             above.plot(place, np.mean(values), "_", color="C0", markersize=16)
         below.plot(column.fids, "s", color="C1", markersize=5)
-        for panel, values in ((above, sum(column.distances.values(), [])), (below, column.fids)):
+        for panel, values in ((above, [*itertools.chain(*column.distances.values())]), (below, column.fids)):
             panel.set_yscale("log" if max(values) > 3 * min(values) else "linear")
             panel.tick_params(axis="y", which="both", labelsize=7)
             panel.set_xlim(-0.5, len(column.fids) - 0.5)
