@@ -28,7 +28,7 @@ def main() -> None:
         wheel = build(folder)
         check_content(wheel)
         check_metadata(wheel, environment(folder / "tools", "twine"))
-        subprocess.run([environment(folder / "empty", f"{wheel}[export]"), "-I", __file__, "installed"], check=True)
+        subprocess.run([environment(folder / "empty", str(wheel)), "-I", __file__, "installed"], check=True)
     print(f"{wheel.name}: complete, accepted and usable, {time.perf_counter() - began:.0f} s")
 
 

@@ -24,7 +24,9 @@ from matplotlib.font_manager import FontProperties
 from matplotlib.textpath import TextPath
 
 import mf_eqx as mfx
-from mf_eqx import checkpoint, exact, measure, metrics, picture
+from mf_eqx import checkpoint, exact, measure, metrics, picture, run
+
+run.require("flatbuffers")  # for the last cell: now rather than after the trainings
 
 STEPS = int(os.environ.get("TOUR_STEPS", "4000"))
 FOLDER = Path("runs/tour")
@@ -250,15 +252,15 @@ show("guided.png")
 # devices. An exported sampler is a single file that needs nothing but JAX.
 
 # %%
-checkpoint.save_weights(FOLDER / "weights.safetensors", guided, {"labels": 2})
-again = checkpoint.load_weights(FOLDER / "weights.safetensors", lambda config: network(**config))
+checkpoint.save_weights(FOLDER / "weights.safetensors", guided, notes=checkpoint.Notes(trained=loss.trained))
+again = checkpoint.load_weights(FOLDER / "weights.safetensors")
 
 for batch in mfx.Generator(again, jr.key(8), (2,), labels=2).batches(1000, 500, mfx.Parallelism()):
     print(f"generated {batch.shape}")
 
 checkpoint.export_sampler(FOLDER / "sampler.jaxexport", again, (2,), condition=0)
 program = jax.export.deserialize(bytearray((FOLDER / "sampler.jaxexport").read_bytes()))
-same = jnp.max(jnp.abs(program.call(eps[:100], label[:100]) - x[:100]))
+same = jnp.max(jnp.abs(jax.jit(program.call)(eps[:100], label[:100]) - x[:100]))
 print(f"the exported sampler agrees to {float(same):.1e}")
 
 # %% [markdown]

@@ -53,7 +53,7 @@ def read_safetensors(path: str | Path) -> dict[str, Shaped[np.ndarray, "..."]]:
     **Raises:** `OSError` if it cannot be read; `ValueError` that names it if it is not a safetensors file, is cut off,
     or has a tensor of an unsupported dtype such as float8.
     """
-    with optional("safetensors", extra="export"):
+    with optional("safetensors", extra=None):
         import safetensors
     content = read_regular(path)
     try:

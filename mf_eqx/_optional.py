@@ -3,7 +3,7 @@
 import importlib
 from types import TracebackType
 
-_EXTRA = {"matplotlib": "experiments", "sklearn": "experiments", "safetensors": "export", "PIL": "images"}
+_EXTRA = {"matplotlib": "experiments", "sklearn": "experiments", "flatbuffers": "export", "PIL": "images"}
 """The extra that installs a package."""
 
 

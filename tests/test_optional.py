@@ -28,9 +28,9 @@ def test_import_that_fails_inside_another_package_passes_unchanged():
 
 def test_what_is_needed_at_the_end_is_refused_at_once_with_its_extra(monkeypatch):
     run.require("json", "csv")
-    monkeypatch.setitem(sys.modules, "safetensors", None)
-    with pytest.raises(run.MissingDependency, match=r"safetensors is not installed: pip install 'mf_eqx\[export\]'"):
-        run.require("json", "safetensors")
+    monkeypatch.setitem(sys.modules, "flatbuffers", None)
+    with pytest.raises(run.MissingDependency, match=r"flatbuffers is not installed: pip install 'mf_eqx\[export\]'"):
+        run.require("json", "flatbuffers")
 
 
 def test_other_errors_pass_unchanged():

@@ -97,7 +97,7 @@ def make_network(
     network = _NETWORKS[name]
     parameters = inspect.signature(network).parameters.keys()
     if unknown := given.keys() - (parameters - _NOT_DESCRIBED):
-        raise ValueError(f"description of a {name} must have no other arguments than it, got {listed(sorted(unknown))}")
+        raise ValueError(f"description of a {name} has unknown arguments: {listed(sorted(unknown))}")
     how = {"dtype": dtype, "attention": attention, "remat": remat, "unroll": unroll}
     how = {option: value for option, value in how.items() if value is not None}
     if unknown := how.keys() - parameters:

@@ -342,6 +342,9 @@ class UNet(AbstractField):
         unroll: int | bool = True,
         key: Key[Array, ""],
     ):
+        check_kind("size", size, UNetSize)
+        levels = {name: as_tuple(name, getattr(size, name), (16,)) for name in ("multipliers", "attention")}
+        size = size._replace(**levels)
         _check_arguments(data_shape, size, augmentation, dropout, dtype)
         channels, rows, sides = data_shape[0], data_shape[1], len(data_shape) - 1
         embedded = 4 * size.width
@@ -455,9 +458,6 @@ def _check_arguments(
     data_shape: tuple[int, ...], size: UNetSize, augmentation: int, dropout: float, dtype: DTypeLike
 ) -> None:
     check_data_shape(data_shape)
-    check_kind("size", size, UNetSize)
-    for name in ("multipliers", "attention"):
-        as_tuple(name, getattr(size, name), (16,))
     if size.width < 4 or size.width % 4:
         raise ValueError(f"width must be a positive multiple of 4, got {size.width}")
     if size.blocks < 1:

@@ -106,7 +106,7 @@ def save_weights(
     (averages are float32), or if there are not as many `class_names` as labels. `OSError` if the file cannot be
     written; an existing file is then left unchanged.
     """
-    with optional("safetensors", extra="export"):
+    with optional("safetensors", extra=None):
         import safetensors.numpy
     arrays = {name: on_host(without_key_dtype(leaf)) for name, leaf in leaves(field).items()}
     if unknown := [f"{name} in {array.dtype}" for name, array in arrays.items() if not _is_supported(array.dtype)]:
@@ -180,7 +180,7 @@ def _of_first_format(config: dict[str, Any]) -> dict[str, Any]:
 
 def _read(path: Path, rule: str) -> tuple[dict[str, str], dict[str, np.ndarray]]:
     """The metadata of a file in one of our formats, and its arrays."""
-    with optional("safetensors", extra="export"):
+    with optional("safetensors", extra=None):
         import safetensors
         import safetensors.numpy
     content = read_regular(path)

@@ -307,7 +307,7 @@ def convert_inception(torch_file: str | Path, safetensors_file: str | Path) -> N
 
     **Raises:** as for `load_inception`, for the torch file; `MissingDependency` without torch.
     """
-    with optional("safetensors", extra="export"):
+    with optional("safetensors", extra=None):
         import safetensors.numpy
     tensors = _without_prefix(read_torch(torch_file))
     _inception_with(tensors, torch_file)

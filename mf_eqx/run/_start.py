@@ -17,11 +17,12 @@ from typing import Any
 
 import equinox as eqx
 import jax
+import jax.random as jr
 import optax
 
 from .._field import AbstractField
 from .._leaves import leaves, shapes
-from .._model import describe
+from .._model import describe, make_network
 from .._optimizer import copy
 from .._sharding import Parallelism
 from .._train import init_state, TrainState, TrainStep
@@ -103,6 +104,7 @@ def _check_network(found: Mapping[str, Any] | None, field: AbstractField, path: 
     wanted = description_of(field)
     if found is None or wanted is None:
         return
+    found = describe(eqx.filter_eval_shape(eqx.Partial(make_network, found, key=jr.key(0))))  # with all arguments
     for name in wanted:
         if name != "dropout" and found.get(name) != wanted[name]:
             raise ValueError(f"start must be of {name} {wanted[name]}, got {found.get(name)} in {path}")

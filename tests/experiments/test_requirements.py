@@ -8,7 +8,11 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[2]
 SCRIPTS = [path for folder in ("experiments", "benchmarks") for path in sorted((ROOT / folder).glob("*.py"))]
-NEEDED = {"matplotlib": r"picture\.save_|matplotlib|toy_report\.", "safetensors": r"checkpoint\.save_weights\("}
+NEEDED = {
+    "matplotlib": r"picture\.save_|matplotlib|toy_report\.",
+    "safetensors": r"checkpoint\.save_weights\(",
+    "flatbuffers": r"checkpoint\.export_sampler\(",
+}
 BEGINS = r"run\.opened\(|RunDirectory\.create\(|checkpoint\.save_weights\("
 
 

@@ -140,8 +140,8 @@ DIT = {"network": "DiT", "data_shape": [3, 4, 4], "size": SIZE._asdict()}
         ({**DIT, "data_shape": 7}, "description must be that of a DiT, but none can be made"),
         ({**DIT, "data_shape": [3, 4, 5]}, "data_shape must be divisible by the patch size 2"),
         ({**DIT, "time_variables": "start"}, "description must be that of a DiT, but none can be made: 'start'"),
-        ({**DIT, "dtype": "bfloat16"}, "description of a DiT must have no other arguments than it, got dtype"),
-        ({**DIT, "wings": 2}, "description of a DiT must have no other arguments than it, got wings"),
+        ({**DIT, "dtype": "bfloat16"}, "description of a DiT has unknown arguments: dtype"),
+        ({**DIT, "wings": 2}, "description of a DiT has unknown arguments: wings"),
     ],
     ids=range(9),
 )

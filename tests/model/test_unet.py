@@ -108,6 +108,12 @@ def test_preset_has_exactly_the_parameters_of_the_paper(augmentation, count):
     assert sum(leaf.size for leaf in parameters(cifar10(augmentation=augmentation)).values()) == count
 
 
+def test_lists_in_a_size_become_tuples_which_jit_can_compare():
+    size = mfx.UNetSize(4, [1, 2], 1, [8])  # pyright: ignore[reportArgumentType]
+    field = eqx.filter_eval_shape(lambda: mfx.UNet((1, 8, 8), size, key=jr.key(0)))
+    assert field.size == mfx.UNetSize(4, (1, 2), 1, (8,)) and hash(field.size)
+
+
 def test_preset_is_the_paper_s():
     assert tuple(mfx.UNET_CIFAR10) == (128, (2, 2, 2), 4, (16,))
 

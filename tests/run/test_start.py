@@ -14,7 +14,7 @@ import trainer
 
 import mf_eqx as mfx
 from mf_eqx import checkpoint, data, run
-from mf_eqx.run._start import started
+from mf_eqx.run._start import _check_network, started
 
 for package in ("grain", "orbax.checkpoint", "safetensors"):
     pytest.importorskip(package)
@@ -121,6 +121,16 @@ def test_another_network_is_refused_by_its_description(tmp_path):
     checkpoint.save_weights(tmp_path / "ema.safetensors", make_state(heads=2).field)
     with pytest.raises(ValueError, match=r"start must be of size .*'heads': 4.*, got .*'heads': 2.* in "):
         started(str(tmp_path / "ema.safetensors"), make_state, step)
+
+
+def test_arguments_that_an_older_description_lacks_have_their_defaults(tmp_path):
+    field = mfx.MLP(2, width=8, key=jr.key(0))
+    older = mfx.describe(field)
+    assert older.pop("time_variables")
+    _check_network(older, field, tmp_path)
+    other = mfx.MLP(2, width=8, time_variables=mfx.nn.end_start, key=jr.key(0))
+    with pytest.raises(ValueError, match="start must be of time_variables end_start, got end_duration in"):
+        _check_network(older, other, tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["weights", "checkpoint"])
