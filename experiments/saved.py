@@ -68,7 +68,7 @@ def open_subject(path: str, tokenizer_path: str, devices: mfx.Parallelism, *, bf
         notes = weights.notes or assumed_notes(weights.config, field.data_shape)
     except (TypeError, ValueError) as error:
         rule = "must have notes, or the configuration of a recipe"
-        raise ValueError(f"{path}: {rule}, but it cannot be read: {error}") from error
+        raise ValueError(f"{path}: {rule}, got {weights.config!r:.80}: {error}") from error
     if tokenizer_path and notes.tokenizer is None:
         raise ValueError(f"--vae must be left out for {path}, whose values are no latents, got {tokenizer_path}")
     tokenizer = None

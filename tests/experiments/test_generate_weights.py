@@ -25,7 +25,7 @@ NETWORKS = {
     "robot": eqx.Partial(mfx.MLP, 6, width=8, depth=1, condition=5, key=jr.key(0)),
     "latent": eqx.Partial(mfx.DiT, (4, 4, 4), SIZE, key=jr.key(0)),
     "unsaid": eqx.Partial(mfx.DiT, (3, 4, 4), SIZE, labels=2, key=jr.key(0)),
-    "ends": eqx.Partial(mfx.DiT, (1, 4, 4), SIZE, key=jr.key(0)),
+    "ends": eqx.Partial(mfx.DiT, (1, 4, 4), SIZE, labels=2, key=jr.key(0)),
 }
 NAMES = tuple("abcdefghijkl")
 NOTES = {
@@ -35,7 +35,7 @@ NOTES = {
     "robot": checkpoint.Notes(trained=mfx.Trained(True, False, False)),
     "latent": checkpoint.Notes(pixels=(-1, 1), tokenizer=checkpoint.Tokenizer(TINY_VAE)),
     "unsaid": None,
-    "ends": checkpoint.Notes(trained=mfx.Trained(True, False, False, velocity=False, ends_at_data=True)),
+    "ends": checkpoint.Notes(trained=mfx.Trained(True, False, True, velocity=False, ends_at_data=True)),
 }
 
 
@@ -167,9 +167,12 @@ def test_a_dry_run_tells_what_it_would_make_and_leaves_nothing(command, capsys):
     assert "would be written to new/folder/x.png" in out
 
 
-def test_one_evaluation_to_the_data_is_made_by_weights_that_know_no_other(command, files):
-    assert command("ends.safetensors --number 2") == ["ends.npy"]
-    np.testing.assert_allclose(np.load("ends.npy"), samples(files[1]["ends"], 2), rtol=1e-5, atol=1e-6)
+def test_weights_that_know_only_averages_to_the_data_make_one_evaluation_guided_or_not(command, files):
+    assert command("ends.safetensors --label 1 --number 2") == ["ends.npy"]
+    np.testing.assert_allclose(np.load("ends.npy"), samples(files[1]["ends"], 2, [1]), rtol=1e-5, atol=1e-6)
+    command("ends.safetensors --label 1 --number 2 --guidance-scale 2")
+    expected = samples(mfx.GuidedField(files[1]["ends"], 2, jnp.asarray(2)), 2, [1])
+    np.testing.assert_allclose(np.load("ends.npy"), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_guidance_of_weights_that_say_nothing_is_a_warning(command, capsys):
@@ -249,7 +252,9 @@ def test_a_configuration_that_is_not_of_a_recipe_is_refused_with_the_name_of_its
     with pytest.raises(SystemExit):
         command("foreign.safetensors")
     (line,) = capsys.readouterr().err.strip().splitlines()
-    assert "foreign.safetensors: must have notes, or the configuration of a recipe, but" in line
+    assert (
+        "foreign.safetensors: must have notes, or the configuration of a recipe, got {'tokenizer': 'sd-vae'}: " in line
+    )
 
 
 def test_weights_of_a_network_of_ones_own_are_refused_by_name(command, capsys):
