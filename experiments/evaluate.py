@@ -15,7 +15,6 @@ is missing. `mf_eqx.metrics.convert_inception` makes inception.safetensors.
 
 import dataclasses
 import hashlib
-import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -106,11 +105,7 @@ class Config:
             raise ValueError(f"reference_count must be >= {LEAST}, got {self.reference_count}")
         if any(steps < 1 for steps in self.evaluations):
             raise ValueError(f"evaluations must be >= 1, got {self.evaluations}")
-        falling = all(before > after for before, after in itertools.pairwise(self.times))
-        if self.times and not (falling and (self.times[0], self.times[-1]) == (1, 0)):
-            raise ValueError(f"times must fall strictly from 1 to 0, got {self.times}")
-        if not self.guidance_scale or not all(0 <= scale < math.inf for scale in self.guidance_scale):
-            raise ValueError(f"guidance_scale must be one number >= 0 or more, got {self.guidance_scale}")
+        saved.check_times_and_scales(self.times, self.guidance_scale)
 
     @property
     def at_once(self) -> int:
@@ -133,6 +128,8 @@ def check_flags(config: Config) -> None:
     if config.reference.endswith(".npz") and (config.reference_count or config.save_reference):
         flag = "--reference-count" if config.reference_count else "--save-reference"
         raise ValueError(f"{flag} must be given with images as reference, got {config.reference}")
+    if config.save_reference:
+        run.check_writable(config.save_reference)
 
 
 # What is judged, and by what
@@ -153,10 +150,10 @@ def open_subject(config: Config, devices: mfx.Parallelism) -> saved.Subject:
     if subject.is_latent:
         raise ValueError(f"--vae must be given for a network of latents, such as {config.weights}, got none")
     if not subject.is_image or subject.shape[0] != 3:
-        rule = "images of 3 channels, which notes of pixels say, or latents of them"
-        raise ValueError(f"{config.weights}: samples must be {rule}, got the shape {subject.shape}")
-    if (trained := subject.notes.trained) is not None and not trained.average and not config.euler:
-        raise ValueError(f"--euler must be given for {config.weights}, whose u was trained at r = t alone, got none")
+        rule = "images of 3 channels, or latents of them, whose notes give a range of pixels"
+        found = f"the shape {subject.shape} and the range {subject.notes.pixels}"
+        raise ValueError(f"{config.weights}: samples must be {rule}, got {found}")
+    saved.check_steps(subject, max(len(row.times) - 1 for row in rows_of(config)), euler=config.euler)
     saved.check_guidance(subject, config.guidance_scale, euler=config.euler)
     return subject
 
@@ -299,7 +296,10 @@ class Evaluation:
         return saved.make_generator(self.subject, row.times, **how, labels=labels, balanced=is_balanced)
 
     def images(self, batches: Iterable[Array]) -> Iterator[Array]:
-        return saved.decoded(batches, self.subject.tokenizer, self.config.at_once, self.devices)
+        """Samples as images, with pixels in [-1, 1] as protocols expect them."""
+        low, high = self.subject.pixels
+        images = saved.decoded(batches, self.subject.tokenizer, self.config.at_once, self.devices)
+        return images if (low, high) == (-1, 1) else ((2 * x - low - high) / (high - low) for x in images)
 
     def made_with(self) -> dict[str, Any]:
         """What numbers do not depend on, or that is known by digests alone."""

@@ -14,7 +14,6 @@ share the work. Sample i follows from the seed and i alone, whatever the batch a
 import dataclasses
 import itertools
 import math
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,15 @@ from typing import Any
 import jax
 import numpy as np
 from jaxtyping import Int, Real
-from saved import check_guidance, decoded, make_generator, open_subject, Subject
+from saved import (
+    check_guidance,
+    check_steps,
+    check_times_and_scales,
+    decoded,
+    make_generator,
+    open_subject,
+    Subject,
+)
 
 import mf_eqx as mfx
 from mf_eqx import data, picture, run
@@ -77,13 +84,9 @@ class Config:
         for name, bound in {"evaluations": 1, "number": 1, "batch": 1, "seed": 0}.items():
             if (value := getattr(self, name)) is not None and value < bound:
                 raise ValueError(f"{name} must be >= {bound}, got {value}")
-        falling = all(before > after for before, after in itertools.pairwise(self.times))
-        if self.times and not (len(self.times) > 1 and falling and (self.times[0], self.times[-1]) == (1, 0)):
-            raise ValueError(f"times must fall strictly from 1 to 0, got {self.times}")
+        check_times_and_scales(self.times, (self.guidance_scale,))
         if self.times and self.evaluations is not None:
             raise ValueError(f"evaluations must be left out with --times, got {self.evaluations}")
-        if not 0 <= self.guidance_scale < math.inf:
-            raise ValueError(f"guidance_scale must be >= 0 and finite, got {self.guidance_scale}")
 
 
 # What is asked for
@@ -134,8 +137,9 @@ def plan(config: Config, subject: Subject, devices: mfx.Parallelism) -> Job:
     if not euler and trained is not None and not trained.average:
         run.tell(f"{subject.path}: u was trained at r = t alone (Flow Matching), so steps are those of --euler")
         euler = True
-    check_guidance(subject, (config.guidance_scale,), euler=euler)
     times = config.times or mfx.uniform_times(config.evaluations or (EULER_STEPS if euler else 1))
+    check_steps(subject, len(times) - 1, euler=euler)
+    check_guidance(subject, (config.guidance_scale,), euler=euler)
     to = place(config, subject)
     labels = chosen_labels(config, subject, COLUMNS if to.endswith(".png") else None)
     vectors = read_condition(config, subject)
@@ -161,7 +165,11 @@ def place(config: Config, subject: Subject) -> str:
     if not is_folder(to) and Path(to).suffix not in (".png", ".npy"):
         raise ValueError(f"--to must end in .png, in .npy, or in / for a folder, got {to}")
     if not to.endswith(".npy") and not subject.is_image and (is_folder(to) or not is_point):
-        reason = "whose latents need --vae for pictures" if subject.is_latent else "whose samples are no images"
+        reason = "whose samples are no images"
+        if subject.is_latent:
+            reason = "whose latents need --vae for pictures"
+        elif subject.notes.pixels is None and len(subject.shape) == 3:
+            reason = "whose notes give no range of pixels"
         raise ValueError(f"--to must end in .npy for {subject.path}, {reason}, got {to}")
     return to
 
@@ -213,21 +221,13 @@ def read_condition(config: Config, subject: Subject) -> Any:
 # What is left
 
 
-def check_place(job: Job) -> None:
-    """Refuses a place that nothing can be written to, before anything is computed."""
-    path = Path(job.to)
-    if not job.to.endswith(".npy"):
-        with run.optional("matplotlib"):
-            import matplotlib  # noqa: F401
-    folder = path if is_folder(job.to) else path.parent
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if folder is path and any(path.iterdir()):
-            raise ValueError(f"--to must be a new or empty folder, got {job.to}")
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise ValueError(f"--to must be where files can be written, got {job.to}: {error.strerror}") from error
+def check_place(to: str) -> None:
+    """Refuses a place that nothing can be written to, and a picture without the package that draws it."""
+    if not to.endswith(".npy"):
+        run.require("PIL" if is_folder(to) else "matplotlib")
+    run.check_writable(Path(to, "000000.png") if is_folder(to) else to)
+    if Path(to).is_dir() and any(Path(to).iterdir()):
+        raise ValueError(f"--to must be a new or empty folder, got {to}")
 
 
 def save_picture(job: Job) -> None:
@@ -237,7 +237,7 @@ def save_picture(job: Job) -> None:
         kinds = {"": x} if names is None else {name: x[i :: len(names)] for i, name in enumerate(names)}
         limit = 1.1 * float(np.abs(x[np.isfinite(x)]).max(initial=1e-3))
         return picture.save_point_panels(job.to, kinds, limit=limit)
-    low, high = job.subject.notes.pixels or (-1, 1)
+    low, high = job.subject.pixels
     rows = -(-len(x) // job.columns)
     white = np.full((rows * job.columns - len(x), *x.shape[1:]), high, x.dtype)  # after the last sample
     grid = np.concatenate([x, white]).reshape(rows, job.columns, *x.shape[1:])
@@ -263,7 +263,7 @@ def save_array(job: Job) -> None:
 
 def save_files(job: Job) -> None:
     """Each sample as a PNG file, called by its number and label."""
-    (low, high), number = job.subject.notes.pixels or (-1, 1), itertools.count()
+    (low, high), number = job.subject.pixels, itertools.count()
     for x in job.samples():
         for image, i in zip(x, number, strict=False):
             label = "" if job.labels is None else f"_{job.labels[i % len(job.labels)]}"
@@ -290,11 +290,10 @@ def main(config: Config) -> None:
     devices = mfx.Parallelism()
     job = plan(config, open_subject(config.weights, config.vae, devices, bfloat16=config.bfloat16), devices)
     run.tell(described(job))
+    check_place(job.to)
     if config.dry_run:
         return run.tell(f"would be written to {job.to}")
-    check_place(job)
-    if not job.to.endswith(".npy"):
-        run.require("matplotlib")
+    Path(job.to).parent.mkdir(parents=True, exist_ok=True)
     save = save_files if is_folder(job.to) else save_array if job.to.endswith(".npy") else save_picture
     save(job)
     turn = f", labels in turn: {', '.join(job.names)}" if job.names else ""

@@ -9,7 +9,7 @@
 
 A run that was stopped, or killed, continues by the same command, on any number of devices and processes that divides
 the batch; with a larger --steps, a finished one continues, too. The parameter average is left in ema.safetensors, which
-evaluate.py and --start read.
+generate.py and --start read, and evaluate.py if the images are in colour.
 
 At the end as many images are generated as are held out, with the labels of these, and both are compared: by the Frechet
 distance of pixels, the sliced Wasserstein distance of pixels, and the share of samples that are nearer to a training

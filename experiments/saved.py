@@ -1,5 +1,7 @@
 """Saved weights, opened so that samples can be made of them: what `generate.py` and `evaluate.py` share."""
 
+import itertools
+import math
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -47,6 +49,12 @@ class Subject(NamedTuple):
         return self.notes.pixels is not None and not self.is_latent and len(self.shape) == 3 and self.shape[0] in (1, 3)
 
     @property
+    def pixels(self) -> tuple[float, float]:
+        """Of images: the values of black and of full brightness."""
+        assert self.notes.pixels is not None
+        return self.notes.pixels
+
+    @property
     def parameters(self) -> int:
         return sum(leaf.size for leaf in jax.tree.leaves(eqx.filter(self.field, eqx.is_array)))
 
@@ -56,7 +64,11 @@ def open_subject(path: str, tokenizer_path: str, devices: mfx.Parallelism, *, bf
     weights = checkpoint.read_weights(path)
     how = {"dtype": jnp.bfloat16} if bfloat16 else {}
     field: Any = weights.fill(lambda: weights.make_network(**how), devices)
-    notes = weights.notes or assumed_notes(weights.config, field.data_shape)
+    try:
+        notes = weights.notes or assumed_notes(weights.config, field.data_shape)
+    except (TypeError, ValueError) as error:
+        rule = "must have notes, or the configuration of a recipe"
+        raise ValueError(f"{path}: {rule}, got {weights.config!r:.80}: {error}") from error
     if tokenizer_path and notes.tokenizer is None:
         raise ValueError(f"--vae must be left out for {path}, whose values are no latents, got {tokenizer_path}")
     tokenizer = None
@@ -83,6 +95,30 @@ def assumed_notes(config: dict[str, Any], shape: tuple[int, ...]) -> checkpoint.
     )
 
 
+def check_times_and_scales(times: Sequence[float], scales: Sequence[float]) -> None:
+    """Refuses times, if any are given, and scales of guidance that no sampler takes."""
+    falling = all(before > after for before, after in itertools.pairwise(times))
+    if times and not (falling and (times[0], times[-1]) == (1, 0)):
+        raise ValueError(f"times must fall strictly from 1 to 0, got {times}")
+    if not scales or not all(0 <= scale < math.inf for scale in scales):
+        found = scales[0] if len(scales) == 1 else scales
+        raise ValueError(f"guidance_scale must be >= 0 and finite, got {found}")
+
+
+def check_steps(subject: Subject, steps: int, *, euler: bool) -> None:
+    """Refuses so many steps along values of u that were never trained, if the notes say which were."""
+    if (trained := subject.notes.trained) is None:
+        return
+    if euler and not trained.velocity:
+        raise ValueError(f"--euler must be left out for {subject.path}, whose u was not trained at r = t, got --euler")
+    if not euler and not trained.average:
+        raise ValueError(f"--euler must be given for {subject.path}, whose u was trained at r = t alone, got none")
+    if not euler and trained.ends_at_data and steps > 1:
+        rule = "1, or --euler be given," if trained.velocity else "1"
+        reason = "whose averages u(z, r, t) were trained at r = 0 alone"
+        raise ValueError(f"--evaluations must be {rule} for {subject.path}, {reason}, got {steps}")
+
+
 def check_guidance(subject: Subject, scales: Sequence[float], *, euler: bool) -> None:
     """Refuses guidance at sampling for a network that cannot do without a label; warns if nobody knows."""
     if all(scale == 1 for scale in scales):
@@ -96,7 +132,7 @@ def check_guidance(subject: Subject, scales: Sequence[float], *, euler: bool) ->
             f"{subject.path} does not say whether u without a label was trained {where}, which --guidance-scale needs"
         )
         print(f"warning: {text}", file=sys.stderr)
-    elif not trained.null_velocity:
+    elif not (trained.null_velocity or trained.null_average):
         raise ValueError(f"--guidance-scale must be 1 for {subject.path}, trained with labels alone, got {found}")
     elif not (euler or trained.null_average):
         rule = f"1, or --euler be given, for {subject.path}, whose u without a label was trained at r = t alone"

@@ -40,13 +40,20 @@ def write_whole(path: str | Path, *pieces: bytes | memoryview) -> None:
 
 
 def check_writable(path: str | Path) -> None:
-    """Raises `OSError`, with its name, if a file or folder could not be written: before what takes long, not after."""
+    """Raises `OSError`, with its name, if a file could not be written: before what takes long, not after.
+
+    The folder must be writable, too, since `write_whole` writes a temporary file beside the path. Folders that are
+    missing can be made.
+    """
     path = Path(path).absolute()
-    existing = next(found for found in (path, *path.parents) if found.exists())
-    if existing != path and not existing.is_dir():
-        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(existing))
-    if not os.access(existing, os.W_OK):
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(existing))
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    folder = next(found for found in path.parents if found.exists())
+    if not folder.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
+    for needed in (path, folder):
+        if needed.exists() and not os.access(needed, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(needed))
 
 
 def append(path: str | Path, content: bytes) -> None:

@@ -232,8 +232,15 @@ class Objective(AbstractObjective):
     @property
     def trained(self) -> Trained:
         """Which values of a field it trains, for those who sample later."""
-        average, drops = self.identity_share > 0, self._drop_probability > 0
-        return Trained(average, drops, average and drops and self._drops_any_row)
+        facts, drops = self._facts, self._drop_probability > 0
+        average, velocity = self.identity_share > 0, self.identity_share < 1 or facts.trains_velocity
+        return Trained(
+            average=average,
+            null_velocity=velocity and drops,
+            null_average=average and drops and self._drops_any_row,
+            velocity=velocity,
+            ends_at_data=average and (facts.ends_at_data or self.time_pairs.at_data == 1),
+        )
 
     @property
     def _facts(self) -> Facts:

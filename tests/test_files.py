@@ -33,15 +33,27 @@ def test_file_is_what_it_was_after_an_error(tmp_path, monkeypatch, step):
     assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
 
 
-def test_a_path_that_cannot_be_written_is_refused_before_anything_is_written(tmp_path, monkeypatch):
-    check_writable(tmp_path / "new" / "file")
+def test_a_path_that_cannot_be_written_is_refused_before_anything_is_written(tmp_path):
     (tmp_path / "file").write_text("")
+    for path in ("file", "new", "new/folder/file"):
+        check_writable(tmp_path / path)
     with pytest.raises(NotADirectoryError, match="file"):
         check_writable(tmp_path / "file" / "below")
-    monkeypatch.setattr(os, "access", lambda *_: False)
-    with pytest.raises(PermissionError, match=str(tmp_path)):
-        check_writable(tmp_path / "new" / "file")
+    with pytest.raises(IsADirectoryError, match=str(tmp_path)):
+        check_writable(tmp_path)
     assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize(
+    ("read_only", "path"), [("folder", "folder/file"), ("folder", "folder/new/file"), ("folder/file", "folder/file")]
+)
+def test_a_file_needs_the_right_to_write_it_and_its_folder(read_only, path, tmp_path, monkeypatch):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "file").write_text("")
+    check_writable(tmp_path / path)
+    monkeypatch.setattr(os, "access", lambda found, _: found != tmp_path / read_only)  # root may write everywhere
+    with pytest.raises(PermissionError, match=f"{read_only}'"):
+        check_writable(tmp_path / path)
 
 
 def test_content_is_on_disk_before_it_gets_its_name(tmp_path, monkeypatch):

@@ -30,6 +30,7 @@ from mf_eqx import (
     Batch,
     ConstantWeight,
     Context,
+    ContinuousConsistency,
     Facts,
     Guidance,
     ImprovedMeanFlow,
@@ -932,20 +933,27 @@ def test_rate_that_boundary_rows_cannot_reach_is_refused(share, rate):
 @pytest.mark.parametrize(
     ("parts", "expected"),
     [
-        ({}, (True, False, False)),
-        ({"label_dropout": LabelDropout(0.0, LABELS, boundary_only=False)}, (True, False, False)),
-        ({"label_dropout": LabelDropout(0.1, LABELS)}, (True, True, False)),
-        ({"label_dropout": LabelDropout(0.1, LABELS, boundary_only=False)}, (True, True, True)),
-        ({"label_dropout": LabelDropout(0.1, LABELS), "identity_share": 1}, (True, True, True)),
-        ({"identity": None, "identity_share": 0}, (False, False, False)),
+        ({}, (True, False, False, True, False)),
+        ({"label_dropout": LabelDropout(0.0, LABELS, boundary_only=False)}, (True, False, False, True, False)),
+        ({"label_dropout": LabelDropout(0.1, LABELS)}, (True, True, False, True, False)),
+        ({"label_dropout": LabelDropout(0.1, LABELS, boundary_only=False)}, (True, True, True, True, False)),
+        ({"label_dropout": LabelDropout(0.1, LABELS), "identity_share": 1}, (True, True, True, True, False)),
+        ({"identity": None, "identity_share": 0}, (False, False, False, True, False)),
         (
             {"identity": None, "identity_share": 0, "label_dropout": LabelDropout(0.1, LABELS, boundary_only=False)},
-            (False, True, False),
+            (False, True, False, True, False),
+        ),
+        ({"time_pairs": TimePairs(at_data=1.0)}, (True, False, False, True, True)),
+        ({"identity": ContinuousConsistency()}, (True, False, False, True, True)),
+        ({"identity": ContinuousConsistency(), "identity_share": 0}, (False, False, False, True, False)),
+        (
+            {"identity": ContinuousConsistency(), "identity_share": 1, "label_dropout": LabelDropout(0.1, LABELS)},
+            (True, False, True, False, True),
         ),
     ],
-    ids=range(7),
+    ids=range(11),
 )
-def test_what_is_trained_follows_from_share_and_dropout(parts, expected):
+def test_what_is_trained_follows_from_method_share_times_and_dropout(parts, expected):
     assert Objective(**parts).trained == expected
 
 

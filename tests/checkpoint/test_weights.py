@@ -16,6 +16,7 @@ from fields import filled, refilled
 import mf_eqx as mfx
 from mf_eqx import checkpoint, nn, run, vae
 from mf_eqx._leaves import digest
+from mf_eqx.checkpoint._notes import notes_of_json
 
 pytest.importorskip("safetensors")
 
@@ -121,6 +122,11 @@ NOTES = checkpoint.Notes(
 def test_notes_come_back(notes, field, tmp_path):
     checkpoint.save_weights(tmp_path / "a", field, notes=notes)
     assert checkpoint.read_weights(tmp_path / "a").notes == notes
+
+
+def test_older_notes_say_of_fewer_values_whether_they_were_trained():
+    trained = {"average": True, "null_velocity": True, "null_average": False}
+    assert notes_of_json({"trained": trained}).trained == (True, True, False, True, False)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ import pytest
 from random_tensors import random_tensor
 
 import mf_eqx as mfx
-from mf_eqx import checkpoint, data, metrics, run, vae
+from mf_eqx import checkpoint, data, metrics, picture, run, vae
 
 TESTS = pathlib.Path(__file__).parents[1]
 TINY_VAE = vae.AutoencoderSize(widths=(4, 4), blocks=1, latent=4, groups=2)
@@ -202,6 +202,23 @@ def test_distance_is_that_of_samples_zero_to_n_from_all_training_images(judge, s
     assert row["fid"] == pytest.approx(frechet(features_of(pixels), features_of(IMAGES)), rel=1e-3)
 
 
+def test_pixels_of_another_range_reach_inception_and_pictures_as_those_from_minus_one_to_one(
+    evaluate, judge, seen, fields, monkeypatch
+):
+    os.unlink("dit.safetensors")
+    checkpoint.save_weights("dit.safetensors", fields[1]["dit"], notes=checkpoint.Notes(pixels=(-3, 5)))
+    shown = []
+    monkeypatch.setattr(picture, "save_image_grid", lambda path, *given, **_: shown.append(given))
+    judge(ARGUMENTS)
+    x = np.asarray(drawn(fields[1]["dit"], 16))
+    np.testing.assert_allclose(seen[1], (x - 1) / 4, rtol=1e-5, atol=2e-5)  # float32, values of about 5
+    eps = jr.normal(jr.key(evaluate.PICTURE_SEED), (64, 3, 32, 32))
+    x = eps - jax.jit(jax.vmap(lambda z: fields[1]["dit"](z, jnp.zeros(()), jnp.ones(()))))(eps)
+    ((images, *shown_range),) = shown
+    assert shown_range == [-1, 1]
+    np.testing.assert_allclose(images.reshape(x.shape), (x - 1) / 4, rtol=1e-5, atol=2e-5)
+
+
 def test_latents_are_decoded_at_their_scale_with_balanced_labels_and_guided(judge, seen, fields):
     arguments = "--samples 12 --batch 8 --decode-batch 4 --labels balanced --guidance-scale 1 2"
     directory = judge(f"{LATENT} {arguments}")
@@ -383,6 +400,7 @@ def refused(judge, capsys, arguments):
         (f"{ARGUMENTS} --save-reference x.txt", "--save-reference must end in .npz, got x.txt"),
         (f"{ARGUMENTS} --reference runs.npz --save-reference x.npz", "--save-reference must be given with images"),
         (f"{ARGUMENTS} --weights grey.safetensors", r"grey.*: samples must be images of 3 channels, .* \(1, 32, 32\)"),
+        (f"{ARGUMENTS} --save-reference dit.safetensors/x.npz", "Not a directory: '.*dit.safetensors'"),
         (f"{ARGUMENTS} --weights small.safetensors", r"small.*: --protocol cifar_train is for .* got \(3, 16, 16\)"),
         (f"{LATENT} --batch 9 --decode-batch 6", "--decode-batch must divide the batch, 9, got 6"),
     ],
@@ -407,8 +425,18 @@ def test_weights_of_no_known_network_are_refused_by_name(judge, capsys):
             "--guidance-scale must be 1 for latent.*, trained with labels",
         ),
         ((False, True, False), "", "--euler must be given for latent.safetensors, whose u was trained at r = t alone"),
+        (
+            (True, True, True, True, True),
+            "--evaluations 1 2",
+            "--evaluations must be 1, or --euler be given, for latent.*, whose averages .* r = 0 alone, got 2",
+        ),
+        (
+            (True, False, True, False, True),
+            "--euler --guidance-scale 2",
+            "--euler must be left out for latent.safetensors, whose u was not trained at r = t, got --euler",
+        ),
     ],
-    ids=range(3),
+    ids=range(5),
 )
 def test_samples_that_the_network_was_not_trained_for_are_refused(trained, flags, message, judge, capsys):
     os.unlink("latent.safetensors")

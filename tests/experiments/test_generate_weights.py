@@ -25,6 +25,7 @@ NETWORKS = {
     "robot": eqx.Partial(mfx.MLP, 6, width=8, depth=1, condition=5, key=jr.key(0)),
     "latent": eqx.Partial(mfx.DiT, (4, 4, 4), SIZE, key=jr.key(0)),
     "unsaid": eqx.Partial(mfx.DiT, (3, 4, 4), SIZE, labels=2, key=jr.key(0)),
+    "ends": eqx.Partial(mfx.DiT, (1, 4, 4), SIZE, labels=2, key=jr.key(0)),
 }
 NAMES = tuple("abcdefghijkl")
 NOTES = {
@@ -34,6 +35,7 @@ NOTES = {
     "robot": checkpoint.Notes(trained=mfx.Trained(True, False, False)),
     "latent": checkpoint.Notes(pixels=(-1, 1), tokenizer=checkpoint.Tokenizer(TINY_VAE)),
     "unsaid": None,
+    "ends": checkpoint.Notes(trained=mfx.Trained(True, False, True, velocity=False, ends_at_data=True)),
 }
 
 
@@ -165,6 +167,14 @@ def test_a_dry_run_tells_what_it_would_make_and_leaves_nothing(command, capsys):
     assert "would be written to new/folder/x.png" in out
 
 
+def test_weights_that_know_only_averages_to_the_data_make_one_evaluation_guided_or_not(command, files):
+    assert command("ends.safetensors --label 1 --number 2") == ["ends.npy"]
+    np.testing.assert_allclose(np.load("ends.npy"), samples(files[1]["ends"], 2, [1]), rtol=1e-5, atol=1e-6)
+    command("ends.safetensors --label 1 --number 2 --guidance-scale 2")
+    expected = samples(mfx.GuidedField(files[1]["ends"], 2, jnp.asarray(2)), 2, [1])
+    np.testing.assert_allclose(np.load("ends.npy"), expected, rtol=1e-5, atol=1e-6)
+
+
 def test_guidance_of_weights_that_say_nothing_is_a_warning(command, capsys):
     command("unsaid.safetensors --guidance-scale 2 --dry-run")
     text = "warning: unsaid.safetensors does not say whether u without a label was trained at r < t"
@@ -205,8 +215,13 @@ def test_what_older_recipes_wrote_into_configurations_is_understood(experiment):
         ("latent.safetensors --to x.png", "--to must end in .npy for latent.*, whose latents need --vae for pictures"),
         ("plain.safetensors --vae vae", "--vae must be left out for plain.safetensors, whose values are no latents"),
         ("plain.safetensors --to x.jpg", r"--to must end in .png, in .npy, or in / for a folder, got x.jpg"),
-        ("plain.safetensors --to vectors.npy/x.png", "--to must be where files can be written, got vec.*: File exists"),
-        ("plain.safetensors --to .", r"--to must be a new or empty folder, got \."),
+        ("ends.safetensors --to x.png", "--to must end in .npy for ends.*, whose notes give no range of pixels, got x"),
+        ("ends.safetensors --euler", "--euler must be left out for ends.*, whose u was not trained at r = t, got --eu"),
+        ("ends.safetensors --evaluations 2", "--evaluations must be 1 for ends.*, .* trained at r = 0 alone, got 2"),
+        ("ends.safetensors --times 1 0.5 0", "--evaluations must be 1 for ends.*, .* trained at r = 0 alone, got 2"),
+        ("plain.safetensors --to vectors.npy/x.png --dry-run", "Not a directory: '.*vectors.npy'"),
+        ("plain.safetensors --to vectors.npy/ --dry-run", "Not a directory: '.*vectors.npy'"),
+        ("plain.safetensors --to . --dry-run", r"--to must be a new or empty folder, got \."),
         ("plain.safetensors --number 10001", "--number must be at most 10000 in one picture, got 10001"),
         ("plain.safetensors --number 0", "--number must be >= 1, got 0"),
         ("plain.safetensors --times 1 0.5", "--times must fall strictly from 1 to 0"),
@@ -221,6 +236,25 @@ def test_bad_input_ends_in_one_line_and_leaves_nothing(arguments, message, comma
     assert ended.value.code == 2 and set(os.listdir()) == before
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert re.search(message, line), line
+
+
+def test_only_what_is_made_needs_a_package(files, tmp_path, monkeypatch):
+    """PNG files need no matplotlib, arrays no package at all."""
+    needed = []
+    monkeypatch.setattr(run, "require", lambda *packages: needed.append(packages))
+    for place in ("x.npy", "x.png", "new/"):
+        files[2].check_place(str(tmp_path) + "/" + place)
+    assert needed == [("matplotlib",), ("PIL",)]
+
+
+def test_a_configuration_that_is_not_of_a_recipe_is_refused_with_the_name_of_its_file(command, files, capsys):
+    checkpoint.save_weights("foreign.safetensors", files[1]["latent"], {"tokenizer": "sd-vae"})
+    with pytest.raises(SystemExit):
+        command("foreign.safetensors")
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert (
+        "foreign.safetensors: must have notes, or the configuration of a recipe, got {'tokenizer': 'sd-vae'}: " in line
+    )
 
 
 def test_weights_of_a_network_of_ones_own_are_refused_by_name(command, capsys):
