@@ -205,7 +205,7 @@ def test_no_label_and_fewer_labels_than_the_network_has_are_accepted(network):
     assert np.isfinite(samples).all()
 
 
-@pytest.mark.parametrize("null", [4, -1, np.int32(4), jnp.asarray(4)])
+@pytest.mark.parametrize("null", [4, -1, np.int32(4), np.asarray(4)])
 def test_null_that_the_network_lacks_is_refused(network, null):
     with pytest.raises(ValueError, match=r"null must lie in \[0, 3\] for a network with 3 labels, got"):
         mfx.GuidedField(network, 2, null)
