@@ -97,6 +97,7 @@ def errors(kind, guidance, scale):
     return np.array([metrics["boundary_error"].value, metrics["identity_error"].value])
 
 
+@pytest.mark.slow
 def test_exact_guided_field_leaves_no_error_whatever_its_condition(x64):
     guidance = mfx.Guidance(1.25, 0.5)  # of effective scale 2.5
     assert np.max(errors("mean", guidance, 2.5)) < 1e-12

@@ -213,7 +213,12 @@ def test_mean_of_traced_values_is_traced():
     np.testing.assert_array_equal(found, [1.5, np.nan])
 
 
-@pytest.mark.parametrize("method", [None, *METHODS])
+QUICK = (None, "MeanFlow", "LagrangianSelfDistillation", "ConsistencyTraining", "InductiveMomentMatching")
+
+
+@pytest.mark.parametrize(
+    "method", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in METHODS if name not in QUICK)]
+)
 def test_a_step_and_its_metrics_make_no_nan_on_the_way(method):
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
     average = [mfx.ExponentialAverage(0.9)]

@@ -109,6 +109,7 @@ def test_state_of_the_objective_is_saved_and_training_continues_with_the_same_bi
     assert eqx.tree_equal(trained(10, loss(), restored)[0], whole)
 
 
+@pytest.mark.slow
 def test_a_step_that_is_not_finite_leaves_the_moments_as_they_were():
     state, _ = trained(2, loss())
     spoiled = eqx.tree_at(lambda state: state.field, state, jax.tree.map(lambda leaf: leaf * jnp.nan, state.field))

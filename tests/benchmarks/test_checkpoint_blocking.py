@@ -12,6 +12,7 @@ def directory(finished):
     return finished("checkpoint_blocking", megabytes=(1,), rounds=1)
 
 
+@pytest.mark.slow
 def test_a_save_is_measured_in_all_its_parts(directory):
     (record,) = json.loads((directory / "results.json").read_text())
     assert record["bytes"] == pytest.approx(1e6, rel=0.5)
@@ -19,6 +20,7 @@ def test_a_save_is_measured_in_all_its_parts(directory):
     assert min(record["load"], record["digests"]) > 0
 
 
+@pytest.mark.slow
 def test_no_state_is_left_on_disk(directory):
     assert {path.name for path in directory.iterdir()} == {"config.json", "results.md", "results.json"}
 

@@ -116,6 +116,7 @@ def test_reference_has_digits_that_float32_has_not(jvp_accuracy, whole_run, smal
     assert jvp_accuracy.relative(found, np.asarray(expected)).max() < 1e-8
 
 
+@pytest.mark.slow
 def test_every_precision_has_the_same_parameters_and_none_is_zero(jvp_accuracy, small):
     def parameters(precision):
         return jax.tree.leaves(jvp_accuracy.make_field(small[0], precision, 1.0))

@@ -267,6 +267,7 @@ def directory(finished):
     )
 
 
+@pytest.mark.slow
 def test_a_run_leaves_times_of_each_variant(directory):
     records = json.loads((directory / "results.json").read_text())
     assert [record["variant"] for record in records] == ["Flow Matching", "MeanFlow"]
@@ -278,6 +279,7 @@ def test_a_run_leaves_times_of_each_variant(directory):
         assert record["cost"]["compile_seconds"] > 0
 
 
+@pytest.mark.slow
 def test_a_run_leaves_a_table_and_a_picture(directory):
     assert set(cells((directory / "results.md").read_text())) == {"Flow Matching", "MeanFlow"}
     assert (directory / "jvp_overhead.png").stat().st_size > 0

@@ -23,6 +23,7 @@ def field():
     return refilled(mfx.DiT((4, 32, 32), SMALL, labels=1000, key=jr.key(0)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("evaluations", "times"), [(1, (1.0, 0.0)), (2, (1.0, 0.5, 0.0))])
 def test_what_is_timed_is_sampling(sampling_throughput, field, evaluations, times):
     cell = sampling_throughput.Cell("tiny", 3, evaluations)
@@ -41,6 +42,7 @@ def directory(finished):
     return finished("sampling_throughput", model=("tiny",), batch=(1, 2), evaluations=(1, 2), rounds=1)
 
 
+@pytest.mark.slow
 def test_a_run_leaves_times_and_operations_of_every_cell(directory):
     records = json.loads((directory / "results.json").read_text())
     assert [(r["batch"], r["evaluations"]) for r in records] == [(1, 1), (1, 2), (2, 1), (2, 2)]
@@ -50,6 +52,7 @@ def test_a_run_leaves_times_and_operations_of_every_cell(directory):
         assert 0 < seconds < np.inf
 
 
+@pytest.mark.slow
 def test_a_run_leaves_a_table_and_a_picture(directory):
     assert (directory / "results.md").read_text().count("| tiny") == 4
     assert (directory / "sampling_throughput.png").stat().st_size > 0

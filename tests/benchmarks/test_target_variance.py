@@ -36,6 +36,7 @@ def test_near_the_data_nothing_is_left_to_remove(target_variance):
     assert float(noise) < 1e-6
 
 
+@pytest.mark.slow
 def test_a_run_leaves_shares_of_every_data_set(target_variance, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     arguments = "--copies 1 3 --times 0.5 1 --numbers 4 --data-rows 64 --rows 16 --name one"

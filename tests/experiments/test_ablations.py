@@ -218,6 +218,7 @@ def test_rows_that_diverged_are_counted_apart(ablations):
     assert text.startswith("Of 1 pairs of rows, 1 are in the paper's order") and text.endswith("diverged: 1.")
 
 
+@pytest.mark.slow
 def test_digits_have_a_recipe_of_the_same_kind(ablations):
     recipe = ablations.handwritten_digits()
     import jax.random as jr

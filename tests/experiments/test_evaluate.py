@@ -219,6 +219,7 @@ def test_pixels_of_another_range_reach_inception_and_pictures_as_those_from_minu
     np.testing.assert_allclose(images.reshape(x.shape), (x - 1) / 4, rtol=1e-5, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_latents_are_decoded_at_their_scale_with_balanced_labels_and_guided(judge, seen, fields):
     arguments = "--samples 12 --batch 8 --decode-batch 4 --labels balanced --guidance-scale 1 2"
     directory = judge(f"{LATENT} {arguments}")

@@ -59,6 +59,7 @@ def test_a_run_leaves_config_results_and_pictures(finished):
     assert (finished.parent / "config.json").exists()
 
 
+@pytest.mark.slow
 def test_a_finished_training_is_neither_repeated_nor_judged_again(toy_2d, finished, monkeypatch, capsys):
     monkeypatch.chdir(finished.parents[3])
     monkeypatch.setattr(toy_2d, "judge", None)

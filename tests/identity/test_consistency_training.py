@@ -65,6 +65,7 @@ def test_no_gradient_passes_through_the_earlier_end():
     np.testing.assert_allclose(jax.grad(loss)(Scaled(jnp.asarray(0.4))).scale, expected, rtol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "time_pairs", [pytest.param(mfx.TimePairs(), marks=pytest.mark.slow), mfx.TimePairs(equal=0.5)]
 )

@@ -180,6 +180,7 @@ def test_bfloat16_compute_computes_its_products_in_bfloat16_and_the_times_in_flo
     assert sorted(results) == ["bf16"] * 5 + ["f32"] * 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "bound"), [(jnp.float32, 1e-5), (jnp.bfloat16, 0.02)], ids=["float32", "bfloat16"])
 def test_output_and_derivative_in_low_precision_are_near_those_in_float64(x64, dtype, bound):
     def both(compute, parameters):

@@ -194,6 +194,7 @@ def test_every_block_gives_what_it_gives_in_torch(x64):
         assert_near(output, frozen()[name], 1e-12)
 
 
+@pytest.mark.slow
 def test_another_order_of_queries_keys_and_values_is_another_network():
     # The way the tensor is laid out can be seen in no shape.
     swapped = {

@@ -241,6 +241,7 @@ def test_a_run_of_sizes_that_cannot_be_is_refused_in_one_line_and_leaves_nothing
     assert len([line for line in lines if "error: " in line]) == 1, lines
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", [f"--steps {HUGE} --log-every {HUGE}", f"--keep-last {HUGE} --dit-batch 1000000"])
 def test_a_dry_run_of_large_numbers_that_can_be_ends(arguments, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -284,6 +284,7 @@ def assert_same(found, expected):
     np.testing.assert_allclose(found, expected, rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("devices", "fsdp"),
     [(8, 2), *(pytest.param(*sizes, marks=pytest.mark.slow) for sizes in [(2, 1), (4, 1), (8, 1), (2, 2), (8, 8)])],

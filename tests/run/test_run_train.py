@@ -142,6 +142,7 @@ def test_a_stopped_run_says_after_which_step_and_has_it_saved(tmp_path):
     assert steps_on_disk(run.RunDirectory(directory)) == [5, 7]
 
 
+@pytest.mark.slow
 def test_an_interrupt_stops_like_a_termination(tmp_path):
     with pytest.raises(run.Stopped, match="SIGINT after step 3") as stop:
         trained(tmp_path, stop_after=3, by=signal.SIGINT)
@@ -397,6 +398,7 @@ def clock(monkeypatch):
     return types.SimpleNamespace(sleep=lambda seconds: now.append(now.pop() + seconds))
 
 
+@pytest.mark.slow
 def test_time_of_previews_is_counted_as_theirs(tmp_path, monkeypatch, clock):
     monkeypatch.setenv("PAUSE", "0.2")
     monkeypatch.setattr(trainer, "time", clock)
@@ -405,6 +407,7 @@ def test_time_of_previews_is_counted_as_theirs(tmp_path, monkeypatch, clock):
     assert seconds["preview"] == seconds["wall"] == 0.4
 
 
+@pytest.mark.slow
 def test_the_first_step_is_counted_as_compiling(tmp_path, monkeypatch, clock):
     step = _train._train_step
 
@@ -463,6 +466,7 @@ class Kept:
         self.closed += 1
 
 
+@pytest.mark.slow
 def test_a_logger_of_ones_own_gets_what_metrics_jsonl_gets_and_is_closed(tmp_path):
     logger = Kept()
     assert isinstance(logger, run.Logger)
@@ -475,6 +479,7 @@ def test_a_logger_of_ones_own_gets_what_metrics_jsonl_gets_and_is_closed(tmp_pat
     assert logger.closed == 1
 
 
+@pytest.mark.slow
 def test_pictures_of_other_processes_than_the_first_are_dropped(tmp_path, monkeypatch):
     drawn = []
 
@@ -489,6 +494,7 @@ def test_pictures_of_other_processes_than_the_first_are_dropped(tmp_path, monkey
     assert not list(tmp_path.rglob("*.png"))
 
 
+@pytest.mark.slow
 def test_loggers_are_closed_after_an_error_too(tmp_path):
     def preview(state, path):
         raise KeyError("no picture")
