@@ -247,8 +247,10 @@ class _Training:
     def _check_notes(self, notes: Mapping[str, Any]) -> None:
         """Refuses a checkpoint of another configuration or of other data."""
         current = json.loads(json.dumps(self.notes))
+        config = notes.get("config", "")
+        saved = {**notes, "config": recipe(self.config, config) if isinstance(config, dict) else config}
         for name, subject in _MUST_AGREE.items():
-            if change := difference(notes.get(name, ""), current[name], name):
+            if change := difference(saved.get(name, ""), current[name], name):
                 rule = f"{subject} must be that of the run so far"
                 raise ValueError(f"{self.checkpoints.directory}: {rule}, but {change}")
 
