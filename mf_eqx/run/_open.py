@@ -11,7 +11,7 @@ from typing import Any
 from .._files import remove, remove_temporary_files
 from .._json import read_json_object
 from .._optional import MissingDependency
-from ._directory import as_json, RunDirectory
+from ._directory import RunDirectory
 from ._lock import in_place, locked
 from ._processes import agree, is_out_of_memory, once, tell
 from ._settings import default_name, difference, recipe
