@@ -234,7 +234,7 @@ class _Training:
         return eqx.filter_jit(make_state)() if mesh is None else mesh.make(make_state)
 
     def _check_disk(self) -> None:
-        state, saved = eqx.filter_eval_shape(self.make_state), len(self.checkpoints.steps())
+        state, saved = eqx.filter_eval_shape(self.make_state), self.checkpoints.steps()
         check_disk(self.directory.root, self.config, state, saved, self.start, self.steps)
 
     def _restore_log(self, restored: Restored[TrainState] | None) -> None:
