@@ -14,7 +14,7 @@ generate.py, evaluate.py and --start read. The paper's CIFAR-10, with its U-Net 
 At the end as many images are generated as are held out, with the labels of these, and both are compared: by the Frechet
 distance of pixels and the sliced Wasserstein distance of pixels, beside which stands what training images score. The
 share of samples whose nearest image of all is a training image, and no test image, is compared with the share of
-training images: a larger one means that training images are repeated. RESULTS.md says what was run.
+training images: one far above means that training images are repeated. RESULTS.md says what was run.
 """
 
 import dataclasses
