@@ -130,11 +130,14 @@ def check_disk(folder: Path, config: Settings, state: TrainState, saved: Sequenc
 def _more_checkpoints(config: Settings, saved: Sequence[int], start: int, steps: int) -> int:
     """How many more checkpoints there will be at once. Their number is largest while the last one is written: the
     `keep_last` before it are there, and of the older ones the multiples of `keep_every`."""
-    first = start - start % config.save_every + config.save_every
-    before = [*saved, *range(first, steps, config.save_every)]
-    older = before[: -config.keep_last]
-    forever = sum(step % config.keep_every == 0 for step in older) if config.keep_every else 0
-    return max(forever + min(config.keep_last, len(before)) + 1 - len(saved), 1)
+    first, last = start - start % config.save_every + config.save_every, config.keep_last
+    new = range(first, steps, config.save_every)  # before the last one
+    before, forever = len(saved) + len(new), 0
+    if config.keep_every:
+        newest, both = new[-last - 1] if len(new) > last else first - 1, math.lcm(config.save_every, config.keep_every)
+        forever = sum(step % config.keep_every == 0 for step in saved[: max(before - last, 0)])
+        forever += newest // both - (first - 1) // both
+    return max(forever + min(last, before) + 1 - len(saved), 1)
 
 
 def bytes_of(tree: Any) -> int:
