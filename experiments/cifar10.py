@@ -7,8 +7,8 @@
     python experiments/cifar10.py --bfloat16 --dry-run                            what it takes, before it is started
 
 A run that was stopped, or killed, continues by the same command. Data are a folder or an archive of CIFAR-10, a folder
-of shards by prepare_data.py (faster to start), or "shapes". The averages end as .safetensors beside the checkpoints;
-generate.py samples from them, evaluate.py judges them.
+of shards by prepare_data.py (faster to start) or of other images, or "shapes". The averages end as .safetensors beside
+the checkpoints; generate.py samples from them, evaluate.py judges them.
 
 The paper's numbers: FID 2.92 at one evaluation, after 800,000 steps of 1024 images. RESULTS.md beside this file says
 what was run here.
@@ -29,6 +29,8 @@ from jaxtyping import Array, install_import_hook, Key, UInt8
 
 # Shapes and types are checked while the step is traced. JAXTYPING_DISABLE=1 turns this off.
 with install_import_hook("mf_eqx", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"):
+    import image_sources
+
     import mf_eqx as mfx
     from mf_eqx import checkpoint, data, picture, run
 
@@ -43,8 +45,8 @@ class Config(run.Settings):
     """A CIFAR-10 run. Times in [0, 1]; pixels in [-1, 1]."""
 
     data: str = "cifar-10-binary.tar.gz"
-    """Images of 3 x 32 x 32 bytes: a folder or an archive of CIFAR-10, a folder of shards, or "shapes" for drawn ones.
-    Labels, if there are any, are not used."""
+    """Images of 3 x 32 x 32 bytes: a folder or an archive of CIFAR-10, a folder of shards, a folder of image files,
+    which are resized and cropped, or "shapes" for drawn ones. Labels, if there are any, are not used."""
     start: str = ""
     """Weights or checkpoints of the same network to start from: a .safetensors file, or the directory of a run."""
     steps: int = run.setting(800_000)
@@ -150,14 +152,10 @@ def open_source(path: str) -> data.AbstractSource:
     """The training images."""
     if path == SHAPES:
         return data.ArraySource(draw_shapes(4096, seed=0), name="drawn shapes")
-    folder, others = Path(path), "(images.py trains on other images, and prepare_data.py --images makes shards of them)"
-    is_shards = (folder / "manifest.json").exists()
-    if folder.is_dir() and not is_shards and not any(folder.glob("data_batch_*")):
-        raise ValueError(f"data must be CIFAR-10, or shards of such images, got {path} {others}")
-    source = data.ShardSource(path) if is_shards else data.read_cifar10(path)
+    source = image_sources.open_images((path,), size=32)
     if source.row_shape != (3, 32, 32) or source.dtype != np.uint8:
-        found = f"{source.dtype} of shape {source.row_shape}"
-        raise ValueError(f"data must have rows of uint8 of shape (3, 32, 32), got {found} in {path} {others}")
+        found = f"{source.dtype} of shape {source.row_shape} in {path}, on which images.py trains"
+        raise ValueError(f"data must have rows of uint8 of shape (3, 32, 32), got {found}")
     return source
 
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import equinox as eqx
+import image_sources
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -191,14 +192,8 @@ def check_made_by(config: Config, what: str, found: str | None, wanted: str) -> 
 
 def open_images(config: Config, subject: saved.Subject) -> data.AbstractSource:
     """The images of the reference."""
-    path, least = Path(config.reference), max(LEAST, config.reference_count or 0)
-    if (path / "manifest.json").exists():
-        source = data.ShardSource(path)
-    elif path.is_dir() and not any(path.glob("data_batch_1*")):
-        source = data.ImageFolderSource(path, size=subject.shape[1])
-        run.tell(f"{path}: {len(source):,} images; passed over: {source.passed_over_as_text()}")
-    else:
-        source = data.read_cifar10(path)
+    path, least = config.reference, max(LEAST, config.reference_count or 0)
+    source = image_sources.open_images((config.reference,), size=subject.shape[1])
     if source.dtype != np.uint8 or source.row_shape != subject.shape:
         found = f"{source.dtype} of shape {source.row_shape}"
         raise ValueError(f"{path}: images must be uint8 of shape {subject.shape} as the samples, got {found}")
@@ -214,11 +209,6 @@ def digest_of_images(source: data.AbstractSource) -> str:
     assert isinstance(source, data.ImageFolderSource)
     files = [(str(path), path.stat()) for path in (Path(source.name) / name for name in source.paths)]
     return run.digest([(name, found.st_size, found.st_mtime_ns) for name, found in files])
-
-
-def spread(number: int, count: int) -> Int[np.ndarray, " count"]:
-    """So many of the numbers below `number`, in equal distances."""
-    return np.arange(count) * number // count
 
 
 # Batches on all devices
@@ -316,7 +306,7 @@ def read_reference(job: Evaluation, yardstick: Yardstick) -> tuple[metrics.Featu
     source, config = yardstick.reference, job.config
     if isinstance(source, metrics.FeatureMoments):
         return source, None
-    rows = spread(len(source), config.reference_count or len(source))
+    rows = image_sources.spread(len(source), config.reference_count or len(source))
     steps, work = math.ceil(len(rows) / config.at_once), run.Work(config.at_once)
     with run.Progress(steps, work=work, doing="features of the reference") as progress:
         batches = counted(image_batches(source, rows, config.at_once, job.devices), progress)
@@ -411,7 +401,7 @@ def save_picture(job: Evaluation, row: Row, path: Path) -> None:
     columns = min(labels, 10) if labels else 8
     eps = jr.normal(jr.key(PICTURE_SEED), (8, 1 if labels else columns, *shape))
     eps = jnp.broadcast_to(eps, (8, columns, *shape)).reshape(-1, *shape)
-    shown = spread(labels, columns) if labels else None
+    shown = image_sources.spread(labels, columns) if labels else None
     z = job.generator(row).from_noise(eps, None if shown is None else jnp.tile(shown, 8))
     x = np.concatenate([*map(np.asarray, job.images([z]))])[: len(eps)]
     names = None if shown is None else [str(label) for label in shown]

@@ -1,6 +1,6 @@
 """Images of one's own, by their paths: what `images.py` and others train on and hold samples against.
 
-    train, test, names = image_sources.open_parts(("photos",), (), size=64, holdout=0.1, seed=0)
+    train, test, names = image_sources.open_parts(("photos",), (), size=64, holdout=0.1)
 
 What a path means is seen in what it holds:
 
@@ -20,7 +20,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int
 
-from mf_eqx import data
+from mf_eqx import data, run
 
 CIFAR10 = ("data_batch_1.bin", "data_batch_1", "test_batch.bin", "test_batch")
 
@@ -51,11 +51,9 @@ class Parts(NamedTuple):
     class_names: list[str] | None
 
 
-def open_parts(
-    paths: Sequence[str], test: Sequence[str], *, size: int, holdout: float, seed: int, grey: bool = False
-) -> Parts:
+def open_parts(paths: Sequence[str], test: Sequence[str], *, size: int, holdout: float, grey: bool = False) -> Parts:
     """The images at `paths`. Those at `test` are held out; without, the test images that belong to CIFAR-10 or MNIST;
-    for all others a random share, `holdout`.
+    for all others a random share, `holdout`, which is the same in every run.
 
     **Raises:** `ValueError` if there are none, too few, or some that a network of pixels cannot take.
     """
@@ -68,7 +66,7 @@ def open_parts(
         _check_alike(source, held_out)
         rows = every, np.arange(len(held_out))
     else:
-        held_out, order = source, np.random.default_rng(seed).permutation(len(source))
+        held_out, order = source, np.random.default_rng(0).permutation(len(source))
         count = round(holdout * len(source))
         rows = np.sort(order[count:]), np.sort(order[:count])
     if min(map(len, rows)) < 2:
@@ -78,7 +76,8 @@ def open_parts(
 
 
 def open_images(paths: Sequence[str], *, size: int = 0, train: bool = True) -> data.AbstractSource:
-    """The images at one path, or at a path of images and one of labels.
+    """The images at one path, or at a path of images and one of labels. For a folder of images, it is printed how many
+    files are images, and which are passed over.
 
     **Arguments:** `paths`; `size` of both sides, for folders of images; `train` False for the test images of CIFAR-10
     or MNIST.
@@ -96,7 +95,14 @@ def open_images(paths: Sequence[str], *, size: int = 0, train: bool = True) -> d
         return data.read_cifar10(path, train=train)
     if path.is_dir() and not size:
         raise ValueError(f"size must be given for a folder of images, in pixels, got none for {path}")
-    return data.ImageFolderSource(path, size=size or 1)
+    source = data.ImageFolderSource(path, size=size or 1)
+    run.tell(f"{path}: {len(source):,} images; passed over: {source.passed_over_as_text()}")
+    return source
+
+
+def spread(number: int, count: int) -> Int[np.ndarray, " count"]:
+    """So many of the numbers below `number`, in equal distances."""
+    return np.arange(count) * number // count
 
 
 def has_test_images(path: Path) -> bool:

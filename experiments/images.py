@@ -9,11 +9,13 @@
 
 A run that was stopped, or killed, continues by the same command, on any number of devices and processes that divides
 the batch; with a larger --steps, a finished one continues, too. The parameter average is left in ema.safetensors, which
-generate.py and --start read, and evaluate.py if the images are in colour.
+generate.py and --start read, and evaluate.py if the images are in colour. The paper's CIFAR-10, with its U-Net and its
+numbers, is cifar10.py.
 
 At the end as many images are generated as are held out, with the labels of these, and both are compared: by the Frechet
-distance of pixels, the sliced Wasserstein distance of pixels, and the share of samples that are nearer to a training
-image than to any test image. Beside it stands what training images score. RESULTS.md says what was run.
+distance of pixels and the sliced Wasserstein distance of pixels, beside which stands what training images score. The
+share of samples whose nearest image of all is a training image, and no test image, is compared with the share of
+training images: one far above means that training images are repeated. RESULTS.md says what was run.
 """
 
 import dataclasses
@@ -24,7 +26,6 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import equinox as eqx
-import image_sources
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -35,6 +36,8 @@ from sklearn.metrics import pairwise_distances_argmin_min
 
 # Shapes and types are checked while the step is traced. JAXTYPING_DISABLE=1 turns this off.
 with install_import_hook("mf_eqx", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"):
+    import image_sources
+
     import mf_eqx as mfx
     from mf_eqx import checkpoint, data, metrics, picture, run
 
@@ -47,6 +50,10 @@ MOST_REFERENCES = 1 << 32
 """Bytes that the images of stable targets may take on each device."""
 GENERATED_AT_ONCE = 50
 """Images, so that one program makes all of them."""
+SEARCHED_AT_ONCE = 4096
+"""Real images, among which the nearest one is looked for."""
+UNUSED = {"dit": ("multipliers", "blocks", "attention", "dropout"), "unet": ("depth", "heads", "patch")}
+"""Fields of the configuration that are those of another network."""
 
 
 Shape: TypeAlias = tuple[int, int, int]
@@ -63,7 +70,7 @@ class Config(run.Settings):
     test: tuple[str, ...] = ()
     """Images to hold samples against, given like data. By default those of CIFAR-10 or MNIST, else a part of data."""
     holdout: float = 0.1
-    """Share of the data that is held out if there are no test images, in (0, 1)."""
+    """Share of the data that is held out if there are no test images, in (0, 1); the same images whatever the seed."""
     size: int = 0
     """Side in pixels to which images in folders are resized and cropped."""
     grey: bool = False
@@ -122,7 +129,7 @@ class Config(run.Settings):
     flips: bool = False
     """Mirror half of the images, left to right."""
     augmentation: float = 0.0
-    """Probability of each of EDM's scaling, stretching and shifting, of which the U-Net is told."""
+    """Probability in [0, 1] of each of EDM's scaling, stretching and shifting, of which the U-Net is told."""
     bfloat16: bool = False
     """Compute in bfloat16; parameters, times, losses and averages stay in float32."""
     remat: bool = run.setting(False)
@@ -140,6 +147,13 @@ class Config(run.Settings):
             raise ValueError(f"holdout must lie in (0, 1), got {self.holdout}")
         if not 0 < self.learning_rate < 1:
             raise ValueError(f"learning_rate must lie in (0, 1), got {self.learning_rate}")
+        for name in UNUSED[self.network]:
+            if (value := getattr(self, name)) != (default := getattr(type(self), name)):
+                rule = f"must be {default}, the default, with --network {self.network}, which does not use it"
+                raise ValueError(f"{name} {rule}, got {value}")
+        if not 0 <= self.augmentation <= 1:
+            raise ValueError(f"augmentation must lie in [0, 1], got {self.augmentation}")
+        check_guidance(self, self.labels)
         if guided(self) and self.label_dropout == 0:
             raise ValueError("label_dropout must be > 0 with guidance, which needs the unlabelled field; got 0.0")
         if self.augmentation and self.network != "unet":
@@ -149,7 +163,7 @@ class Config(run.Settings):
         if self.augmentation and self.references:
             raise ValueError(f"references must be 0 with augmentation, got {self.references}")
         # What the parts themselves refuse is refused here, where a flag can be named.
-        mfx.check_batch_size(self.batch, objective(self, 10).identity_share)
+        mfx.check_batch_size(self.batch, objective(self, 10 if self.labels else None).identity_share)
         mfx.ExponentialAverage(self.decay)
         prepare(self, 10)
         if self.network == "dit":  # a U-Net must know the side of images
@@ -159,6 +173,11 @@ class Config(run.Settings):
 
 def guided(config: Config) -> bool:
     return (config.scale, config.mix) != (1, 0)
+
+
+def check_guidance(config: Config, has_labels: bool) -> None:
+    if guided(config) and not has_labels:
+        raise ValueError(f"scale must be 1 and mix 0 without labels, got {config.scale} and {config.mix}")
 
 
 def make_field(config: Config, shape: Shape, labels: int | None, key: Key[Array, ""]) -> mfx.DiT | mfx.UNet:
@@ -255,11 +274,13 @@ def save_samples(sampler: Sampler, field: mfx.AbstractField, path: Path, rows: i
 
 
 def save_comparison(sampler: Sampler, field: mfx.AbstractField, test: data.Rows, path: Path) -> None:
-    """One test image of each class, and samples of the same classes from the same noise at each number of steps."""
+    """A test image of each class, white if there is none, and samples of the same classes, from the same noise
+    for each number of evaluations."""
     label, names = sampler.columns()
     known = np.zeros(len(test.x), np.int32) if sampler.labels is None or test.label is None else test.label
-    taken = [np.flatnonzero(known == c) if c in known else np.arange(len(known)) for c in label]
-    rows = {"test images": test.x[[found[i % len(found)] for i, found in enumerate(taken)]] / 127.5 - 1}
+    found = [test.x[known == c] for c in label]
+    white = np.full_like(test.x[0], 255)  # where the test images lack a class
+    rows = {"test images": np.stack([x[i % len(x)] if len(x) else white for i, x in enumerate(found)]) / 127.5 - 1}
     for number in EVALUATIONS:
         rows[counted(number)] = sampler(field, label, number, PICTURE_SEED)
     picture.save_image_grid(path, np.stack([*rows.values()]), -1, 1, row_labels=[*rows], column_labels=names)
@@ -295,53 +316,68 @@ def features(x: UInt8[np.ndarray, "rows channels height width"]) -> Float[np.nda
     return squares.mean(axis=(3, 5)).reshape(count, -1) / 255
 
 
+def distance_to(
+    source: data.AbstractSource, x: UInt8[np.ndarray, "rows channels height width"]
+) -> Float[np.ndarray, " rows"]:
+    """That of the features of each image to the nearest ones of a source, all of which is searched."""
+    wanted, parts = features(x), math.ceil(len(source) / SEARCHED_AT_ONCE)
+    found = (features(source.take(rows).x) for rows in np.array_split(np.arange(len(source)), parts))
+    return np.min([pairwise_distances_argmin_min(wanted, part)[1] for part in found], axis=0)
+
+
 def judge(
-    sampler: Sampler, field: mfx.AbstractField, train: data.Rows, test: data.Rows, update: Callable[[int], None]
+    sampler: Sampler,
+    field: mfx.AbstractField,
+    train: data.AbstractSource,
+    test: data.AbstractSource,
+    count: int,
+    update: Callable[[int], None],
 ) -> list[Result]:
-    """Samples with the labels of the test images against these, after as many training images."""
+    """Samples with the labels of so many test images against these, after as many training images."""
+    known, real = (source.take(image_sources.spread(len(source), count)) for source in (train, test))
 
     def distances(x: UInt8[np.ndarray, "rows channels height width"]) -> tuple[float, float]:
-        sliced = metrics.sliced_wasserstein(pixels(x), pixels(test.x), key=jr.key(0))
-        return metrics.frechet_distance(features(x), features(test.x)), float(sliced)
+        sliced = metrics.sliced_wasserstein(pixels(x), pixels(real.x), key=jr.key(0))
+        return metrics.frechet_distance(features(x), features(real.x)), float(sliced)
 
-    results = [Result("training images", None, *distances(train.x))]
-    label = np.zeros(len(test.x), np.int32) if test.label is None else test.label
+    label = np.zeros(count, np.int32) if real.label is None else real.label
+    made: dict[int, UInt8[np.ndarray, "rows channels height width"]] = {}
     for number in EVALUATIONS:
-        made = sampler(field, label, number, JUDGED_SEED)
+        x = sampler(field, label, number, JUDGED_SEED)
+        if np.isfinite(x).all():
+            made[number] = np.rint(127.5 * (x.clip(-1, 1) + 1)).astype(np.uint8)
         update(number)
-        if not np.isfinite(made).all():
-            results.append(Result("MeanFlow", number, math.nan, math.nan, math.nan))
-            continue
-        x = np.rint(127.5 * (made.clip(-1, 1) + 1)).astype(np.uint8)
-        (_, near), (_, far) = (pairwise_distances_argmin_min(pixels(x), pixels(real.x)) for real in (train, test))
-        results.append(Result("MeanFlow", number, *distances(x), float((near < far).mean())))
+    nearer = {}
+    if made:  # together, so that the files of all images are read once
+        near, far = (distance_to(source, np.concatenate([*made.values()])) for source in (train, test))
+        nearer = dict(zip(made, np.split(near < far, len(made)), strict=True))
+    method = "MeanFlow" if sampler.config.identity_share else "Flow Matching"
+    results = [Result("training images", None, *distances(known.x))]
+    for number in EVALUATIONS:
+        found = (*distances(made[number]), float(nearer[number].mean())) if number in made else (math.nan,) * 3
+        results.append(Result(method, number, *found))
     return results
 
 
-def report(results: list[Result], count: int) -> str:
-    """The table as text."""
+def report(results: list[Result], count: int, chance: float) -> str:
+    """The table as text. `chance` is the share of training images among all images."""
 
     def percent(share: float | None) -> str:
         return "-" if share is None else f"{100 * share:.1f}%"
 
     rows = [(*row[:4], percent(row.nearer_to_training)) for row in results]
-    headers = ("against test images", "evaluations", "Frechet distance", "sliced W2", "nearer to training (chance 50%)")
+    nearest = f"nearer to training (chance {percent(chance)})"
+    headers = ("against test images", "evaluations", "Frechet distance", "sliced W2", nearest)
     return f"{count:,} images each, pixels in [0, 1].\n\n{run.table(rows, headers)}"
-
-
-def some(source: data.AbstractSource, count: int) -> data.Rows:
-    """Evenly spaced rows."""
-    return source.take(np.arange(count) * len(source) // count)
 
 
 def main(config: Config) -> None:
     """Train on images, then judge what the network generates in one evaluation."""
     run.require("matplotlib", "safetensors")
-    where = {"size": config.size, "holdout": config.holdout, "seed": config.seed, "grey": config.grey}
+    where = {"size": config.size, "holdout": config.holdout, "grey": config.grey}
     train, test, names = image_sources.open_parts(config.data, config.test, **where)
     labels = train.labels if config.labels else None
-    if guided(config) and labels is None:
-        raise ValueError(f"scale must be 1 and mix 0 without labels, got {config.scale} and {config.mix}")
+    check_guidance(config, labels is not None)
     if labels is not None and test.labels is None:
         raise ValueError(f"test must have labels as the training images have, got none in {test.name} (or --no-labels)")
     field_key, run_key = jr.split(jr.key(config.seed))
@@ -411,11 +447,12 @@ def finish(
         picture.save_curves(directory.path("curves.png"), records)
     save_samples(sampler, field, directory.path("samples.png"), rows=8)
     count = min(10 if config.test_run else config.samples, len(test), len(train))
-    against = some(test, count)
-    save_comparison(sampler, field, against, directory.path("comparison.png"))
+    shown = test.take(image_sources.spread(len(test), count))
+    save_comparison(sampler, field, shown, directory.path("comparison.png"))
     with run.Progress(max(EVALUATIONS), doing="judging") as progress:
-        results = judge(sampler, field, some(train, count), against, lambda number: progress.update(number, {}))
-    directory.save_results(text := report(results, count), [row._asdict() for row in results])
+        results = judge(sampler, field, train, test, count, lambda number: progress.update(number, {}))
+    text = report(results, count, len(train) / (len(train) + len(test)))
+    directory.save_results(text, [row._asdict() for row in results])
     print(f"{text}\n\nJudged in {time.perf_counter() - began:.0f} s. Weights and pictures are in {directory.root}.")
 
 
@@ -428,29 +465,6 @@ PRESETS = {
         Config(**QUICK, save_every=250, preview_every=250),
     ),
     "guided": ("as the default, with an effective guidance scale of 2", Config(mix=0.5)),
-    "paper": (
-        "the U-Net and the numbers of the paper's CIFAR-10, without labels, for a GPU",
-        Config(
-            labels=False,
-            network="unet",
-            width=128,
-            multipliers=(2, 2, 2),
-            blocks=4,
-            attention=(16,),
-            dropout=0.2,
-            steps=800_000,
-            batch=1024,
-            learning_rate=6e-4,
-            warmup=10_000,
-            decay=0.99995,
-            identity_share=0.75,
-            times=(-2.0, 2.0),
-            power=0.75,
-            offset=1e-3,
-            flips=True,
-            augmentation=0.12,
-        ),
-    ),
 }
 
 if __name__ == "__main__":

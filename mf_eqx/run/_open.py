@@ -11,14 +11,14 @@ from typing import Any
 from .._files import remove, remove_temporary_files
 from .._json import read_json_object
 from .._optional import MissingDependency
-from ._directory import as_json, RunDirectory
+from ._directory import RunDirectory
 from ._lock import in_place, locked
 from ._processes import agree, is_out_of_memory, once, tell
 from ._settings import default_name, difference, recipe
 
 _LONGER = (
     "the number of steps cannot be changed where it shapes what is learnt, such as a schedule of the learning rate: "
-    "--start {path} begins a new run from the state of that one"
+    "{flags} begins a new run from the state of that one"
 )
 _WRITTEN_AT_EVERY_START = (".lock", "config.json", "starts.jsonl")
 
@@ -74,7 +74,7 @@ def _enter(stack: contextlib.ExitStack, config: Any, path: Path, is_test: bool, 
     stack.enter_context(_restored_if_refused(path, created))
     stack.enter_context(in_place(path))
     if path in created and not is_test and not is_shared:
-        _tell_of_shorter(config, path)
+        _tell_of_others(config, path)
     RunDirectory(path).add_start(config)
 
 
@@ -117,28 +117,39 @@ def _check_recipe(config: Any, path: Path) -> None:
     """Refuses to continue another run."""
     if (saved := _saved_config(path)) is None:
         return
-    settings = as_json(config).keys() - recipe(config).keys()
-    saved = {name: value for name, value in saved.items() if name not in settings}
+    saved = recipe(config, saved)
     if change := difference(saved, recipe(config)):
-        hint = f"; {_LONGER.format(path=path)}" if _differs_in_steps(saved, config) else ""
+        hint = f"; {_longer(path)}" if _differs_in_steps(saved, config) else ""
         raise ValueError(f"name must be that of a run with this configuration, but in {path} {change}{hint}")
 
 
 def _differs_in_steps(saved: dict[str, Any], config: Any) -> bool:
     """Whether a run differs in nothing but the number of steps, and the script can start from its state."""
     current = recipe(config)
-    both = "steps" in current and "start" in current
+    both = "steps" in current and hasattr(config, "start")
     return both and saved != current and {**saved, "steps": 0} == {**current, "steps": 0}
 
 
-def _tell_of_shorter(config: Any, path: Path) -> None:
-    """Print which other run has the same configuration but for the number of steps."""
+def _longer(path: Path) -> str:
+    """How the run in a directory is continued to more steps. Where it has several trainings, one must be chosen."""
+    trainings = sorted(folder.parent for folder in path.glob("*/checkpoints"))
+    return _LONGER.format(flags=" or ".join(f"--start {folder}" for folder in (trainings or [path])))
+
+
+def _tell_of_others(config: Any, path: Path) -> None:
+    """Print which other run has the same configuration, by an earlier version of the script or under another name, or
+    the same but for the number of steps."""
     for other in sorted(path.parent.glob("*/config.json")):
         with contextlib.suppress(OSError, ValueError):
             saved = _saved_config(other.parent) or {}
-            saved = {name: value for name, value in saved.items() if name in recipe(config)}
+            if other.parent == path or saved.get("test_run"):
+                continue
+            saved = recipe(config, saved)
             if _differs_in_steps(saved, config):
-                tell(f"{path}: a new run; {_LONGER.format(path=other.parent)}")
+                tell(f"{path}: a new run; {_longer(other.parent)}")
+            elif saved == recipe(config) and not getattr(config, "name", ""):
+                name = other.parent.name
+                tell(f"{path}: a new run; {other.parent} has the same configuration, and --name {name} continues it")
 
 
 def _check_is_test(path: Path) -> None:

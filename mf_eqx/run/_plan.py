@@ -3,7 +3,7 @@
 import json
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -110,23 +110,34 @@ def describe(
     return "\n".join(lines)
 
 
-def check_disk(folder: Path, config: Settings, state: TrainState, saved: int, start: int, steps: int) -> None:
+def check_disk(folder: Path, config: Settings, state: TrainState, saved: Sequence[int], start: int, steps: int) -> None:
     """Refuses a disk that has no space for what a run will write.
 
     These are the checkpoints that will exist at the same time, of which there is one more while the newest is written,
     and the averages, which most scripts export at the end.
 
-    **Arguments:** `folder` of the run; `config`; `state` its shapes; `saved` how many checkpoints there are already;
-    `start` and `steps` the numbers of the first and the last step of this session.
+    **Arguments:** `folder` of the run; `config`; `state` its shapes; `saved` the steps of the checkpoints that there
+    are already; `start` and `steps` the numbers of the first and the last step of this session.
     """
-    forever = steps // config.keep_every - start // config.keep_every if config.keep_every else 0
-    number = min(forever + config.keep_last + 1 - saved, math.ceil((steps - start) / config.save_every))
-    each, number = bytes_of(state), max(number, 1)
+    each, number = bytes_of(state), _more_checkpoints(config, saved, start, steps)
     needed = number * each + bytes_of(state.averages)
     existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     if needed > (free := shutil.disk_usage(existing).free):
         what = f"{number} more checkpoints of {size(each)} each, and for the averages"
         raise ValueError(f"{folder}: must have {size(needed)} of disk space for {what}, got {size(free)}")
+
+
+def _more_checkpoints(config: Settings, saved: Sequence[int], start: int, steps: int) -> int:
+    """How many more checkpoints there will be at once. Their number is largest while the last one is written: the
+    `keep_last` before it are there, and of the older ones the multiples of `keep_every`."""
+    first, last = start - start % config.save_every + config.save_every, config.keep_last
+    new = range(first, steps, config.save_every)  # before the last one
+    before, forever = len(saved) + len(new), 0
+    if config.keep_every:
+        newest, both = new[-last - 1] if len(new) > last else first - 1, math.lcm(config.save_every, config.keep_every)
+        forever = sum(step % config.keep_every == 0 for step in saved[: max(before - last, 0)])
+        forever += newest // both - (first - 1) // both
+    return max(forever + min(last, before) + 1 - len(saved), 1)
 
 
 def bytes_of(tree: Any) -> int:

@@ -166,12 +166,18 @@ def setting(default: Any) -> Any:
 _SETTING = {"mf_eqx.run": "setting"}
 
 
-def recipe(config: Any) -> dict[str, Any]:
-    """The script's own fields, without settings: they must be the same when a run continues."""
+def recipe(config: Any, saved: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The script's own fields, without settings: they must be the same when a run continues. An empty `start` is left
+    out, so that runs from the time before a script had this field are found.
+
+    **Arguments:** `config`; `saved` None, or the fields of an earlier run of the same script, from which those that are
+    settings of `config` are left out, too.
+    """
     common = {field.name for kind in (Settings, CellSettings) for field in dataclasses.fields(kind)}
     if dataclasses.is_dataclass(config):
         common |= {field.name for field in dataclasses.fields(config) if field.metadata == _SETTING}
-    return {name: value for name, value in as_json(config).items() if name not in common}
+    fields = as_json(config) if saved is None else saved
+    return {name: value for name, value in fields.items() if name not in common and (name, value) != ("start", "")}
 
 
 def default_name(config: Any) -> str:

@@ -5,12 +5,14 @@
                   from exported weights    from a checkpoint
     network       those weights            its network, not its averages
     averages      copies of the network    its averages, if there are as many
-    optimiser     new                      its state, if it has the same arrays; schedules start again
+    optimiser     new                      its state, if it has the same arrays; schedules start again, and
+                                           hyperparameters of optax.inject_hyperparams are the new ones
     all else      new                      new
 
 "All else" are the number of steps, the order of the data, the random numbers, and the state of the objective.
 """
 
+import contextlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,7 @@ from .._model import describe, make_network
 from .._optimizer import copy
 from .._sharding import Parallelism
 from .._train import init_state, TrainState, TrainStep
-from ..checkpoint import Checkpoints, read_weights
+from ..checkpoint import CheckpointError, Checkpoints, read_weights
 from ._processes import tell
 
 _PARTS = {".field": "network", ".averages": "averages", ".opt_state": "state of the optimiser"}
@@ -64,7 +66,7 @@ def started(
 def _of_checkpoint(path: Path, wanted: TrainState, parallelism: Parallelism | None) -> tuple[TrainState, str]:
     """The parts of a checkpoint that fit, and its path."""
     checkpoints, number = _open(path)
-    saved, notes = checkpoints.saved(checkpoints.steps()[-1] if number is None else number)
+    saved, notes = _newest_record(checkpoints) if number is None else checkpoints.saved(number)
     _check_network(notes.get("network"), wanted.field, checkpoints.directory)
     expected = shapes(leaves(wanted))
 
@@ -75,6 +77,8 @@ def _of_checkpoint(path: Path, wanted: TrainState, parallelism: Parallelism | No
     chosen = _only(wanted, ".field", *(part for part in (".averages", ".opt_state") if fits(part)))
     restored = checkpoints.load(lambda: chosen, parallelism, step=number, partial=True)
     assert restored is not None
+    for passed, reason in restored.passed_over.items():
+        tell(f"{checkpoints.path(passed)}: passed over, because {reason}")
     return restored.state, str(checkpoints.path(restored.step))
 
 
@@ -88,6 +92,15 @@ def _open(path: Path) -> tuple[Checkpoints, int | None]:
             return checkpoints, None
     hint = f"; there are some in {' and '.join(str(folder.parent) for folder in below)}" if below else ""
     raise ValueError(f"start must be exported weights or a directory with checkpoints, got {path} with none{hint}")
+
+
+def _newest_record(checkpoints: Checkpoints) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The newest record that can be read. **Raises:** `CheckpointError` of the oldest one if none can."""
+    *others, oldest = reversed(checkpoints.steps())
+    for step in others:
+        with contextlib.suppress(CheckpointError):
+            return checkpoints.saved(step)
+    return checkpoints.saved(oldest)
 
 
 def description_of(field: AbstractField) -> dict[str, Any] | None:
@@ -134,9 +147,15 @@ def _with_parts(parts: TrainState, make_state: Callable[[], TrainState], step: T
 
 
 def _with_new_schedules(opt_state: Any, new: Any) -> Any:
-    """The state of an optimiser, with the counts by which optax's schedules know the step from a new one."""
+    """The state of an optimiser, with the counts by which optax's schedules know the step, and the hyperparameters that
+    they give, from a new one."""
 
     def is_schedule(node: Any) -> bool:
-        return isinstance(node, optax.ScaleByScheduleState)
+        return isinstance(node, optax.ScaleByScheduleState | optax.InjectStatefulHyperparamsState)
 
-    return jax.tree.map(lambda old, new: new if is_schedule(old) else old, opt_state, new, is_leaf=is_schedule)
+    def chosen(old: Any, new: Any) -> Any:
+        if isinstance(old, optax.InjectStatefulHyperparamsState):
+            return new._replace(inner_state=_with_new_schedules(old.inner_state, new.inner_state))
+        return new if is_schedule(old) else old
+
+    return jax.tree.map(chosen, opt_state, new, is_leaf=is_schedule)

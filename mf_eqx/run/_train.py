@@ -234,7 +234,7 @@ class _Training:
         return eqx.filter_jit(make_state)() if mesh is None else mesh.make(make_state)
 
     def _check_disk(self) -> None:
-        state, saved = eqx.filter_eval_shape(self.make_state), len(self.checkpoints.steps())
+        state, saved = eqx.filter_eval_shape(self.make_state), self.checkpoints.steps()
         check_disk(self.directory.root, self.config, state, saved, self.start, self.steps)
 
     def _restore_log(self, restored: Restored[TrainState] | None) -> None:
@@ -247,8 +247,10 @@ class _Training:
     def _check_notes(self, notes: Mapping[str, Any]) -> None:
         """Refuses a checkpoint of another configuration or of other data."""
         current = json.loads(json.dumps(self.notes))
+        config = notes.get("config", "")
+        saved = {**notes, "config": recipe(self.config, config) if isinstance(config, dict) else config}
         for name, subject in _MUST_AGREE.items():
-            if change := difference(notes.get(name, ""), current[name], name):
+            if change := difference(saved.get(name, ""), current[name], name):
                 rule = f"{subject} must be that of the run so far"
                 raise ValueError(f"{self.checkpoints.directory}: {rule}, but {change}")
 

@@ -164,7 +164,7 @@ def test_without_augmentation_images_are_only_mirrored_and_told_nothing(cifar10)
     ("arguments", "message"),
     [
         ("--data missing", "No such file or directory: 'missing'"),
-        ("--data empty", "data must be CIFAR-10, .*, got empty .images.py .* prepare_data.py --images"),
+        ("--data empty", "empty: must hold images, .* got none"),
         (
             "--data small",
             r"data must have rows of uint8 of shape \(3, 32, 32\), got uint8 of shape \(3, 16, 16\) in sm.*images.py",

@@ -19,7 +19,8 @@ from mf_eqx import checkpoint, data, run
 DRAWS = np.random.default_rng(5)
 X = DRAWS.integers(0, 256, (40, 1, 8, 8), np.uint8)
 LABEL = (np.arange(40) % 3).astype(np.uint8)
-SMALL = "--data idx labels --holdout 0.25 --width 8 --depth 1 --heads 2 --batch 8"
+DATA = "--data idx labels --holdout 0.25 --width 8 --batch 8"
+SMALL = f"{DATA} --depth 1 --heads 2"
 SHORT = "--steps 3 --warmup 1 --decay 0.5 --save-every 2 --log-every 1 --preview-every 2"
 
 
@@ -128,14 +129,15 @@ def test_a_finished_run_goes_on_to_more_steps(finished, images, monkeypatch, cap
     "flags",
     [
         "--network unet --width 4 --multipliers 1 --blocks 1 --no-labels --augmentation 0.5 --flips",
-        "--references 16 --flips --identity-share 0",
+        "--depth 1 --heads 2 --references 16 --flips --identity-share 0",
         "--network unet --width 4 --multipliers 1 2 --blocks 1 --dropout 0.1 --bfloat16 --mix 0.5",
     ],
 )
 def test_every_kind_of_network_and_target_trains(flags, images, here):
-    run.main(images.main, images.PRESETS, argv=f"{SMALL} {flags} --test-run".split())
-    (row, *_) = json.loads(next(here.glob("runs/*/*/results.json")).read_text())
+    run.main(images.main, images.PRESETS, argv=f"{DATA} {flags} --test-run".split())
+    (row, *_, last) = json.loads(next(here.glob("runs/*/*/results.json")).read_text())
     assert np.isfinite(row["frechet"])
+    assert last["what"] == ("Flow Matching" if "--identity-share 0" in flags else "MeanFlow")
 
 
 # What it reads
@@ -144,7 +146,7 @@ def test_every_kind_of_network_and_target_trains(flags, images, here):
 @pytest.mark.parametrize("suffix", ["", ".gz"])
 def test_a_folder_of_mnist_has_its_own_test_images(suffix, sources, here):
     save_mnist("mnist", suffix)
-    train, test, _ = sources.open_parts(["mnist"], [], size=0, holdout=0.1, seed=0)
+    train, test, _ = sources.open_parts(["mnist"], [], size=0, holdout=0.1)
     np.testing.assert_array_equal(train.take(np.arange(40)).x, X)
     np.testing.assert_array_equal(test.take(np.arange(6)).x, 255 - X[:6])
     assert (train.labels, test.labels) == (3, 3)
@@ -155,38 +157,45 @@ def test_cifar10_has_its_own_test_images(sources, here):
     records = DRAWS.integers(0, 10, (12, 3073), np.uint8)
     for number, name in enumerate([*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]):
         records[2 * number : 2 * number + 2].tofile(f"cifar/{name}.bin")
-    train, test, _ = sources.open_parts(["cifar"], [], size=0, holdout=0.1, seed=0)
+    train, test, _ = sources.open_parts(["cifar"], [], size=0, holdout=0.1)
     np.testing.assert_array_equal(train.take(np.arange(10)).x.reshape(10, -1), records[:10, 1:])
     np.testing.assert_array_equal(test.take(np.arange(2)).x.reshape(2, -1), records[10:, 1:])
 
 
 def test_folders_give_their_names_to_the_classes(sources, here):
     save_folder("pets")
-    train, test, names = sources.open_parts(["pets"], [], size=8, holdout=0.2, seed=0)
+    train, test, names = sources.open_parts(["pets"], [], size=8, holdout=0.2)
     assert names == ["cat", "dog"] and (len(train), len(test)) == (8, 2)
     assert train.row_shape == (3, 8, 8) and train.labels == 2
 
 
 def test_grey_images_in_files_of_three_colours_become_what_they_were(sources, here):
     save_folder("plain", classes=None)
-    train, _, names = sources.open_parts(["plain"], [], size=8, holdout=0.2, seed=0, grey=True)
+    train, _, names = sources.open_parts(["plain"], [], size=8, holdout=0.2, grey=True)
     found = train.take(np.arange(8))
     assert names is None and found.label is None
     assert {x.tobytes() for x in found.x} < {x.tobytes() for x in X[:10]}
 
 
+def test_files_that_are_no_images_are_told(sources, here, capsys):
+    save_folder("plain", classes=None)
+    (here / "plain" / "notes.txt").write_text("")
+    sources.open_images(["plain"], size=8)
+    assert capsys.readouterr().out == "plain: 10 images; passed over: 1 .txt\n"
+
+
 def test_held_out_images_are_no_training_images(sources, here):
-    train, test, _ = sources.open_parts(["idx"], [], size=0, holdout=0.25, seed=0)
+    train, test, _ = sources.open_parts(["idx"], [], size=0, holdout=0.25)
     rows = [{x.tobytes() for x in part.take(np.arange(len(part))).x} for part in (train, test)]
     assert [*map(len, rows)] == [30, 10] and not rows[0] & rows[1]
-    again = sources.open_parts(["idx"], [], size=0, holdout=0.25, seed=0).test
+    again = sources.open_parts(["idx"], [], size=0, holdout=0.25).test
     np.testing.assert_array_equal(again.take(np.arange(10)).x, test.take(np.arange(10)).x)
 
 
 def test_shards_are_read_and_other_test_images_may_be_given(sources, here):
     data.write_shards(data.ArraySource(X, LABEL), "shards")
     save_mnist("mnist")
-    train, test, _ = sources.open_parts(["shards"], ["mnist"], size=0, holdout=0.1, seed=0)
+    train, test, _ = sources.open_parts(["shards"], ["mnist"], size=0, holdout=0.1)
     assert (len(train), len(test), train.labels) == (40, 6, 3)
 
 
@@ -221,6 +230,50 @@ def test_samples_do_not_depend_on_how_many_are_generated_at_once(images, monkeyp
     assert len({x.tobytes() for x in whole}) == 7
 
 
+class Copies(Known):
+    """Repeats an image."""
+
+    def __call__(self, z, r, t, condition=None, *, key=None):
+        return z - (X[0] / 127.5 - 1)
+
+
+def test_a_repeated_training_image_is_found_wherever_it_stands(images, monkeypatch):
+    monkeypatch.setattr(images, "EVALUATIONS", (1,))
+    monkeypatch.setattr(images, "SEARCHED_AT_ONCE", 3)
+    sampler, others = images.Sampler(images.Config(), None, None), data.ArraySource(X[20:])
+    for train, wanted in ((data.ArraySource(X[9::-1]), 1), (data.ArraySource(X[1:10]), 0)):
+        test = others if wanted else data.ArraySource(X[:10])
+        (_, found) = images.judge(sampler, Copies(), train, test, 2, lambda number: None)
+        assert found.nearer_to_training == wanted
+
+
+def test_samples_that_are_not_finite_have_no_distances(images, monkeypatch):
+    monkeypatch.setattr(images, "EVALUATIONS", (1,))
+
+    class Broken(Known):
+        def __call__(self, z, r, t, condition=None, *, key=None):
+            return z + jnp.nan
+
+    source, sampler = data.ArraySource(X), images.Sampler(images.Config(identity_share=0.0), None, None)
+    (real, found) = images.judge(sampler, Broken(), source, source, 10, lambda number: None)
+    assert np.isfinite(real.frechet) and found.what == "Flow Matching" and np.isnan(found[2:]).all()
+
+
+def test_a_class_without_test_images_is_white_in_the_comparison(images, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(images.picture, "save_image_grid", lambda path, x, *others, **options: drawn.append(x))
+    monkeypatch.setattr(images, "EVALUATIONS", ())
+    rows = data.ArraySource(X[:2], np.array([2, 0], np.int32), labels=3).take(np.arange(2))
+    images.save_comparison(images.Sampler(images.Config(), 3, None), Known(), rows, "comparison.png")
+    np.testing.assert_allclose(drawn[0][0], [X[1] / 127.5 - 1, np.ones((1, 8, 8)), X[0] / 127.5 - 1], atol=1e-6)
+
+
+def test_a_share_that_leaves_no_room_for_dropped_labels_is_allowed_without_labels(images):
+    images.Config(identity_share=0.95, batch=160, labels=False)
+    with pytest.raises(ValueError, match="label"):
+        images.Config(identity_share=0.95, batch=160)
+
+
 # Bad input
 
 
@@ -248,8 +301,18 @@ def test_samples_do_not_depend_on_how_many_are_generated_at_once(images, monkeyp
         ("--label-dropout 0 --mix 0.5", "--label-dropout must be > 0 with guidance"),
         ("--augmentation 0.1", "--augmentation must be 0 for a DiT"),
         ("--network unet --augmentation 0.1", "--augmentation must be 0 with label_dropout"),
-        ("--preset paper --augmentation 2", r"--augmentation|probability must lie in \[0, 1\]"),
-        ("--preset paper --references 8", "--references must be 0 with augmentation, got 8"),
+        ("--network unet --no-labels --augmentation 2", r"--augmentation must lie in \[0, 1\], got 2.0"),
+        (
+            "--network unet --no-labels --augmentation 0.1 --references 8",
+            "--references must be 0 with augmentation, got 8",
+        ),
+        ("--dropout 0.2", "--dropout must be 0.0, the default, with --network dit, which does not use it, got 0.2"),
+        ("--attention 16", r"--attention must be \(\), the default, with --network dit"),
+        (
+            "--network unet --depth 4",
+            "--depth must be 6, the default, with --network unet, which does not use it, got 4",
+        ),
+        ("--no-labels --mix 0.5", "--scale must be 1 and mix 0 without labels, got 1.0 and 0.5"),
     ],
 )
 def test_bad_input_ends_in_one_line_and_leaves_no_run(images, arguments, message, capsys, here):

@@ -19,6 +19,13 @@ class Started(Config):
     start: str = ""
 
 
+@dataclasses.dataclass(frozen=True)
+class Longer(run.Settings):
+    steps: int = run.setting(10)
+    rate: float = 0.1
+    start: str = ""
+
+
 def opened(root, **fields):
     return run.opened(Config(**fields), root=root, script="toys")
 
@@ -89,6 +96,28 @@ def test_a_longer_run_in_a_directory_of_its_own_is_told_of_the_shorter_one(tmp_p
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith(f"{tmp_path / 'toys' / default_name(Started(steps=20))}: a new run; ")
     assert f"--start {shorter} begins a new run from the state of that one" in line
+
+
+def test_a_run_of_several_trainings_is_continued_from_one_of_them(tmp_path, capsys):
+    with run.opened(Started(), root=tmp_path, script="toys") as directory:
+        for name in ("a", "b"):
+            directory.path(f"{name}/checkpoints/00000001/array")
+    with run.opened(Started(steps=20), root=tmp_path, script="toys"):
+        pass
+    assert f"--start {directory.root}/a or --start {directory.root}/b begins a new run" in capsys.readouterr().out
+
+
+def test_a_run_of_before_its_steps_were_a_setting_is_named_and_continued_by_its_name(tmp_path, capsys):
+    old = made(tmp_path)
+    made(tmp_path, name="of-a-test", test_run=True)  # is nothing to continue
+    now = Longer(steps=30)
+    with run.opened(now, root=tmp_path, script="toys") as directory:
+        assert directory.root != old
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line == f"{directory.root}: a new run; {old} has the same configuration, and --name {old.name} continues it"
+    with run.opened(dataclasses.replace(now, name=old.name), root=tmp_path, script="toys") as directory:
+        assert directory.root == old
+    assert not capsys.readouterr().out
 
 
 def test_a_shared_directory_is_that_of_all_configurations(tmp_path):

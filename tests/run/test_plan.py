@@ -11,6 +11,7 @@ import pytest
 
 import mf_eqx as mfx
 from mf_eqx import data, run
+from mf_eqx.checkpoint import Checkpoints
 from mf_eqx.run import _plan
 
 pytest.importorskip("grain")
@@ -117,26 +118,46 @@ def test_bytes_for_people(count, text):
     assert _plan.size(count) == text
 
 
+@pytest.mark.parametrize("stopped", [0, 1000, 1500, 4000, 6000, 10_000])
 @pytest.mark.parametrize(
-    ("settings", "saved", "start", "checkpoints"),
+    "settings",
     [
-        ({}, 0, 0, 3),  # the two that are kept, and the one that is written
-        ({}, 2, 4000, 1),
-        ({"keep_every": 2000}, 0, 0, 8),
-        ({"keep_every": 2000}, 4, 4000, 2),
-        ({"save_every": 6000}, 0, 0, 2),  # there will be no more
+        {},
+        {"keep_every": 2000},
+        {"keep_every": 3000, "keep_last": 3},
+        {"keep_every": 600, "save_every": 700},
+        {"keep_every": 1000, "save_every": 250},
+        {"save_every": 6000},
+        {"keep_last": 50},
     ],
+    ids=str,
 )
 def test_a_disk_must_have_space_for_all_checkpoints_at_once_and_for_the_averages(
-    settings, saved, start, checkpoints, tmp_path, monkeypatch
+    settings, stopped, tmp_path, monkeypatch
 ):
+    """The checkpoints are counted in a directory in which every save of the run is one folder."""
+    config, steps = run.Settings(**settings), 10_500
+    checkpoints = Checkpoints(tmp_path, keep_last=config.keep_last, keep_every=config.keep_every or None)
+
+    def saved_until(last, start=0):
+        """The largest number of checkpoints at once."""
+        most = 0
+        for step in sorted({*range(config.save_every, last, config.save_every), last} - {*range(start + 1), 0}):
+            checkpoints.path(step).mkdir()
+            most = max(most, len(checkpoints.steps()))
+            checkpoints._prune(step)
+        return most
+
+    saved_until(stopped)
+    before = checkpoints.steps()
+    number = saved_until(steps, stopped) - len(before)
     field = mfx.MLP(2, width=4, depth=1, key=jr.key(0))
     state = mfx.init_state(field, optax.sgd(0.1), key=jr.key(1))
     monkeypatch.setattr(_plan, "bytes_of", lambda tree: 500 if tree is state else 100)
-    arguments = (tmp_path / "new" / "run", run.Settings(**settings), state, saved, start, 10_000)
-    needed = 500 * checkpoints + 100
+    arguments = (tmp_path / "new" / "run", config, state, before, stopped, steps)
+    needed = 500 * number + 100
     monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=needed))
     _plan.check_disk(*arguments)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=needed - 1))
-    with pytest.raises(ValueError, match=f"for {checkpoints} more checkpoints of 500 B each"):
+    with pytest.raises(ValueError, match=f"for {number} more checkpoints of 500 B each"):
         _plan.check_disk(*arguments)

@@ -5,7 +5,6 @@ import shutil
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import optax
@@ -85,21 +84,45 @@ def test_another_optimiser_begins_anew(other, tmp_path, capsys):
     assert "new: state of the optimiser, all else" in capsys.readouterr().out
 
 
-def test_schedules_start_again_and_moments_do_not(tmp_path):
-    optimizer = optax.adam(optax.linear_schedule(0.0, 1e-2, 5))
+def continued(tmp_path, optimizer):
+    """The state of an optimiser at the start from one of three steps."""
     step = mfx.TrainStep(mfx.Objective(), optimizer)
 
     def make_state():
         return mfx.init_state(mfx.MLP(2, width=4, depth=1, key=jr.key(0)), optimizer, key=jr.key(1))
 
-    trained = jax.tree.map(lambda leaf: leaf + 3 if leaf.dtype == jnp.int32 else leaf, make_state().opt_state)
+    trained = jax.tree.map(lambda leaf: leaf + 3, make_state().opt_state)
     checkpoints = checkpoint.Checkpoints(tmp_path / "old")
     checkpoints.save(3, eqx.tree_at(lambda state: state.opt_state, make_state(), trained))
     checkpoints.wait()
     stream = data.Stream(data.ArraySource(np.zeros((8, 2), np.float32)), 8)
     arguments = (trainer.Config(), step, make_state, stream, run.RunDirectory(tmp_path / "new"))
-    adam, schedule = run.train(*arguments, steps=0, start=str(tmp_path / "old")).opt_state
+    return run.train(*arguments, steps=0, start=str(tmp_path / "old")).opt_state
+
+
+def test_schedules_start_again_and_moments_do_not(tmp_path):
+    adam, schedule = continued(tmp_path, optax.adam(optax.linear_schedule(0.0, 1e-2, 5)))
     assert (int(adam.count), int(schedule.count)) == (3, 0)
+
+
+def test_injected_schedules_start_again_and_moments_do_not(tmp_path):
+    rate = optax.linear_schedule(0.5, 1e-2, 5)
+    state = continued(tmp_path, optax.inject_hyperparams(optax.adam)(rate, b1=0.25))
+    assert int(state.count) == int(state.hyperparams_states["learning_rate"].count) == 0
+    assert (float(state.hyperparams["learning_rate"]), float(state.hyperparams["b1"])) == (0.5, 0.25)
+    assert int(state.inner_state[0].count) == 3
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over(other, tmp_path, capsys):
+    shutil.copytree(other[0], tmp_path / "copy")
+    (tmp_path / "copy" / "checkpoints" / "00000002.json").write_text("{")
+    state = begun(tmp_path, tmp_path / "copy")
+    assert int(state.opt_state[0].count) == 1
+    lines = capsys.readouterr().out
+    assert "00000002: passed over, because its record" in lines and "checkpoints/00000001; new: all else\n" in lines
+    (tmp_path / "copy" / "checkpoints" / "00000001.json").write_text("{")
+    with pytest.raises(checkpoint.CheckpointError, match="its record"):
+        begun(tmp_path, tmp_path / "copy")
 
 
 @pytest.mark.slow
