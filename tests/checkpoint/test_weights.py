@@ -341,7 +341,7 @@ def test_a_file_that_says_what_no_file_says_is_refused(about, message, tmp_path)
     ("network", "message"),
     [
         ({"network": "VGG"}, "forged: network must be one of MLP, DiT, UNet, got 'VGG'"),
-        ({"network": "MLP", "size": 2, "wings": 2}, "forged: description of a MLP must have .* got wings"),
+        ({"network": "MLP", "size": 2, "wings": 2}, "forged: description of a MLP has unknown arguments: wings"),
         ({"network": "MLP", "size": [2]}, "forged: size must be of integers >= 1|forged: description must be that of"),
     ],
     ids=range(3),
@@ -404,8 +404,8 @@ def test_a_configuration_that_json_cannot_hold_leaves_nothing(field, tmp_path):
 
 
 @pytest.mark.parametrize("call", ["save", "load"])
-def test_without_its_package_the_extra_is_named(call, field, path, monkeypatch):
+def test_without_its_package_the_package_is_named(call, field, path, monkeypatch):
     for name in [*(name for name in sys.modules if name.partition(".")[0] == "safetensors"), "safetensors"]:
         monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(run.MissingDependency, match=r"pip install 'mf_eqx\[export\]'"):
+    with pytest.raises(run.MissingDependency, match="pip install safetensors"):
         checkpoint.save_weights(path, field) if call == "save" else checkpoint.load_weights(path)
