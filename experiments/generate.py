@@ -222,9 +222,7 @@ def read_condition(config: Config, subject: Subject) -> Any:
 
 
 def check_place(to: str) -> None:
-    """Refuses a place that nothing can be written to, and a picture without the package that draws it."""
-    if not to.endswith(".npy"):
-        run.require("PIL" if is_folder(to) else "matplotlib")
+    """Refuses a place that nothing can be written to."""
     run.check_writable(Path(to, "000000.png") if is_folder(to) else to)
     if Path(to).is_dir() and any(Path(to).iterdir()):
         raise ValueError(f"--to must be a new or empty folder, got {to}")
@@ -290,6 +288,10 @@ def main(config: Config) -> None:
     devices = mfx.Parallelism()
     job = plan(config, open_subject(config.weights, config.vae, devices, bfloat16=config.bfloat16), devices)
     run.tell(described(job))
+    if is_folder(job.to):
+        run.require("PIL")
+    elif not job.to.endswith(".npy"):
+        run.require("matplotlib")
     check_place(job.to)
     if config.dry_run:
         return run.tell(f"would be written to {job.to}")
