@@ -238,12 +238,12 @@ def test_bad_input_ends_in_one_line_and_leaves_nothing(arguments, message, comma
     assert re.search(message, line), line
 
 
-def test_only_what_is_made_needs_a_package(files, tmp_path, monkeypatch):
+def test_only_what_is_made_needs_a_package(command, monkeypatch):
     """PNG files need no matplotlib, arrays no package at all."""
     needed = []
     monkeypatch.setattr(run, "require", lambda *packages: needed.append(packages))
     for place in ("x.npy", "x.png", "new/"):
-        files[2].check_place(str(tmp_path) + "/" + place)
+        command(f"digits.safetensors --to {place} --dry-run")
     assert needed == [("matplotlib",), ("PIL",)]
 
 
