@@ -242,6 +242,7 @@ def lively_robot():
     return jax.tree.map(lambda leaf: leaf + 0.1 if eqx.is_inexact_array(leaf) else leaf, field), batch.condition
 
 
+@pytest.mark.slow
 def test_samples_from_noise_follow_their_conditions():
     field, condition = lively_robot()
     eps = jr.normal(jr.key(1), (64, 6))
@@ -338,6 +339,7 @@ def training(x, observation):
     return data.Stream(source, 128), step, mfx.init_state(field, step.optimizer, key=jr.key(1))
 
 
+@pytest.mark.slow
 def test_one_step_samples_follow_the_observation_and_training_goes_on_where_it_was():
     pytest.importorskip("grain")
     draws = np.random.default_rng(0)

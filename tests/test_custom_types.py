@@ -70,6 +70,11 @@ FIELDS = {
 every_field = pytest.mark.parametrize("name", FIELDS)
 
 
+def quick(names, slow):
+    """The names, of which some are tested by slow tests alone."""
+    return [pytest.param(name, marks=pytest.mark.slow) if name in slow else name for name in names]
+
+
 class Strict(mfx.AbstractField):
     """A user's field that takes it that times are arrays in the precision of the data."""
 
@@ -96,7 +101,7 @@ def mode_of(mode):
         yield dtype
 
 
-@every_field
+@pytest.mark.parametrize("name", quick(FIELDS, slow=("DiT", "UNet")))
 @every_number
 @every_mode
 def test_field_takes_numbers_for_times_in_the_precision_of_the_data(name, numbers, mode):
@@ -173,7 +178,7 @@ FUNCTIONS = {
 }
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("name", quick(FUNCTIONS, slow=ONE_ROW.keys() - {"MeanFlow", "Shortcut", "SoFlow"}))
 @every_number
 @every_mode
 def test_function_takes_numbers_for_times_in_the_precision_of_the_data(name, numbers, mode):

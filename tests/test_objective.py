@@ -1052,6 +1052,7 @@ def test_null_condition_that_a_cast_would_change_is_refused(null, dtype, message
         loss_of(jnp.zeros(2, dtype), null)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("null", "dtype"),
     [

@@ -284,6 +284,7 @@ def test_closed_form_field_satisfies_identity_to_rounding(make, earliest, method
     assert largest(residuals(METHODS[method], field, lambda z, t, _: field(z, t, t), z, r, t)) < 1e-12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [name for name in EXACT if METHODS[name].facts.uses_velocity])
 def test_average_velocity_of_a_teacher_is_the_fixed_point_of_distillation(method):
     field = GaussianAverageVelocity(np.array([0.7, -1.2]), 0.4)

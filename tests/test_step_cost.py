@@ -43,6 +43,7 @@ def cost(name, batch, **options):
     return measure.compile_program(step, *inputs, donate=(0,)).cost
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["MeanFlow", pytest.param("guided", marks=pytest.mark.slow)])
 def test_tangents_and_the_split_cost_no_memory(name):
     # Kinds of rows are differentiated one after the other, so that it is less: three quarters of the rows at a time.

@@ -604,6 +604,7 @@ NETWORKS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_step_of_networks_passes_strict_promotion_in_every_precision(strict, name, dtype):

@@ -134,6 +134,7 @@ def test_rows_have_r_before_t(small):
     assert len(set(label.tolist())) == 4
 
 
+@pytest.mark.slow
 def test_differences_are_those_of_the_package(jvp_accuracy, small):
     config, rows = small
     field = jvp_accuracy.make_field(config, "float32", 1.0)

@@ -108,6 +108,7 @@ def square_of_mean(gm, values):
     return (np.sum(groups.sum(0) ** 2) - np.sum(groups**2)) / (gm.GROUPS * (gm.GROUPS - 1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("velocity", ["CONDITIONAL", "STABLE"])
 def test_bias_and_variance_are_those_of_gradients_taken_at_each_b(gm, measured, velocity):
     (field, rows, found), given = measured, getattr(gm, velocity)

@@ -348,6 +348,7 @@ def test_stopped_jvp_gives_the_training_gradient_of_the_fused_one(x64):
     assert np.linalg.norm(expected) > 0.1
 
 
+@pytest.mark.slow
 def test_central_difference_gives_the_training_gradient_up_to_the_square_of_its_step(x64):
     expected = training_gradient()
     error = np.linalg.norm(training_gradient(engine=mfx.CentralDifference(1e-4)) - expected)
@@ -463,6 +464,7 @@ def test_bfloat16_compute_computes_its_products_in_bfloat16_and_the_times_in_flo
     assert field.embedding(*(jnp.asarray(x) for x in (R, T, LABEL))).dtype == jnp.float32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "bound"), [(jnp.float32, 1e-5), (jnp.bfloat16, 0.02)], ids=["float32", "bfloat16"])
 def test_derivative_in_low_precision_is_accurate(x64, dtype, bound):
     size = mfx.DiTSize(depth=4, width=64, heads=4, patch=2)

@@ -271,6 +271,7 @@ def widened(field):
     return jax.tree.unflatten(jax.tree.structure(image), leaves)
 
 
+@pytest.mark.slow
 def test_sequence_gives_the_columns_of_an_image_of_two_equal_columns(x64):
     z, r, t, condition = inputs(shape=LINE)
     field = small64(LINE, PLAIN)

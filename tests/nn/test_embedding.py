@@ -180,6 +180,7 @@ def test_label_that_is_not_one_integer_is_refused_with_its_shape_and_dtype(make,
         field(z, 0.0, 1.0, condition(label()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("label", [2, np.int8(2), np.asarray(2), jnp.asarray(2, jnp.uint8)], ids=repr)
 @pytest.mark.parametrize("make", [mlp, dit, unet, unet_condition], ids=lambda make: make.__name__)
 def test_label_may_be_any_integer(make, label):

@@ -40,6 +40,7 @@ def test_upsampling_is_twice_a_transposed_convolution_with_stride_two_for_each_s
     np.testing.assert_allclose(nn.upsample(x), expected, rtol=1e-13, atol=1e-14)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", SHAPES)
 def test_upsampling_is_twice_the_transpose_of_downsampling_for_each_side(x64, shape):
     channels, *sides = shape

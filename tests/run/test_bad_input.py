@@ -124,7 +124,15 @@ def test_a_good_value_comes_out():
     assert check("digits", ["--learning-rate", "1e-4"]).learning_rate == 1e-4
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+# These make hundreds of configurations.
+LONG = ("ablations", "weight_bias", "tangent_study")
+
+
+def quick(scripts):
+    return [pytest.param(name, marks=pytest.mark.slow) if name in LONG else name for name in scripts]
+
+
+@pytest.mark.parametrize("script", quick(SCRIPTS))
 def test_any_values_make_a_configuration_or_one_line(script):
     names = [field.name.replace("_", "-") for field in dataclasses.fields(first(script))]
 
@@ -154,7 +162,7 @@ def numbers(script):
             yield field.name.replace("_", "-"), len(several), type(several[0])
 
 
-@pytest.mark.parametrize("script", ALL_SCRIPTS)
+@pytest.mark.parametrize("script", quick(ALL_SCRIPTS))
 def test_numbers_that_nothing_computes_with_are_refused_in_one_line(script):
     importlib.import_module(script)
     for flag, count, kind in numbers(script):
@@ -175,7 +183,7 @@ def integers(script):
             yield field.name.replace("_", "-"), 2 if field.name == "cell" else count
 
 
-@pytest.mark.parametrize("script", [*ALL_SCRIPTS, *TIMED])
+@pytest.mark.parametrize("script", quick([*ALL_SCRIPTS, *TIMED]))
 def test_sizes_of_all_magnitudes_make_a_configuration_or_one_line(script):
     importlib.import_module(script)
     flags = st.sampled_from(list(integers(script)))

@@ -145,6 +145,7 @@ def signals_itself(directory, calls, number=signal.SIGTERM):
     return scan
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_after_the_part_with_all_saved_and_the_rest_gives_the_same_bits(
     number, directory, tmp_path, monkeypatch

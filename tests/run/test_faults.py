@@ -165,6 +165,7 @@ def test_a_directory_that_is_moved_in_the_midst_stops_the_run_and_back_in_its_pl
 # The disk
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_line_with_the_step_and_with_space_again_the_run_ends_as_ever(undisturbed, tmp_path):
     def limit():
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))

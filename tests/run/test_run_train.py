@@ -186,6 +186,7 @@ def test_a_finished_run_goes_on_to_more_steps_as_if_it_had_never_ended(undisturb
     assert [record["step"] for record in directory.records()] == [4, 7, 8, 12, 14]
 
 
+@pytest.mark.slow
 def test_metrics_after_the_last_checkpoint_are_taken_back(undisturbed, tmp_path):
     stopped(tmp_path, after=7)
     (root,) = (tmp_path / "trainer").iterdir()
@@ -609,6 +610,7 @@ def test_weights_and_biases_itself_takes_every_number_of_a_run_that_continues_of
     assert losses == {record["step"]: record["loss"] for record in directory.records()} and len(history) == len(losses)
 
 
+@pytest.mark.slow
 def test_weights_and_biases_gets_one_run_that_continues(tmp_path, monkeypatch):
     started, logged, finished = [], [], []
 

@@ -105,6 +105,7 @@ def test_schedules_start_again_and_moments_do_not(tmp_path):
     assert (int(adam.count), int(schedule.count)) == (3, 0)
 
 
+@pytest.mark.slow
 def test_injected_schedules_start_again_and_moments_do_not(tmp_path):
     rate = optax.linear_schedule(0.5, 1e-2, 5)
     state = continued(tmp_path, optax.inject_hyperparams(optax.adam)(rate, b1=0.25))
