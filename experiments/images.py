@@ -185,8 +185,8 @@ def make_field(config: Config, shape: Shape, labels: int | None, key: Key[Array,
     if config.network == "dit":
         return mfx.DiT(shape, mfx.DiTSize(config.depth, config.width, config.heads, config.patch), labels=labels, **how)
     size = mfx.UNetSize(config.width, config.multipliers, config.blocks, config.attention)
-    told = 6 if config.augmentation else 0
-    return mfx.UNet(shape, size, labels=labels, augmentation=told, dropout=config.dropout, **how)
+    numbers = 6 if config.augmentation else 0  # by which EDM's augmentation tells the network of itself
+    return mfx.UNet(shape, size, labels=labels, augmentation=numbers, dropout=config.dropout, **how)
 
 
 def objective(config: Config, labels: int | None, target: mfx.StableTarget | None = None) -> mfx.Objective:
