@@ -59,7 +59,7 @@ class Config:
     methods: tuple[str, ...] = ("MeanFlow",)
     """Methods that learn an average velocity: the identities of mf_eqx by name. Each is trained as in toy_2d.py and
     digits.py; methods that learn from pairs of data and noise go without a target of less variance."""
-    own: str | None = None
+    identity: str | None = None
     """A Python file with identities of your own, subclasses of mf_eqx.AbstractIdentity, which join the methods by their
     names."""
     toy_steps: int = toy_2d.Config.steps
@@ -92,7 +92,7 @@ class Config:
             raise ValueError(f"data must be at least one of {', '.join(known)}; got none")
         if wrong := [name for name in self.data if name not in known]:
             raise ValueError(f"data must be among {', '.join(known)}; got {wrong[0]}")
-        known = toy_2d.identities(self.own, 1)
+        known = toy_2d.identities(self.identity, 1)
         if wrong := [name for name in self.methods if name not in known]:
             raise ValueError(f"methods must be among {', '.join(known)}; got {wrong[0]}")
         if not self.methods:
@@ -159,7 +159,7 @@ def adaptive(family: str, field: mfx.AbstractField, name: str, tolerance: float)
 
 def samplers(config: Config, fields: dict[str, mfx.AbstractField]) -> list[Sampler]:
     """Of the average velocities, then of v of every network."""
-    methods, found = toy_2d.identities(config.own, 1), []
+    methods, found = toy_2d.identities(config.identity, 1), []
     for network, field in fields.items():
         if network != FLOW_MATCHING:
             counts = (1,) if methods[network].facts.ends_at_data else (1, 2, 4)
@@ -200,7 +200,7 @@ def toy_settings(config: Config, name: str) -> toy_2d.Config:
     return toy_2d.Config(
         data=(name,),
         methods=(*config.methods, "FlowMatching"),
-        own=config.own,
+        identity=config.identity,
         settings=("common",),
         shorter=(),
         steps=config.toy_steps,
@@ -246,7 +246,7 @@ def digits_objectives(
     config: Config, settings: digits.Config, target: mfx.StableTarget | None = None
 ) -> dict[str, mfx.Objective]:
     """Of all networks, by name."""
-    methods = toy_2d.identities(config.own, settings.steps)
+    methods = toy_2d.identities(config.identity, settings.steps)
     found = {}
     for name in config.methods:
         allowed = None if methods[name].facts.uses_pair else target

@@ -139,7 +139,7 @@ class Config(run.CellSettings):
     Frechet distance."""
     method: str = "MeanFlow"
     """The identity of mf_eqx that is trained, by name."""
-    own: str | None = None
+    identity: str | None = None
     """A Python file with identities of your own, subclasses of mf_eqx.AbstractIdentity, which join the methods by their
     names. When the file changes, their cells are trained again."""
     only: tuple[str, ...] | None = None
@@ -160,7 +160,7 @@ class Config(run.CellSettings):
         run.check_sizes(self, seeds=100)
         if self.steps is not None and self.steps < 1:
             raise ValueError(f"steps must be >= 1, got {self.steps}")
-        if self.method not in (known := toy_2d.identities(self.own, 1)):
+        if self.method not in (known := toy_2d.identities(self.identity, 1)):
             raise ValueError(f"method must be among {', '.join(known)}; got {self.method}")
         if not tables(self):
             raise ValueError(f"method must be one that a table can have, got {self.method}, which no table can")
@@ -183,7 +183,7 @@ def identity(config: Config, setting: Setting, steps: int) -> mfx.AbstractIdenti
 
     **Raises:** `ValueError` if the setting has a tangent that the method has not.
     """
-    method = toy_2d.identities(config.own, steps)[config.method]
+    method = toy_2d.identities(config.identity, steps)[config.method]
     if isinstance(method, mfx.MeanFlow):
         method = mfx.MeanFlow(*setting.tangent)
     elif setting.tangent != Setting.tangent:
@@ -217,9 +217,9 @@ def method_key(config: Config) -> dict[str, str]:
     """What the key of a cell says of the method: nothing of MeanFlow, and the digest of the file of one's own."""
     if config.method == "MeanFlow":
         return {}
-    if config.own is None or config.method not in toy_2d.own_methods(config.own)[0]:
+    if config.identity is None or config.method not in toy_2d.own_methods(config.identity)[0]:
         return {"method": config.method}
-    return {"method": config.method, "own": toy_2d.own_methods(config.own)[1]}
+    return {"method": config.method, "own": toy_2d.own_methods(config.identity)[1]}
 
 
 LABEL_DROPOUT = 0.1

@@ -266,7 +266,7 @@ print(f"the exported sampler agrees to {float(same):.1e}")
 # %% [markdown]
 # ## Where next
 #
-# - `python experiments/toy_2d.py --quick --data points.npy --own mine.py`: your points and your method beside all
+# - `python experiments/toy_2d.py --quick --data points.npy --identity mine.py`: your points and your method beside all
 #   others, in one table.
 # - `python experiments/digits.py`: a small transformer on real images, five minutes on two cores.
 # - The README beside this file: a command for each task.

@@ -4,8 +4,8 @@
     python experiments/toy_2d.py --quick                         three methods on eight Gaussians, a minute on 2 cores
     python experiments/toy_2d.py --preset full                   three seeds, four data sets, one in 64 dimensions
     python experiments/toy_2d.py --data two_moons pinwheel --methods MeanFlow Exact WrongTangent
-    python experiments/toy_2d.py --own mine.py                   with the methods of a file of your own
-    python experiments/toy_2d.py --quick --data points.npy --own mine.py --network mine.py:Net
+    python experiments/toy_2d.py --identity mine.py              with the methods of a file of your own
+    python experiments/toy_2d.py --quick --data points.npy --identity mine.py --network mine.py:Net
                                                                  on points of your own, with a network of your own
     python experiments/toy_2d.py --preset plain                  conditional velocity as target, no Fourier features
     python experiments/toy_2d.py --preset long                   one network, trained for an hour
@@ -63,17 +63,17 @@ SETTINGS = ("common", "paper")
 @functools.cache
 def own_methods(path: str) -> tuple[dict[str, type], str]:
     """The identities that a Python file defines, by name, and a digest of it, as it was when it was read first."""
-    members, digest = run.own_file("own", path)
+    members, digest = run.own_file("identity", path)
     if not path.endswith(".py"):  # mine.py:Mix
-        cls = run.own_class("own", path, mfx.AbstractIdentity)
+        cls = run.own_class("identity", path, mfx.AbstractIdentity)
         members = {cls.__name__: cls}
     found = {
         name: members[name] for name in mfx.identities_in(members, 1) if members[name] is not getattr(mfx, name, None)
     }
     if taken := [name for name in found if name in methods()]:
-        raise ValueError(f"own must be a file whose methods have other names than mf_eqx's, got {taken[0]}")
+        raise ValueError(f"identity must be a file whose methods have other names than mf_eqx's, got {taken[0]}")
     if not found:
-        raise ValueError(f"own must hold identities that can be made without arguments, got none in {path}")
+        raise ValueError(f"identity must hold identities that can be made without arguments, got none in {path}")
     return found, digest
 
 
@@ -104,10 +104,10 @@ class Config(run.CellSettings):
     """Most points that are taken of a file, at random and always the same. The time of the exact field, which every run
     integrates, grows as their number."""
     methods: tuple[str, ...] = ()
-    """Methods: FlowMatching, the identities of mf_eqx and of --own by name, WrongTangent (MeanFlow with the tangent (v,
-    0, 0), which is wrong), Exact (the true field, put through the same table). By default all but WrongTangent, and
-    with --marginal without those that learn from pairs of data and noise."""
-    own: str | None = None
+    """Methods: FlowMatching, the identities of mf_eqx and of --identity by name, WrongTangent (MeanFlow with the
+    tangent (v, 0, 0), which is wrong), Exact (the true field, put through the same table). By default all but
+    WrongTangent, and with --marginal without those that learn from pairs of data and noise."""
+    identity: str | None = None
     """A Python file with identities of your own, subclasses of mf_eqx.AbstractIdentity that can be made without
     arguments, or one of them as mine.py:Mix. When the file changes, their trainings are done again."""
     network: str | None = None
@@ -182,8 +182,8 @@ class Config(run.CellSettings):
     """Directory below runs/toy_2d/, by default one that all runs share: finished cells are found there."""
     quick: bool = False
     """Only the first data set, by default eight_gaussians, one seed, the common settings, and of the methods
-    FlowMatching, MeanFlow, Exact and those of --own unless others are asked for; at most 1500 steps, a decay of 0.98,
-    1000 samples (5000 of the large), 500 rows."""
+    FlowMatching, MeanFlow, Exact and those of --identity unless others are asked for; at most 1500 steps, a decay of
+    0.98, 1000 samples (5000 of the large), 500 rows."""
 
     def __post_init__(self):
         self.check(seeds=1, steps=1, width=1, depth=1, samples=10, large_samples=10, rows=10)
@@ -194,7 +194,7 @@ class Config(run.CellSettings):
         run.check_sizes(self, condition_width=1 << 14, fourier_features=1 << 14, references=REFERENCES)
         self.check_own()
         known_data = (*DATA, "FILE.npy", *filter(is_own, self.data))
-        for name, known in (("data", known_data), ("settings", SETTINGS), ("methods", methods(self.own))):
+        for name, known in (("data", known_data), ("settings", SETTINGS), ("methods", methods(self.identity))):
             if unknown := [item for item in getattr(self, name) if item not in known]:
                 raise ValueError(f"{name} must be among {', '.join(known)}; got {', '.join(unknown)}")
             if not getattr(self, name) and name == "settings":
@@ -255,7 +255,7 @@ def shrunk(config: Config) -> Config:
     most = {"seeds": 1, "steps": 1500, "decay": 0.98, "samples": 1000, "large_samples": 5000, "rows": 500}
     least = {name: min(bound, getattr(config, name)) for name, bound in most.items()}
     data = config.data[:1] or ("eight_gaussians",)
-    own = own_methods(config.own)[0] if config.own else {}
+    own = own_methods(config.identity)[0] if config.identity else {}
     chosen = config.methods or ("FlowMatching", "MeanFlow", *own, "Exact")
     return dataclasses.replace(config, data=data, methods=chosen, settings=("common",), shorter=(), **least)
 
@@ -265,15 +265,15 @@ def chosen_data(config: Config) -> tuple[str, ...]:
 
 
 def chosen_methods(config: Config) -> list[str]:
-    known = identities(config.own, 1)
+    known = identities(config.identity, 1)
     without = ["WrongTangent", *(name for name in known if config.marginal and learns_from_pairs(known[name]))]
-    return list(config.methods) or [method for method in methods(config.own) if method not in without]
+    return list(config.methods) or [method for method in methods(config.identity) if method not in without]
 
 
 def cells(config: Config) -> list[Cell]:
     """In an order in which the seeds of one method, which compile the same program, are not far apart and not
     neighbours. Methods without settings of a paper have the common ones alone, and the exact field is judged once."""
-    known = identities(config.own, 1)
+    known = identities(config.identity, 1)
     of_paper = [name for name, identity in known.items() if identity.facts.paper_settings is not None]
     kinds = [(settings, 1.0) for settings in config.settings]
     kinds += [("common", part) for part in config.shorter if "common" in config.settings]
@@ -295,7 +295,7 @@ def steps_of(config: Config, cell: Cell) -> int:
 def identity_of(config: Config, cell: Cell) -> mfx.AbstractIdentity | None:
     if cell.method == "WrongTangent":
         return mfx.MeanFlow(tangent_t=0)
-    return identities(config.own, steps_of(config, cell)).get(cell.method)
+    return identities(config.identity, steps_of(config, cell)).get(cell.method)
 
 
 def is_stacked(data: str) -> bool:
@@ -411,7 +411,7 @@ def training(config: Config, cell: Cell) -> run.Training | None:
 
 
 JUDGING = ("samples", "large_samples", "rows")
-CHOICE = ("data", "blur", "points", "network", "methods", "own", "settings", "seeds", "steps", "shorter", "quick")
+CHOICE = ("data", "blur", "points", "network", "methods", "identity", "settings", "seeds", "steps", "shorter", "quick")
 
 
 OF_MLP = ("batch", "width", "depth", "condition_width", "fourier_features", "fourier_scale", "learning_rate")
@@ -426,7 +426,7 @@ def recipe(config: Config, cell: Cell) -> dict[str, Any]:
     unused = {*JUDGING, *CHOICE, *(field.name for field in dataclasses.fields(run.CellSettings))}
     unused |= {*(OF_MLP if is_stacked(cell.data) else OF_DIT), *(OF_COMMON if cell.settings == "paper" else ())}
     values = {name: value for name, value in dataclasses.asdict(config).items() if name not in unused}
-    own = own_methods(config.own)[1] if config.own is not None and cell.method not in methods() else None
+    own = own_methods(config.identity)[1] if config.identity is not None and cell.method not in methods() else None
     cell_values = {name: value for name, value in cell._asdict().items() if name != "part"}
     return {**cell_values, **values, "steps": steps_of(config, cell), "own": own, **own_values(config, cell)}
 
@@ -549,7 +549,7 @@ def write_report(config: Config, directory: run.RunDirectory, ledger: run.Ledger
     """Tables and pictures of everything that was asked for. Returns the tables."""
     results = {cell: ledger[key_of(config, cell)] for cell in cells(config)}
     texts, panels = [], {}
-    at_data = [name for name, identity in identities(config.own, 1).items() if identity.facts.ends_at_data]
+    at_data = [name for name, identity in identities(config.identity, 1).items() if identity.facts.ends_at_data]
     for data in chosen_data(config):
         entries = [
             toy_report.Entry(cell, steps_of(config, cell), found)

@@ -205,7 +205,7 @@ def own(tmp_path_factory):
 
 
 def test_identities_of_a_file_join_the_methods(one_step_vs_ode, own):
-    config = one_step_vs_ode.Config(own=own, methods=("Mine", "Shortcut"))
+    config = one_step_vs_ode.Config(identity=own, methods=("Mine", "Shortcut"))
     assert one_step_vs_ode.toy_settings(config, "checkerboard").methods == ("Mine", "Shortcut", "FlowMatching")
     objectives = one_step_vs_ode.digits_objectives(config, one_step_vs_ode.digits_settings(config))
     assert type(objectives["Mine"].identity).__name__ == "Mine"
@@ -214,9 +214,9 @@ def test_identities_of_a_file_join_the_methods(one_step_vs_ode, own):
 def test_a_method_that_does_not_fit_into_the_batch_is_refused_before_anything_trains(one_step_vs_ode, own):
     message = "methods must take the batch of digits, 64; got Triples, which takes multiples of 6"
     with pytest.raises(ValueError, match=message):
-        one_step_vs_ode.Config(own=own, methods=("Triples",), data=("digits",))
+        one_step_vs_ode.Config(identity=own, methods=("Triples",), data=("digits",))
     with pytest.raises(ValueError, match=r"batch must be a positive multiple of 6.* common settings of Triples"):
-        one_step_vs_ode.Config(own=own, methods=("Triples",), data=("checkerboard",))
+        one_step_vs_ode.Config(identity=own, methods=("Triples",), data=("checkerboard",))
 
 
 # A whole run
@@ -276,7 +276,7 @@ def test_a_run_of_two_other_methods_has_them_in_table_verdict_and_picture(finish
         ({"methods": ("FlowMatching",)}, "methods must be among .*; got FlowMatching"),
         ({"methods": ("Exact",)}, "methods must be among .*; got Exact"),
         ({"methods": ("MeanFlow", "MeanFlow")}, "methods must differ from each other, got MeanFlow, MeanFlow"),
-        ({"own": "none.py"}, r"own must be a Python file, got none\.py"),
+        ({"identity": "none.py"}, r"identity must be a Python file, got none\.py"),
         ({"euler": ()}, r"euler must be positive numbers, got \(\)"),
         ({"heun": (1, 0)}, r"heun must be positive numbers, got \(1, 0\)"),
         ({"tolerances": (-0.1,)}, r"tolerances must be positive numbers, got \(-0.1,\)"),

@@ -127,9 +127,9 @@ def test_key_of_mean_flow_finds_cells_from_before_there_were_other_methods(ablat
 def test_keys_name_other_methods_and_the_file_of_the_users_own(ablations, own):
     mean_flow = key_in_centre(ablations)
     assert key_in_centre(ablations, method="Shortcut") == mean_flow | {"method": "Shortcut"}
-    assert key_in_centre(ablations, method="Shortcut", own=own) == mean_flow | {"method": "Shortcut"}
+    assert key_in_centre(ablations, method="Shortcut", identity=own) == mean_flow | {"method": "Shortcut"}
     digest = run.digest(OWN)
-    assert key_in_centre(ablations, method="Mine", own=own) == mean_flow | {"method": "Mine", "own": digest}
+    assert key_in_centre(ablations, method="Mine", identity=own) == mean_flow | {"method": "Mine", "own": digest}
 
 
 def identity_of(ablations, setting=None, **config):
@@ -139,7 +139,7 @@ def identity_of(ablations, setting=None, **config):
 
 def test_the_method_is_what_is_trained(ablations, own):
     assert type(identity_of(ablations, method="Shortcut")).__name__ == "Shortcut"
-    assert type(identity_of(ablations, method="Mine", own=own)).__name__ == "Mine"
+    assert type(identity_of(ablations, method="Mine", identity=own)).__name__ == "Mine"
     assert identity_of(ablations, ablations.Setting(tangent=(1.0, 0.0))).tangent_r == 1
     assert identity_of(ablations, ablations.Setting(share=0.0), method="Shortcut") is None
 
@@ -174,7 +174,7 @@ def test_a_test_run_of_another_method_is_complete_and_has_a_directory_of_its_own
 
 def test_a_method_that_does_not_fit_into_the_batch_is_refused_before_anything_trains(ablations, own, tmp_path, capsys):
     with pytest.raises(SystemExit):
-        start(ablations, tmp_path, f"--method Triples --own {own} --only 1a --seeds 1")
+        start(ablations, tmp_path, f"--method Triples --identity {own} --only 1a --seeds 1")
     assert "batch must be a positive multiple of 12" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
@@ -235,7 +235,7 @@ def test_digits_have_a_recipe_of_the_same_kind(ablations):
         ("--only 1z", "--only must be among 1a, .*; got 1z"),
         ("--only", "--only must be at least one of 1a, .*; got none"),
         ("--method Shortkut", "--method must be among .*Shortcut, .*; got Shortkut"),
-        ("--own none.py", r"--own must be a Python file, got none\.py"),
+        ("--identity none.py", r"--identity must be a Python file, got none\.py"),
         ("--method Shortcut --only 1a 1b", "--only must be among the tables of Shortcut, got 1b: tangent must be"),
         ("--method ConsistencyTraining --only 5", "of ConsistencyTraining, got 5: guidance must be None"),
         ("--method InductiveMomentMatching --only 1f", "of InductiveMomentMatching, got 1f: guidance must be None"),

@@ -170,10 +170,10 @@ def test_identities_of_a_file_join_the_methods(toy_2d, tmp_path):
     path, changed = tmp_path / "mine.py", tmp_path / "changed.py"
     path.write_text(OWN.format(name="Mine"))
     changed.write_text(path.read_text() + "\n# changed\n")
-    config, cell = toy_2d.Config(own=str(path)), toy_2d.Cell("checkerboard", "Mine", 0)
+    config, cell = toy_2d.Config(identity=str(path)), toy_2d.Cell("checkerboard", "Mine", 0)
     assert type(toy_2d.identity_of(config, cell)).__name__ == "Mine" and cell in toy_2d.cells(config)
     assert "Mine" in toy_2d.shrunk(config).methods
-    other, theirs = toy_2d.Config(own=str(changed)), cell._replace(method="MeanFlow")
+    other, theirs = toy_2d.Config(identity=str(changed)), cell._replace(method="MeanFlow")
     assert toy_2d.recipe(config, cell) != toy_2d.recipe(other, cell)
     assert toy_2d.recipe(config, theirs) == toy_2d.recipe(other, theirs) == toy_2d.recipe(toy_2d.Config(), theirs)
     with pytest.raises(ValueError, match=r"methods must be among .*; got Mine"):
@@ -183,14 +183,14 @@ def test_identities_of_a_file_join_the_methods(toy_2d, tmp_path):
 def test_a_file_of_ones_own_needs_methods_with_names_of_their_own(toy_2d, tmp_path):
     path = tmp_path / "empty.py"
     path.write_text("from mf_eqx import MeanFlow\n")
-    with pytest.raises(ValueError, match=r"own must hold identities .*, got none in .*empty\.py"):
-        toy_2d.Config(own=str(path))
+    with pytest.raises(ValueError, match=r"identity must hold identities .*, got none in .*empty\.py"):
+        toy_2d.Config(identity=str(path))
     path = tmp_path / "taken.py"
     path.write_text(OWN.format(name="Shortcut"))
-    with pytest.raises(ValueError, match=r"own must be a file whose methods have other names .*, got Shortcut"):
-        toy_2d.Config(own=str(path))
-    with pytest.raises(ValueError, match=r"own must be a Python file, got none\.py"):
-        toy_2d.Config(own="none.py")
+    with pytest.raises(ValueError, match=r"identity must be a file whose methods have other names .*, got Shortcut"):
+        toy_2d.Config(identity=str(path))
+    with pytest.raises(ValueError, match=r"identity must be a Python file, got none\.py"):
+        toy_2d.Config(identity="none.py")
 
 
 def entry(toys, toy_report, method, steps, error, *, part=1.0, settings="common", seed=0):

@@ -131,7 +131,7 @@ def test_a_network_of_ones_own_takes_the_place_of_mlp_and_dit(toy_2d, folder):
 
 @pytest.mark.slow
 def test_a_run_on_points_of_ones_own_leaves_a_table_and_pictures(toy_2d, folder):
-    own = f"--own {folder / 'mine.py'} --network {folder / 'mine.py'}:Net"
+    own = f"--identity {folder / 'mine.py'} --network {folder / 'mine.py'}:Net"
     arguments = f"--quick --data cross.npy {own} --blur 0.1 --steps 20 --rows 20 --samples 100 --large-samples 100"
     run.main(toy_2d.main, toy_2d.PRESETS, argv=arguments.split())
     (path,) = folder.glob("runs/*/all/*/results.json")
