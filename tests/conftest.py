@@ -25,7 +25,8 @@ if importlib.util.find_spec("beartype") is not None:
 # The second is known to XLA up to JAX 0.10. An XLA that does not know a flag ends the process.
 QUICK = ["--xla_backend_optimization_level=0", "--xla_cpu_use_fusion_emitters=false"]
 MOST_MEMORY = 4e9  # bytes that all processes of a run may need together
-MOST_KEPT = 0.95e9  # bytes that a process may keep after a test: single ones need as much again
+MOST_KEPT = 1.1e9  # bytes that a process may keep after a test
+ROOM = 4e8  # bytes of programs that are kept in any case: to drop them costs seconds, since they are compiled again
 LEFT = [0]  # bytes that were left when programs were last dropped
 HIGHEST = {"peak": 0, "test": ""}  # bytes of this process, and the test in which it needed them
 PEAKS = []  # of all processes
@@ -97,9 +98,14 @@ def within_memory(request):
     yield
     if (peak := 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) > HIGHEST["peak"]:
         HIGHEST.update(peak=peak, test=request.node.nodeid)
-    if resident() > max(MOST_KEPT, LEFT[0] + 2e8):
+    if resident() > max(MOST_KEPT, LEFT[0] + ROOM):
         drop_programs()
-        LEFT[0] = resident()
+
+
+@pytest.fixture(scope="module")
+def room():
+    """For what needs a gigabyte at once: programs are dropped before it."""
+    drop_programs()
 
 
 def drop_programs():
@@ -109,6 +115,7 @@ def drop_programs():
     gc.collect()
     if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)):
         trim(0)  # what is free goes back to the system
+    LEFT[0] = resident()
 
 
 def resident():

@@ -29,7 +29,7 @@ def run(snippet, names, **replaced):
 
 
 @pytest.fixture(scope="module")
-def points(tmp_path_factory):
+def points(room, tmp_path_factory):
     """What the first example leaves behind, with a quarter of its steps, and the points that it read."""
     for package in ("grain", "safetensors"):
         pytest.importorskip(package)

@@ -29,7 +29,7 @@ def digits():
 
 
 @pytest.fixture(scope="module")
-def finished(digits, tmp_path_factory):
+def finished(digits, room, tmp_path_factory):
     """The directory of a finished run with guidance and the comparison."""
     root = tmp_path_factory.mktemp("digits")
     with pytest.MonkeyPatch.context() as patch:

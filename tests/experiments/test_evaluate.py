@@ -348,7 +348,7 @@ def test_images_of_another_size_are_refused(judge, capsys):
 # Without numbers
 
 
-def test_pictures_need_no_inception(judge):
+def test_pictures_need_no_inception(judge, room):
     directory = judge("--weights unet.safetensors --grid-only")
     names = {path.name for path in directory.iterdir() if not path.name.startswith(".")}
     assert names == {"config.json", "starts.jsonl", "samples_1.png"}

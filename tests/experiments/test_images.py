@@ -78,7 +78,7 @@ def here(tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def finished(images, tmp_path_factory):
+def finished(images, room, tmp_path_factory):
     """The directory of a finished run."""
     root = tmp_path_factory.mktemp("images")
     with pytest.MonkeyPatch.context() as patch:

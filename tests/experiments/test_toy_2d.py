@@ -31,7 +31,7 @@ def toy_report(experiment):
 
 
 @pytest.fixture(scope="module")
-def finished(toy_2d, tmp_path_factory):
+def finished(toy_2d, room, tmp_path_factory):
     """The report of a finished run of the right method, a wrong one and the truth."""
     root = tmp_path_factory.mktemp("toy_2d")
     arguments = f"--data three_gaussians --methods MeanFlow WrongTangent Exact --settings common --shorter {SMALL}"
