@@ -140,8 +140,8 @@ class Config(run.CellSettings):
     dit_depth: int = 2
     """Blocks of that DiT."""
     dit_batch: int = 64
-    """Rows per step for it, each with 32 draws of the mixture."""
-    dit_learning_rate: float = 5e-3
+    """Rows per step for it, each with 32 draws of the mixture: two in each of its 16 tokens."""
+    dit_learning_rate: float = 3e-3
     """Peak of Adam's learning rate for it."""
     references: int = 512
     """Data points from which each step estimates the velocity with less variance, drawn from 65,536 (fewer in 64
@@ -383,7 +383,7 @@ def make_field(config: Config, data: str, seed: int) -> mfx.AbstractField:
     if config.network is not None:
         return run.own_network("network", config.network, (2 * copies_of(data),))(key=key)
     if is_stacked(data):
-        shape, size = (4, 4, 4), mfx.DiTSize(config.dit_depth, config.dit_width, heads=3, patch=2)
+        shape, size = (4, 4, 4), mfx.DiTSize(config.dit_depth, config.dit_width, heads=3, patch=1)
         return OnVectors(mfx.DiT(shape, size, unroll=True, key=key), shape)
     return mfx.MLP(
         2,
