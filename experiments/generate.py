@@ -49,7 +49,8 @@ class Config:
     """File of weights, as the recipes leave it."""
     to: str = ""
     """Where to: NAME.png is one picture of all samples, NAME.npy one array, and a folder (new or empty, written with a
-    slash at its end) gets a PNG file for each sample. An older file is replaced. By default the name of the weights in
+    slash at its end) gets a PNG file for each sample. Arrays have the values that the network makes, float32, rows
+    first and then channels, clipped to no range. An older file is replaced. By default the name of the weights in
     the current folder, a picture of images and of points in the plane, else an array."""
     label: tuple[str, ...] = ()
     """Labels, each by its name (if the weights know names) or its number. Sample i has the one at place i mod their
@@ -196,8 +197,8 @@ def chosen_labels(config: Config, subject: Subject, most: int | None) -> Int[np.
     labels = [names.index(text) if text in names else int(text) if text.isdecimal() else -1 for text in config.label]
     for text, label in zip(config.label, labels, strict=True):
         if not 0 <= label < count:
-            named = " or be the name of a class" if names else ""
-            raise ValueError(f"--label must lie in [0, {count - 1}]{named} for {subject.path}, got {text}")
+            listed = f" or be among {', '.join(names[:20])}{', ...' if len(names) > 20 else ''}" if names else ""
+            raise ValueError(f"--label must lie in [0, {count - 1}]{listed} for {subject.path}, got {text}")
     return np.array(labels)
 
 

@@ -57,6 +57,9 @@ def open_parts(paths: Sequence[str], test: Sequence[str], *, size: int, holdout:
 
     **Raises:** `ValueError` if there are none, too few, or some that a network of pixels cannot take.
     """
+    for name, given in (("data", paths), ("test", test)):
+        if missing := [path for path in given if not Path(path).exists()]:
+            raise ValueError(f"{name} must be files or folders that exist, got {missing[0]}")
     source = open_images(paths, size=size)
     _check(source)
     names = getattr(source, "class_names", None)
@@ -96,7 +99,8 @@ def open_images(paths: Sequence[str], *, size: int = 0, train: bool = True) -> d
     if path.is_dir() and not size:
         raise ValueError(f"size must be given for a folder of images, in pixels, got none for {path}")
     source = data.ImageFolderSource(path, size=size or 1)
-    run.tell(f"{path}: {len(source):,} images; passed over: {source.passed_over_as_text()}")
+    passed_over = source.passed_over_as_text()
+    run.tell(f"{path}: {len(source):,} images, cropped to squares of {size} x {size}; passed over: {passed_over}")
     return source
 
 

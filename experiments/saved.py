@@ -136,6 +136,7 @@ def check_guidance(subject: Subject, scales: Sequence[float], *, euler: bool) ->
         raise ValueError(f"--guidance-scale must be 1 for {subject.path}, trained with labels alone, got {found}")
     elif not (euler or trained.null_average):
         rule = f"1, or --euler be given, for {subject.path}, whose u without a label was trained at r = t alone"
+        rule += " (for guidance in one evaluation, train with it)"
         raise ValueError(f"--guidance-scale must be {rule}, got {found}")
 
 

@@ -39,7 +39,7 @@ def parse(choices: Mapping[str, tuple[str, _Config]], program: str, description:
             )
         check_numbers(parsed.config)
     except ValueError as error:
-        raise BadArguments(_name_flag(str(error), choices[name][1])) from error
+        raise BadArguments(name_flag(str(error), choices[name][1])) from error
     if unknown:
         raise BadArguments(_unknown_argument(unknown[0].partition("=")[0], choices, choices[name][1]))
     return parsed.config
@@ -103,7 +103,7 @@ def _first_paragraph(box: str) -> str:
     return re.sub(r"^Error parsing (config\.)?", "", " ".join(blocks[0])) if blocks else box
 
 
-def _name_flag(message: str, config: Any) -> str:
+def name_flag(message: str, config: Any) -> str:
     """The message; if it starts with the name of a field, that name is written as the flag."""
     subject = message.partition(" ")[0].strip("`'")
     if subject in (field.name for field in dataclasses.fields(config)):

@@ -18,11 +18,11 @@ import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from .._optional import MissingDependency
 from ..checkpoint import CheckpointError
-from ._arguments import BadArguments, parse
+from ._arguments import BadArguments, name_flag, parse
 from ._directory import CREATED, remove_unused
 from ._lock import InUse, Moved
 from ._meeting import Missing
@@ -75,7 +75,7 @@ def main(
     - `function`: what the script does.
     - `presets`: a frozen dataclass with its defaults, or several by name, each with a line that describes it; the first
       is the default. Its `__post_init__` raises errors such as `ValueError("steps must be >= 0, got -3")`; the name of
-      a field at the start of the message is shown as its flag.
+      a field at the start of the message is shown as its flag, also in errors that `function` raises.
     - `description`: shown by `--help`, by default the docstring of `function`.
     - `argv`: arguments without the program's name, by default those of the process.
 
@@ -101,7 +101,7 @@ def main(
         with together():
             return function(config)
     except (Exception, KeyboardInterrupt) as error:
-        code, message = _exit_code_and_message(error, function.__module__)
+        code, message = _exit_code_and_message(error, function.__module__, next(iter(choices.values()))[1])
         if code == 2:
             remove_unused(CREATED[created:])
         if code == 1 or _keeps_traceback():
@@ -119,7 +119,7 @@ def _keeps_traceback() -> bool:
     return os.environ.get(_TRACEBACK, "0") not in ("", "0")
 
 
-def _exit_code_and_message(error: BaseException, script: str) -> tuple[int, str]:
+def _exit_code_and_message(error: BaseException, script: str, config: Any) -> tuple[int, str]:
     """Exit code and message for an error; 1 for a bug."""
     if isinstance(error, KeyboardInterrupt):
         return 130, "interrupted"
@@ -133,7 +133,7 @@ def _exit_code_and_message(error: BaseException, script: str) -> tuple[int, str]
         return 2, f"error: out of memory: {text} ({_TRACEBACK}=1 shows where)"
     unreadable = isinstance(error, OSError) and (error.filename is not None or error.errno in _DISK_ERRORS)
     if unreadable or (isinstance(error, ValueError) and _is_raised_by_us(error, script)):
-        return 2, f"error: {error} ({_TRACEBACK}=1 shows where)"
+        return 2, f"error: {name_flag(str(error), config)} ({_TRACEBACK}=1 shows where)"
     return 1, ""
 
 

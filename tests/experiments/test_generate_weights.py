@@ -197,7 +197,7 @@ def test_what_older_recipes_wrote_into_configurations_is_understood(experiment):
     [
         ("missing", "No such file or directory: 'missing'"),
         ("vectors.npy", "vectors.npy: must be a file of save_weights"),
-        ("digits.safetensors --label 99", r"--label must lie in \[0, 11\] or be the name of a class for dig.*, got 99"),
+        ("digits.safetensors --label 99", r"--label must lie in \[0, 11\] or be among .* for dig.*, got 99"),
         ("digits.safetensors --label z", "--label must lie in .*, got z"),
         ("plain.safetensors --label 1", "--label must be left out for plain.safetensors, without labels, got 1"),
         ("plain.safetensors --guidance-scale 2", "--guidance-scale must be 1 for plain.safetensors, without labels"),

@@ -181,7 +181,7 @@ def test_files_that_are_no_images_are_told(sources, here, capsys):
     save_folder("plain", classes=None)
     (here / "plain" / "notes.txt").write_text("")
     sources.open_images(["plain"], size=8)
-    assert capsys.readouterr().out == "plain: 10 images; passed over: 1 .txt\n"
+    assert capsys.readouterr().out == "plain: 10 images, cropped to squares of 8 x 8; passed over: 1 .txt\n"
 
 
 def test_held_out_images_are_no_training_images(sources, here):
