@@ -161,7 +161,7 @@ def _is_size(value: Any) -> bool:
     return type(value) is int and 0 <= value < 1 << 62
 
 
-def _read_storages(content: bytes, start: int, storages: list[_Storage]) -> dict[str, Shaped[np.ndarray, " count"]]:
+def _read_storages(content: bytes, start: int, storages: list[_Storage]) -> dict[str, Shaped[np.ndarray, " _"]]:
     arrays = {}
     for storage in storages:
         stored, wanted = _DTYPES[storage.kind.name]
@@ -178,7 +178,7 @@ def _read_storages(content: bytes, start: int, storages: list[_Storage]) -> dict
     return arrays
 
 
-def _with_arrays(value: Any, arrays: dict[str, Shaped[np.ndarray, " count"]], seen: set[int], depth: int = 0) -> Any:
+def _with_arrays(value: Any, arrays: dict[str, Shaped[np.ndarray, " _"]], seen: set[int], depth: int = 0) -> Any:
     if isinstance(value, _Tensor):
         array = arrays[value.storage.key][value.offset :]
         strides = tuple(stride * array.itemsize for stride in value.strides)
