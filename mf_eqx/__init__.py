@@ -40,7 +40,8 @@ second line are imported explicitly, so that a training job does not load what i
     data/              sources, the one deterministic stream of batches, checks of both
     checkpoint/        states on disk with digests; exported weights and samplers (loads orbax)
     exact/             toy data sets, exact fields and their average velocity (loads diffrax)
-    metrics/           errors of fields, distances of samples, coverage; FID and relatives, with Inception
+    metrics/           errors of fields, distances of samples, coverage; FID and relatives, with Inception or
+                       EfficientNet-Lite0
     vae/               the tokenizer of latent diffusion
     released/          weights that authors of papers released, in the layouts of their code
     run/               what every script needs: command line, run directory, the training loop, progress

@@ -69,7 +69,8 @@ def load_plain_pickle(
     except Refused:
         raise
     except _ERRORS as error:
-        raise Refused(f"must be a whole pickle of {what}, got damaged instructions: {error}") from error
+        reason = str(error) or "they end too early"
+        raise Refused(f"must be a whole pickle of {what}, got damaged instructions: {reason}") from error
 
 
 class _Dispatch(dict[int, Callable[[Any], None]]):

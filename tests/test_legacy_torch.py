@@ -179,7 +179,7 @@ NESTED = b"}" + coded("a") + b"}" + (coded("a") + b"}") * 30 + b"s" * 31
         (file({"a": Name("torch", "FloatStorage")}, {}), "must hold tensors and plain values alone"),
         (
             file({"a": RUN}, {}),
-            r"plain values alone, but names os\.system, which is no part of a file of torch",
+            r"plain values alone, but names os\.system, which is no part of a torch file",
         ),
         (file({"a": Call(Name("torch._utils", "_rebuild_qtensor"), ())}, {}), r"names torch\._utils\._rebuild_qtensor"),
         (file([VIEW], GOOD), "must hold a dictionary, got list"),
@@ -192,8 +192,8 @@ NESTED = b"}" + coded("a") + b"}" + (coded("a") + b"}") * 30 + b"s" * 31
         (file({"a": VIEW}, {}), "must list each storage of its tensors once"),
         (file({"a": VIEW}, GOOD, keys=["7", "7"]), "must list each storage of its tensors once"),
         (file({"a": VIEW}, GOOD, keys=[7]), "must list each storage of its tensors once"),
-        (file({"a": VIEW}, GOOD, counts=[23]), "must hold 24 elements of a storage, got 23 and 96 bytes"),
-        (file({"a": VIEW}, {"7": VALUES[:20]}, counts=[24]), "must hold 24 elements of a storage, got 24 and 80 bytes"),
+        (file({"a": VIEW}, GOOD, counts=[23]), "must hold 24 elements of a storage, got 23$"),
+        (file({"a": VIEW}, {"7": VALUES[:20]}, counts=[24]), "must hold 96 bytes of a storage, got 80$"),
         (SMALL + b"\0", "must end after its last storage, got 1 bytes more"),
         (b"PK\3\4 and more", r"from before torch 1\.6, got another beginning"),
         (b"", r"from before torch 1\.6, got another beginning"),
@@ -210,9 +210,7 @@ def test_a_file_that_is_cut_anywhere_is_refused(write):
             read_legacy_torch(write(SMALL[:length]))
 
 
-@pytest.mark.parametrize(
-    "bits", [1, pytest.param(0x10, marks=pytest.mark.slow), pytest.param(0x80, marks=pytest.mark.slow), 0xFF]
-)
+@pytest.mark.parametrize("bits", [1, *(pytest.param(bits, marks=pytest.mark.slow) for bits in (0x10, 0x80, 0xFF))])
 def test_a_file_with_any_flipped_byte_is_read_or_refused(bits, write):
     read = 0
     for place in range(len(SMALL)):
@@ -230,7 +228,7 @@ def test_sizes_that_a_file_announces_take_no_memory(write):
     path = write(file(view(0, (1 << 40,), (1,), size=1 << 40), GOOD, counts=[1 << 40]))
     tracemalloc.start()
     try:
-        with pytest.raises(ValueError, match=r"must hold 1,099,511,627,776 elements of a storage, got .* and 96 bytes"):
+        with pytest.raises(ValueError, match=r"must hold 4,398,046,511,104 bytes of a storage, got 96$"):
             read_legacy_torch(path)
         assert tracemalloc.get_traced_memory()[1] < 1_000_000
     finally:
