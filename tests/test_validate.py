@@ -278,9 +278,7 @@ FLOATS = {
     "LogitNormalTimes.std": lambda value: mfx.LogitNormalTimes(0.0, value),
     "MeanFlow.tangent_r": lambda value: mfx.MeanFlow(tangent_r=value),
     "MeanFlow.tangent_t": lambda value: mfx.MeanFlow(tangent_t=value),
-    "Protocol.centre": lambda value: metrics.Protocol(
-        "mine", metrics.round_to_pixels, metrics.resize_half_pixel, value
-    ),
+    "Protocol.centre": lambda value: dataclasses.replace(metrics.LITE0, centre=value),
     "RandomFlip.probability": data.RandomFlip,
     "SamplePosterior.scale": data.SamplePosterior,
     "TimePairEmbedding.time_scale": lambda value: nn.TimePairEmbedding(4, time_scale=value, key=KEY),
