@@ -30,6 +30,8 @@ class; then the accuracy of `linear_probe` (3,000 images to fit, 1,500 to test) 
 | 96 | 105 | 107 | 383 | 305 | 126 | 85.3% | 6.6 |
 | 128 | 62 | 62 | 225 | 200 | 78 | 86.6% | 12.8 |
 
+224 takes 37 s; with 500 images a set, and 1,000 to fit, its probe reads 86.4%, and 82.6% at 96.
+
 Another protocol is another object: `Protocol("mine", round_to_pixels, resize_half_pixel)`.
 """
 
