@@ -151,7 +151,9 @@ def _zeros(
     return jnp.zeros(query.shape[0], wide), jnp.zeros((query.shape[0], value.shape[-1]), wide)
 
 
-def _over_blocks(add: Callable[..., _Sums], start: _Sums, rows: Sequence[Float[Array, "keys size"]], block: int) -> _Sums:
+def _over_blocks(
+    add: Callable[..., _Sums], start: _Sums, rows: Sequence[Float[Array, "keys size"]], block: int
+) -> _Sums:
     """`add(sums, *rows)` applied to each block of `rows` in turn, the last of which may be shorter."""
     number, rest = divmod(rows[0].shape[0], block)
     if number:

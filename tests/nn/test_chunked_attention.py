@@ -1,7 +1,6 @@
 """Attention over blocks of keys, held against attention in XLA."""
 
 import functools
-import itertools
 
 import jax
 import jax.numpy as jnp
@@ -40,25 +39,149 @@ MODES = {
 
 
 @functools.cache
-def distances(tokens, block, dtype):
-    """From attention in XLA, of every array that a mode returns, in one program."""
+def every_mode(attention):
+    """All modes in one program."""
+    return jax.jit(lambda inputs, tangents: {name: mode(attention, inputs, tangents) for name, mode in MODES.items()})
 
-    @jax.jit
-    def both(inputs, tangents):
-        kinds = nn.ChunkedAttention(block), nn.XLAAttention()
-        return [{name: mode(kind, inputs, tangents) for name, mode in MODES.items()} for kind in kinds]
 
-    found, expected = both(*triples(tokens, dtype))
+def distances(found, expected):
+    """The largest among the arrays of each mode."""
     return {name: max(map(distance, *map(jax.tree.leaves, (found[name], expected[name])))) for name in MODES}
 
 
-# One block that is longer than the keys, blocks with a shorter last one, and blocks that divide the keys.
-@pytest.mark.parametrize(("tokens", "block"), [(1, 4), (5, 2), (64, 24), (64, 16)])
+@functools.cache
+def distances_from_xla(tokens, block, dtype):
+    kinds = nn.ChunkedAttention(block), nn.XLAAttention()
+    return distances(*(every_mode(kind)(*triples(tokens, dtype)) for kind in kinds))
+
+
+SIZES = [
+    (5, 2),  # with a shorter last block
+    pytest.param(1, 4, marks=pytest.mark.slow),  # no whole block
+    pytest.param(64, 24, marks=pytest.mark.slow),
+    pytest.param(64, 16, marks=pytest.mark.slow),  # whole blocks alone
+]
+
+
+@pytest.mark.parametrize(("tokens", "block"), SIZES)
 @pytest.mark.parametrize("mode", MODES)
 def test_every_mode_equals_that_of_attention_in_xla(x64, mode, tokens, block):
-    assert distances(tokens, block, jnp.float64)[mode] < 1e-12
+    assert distances_from_xla(tokens, block, jnp.float64)[mode] < 1e-12
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_every_mode_in_float32_equals_that_of_attention_in_xla(mode):
-    assert distances(64, 24, jnp.float32)[mode] < 1e-6
+    assert distances_from_xla(64, 24, jnp.float32)[mode] < 1e-6
+
+
+def test_value_without_compilation_is_that_of_the_compiled_program():
+    inputs, _ = triples(5, jnp.float32)
+    attention = nn.ChunkedAttention(2)
+    assert distance(attention(*inputs), jax.jit(attention)(*inputs)) < 1e-6
+
+
+# Large numbers and low precision
+
+
+@pytest.mark.parametrize("mode", ["value", "tangent"])
+def test_logits_of_ten_thousand_do_not_overflow(mode):
+    (query, key, value), tangents = triples(64, jnp.float32)
+    inputs = (1e4 * query, key, value)
+    found, expected = (every_mode(kind)(inputs, tangents) for kind in (nn.ChunkedAttention(24), nn.XLAAttention()))
+    # A logit of 1e4 is rounded by 1e-3, and so is its weight relative to itself.
+    assert distances(found, expected)[mode] < 1e-2
+
+
+@functools.cache
+def errors_in_bfloat16(sharpness=1, motion=0):
+    """Of each mode, against float32, with logits of about `sharpness`, and with tangents of keys that have `motion` in
+    common: it changes no weights, but the tangents of all logits."""
+    (query, key, value), (dquery, dkey, dvalue) = triples(64, jnp.float32)
+    low = nn.cast(((sharpness * query, key, value), (dquery, dkey + motion, dvalue)), jnp.bfloat16)
+    found = every_mode(nn.ChunkedAttention(24))(*low)
+    assert all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(found))
+    return distances(found, every_mode(nn.XLAAttention())(*nn.cast(low, jnp.float32)))
+
+
+@pytest.mark.parametrize(("sharpness", "motion"), [(1, 0), (30, 0), (1, 30)])
+@pytest.mark.parametrize("mode", ["value", "gradient", "tangent"])
+def test_bfloat16_is_as_near_to_float32_as_its_rounding_allows(mode, sharpness, motion):
+    # Weights, centred keys, and what is returned are rounded to eight bits, each by at most 2^-9 of itself. (Logits of
+    # 30 that were rounded would be wrong by 0.1.)
+    assert errors_in_bfloat16(sharpness, motion)[mode] < 3 * 2**-9
+
+
+def test_common_motion_of_keys_costs_no_digits_of_the_gradient_through_the_tangent():
+    at_rest, in_motion = (errors_in_bfloat16(motion=motion)["gradient through the tangent"] for motion in (0, 30))
+    assert in_motion < 1.5 * at_rest < 0.02
+
+
+# Memory
+
+
+@functools.cache
+def temporary_bytes(mode, tokens, attention=nn.ChunkedAttention()):
+    rows = (jax.ShapeDtypeStruct((tokens, 2, 64), jnp.float32),) * 3
+    return measure.compile_program(functools.partial(MODES[mode], attention), rows, rows).cost.temporary_bytes
+
+
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("mode", [*(pytest.param(name, marks=SLOW) for name in list(MODES)[:3]), list(MODES)[3]])
+def test_memory_is_linear_in_the_number_of_tokens(mode):
+    least, more, most = (temporary_bytes(mode, tokens) for tokens in (256, 1024, 4096))
+    assert more < 4.2 * least and most < 4.2 * more
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["gradient", "gradient through the tangent"])
+def test_memory_of_attention_in_xla_is_quadratic(mode):
+    least, more = (temporary_bytes(mode, tokens, nn.XLAAttention()) for tokens in (256, 1024))
+    assert more > 10 * least and more > 4 * temporary_bytes(mode, 1024)
+
+
+# In networks and engines
+
+
+SMALL = mfx.DiTSize(depth=2, width=16, heads=2, patch=2)
+IDENTITIES = {
+    "MeanFlow": mfx.MeanFlow(),
+    "MeanFlow with a stopped JVP": mfx.MeanFlow(derivative=mfx.StoppedJVP()),
+    "LagrangianSelfDistillation": mfx.LagrangianSelfDistillation(),
+    "EulerianSelfDistillation": mfx.EulerianSelfDistillation(),
+    "TerminalVelocityMatching": mfx.TerminalVelocityMatching(),
+}
+
+
+def losses(identity, attention, *, steps=3, **options):
+    """Of a small DiT with 12 tokens in training, in float64."""
+    field = mfx.DiT((3, 8, 6), SMALL, dtype=jnp.float64, attention=attention, **options, key=jr.key(0))
+    step = mfx.TrainStep(mfx.Objective(identity, identity_share=0.5), optax.sgd(0.1), [mfx.ExponentialAverage(0.9)])
+    state = mfx.init_state(nn.cast(refilled(field), jnp.float64), step.optimizer, step.averages, key=jr.key(1))
+    found = []
+    for key in jr.split(jr.key(2), steps):
+        state, metrics = step(state, mfx.Batch(jr.normal(key, (4, 3, 8, 6), jnp.float64)))
+        found.append(float(metrics["loss"].value))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("LagrangianSelfDistillation", {"remat": True}), *(pytest.param(name, {}, marks=SLOW) for name in IDENTITIES)],
+)
+def test_small_transformer_has_the_losses_of_attention_in_xla(x64, name, options):
+    found = losses(IDENTITIES[name], nn.ChunkedAttention(5), **options)
+    np.testing.assert_allclose(found, losses(IDENTITIES[name], nn.XLAAttention(), **options), rtol=1e-12)
+    assert len(set(found)) == len(found)
+
+
+def test_chunked_attention_is_its_own_form_for_forward_mode():
+    attention = nn.ChunkedAttention()
+    assert attention.forward_mode() is attention
+
+
+@pytest.mark.parametrize("block", [0, -3])
+def test_blocks_without_keys_are_refused(block):
+    with pytest.raises(ValueError, match=f"block must be an integer >= 1, got {block}"):
+        nn.ChunkedAttention(block)
