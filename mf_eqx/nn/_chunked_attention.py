@@ -7,19 +7,26 @@ $$E_{ij} = e^{S_{ij} - M_i}, \qquad Z_i = \sum_j E_{ij}, \qquad N_i = \sum_j E_{
 **Value.** One pass over the blocks of keys. M is the largest logit so far; where a block has a larger one, the sums so
 far are multiplied by $e^{M_\mathrm{old} - M_\mathrm{new}}$.
 
-**Tangent.** o does not depend on M, so that M may be taken for a constant. One more pass, with M known:
+**Tangent.** o does not depend on M, so that M may change in any way: here as the mean logit of the query, whose tangent
+is linear in the tangents. With keys centred by their mean, $k^c = k - \bar k$, one more pass, in which M is known,
+gives
 
-$$\dot S = s\, (\dot q k^\top + q \dot k^\top), \qquad \dot Z_i = \sum_j E_{ij} \dot S_{ij}, \qquad
-\dot N_i = \sum_j E_{ij} (\dot S_{ij} v_j + \dot v_j), \qquad \dot o_i = (\dot N_i - o_i \dot Z_i) / Z_i.$$
+$$\dot S^c = s\, (\dot q\, {k^c}^\top + q\, {\dot k}^{c\top}), \qquad \dot M = s\, (\dot q \cdot \bar k + q \cdot
+\dot{\bar k}), \qquad \dot Z_i = \sum_j E_{ij} \dot S^c_{ij}, \qquad \dot N_i = \sum_j E_{ij} (\dot S^c_{ij} v_j + \dot
+v_j),$$
 
-**Reverse mode**, of the value and through the tangent. This second pass is a sum over blocks whose terms depend on q, M,
-one block of k and v, and the tangents of these. `jax.checkpoint` keeps for each term only what it depends on (of which
-all but the block is the same for all terms), and computes E again. JAX transposes the sum, which gives the backward
-pass of FlashAttention, and differentiates it, which gives reverse mode through the tangent: neither is written here.
+and $\dot o = (\dot N - o \dot Z) / Z$. (With M a constant, and keys as they are, a motion that all keys have in common
+would make $\dot S$ large, although it does not change o: its digits would be lost in the last difference.)
+
+**Reverse mode**, of the value and through the tangent. The terms of this second pass depend on q, M, one block of k and
+v, and the tangents of these. `jax.checkpoint` keeps for each term only what it depends on, of which all but the block
+is the same for all terms, and computes E again. JAX transposes the sum of these terms, which gives the backward pass of
+FlashAttention, and differentiates it, which gives reverse mode through the tangent: neither is written here. Value and
+tangent are separate passes, so that a gradient of the value alone never runs through the tangent.
 
 Nothing of the size queries x keys is ever stored, only queries x block. In products of matrices of that size, the value
 costs 2 and its tangent 5 more (without blocks both together 6); the backward pass of the value costs 5 (without blocks
-4), that of the tangent 13.
+4), that of value and tangent 18 (without blocks 12).
 
 Sources: the running maximum is from Online normalizer calculation for softmax, Milakov, Gimelshein, 2018, arXiv
 1805.02867; blocks of keys from Self-attention does not need O(n^2) memory, Rabe, Staats, 2021, arXiv 2112.05682; the
@@ -107,15 +114,15 @@ def _sums_jvp(
 ) -> tuple[tuple[Array, Array, Array], tuple[Array, Array, Array]]:
     (query, key, value), (dquery, dkey, dvalue) = primals, tangents
     shift, total, mixed = _sums(block, *primals)
-    mean, dmean = (jnp.mean(rows, axis=0, dtype=shift.dtype) for rows in (key, dkey))
-    dshift = (dquery.astype(shift.dtype) @ mean + query.astype(shift.dtype) @ dmean) * query.shape[-1] ** -0.5
+    (mean, centred), (dmean, dcentred) = _centred(key), _centred(dkey)
+    wide = shift.dtype
+    dshift = (dquery.astype(wide) @ mean + query.astype(wide) @ dmean) * query.shape[-1] ** -0.5
 
     def add(changes: tuple[Array, Array], *blocks: Array) -> tuple[Array, Array]:
         terms = _change_by_block(query, dquery, shift, *blocks)
         return changes[0] + terms[0], changes[1] + terms[1]
 
-    rows = (key, value, (key - mean).astype(key.dtype), (dkey - dmean).astype(key.dtype), dvalue)
-    changes = _over_blocks(add, _zeros(query, value), rows, block)
+    changes = _over_blocks(add, _zeros(query, value), (key, value, centred, dcentred, dvalue), block)
     return (shift, total, mixed), (dshift, *changes)
 
 
@@ -130,11 +137,18 @@ def _change_by_block(
     dcentred: Float[Array, "block size"],
     dvalue: Float[Array, "block size"],
 ) -> tuple[Float[Array, " queries"], Float[Array, "queries size"]]:
-    """The terms of one block in the tangents of Z and N."""
+    """The terms of one block in the tangents of Z and N. The weights' tangents cancel, so that they are not rounded to
+    the dtype of the values."""
     scale = query.shape[-1] ** -0.5
     weights = jnp.exp(scale * _product(query, key.T) - shift[:, None])
     dweights = weights * scale * (_product(dquery, centred.T) + _product(query, dcentred.T))
     return jnp.sum(dweights, axis=-1), _product(dweights, value.astype(shift.dtype)) + _product(weights, dvalue)
+
+
+def _centred(rows: Float[Array, "keys size"]) -> tuple[Float[Array, " size"], Float[Array, "keys size"]]:
+    """Their mean, in float32 or better, and the rows without it."""
+    mean = jnp.mean(rows, axis=0, dtype=np.promote_types(rows.dtype, np.float32))
+    return mean, (rows.astype(mean.dtype) - mean).astype(rows.dtype)
 
 
 def _product(left: Float[Array, "rows inner"], right: Float[Array, "inner columns"]) -> Float[Array, "rows columns"]:
