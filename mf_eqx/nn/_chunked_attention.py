@@ -53,6 +53,9 @@ class ChunkedAttention(AbstractAttention):
     """Softmax attention that never holds the matrix of weights: forward mode, reverse mode, and reverse mode through
     the tangent, in memory linear in the number of tokens, in any precision and on any device.
 
+    Use it in training from about 1,000 tokens on, or where the weights do not fit into memory: on a CPU, gradients then
+    take as long as with `XLAAttention` or less, but values and tangents alone take 1.2 to 1.4 times as long.
+
     **Arguments:** `block` the number of keys that are taken at a time, from 1 on; the last block may be shorter. Memory
     beside the inputs grows with it, by heads x tokens x block.
 
