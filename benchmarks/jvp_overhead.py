@@ -79,7 +79,7 @@ class Config:
     """Axis: what the backward pass computes again: none, products (all but products with weights and convolutions),
     full."""
     attention: tuple[str, ...] = ("xla",)
-    """Axis: xla or cudnn (NVIDIA GPUs, bfloat16)."""
+    """Axis: xla, cudnn (NVIDIA GPUs, bfloat16), chunked (blocks of keys). The formula counts the operations of xla."""
     share: tuple[float, ...] = (0.25,)
     """Axis: share of rows with r < t, in (0, 0.9]; 0.25 for ImageNet, 0.75 for CIFAR-10."""
     variant: tuple[str, ...] = COMPARED

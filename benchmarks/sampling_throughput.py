@@ -41,7 +41,7 @@ class Config:
     dtype: str = "float32"
     """Compute precision, float32 or bfloat16."""
     attention: str = "xla"
-    """xla or cudnn (NVIDIA GPUs, bfloat16); an MLP has none."""
+    """xla, cudnn (NVIDIA GPUs, bfloat16) or chunked (blocks of keys); an MLP has none."""
     rounds: int = 7
     """Rounds that are timed."""
     quick: bool = False

@@ -46,7 +46,11 @@ REMATS: dict[str, nn.Remat] = {
     ),
     "full": True,
 }
-ATTENTIONS: dict[str, nn.AbstractAttention] = {"xla": nn.XLAAttention(), "cudnn": nn.CudnnAttention()}
+ATTENTIONS: dict[str, nn.AbstractAttention] = {
+    "xla": nn.XLAAttention(),
+    "cudnn": nn.CudnnAttention(),
+    "chunked": nn.ChunkedAttention(),
+}
 
 
 class OwnNetwork(NamedTuple):

@@ -7,6 +7,7 @@ from ._attention import (
     StoppedTangent as StoppedTangent,
     XLAAttention as XLAAttention,
 )
+from ._chunked_attention import ChunkedAttention as ChunkedAttention
 from ._embedding import (
     AbstractConditionEmbedding as AbstractConditionEmbedding,
     ConditionEmbedding as ConditionEmbedding,
