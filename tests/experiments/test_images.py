@@ -280,7 +280,7 @@ def test_a_share_that_leaves_no_room_for_dropped_labels_is_allowed_without_label
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--data missing", "No such file or directory: 'missing'"),
+        ("--data missing", "--data must be files or folders that exist, got missing"),
         ("--data pets", "size must be given for a folder of images, in pixels, got none for pets"),
         ("--data empty --size 8", "empty: must hold images, .* got none"),
         ("--data idx labels labels", "data must be one path, or IDX files of images and of labels, got 3 paths"),

@@ -257,7 +257,7 @@ def test_a_script_of_its_own_refuses_without_traceback(tmp_path):
     ended = subprocess.run(
         [sys.executable, str(script), "--share", "2"], capture_output=True, text=True, env=environment
     )
-    message = "digits.py: error: share must lie in [0, 1], got 2.0 (MF_EQX_TRACEBACK=1 shows where)\n"
+    message = "digits.py: error: --share must lie in [0, 1], got 2.0 (MF_EQX_TRACEBACK=1 shows where)\n"
     assert (ended.returncode, ended.stdout, ended.stderr) == (2, "", message)
 
 
