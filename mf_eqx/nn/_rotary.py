@@ -49,7 +49,7 @@ def rotary_angles(height: int, width: int, size: int, *, base: float = 10_000.0)
 
 
 def rotate(
-    x: Float[Array, "tokens heads size"], angles: Float[Array | np.ndarray, "tokens pairs"]
+    x: Float[Array, "tokens heads size"], angles: Float[np.ndarray, "tokens pairs"]
 ) -> Float[Array, "tokens heads size"]:
     """Every pair of neighbouring features turned by its angle, in float32 or better.
 
@@ -116,7 +116,7 @@ class RotarySelfAttention(eqx.Module):
     def __call__(
         self,
         x: Float[Array, "tokens width"],
-        angles: Float[Array | np.ndarray, "tokens pairs"],
+        angles: Float[np.ndarray, "tokens pairs"],
         gate: Float[Array, " width"] | None = None,
     ) -> Float[Array, "tokens width"]:
         """**Arguments:** `x` tokens; `angles` as for `rotate`; `gate`."""

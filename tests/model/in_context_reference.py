@@ -92,6 +92,4 @@ def in_context_dit(p, z, r, t, label, guidance=None, *, heads, patch):
 def total_derivative(p, z, v, r, t, *condition, **how):
     """du/dt and dv/dt along (v, 0, 1)."""
     step = 1e-30
-    return [
-        output.imag / step for output in in_context_dit(p, z + 1j * step * v, r, t + 1j * step, *condition, **how)
-    ]
+    return [output.imag / step for output in in_context_dit(p, z + 1j * step * v, r, t + 1j * step, *condition, **how)]
