@@ -72,12 +72,14 @@ FIELDS = {
     "GaussianAverageVelocity": lambda dtype: (exact.GaussianAverageVelocity(jnp.ones(2, dtype), 0.5), None),
     "PointMassAverageVelocity": lambda dtype: (exact.PointMassAverageVelocity(jnp.ones(2, dtype)), None),
 }
-every_field = pytest.mark.parametrize("name", FIELDS)
 
 
 def quick(names, slow):
     """The names, of which some are tested by slow tests alone."""
     return [pytest.param(name, marks=pytest.mark.slow) if name in slow else name for name in names]
+
+
+every_field = pytest.mark.parametrize("name", quick(FIELDS, slow=("InContextDiT",)))
 
 
 class Strict(mfx.AbstractField):

@@ -61,6 +61,7 @@ def test_fresh_rms_norm_of_bfloat16_has_the_mean_square_of_float32():
 @pytest.mark.parametrize(
     ("options", "rule"),
     [({"size": 0}, "size must be an integer >= 1"), ({"size": 2, "epsilon": 0}, "epsilon must be > 0")],
+    ids=["size", "epsilon"],
 )
 def test_rms_norm_of_no_size_or_no_epsilon_is_refused(options, rule):
     with pytest.raises(ValueError, match=rule):

@@ -48,13 +48,15 @@ def test_angles_of_bfloat16_features_are_not_rounded():
 
 @pytest.mark.parametrize("sizes", [(4, 3), (4, 0), (0, 4)])
 def test_a_line_of_no_length_and_heads_of_odd_size_are_refused(sizes):
-    with pytest.raises(ValueError, match="size must be a positive multiple of 2, got|length must be an integer >= 1"):
+    with pytest.raises(ValueError, match=r"size must be a positive multiple of 2, got|length must be an integer >= 1"):
         nn.rotary_line_angles(*sizes)
 
 
 @pytest.mark.parametrize("sizes", [(2, 2, 6), (0, 2, 4)])
 def test_grids_of_no_size_and_heads_without_quarters_are_refused(sizes):
-    with pytest.raises(ValueError, match="size must be a positive multiple of 4, got 6|height must be an integer >= 1"):
+    with pytest.raises(
+        ValueError, match=r"size must be a positive multiple of 4, got 6|height must be an integer >= 1"
+    ):
         nn.rotary_angles(*sizes)
 
 
