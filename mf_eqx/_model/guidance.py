@@ -5,7 +5,7 @@ Source: Improved Mean Flows: On the Challenges of Fastforward Generative Models,
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -48,7 +48,7 @@ class GuidanceTokens(eqx.Module):
 
 
 def _as_pair(interval: Float[ArrayLike, "2"] | Sequence[ScalarLike], like: Float[Array, "..."]) -> list[Scalar]:
-    given = interval if isinstance(interval, Sequence) or np.ndim(interval) == 1 else ()
+    given: Any = interval if isinstance(interval, Sequence) or np.ndim(interval) == 1 else ()
     ends = [as_scalar(f"interval[{i}]", end, like) for i, end in enumerate(given)]
     if len(ends) != 2:
         raise ValueError(f"interval must be two numbers, got {described(interval)}")
