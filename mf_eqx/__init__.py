@@ -24,7 +24,7 @@ second line are imported explicitly, so that a training job does not load what i
     _objective.py      from a batch to a loss: boundary condition + identity
     _batch_objective/  losses on whole batches, one file each
     _gradient.py       gradients in turn: kinds of rows, micro-batches, devices
-    _model/            DiT, U-Net and MLP
+    _model/            DiT, in-context DiT, U-Net and MLP
     nn/                public blocks: attention, embeddings, stacks (scan, remat), what optimisers must know of them
     _sample.py         n-step sampling of u; Euler and Heun for v
     _ema.py            averages of the parameters
@@ -67,6 +67,8 @@ from ._ema import ExponentialAverage as ExponentialAverage
 from ._field import (
     AbstractField as AbstractField,
     AbstractFieldWithVelocity as AbstractFieldWithVelocity,
+    has_velocity_head as has_velocity_head,
+    instantaneous_velocity as instantaneous_velocity,
     stopped as stopped,
     WithVelocity as WithVelocity,
 )
@@ -120,8 +122,16 @@ from ._model import (
     DIT_S4 as DIT_S4,
     DIT_XL2 as DIT_XL2,
     DiTSize as DiTSize,
+    GuidanceCondition as GuidanceCondition,
+    IMF_B2 as IMF_B2,
+    IMF_L2 as IMF_L2,
+    IMF_M2 as IMF_M2,
+    IMF_XL2 as IMF_XL2,
+    InContextDiT as InContextDiT,
+    InContextDiTSize as InContextDiTSize,
     make_network as make_network,
     MLP as MLP,
+    TokenCounts as TokenCounts,
     UNet as UNet,
     UNET_CIFAR10 as UNET_CIFAR10,
     UNetCondition as UNetCondition,

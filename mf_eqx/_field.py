@@ -58,8 +58,23 @@ class AbstractField(eqx.Module):
 
 
 class AbstractFieldWithVelocity(AbstractField):
-    """An average velocity whose network also predicts the instantaneous velocity v(z, t), by a second head in the same
-    evaluation as u."""
+    """An average velocity whose network has a second output: the velocity head, a prediction of the instantaneous
+    velocity v(z, t) beside u.
+
+    There are three passes, so that none computes what is not asked for: the call gives u, `velocity` gives v, and
+    `with_velocity` gives both in one evaluation.
+    """
+
+    @property
+    @abc.abstractmethod
+    def has_velocity_head(self) -> bool:
+        """Whether the head is there: a network may be without it, for sampling. The class attribute `True` will do."""
+
+    @abc.abstractmethod
+    def velocity(
+        self, z: Float[Array, "*data"], t: Time, condition: Condition = None, *, key: Key[Array, ""] | None = None
+    ) -> Float[Array, "*data"]:
+        """v(z, t), which is `with_velocity(z, t, t)[1]`. **Arguments:** as for the field."""
 
     @abc.abstractmethod
     def with_velocity(
@@ -73,16 +88,27 @@ class AbstractFieldWithVelocity(AbstractField):
     ) -> tuple[Float[Array, "*data"], Float[Array, "*data"]]:
         """The pair (u(z, r, t), v(z, t)). **Arguments:** as for the field."""
 
-    def __call__(
-        self,
-        z: Float[Array, "*data"],
-        r: Time,
-        t: Time,
-        condition: Condition = None,
-        *,
-        key: Key[Array, ""] | None = None,
-    ) -> Float[Array, "*data"]:
-        return self.with_velocity(z, r, t, condition, key=key)[0]
+
+def has_velocity_head(field: AbstractField) -> bool:
+    """Whether the field has a velocity head, so that `with_velocity` can be called."""
+    return isinstance(field, AbstractFieldWithVelocity) and field.has_velocity_head
+
+
+def instantaneous_velocity(
+    field: AbstractField,
+    z: Float[Array, "*data"],
+    t: Time,
+    condition: Condition = None,
+    *,
+    key: Key[Array, ""] | None = None,
+) -> Float[Array, "*data"]:
+    """The field's own prediction of v(z, t): of its velocity head, or u(z, t, t) of a field without one.
+
+    **Arguments:** `field`; the others as for the field.
+    """
+    if isinstance(field, AbstractFieldWithVelocity) and field.has_velocity_head:
+        return field.velocity(z, t, condition, key=key)
+    return field(z, t, t, condition, key=key)
 
 
 class WithVelocity(eqx.Module):

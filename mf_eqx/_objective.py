@@ -25,8 +25,8 @@ from ._batch import Batch
 from ._custom_types import at_least_float32, Condition, Scalar, Time
 from ._field import (
     AbstractField,
-    AbstractFieldWithVelocity,
     check_field,
+    has_velocity_head,
     stopped,
     with_checked_shapes,
 )
@@ -273,9 +273,9 @@ class Objective(AbstractObjective):
     ) -> Metrics:
         """The metrics of rows of one kind."""
         check_field(field)
-        if self._facts.needs_velocity_head and not isinstance(field, AbstractFieldWithVelocity):
-            name = type(self.identity).__name__
-            raise ValueError(f"field must be an AbstractFieldWithVelocity for {name}, got {type(field).__name__}")
+        if self._facts.needs_velocity_head and not has_velocity_head(field):
+            rule = f"have a velocity head (AbstractFieldWithVelocity) for {type(self.identity).__name__}"
+            raise ValueError(f"field must {rule}, got {type(field).__name__} without one")
         draw, group = self._drawing(boundary), 1 if boundary else self._facts.group
 
         def evaluate(example: Batch) -> tuple[Scalar, Scalar, Scalar]:

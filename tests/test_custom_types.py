@@ -41,6 +41,10 @@ def dit(key):
     return mfx.DiT((1, 4, 4), mfx.DiTSize(1, 8, 2, 2), labels=2, key=key)
 
 
+def in_context(key):
+    return mfx.InContextDiT((1, 4, 4), mfx.InContextDiTSize(2, 8, 2, 2, 1), labels=2, key=key)
+
+
 def mlp(key):
     return mfx.MLP(2, width=8, depth=1, labels=2, key=key)
 
@@ -60,6 +64,7 @@ def integrated(dtype):
 FIELDS = {
     "MLP": lambda dtype: (network(mlp), 1),
     "DiT": lambda dtype: (network(dit), 1),
+    "InContextDiT": lambda dtype: (network(in_context), 1),
     "UNet": lambda dtype: (network(unet), None),
     "GuidedField": lambda dtype: (mfx.GuidedField(network(mlp), 2, 2), 1),
     "guided field of a user": lambda dtype: (mfx.GuidedField(Strict(), 2, None), None),
@@ -67,12 +72,14 @@ FIELDS = {
     "GaussianAverageVelocity": lambda dtype: (exact.GaussianAverageVelocity(jnp.ones(2, dtype), 0.5), None),
     "PointMassAverageVelocity": lambda dtype: (exact.PointMassAverageVelocity(jnp.ones(2, dtype)), None),
 }
-every_field = pytest.mark.parametrize("name", FIELDS)
 
 
 def quick(names, slow):
     """The names, of which some are tested by slow tests alone."""
     return [pytest.param(name, marks=pytest.mark.slow) if name in slow else name for name in names]
+
+
+every_field = pytest.mark.parametrize("name", quick(FIELDS, slow=("InContextDiT",)))
 
 
 class Strict(mfx.AbstractField):
@@ -84,7 +91,7 @@ class Strict(mfx.AbstractField):
 
 
 def data(field, dtype):
-    is_image = isinstance(field, mfx.DiT | mfx.UNet)
+    is_image = isinstance(field, mfx.DiT | mfx.InContextDiT | mfx.UNet)
     return jnp.linspace(-1, 1, 16, dtype=dtype).reshape(1, 4, 4) if is_image else jnp.ones(2, dtype)
 
 
@@ -101,7 +108,7 @@ def mode_of(mode):
         yield dtype
 
 
-@pytest.mark.parametrize("name", quick(FIELDS, slow=("DiT", "UNet")))
+@pytest.mark.parametrize("name", quick(FIELDS, slow=("DiT", "InContextDiT", "UNet")))
 @every_number
 @every_mode
 def test_field_takes_numbers_for_times_in_the_precision_of_the_data(name, numbers, mode):

@@ -599,6 +599,9 @@ def test_scanned_steps_pass_strict_promotion(strict):
 
 
 NETWORKS = {
+    "InContextDiT": lambda dtype: mfx.InContextDiT(
+        (1, 4, 4), mfx.InContextDiTSize(3, 16, 2, 2, 1), labels=4, dtype=dtype, key=jr.key(0)
+    ),
     "DiT": lambda dtype: mfx.DiT((1, 4, 4), mfx.DiTSize(2, 16, 2, 2), labels=4, dtype=dtype, key=jr.key(0)),
     "U-Net": lambda dtype: mfx.UNet((1, 4, 4), mfx.UNetSize(8, (1, 2), 1, (2,)), labels=4, dtype=dtype, key=jr.key(0)),
 }

@@ -281,6 +281,10 @@ FLOATS = {
     "Protocol.centre": lambda value: dataclasses.replace(metrics.LITE0, centre=value),
     "RandomFlip.probability": data.RandomFlip,
     "SamplePosterior.scale": data.SamplePosterior,
+    "InContextEmbedding.time_scale": lambda value: mfx.InContextDiT(
+        (1, 4, 4), mfx.InContextDiTSize(2, 8, 2, 2, 1), time_scale=value, key=KEY
+    ),
+    "RMSNorm.epsilon": lambda value: nn.RMSNorm(2, epsilon=value),
     "TimePairEmbedding.time_scale": lambda value: nn.TimePairEmbedding(4, time_scale=value, key=KEY),
     "TimePairs.at_data": lambda value: mfx.TimePairs(at_data=value),
     "TimePairs.equal": lambda value: mfx.TimePairs(equal=value),

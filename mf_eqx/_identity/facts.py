@@ -38,7 +38,8 @@ class Facts:
     needs_teacher: bool = False
     """Whether the method evaluates `Context.teacher`. `TrainStep` then needs a teacher."""
     needs_velocity_head: bool = False
-    """Whether the method evaluates `AbstractFieldWithVelocity.with_velocity`. Other fields are then refused."""
+    """Whether the method evaluates `AbstractFieldWithVelocity.with_velocity`. Fields without a velocity head are then
+    refused."""
     group: int = 1
     """The number of rows that the loss compares. They share r and t, and are consecutive among the identity rows."""
     exact: bool = True

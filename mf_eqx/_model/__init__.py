@@ -12,6 +12,16 @@ from .dit import (
     DIT_XL2 as DIT_XL2,
     DiTSize as DiTSize,
 )
+from .guidance import GuidanceCondition as GuidanceCondition
+from .in_context_dit import (
+    IMF_B2 as IMF_B2,
+    IMF_L2 as IMF_L2,
+    IMF_M2 as IMF_M2,
+    IMF_XL2 as IMF_XL2,
+    InContextDiT as InContextDiT,
+    InContextDiTSize as InContextDiTSize,
+)
+from .in_context_embedding import TokenCounts as TokenCounts
 from .labels import check_labels as check_labels
 from .mlp import MLP as MLP
 from .unet import UNet as UNet, UNET_CIFAR10 as UNET_CIFAR10, UNetCondition as UNetCondition, UNetSize as UNetSize

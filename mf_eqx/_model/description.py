@@ -22,6 +22,7 @@ from .._leaves import leaves, listed, shapes
 from ..nn import (
     AbstractAttention,
     AbstractConditionEmbedding,
+    AbstractConditionTokens,
     duration,
     end_duration,
     end_start,
@@ -29,12 +30,20 @@ from ..nn import (
     Remat,
 )
 from .dit import DiT, DiTSize
+from .in_context_dit import InContextDiT, InContextDiTSize
+from .in_context_embedding import TokenCounts
 from .mlp import MLP
 from .unet import UNet, UNetSize
 
-Network: TypeAlias = MLP | DiT | UNet
+Network: TypeAlias = MLP | DiT | InContextDiT | UNet
 
-_NETWORKS = {network.__name__: network for network in (MLP, DiT, UNet)}
+_NETWORKS = {network.__name__: network for network in (MLP, DiT, InContextDiT, UNet)}
+_SIZES = {
+    "DiT": {"size": DiTSize},
+    "InContextDiT": {"size": InContextDiTSize, "tokens": TokenCounts},
+    "UNet": {"size": UNetSize},
+}
+"""Arguments that are named tuples."""
 _TIME_VARIABLES = {
     variables.__name__: variables for variables in (end_duration, end_start, end_start_duration, duration)
 }
@@ -43,27 +52,28 @@ _NOT_DESCRIBED = {"dtype", "attention", "remat", "unroll", "fourier_scale", "key
 
 
 def describe(field: AbstractField) -> dict[str, Any]:
-    """The description of an `MLP`, a `DiT` or a `UNet`, as values that JSON can hold: the name of the class as
-    "network", and its `arguments`. The parameters are no part of it.
+    """The description of an `MLP`, a `DiT`, an `InContextDiT` or a `UNet`, as values that JSON can hold: the name of
+    the class as "network", and its `arguments`. The parameters are no part of it.
 
     **Raises:** `ValueError` for another field, and for a network with parts that have no description: a condition
     embedding or time variables of your own, or arrays that its arguments do not explain.
     """
-    if not isinstance(field, MLP | DiT | UNet):
-        raise ValueError(f"field must be an MLP, a DiT or a UNet to be described, got {type(field).__name__}")
+    if not isinstance(field, MLP | DiT | InContextDiT | UNet):
+        rule = "an MLP, a DiT, an InContextDiT or a UNet to be described"
+        raise ValueError(f"field must be {rule}, got {type(field).__name__}")
     try:
         arguments = field.arguments
     except AttributeError as error:  # parts were replaced by others
         raise ValueError(f"field must be made by {type(field).__name__} to be described, but {error}") from error
-    if isinstance(condition := arguments["condition"], AbstractConditionEmbedding):
+    if isinstance(condition := arguments["condition"], AbstractConditionEmbedding | AbstractConditionTokens):
         rule = "a vector or None for a network to be described"
         raise ValueError(f"condition must be {rule}, got the embedding {type(condition).__name__}")
     if (variables := arguments["time_variables"]) not in _TIME_VARIABLES.values():
         rule = f"among {', '.join(_TIME_VARIABLES)} for a network to be described"
         raise ValueError(f"time_variables must be {rule}, got {getattr(variables, '__name__', variables)}")
-    size = arguments["size"]
-    named = {"time_variables": variables.__name__, "size": size if isinstance(size, int) else size._asdict()}
-    about = {"network": type(field).__name__, **arguments, **named}
+    name = type(field).__name__
+    sizes = {argument: arguments[argument]._asdict() for argument in _SIZES.get(name, ())}
+    about = {"network": name, **arguments, "time_variables": variables.__name__, **sizes}
     description = json.loads(json.dumps(about, default=int))  # sizes may be integers of NumPy
     made = eqx.filter_eval_shape(lambda: make_network(description, key=jr.key(0)))
     found, wanted = shapes(leaves(field)), shapes(leaves(made))
@@ -115,9 +125,10 @@ def _decoded(name: str, arguments: Mapping[str, Any]) -> dict[str, Any]:
         decoded["data_shape"] = tuple(decoded["data_shape"])
     if "time_variables" in decoded:
         decoded["time_variables"] = _TIME_VARIABLES[decoded["time_variables"]]
-    if name != "MLP":
-        parts: dict[str, Any] = {
-            part: tuple(value) if isinstance(value, list) else value for part, value in decoded["size"].items()
-        }
-        decoded["size"] = (DiTSize if name == "DiT" else UNetSize)(**parts)
+    for argument, kind in _SIZES.get(name, {}).items():
+        if argument in decoded or argument == "size":
+            parts: dict[str, Any] = {
+                part: tuple(value) if isinstance(value, list) else value for part, value in decoded[argument].items()
+            }
+            decoded[argument] = kind(**parts)
     return decoded

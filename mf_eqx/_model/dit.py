@@ -13,7 +13,6 @@ Source: Scalable Diffusion Models with Transformers, Peebles, Xie, 2023, arXiv 2
 paper, Tab. 4; `early_blocks` as in Decoupled MeanFlow, 2025, arXiv 2510.24474.
 """
 
-import math
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -46,6 +45,7 @@ from ..nn import (
     XLAAttention,
 )
 from ..nn._embedding import as_argument, as_embedding
+from . import patches
 
 
 class DiTSize(NamedTuple):
@@ -81,9 +81,17 @@ class DiTBlock(eqx.Module):
     out: Linear
     modulation: Linear
 
-    def __init__(self, width: int, heads: int, *, attention: AbstractAttention = XLAAttention(), key: Key[Array, ""]):
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        *,
+        qk_norm: bool = False,
+        attention: AbstractAttention = XLAAttention(),
+        key: Key[Array, ""],
+    ):
         attention_key, hidden_key, out_key, modulation_key = jr.split(key, 4)
-        self.attention = SelfAttention(width, heads, attention=attention, key=attention_key)
+        self.attention = SelfAttention(width, heads, qk_norm=qk_norm, attention=attention, key=attention_key)
         self.hidden = Linear(width, 4 * width, key=hidden_key)
         self.out = Linear(4 * width, width, key=out_key)
         self.modulation = Linear(width, 6 * width, init=zeros, key=modulation_key)
@@ -111,6 +119,8 @@ class DiT(AbstractField):
       any structure.
     - `time_variables`: the variables that are embedded, one of the functions of Tab. 1c in `mf_eqx.nn`.
     - `time_scale`: factor on times before the sinusoidal embedding, see `mf_eqx.nn.TimePairEmbedding`.
+    - `qk_norm`: whether queries and keys are normalised, which keeps attention stable in long trainings; see
+      `mf_eqx.nn.SelfAttention`.
     - `dtype`: compute precision of the blocks, float32 or bfloat16 (float64 for tests). Parameters, times and their
       embedding, and the result stay float32 or better.
     - `attention`: `mf_eqx.nn.XLAAttention` by default, `mf_eqx.nn.CudnnAttention` on NVIDIA GPUs with dtype bfloat16,
@@ -150,6 +160,7 @@ class DiT(AbstractField):
         condition: int | AbstractConditionEmbedding | None = None,
         time_variables: TimeVariables = end_duration,
         time_scale: float = 1.0,
+        qk_norm: bool = False,
         dtype: DTypeLike = jnp.float32,
         attention: AbstractAttention = XLAAttention(),
         early_blocks: int | None = None,
@@ -164,8 +175,7 @@ class DiT(AbstractField):
             raise ValueError(f"size must be positive throughout, got {size}")
         if not jnp.issubdtype(dtype, jnp.floating):
             raise ValueError(f"dtype must be floating point, got {dtype}")
-        if any(side % size.patch for side in sides):
-            raise ValueError(f"data_shape must be divisible by the patch size {size.patch}, got {data_shape}")
+        patches.check_patch(data_shape, size.patch)
         if size.width % (2 * len(sides)):
             raise ValueError(f"width must be a multiple of {2 * len(sides)} (sin-cos positions), got {size.width}")
         if early_blocks is not None and not 1 <= early_blocks < size.depth:
@@ -179,7 +189,7 @@ class DiT(AbstractField):
             as_embedding(condition, size.width, key=label_key),
         )
         self.stack = Stack(
-            lambda key: DiTBlock(size.width, size.heads, attention=attention, key=key),
+            lambda key: DiTBlock(size.width, size.heads, qk_norm=qk_norm, attention=attention, key=key),
             size.depth,
             remat=remat,
             unroll=unroll,
@@ -202,14 +212,15 @@ class DiT(AbstractField):
         """The arguments of which this field is made, without `key` and those that say only how it computes: `dtype`,
         `attention`, `remat`, `unroll`. `DiT(**field.arguments, key=key)` is a fresh field of the same structure."""
         times, label = self.embedding.times, self.embedding.label
-        heads = self.stack.blocks.attention.heads
+        attention = self.stack.blocks.attention
         return {
             "data_shape": self.data_shape,
-            "size": DiTSize(self.stack.depth, self.modulation.weight.shape[0], heads, self.patch),
+            "size": DiTSize(self.stack.depth, self.modulation.weight.shape[0], attention.heads, self.patch),
             "labels": None if label is None else label.null_label,
             "condition": as_argument(self.embedding.condition),
             "time_variables": times.variables,
             "time_scale": times.time_scale,
+            "qk_norm": attention.query_norm is not None,
             "early_blocks": self.early_blocks,
         }
 
@@ -238,30 +249,13 @@ class DiT(AbstractField):
             )
         shift, scale = jnp.split(cast(self.modulation, self.dtype)(c), 2)
         tokens = cast(self.out, self.dtype)(modulated_norm(tokens, shift, scale))
-        return self._joined(tokens).astype(jnp.promote_types(z.dtype, jnp.float32))
-
-    def _grid(self) -> tuple[int, ...]:
-        """How many patches there are along each side."""
-        return tuple(side // self.patch for side in self.data_shape[1:])
+        joined = patches.join(tokens, self.data_shape, self.patch)
+        return joined.astype(jnp.promote_types(z.dtype, jnp.float32))
 
     def _tokens(self, z: Float[Array, "channels *sides"]) -> Float[Array, "tokens features"]:
-        grid, width = self._grid(), self.modulation.weight.shape[0]
+        grid, width = patches.grid(self.data_shape, self.patch), self.modulation.weight.shape[0]
         if len(grid) == 1:
             places = sinusoidal_line_positions(grid[0], width)
         else:
             places = sinusoidal_positions(grid[0], grid[1], width)
-        cut = z.reshape(self.data_shape[0], *(size for number in grid for size in (number, self.patch)))
-        patches = cut.transpose(self._axes()).reshape(math.prod(grid), -1)
-        return cast(self.patches, self.dtype)(patches) + jnp.asarray(places, self.dtype)
-
-    def _joined(self, tokens: Float[Array, "tokens values"]) -> Float[Array, "channels *sides"]:
-        """The image or sequence of which these are the patches."""
-        grid = self._grid()
-        cut = tokens.reshape(*grid, *[self.patch] * len(grid), self.data_shape[0])
-        return cut.transpose([self._axes().index(axis) for axis in range(cut.ndim)]).reshape(self.data_shape)
-
-    def _axes(self) -> list[int]:
-        """Where the axes of patches come from in (channels, grid, patch, grid, patch): those of the grid, those within
-        a patch, and the channels last."""
-        axes = 2 * len(self._grid())
-        return [*range(1, axes, 2), *range(2, axes + 1, 2), 0]
+        return cast(self.patches, self.dtype)(patches.cut(z, self.patch)) + jnp.asarray(places, self.dtype)

@@ -8,6 +8,8 @@ from .._field import AbstractField
 from .._validate import on_host_if_known
 from ..nn import LabelEmbedding
 from .dit import DiT
+from .guidance import GuidanceCondition
+from .in_context_dit import InContextDiT
 from .mlp import MLP
 from .unet import UNet, UNetCondition
 
@@ -17,9 +19,9 @@ def check_labels(name: str, condition: Condition, field: AbstractField) -> None:
     one row or of several: under `jax.vmap` the table of the network would silently return another row. Other fields,
     other conditions and values that JAX traces pass."""
     embedding = getattr(getattr(field, "embedding", None), "label", None)
-    if not isinstance(field, MLP | DiT | UNet) or not isinstance(embedding, LabelEmbedding):
+    if not isinstance(field, MLP | DiT | InContextDiT | UNet) or not isinstance(embedding, LabelEmbedding):
         return
-    labels = condition.label if isinstance(condition, UNetCondition) else condition
+    labels = condition.label if isinstance(condition, UNetCondition | GuidanceCondition) else condition
     known = on_host_if_known(labels) if isinstance(labels, jax.Array | np.ndarray | np.generic | int) else None
     most = embedding.null_label
     if known is not None and (wrong := (known < 0) | (known > most)).any():

@@ -173,7 +173,7 @@ class MLP(AbstractField):
         *,
         key: Key[Array, ""] | None = None,
     ) -> Float[Array, " size"]:
-        if z.shape != (size := self.out.bias.shape):
+        if z.shape != (size := self.data_shape):
             raise ValueError(f"z must have the shape {size}, got {z.shape}")
         r, t = as_times(r, t, z)
         dtype = np.promote_types(self.out.weight.dtype, z.dtype) if self.dtype is None else self.dtype

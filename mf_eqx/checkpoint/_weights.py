@@ -3,8 +3,8 @@
     save_weights("ema.safetensors", state.averages[0], notes=Notes(pixels=(-1, 1), steps=3000))
     field = load_weights("ema.safetensors")
 
-An `MLP`, a `DiT` and a `UNet` describe themselves, so that nothing else is needed to load them. For a network of your
-own the file holds what a function of yours makes it of:
+An `MLP`, a `DiT`, an `InContextDiT` and a `UNet` describe themselves, so that nothing else is needed to load them. For
+a network of your own the file holds what a function of yours makes it of:
 
     save_weights("ema.safetensors", field, {"width": 96})
     field = load_weights("ema.safetensors", lambda config: MyNet(**config, key=jr.key(0)))
@@ -80,7 +80,9 @@ class Weights:
         **Raises:** `ValueError` if the file does not describe its network.
         """
         if self.network is None:
-            rule = "describe its network, an MLP, DiT or UNet with labels, a vector as condition, or neither"
+            rule = (
+                "describe its network, an MLP, DiT, InContextDiT or UNet with labels, vectors as condition, or neither"
+            )
             raise ValueError(f"{self.path}: must {rule}; a network of your own is made by make_field")
         try:
             return make_network(self.network, key=jr.key(0), **how)

@@ -23,12 +23,13 @@ from ._embedding import (
     TimeVariables as TimeVariables,
     VectorEmbedding as VectorEmbedding,
 )
-from ._linear import Linear as Linear
+from ._linear import Linear as Linear, SwiGLU as SwiGLU
 from ._norm import (
     GroupNorm as GroupNorm,
     layer_norm as layer_norm,
     modulate as modulate,
     modulated_norm as modulated_norm,
+    RMSNorm as RMSNorm,
 )
 from ._per_block import (
     muon_dimension_numbers as muon_dimension_numbers,
@@ -37,4 +38,15 @@ from ._per_block import (
 )
 from ._precision import cast as cast
 from ._resample import downsample as downsample, upsample as upsample
+from ._rotary import (
+    rotary_angles as rotary_angles,
+    rotary_line_angles as rotary_line_angles,
+    RotarySelfAttention as RotarySelfAttention,
+    rotate as rotate,
+)
 from ._stack import Remat as Remat, Stack as Stack
+from ._tokens import (
+    AbstractConditionTokens as AbstractConditionTokens,
+    ConditionTokens as ConditionTokens,
+    ScalarEmbedding as ScalarEmbedding,
+)

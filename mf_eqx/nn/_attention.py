@@ -28,6 +28,7 @@ from jaxtyping import Array, Float, Key
 
 from .._validate import check_sizes
 from ._linear import Linear
+from ._norm import RMSNorm
 
 
 class AbstractAttention(eqx.Module):
@@ -170,23 +171,34 @@ def _tangent(
 class SelfAttention(eqx.Module):
     """Multi-head self-attention with one joint qkv matrix and a bias. Its output is multiplied by a `gate`, if given.
 
-    **Arguments:** `width` of the tokens, a multiple of `heads`; `attention` an `AbstractAttention`; `key`.
+    **Arguments:** `width` of the tokens, a multiple of `heads`; `qk_norm` whether queries and keys of every head are
+    normalised by an `RMSNorm` each, which bounds the logits (Scaling Vision Transformers to 22 Billion Parameters,
+    Dehghani et al., 2023, arXiv 2302.05442); `attention` an `AbstractAttention`; `key`.
 
     **Raises:** `ValueError` unless both are >= 1 and `width` is a multiple of `heads`.
     """
 
     qkv: Linear
     out: Linear
+    query_norm: RMSNorm | None
+    key_norm: RMSNorm | None
     attention: AbstractAttention
     heads: int = eqx.field(static=True)
 
-    def __init__(self, width: int, heads: int, *, attention: AbstractAttention = XLAAttention(), key: Key[Array, ""]):
-        check_sizes(width=width)
-        if heads < 1 or width % heads:
-            raise ValueError(f"width must be a multiple of heads, got width {width} and heads {heads}")
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        *,
+        qk_norm: bool = False,
+        attention: AbstractAttention = XLAAttention(),
+        key: Key[Array, ""],
+    ):
+        size = head_size(width, heads)
         qkv_key, out_key = jr.split(key)
         self.qkv = Linear(width, 3 * width, key=qkv_key)
         self.out = Linear(width, width, key=out_key)
+        self.query_norm, self.key_norm = (RMSNorm(size) if qk_norm else None for _ in range(2))
         self.attention = attention
         self.heads = heads
 
@@ -195,5 +207,15 @@ class SelfAttention(eqx.Module):
     ) -> Float[Array, "tokens width"]:
         tokens, width = x.shape
         parts = jnp.split(self.qkv(x), 3, axis=-1)
-        mixed = self.attention(*(part.reshape(tokens, self.heads, width // self.heads) for part in parts))
-        return self.out(mixed.reshape(tokens, width), gate)
+        query, key, value = (part.reshape(tokens, self.heads, width // self.heads) for part in parts)
+        if self.query_norm is not None and self.key_norm is not None:
+            query, key = self.query_norm(query), self.key_norm(key)
+        return self.out(self.attention(query, key, value).reshape(tokens, width), gate)
+
+
+def head_size(width: int, heads: int) -> int:
+    """The size of each of `heads` heads over `width`. **Raises:** `ValueError` unless both are >= 1 and it is whole."""
+    check_sizes(width=width)
+    if heads < 1 or width % heads:
+        raise ValueError(f"width must be a multiple of heads, got width {width} and heads {heads}")
+    return width // heads

@@ -1,4 +1,7 @@
-"""Normalisation: over tokens without parameters, modulated by a condition (adaLN), and over groups of channels."""
+"""Normalisation: of tokens without parameters, modulated by a condition (adaLN), or by their root mean square with a
+learned scale; and over groups of channels."""
+
+import functools
 
 import equinox as eqx
 import jax
@@ -33,6 +36,42 @@ def modulated_norm(
     To write and read the intermediate results takes longer than to compute them again.
     """
     return modulate(layer_norm(x), shift, scale)
+
+
+@functools.partial(jax.checkpoint, static_argnums=2)
+def _rms_norm(
+    x: Float[Array, "*rows size"], weight: Float[Array, " size"], epsilon: float
+) -> Float[Array, "*rows size"]:
+    """As in `RMSNorm`. For the backward pass only the arguments are kept."""
+    wide = at_least_float32(x)
+    inverse = jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + epsilon)
+    return (wide * inverse * at_least_float32(weight)).astype(x.dtype)
+
+
+class RMSNorm(eqx.Module):
+    r"""Normalisation by the root mean square over the last axis, $w \odot x / \sqrt{\mathrm{mean}(x^2) + \epsilon}$, in
+    float32 or better. The scale w starts at one.
+
+    It is `eqx.nn.RMSNorm` for any number of leading axes.
+
+    **Arguments:** `size` of the last axis; `epsilon`.
+
+    **Raises:** `ValueError` unless `size` is >= 1, and `epsilon` > 0 and finite.
+
+    **Reference:** Root Mean Square Layer Normalization, Zhang, Sennrich, 2019, arXiv 1910.07467.
+    """
+
+    weight: Float[Array, " size"]
+    epsilon: float = eqx.field(static=True)
+
+    def __init__(self, size: int, *, epsilon: float = 1e-6):
+        check_sizes(size=size)
+        check_positive("epsilon", epsilon)
+        self.weight = jnp.ones(size, jnp.float32)
+        self.epsilon = epsilon
+
+    def __call__(self, x: Float[Array, "*rows size"]) -> Float[Array, "*rows size"]:
+        return _rms_norm(x, self.weight, self.epsilon)
 
 
 def per_channel(

@@ -55,6 +55,9 @@ def test_weights_come_back_bit_by_bit_in_the_field_of_their_configuration(path, 
 
 NETWORKS = {
     "labels": lambda: mfx.MLP(2, width=8, depth=2, labels=3, fourier_features=2, key=jr.key(0)),
+    "guidance": lambda: mfx.InContextDiT(
+        (1, 8), mfx.InContextDiTSize(3, 8, 2, 2, 1), labels=3, guidance=True, key=jr.key(0)
+    ),
     "vectors": lambda: mfx.DiT((1, 8), mfx.DiTSize(2, 8, 2, 2), condition=5, early_blocks=1, key=jr.key(0)),
 }
 
@@ -340,7 +343,7 @@ def test_a_file_that_says_what_no_file_says_is_refused(about, message, tmp_path)
 @pytest.mark.parametrize(
     ("network", "message"),
     [
-        ({"network": "VGG"}, "forged: network must be one of MLP, DiT, UNet, got 'VGG'"),
+        ({"network": "VGG"}, "forged: network must be one of MLP, DiT, InContextDiT, UNet, got 'VGG'"),
         ({"network": "MLP", "size": 2, "wings": 2}, "forged: description of a MLP has unknown arguments: wings"),
         ({"network": "MLP", "size": [2]}, "forged: size must be of integers >= 1|forged: description must be that of"),
     ],

@@ -268,4 +268,4 @@ def test_weights_of_a_network_of_ones_own_are_refused_by_name(command, capsys):
     checkpoint.save_weights("own.safetensors", field)
     with pytest.raises(SystemExit):
         command("own.safetensors")
-    assert "own.safetensors: must describe its network, an MLP, DiT or UNet" in capsys.readouterr().err
+    assert "own.safetensors: must describe its network, an MLP, DiT, InContextDiT or UNet" in capsys.readouterr().err

@@ -22,9 +22,15 @@ NETWORKS = {
     ),
     "DiT": lambda **how: mfx.DiT((3, 4, 8), SIZE, time_scale=2.0, **how),
     "DiT with labels": lambda **how: mfx.DiT((3, 4, 4), SIZE, labels=3, time_variables=nn.end_start, **how),
-    "DiT with vectors": lambda **how: mfx.DiT((1, 8), SIZE, condition=5, early_blocks=1, **how),
+    "DiT with vectors": lambda **how: mfx.DiT((1, 8), SIZE, condition=5, early_blocks=1, qk_norm=True, **how),
     "DiT with an embedding of vectors": lambda **how: mfx.DiT(
         (1, 8), SIZE, condition=nn.VectorEmbedding(5, 8, key=jr.key(1)), **how
+    ),
+    "InContextDiT": lambda **how: mfx.InContextDiT(
+        (3, 4, 8), mfx.InContextDiTSize(3, 8, 2, 2, 1), labels=3, guidance=True, velocity_head=False, **how
+    ),
+    "InContextDiT with vectors": lambda **how: mfx.InContextDiT(
+        (1, 8), mfx.InContextDiTSize(2, 8, 2, 2, 1), condition=5, tokens=mfx.TokenCounts(time=2), time_scale=2.0, **how
     ),
     "UNet": lambda **how: mfx.UNet((3, 8, 8), UNET_SIZE, augmentation=6, dropout=0.25, **how),
     "UNet with labels": lambda **how: mfx.UNet((1, 8, 8), UNET_SIZE, labels=3, time_variables=nn.duration, **how),
@@ -50,13 +56,13 @@ def test_the_same_network_is_made_from_its_description_as_json(name):
     assert same(shapes(lambda key: mfx.make_network(description, key=key)), field)
 
 
-@pytest.mark.parametrize("name", ["MLP with vectors", "DiT with labels", "UNet with labels"])
+@pytest.mark.parametrize("name", ["MLP with vectors", "DiT with labels", "InContextDiT", "UNet with labels"])
 def test_arguments_of_a_network_make_it(name):
     field = shapes(NETWORKS[name])
     assert same(shapes(lambda key: type(field)(**field.arguments, key=key)), field)
 
 
-@pytest.mark.parametrize("name", ["MLP", "DiT", "UNet"])
+@pytest.mark.parametrize("name", ["MLP", "DiT", "InContextDiT", "UNet"])
 def test_every_argument_is_described_or_says_how_a_network_computes(name):
     described = mfx.describe(shapes(NETWORKS[name])).keys() - {"network"}
     known = inspect.signature(getattr(mfx, name)).parameters.keys()
@@ -68,7 +74,9 @@ def test_every_argument_is_described_or_says_how_a_network_computes(name):
 HOW = {"dtype": jnp.bfloat16, "attention": FusedAttention(), "remat": True, "unroll": 2}
 
 
-@pytest.mark.parametrize(("name", "how"), [("MLP", {"dtype": jnp.bfloat16}), ("DiT", HOW), ("UNet", HOW)])
+@pytest.mark.parametrize(
+    ("name", "how"), [("MLP", {"dtype": jnp.bfloat16}), ("DiT", HOW), ("InContextDiT", HOW), ("UNet", HOW)]
+)
 def test_how_a_network_computes_is_chosen_anew(name, how):
     other = shapes(lambda key: NETWORKS[name](**how, key=key))
     description = mfx.describe(other)
@@ -101,7 +109,7 @@ def own_times(r, t):
 
 
 OTHERS = {
-    r"field must be an MLP, a DiT or a UNet to be described, got GaussianField": lambda: GaussianField(
+    r"field must be an MLP, a DiT, an InContextDiT or a UNet to be described, got GaussianField": lambda: GaussianField(
         jnp.ones(2), 1.0
     ),
     r"condition must be a vector or None for a network to be described, got the embedding Sum": lambda: shapes(
@@ -133,17 +141,21 @@ DIT = {"network": "DiT", "data_shape": [3, 4, 4], "size": SIZE._asdict()}
 @pytest.mark.parametrize(
     ("description", "message"),
     [
-        ({}, "network must be one of MLP, DiT, UNet, got None"),
-        ({"network": ["DiT"]}, r"network must be one of MLP, DiT, UNet, got \['DiT'\]"),
+        ({}, "network must be one of MLP, DiT, InContextDiT, UNet, got None"),
+        ({"network": ["DiT"]}, r"network must be one of MLP, DiT, InContextDiT, UNet, got \['DiT'\]"),
         ({"network": "DiT"}, "description must be that of a DiT, but none can be made: 'size'"),
         ({**DIT, "size": {"depth": 2}}, "description must be that of a DiT, but none can be made"),
         ({**DIT, "data_shape": 7}, "description must be that of a DiT, but none can be made"),
         ({**DIT, "data_shape": [3, 4, 5]}, "data_shape must be divisible by the patch size 2"),
         ({**DIT, "time_variables": "start"}, "description must be that of a DiT, but none can be made: 'start'"),
         ({**DIT, "dtype": "bfloat16"}, "description of a DiT has unknown arguments: dtype"),
+        (
+            {**DIT, "network": "InContextDiT", "tokens": {"wings": 2}},
+            "description must be that of a InContextDiT, but none can be made",
+        ),
         ({**DIT, "wings": 2}, "description of a DiT has unknown arguments: wings"),
     ],
-    ids=range(9),
+    ids=range(10),
 )
 def test_what_describes_no_network_is_refused(description, message):
     with pytest.raises(ValueError, match=message):

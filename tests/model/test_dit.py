@@ -442,6 +442,20 @@ def test_boundary_rows_teachers_and_guidance_keep_the_plain_attention(x64):
     np.testing.assert_allclose(*compare(*faces()), rtol=1e-12)
 
 
+def test_norms_of_queries_and_keys_are_an_option_that_adds_nothing_but_their_scales():
+    shapes = [eqx.filter_eval_shape(lambda q=q: mfx.DiT(SHAPE, SMALL, qk_norm=q, key=jr.key(0))) for q in (False, True)]
+    plain, with_norms = ({jax.tree_util.keystr(p): leaf for p, leaf in jax.tree.leaves_with_path(s)} for s in shapes)
+    added = {name: with_norms[name].shape for name in with_norms.keys() - plain.keys()}
+    of_attention = ".stack.blocks.attention"
+    assert plain.keys() < with_norms.keys()
+    assert added == {f"{of_attention}.{name}_norm.weight": (2, 8) for name in ("query", "key")}
+    field, (z, r, t, _) = small(qk_norm=True, labels=None), inputs()
+    qkv = field.stack.blocks.attention.qkv
+    larger = jax.tree.map(lambda leaf: leaf.at[..., : 2 * SMALL.width].mul(9), qkv)  # of queries and keys
+    scaled = eqx.tree_at(lambda field: field.stack.blocks.attention.qkv, field, larger)
+    np.testing.assert_allclose(field(z, r, t), scaled(z, r, t), rtol=1e-3, atol=1e-4)
+
+
 # Precision
 
 

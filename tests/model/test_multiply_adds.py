@@ -33,3 +33,48 @@ def test_xla_counts_the_same_multiply_adds(name):
     arrays, rest = eqx.partition(field, lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct))
     lowered = jax.jit(lambda arrays, *inputs: eqx.combine(arrays, rest)(*inputs)).lower(arrays, *inputs)
     assert lowered.cost_analysis()["flops"] / 2e9 == pytest.approx(EXPECTED[name], rel=0.02)
+
+
+# The in-context DiT, with one or both heads
+
+PASSES = {
+    "u": lambda field, z, time, condition: field(z, time, time, condition),
+    "v": lambda field, z, time, condition: field.velocity(z, time, condition),
+    "u and v": lambda field, z, time, condition: field.with_velocity(z, time, time, condition),
+}
+
+
+def in_context_products(size, heads):
+    """Multiply-adds of a pass with so many heads, for 20 + 256 tokens, from the description of the network."""
+    width, tokens, values = size.width, 20 + 256, 16
+    block = tokens * (4 * width**2 + 3 * width * (8 * width // 3)) + 2 * tokens**2 * width
+    blocks = (size.depth - size.head_depth + heads * size.head_depth) * block
+    return blocks + 256 * width * values * (1 + heads) + 4 * (256 * width + width**2)
+
+
+def in_context(size, unroll):
+    make = lambda: mfx.InContextDiT(  # noqa: E731
+        (4, 32, 32), size, labels=1000, guidance=True, unroll=unroll, key=jr.key(0)
+    )
+    label, number = jax.ShapeDtypeStruct((), jnp.int32), jax.ShapeDtypeStruct((), jnp.float32)
+    condition = mfx.GuidanceCondition(label, number, jax.ShapeDtypeStruct((2,), jnp.float32))
+    return eqx.filter_eval_shape(make), jax.ShapeDtypeStruct((4, 32, 32), jnp.float32), number, condition
+
+
+@pytest.mark.parametrize("name", ["B2", "M2", "L2", "XL2"])
+def test_in_context_pass_makes_no_product_beyond_its_own_head(name):
+    size = getattr(mfx, f"IMF_{name}")
+    inputs = in_context(size, 1)
+    for heads, passes in ((1, ("u", "v")), (2, ("u and v",))):
+        for which in passes:
+            assert measure.product_flops(PASSES[which], *inputs) == 2 * in_context_products(size, heads)
+
+
+@pytest.mark.parametrize("which", PASSES)
+def test_xla_counts_the_multiply_adds_of_an_in_context_pass(which):
+    size = mfx.IMF_B2._replace(depth=4, head_depth=2)
+    field, *inputs = in_context(size, True)
+    arrays, rest = eqx.partition(field, lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct))
+    lowered = jax.jit(lambda arrays, *inputs: PASSES[which](eqx.combine(arrays, rest), *inputs)).lower(arrays, *inputs)
+    expected = in_context_products(size, 1 + (which == "u and v"))
+    assert lowered.cost_analysis()["flops"] / 2 == pytest.approx(expected, rel=0.02)

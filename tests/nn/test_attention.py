@@ -1,6 +1,7 @@
 import functools
 import itertools
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -28,13 +29,20 @@ def reference_attention(layer, x):
     x, (tokens, width) = np.asarray(x), x.shape
     joint = x @ np.asarray(layer.qkv.weight) + np.asarray(layer.qkv.bias)
     parts = [part.reshape(tokens, layer.heads, -1) for part in np.split(joint, 3, axis=1)]
+    for i, norm in enumerate((layer.query_norm, layer.key_norm)):
+        if norm is not None:
+            root = np.sqrt((parts[i] ** 2).mean(axis=-1, keepdims=True) + 1e-6)
+            parts[i] = parts[i] / root * np.asarray(norm.weight)
     mixed = reference_mix(*parts).reshape(tokens, width)
     return mixed @ np.asarray(layer.out.weight) + np.asarray(layer.out.bias)
 
 
-@pytest.mark.parametrize("heads", [1, 3])
-def test_attention_is_a_softmax_over_tokens_in_every_head(x64, heads):
-    layer = nn.cast(refilled(nn.SelfAttention(12, heads, key=jr.key(0))), jnp.float64)
+@pytest.mark.parametrize(("heads", "qk_norm"), [(1, False), (3, False), (3, True)])
+def test_attention_is_a_softmax_over_tokens_in_every_head(x64, heads, qk_norm):
+    layer = nn.cast(refilled(nn.SelfAttention(12, heads, qk_norm=qk_norm, key=jr.key(0))), jnp.float64)
+    if qk_norm:
+        scales = lambda layer: (layer.query_norm.weight, layer.key_norm.weight)  # noqa: E731
+        layer = eqx.tree_at(scales, layer, (jnp.arange(1.0, 5.0), jnp.arange(-2.0, 2.0)))
     x = jr.normal(jr.key(2), (5, 12))
     np.testing.assert_allclose(layer(x), reference_attention(layer, x), rtol=1e-10, atol=1e-12)
 

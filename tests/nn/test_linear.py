@@ -2,7 +2,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
-from fields import refilled
+from fields import filled, refilled
 from jax.nn.initializers import normal
 
 from mf_eqx import nn
@@ -47,3 +47,21 @@ def test_another_initialisation_is_used_for_the_weight():
 def test_parameters_are_float32_also_where_float64_is_enabled(x64):
     layer = nn.Linear(3, 5, key=jr.key(0))
     assert layer.weight.dtype == layer.bias.dtype == jnp.float32
+
+
+def test_linear_without_bias_is_the_product_alone():
+    layer = filled(lambda: nn.Linear(3, 5, bias=False, key=jr.key(0)))
+    x, gate = jnp.arange(6.0).reshape(2, 3), jnp.arange(5.0)
+    np.testing.assert_allclose(layer(x), x @ layer.weight, rtol=1e-6)
+    np.testing.assert_allclose(layer(x, gate), gate * (x @ layer.weight), rtol=1e-6)
+    assert layer.bias is None
+
+
+def test_swiglu_is_gated_by_silu_and_keeps_only_the_factors_of_products(x64):
+    layer = nn.cast(filled(lambda: nn.SwiGLU(3, 7, key=jr.key(0))), jnp.float64)
+    x, gate = jr.normal(jr.key(1), (4, 3)), jnp.arange(3.0)
+    first, hidden = x @ layer.gate.weight, x @ layer.hidden.weight
+    value, backward = jax.vjp(lambda x: layer(x, gate), x)
+    np.testing.assert_allclose(value, gate * ((first / (1 + jnp.exp(-first)) * hidden) @ layer.out.weight), rtol=1e-10)
+    # Of the hidden layer: what is gated by what, and no intermediate result of silu.
+    assert sum(leaf.shape == (4, 7) for leaf in jax.tree.leaves(backward)) == 2

@@ -39,6 +39,35 @@ def test_modulated_norm_is_both_and_keeps_only_its_arguments():
     assert sum(leaf.size for leaf in jax.tree.leaves(backward)) <= x.size + shift.size + scale.size
 
 
+# Root mean square
+
+
+def test_rms_norm_is_that_of_numpy_times_its_scale_and_keeps_only_its_arguments(x64):
+    x, weight = 3 * jr.normal(jr.key(0), (2, 3, 4)) + 2, jr.normal(jr.key(1), (4,))
+    layer = eqx.tree_at(lambda layer: layer.weight, nn.RMSNorm(4, epsilon=0.1), weight)  # large enough to be seen
+    value, backward = jax.vjp(lambda layer, x: layer(x), layer, x)
+    np.testing.assert_allclose(value, x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + 0.1) * weight, rtol=1e-12)
+    assert sum(leaf.size for leaf in jax.tree.leaves(backward)) <= x.size + weight.size
+
+
+def test_fresh_rms_norm_of_bfloat16_has_the_mean_square_of_float32():
+    # In bfloat16 the sum of 1000 ones and 257^2 would be lost.
+    x = jnp.ones(1000).at[0].set(257).astype(jnp.bfloat16)
+    normalised = nn.RMSNorm(1000)(x)
+    assert normalised.dtype == jnp.bfloat16
+    np.testing.assert_allclose(normalised[1], ((999 + 256**2) / 1000) ** -0.5, rtol=0.008)  # x[0] is rounded to 256
+
+
+@pytest.mark.parametrize(
+    ("options", "rule"),
+    [({"size": 0}, "size must be an integer >= 1"), ({"size": 2, "epsilon": 0}, "epsilon must be > 0")],
+    ids=["size", "epsilon"],
+)
+def test_rms_norm_of_no_size_or_no_epsilon_is_refused(options, rule):
+    with pytest.raises(ValueError, match=rule):
+        nn.RMSNorm(**options)
+
+
 # Groups of channels
 
 

@@ -1,0 +1,309 @@
+r"""The in-context diffusion transformer of improved MeanFlow as a field.
+
+The condition and the times become tokens in front of the patches of an image or of a sequence: several for a label or a
+number, each a learned vector plus the embedding. All tokens pass through the same blocks, without modulation:
+
+    x = x + gate_1 * attention(norm_1(x))     rotary positions over the whole sequence; normalised queries and keys
+    x = x + gate_2 * mlp(norm_2(x))           SwiGLU
+
+The last blocks and layer exist twice on a shared trunk: the head for u, and the velocity head for v, which is trained
+beside it and left out for sampling. The gates and the last layers start at zero, so that a fresh network outputs zero.
+
+Source: Improved Mean Flows: On the Challenges of Fastforward Generative Models, Geng, Lu, Wu, Shechtman, Kolter, He,
+2025, arXiv 2512.02012; initialisation, and what the paper leaves open, as in the authors' released code.
+"""
+
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+from jax.nn.initializers import variance_scaling, zeros
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Key
+
+from .._custom_types import as_times, Condition, TimeLike
+from .._field import AbstractFieldWithVelocity
+from .._validate import check_data_shape, check_kind, check_sizes
+from ..nn import (
+    AbstractAttention,
+    AbstractConditionEmbedding,
+    AbstractConditionTokens,
+    cast,
+    duration,
+    Linear,
+    Remat,
+    RMSNorm,
+    rotary_line_angles,
+    RotarySelfAttention,
+    Stack,
+    SwiGLU,
+    TimeVariables,
+    XLAAttention,
+)
+from . import patches
+from .guidance import GuidanceCondition
+from .in_context_embedding import InContextEmbedding, TokenCounts
+
+
+class InContextDiTSize(NamedTuple):
+    """The size of an in-context DiT: `depth` blocks, tokens of `width`, attention `heads`, `patch` the side of a square
+    of pixels, or a number of steps of a sequence. The last `head_depth` blocks belong to the head, and exist a second
+    time in the velocity head."""
+
+    depth: int
+    width: int
+    heads: int
+    patch: int
+    head_depth: int = 8
+
+
+IMF_B2 = InContextDiTSize(depth=12, width=768, heads=12, patch=2)
+IMF_M2 = InContextDiTSize(depth=24, width=768, heads=12, patch=2)
+IMF_L2 = InContextDiTSize(depth=32, width=1024, heads=16, patch=2)
+IMF_XL2 = InContextDiTSize(depth=48, width=1024, heads=16, patch=2)
+
+_INIT = variance_scaling(0.32**2, "fan_in", "normal")
+"""Of the matrices in blocks: normal with standard deviation 0.32 / sqrt(fan in)."""
+
+
+class InContextBlock(eqx.Module):
+    """A block without modulation. Its equations are in the module's docstring; its MLP is 8/3 times as wide."""
+
+    norm_1: RMSNorm
+    attention: RotarySelfAttention
+    gate_1: Float[Array, " width"]
+    norm_2: RMSNorm
+    mlp: SwiGLU
+    gate_2: Float[Array, " width"]
+
+    def __init__(self, width: int, heads: int, attention: AbstractAttention, *, key: Key[Array, ""]):
+        attention_key, mlp_key = jr.split(key)
+        self.norm_1, self.norm_2 = RMSNorm(width), RMSNorm(width)
+        self.attention = RotarySelfAttention(width, heads, init=_INIT, attention=attention, key=attention_key)
+        self.mlp = SwiGLU(width, 8 * width // 3, init=_INIT, key=mlp_key)
+        self.gate_1, self.gate_2 = jnp.zeros(width, jnp.float32), jnp.zeros(width, jnp.float32)
+
+    def __call__(
+        self, x: Float[Array, "tokens width"], angles: Float[np.ndarray, "tokens pairs"]
+    ) -> Float[Array, "tokens width"]:
+        x = x + self.attention(self.norm_1(x), angles, self.gate_1)
+        return x + self.mlp(self.norm_2(x), self.gate_2)
+
+
+class InContextHead(eqx.Module):
+    """The blocks and the layer that turn the tokens of the trunk into the values of patches."""
+
+    stack: Stack[InContextBlock]
+    norm: RMSNorm
+    out: Linear
+
+
+class InContextDiT(AbstractFieldWithVelocity):
+    """A diffusion transformer over images, latents or sequences, channels first, which takes its condition as tokens.
+
+    **Arguments:**
+
+    - `data_shape`: (channels, height, width) of images or (channels, length) of sequences; all sides multiples of the
+      patch, not necessarily equal.
+    - `size`: an `InContextDiTSize`, such as `IMF_B2`, or one of your own.
+    - `labels`: number of labels, or None. The condition is then an integer label in [0, labels], `labels` itself being
+      "no label" (`null_label`).
+    - `condition`: None, or what the field is conditioned on if it is no label: the size of a vector; an
+      `mf_eqx.nn.AbstractConditionEmbedding` of your own; or an `mf_eqx.nn.AbstractConditionTokens` of your own, for
+      texts, several labels, or conditions of any other structure, which makes any number of tokens.
+    - `guidance`: whether the field takes the guidance as an input. The condition is then a `GuidanceCondition`, whose
+      `label` is the label or the other condition.
+    - `velocity_head`: whether there is a velocity head. Only a method that trains it needs one.
+    - `tokens`: how many tokens stand for each number or label.
+    - `time_variables`: the variables that become tokens, one of the functions of Tab. 1c in `mf_eqx.nn`; t - r alone by
+      default, as in the paper.
+    - `time_scale`: factor on times before the sinusoidal embedding.
+    - `dtype`: compute precision of the blocks, float32 or bfloat16 (float64 for tests). Parameters, embeddings, and the
+      result stay float32 or better, and so do the statistics of norms.
+    - `attention`: an `mf_eqx.nn.AbstractAttention`, as for `DiT`.
+    - `remat`, `unroll`: the trade-off of memory, run time and compile time, see `mf_eqx.nn.Stack`.
+    - `key`.
+
+    **Raises:** `ValueError` if a size is below 1 or does not fit the others, if `dtype` is not floating point, if
+    `labels` and `condition` are both given, or `guidance` without either; when called, if `z` does not have the
+    data_shape, or if the condition does not fit the field.
+
+    With guidance, 1000 labels and a (4, 32, 32) input: B/2 145,596,960 parameters, M/2 230,570,016, L/2 509,752,352,
+    XL/2 711,113,760; without the velocity head B/2 88,935,184, M/2 173,908,240, L/2 409,054,224, XL/2 610,415,632.
+    """
+
+    patches: Linear
+    embedding: InContextEmbedding
+    trunk: Stack[InContextBlock]
+    average_head: InContextHead
+    velocity_head: InContextHead | None
+    data_shape: tuple[int, ...] = eqx.field(static=True)
+    patch: int = eqx.field(static=True)
+    dtype: DTypeLike = eqx.field(static=True)
+
+    def __init__(
+        self,
+        data_shape: tuple[int, ...],
+        size: InContextDiTSize,
+        *,
+        labels: int | None = None,
+        condition: int | AbstractConditionEmbedding | AbstractConditionTokens | None = None,
+        guidance: bool = False,
+        velocity_head: bool = True,
+        tokens: TokenCounts = TokenCounts(),
+        time_variables: TimeVariables = duration,
+        time_scale: float = 1.0,
+        dtype: DTypeLike = jnp.float32,
+        attention: AbstractAttention = XLAAttention(),
+        remat: Remat = False,
+        unroll: int | bool = 1,
+        key: Key[Array, ""],
+    ):
+        check_data_shape(data_shape)
+        check_kind("size", size, InContextDiTSize)
+        check_sizes(size=size)
+        patches.check_patch(data_shape, size.patch)
+        if size.head_depth >= size.depth:
+            raise ValueError(f"head_depth must be below the depth {size.depth}, got {size.head_depth}")
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise ValueError(f"dtype must be floating point, got {dtype}")
+        patch_key, embedding_key, trunk_key, *head_keys = jr.split(key, 5)
+        values = data_shape[0] * size.patch ** (len(data_shape) - 1)
+
+        def stack(depth: int, key: Key[Array, ""]) -> Stack[InContextBlock]:
+            def block(key: Key[Array, ""]) -> InContextBlock:
+                return InContextBlock(size.width, size.heads, attention, key=key)
+
+            return Stack(block, depth, remat=remat, unroll=unroll, key=key)
+
+        def head(key: Key[Array, ""]) -> InContextHead:
+            out = Linear(size.width, values, init=zeros, key=key)
+            return InContextHead(stack(size.head_depth, key), RMSNorm(size.width), out)
+
+        self.patches = Linear(values, size.width, key=patch_key)
+        self.embedding = InContextEmbedding(
+            size.width,
+            labels=labels,
+            condition=condition,
+            guidance=guidance,
+            counts=tokens,
+            variables=time_variables,
+            time_scale=time_scale,
+            key=embedding_key,
+        )
+        self.trunk = stack(size.depth - size.head_depth, trunk_key)
+        self.average_head = head(head_keys[0])
+        self.velocity_head = head(head_keys[1]) if velocity_head else None
+        self.data_shape = tuple(data_shape)
+        self.patch = size.patch
+        self.dtype = jnp.dtype(dtype)
+
+    @property
+    def null_label(self) -> int:
+        """The label that means "no label". **Raises:** `ValueError` without labels."""
+        if (label := self.embedding.label) is None:
+            raise ValueError("labels must be given for a null label to exist, got None")
+        return label.null_label
+
+    @property
+    def has_velocity_head(self) -> bool:
+        return self.velocity_head is not None
+
+    def without_velocity_head(self) -> "InContextDiT":
+        """The same field of u without what only v needs."""
+        return eqx.tree_at(lambda field: field.velocity_head, self, None, is_leaf=lambda node: node is None)
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The arguments of which this field is made, as for `DiT`."""
+        embedding, block = self.embedding, self.trunk.blocks
+        head_depth = self.average_head.stack.depth
+        width, heads = self.patches.weight.shape[1], block.attention.heads
+        label = embedding.label
+        return {
+            "data_shape": self.data_shape,
+            "size": InContextDiTSize(self.trunk.depth + head_depth, width, heads, self.patch, head_depth),
+            "labels": None if label is None else label.null_label,
+            "condition": embedding.condition_argument,
+            "guidance": embedding.guidance is not None,
+            "velocity_head": self.has_velocity_head,
+            "tokens": embedding.counts,
+            "time_variables": embedding.variables,
+            "time_scale": embedding.time_scale,
+        }
+
+    def __call__(
+        self,
+        z: Float[Array, "channels *sides"],
+        r: TimeLike,
+        t: TimeLike,
+        condition: GuidanceCondition | Condition = None,
+        *,
+        key: Key[Array, ""] | None = None,
+    ) -> Float[Array, "channels *sides"]:
+        return self._output(self.average_head, *self._shared(z, r, t, condition), z)
+
+    def velocity(
+        self,
+        z: Float[Array, "channels *sides"],
+        t: TimeLike,
+        condition: GuidanceCondition | Condition = None,
+        *,
+        key: Key[Array, ""] | None = None,
+    ) -> Float[Array, "channels *sides"]:
+        """v(z, t) by the velocity head, without the blocks of the head for u.
+
+        **Raises:** as the call; and `ValueError` for a network without a velocity head.
+        """
+        return self._output(self._velocity_head(), *self._shared(z, t, t, condition), z)
+
+    def with_velocity(
+        self,
+        z: Float[Array, "channels *sides"],
+        r: TimeLike,
+        t: TimeLike,
+        condition: GuidanceCondition | Condition = None,
+        *,
+        key: Key[Array, ""] | None = None,
+    ) -> tuple[Float[Array, "channels *sides"], Float[Array, "channels *sides"]]:
+        """The pair (u(z, r, t), v(z, t)) on one evaluation of the trunk. The velocity head sees the time variables,
+        too: that v does not depend on r is only learnt.
+
+        **Raises:** as `velocity`.
+        """
+        head, shared = self._velocity_head(), self._shared(z, r, t, condition)
+        return self._output(self.average_head, *shared, z), self._output(head, *shared, z)
+
+    def _velocity_head(self) -> InContextHead:
+        if self.velocity_head is None:
+            raise ValueError("velocity_head must be True for a field that is asked for its velocity, got False")
+        return self.velocity_head
+
+    def _shared(
+        self, z: Float[Array, "channels *sides"], r: TimeLike, t: TimeLike, condition: Condition
+    ) -> tuple[Float[Array, "tokens width"], Float[np.ndarray, "tokens pairs"]]:
+        """All tokens after the trunk, and the angles of their positions."""
+        if z.shape != self.data_shape:
+            raise ValueError(f"z must have the data_shape {self.data_shape}, got {z.shape}")
+        r, t = as_times(r, t, z)
+        prefix = self.embedding(r, t, condition).astype(self.dtype)
+        of_data = cast(self.patches, self.dtype)(patches.cut(z.astype(self.dtype), self.patch))
+        tokens = jnp.concatenate([prefix, of_data])
+        block = self.trunk.blocks
+        angles = rotary_line_angles(len(tokens), block.attention.query_norm.weight.shape[-1])
+        return self.trunk(lambda block, x: cast(block, self.dtype)(x, angles), tokens), angles
+
+    def _output(
+        self,
+        head: InContextHead,
+        tokens: Float[Array, "tokens width"],
+        angles: Float[np.ndarray, "tokens pairs"],
+        z: Float[Array, "channels *sides"],
+    ) -> Float[Array, "channels *sides"]:
+        """What a head makes of the tokens of the trunk."""
+        tokens = head.stack(lambda block, x: cast(block, self.dtype)(x, angles), tokens)
+        count = z.size // self.patches.weight.shape[0]
+        values = cast(head.out, self.dtype)(cast(head.norm, self.dtype)(tokens[-count:]))
+        return patches.join(values, self.data_shape, self.patch).astype(jnp.promote_types(z.dtype, jnp.float32))
