@@ -128,18 +128,23 @@ class GuidedField(AbstractField):
 
 
 class Trained(NamedTuple):
-    """Which values of a field an objective trains."""
+    """Which values of a field an objective trains.
+
+    **Arguments:**
+
+    - `average`: u(z, r, t) for r < t; without it, sample by Euler steps along u(z, t, t).
+    - `null_velocity`: u(z, t, t) with the null condition, which guidance needs, also in the target.
+    - `null_average`: u(z, r, t) for r < t with the null condition, which a `GuidedField` needs, except by Euler steps.
+    - `velocity`: u(z, t, t); without it, Euler steps follow values that were never trained.
+    - `ends_at_data`: whether u(z, r, t) for r < t was trained at r = 0 alone; then sample in one step, or by Euler
+      steps.
+    """
 
     average: bool
-    """u(z, r, t) for r < t; without it, sample by Euler steps along u(z, t, t)."""
     null_velocity: bool
-    """u(z, t, t) with the null condition, which guidance needs, also in the target."""
     null_average: bool
-    """u(z, r, t) for r < t with the null condition, which a `GuidedField` needs, except by Euler steps."""
     velocity: bool = True
-    """u(z, t, t); without it, Euler steps follow values that were never trained."""
     ends_at_data: bool = False
-    """Whether u(z, r, t) for r < t was trained at r = 0 alone; then sample in one step, or by Euler steps."""
 
 
 class LabelDropout(eqx.Module):

@@ -21,21 +21,24 @@ class Tokenizer(NamedTuple):
 class Notes:
     """Notes on weights, for those who sample. None is always "not known", or "there is none".
 
+    **Arguments:**
+
+    - `pixels`: for images, and for latents of images: the values of black and of full brightness, such as (-1, 1).
+    - `tokenizer`: for latents: what decodes them to pixels, after a division by `mf_eqx.vae.SCALE`.
+    - `class_names`: the name of each label.
+    - `trained`: which values of the field were trained: `Objective.trained`.
+    - `steps`: training steps.
+    - `decay`: decay per step, if the weights are an average.
+
     **Raises:** `ValueError` for values of other types or ranges.
     """
 
     pixels: tuple[float, float] | None = None
-    """For images, and for latents of images: the values of black and of full brightness, such as (-1, 1)."""
     tokenizer: Tokenizer | None = None
-    """For latents: what decodes them to pixels, after a division by `mf_eqx.vae.SCALE`."""
     class_names: tuple[str, ...] | None = None
-    """The name of each label."""
     trained: Trained | None = None
-    """Which values of the field were trained: `Objective.trained`."""
     steps: int | None = None
-    """Training steps."""
     decay: float | None = None
-    """Decay per step, if the weights are an average."""
 
     def __post_init__(self):
         pixels, names = self.pixels, self.class_names

@@ -19,27 +19,30 @@ class Cost:
 
     Bytes are those of one device. On XLA:CPU `flops` and `bytes_accessed` count the body of a loop once: compare steps
     by `relative_cost`.
+
+    **Arguments:**
+
+    - `trace_seconds`: from Python to a JAX program.
+    - `lower_seconds`: from the JAX program to StableHLO.
+    - `compile_seconds`: from StableHLO to machine code.
+    - `program_lines`: length of the StableHLO text.
+    - `donated_bytes`: arguments whose memory is reused for outputs.
+    - `temporary_bytes`: memory for intermediate results. Memory inside a library's kernel for several products (XLA:CPU
+      has such kernels since JAX 0.12) is not counted.
+    - `flops`: floating-point operations.
+    - `bytes_accessed`: memory traffic, counted at the boundaries of fused loops.
     """
 
     trace_seconds: float
-    """From Python to a JAX program."""
     lower_seconds: float
-    """From the JAX program to StableHLO."""
     compile_seconds: float
-    """From StableHLO to machine code."""
     program_lines: int
-    """Length of the StableHLO text."""
     argument_bytes: int
     output_bytes: int
     donated_bytes: int
-    """Arguments whose memory is reused for outputs."""
     temporary_bytes: int
-    """Memory for intermediate results. Memory inside a library's kernel for several products (XLA:CPU has such kernels
-    since JAX 0.12) is not counted."""
     flops: float
-    """Floating-point operations."""
     bytes_accessed: float
-    """Memory traffic, counted at the boundaries of fused loops."""
 
 
 class Program(Generic[_Result]):

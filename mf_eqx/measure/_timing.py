@@ -19,13 +19,17 @@ from jaxtyping import Float
 
 @dataclasses.dataclass(frozen=True)
 class Times:
-    """Seconds of one program, one entry per round."""
+    """Seconds of one program, one entry per round.
+
+    **Arguments:**
+
+    - `wall`: wall time until the device is done.
+    - `cpu`: CPU time of all threads of the process. On a shared CPU it is more reliable than the wall time; with an
+      accelerator it is only the time of the host.
+    """
 
     wall: Float[np.ndarray, " rounds"]
-    """Wall time until the device is done."""
     cpu: Float[np.ndarray, " rounds"]
-    """CPU time of all threads of the process. On a shared CPU it is more reliable than the wall time; with an
-    accelerator it is only the time of the host."""
 
     @property
     def median(self) -> float:

@@ -37,14 +37,18 @@ class Stream(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """The work of one step, for rates that can be compared."""
+    """The work of one step, for rates that can be compared.
+
+    **Arguments:**
+
+    - `rows`: examples of a step.
+    - `flops`: floating-point operations of a step.
+    - `peak`: the largest number of operations per second that the machine can do.
+    """
 
     rows: int
-    """Examples of a step."""
     flops: float | None = None
-    """Floating-point operations of a step."""
     peak: float | None = None
-    """The largest number of operations per second that the machine can do."""
 
     def rates(self, steps_per_second: float) -> list[str]:
         """Images per second and, where it is known, model FLOPs utilisation."""
