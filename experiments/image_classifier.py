@@ -106,7 +106,7 @@ def fit(
     state = optimizer.init(eqx.filter(classifier, eqx.is_array))
     for number in range(steps):
         batch = stream[number]
-        classifier, state, loss = step(classifier, state, prepared(batch.x), batch.condition)
+        classifier, state, loss = step(classifier, state, jnp.asarray(prepared(batch.x)), batch.condition)
         update(number + 1, loss)
     return classifier
 
@@ -130,6 +130,6 @@ def read(
     classifier: Classifier, x: UInt8[np.ndarray, "rows channels height width"]
 ) -> tuple[Float[np.ndarray, "rows features"], Int[np.ndarray, " rows"]]:
     """Features of images, and the class that is seen in each."""
-    parts = [_read(classifier, prepared(part)) for part in image_sources.in_parts(x, READ_AT_ONCE)]
+    parts = [_read(classifier, jnp.asarray(prepared(part))) for part in image_sources.in_parts(x, READ_AT_ONCE)]
     features, label = (np.concatenate([*map(np.asarray, values)])[: len(x)] for values in zip(*parts, strict=True))
     return features, label

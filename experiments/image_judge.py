@@ -220,6 +220,10 @@ def least(shares: Sequence[float | None] | None) -> float | None:
     return min((share for share in shares or () if share is not None), default=None)
 
 
+def _in(found: dict[str, float] | None, spaces: Sequence[str]) -> list[float | None]:
+    return [(found or {}).get(space) for space in spaces]
+
+
 def report(results: Sequence[Result], names: Sequence[str] | None, chance: float) -> str:
     """All tables as text.
 
@@ -239,11 +243,7 @@ def report(results: Sequence[Result], names: Sequence[str] | None, chance: float
 
 def _distances(results: Sequence[Result], spaces: Sequence[str]) -> str:
     rows = [
-        (
-            row.what,
-            row.evaluations,
-            *((found or {}).get(space) for found in (row.frechet, row.sliced_wasserstein) for space in spaces),
-        )
+        (row.what, row.evaluations, *_in(row.frechet, spaces), *_in(row.sliced_wasserstein, spaces))
         for row in results
         if row.frechet
     ]
@@ -256,7 +256,7 @@ def _shares(results: Sequence[Result], spaces: Sequence[str], chance: float) -> 
     rows = [
         (
             *(row.what, row.evaluations),
-            *(percent((row.coverage or {}).get(space)) for space in spaces),
+            *map(percent, _in(row.coverage, spaces)),
             *map(percent, (least(row.coverage_by_class), row.agreement, least(row.agreement_by_class))),
             percent(row.nearer_to_training),
         )

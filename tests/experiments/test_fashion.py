@@ -75,6 +75,7 @@ def test_a_run_on_four_files_ends_with_tables_by_class_and_pictures(finished):
     assert checkpoint.read_weights(finished / "ema.safetensors").notes.class_names[9] == "boot"
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_ends_with_the_same_bits(finished, fashion, command, tmp_path, monkeypatch):
     (tmp_path / "files").symlink_to(finished.parents[2] / "files")
 
