@@ -18,6 +18,7 @@ from jaxtyping import Shaped
 
 from ._files import open_regular, read_regular
 from ._leaves import fill_shapes, leaves, listed
+from ._legacy_torch import is_legacy_torch, read_legacy_torch
 from ._optional import optional
 
 _Module = TypeVar("_Module")
@@ -73,11 +74,15 @@ def _array(name: str, tensor: Mapping[str, Any], path: str | Path) -> Shaped[np.
 def read_torch(path: str | Path) -> dict[str, Any]:
     """The content of a file of `torch.save`: nested dictionaries with tensors as NumPy arrays.
 
-    It is read with `weights_only`, so that nothing in the file is executed.
+    Nothing in the file is executed: files from before torch 1.6 are read by `read_legacy_torch`, others by torch with
+    `weights_only`.
 
-    **Raises:** `MissingDependency` without torch, which only this function needs; `OSError` if the file cannot be read;
-    `ValueError` that names it if it is not such a file, is cut off, or contains anything but tensors and plain values.
+    **Raises:** `MissingDependency` without torch, which only files since torch 1.6 need; `OSError` if the file cannot
+    be read; `ValueError` that names it if it is not such a file, is cut off, or contains anything but tensors and plain
+    values.
     """
+    if is_legacy_torch(path):
+        return read_legacy_torch(path)
     with optional("torch", extra=None):
         import torch  # pyright: ignore[reportMissingImports]
     with open_regular(path) as file:

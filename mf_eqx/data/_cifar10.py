@@ -15,8 +15,8 @@ import numpy as np
 from jaxtyping import UInt8
 
 from .._files import read_regular
+from ._byte_arrays import read_plain_pickle
 from ._file import open_unpacked, PathLike
-from ._plain_pickle import read_plain_pickle
 from ._source import ArraySource, check_labels
 from ._tar import TarReader
 

@@ -7,6 +7,10 @@ from ._distance import (
     maximum_mean_discrepancy as maximum_mean_discrepancy,
     sliced_wasserstein as sliced_wasserstein,
 )
+from ._efficientnet_lite0 import (
+    EfficientNetLite0 as EfficientNetLite0,
+    load_efficientnet_lite0 as load_efficientnet_lite0,
+)
 from ._feature_moments import (
     FeatureMoments as FeatureMoments,
     load_moments as load_moments,
@@ -44,12 +48,14 @@ from ._inception import (
 )
 from ._inception_score import inception_score as inception_score, MeanAndStd as MeanAndStd
 from ._kernel_inception_distance import kernel_inception_distance as kernel_inception_distance
+from ._linear_probe import linear_probe as linear_probe, LinearProbe as LinearProbe
 from ._precision_recall import precision_recall as precision_recall, PrecisionRecall as PrecisionRecall
 from ._protocol import (
     ADM as ADM,
     CIFAR_TRAIN as CIFAR_TRAIN,
     CIFAR_TRAIN_HALF_PIXEL as CIFAR_TRAIN_HALF_PIXEL,
     floor_to_pixels as floor_to_pixels,
+    LITE0 as LITE0,
     Protocol as Protocol,
     round_to_pixels as round_to_pixels,
     TORCH_FIDELITY as TORCH_FIDELITY,

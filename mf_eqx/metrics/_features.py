@@ -30,15 +30,16 @@ from ._protocol import Protocol
 class FeatureExtractor(eqx.Module):
     """A protocol, and the network that computes features from the protocol's outputs.
 
-    **Arguments:** `network` from (rows, 3, 299, 299) to `Features`: an `Inception`, or another one; `protocol`.
+    **Arguments:** `network` from (rows, 3, height, width) to `Features`: an `Inception`, an `EfficientNetLite0`, or
+    another one; `protocol`, whose images have the size that the network takes.
     """
 
-    network: Callable[[Float[Array, "rows 3 299 299"]], Features]
+    network: Callable[[Float[Array, "rows 3 new_height new_width"]], Features]
     protocol: Protocol
 
     @eqx.filter_jit
     def __call__(
-        self, x: Float[Array, "rows 3 height width"] | UInt8[Array, "rows 3 height width"]
+        self, x: Float[Array, "rows channels height width"] | UInt8[Array, "rows channels height width"]
     ) -> tuple[Features, Bool[Array, " rows"]]:
         """Features of samples in [-1, 1] or of uint8 pixels, and which rows of `x` were finite."""
         return self.network(self.protocol(x)), jnp.isfinite(x.astype(jnp.float32)).all(axis=(1, 2, 3))
@@ -63,17 +64,17 @@ _ROWS_PER_PIECE = 4096
 """The number of features whose moments are computed at once."""
 
 # Axes without names: batches may differ in their number of rows.
-_Batch = Float[Array | np.ndarray, "_ 3 _ _"] | UInt8[Array | np.ndarray, "_ 3 _ _"]
+_Batch = Float[Array | np.ndarray, "_ _ _ _"] | UInt8[Array | np.ndarray, "_ _ _ _"]
 
 
 def collect_features(
     extractor: FeatureExtractor, batches: Iterable[_Batch], count: Count | None = None
 ) -> SampleFeatures:
-    """Features of the images in `batches`, kept on the host: 12 kB for each image.
+    """Features of the images in `batches`, kept on the host: 12 kB for each image with Inception.
 
-    **Arguments:** `extractor`; `batches` of images (rows, 3, height, width), samples in [-1, 1] or uint8 pixels;
-    `count` the number of images after which to stop, also in the middle of a batch, at least 2, or None for all.
-    Samples need not lie in [-1, 1], since those of a network may lie outside: they are clipped.
+    **Arguments:** `extractor`; `batches` of images (rows, channels, height, width), in colour or grey, samples in
+    [-1, 1] or uint8 pixels; `count` the number of images after which to stop, also in the middle of a batch, at least
+    2, or None for all. Samples need not lie in [-1, 1], since those of a network may lie outside: they are clipped.
 
     **Raises:** `ValueError` if a value of a sample is not finite (a NaN would become a black pixel), if a batch does
     not contain such images, if batches end before `count`, or if `count` is not an integer >= 2.
@@ -116,7 +117,8 @@ def _stream(extractor: FeatureExtractor, batches: Iterable[_Batch], count: Count
 
 
 def _check_images(x: _Batch) -> None:
-    if x.ndim != 4 or x.shape[1] != 3 or 0 in x.shape:
-        raise ValueError(f"batches must be images of shape (rows, 3, height, width), none of them 0, got {x.shape}")
+    if x.ndim != 4 or x.shape[1] not in (1, 3) or 0 in x.shape:
+        rule = "(rows, 3, height, width) or (rows, 1, height, width), none of them 0"
+        raise ValueError(f"batches must be images of shape {rule}, got {x.shape}")
     if x.dtype != np.uint8 and not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"batches must be samples in floating point or pixels in uint8, got {x.dtype}")

@@ -7,7 +7,7 @@ Batch normalisation uses stored moments,
 
 $$y = \gamma\, \frac{x - \mu}{\sqrt{\sigma^2 + 10^{-3}}} + \beta,$$
 
-which is stored here as a scale and a shift for each channel.
+which is stored here as a scale and a shift for each channel (`_convolutions.py`).
 
     convert_inception("pt_inception-2015-12-05-6726825d.pth", "inception.safetensors")      once; needs torch
     inception = load_inception("inception.safetensors")
@@ -23,24 +23,21 @@ arXiv 1512.00567; the differences and the names of tensors are those of pytorch-
 """
 
 import functools
-import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
-from jaxtyping import Array, Float, Key, PyTree
+from jaxtyping import Array, Float, Key
 
 from .._files import write_whole
 from .._foreign import fill, Origin, read_safetensors, read_torch
 from .._optional import optional
-
-_EPSILON = 1e-3
-_NORM = ("weight", "bias", "running_mean", "running_var")
+from ._convolutions import norm_origins, random_weights
 
 
 class Features(NamedTuple):
@@ -128,7 +125,7 @@ class Inception(eqx.Module):
     weight: Float[Array, "classes features"]
 
     def __init__(self, *, key: Key[Array, ""]):
-        self.body, self.weight = _random_weights(eqx.filter_eval_shape(_zeros), key)
+        self.body, self.weight = random_weights(eqx.filter_eval_shape(_zeros), key)
 
     def __call__(self, x: Float[Array, "rows 3 299 299"]) -> Features:
         if x.dtype != self.weight.dtype or x.ndim != 4 or x.shape[1:] != (3, 299, 299):
@@ -140,29 +137,6 @@ class Inception(eqx.Module):
 
 def _zeros() -> tuple[_Chain, Float[Array, "classes features"]]:
     return _Chain((*_stem(), *_blocks())), jnp.zeros((1008, 2048), jnp.float32)
-
-
-def _random_weights(shapes: PyTree[Any], key: Key[Array, ""]) -> Any:
-    """Arrays of these shapes: weights of variance 2 / fan-in, scales one, shifts zero."""
-    weights = [leaf for leaf in jax.tree.leaves(shapes) if len(leaf.shape) > 1]
-    # One draw for all weights: compiling one program for each shape would take a minute.
-    numbers = jr.normal(key, (sum(math.prod(leaf.shape) for leaf in weights),), jnp.float32)
-    parts = iter(_split(numbers, tuple(leaf.shape for leaf in weights)))
-
-    def fill(path: Any, leaf: Any) -> Any:
-        if len(leaf.shape) > 1:
-            return next(parts)
-        return jnp.full(leaf.shape, 1.0 if path[-1].name == "scale" else 0.0, leaf.dtype)
-
-    return jax.tree_util.tree_map_with_path(fill, shapes)
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def _split(numbers: Float[Array, " all"], shapes: tuple[tuple[int, ...], ...]) -> Sequence[Float[Array, "..."]]:
-    parts = jnp.split(numbers, np.cumsum([math.prod(shape) for shape in shapes])[:-1])
-    return [
-        part.reshape(shape) * math.sqrt(2 / math.prod(shape[1:])) for part, shape in zip(parts, shapes, strict=True)
-    ]
 
 
 def _stem() -> Sequence[eqx.Module]:
@@ -336,19 +310,7 @@ def _origins(inception: Inception) -> dict[str, Origin]:
     paths = jax.tree.leaves_with_path(inception.body, is_leaf=lambda node: isinstance(node, _Convolution))
     origins = {".weight": Origin(("fc.weight",), inception.weight.shape)}
     for path, layer in paths:
-        place, norm = f".body{jax.tree_util.keystr(path)}", tuple(f"{layer.name}.bn.{part}" for part in _NORM)
+        place = f".body{jax.tree_util.keystr(path)}"
         origins[f"{place}.weight"] = Origin((f"{layer.name}.conv.weight",), layer.weight.shape)
-        origins[f"{place}.scale"] = Origin(norm, layer.scale.shape, _scale)
-        origins[f"{place}.shift"] = Origin(norm, layer.shift.shape, _shift)
+        origins |= norm_origins(place, f"{layer.name}.bn", len(layer.scale))
     return origins
-
-
-_Channels = Float[np.ndarray, " size"]
-
-
-def _scale(weight: _Channels, bias: _Channels, mean: _Channels, variance: _Channels) -> _Channels:
-    return weight / np.sqrt(variance.astype(np.float64) + _EPSILON)
-
-
-def _shift(weight: _Channels, bias: _Channels, mean: _Channels, variance: _Channels) -> _Channels:
-    return bias - mean * _scale(weight, bias, mean, variance)

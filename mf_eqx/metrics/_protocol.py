@@ -1,9 +1,11 @@
-r"""The preprocessing of images for Inception. A FID without it has no meaning, so a protocol is an object with a name,
-and the name is reported with every result.
+r"""The preprocessing of images for a network of features. A FID without it has no meaning, so a protocol is an object
+with a name, and the name is reported with every result.
 
 From a sample x in [-1, 1] to the network's input (rows are leading axes, images are C H W):
 
 $$x \;\to\; \text{pixels in } \{0, \dots, 255\} \;\to\; 299 \times 299 \text{ in float32} \;\to\; (\cdot - 128) / 128.$$
+
+Grey images, of one channel, become three equal channels.
 
 | protocol | pixels of a sample | resize | reference |
 |---|---|---|---|
@@ -17,6 +19,8 @@ TensorFlow's. Their names differ because their references differ. The two CIFAR 
 image by half a level on average. They differ in the resize: the authors' code requires torchmetrics without a version,
 and that package changed its resize in version 1.8. Numbers published before July 2025 are `CIFAR_TRAIN`.
 
+`LITE0` is for `EfficientNetLite0`: pixels as of `ADM`, resized between pixel centres to SIDE x SIDE, minus 127.
+
 Another protocol is another object: `Protocol("mine", round_to_pixels, resize_half_pixel)`.
 """
 
@@ -28,6 +32,8 @@ from jaxtyping import Array, Float, UInt8
 
 from .._custom_types import at_least_float32
 from ._resize import resize_half_pixel, resize_tensorflow1
+
+_SIDE = 64
 
 
 def round_to_pixels(x: Float[Array, "*axes"]) -> UInt8[Array, "*axes"]:
@@ -62,29 +68,40 @@ def _check_samples(x: Float[Array, "*axes"]) -> None:
 
 
 class Protocol(eqx.Module):
-    """The conversion of images to the input of Inception.
+    """The conversion of images to the input of a network.
 
     **Arguments:** `name`, printed with every number and compared with that of the reference; `quantise` converts
-    samples in [-1, 1] to pixels; `resize` resizes pixels, as floats in [0, 255], to 299 x 299.
+    samples in [-1, 1] to pixels; `resize` resizes pixels, as floats in [0, 255], to the size that the network takes;
+    `centre` the pixel that becomes 0: the input is (pixel - centre) / 128.
 
-    **Raises:** `ValueError`, when called, for images that are neither uint8 nor floating point, or have no pixels.
+    **Raises:** `ValueError`, when called, for images that are neither uint8 nor floating point, have no pixels, or
+    neither one channel nor three.
     """
 
     name: str
     quantise: Callable[[Float[Array, "*axes"]], UInt8[Array, "*axes"]]
-    resize: Callable[[Float[Array, "*rows height width"]], Float[Array, "*rows 299 299"]]
+    resize: Callable[[Float[Array, "*rows height width"]], Float[Array, "*rows new_height new_width"]]
+    centre: float = 128.0
 
     def __call__(
-        self, x: Float[Array, "*rows 3 height width"] | UInt8[Array, "*rows 3 height width"]
-    ) -> Float[Array, "*rows 3 299 299"]:
-        """The network's input, from samples in [-1, 1] or from pixels in uint8."""
+        self, x: Float[Array, "*rows channels height width"] | UInt8[Array, "*rows channels height width"]
+    ) -> Float[Array, "*rows 3 new_height new_width"]:
+        """The network's input, from samples in [-1, 1] or from pixels in uint8, in colour or grey."""
         if x.dtype != jnp.uint8 and not jnp.issubdtype(x.dtype, jnp.floating):
             raise ValueError(f"x must be samples in floating point or pixels in uint8, got {x.dtype}")
+        if x.ndim < 3 or x.shape[-3] not in (1, 3):
+            raise ValueError(f"x must be images (..., channels, height, width) with 1 or 3 channels, got {x.shape}")
         pixels = x if x.dtype == jnp.uint8 else self.quantise(x)
-        return (self.resize(pixels.astype(jnp.float32)) - 128) / 128
+        resized = (self.resize(pixels.astype(jnp.float32)) - self.centre) / 128
+        return jnp.broadcast_to(resized, (*x.shape[:-3], 3, *resized.shape[-2:]))
+
+
+def _resize_lite0(x: Float[Array, "*rows height width"]) -> Float[Array, "*rows new_height new_width"]:
+    return resize_half_pixel(x, _SIDE)
 
 
 ADM = Protocol("ADM", round_to_pixels, resize_tensorflow1)
 TORCH_FIDELITY = Protocol("torch-fidelity", round_to_pixels, resize_tensorflow1)
 CIFAR_TRAIN = Protocol("CIFAR-train", floor_to_pixels, resize_tensorflow1)
 CIFAR_TRAIN_HALF_PIXEL = Protocol("CIFAR-train, half-pixel resize", floor_to_pixels, resize_half_pixel)
+LITE0 = Protocol(f"lite0, {_SIDE} pixels", round_to_pixels, _resize_lite0, 127.0)

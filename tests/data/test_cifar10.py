@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from damage import flipped, flips, given, opens_or_is_refused, QUICK, read_all, st
 
-from mf_eqx.data import _cifar10, _plain_pickle
+from mf_eqx import _plain_pickle
+from mf_eqx.data import _cifar10
+from mf_eqx.data._byte_arrays import read_plain_pickle
 from mf_eqx.data._cifar10 import read_cifar10
-from mf_eqx.data._plain_pickle import read_plain_pickle
 
 RANDOM = np.random.default_rng(2)
 ROWS = 3
