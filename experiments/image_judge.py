@@ -123,10 +123,10 @@ class Judge:
         return Described(x, features, read)
 
     def real_images(self) -> list[Result]:
-        """The floor of all distances, and the classifier's accuracy."""
+        """The floor of all distances and, with labels, the classifier's accuracy."""
         found = self.describe(self.known.x)
         floor = Result("training images", **self._distances(found), **self._coverage(found, self.known.label))
-        return [floor, Result("test images", **self._agreement(self.real))]
+        return [floor] if self.label is None else [floor, Result("test images", **self._agreement(self.real))]
 
     def samples(
         self, what: str, made: Iterable[tuple[int, Float[np.ndarray, "rows channels height width"]]]
