@@ -19,18 +19,18 @@ from jaxtyping import Array, Float, Int, Key, UInt8
 
 from mf_eqx import data, run
 
-STEPS, BATCH, PEAK_RATE = 1500, 128, 2e-3
+STEPS, BATCH, PEAK_RATE = 2000, 128, 2e-3
 FEATURES = 128
 MOST_NUMBERS = 1 << 14
 """Of an image; means over squares of pixels are read where there are more."""
 MOST_PLACES = 7
-"""Rows, and columns, that the second convolution's result is averaged to."""
+"""Rows, and columns, that the convolutions' result is averaged to where it has more."""
 READ_AT_ONCE = 250
 """Images, so that one program reads all of them."""
 
 
 class Classifier(eqx.Module):
-    """Two convolutions of 3 x 3, each halved by its maxima, and two linear layers."""
+    """Two convolutions of stride 2, which XLA:CPU differentiates five times as fast as maxima, and two linear layers."""
 
     first: eqx.nn.Conv2d
     second: eqx.nn.Conv2d
@@ -40,17 +40,16 @@ class Classifier(eqx.Module):
     def __init__(self, shape: tuple[int, int, int], labels: int, *, key: Key[Array, ""]):
         keys = jr.split(key, 4)
         places = [min(-(-side // 4), MOST_PLACES) for side in shape[1:]]
-        self.first = eqx.nn.Conv2d(shape[0], 16, 3, padding=1, key=keys[0])
-        self.second = eqx.nn.Conv2d(16, 32, 3, padding=1, key=keys[1])
-        self.hidden = eqx.nn.Linear(32 * places[0] * places[1], FEATURES, key=keys[2])
+        self.first = eqx.nn.Conv2d(shape[0], 24, 5, stride=2, padding=2, key=keys[0])
+        self.second = eqx.nn.Conv2d(24, 48, 3, stride=2, padding=1, key=keys[1])
+        self.hidden = eqx.nn.Linear(48 * places[0] * places[1], FEATURES, key=keys[2])
         self.last = eqx.nn.Linear(FEATURES, labels, key=keys[3])
 
     def __call__(
         self, x: Float[Array, "channels height width"]
     ) -> tuple[Float[Array, " features"], Float[Array, " classes"]]:
         """Features and logits of an image in [-1, 1]."""
-        halve = eqx.nn.MaxPool2d(2, 2, use_ceil=True)
-        h = halve(jax.nn.relu(self.second(halve(jax.nn.relu(self.first(x))))))
+        h = jax.nn.relu(self.second(jax.nn.relu(self.first(x))))
         places = tuple(min(side, MOST_PLACES) for side in h.shape[1:])
         h = h if h.shape[1:] == places else eqx.nn.AdaptiveAvgPool2d(places)(h)
         features = jax.nn.relu(self.hidden(h.reshape(-1)))
