@@ -150,8 +150,8 @@ def open_subject(config: Config, devices: mfx.Parallelism) -> saved.Subject:
     subject = saved.open_subject(config.weights, config.vae, devices, bfloat16=config.bfloat16)
     if subject.is_latent:
         raise ValueError(f"--vae must be given for a network of latents, such as {config.weights}, got none")
-    if not subject.is_image or subject.shape[0] != 3:
-        rule = "images of 3 channels, or latents of them, whose notes give a range of pixels"
+    if not subject.is_image:
+        rule = "images of 1 or 3 channels, or latents of them, whose notes give a range of pixels"
         found = f"the shape {subject.shape} and the range {subject.notes.pixels}"
         raise ValueError(f"{config.weights}: samples must be {rule}, got {found}")
     saved.check_steps(subject, max(len(row.times) - 1 for row in rows_of(config)), euler=config.euler)
@@ -216,7 +216,7 @@ def digest_of_images(source: data.AbstractSource) -> str:
 
 def image_batches(
     source: data.AbstractSource, rows: Int[np.ndarray, " rows"], batch: int, devices: mfx.Parallelism
-) -> Iterator[UInt8[Array, "batch 3 height width"]]:
+) -> Iterator[UInt8[Array, "batch channels height width"]]:
     """Rows of a source in equal batches on all devices; at the end the last row is repeated."""
     for start in range(0, len(rows), batch):
         wanted = rows[np.minimum(np.arange(start, start + batch), len(rows) - 1)]

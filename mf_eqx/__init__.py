@@ -36,11 +36,12 @@ second line are imported explicitly, so that a training job does not load what i
     _leaves.py         states as flat dictionaries, and back
     _files.py          files that are whole at any moment, and how files of others are opened
     _json.py           JSON of others, read within bounds
-    _foreign.py        the one strict way in for weights of other programs
+    _foreign.py        the one strict way in for weights of other programs; beside it _legacy_torch.py and
+                       _plain_pickle.py, which read old torch files and pickles without running them
     data/              sources, the one deterministic stream of batches, checks of both
     checkpoint/        states on disk with digests; exported weights and samplers (loads orbax)
     exact/             toy data sets, exact fields and their average velocity (loads diffrax)
-    metrics/           errors of fields, distances of samples, coverage; FID and relatives, with Inception
+    metrics/           errors of fields, distances of samples, coverage; FID and relatives, with their networks
     vae/               the tokenizer of latent diffusion
     released/          weights that authors of papers released, in the layouts of their code
     run/               what every script needs: command line, run directory, the training loop, progress

@@ -24,7 +24,7 @@ from jaxtyping import Shaped
 from ._files import open_regular, read_regular
 from ._plain_pickle import Function, load_plain_pickle, LONGEST_SHOWN, Refused
 
-_WHAT = "a file of torch.save with tensors alone"
+_WHAT = "a torch file of tensors"
 _MAGIC = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
 _VERSION = 1001
 _DTYPES = {
@@ -161,15 +161,16 @@ def _is_size(value: Any) -> bool:
     return type(value) is int and 0 <= value < 1 << 62
 
 
-def _read_storages(content: bytes, start: int, storages: list[_Storage]) -> dict[str, Shaped[np.ndarray, " count"]]:
+def _read_storages(content: bytes, start: int, storages: list[_Storage]) -> dict[str, Shaped[np.ndarray, " _"]]:
     arrays = {}
     for storage in storages:
         stored, wanted = _DTYPES[storage.kind.name]
         count, start = int.from_bytes(content[start : start + 8], "little"), start + 8
         end = start + storage.size * np.dtype(stored).itemsize
-        if count != storage.size or end > len(content):
-            left = max(0, len(content) - start)
-            raise Refused(f"must hold {storage.size:,} elements of a storage, got {count:,} and {left:,} bytes")
+        if count != storage.size:
+            raise Refused(f"must hold {storage.size:,} elements of a storage, got {count:,}")
+        if end > len(content):
+            raise Refused(f"must hold {end - start:,} bytes of a storage, got {len(content) - start:,}")
         with np.errstate(over="ignore"):
             arrays[storage.key] = np.frombuffer(content, stored, count, start).astype(wanted)
         start = end
@@ -178,7 +179,7 @@ def _read_storages(content: bytes, start: int, storages: list[_Storage]) -> dict
     return arrays
 
 
-def _with_arrays(value: Any, arrays: dict[str, Shaped[np.ndarray, " count"]], seen: set[int], depth: int = 0) -> Any:
+def _with_arrays(value: Any, arrays: dict[str, Shaped[np.ndarray, " _"]], seen: set[int], depth: int = 0) -> Any:
     if isinstance(value, _Tensor):
         array = arrays[value.storage.key][value.offset :]
         strides = tuple(stride * array.itemsize for stride in value.strides)

@@ -6,11 +6,12 @@ left; of names, only those that the caller permits, each with an object of the c
 imported. (The library's reader in C has no table of instructions that could be cut.)
 """
 
+import io
 import pickle
 import pickletools
 import struct
 from collections.abc import Callable, Collection, Mapping
-from typing import Any, BinaryIO
+from typing import Any
 
 _INSTRUCTIONS = {
     *("PROTO", "FRAME", "MARK", "STOP", "NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2", "LONG1"),
@@ -49,7 +50,7 @@ class Function:
 
 
 def load_plain_pickle(
-    file: BinaryIO,
+    file: io.BufferedIOBase,
     what: str,
     names: Mapping[tuple[str, str], Any],
     persistent: Callable[[Any], Any] | None = None,
@@ -68,7 +69,8 @@ def load_plain_pickle(
     except Refused:
         raise
     except _ERRORS as error:
-        raise Refused(f"must be a whole pickle of {what}, got damaged instructions: {error}") from error
+        reason = str(error) or "they end too early"
+        raise Refused(f"must be a whole pickle of {what}, got damaged instructions: {reason}") from error
 
 
 class _Dispatch(dict[int, Callable[[Any], None]]):
@@ -94,7 +96,9 @@ class _Dispatch(dict[int, Callable[[Any], None]]):
 class _Unpickler(pickle._Unpickler):
     """Runs permitted instructions; names and persistent identifiers stand for what the caller gives."""
 
-    def __init__(self, file: BinaryIO, what: str, names: Mapping[tuple[str, str], Any], persistent: Any, more: Any):
+    def __init__(
+        self, file: io.BufferedIOBase, what: str, names: Mapping[tuple[str, str], Any], persistent: Any, more: Any
+    ):
         pickle._Unpickler.__init__(self, file, encoding="latin-1")
         vars(self)["dispatch"] = _Dispatch(what, _INSTRUCTIONS | {*more})  # in place of the class's own
         self._what, self._names, self._persistent = what, names, persistent

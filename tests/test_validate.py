@@ -12,7 +12,7 @@ import pytest
 from methods import guidance, METHODS, trainer
 
 import mf_eqx as mfx
-from mf_eqx import checkpoint, data, exact, nn
+from mf_eqx import checkpoint, data, exact, metrics, nn
 from mf_eqx._validate import check_finite, check_positive, check_sizes, described
 
 KEY = jr.key(0)
@@ -278,6 +278,7 @@ FLOATS = {
     "LogitNormalTimes.std": lambda value: mfx.LogitNormalTimes(0.0, value),
     "MeanFlow.tangent_r": lambda value: mfx.MeanFlow(tangent_r=value),
     "MeanFlow.tangent_t": lambda value: mfx.MeanFlow(tangent_t=value),
+    "Protocol.centre": lambda value: dataclasses.replace(metrics.LITE0, centre=value),
     "RandomFlip.probability": data.RandomFlip,
     "SamplePosterior.scale": data.SamplePosterior,
     "TimePairEmbedding.time_scale": lambda value: nn.TimePairEmbedding(4, time_scale=value, key=KEY),

@@ -146,10 +146,8 @@ def _zeros() -> tuple[Any, ...]:
 
 
 def _blocks(in_size: int) -> Iterator[_Block]:
-    strided = [
-        (stage, stage.stride if first else 1) for stage in _STAGES for first in [True] + [False] * (stage.blocks - 1)
-    ]
-    for number, (stage, stride) in enumerate(strided):
+    kinds = [(stage, stride) for stage in _STAGES for stride in (stage.stride, *[1] * (stage.blocks - 1))]
+    for number, (stage, stride) in enumerate(kinds):
         name, wide = f"_blocks.{number}.", in_size * stage.expansion
         norms = [f"{name}_bn{place}" for place in range(3)]
         expand = None if stage.expansion == 1 else _layer(f"{name}_expand_conv", norms[0], in_size, wide)

@@ -9,7 +9,7 @@ $$y = \gamma\, \frac{x - \mu}{\sqrt{\sigma^2 + 10^{-3}}} + \beta,$$
 
 which is stored here as a scale and a shift for each channel (`_convolutions.py`).
 
-    convert_inception("pt_inception-2015-12-05-6726825d.pth", "inception.safetensors")      once; needs torch
+    convert_inception("pt_inception-2015-12-05-6726825d.pth", "inception.safetensors")      once; may need torch
     inception = load_inception("inception.safetensors")
 
 The network is defined by a table: chains of convolutions and pools, and forks whose branches are concatenated. Each
@@ -271,7 +271,8 @@ def load_inception(path: str | Path) -> Inception:
 
 
 def convert_inception(torch_file: str | Path, safetensors_file: str | Path) -> None:
-    """Convert Inception's weights from a torch file to safetensors. This needs torch; nothing in the file is executed.
+    """Convert Inception's weights from a torch file to safetensors. This needs torch, except for files from before
+    torch 1.6; nothing in the file is executed.
 
     pytorch-fid (`pt_inception-2015-12-05-6726825d.pth`) and torch-fidelity
     (`weights-inception-2015-12-05-6726825d.pth`) publish the same weights under the same names; a common prefix such as
@@ -279,7 +280,7 @@ def convert_inception(torch_file: str | Path, safetensors_file: str | Path) -> N
 
     **Arguments:** `torch_file` to read; `safetensors_file` to write, completely or not at all.
 
-    **Raises:** as for `load_inception`, for the torch file; `MissingDependency` without torch.
+    **Raises:** as for `load_inception`, for the torch file; `MissingDependency` without torch, where it is needed.
     """
     with optional("safetensors", extra=None):
         import safetensors.numpy

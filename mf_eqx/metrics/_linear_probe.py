@@ -39,7 +39,7 @@ def linear_probe(
     test_features: Float[Array | np.ndarray, "test dim"],
     test_labels: Int[Array | np.ndarray, " test"],
     *,
-    ridge: float = 0.1,
+    ridge: float = 0.3,
 ) -> LinearProbe:
     r"""Accuracy of ridge regression from features to classes, in closed form and in float64.
 

@@ -31,6 +31,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 
 from .._custom_types import at_least_float32
+from .._validate import check_finite
 from ._resize import resize_half_pixel, resize_tensorflow1
 
 _SIDE = 64
@@ -74,14 +75,17 @@ class Protocol(eqx.Module):
     samples in [-1, 1] to pixels; `resize` resizes pixels, as floats in [0, 255], to the size that the network takes;
     `centre` the pixel that becomes 0: the input is (pixel - centre) / 128.
 
-    **Raises:** `ValueError`, when called, for images that are neither uint8 nor floating point, have no pixels, or
-    neither one channel nor three.
+    **Raises:** `ValueError` if `centre` is not finite; when called, for images that are neither uint8 nor floating
+    point, have no pixels, or neither one channel nor three.
     """
 
     name: str
     quantise: Callable[[Float[Array, "*axes"]], UInt8[Array, "*axes"]]
     resize: Callable[[Float[Array, "*rows height width"]], Float[Array, "*rows new_height new_width"]]
     centre: float = 128.0
+
+    def __check_init__(self):
+        check_finite("centre", self.centre)
 
     def __call__(
         self, x: Float[Array, "*rows channels height width"] | UInt8[Array, "*rows channels height width"]

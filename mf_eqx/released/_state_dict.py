@@ -21,8 +21,9 @@ def read_state_dicts(path: str | Path, anchor: str) -> dict[str, dict[str, Shape
     **Arguments:** `path` of the file; `anchor` a name that every set has, such as `map_layer0.weight` of the CIFAR-10
     network and `x_embedder.proj.weight` of DiT and SiT.
 
-    **Raises:** `MissingDependency` without torch; `OSError` if the file cannot be read; `ValueError` that names the
-    file if it is not a file of `torch.save`, would execute code, has no set, or has a set with anything but tensors.
+    **Raises:** `MissingDependency` without torch, which only files since torch 1.6 need; `OSError` if the file cannot
+    be read; `ValueError` that names the file if it is not a file of `torch.save`, would execute code, has no set, or
+    has a set with anything but tensors.
     """
     values = dict(_flattened(read_torch(path)))
     prefixes = [name.removesuffix(anchor) for name in values if f".{name}".endswith(f".{anchor}")]

@@ -174,6 +174,12 @@ def test_a_rehearsal_leaves_numbers_pictures_and_a_warning(judge, capsys):
     check_rehearsal(judge(ARGUMENTS), capsys.readouterr().out)
 
 
+def test_samples_in_grey_are_held_against_images_in_grey(judge, capsys):
+    data.write_shards(data.ArraySource(IMAGES[:, :1]), "in_grey")
+    directory = judge(f"{ARGUMENTS} --weights grey.safetensors --protocol adm --reference in_grey")
+    check_rehearsal(directory, capsys.readouterr().out)
+
+
 @pytest.mark.slow
 def test_a_rehearsal_with_the_whole_inception(judge, capsys, monkeypatch):
     monkeypatch.setattr(metrics, "Inception", INCEPTION)
@@ -400,7 +406,11 @@ def refused(judge, capsys, arguments):
         (f"{ARGUMENTS} --reference missing", "missing"),
         (f"{ARGUMENTS} --save-reference x.txt", "--save-reference must end in .npz, got x.txt"),
         (f"{ARGUMENTS} --reference runs.npz --save-reference x.npz", "--save-reference must be given with images"),
-        (f"{ARGUMENTS} --weights grey.safetensors", r"grey.*: samples must be images of 3 channels, .* \(1, 32, 32\)"),
+        (f"{ARGUMENTS} --weights grey.safetensors", r"grey.*: --protocol cifar_train is for .* got \(1, 32, 32\)"),
+        (
+            f"{ARGUMENTS} --weights grey.safetensors --protocol adm --reference images",
+            r"images: images must be uint8 of shape \(1, 32, 32\) as the samples, got uint8 of shape \(3, 32, 32\)",
+        ),
         (f"{ARGUMENTS} --save-reference dit.safetensors/x.npz", "Not a directory: '.*dit.safetensors'"),
         (f"{ARGUMENTS} --weights small.safetensors", r"small.*: --protocol cifar_train is for .* got \(3, 16, 16\)"),
         (f"{LATENT} --batch 9 --decode-batch 6", "--decode-batch must divide the batch, 9, got 6"),

@@ -8,6 +8,7 @@ from mf_eqx.metrics import (
     CIFAR_TRAIN,
     CIFAR_TRAIN_HALF_PIXEL,
     floor_to_pixels,
+    LITE0,
     Protocol,
     resize_half_pixel,
     resize_tensorflow1,
@@ -16,7 +17,9 @@ from mf_eqx.metrics import (
 )
 
 LEVELS = np.arange(256)
-PROTOCOLS = [ADM, TORCH_FIDELITY, CIFAR_TRAIN, CIFAR_TRAIN_HALF_PIXEL]
+PROTOCOLS = [ADM, TORCH_FIDELITY, CIFAR_TRAIN, CIFAR_TRAIN_HALF_PIXEL, LITE0]
+INPUTS = {protocol.name: (299, 72 / 128) for protocol in PROTOCOLS} | {LITE0.name: (64, 73 / 128)}
+"""The side of a network's input, and what becomes of the pixel 200."""
 SAMPLES = np.linspace(-1.2, 1.2, 10_007).astype(np.float32)
 
 
@@ -51,7 +54,15 @@ def test_bfloat16_samples_are_not_rounded_to_bfloat16_levels():
 @pytest.mark.parametrize("protocol", PROTOCOLS, ids=lambda protocol: protocol.name)
 def test_constant_pixels_reach_the_network_as_they_are(protocol):
     pixels = jnp.full((1, 3, 8, 8), 200, jnp.uint8)
-    np.testing.assert_allclose(protocol(pixels), np.full((1, 3, 299, 299), 72 / 128), rtol=1e-6)
+    side, value = INPUTS[protocol.name]
+    np.testing.assert_allclose(protocol(pixels), np.full((1, 3, side, side), value), rtol=1e-6)
+
+
+@pytest.mark.parametrize("x", [jnp.arange(64, dtype=jnp.uint8), jnp.linspace(-1.2, 1.2, 64)], ids=["pixels", "samples"])
+def test_grey_images_are_three_equal_channels(x):
+    grey = x.reshape(1, 1, 8, 8)
+    for protocol in (ADM, LITE0):
+        np.testing.assert_array_equal(protocol(grey), protocol(jnp.repeat(grey, 3, axis=1)))
 
 
 def test_samples_go_the_way_of_their_pixels():
@@ -112,3 +123,11 @@ def test_what_is_no_samples_is_not_made_pixels(unchecked, quantise, dtype):
 def test_images_that_are_neither_samples_nor_pixels_are_refused(unchecked, dtype):
     with pytest.raises(ValueError, match="x must be samples in floating point or pixels in uint8, got "):
         ADM(jnp.ones((3, 4, 4), dtype))
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 4), (1, 4, 4, 3), (4, 4)])
+def test_images_that_are_neither_grey_nor_in_colour_are_refused(unchecked, shape):
+    with pytest.raises(
+        ValueError, match=r"x must be images \(\.\.\., channels, height, width\) with 1 or 3 channels, got "
+    ):
+        ADM(jnp.ones(shape))
