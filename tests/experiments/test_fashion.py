@@ -67,6 +67,7 @@ def finished(command, tmp_path_factory):
     return command(root, f"{SMALL} {SHORT}")
 
 
+@pytest.mark.slow  # 18 s: compiling; test_images.py trains by the same code in each run of the tests
 def test_a_run_on_four_files_ends_with_tables_by_class_and_pictures(finished):
     names = {"samples.png", "comparison.png", "curves.png", "results.json", "ema.safetensors"}
     assert names <= {path.name for path in finished.iterdir()}
