@@ -148,8 +148,8 @@ def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> _Te
     sizes = (offset, *shape, *strides) if isinstance(shape, tuple) and isinstance(strides, tuple) else (None,)
     if not isinstance(storage, _Storage) or not all(map(_is_size, sizes)):
         raise TypeError("a tensor must be made of a storage, an offset, a shape and strides")
-    if len(shape) != len(strides) or len(shape) > _MOST_AXES:
-        raise TypeError(f"a tensor must have at most {_MOST_AXES} axes, with a stride each")
+    if len(shape) != len(strides) or len(shape) > _MOST_AXES or not _is_size(math.prod(size or 1 for size in shape)):
+        raise TypeError(f"a tensor must have at most {_MOST_AXES} axes of a possible size, with a stride each")
     last = offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
     if math.prod(shape) and (last >= storage.size or math.prod(shape) > storage.size):
         of = f"of shape {shape}, strides {strides} and offset {offset}"
@@ -158,7 +158,7 @@ def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> _Te
 
 
 def _is_size(value: Any) -> bool:
-    return type(value) is int and 0 <= value < 1 << 62
+    return type(value) is int and 0 <= value < 1 << 58  # with room for the bytes of an element
 
 
 def _read_storages(content: bytes, start: int, storages: list[_Storage]) -> dict[str, Shaped[np.ndarray, " _"]]:

@@ -111,7 +111,7 @@ def test_tensors_that_share_a_storage_begin_at_their_offsets(write):
 
 
 def test_empty_tensors_are_empty(write):
-    tree = {"a": tensor(storage("0", 0), 0, (0,), (1,)), "b": tensor(storage("7", 24), 24, (3, 0), (1, 1))}
+    tree = {"a": tensor(storage("0", 0), 0, (0,), (1,)), "b": tensor(storage("7", 24), 24, (3, 0), (1 << 57, 1))}
     found = read_legacy_torch(write(file(tree, {"7": VALUES, "0": VALUES[:0]})))
     assert found["a"].shape == (0,) and found["b"].shape == (3, 0)
 
@@ -168,8 +168,10 @@ NESTED = b"}" + coded("a") + b"}" + (coded("a") + b"}") * 30 + b"s" * 31
         (file(view(0, (1 << 50,), (0,)), GOOD), WITHIN),
         (file(view(-1, (2,), (1,)), GOOD), "an offset, a shape and strides"),
         (file(view(0, (2,), (-1,)), GOOD), "an offset, a shape and strides"),
-        (file(view(0, (2, 2), (1,)), GOOD), "at most 8 axes, with a stride each"),
-        (file(view(0, 9 * (1,), 9 * (1,)), GOOD), "at most 8 axes, with a stride each"),
+        (file(view(0, (2, 2), (1,)), GOOD), "at most 8 axes of a possible size, with a stride each"),
+        (file(view(0, (0, 1 << 40, 1 << 40), (1, 1, 1)), GOOD), "at most 8 axes of a possible size"),
+        (file(view(0, (1,), (1 << 62,)), GOOD), "an offset, a shape and strides"),
+        (file(view(0, 9 * (1,), 9 * (1,)), GOOD), "at most 8 axes of a possible size, with a stride each"),
         (file({"a": tensor(3, 0, (2,), (1,))}, {}), "must be made of a storage"),
         (file({"a": tensor(storage("7", 24, view=("9", 0, 2)), 0, (2,), (1,))}, GOOD), "whole storages, got a view"),
         (file({"a": Identified(("module", "x"))}, {}), "a storage must be identified by six values"),

