@@ -12,13 +12,14 @@ What a path means is seen in what it holds:
 """
 
 import gzip
+import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int, UInt8
 
 from mf_eqx import data, run
 
@@ -48,7 +49,7 @@ class Parts(NamedTuple):
 
     train: data.AbstractSource
     test: data.AbstractSource
-    class_names: list[str] | None
+    class_names: Sequence[str] | None
 
 
 def open_parts(paths: Sequence[str], test: Sequence[str], *, size: int, holdout: float, grey: bool = False) -> Parts:
@@ -92,7 +93,7 @@ def open_images(paths: Sequence[str], *, size: int = 0, train: bool = True) -> d
         return _read_idx(paths)
     if (path / "manifest.json").exists():
         return data.ShardSource(path)
-    if files := _mnist_files(path, "train" if train else "t10k"):
+    if files := mnist_files(path, "train" if train else "t10k"):
         return _read_idx(files)
     if path.is_file() or _is_cifar10(path):
         return data.read_cifar10(path, train=train)
@@ -111,7 +112,33 @@ def spread(number: int, count: int) -> Int[np.ndarray, " count"]:
 
 def has_test_images(path: Path) -> bool:
     """Whether a data set has test images of its own."""
-    return bool(_mnist_files(path, "t10k")) or _is_cifar10(path) or (path.is_file() and not _is_idx(path))
+    return bool(mnist_files(path, "t10k")) or _is_cifar10(path) or (path.is_file() and not _is_idx(path))
+
+
+def mnist_files(folder: Path, part: str) -> list[Path]:
+    """The file of the images of a part, "train" or "t10k", and that of their labels, as far as they are there."""
+    images, labels = (sorted(folder.glob(f"{part}-{what}*ubyte*")) for what in ("images", "labels"))
+    return [*images[:1], *labels[:1]] if images else []
+
+
+def means_over_squares(
+    x: UInt8[np.ndarray, "rows channels height width"], most: int
+) -> Float[np.ndarray, "rows channels _ _"]:
+    """Pixels in [0, 255], or their means over squares that are just large enough for at most `most` numbers."""
+    count, channels, height, width = x.shape
+    side = min(math.ceil(math.sqrt(x[0].size / most)), height, width)
+    rows, columns = height // side, width // side
+    squares = x[..., : rows * side, : columns * side].reshape(count, channels, rows, side, columns, side)
+    return squares.mean(axis=(3, 5), dtype=np.float32)
+
+
+def in_parts(
+    x: UInt8[np.ndarray, "rows channels height width"], size: int
+) -> Iterator[UInt8[np.ndarray, "_ channels height width"]]:
+    """All images, `size` or fewer at once and always as many: the last part repeats the last image."""
+    size = min(size, len(x))
+    for start in range(0, len(x), size):
+        yield x[np.minimum(np.arange(start, start + size), len(x) - 1)]
 
 
 def _read_idx(paths: Sequence[str | Path]) -> data.ArraySource:
@@ -120,12 +147,6 @@ def _read_idx(paths: Sequence[str | Path]) -> data.ArraySource:
 
 def _is_cifar10(path: Path) -> bool:
     return any((path / name).exists() for name in CIFAR10)
-
-
-def _mnist_files(folder: Path, part: str) -> list[Path]:
-    """The images of a part, and their labels if they are there."""
-    images, labels = (sorted(folder.glob(f"{part}-{what}*ubyte*")) for what in ("images", "labels"))
-    return [*images[:1], *labels[:1]] if images else []
 
 
 def _is_idx(path: Path) -> bool:

@@ -12,18 +12,17 @@ the batch; with a larger --steps, a finished one continues, too. The parameter a
 generate.py and --start read, and evaluate.py if the images are in colour. The paper's CIFAR-10, with its U-Net and its
 numbers, is cifar10.py.
 
-At the end as many images are generated as are held out, with the labels of these, and both are compared: by the Frechet
-distance of pixels and the sliced Wasserstein distance of pixels, beside which stands what training images score. The
-share of samples whose nearest image of all is a training image, and no test image, is compared with the share of
-training images: one far above means that training images are repeated. RESULTS.md says what was run.
+At the end images are generated, as many as `--samples` with the labels of test images, and held against these: by
+distances in several spaces of features, by a classifier, by what is covered and by what is repeated. image_judge.py
+says how, fashion.py is this recipe for Fashion-MNIST, and RESULTS.md says what was run.
 """
 
 import dataclasses
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import equinox as eqx
 import jax
@@ -31,27 +30,30 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import optax
-from jaxtyping import Array, Float, install_import_hook, Int, Key, UInt8
-from sklearn.metrics import pairwise_distances_argmin_min
+from jaxtyping import Array, Float, install_import_hook, Key
 
 # Shapes and types are checked while the step is traced. JAXTYPING_DISABLE=1 turns this off.
 with install_import_hook("mf_eqx", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"):
+    import image_classifier
+    import image_judge
+    import image_samples
     import image_sources
 
     import mf_eqx as mfx
-    from mf_eqx import checkpoint, data, metrics, picture, run
+    from mf_eqx import checkpoint, data, picture, run
 
-PICTURE_SEED, JUDGED_SEED = 2**31 - 1, 2**31 - 2
-"""Of the noise of all pictures, and of all judged images."""
-EVALUATIONS = (1, 2, 4)
-MOST_FEATURES = 1024
-"""Of the Frechet distance: pixels, or means over squares of pixels where there are more."""
+EVALUATIONS, EULER_STEPS = (1, 2, 4), (1, 4, 16)
+"""Per judged image: of the average velocity, and of Flow Matching."""
 MOST_REFERENCES = 1 << 32
 """Bytes that the images of stable targets may take on each device."""
-GENERATED_AT_ONCE = 50
-"""Images, so that one program makes all of them."""
-SEARCHED_AT_ONCE = 4096
-"""Real images, among which the nearest one is looked for."""
+SIZES = {
+    "dit": {"small": mfx.DiTSize(4, 96, 4, 4), "medium": mfx.DiTSize(6, 128, 4, 4), "large": mfx.DIT_S2},
+    "unet": {
+        "small": mfx.UNetSize(16, (1, 2), 1, ()),
+        "medium": mfx.UNetSize(24, (1, 2, 2), 1, ()),
+        "large": mfx.UNetSize(128, (1, 2, 2), 2, ()),
+    },
+}
 UNUSED = {"dit": ("multipliers", "blocks", "attention", "dropout"), "unet": ("depth", "heads", "patch")}
 """Fields of the configuration that are those of another network."""
 
@@ -79,17 +81,19 @@ class Config(run.Settings):
     """Use the labels of the data, if there are any."""
     network: Literal["dit", "unet"] = "dit"
     """A diffusion transformer or a U-Net."""
-    width: int = 128
+    network_size: Literal["small", "medium", "large"] = "medium"
+    """Size of the network. What follows is that of this size where it is 0 or empty."""
+    width: int = 0
     """Width of the DiT's tokens, a multiple of heads and of 4; channels of the U-Net, a multiple of 4."""
-    depth: int = 6
+    depth: int = 0
     """Blocks of the DiT."""
-    heads: int = 4
+    heads: int = 0
     """Attention heads of the DiT."""
-    patch: int = 4
+    patch: int = 0
     """Side of a patch of the DiT in pixels; divides the image."""
-    multipliers: tuple[int, ...] = (1, 2, 2)
+    multipliers: tuple[int, ...] = ()
     """Of the U-Net's width at each resolution, each half of the one before."""
-    blocks: int = 2
+    blocks: int = 0
     """Of the U-Net, per resolution going down; one more going up."""
     attention: tuple[int, ...] = ()
     """Resolutions of the U-Net with attention, by their rows of pixels, beside the middle."""
@@ -110,7 +114,8 @@ class Config(run.Settings):
     identity_share: float = 0.5
     """Share of rows with r < t, which carry the MeanFlow identity; in [0, 1]. 0 is Flow Matching."""
     times: tuple[float, float] = (0.0, 2.0)
-    """Mean and standard deviation of the logit of both times, drawn apart and sorted; by default nearly uniform."""
+    """Mean and standard deviation of the logit of both times, drawn apart and sorted, or of the one time of Flow
+    Matching; by default nearly uniform."""
     power: float = 0.5
     """Adaptive weight's power p (Eq. 22)."""
     offset: float = 0.01
@@ -134,13 +139,14 @@ class Config(run.Settings):
     """Compute in bfloat16; parameters, times, losses and averages stay in float32."""
     remat: bool = run.setting(False)
     """Keep less for the backward pass, and compute it again."""
-    samples: int = run.setting(2000)
+    samples: int = run.setting(10_000)
     """Images that are judged, at most as many as are held out."""
     seed: int = 0
     """Seed of everything random."""
 
     def __post_init__(self):
-        self.check(steps=0, warmup=0, seed=0, size=0, references=0, samples=2, width=1, depth=1, heads=1, patch=1)
+        self.check(steps=0, warmup=0, seed=0, size=0, references=0, samples=2)
+        self.check(width=0, depth=0, heads=0, patch=0, blocks=0)
         run.check_sizes(self, batch=1 << 20, width=1 << 14, depth=1000, multipliers=1 << 10, blocks=32, size=1 << 14)
         run.check_sizes(self, samples=1 << 20)
         if not 0 < self.holdout < 1:
@@ -148,9 +154,8 @@ class Config(run.Settings):
         if not 0 < self.learning_rate < 1:
             raise ValueError(f"learning_rate must lie in (0, 1), got {self.learning_rate}")
         for name in UNUSED[self.network]:
-            if (value := getattr(self, name)) != (default := getattr(type(self), name)):
-                rule = f"must be {default}, the default, with --network {self.network}, which does not use it"
-                raise ValueError(f"{name} {rule}, got {value}")
+            if value := getattr(self, name):
+                raise ValueError(f"{name} must be left out with --network {self.network}, which has none, got {value}")
         if not 0 <= self.augmentation <= 1:
             raise ValueError(f"augmentation must lie in [0, 1], got {self.augmentation}")
         check_guidance(self, self.labels)
@@ -167,7 +172,7 @@ class Config(run.Settings):
         mfx.ExponentialAverage(self.decay)
         prepare(self, 10)
         if self.network == "dit":  # a U-Net must know the side of images
-            side = self.patch
+            side = size_of(self).patch
             eqx.filter_eval_shape(lambda: make_field(self, (3, side, side), 10, jr.key(0)))  # a real key needs a device
 
 
@@ -180,19 +185,26 @@ def check_guidance(config: Config, has_labels: bool) -> None:
         raise ValueError(f"scale must be 1 and mix 0 without labels, got {config.scale} and {config.mix}")
 
 
+def size_of(config: Config) -> Any:
+    """The size of the network, a `DiTSize` or a `UNetSize`: by its name, but for the fields that are given."""
+    size = SIZES[config.network][config.network_size]
+    return size._replace(**{name: value for name in size._fields if (value := getattr(config, name))})
+
+
 def make_field(config: Config, shape: Shape, labels: int | None, key: Key[Array, ""]) -> mfx.DiT | mfx.UNet:
     how: dict[str, Any] = {"dtype": jnp.bfloat16 if config.bfloat16 else jnp.float32, "remat": config.remat, "key": key}
     if config.network == "dit":
-        return mfx.DiT(shape, mfx.DiTSize(config.depth, config.width, config.heads, config.patch), labels=labels, **how)
-    size = mfx.UNetSize(config.width, config.multipliers, config.blocks, config.attention)
+        return mfx.DiT(shape, size_of(config), labels=labels, **how)
     numbers = 6 if config.augmentation else 0  # by which EDM's augmentation tells the network of itself
-    return mfx.UNet(shape, size, labels=labels, augmentation=numbers, dropout=config.dropout, **how)
+    return mfx.UNet(shape, size_of(config), labels=labels, augmentation=numbers, dropout=config.dropout, **how)
 
 
 def objective(config: Config, labels: int | None, target: mfx.StableTarget | None = None) -> mfx.Objective:
+    times = mfx.LogitNormalTimes(*config.times)
     return mfx.Objective(
         mfx.MeanFlow() if config.identity_share else None,
-        time_pairs=mfx.TimePairs(mfx.LogitNormalTimes(*config.times)),
+        time_pairs=mfx.TimePairs(times),
+        boundary_times=None if config.identity_share else times,
         identity_share=config.identity_share,
         weight=mfx.AdaptiveWeight(config.power, config.offset),
         guidance=mfx.Guidance(config.scale, config.mix, config.interval) if guided(config) else None,
@@ -225,161 +237,38 @@ def stable_target(
     return mfx.StableTarget(place(x), None if label is None else place(label), min(config.references, len(x)))
 
 
+def make_sampler(config: Config, labels: int | None, class_names: Sequence[str] | None) -> image_samples.Sampler:
+    names = None if labels is None else class_names
+    if config.identity_share:
+        return image_samples.Sampler("MeanFlow", mfx.sample, EVALUATIONS, EVALUATIONS[0], labels, names)
+    return image_samples.Sampler("Flow Matching", mfx.sample_euler, EULER_STEPS, EULER_STEPS[-1], labels, names)
+
+
 def optimizer(config: Config) -> optax.GradientTransformation:
     warmup = optax.linear_schedule(0.0, config.learning_rate, max(config.warmup, 1))
     return optax.adam(warmup if config.warmup else config.learning_rate)
 
 
-# Samples
+def open_data(config: Config, class_names: Sequence[str] | None) -> image_sources.Parts:
+    """Training and test images that agree with the configuration, and the names of the classes if they have any."""
+    where = {"size": config.size, "holdout": config.holdout, "grey": config.grey}
+    parts = image_sources.open_parts(config.data, config.test, **where)
+    parts = parts if class_names is None else parts._replace(class_names=class_names)
+    labels, name = parts.train.labels if config.labels else None, parts.train.name
+    check_guidance(config, labels is not None)
+    if labels is not None and parts.test.labels is None:
+        rule = f"must have labels as the training images have, got none in {parts.test.name} (or --no-labels)"
+        raise ValueError(f"test {rule}")
+    if labels and parts.class_names and labels != len(parts.class_names):
+        raise ValueError(f"{name}: labels must be {len(parts.class_names)}, one for each class, got {labels}")
+    return parts
 
 
-class Sampler(NamedTuple):
-    """How images of a field are made."""
-
-    config: Config
-    labels: int | None
-    class_names: list[str] | None
-
-    def __call__(
-        self, field: mfx.AbstractField, label: Int[np.ndarray, " rows"], evaluations: int, seed: int
-    ) -> Float[np.ndarray, "rows channels height width"]:
-        """An image for each label, from the noise of this seed."""
-        method = mfx.sample if self.config.identity_share else mfx.sample_euler
-        times, key = mfx.uniform_times(evaluations), jr.key(seed)
-        shape = field.data_shape  # pyright: ignore[reportAttributeAccessIssue]
-        options = {"method": method, "unroll": jax.default_backend() == "cpu"}  # XLA:CPU is slow in loops
-        generator = mfx.Generator(field, key, shape, times, labels=self.labels, **options)
-        made, rows = [], GENERATED_AT_ONCE
-        for start in range(0, len(label), rows):
-            keys = jax.vmap(jr.fold_in, in_axes=(None, 0))(key, start + np.arange(rows))
-            eps = jax.vmap(lambda key: jr.normal(key, shape))(keys)
-            wanted = jnp.asarray(np.resize(label[start:], rows))  # the last part is filled up
-            made.append(np.asarray(generator.from_noise(eps, None if self.labels is None else wanted)))
-        return np.concatenate(made)[: len(label)]
-
-    def columns(self) -> tuple[Int[np.ndarray, " columns"], list[str] | None]:
-        """The labels of a picture's columns, at most ten, and their names."""
-        if self.labels is None:
-            return np.zeros(8, np.int32), None
-        count = min(self.labels, 10)
-        label = (np.arange(count) * self.labels // count).astype(np.int32)
-        return label, [self.class_names[i] if self.class_names else str(i) for i in label]
-
-
-def save_samples(sampler: Sampler, field: mfx.AbstractField, path: Path, rows: int) -> None:
-    """Images of one evaluation, a column for each class."""
-    label, names = sampler.columns()
-    x = sampler(field, np.tile(label, rows), 1, PICTURE_SEED)
-    picture.save_image_grid(path, x.reshape(rows, len(label), *x.shape[1:]), -1, 1, column_labels=names)
-
-
-def save_comparison(sampler: Sampler, field: mfx.AbstractField, test: data.Rows, path: Path) -> None:
-    """A test image of each class, white if there is none, and samples of the same classes, from the same noise
-    for each number of evaluations."""
-    label, names = sampler.columns()
-    known = np.zeros(len(test.x), np.int32) if sampler.labels is None or test.label is None else test.label
-    found = [test.x[known == c] for c in label]
-    white = np.full_like(test.x[0], 255)  # where the test images lack a class
-    rows = {"test images": np.stack([x[i % len(x)] if len(x) else white for i, x in enumerate(found)]) / 127.5 - 1}
-    for number in EVALUATIONS:
-        rows[counted(number)] = sampler(field, label, number, PICTURE_SEED)
-    picture.save_image_grid(path, np.stack([*rows.values()]), -1, 1, row_labels=[*rows], column_labels=names)
-
-
-def counted(evaluations: int) -> str:
-    return f"{evaluations} evaluation{'s' if evaluations > 1 else ''}"
-
-
-# Distances
-
-
-class Result(NamedTuple):
-    """One row of the table: what was held against the test images, made in how many evaluations per image."""
-
-    what: str
-    evaluations: int | None
-    frechet: float
-    sliced_wasserstein: float
-    nearer_to_training: float | None = None
-
-
-def pixels(x: UInt8[np.ndarray, "rows channels height width"]) -> Float[np.ndarray, "rows pixels"]:
-    return x.reshape(len(x), -1).astype(np.float32) / 255
-
-
-def features(x: UInt8[np.ndarray, "rows channels height width"]) -> Float[np.ndarray, "rows features"]:
-    """Pixels in [0, 1], or their means over squares that are just large enough for `MOST_FEATURES`."""
-    count, channels, height, width = x.shape
-    side = min(math.ceil(math.sqrt(x[0].size / MOST_FEATURES)), height, width)
-    rows, columns = height // side, width // side
-    squares = x[..., : rows * side, : columns * side].reshape(count, channels, rows, side, columns, side)
-    return squares.mean(axis=(3, 5)).reshape(count, -1) / 255
-
-
-def distance_to(
-    source: data.AbstractSource, x: UInt8[np.ndarray, "rows channels height width"]
-) -> Float[np.ndarray, " rows"]:
-    """That of the features of each image to the nearest ones of a source, all of which is searched."""
-    wanted, parts = features(x), math.ceil(len(source) / SEARCHED_AT_ONCE)
-    found = (features(source.take(rows).x) for rows in np.array_split(np.arange(len(source)), parts))
-    return np.min([pairwise_distances_argmin_min(wanted, part)[1] for part in found], axis=0)
-
-
-def judge(
-    sampler: Sampler,
-    field: mfx.AbstractField,
-    train: data.AbstractSource,
-    test: data.AbstractSource,
-    count: int,
-    update: Callable[[int], None],
-) -> list[Result]:
-    """Samples with the labels of so many test images against these, after as many training images."""
-    known, real = (source.take(image_sources.spread(len(source), count)) for source in (train, test))
-
-    def distances(x: UInt8[np.ndarray, "rows channels height width"]) -> tuple[float, float]:
-        sliced = metrics.sliced_wasserstein(pixels(x), pixels(real.x), key=jr.key(0))
-        return metrics.frechet_distance(features(x), features(real.x)), float(sliced)
-
-    label = np.zeros(count, np.int32) if real.label is None else real.label
-    made: dict[int, UInt8[np.ndarray, "rows channels height width"]] = {}
-    for number in EVALUATIONS:
-        x = sampler(field, label, number, JUDGED_SEED)
-        if np.isfinite(x).all():
-            made[number] = np.rint(127.5 * (x.clip(-1, 1) + 1)).astype(np.uint8)
-        update(number)
-    nearer = {}
-    if made:  # together, so that the files of all images are read once
-        near, far = (distance_to(source, np.concatenate([*made.values()])) for source in (train, test))
-        nearer = dict(zip(made, np.split(near < far, len(made)), strict=True))
-    method = "MeanFlow" if sampler.config.identity_share else "Flow Matching"
-    results = [Result("training images", None, *distances(known.x))]
-    for number in EVALUATIONS:
-        found = (*distances(made[number]), float(nearer[number].mean())) if number in made else (math.nan,) * 3
-        results.append(Result(method, number, *found))
-    return results
-
-
-def report(results: list[Result], count: int, chance: float) -> str:
-    """The table as text. `chance` is the share of training images among all images."""
-
-    def percent(share: float | None) -> str:
-        return "-" if share is None else f"{100 * share:.1f}%"
-
-    rows = [(*row[:4], percent(row.nearer_to_training)) for row in results]
-    nearest = f"nearer to training (chance {percent(chance)})"
-    headers = ("against test images", "evaluations", "Frechet distance", "sliced W2", nearest)
-    return f"{count:,} images each, pixels in [0, 1].\n\n{run.table(rows, headers)}"
-
-
-def main(config: Config) -> None:
+def main(config: Config, class_names: Sequence[str] | None = None) -> None:
     """Train on images, then judge what the network generates in one evaluation."""
     run.require("matplotlib", "safetensors")
-    where = {"size": config.size, "holdout": config.holdout, "grey": config.grey}
-    train, test, names = image_sources.open_parts(config.data, config.test, **where)
+    train, test, names = open_data(config, class_names)
     labels = train.labels if config.labels else None
-    check_guidance(config, labels is not None)
-    if labels is not None and test.labels is None:
-        raise ValueError(f"test must have labels as the training images have, got none in {test.name} (or --no-labels)")
     field_key, run_key = jr.split(jr.key(config.seed))
     parallelism = run.parallelism(config)
     step = mfx.TrainStep(
@@ -392,7 +281,7 @@ def main(config: Config) -> None:
         unroll=config.network == "unet" and jax.default_backend() == "cpu",
     )
     stream = data.Stream(train, config.batch, seed=config.seed, parallelism=parallelism)
-    sampler = Sampler(config, labels, names)
+    sampler = make_sampler(config, labels, names)
 
     channels, height, width = train.row_shape
     shape = (channels, height, width)
@@ -402,23 +291,23 @@ def main(config: Config) -> None:
         return mfx.init_state(field, step.optimizer, step.averages, key=run_key)
 
     def preview(state: mfx.TrainState, path: Path) -> None:
-        save_samples(sampler, run.local(state.averages[0]), path, rows=2)
+        image_samples.save_samples(sampler, run.local(state.averages[0]), path, rows=2)
 
     with run.opened(config) as directory:
         run.tell(f"{len(train):,} {train.name}, {len(test):,} {test.name}, labels: {labels or 'none'}")
+        spaces = image_judge.feature_spaces() if run.is_first() else []
         options = {"steps": config.steps, "preview": preview, "start": config.start}
         state = run.train(config, step, make_state, stream, directory, **options)
         save_weights(config, directory, state, names, objective(config, labels).trained)
-        field = run.local(state.averages[0])
         if run.is_first():
-            finish(config, sampler, field, train, test, directory)
+            finish(config, sampler, run.local(state.averages[0]), spaces, train, test, directory)
 
 
 def save_weights(
     config: Config,
     directory: run.RunDirectory,
     state: mfx.TrainState,
-    names: list[str] | None,
+    names: Sequence[str] | None,
     trained: mfx.Trained,
 ) -> None:
     """The average as weights."""
@@ -435,36 +324,62 @@ def save_weights(
 
 def finish(
     config: Config,
-    sampler: Sampler,
+    sampler: image_samples.Sampler,
     field: mfx.AbstractField,
+    spaces: Sequence[image_judge.FeatureSpace],
     train: data.AbstractSource,
     test: data.AbstractSource,
     directory: run.RunDirectory,
 ) -> None:
-    """Pictures and distances."""
+    """Pictures, and what the samples score."""
     began = time.perf_counter()
     if records := directory.records():
         picture.save_curves(directory.path("curves.png"), records)
-    save_samples(sampler, field, directory.path("samples.png"), rows=8)
+    image_samples.save_samples(sampler, field, directory.path("samples.png"), rows=8)
     count = min(10 if config.test_run else config.samples, len(test), len(train))
     shown = test.take(image_sources.spread(len(test), count))
-    save_comparison(sampler, field, shown, directory.path("comparison.png"))
-    with run.Progress(max(EVALUATIONS), doing="judging") as progress:
-        results = judge(sampler, field, train, test, count, lambda number: progress.update(number, {}))
-    text = report(results, count, len(train) / (len(train) + len(test)))
+    image_samples.save_comparison(sampler, field, shown, directory.path("comparison.png"))
+
+    classifier = None
+    if sampler.labels is not None:
+        steps = 2 if config.test_run else image_classifier.STEPS
+        classifier = image_classifier.trained(train, directory.root.parent, steps=steps)
+    judge = image_judge.Judge(spaces, classifier, train, test, count)
+    label = np.zeros(count, np.int32) if judge.label is None else judge.label
+    with run.Progress(len(sampler.evaluations), doing="judging") as progress:
+
+        def made() -> Iterator[tuple[int, Float[np.ndarray, "rows channels height width"]]]:
+            for done, number in enumerate(sampler.evaluations, start=1):
+                yield number, sampler(field, label, number, image_samples.JUDGED_SEED)
+                progress.update(done, {})
+
+        results = [*judge.real_images(), *judge.samples(sampler.name, made())]
+    chance = len(train) / (len(train) + len(test))
+    text = f"{count:,} images each.\n\n{image_judge.report(results, sampler.all_names, chance)}"
     directory.save_results(text, [row._asdict() for row in results])
     print(f"{text}\n\nJudged in {time.perf_counter() - began:.0f} s. Weights and pictures are in {directory.root}.")
 
 
-QUICK: dict[str, Any] = {"steps": 1000, "width": 96, "depth": 4, "decay": 0.99, "warmup": 100, "learning_rate": 2e-3}
-
 PRESETS = {
-    "default": ("a DiT of width 128 and depth 6: about an hour for 28 x 28 in grey on 2 CPU cores", Config()),
+    "default": ("a medium network, 8,000 steps: about an hour for 28 x 28 in grey on 2 CPU cores", Config()),
     "quick": (
-        "a DiT of width 96 and depth 4: about five minutes",
-        Config(**QUICK, save_every=250, preview_every=250),
+        "a small network, 1,000 steps: about five minutes",
+        Config(
+            network_size="small",
+            steps=1000,
+            decay=0.99,
+            warmup=100,
+            learning_rate=2e-3,
+            samples=2000,
+            save_every=250,
+            preview_every=250,
+        ),
     ),
     "guided": ("as the default, with an effective guidance scale of 2", Config(mix=0.5)),
+    "gpu": (
+        "a large network, for minutes of a GPU; not run yet",
+        Config(network_size="large", steps=6000, batch=256, learning_rate=4e-4, warmup=500, bfloat16=True),
+    ),
 }
 
 if __name__ == "__main__":

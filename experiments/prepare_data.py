@@ -3,6 +3,7 @@
     python experiments/prepare_data.py --cifar10 cifar-10-binary.tar.gz --to data/cifar10
     python experiments/prepare_data.py --cifar10 cifar-10-batches-bin --split test --to data/cifar10_test
     python experiments/prepare_data.py --idx train-images-idx3-ubyte.gz train-labels-idx1-ubyte.gz --to data/mnist
+    python experiments/prepare_data.py --idx /usr/share/datasets/fashion-mnist --split test --to data/fashion_test
     python experiments/prepare_data.py --images imagenet/train --size 64 --to data/imagenet64
     python experiments/prepare_data.py --npy x_0.npy x_1.npy --npy-label y_0.npy y_1.npy --to data/latents
     python experiments/prepare_data.py --npy actions.npy --npy-condition observations.npy --to data/robot
@@ -18,8 +19,11 @@ training compares whenever it reads the row; `--verify` compares all files at on
 import dataclasses
 import math
 import time
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Literal
 
+import image_sources
 import jax
 
 from mf_eqx import data, run
@@ -32,9 +36,10 @@ class Config:
     cifar10: str | None = None
     """CIFAR-10: its folder or its archive, binary or Python version."""
     split: Literal["train", "test"] = "train"
-    """Which part of CIFAR-10."""
+    """Which part of CIFAR-10, or of a folder of IDX files."""
     idx: tuple[str, ...] = ()
-    """IDX files as of MNIST: images, then labels if there are any; gzipped or not."""
+    """IDX files as of MNIST: images, then labels if there are any; gzipped or not. Or a folder of them, such as that of
+    Fashion-MNIST, which Debian's package dataset-fashion-mnist brings."""
     images: str | None = None
     """Folder with a folder of images for each class, or with images (labels: none)."""
     size: int | None = None
@@ -99,12 +104,22 @@ def check_flags(config: Config) -> None:
             raise ValueError(f"{flag(name)} must be given with {flag(kind)}, got none")
 
 
+def idx_files(config: Config) -> Sequence[str | Path]:
+    """The files that are given, or those in the folder that is given."""
+    folder = Path(config.idx[0])
+    if not folder.is_dir():
+        return config.idx
+    if not (found := image_sources.mnist_files(folder, "train" if config.split == "train" else "t10k")):
+        raise ValueError(f"{folder}: must hold IDX files as of MNIST for --split {config.split}, got none")
+    return found
+
+
 def open_source(config: Config) -> data.AbstractSource:
     """The source that is asked for."""
     if config.cifar10:
         return data.read_cifar10(config.cifar10, train=config.split == "train")
     if config.idx:
-        return data.read_idx(*config.idx, labels=config.labels)
+        return data.read_idx(*idx_files(config), labels=config.labels)
     if config.images and config.size:
         return data.ImageFolderSource(config.images, size=config.size)
     if config.npy:

@@ -1,5 +1,6 @@
 """The recipe for images of one's own: what it reads, refuses and leaves, with a network that shows that all runs."""
 
+import dataclasses
 import gzip
 import json
 import os
@@ -7,6 +8,7 @@ import re
 import struct
 import sys
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -47,6 +49,10 @@ def save_mnist(folder, suffix=""):
         save_idx(f"{folder}/{part}-labels-idx1-ubyte{suffix}", label, opened)
 
 
+def pixels_alone(judging):
+    return [judging.FeatureSpace("pixels", judging.pixels)]
+
+
 def save_folder(folder, classes=("cat", "dog")):
     from PIL import Image
 
@@ -84,11 +90,13 @@ def finished(images, room, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
         patch.setattr(images, "EVALUATIONS", (1, 2))
+        patch.setattr(images.image_classifier, "STEPS", 3)
+        patch.setattr(images.image_judge, "feature_spaces", lambda: pixels_alone(images.image_judge))
         save_idx("idx", X[:, 0])
         save_idx("labels", LABEL)
         run.main(images.main, images.PRESETS, argv=f"{SMALL} {SHORT}".split())
-    (directory,) = (root / "runs").glob("*/*")
-    return directory
+    (config,) = (root / "runs").glob("*/*/config.json")
+    return config.parent
 
 
 # A run
@@ -102,9 +110,11 @@ def test_a_run_leaves_pictures_results_and_weights(finished):
 
 def test_training_images_and_every_number_of_evaluations_are_judged(finished):
     rows = json.loads((finished / "results.json").read_text())
-    assert [(row["what"], row["evaluations"]) for row in rows[:2]] == [("training images", None), ("MeanFlow", 1)]
-    assert [row["evaluations"] for row in rows] == [None, 1, 2]
-    assert all(row["frechet"] > rows[0]["frechet"] > 0 for row in rows[1:])  # a network that has learnt nothing
+    assert [row["what"] for row in rows] == ["training images", "test images", "MeanFlow", "MeanFlow"]
+    assert [row["evaluations"] for row in rows] == [None, None, 1, 2]
+    for row in rows[2:]:  # a network that has learnt nothing
+        assert row["frechet"]["pixels"] > rows[0]["frechet"]["pixels"] > 0
+        assert 0 <= row["agreement"] <= 1 and len(row["agreement_by_class"]) == len(row["coverage_by_class"]) == 3
     assert "10 images each" in (finished / "results.md").read_text()
 
 
@@ -131,13 +141,15 @@ def test_a_finished_run_goes_on_to_more_steps(finished, images, monkeypatch, cap
         "--network unet --width 4 --multipliers 1 --blocks 1 --no-labels --augmentation 0.5 --flips",
         "--depth 1 --heads 2 --references 16 --flips --identity-share 0",
         "--network unet --width 4 --multipliers 1 2 --blocks 1 --dropout 0.1 --bfloat16 --mix 0.5",
+        "--preset quick --network unet --width 4",
     ],
 )
 def test_every_kind_of_network_and_target_trains(flags, images, here):
     run.main(images.main, images.PRESETS, argv=f"{DATA} {flags} --test-run".split())
     (row, *_, last) = json.loads(next(here.glob("runs/*/*/results.json")).read_text())
-    assert np.isfinite(row["frechet"])
-    assert last["what"] == ("Flow Matching" if "--identity-share 0" in flags else "MeanFlow")
+    assert np.isfinite(row["frechet"]["pixels"])
+    is_flow = "--identity-share 0" in flags
+    assert (last["what"], last["evaluations"]) == (("Flow Matching", 16) if is_flow else ("MeanFlow", 4))
 
 
 # What it reads
@@ -212,59 +224,32 @@ def test_references_are_the_training_images_and_their_mirror_images(images):
     assert target.number == 16
 
 
-@pytest.mark.parametrize(("shape", "count"), [((1, 28, 28), 784), ((3, 32, 32), 768), ((3, 64, 48), 1008)])
-def test_features_are_means_over_squares_of_at_most_1024_numbers(images, shape, count):
-    x = DRAWS.integers(0, 256, (5, *shape), np.uint8)
-    found = images.features(x)
-    assert found.shape == (5, count)
-    side = round((x[0].size / count) ** 0.5)
-    np.testing.assert_allclose(found[2, 0], x[2, 0, :side, :side].mean() / 255)
-
-
 def test_samples_do_not_depend_on_how_many_are_generated_at_once(images, monkeypatch):
-    sampler, label = images.Sampler(images.Config(), 3, None), LABEL[:7].astype(np.int32)
+    sampler, label = images.make_sampler(images.Config(), 3, None), LABEL[:7].astype(np.int32)
     whole = sampler(Known(), label, 1, 0)
-    monkeypatch.setattr(images, "GENERATED_AT_ONCE", 3)
+    monkeypatch.setattr(images.image_samples, "GENERATED_AT_ONCE", 3)
     np.testing.assert_array_equal(sampler(Known(), label, 1, 0), whole)
     np.testing.assert_array_equal(np.round(whole.mean(axis=(1, 2, 3))), -label)
     assert len({x.tobytes() for x in whole}) == 7
 
 
-class Copies(Known):
-    """Repeats an image."""
-
-    def __call__(self, z, r, t, condition=None, *, key=None):
-        return z - (X[0] / 127.5 - 1)
-
-
-def test_a_repeated_training_image_is_found_wherever_it_stands(images, monkeypatch):
-    monkeypatch.setattr(images, "EVALUATIONS", (1,))
-    monkeypatch.setattr(images, "SEARCHED_AT_ONCE", 3)
-    sampler, others = images.Sampler(images.Config(), None, None), data.ArraySource(X[20:])
-    for train, wanted in ((data.ArraySource(X[9::-1]), 1), (data.ArraySource(X[1:10]), 0)):
-        test = others if wanted else data.ArraySource(X[:10])
-        (_, found) = images.judge(sampler, Copies(), train, test, 2, lambda number: None)
-        assert found.nearer_to_training == wanted
+@pytest.mark.parametrize("preset", ["default", "quick", "guided", "gpu"])
+def test_every_preset_has_a_unet(images, preset):
+    config = dataclasses.replace(images.PRESETS[preset][1], network="unet")
+    field = eqx.filter_eval_shape(lambda: images.make_field(config, (1, 28, 28), 10, jr.key(0)))
+    assert isinstance(field, mfx.UNet)
 
 
-def test_samples_that_are_not_finite_have_no_distances(images, monkeypatch):
-    monkeypatch.setattr(images, "EVALUATIONS", (1,))
-
-    class Broken(Known):
-        def __call__(self, z, r, t, condition=None, *, key=None):
-            return z + jnp.nan
-
-    source, sampler = data.ArraySource(X), images.Sampler(images.Config(identity_share=0.0), None, None)
-    (real, found) = images.judge(sampler, Broken(), source, source, 10, lambda number: None)
-    assert np.isfinite(real.frechet) and found.what == "Flow Matching" and np.isnan(found[2:]).all()
+def test_flow_matching_draws_one_time_and_mean_flow_the_larger_of_two(images):
+    assert images.objective(images.Config(identity_share=0.0), 3).boundary_times == mfx.LogitNormalTimes(0, 2)
+    assert images.objective(images.Config(), 3).boundary_times is None
 
 
 def test_a_class_without_test_images_is_white_in_the_comparison(images, monkeypatch):
-    drawn = []
-    monkeypatch.setattr(images.picture, "save_image_grid", lambda path, x, *others, **options: drawn.append(x))
-    monkeypatch.setattr(images, "EVALUATIONS", ())
+    drawn, samples = [], images.image_samples
+    monkeypatch.setattr(samples.picture, "save_image_grid", lambda path, x, *others, **options: drawn.append(x))
     rows = data.ArraySource(X[:2], np.array([2, 0], np.int32), labels=3).take(np.arange(2))
-    images.save_comparison(images.Sampler(images.Config(), 3, None), Known(), rows, "comparison.png")
+    samples.save_comparison(samples.Sampler("", mfx.sample, (), 1, 3), Known(), rows, "comparison.png")
     np.testing.assert_allclose(drawn[0][0], [X[1] / 127.5 - 1, np.ones((1, 8, 8)), X[0] / 127.5 - 1], atol=1e-6)
 
 
@@ -306,11 +291,11 @@ def test_a_share_that_leaves_no_room_for_dropped_labels_is_allowed_without_label
             "--network unet --no-labels --augmentation 0.1 --references 8",
             "--references must be 0 with augmentation, got 8",
         ),
-        ("--dropout 0.2", "--dropout must be 0.0, the default, with --network dit, which does not use it, got 0.2"),
-        ("--attention 16", r"--attention must be \(\), the default, with --network dit"),
+        ("--dropout 0.2", "--dropout must be left out with --network dit, which has none, got 0.2"),
+        ("--attention 16", r"--attention must be left out with --network dit, which has none, got \(16,\)"),
         (
             "--network unet --depth 4",
-            "--depth must be 6, the default, with --network unet, which does not use it, got 4",
+            "--depth must be left out with --network unet, which has none, got 4",
         ),
         ("--no-labels --mix 0.5", "--scale must be 1 and mix 0 without labels, got 1.0 and 0.5"),
     ],

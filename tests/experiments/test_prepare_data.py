@@ -76,6 +76,17 @@ def test_idx_becomes_shards(convert):
     check("shards", X[:, :1], LABEL)
 
 
+def test_each_part_of_a_folder_of_idx_files_becomes_shards(convert):
+    os.mkdir("idx")
+    for part, rows in (("train", slice(6)), ("t10k", slice(6, 10))):
+        save_idx(f"idx/{part}-images-idx3-ubyte", X[rows, 0])
+        save_idx(f"idx/{part}-labels-idx1-ubyte", LABEL[rows])
+    convert("--idx idx --to train")
+    convert("--idx idx --split test --labels 10 --to test")
+    check("train", X[:6, :1], LABEL[:6])
+    check("test", X[6:, :1], LABEL[6:])
+
+
 def test_npy_becomes_shards(convert):
     save("x", X[:4], X[4:])
     save("y", LABEL[:4], LABEL[4:])
@@ -186,6 +197,7 @@ def test_values_that_are_not_finite_leave_nothing(convert, capsys):
         ("--verify missing", "No such file or directory: 'missing/manifest.json'"),
         ("--cifar10 . --to shards", "must hold data_batch_1.bin to data_batch_5.bin or"),
         ("--images . --size 8 --to shards", "must hold images"),
+        ("--idx . --split test --to shards", ".: must hold IDX files as of MNIST for --split test, got none"),
     ],
 )
 def test_bad_input_ends_in_one_line_and_leaves_nothing(arguments, message, convert, capsys):

@@ -24,6 +24,7 @@ TRAINING = {
     "digits": f"{DIT} --steps 2 --batch 16 --warmup 2",
     "cifar10": f"{UNET} --preset tiny --steps 2 --batch 8 --warmup 2 --augmentation 0 --preview-every 0",
     "images": f"{DIT} --data idx --steps 2 --batch 8",
+    "fashion": f"{DIT} --data mnist --steps 2 --batch 8",
     "imagenet_latents": f"{DIT} --preset tiny --epochs 1.3 --batch 8",
 }
 
@@ -94,6 +95,15 @@ def save_idx(path):
     path.write_bytes(bytes([0, 0, 8, 3, 0, 0, 0, 40, 0, 0, 0, 8, 0, 0, 0, 8]) + bytes(i * i % 256 for i in range(2560)))
 
 
+def save_mnist(folder):
+    """The same images as training and as test images, with labels."""
+    folder.mkdir()
+    for part in ("train", "t10k"):
+        save_idx(folder / f"{part}-images-idx3-ubyte")
+        label = bytes([0, 0, 8, 1, 0, 0, 0, 40]) + bytes(i % 10 for i in range(40))
+        (folder / f"{part}-labels-idx1-ubyte").write_bytes(label)
+
+
 def records(folder):
     """All numbers of each step."""
     (path,) = folder.rglob("metrics.jsonl")
@@ -113,6 +123,7 @@ def test_two_processes_train_to_the_end_as_one_does(name, tmp_path):
     for folder in (alone, together):
         save_latents(folder / "data" / "imagenet256")
         save_idx(folder / "idx")
+        save_mnist(folder / "mnist")
     several = ("--coordinator", free_address(), "--processes", "2", "--process")
     processes = [start_script(name, together, *several, process) for process in "01"]
     found = [ended(process, timeout=600) for process in (*processes, start_script(name, alone))]

@@ -1,0 +1,52 @@
+"""Fashion-MNIST in one evaluation: 70,000 real images that Debian brings by the name of a package.
+
+    apt install dataset-fashion-mnist                          30 MB, to /usr/share/datasets/fashion-mnist
+    python experiments/fashion.py --preset quick               about five minutes on 2 CPU cores
+    python experiments/fashion.py                              about an hour
+    python experiments/fashion.py --preset guided              sharper and narrower
+    python experiments/fashion.py --preset gpu                 minutes on a GPU
+    python experiments/fashion.py --preset quick --network unet
+    python experiments/fashion.py --identity-share 0 --power 0      Flow Matching with the same network
+    python experiments/fashion.py --data folder                the same four IDX files from elsewhere, gzipped or not
+
+This is images.py with these data: 60,000 images to train on and 10,000 to test with, of 28 x 28 pixels in grey, ten
+balanced classes. The same command continues a run that was stopped, or killed. RESULTS.md has the figures.
+
+Fashion-MNIST: a Novel Image Dataset for Benchmarking Machine Learning Algorithms, Xiao, Rasul, Vollgraf, 2017, arXiv
+1708.07747.
+"""
+
+import dataclasses
+from pathlib import Path
+
+import images
+
+from mf_eqx import run
+
+PLACE = "/usr/share/datasets/fashion-mnist"
+"""Where the package of Debian and Ubuntu has the files."""
+CLASSES = ("T-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot")
+Config = images.Config
+
+
+def check_files(paths: tuple[str, ...]) -> None:
+    """Refuses all but a folder with the four files."""
+    found = [images.image_sources.mnist_files(Path(paths[0]), part) for part in ("train", "t10k")] if paths else []
+    if len(paths) != 1 or [*map(len, found)] != [2, 2]:
+        rule = "must be a folder with the four IDX files of Fashion-MNIST (train-images-idx3-ubyte and so on, or .gz)"
+        hint = f"apt install dataset-fashion-mnist brings them to {PLACE}"
+        raise ValueError(f"--data {rule}, got {' '.join(paths) or 'none'}: {hint}")
+
+
+def main(config: Config) -> None:
+    """Train on Fashion-MNIST, then judge what the network generates in one evaluation."""
+    check_files(config.data)
+    images.main(config, CLASSES)
+
+
+PRESETS = {
+    name: (about, dataclasses.replace(config, data=(PLACE,))) for name, (about, config) in images.PRESETS.items()
+}
+
+if __name__ == "__main__":
+    run.main(main, PRESETS, description=__doc__)
