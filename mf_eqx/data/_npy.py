@@ -166,6 +166,8 @@ def _evaluate(name: str, start: io.BytesIO) -> Header:
             return Header(*readers[version](start), start.tell())
     except Exception as error:  # numpy evaluates the header as a Python literal, which fails in many ways
         reason = f"version {error}" if isinstance(error, KeyError) else str(error).partition("\n")[0]
+        if start.getvalue().startswith(b"PK\x03\x04"):
+            reason = "that of an .npz archive of several arrays"
         raise ValueError(f"{name}: must be an array in .npy format, got an unreadable header: {reason}") from error
 
 
