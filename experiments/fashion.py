@@ -1,10 +1,10 @@
 """Fashion-MNIST in one evaluation: 70,000 real images that Debian brings by the name of a package.
 
     apt install dataset-fashion-mnist                          30 MB, to /usr/share/datasets/fashion-mnist
-    python experiments/fashion.py --preset quick               about five minutes on 2 CPU cores
-    python experiments/fashion.py                              about an hour
-    python experiments/fashion.py --preset guided              sharper and narrower
-    python experiments/fashion.py --preset gpu                 minutes on a GPU
+    python experiments/fashion.py --preset quick               480 s of CPU time, five minutes or more on 2 cores
+    python experiments/fashion.py                              an estimated hour, not run whole yet
+    python experiments/fashion.py --preset guided              with guidance inside the target
+    python experiments/fashion.py --preset gpu                 for minutes of a GPU, not run yet
     python experiments/fashion.py --preset quick --network unet
     python experiments/fashion.py --identity-share 0 --power 0      Flow Matching with the same network
     python experiments/fashion.py --data folder                the same four IDX files from elsewhere, gzipped or not

@@ -68,8 +68,9 @@ def trained(source: data.AbstractSource, folder: Path, *, steps: int = STEPS) ->
     **Arguments:** `source` of labelled images of uint8; `folder`; `steps` of training.
     """
     stream = data.Stream(source, min(BATCH, len(source)))
-    path = folder / f"classifier_{run.digest([stream.fingerprint(), steps])}.eqx"
     fresh = make(source)
+    recipe = [stream.fingerprint(), steps, BATCH, PEAK_RATE, repr(fresh)]
+    path = folder / f"classifier_{run.digest(recipe)}.eqx"
     if path.exists():
         run.tell(f"{path}: the classifier of an earlier run")
         return eqx.tree_deserialise_leaves(path, fresh)

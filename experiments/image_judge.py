@@ -26,19 +26,19 @@ from sklearn.neighbors import NearestNeighbors
 from mf_eqx import data, metrics, run
 
 CLASSIFIER = "classifier"
-"""The space of its features."""
+"""Name of the space of the classifier's features."""
 MOST_FEATURES = 1024
-"""Of the space of pixels: means over squares of them where there are more."""
+"""Size of the space of pixels. Larger images enter as means over squares of pixels."""
 COMPUTED_AT_ONCE = 100
-"""Images, of which one program computes the features."""
+"""Images in one call, so that one compiled program computes the features of any number of them."""
 NEIGHBOURS = 5
-"""Which nearest test image the balls of the coverage reach to."""
+"""k of the coverage: the ball around a test image reaches to its k-th nearest test image."""
 MOST_SEARCHED = 2000
-"""Samples of which the nearest real image is looked for."""
+"""Most samples whose nearest real image is looked for."""
 SEARCHED_AT_ONCE = 4096
-"""Real images, among which the nearest one is looked for."""
+"""Real images that are searched in one call."""
 MOST_CLASSES = 20
-"""Of which each has a column in the printed table."""
+"""Most classes that have a column of their own in the printed table."""
 
 Images: TypeAlias = UInt8[np.ndarray, "rows channels height width"]
 Points: TypeAlias = Float[np.ndarray, "rows features"]

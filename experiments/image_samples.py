@@ -14,14 +14,14 @@ import mf_eqx as mfx
 from mf_eqx import data, picture
 
 PICTURE_SEED, JUDGED_SEED = 2**31 - 1, 2**31 - 2
-"""Of the noise of all pictures, and of all judged images."""
+"""Seeds of the noise: that of all pictures, and that of all judged images."""
 GENERATED_AT_ONCE = 50
-"""Images, so that one program makes all of them."""
+"""Images in one call, so that one compiled program makes any number of them."""
 
 
 class Sampler(NamedTuple):
-    """How images of a field are made, in how many evaluations each, `shown` of them in pictures, and of which
-    classes."""
+    """How images of a field are made: by which method, in which numbers of evaluations, of which classes. Previews and
+    grids are made in `shown` evaluations."""
 
     name: str
     method: Callable[..., Any]
@@ -32,7 +32,7 @@ class Sampler(NamedTuple):
 
     @property
     def all_names(self) -> Sequence[str]:
-        """Of the classes; their numbers where they have no names."""
+        """The names of the classes, or their numbers where they have no names."""
         return self.class_names or [*map(str, range(self.labels or 0))]
 
     def __call__(

@@ -2,15 +2,14 @@
 
     python experiments/images.py --data photos --size 64                        a folder, or a folder for each class
     python experiments/images.py --data /usr/share/datasets/fashion-mnist       IDX files; CIFAR-10; shards
-    python experiments/images.py --data photos --size 64 --preset quick         about five minutes for 28 x 28 in grey
-    python experiments/images.py --data photos --size 64 --preset guided        sharper and narrower; needs labels
+    python experiments/images.py --data photos --size 64 --preset quick         480 s of CPU time for 28 x 28 in grey
+    python experiments/images.py --data photos --size 64 --preset guided        guidance inside the target; needs labels
     python experiments/images.py --data photos --size 64 --network unet --flips
     python experiments/images.py --data photos --size 64 --dry-run              what it takes, before it is started
 
 A run that was stopped, or killed, continues by the same command, on any number of devices and processes that divides
 the batch; with a larger --steps, a finished one continues, too. The parameter average is left in ema.safetensors, which
-generate.py and --start read, and evaluate.py if the images are in colour. The paper's CIFAR-10, with its U-Net and its
-numbers, is cifar10.py.
+generate.py, evaluate.py and --start read. The paper's CIFAR-10, with its U-Net and its numbers, is cifar10.py.
 
 At the end images are generated, as many as `--samples` with the labels of test images, and held against these: by
 distances in several spaces of features, by a classifier, by what is covered and by what is repeated. image_judge.py
@@ -82,7 +81,7 @@ class Config(run.Settings):
     network: Literal["dit", "unet"] = "dit"
     """A diffusion transformer or a U-Net."""
     network_size: Literal["small", "medium", "large"] = "medium"
-    """Size of the network. What follows is that of this size where it is 0 or empty."""
+    """Size of the network. A value of 0 or () below means: as in this size."""
     width: int = 0
     """Width of the DiT's tokens, a multiple of heads and of 4; channels of the U-Net, a multiple of 4."""
     depth: int = 0
@@ -361,7 +360,7 @@ def finish(
 
 
 PRESETS = {
-    "default": ("a medium network, 8,000 steps: about an hour for 28 x 28 in grey on 2 CPU cores", Config()),
+    "default": ("a medium network, 8,000 steps: an estimated hour for 28 x 28 in grey on 2 CPU cores", Config()),
     "quick": (
         "a small network, 1,000 steps: about five minutes",
         Config(

@@ -25,7 +25,7 @@ if importlib.util.find_spec("beartype") is not None:
 # The second is known to XLA up to JAX 0.10. An XLA that does not know a flag ends the process.
 QUICK = ["--xla_backend_optimization_level=0", "--xla_cpu_use_fusion_emitters=false"]
 MOST_MEMORY = 4e9  # bytes that all processes of a run may need together
-MOST_KEPT = 1.1e9  # bytes that a process may keep after a test
+MOST_KEPT = 1.1e9  # bytes that a process may keep after a test; few tests need more than half as much besides
 ROOM = 4e8  # bytes of programs that are kept in any case: to drop them costs seconds, since they are compiled again
 LEFT = [0]  # bytes that were left when programs were last dropped
 HIGHEST = {"peak": 0, "test": ""}  # bytes of this process, and the test in which it needed them
@@ -104,7 +104,7 @@ def within_memory(request):
 
 @pytest.fixture(scope="module")
 def room():
-    """For what needs a gigabyte at once: programs are dropped before it."""
+    """For a module of which something needs nearly a gigabyte at once: programs are dropped before the first use."""
     drop_programs()
 
 

@@ -18,6 +18,7 @@ import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any, TypeVar
 
 from .._optional import MissingDependency
@@ -51,6 +52,7 @@ _EXPECTED = {
     (Separated, Missing): 5,
 }
 """Exit codes of errors whose message alone explains them."""
+_PACKAGE = __name__.partition(".")[0]
 _LONGEST_MESSAGE = 300
 """Characters shown of an allocator's message, which may list all of its allocations."""
 _DISK_ERRORS = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS)
@@ -75,7 +77,7 @@ def main(
     - `function`: what the script does.
     - `presets`: a frozen dataclass with its defaults, or several by name, each with a line that describes it; the first
       is the default. Its `__post_init__` raises errors such as `ValueError("steps must be >= 0, got -3")`; the name of
-      a field at the start of the message is shown as its flag, also in errors that `function` raises.
+      a field at the start of the message is shown as its flag, also if the script raises it later.
     - `description`: shown by `--help`, by default the docstring of `function`.
     - `argv`: arguments without the program's name, by default those of the process.
 
@@ -132,16 +134,28 @@ def _exit_code_and_message(error: BaseException, script: str, config: Any) -> tu
         text = (str(error).strip() or "an allocation failed").splitlines()[0][:_LONGEST_MESSAGE]
         return 2, f"error: out of memory: {text} ({_TRACEBACK}=1 shows where)"
     unreadable = isinstance(error, OSError) and (error.filename is not None or error.errno in _DISK_ERRORS)
-    if unreadable or (isinstance(error, ValueError) and _is_raised_by_us(error, script)):
-        return 2, f"error: {name_flag(str(error), config)} ({_TRACEBACK}=1 shows where)"
+    by_script = _is_raised_by_script(error, script)
+    if unreadable or (isinstance(error, ValueError) and (by_script or _module_of(error) == _PACKAGE)):
+        message = name_flag(str(error), config) if by_script else str(error)
+        return 2, f"error: {message} ({_TRACEBACK}=1 shows where)"
     return 1, ""
 
 
-def _is_raised_by_us(error: BaseException, script: str) -> bool:
-    """Whether the error was raised in this package, in the script, or in a script in the same directory."""
+def _frame_of(error: BaseException) -> FrameType:
+    """Where the error was raised."""
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-    module = frame.f_globals.get("__name__", "")
-    if module == script or module.partition(".")[0] == __name__.partition(".")[0]:
+    return frame
+
+
+def _module_of(error: BaseException) -> str:
+    """The top-level module in which the error was raised."""
+    return _frame_of(error).f_globals.get("__name__", "").partition(".")[0]
+
+
+def _is_raised_by_script(error: BaseException, script: str) -> bool:
+    """Whether the error was raised in the script, or in a script in the same directory."""
+    frame = _frame_of(error)
+    if frame.f_globals.get("__name__", "") == script:
         return True
     file = getattr(sys.modules.get(script), "__file__", None)
     return file is not None and Path(frame.f_code.co_filename).resolve().parent == Path(file).resolve().parent
