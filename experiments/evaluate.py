@@ -4,13 +4,15 @@
         --inception inception.safetensors --protocol cifar_train --reference cifar-10-binary.tar.gz --evaluations 1 2
     python experiments/evaluate.py --weights ema.safetensors --vae sd-vae-ft-mse --inception inception.safetensors \\
         --protocol adm --reference VIRTUAL_imagenet256_labeled.npz --euler --evaluations 32 --guidance-scale 1 1.5 2
+    python experiments/evaluate.py --weights ema.safetensors --protocol lite0 --reference fashion-mnist/
     python experiments/evaluate.py --weights ema.safetensors --grid-only           pictures alone
     python experiments/evaluate.py ... --inception random --samples 64             a rehearsal
     python experiments/evaluate.py ... --dry-run                                   what it takes, before it is started
 
 All devices of the machine share the work. Sample i follows from the seed and i alone, whatever the batch and the
 devices. Each row of the table is kept when it is done: a sweep that was stopped, or one with more rows, does only what
-is missing. `mf_eqx.metrics.convert_inception` makes inception.safetensors.
+is missing. `mf_eqx.metrics.convert_inception` makes inception.safetensors; the protocol lite0 needs no such file: it
+takes the features of EfficientNet-Lite0, whose weights come with the extra `features`, in place of Inception's.
 """
 
 import dataclasses
@@ -40,9 +42,12 @@ PROTOCOLS = {
     "torch_fidelity": metrics.TORCH_FIDELITY,
     "cifar_train": metrics.CIFAR_TRAIN,
     "cifar_train_half_pixel": metrics.CIFAR_TRAIN_HALF_PIXEL,
+    "lite0": metrics.LITE0,
 }
 SHAPES = {"cifar_train": (3, 32, 32), "cifar_train_half_pixel": (3, 32, 32)}
 """Of all images under a protocol that is made for one data set."""
+LITE0 = "lite0"
+"""The protocol of another network than Inception."""
 RANDOM = "random"
 """The name of an Inception that was never trained."""
 PICTURE_SEED = 2**31 - 1
@@ -61,8 +66,9 @@ class Config:
     """Folder or .safetensors file of the tokenizer, or "hub" to download the paper's, for a network of latents."""
     inception: str = ""
     """Weights of Inception (.safetensors), or "random" for a rehearsal, whose numbers mean nothing."""
-    protocol: Literal["adm", "torch_fidelity", "cifar_train", "cifar_train_half_pixel"] | None = None
-    """How images reach Inception, see mf_eqx.metrics. A FID means nothing beside one of another protocol."""
+    protocol: Literal["adm", "torch_fidelity", "cifar_train", "cifar_train_half_pixel", "lite0"] | None = None
+    """How images reach Inception, or with lite0 EfficientNet-Lite0; see mf_eqx.metrics. A FID means nothing beside one
+    of another protocol."""
     reference: str = ""
     """What samples are compared with: archive or folder of CIFAR-10 (its training images), folder of shards, folder of
     images; or moments (.npz), which suffice for the FID alone."""
@@ -116,9 +122,12 @@ class Config:
 
 def check_flags(config: Config) -> None:
     """Refuses flags that are missing, and those that do not go together."""
-    for name in ("weights",) if config.grid_only else ("weights", "inception", "protocol", "reference"):
+    needed = ["protocol", "reference"] if config.protocol == LITE0 else ["inception", "protocol", "reference"]
+    for name in ["weights"] if config.grid_only else ["weights", *needed]:
         if not getattr(config, name):
             raise ValueError(f"--{name} must be given{'' if name == 'weights' else ', or --grid-only'}, got none")
+    if config.protocol == LITE0 and config.inception:
+        raise ValueError(f"--inception must be left out with --protocol {LITE0}, got {config.inception}")
     if config.batch % config.at_once:
         raise ValueError(f"--decode-batch must divide the batch, {config.batch}, got {config.decode_batch}")
     if config.at_once % jax.device_count():
@@ -137,7 +146,7 @@ def check_flags(config: Config) -> None:
 
 
 class Yardstick(NamedTuple):
-    """An Inception behind a protocol, the reference (moments or images), and digests of both."""
+    """A network of features behind a protocol, the reference (moments or images), and digests of both."""
 
     extractor: metrics.FeatureExtractor
     reference: metrics.FeatureMoments | data.AbstractSource
@@ -172,16 +181,21 @@ def open_yardstick(config: Config, subject: saved.Subject, devices: mfx.Parallel
     else:
         reference = open_images(config, subject)
         digest = reference.digest or digest_of_images(reference)
-    is_random = config.inception == RANDOM
-    inception = metrics.Inception(key=jr.key(0)) if is_random else metrics.load_inception(config.inception)
-    extractor = metrics.FeatureExtractor(devices.replicate(inception), protocol)
+    extractor = metrics.FeatureExtractor(devices.replicate(network_of(config)), protocol)
     inception_digest = extractor.digest()
     if isinstance(reference, metrics.FeatureMoments):
-        check_made_by(config, "Inception weights", reference.weights, inception_digest)
+        check_made_by(config, "weights of the network of features", reference.weights, inception_digest)
         features, _ = eqx.filter_eval_shape(extractor, jax.ShapeDtypeStruct((1, *subject.shape), jnp.float32))
         if (size := features.pooled.shape[1]) != len(reference.mean):
             raise ValueError(f"{config.reference}: moments must be of {size} features, got {len(reference.mean)}")
     return Yardstick(extractor, reference, inception_digest, digest)
+
+
+def network_of(config: Config) -> metrics.Inception | metrics.EfficientNetLite0:
+    """The network of features."""
+    if config.protocol == LITE0:
+        return metrics.load_efficientnet_lite0()
+    return metrics.Inception(key=jr.key(0)) if config.inception == RANDOM else metrics.load_inception(config.inception)
 
 
 def check_made_by(config: Config, what: str, found: str | None, wanted: str) -> None:
@@ -375,7 +389,9 @@ def remarks(job: Evaluation, found: Mapping[str, Any]) -> Iterator[str]:
     yield f"{config.samples:,} samples of seed {config.seed}{labels}{', Euler steps along v' * config.euler}."
     count = "an unknown number of" if found["reference_images"] is None else f"{found['reference_images']:,}"
     yield f"Protocol {found['protocol']}, against {count} images of {config.reference}."
-    if config.samples < 50_000:
+    if config.protocol == LITE0:
+        yield "FID, Inception Score and KID stand for the same formulas with the features of EfficientNet-Lite0."
+    elif config.samples < 50_000:
         yield "The literature has 50,000 samples: fewer give a larger FID and a smaller Inception Score."
     if found["kid"] is None:
         yield f"No KID, precision and recall (-): they need images, and {config.reference} holds moments alone."

@@ -37,7 +37,8 @@ class Means(eqx.Module):
         self.weight = jnp.ones(())
 
     def __call__(self, x):
-        strips = [part.mean(axis=(2, 3)) for part in jnp.split(x, [64, 150], axis=2)]
+        ends = [64 * x.shape[2] // 299, 150 * x.shape[2] // 299]
+        strips = [part.mean(axis=(2, 3)) for part in jnp.split(x, ends, axis=2)]
         pooled = self.weight * jnp.concatenate(strips, axis=1)
         return metrics.Features(pooled, 10 * pooled[:, :4])
 
@@ -274,6 +275,16 @@ def test_finished_rows_are_found_and_only_new_ones_are_computed(evaluate, judge,
     assert after[:1] == before and computed == ["2"]
 
 
+def test_features_of_another_network_need_no_inception(judge, monkeypatch, capsys):
+    monkeypatch.setattr(metrics, "load_efficientnet_lite0", lambda: Means(key=jr.key(0)))
+    flags = "--weights dit.safetensors --protocol lite0 --reference cifar --samples 16 --batch 16"
+    (row,) = results(judge(flags))
+    assert row["protocol"] == metrics.LITE0.name and np.isfinite(row["fid"])
+    assert "with the features of EfficientNet-Lite0" in capsys.readouterr().out
+    line = refused(judge, capsys, f"{flags} --inception random")
+    assert "--inception must be left out with --protocol lite0, got random" in line
+
+
 def test_a_killed_sweep_keeps_its_finished_rows(evaluate, judge, monkeypatch):
     original = evaluate.judge
 
@@ -322,7 +333,7 @@ def test_images_behind_links_are_part_of_the_digest_and_other_files_are_told(eva
     config = evaluate.Config(reference=str(tmp_path / "images"))
     subject = types.SimpleNamespace(shape=(3, 32, 32))
     before = evaluate.digest_of_images(evaluate.open_images(config, subject))
-    assert "images: 10 images; passed over: 1 .txt\n" in capsys.readouterr().out
+    assert "images: 10 images, cropped to squares of 32 x 32; passed over: 1 .txt\n" in capsys.readouterr().out
     os.utime(tmp_path / "elsewhere" / "7.png", (0, 0))
     assert evaluate.digest_of_images(evaluate.open_images(config, subject)) != before
 
@@ -336,7 +347,7 @@ def test_moments_of_another_protocol_are_refused(judge, capsys):
 def test_moments_of_another_inception_are_refused(judge, capsys):
     np.savez("other.npz", mu=np.zeros(9), sigma=np.eye(9), protocol="CIFAR-train", weights="abc")
     line = refused(judge, capsys, ARGUMENTS.replace("--reference cifar", "--reference other.npz"))
-    assert re.search(r"other.npz: Inception weights must be '\w{64}' as for the samples, got 'abc'", line)
+    assert re.search(r"other.npz: weights of the network of features must be '\w{64}' as for the samples, got 'abc'", line)
 
 
 def test_moments_of_other_features_are_refused(judge, capsys):
