@@ -30,14 +30,14 @@ def run(snippet, names, **replaced):
 
 @pytest.fixture(scope="module")
 def points(room, tmp_path_factory):
-    """What the first example leaves behind, with a quarter of its steps, and the points that it read."""
+    """What the first example leaves behind, with a sixth of its steps, and the points that it read."""
     for package in ("grain", "safetensors"):
         pytest.importorskip(package)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("points"))
         x = np.asarray(exact.draw(exact.eight_gaussians(), 4000, jr.key(0)))
         np.save("points.npy", x)
-        return run(POINTS, {}, steps=("(0, 3000)", "(0, 800)")), x
+        return run(POINTS, {}, steps=("(0, 3000)", "(0, 500)")), x
 
 
 def test_points_are_generated_in_one_evaluation_by_the_saved_weights(points):

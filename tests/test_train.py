@@ -15,6 +15,7 @@ import mf_eqx as mfx
 from mf_eqx._train import _DRAW
 
 ROWS, DIM = 8, 3
+SLOW = pytest.mark.slow
 OPTIMIZER = optax.adam(1e-2)
 AVERAGES = (mfx.ExponentialAverage(0.9), mfx.ExponentialAverage(0.5, interval=2))
 
@@ -845,9 +846,12 @@ def test_bad_row_of_one_device_or_turn_changes_nothing_anywhere(in_layout):
     assert in_layout["counted"] == [1, 1, 21, 21]
 
 
-@pytest.mark.parametrize("form", ["unrolled", "scanned", "in turn"])
-def test_step_on_eight_devices_has_one_all_reduce_and_no_other_collective(on_devices, form):
-    found = on_devices[form]
+@pytest.mark.parametrize(
+    ("form", "measured"),
+    [("scanned", "on_devices"), *(pytest.param(form, "slow_layouts", marks=SLOW) for form in ("unrolled", "in turn"))],
+)
+def test_step_on_eight_devices_has_one_all_reduce_and_no_other_collective(form, measured, request):
+    found = request.getfixturevalue(measured)[form]
     assert found.pop("all-reduce") == 1
     assert not any(found.values()), found
 

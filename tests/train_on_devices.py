@@ -155,16 +155,19 @@ def refusal(number):
 
 
 def main(names):
-    """What slow tests measure: the layouts of these names, and optimisers; without names, what all others do."""
+    """What slow tests measure: the layouts of these names, optimisers and other forms of the step; without names, what
+    all others do."""
     assert jax.device_count() == 8
     if names:
-        found = {"layouts": layouts(names)}
+        found = {
+            "layouts": layouts(names),
+            "unrolled": collectives(make_dit(Layout(8), unroll=True), (1, 4, 4)),
+            "in turn": collectives(make_small(Layout(8, accumulation=2), jnp.float32), (2,)),
+        }
         with jax.enable_x64(True):
             return found | {"rules": rules()}
     result = {
         "scanned": collectives(make_dit(Layout(8)), (1, 4, 4)),
-        "unrolled": collectives(make_dit(Layout(8), unroll=True), (1, 4, 4)),
-        "in turn": collectives(make_small(Layout(8, accumulation=2), jnp.float32), (2,)),
         "shared": collectives(make_dit(Layout(8, fsdp=4)), (1, 4, 4)),
         "layouts": layouts(QUICK),
         "refused": {number: refusal(number) for number in (40, 20)},

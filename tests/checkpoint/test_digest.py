@@ -138,11 +138,13 @@ def on_devices():
     return run_on_devices("checkpoint/digest_on_devices.py")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["rows", "columns", "both", "copies"])
 def test_digests_are_those_of_one_device(on_devices, layout):
     assert on_devices[layout] == on_devices["one"]
 
 
+@pytest.mark.slow
 def test_digests_are_equal_in_another_process(on_devices, x64):
     """And the arrays differ, or equal digests would say nothing."""
     assert len(set(on_devices["one"].values())) == len(on_devices["one"])

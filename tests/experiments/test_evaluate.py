@@ -347,7 +347,9 @@ def test_moments_of_another_protocol_are_refused(judge, capsys):
 def test_moments_of_another_inception_are_refused(judge, capsys):
     np.savez("other.npz", mu=np.zeros(9), sigma=np.eye(9), protocol="CIFAR-train", weights="abc")
     line = refused(judge, capsys, ARGUMENTS.replace("--reference cifar", "--reference other.npz"))
-    assert re.search(r"other.npz: weights of the network of features must be '\w{64}' as for the samples, got 'abc'", line)
+    assert re.search(
+        r"other.npz: weights of the network of features must be '\w{64}' as for the samples, got 'abc'", line
+    )
 
 
 def test_moments_of_other_features_are_refused(judge, capsys):
