@@ -100,7 +100,9 @@ def read_legacy_torch(path: str | Path) -> dict[str, Any]:
 def _read_pickles(file: io.BytesIO) -> tuple[dict[str, Any], list[_Storage]]:
     """The saved object, and its storages in the order in which they follow."""
     if (version := load_plain_pickle(file, _WHAT, {})) != _VERSION:
-        raise Refused(f"must have the version {_VERSION} of torch's format, got {version!r:.{LONGEST_SHOWN}}")
+        # Lists within lists are named by their type: as text, a small file could have them exponentially long.
+        shown = str(version)[:LONGEST_SHOWN] if type(version) is int else type(version).__name__
+        raise Refused(f"must have the version {_VERSION} of torch's format, got {shown}")
     machine = load_plain_pickle(file, _WHAT, {})
     if not isinstance(machine, dict) or machine.get("little_endian") is not True:
         raise Refused("must be written by a little-endian machine, got another")
@@ -145,11 +147,12 @@ def _storage(identifier: Any) -> _Storage:
 
 def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> _Tensor:
     """A view that lies within its storage, and is not larger."""
-    sizes = (offset, *shape, *strides) if isinstance(shape, tuple) and isinstance(strides, tuple) else (None,)
-    if not isinstance(storage, _Storage) or not all(map(_is_size, sizes)):
+    if not isinstance(storage, _Storage) or not isinstance(shape, tuple) or not isinstance(strides, tuple):
         raise TypeError("a tensor must be made of a storage, an offset, a shape and strides")
-    if len(shape) != len(strides) or len(shape) > _MOST_AXES or not _is_size(math.prod(size or 1 for size in shape)):
-        raise TypeError(f"a tensor must have at most {_MOST_AXES} axes of a possible size, with a stride each")
+    if not len(shape) == len(strides) <= _MOST_AXES:  # before their values are looked at, which could be a million
+        raise TypeError(f"a tensor must have at most {_MOST_AXES} axes, with a stride each")
+    if not all(map(_is_size, (offset, *shape, *strides))) or not _is_size(math.prod(size or 1 for size in shape)):
+        raise TypeError("a tensor must have an offset, a shape and strides of possible sizes")
     last = offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
     if math.prod(shape) and (last >= storage.size or math.prod(shape) > storage.size):
         of = f"of shape {shape}, strides {strides} and offset {offset}"

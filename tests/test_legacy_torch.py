@@ -155,6 +155,8 @@ def view(offset, shape, strides, size=24):
 GOOD = {"7": VALUES}
 WITHIN = r"must hold tensors that lie within their storage of 24 elements, got one of shape "
 RUN = Call(Name("os", "system"), ("exit 1",))
+TWENTY_TIMES_DOUBLED = b"]q\0" + b"".join(b"](h%ch%ceq%c" % (i, i, i + 1) for i in range(20))
+"""A list that holds another one twice, which holds another one twice, and so on."""
 NESTED = b"}" + coded("a") + b"}" + (coded("a") + b"}") * 30 + b"s" * 31
 
 
@@ -166,12 +168,13 @@ NESTED = b"}" + coded("a") + b"}" + (coded("a") + b"}") * 30 + b"s" * 31
         (file(view(24, (), ()), GOOD), WITHIN),
         (file(view(0, (5, 5), (0, 1)), GOOD), WITHIN),
         (file(view(0, (1 << 50,), (0,)), GOOD), WITHIN),
-        (file(view(-1, (2,), (1,)), GOOD), "an offset, a shape and strides"),
-        (file(view(0, (2,), (-1,)), GOOD), "an offset, a shape and strides"),
-        (file(view(0, (2, 2), (1,)), GOOD), "at most 8 axes of a possible size, with a stride each"),
-        (file(view(0, (0, 1 << 40, 1 << 40), (1, 1, 1)), GOOD), "at most 8 axes of a possible size"),
-        (file(view(0, (1,), (1 << 62,)), GOOD), "an offset, a shape and strides"),
-        (file(view(0, 9 * (1,), 9 * (1,)), GOOD), "at most 8 axes of a possible size, with a stride each"),
+        (file(view(-1, (2,), (1,)), GOOD), "an offset, a shape and strides of possible sizes"),
+        (file(view(0, (2,), (-1,)), GOOD), "an offset, a shape and strides of possible sizes"),
+        (file(view(0, (2, 2), (1,)), GOOD), "at most 8 axes, with a stride each"),
+        (file(view(0, (0, 1 << 40, 1 << 40), (1, 1, 1)), GOOD), "a shape and strides of possible sizes"),
+        (file(view(0, (1,), (1 << 62,)), GOOD), "an offset, a shape and strides of possible sizes"),
+        (file(view(0, 9 * (1,), 9 * (1,)), GOOD), "at most 8 axes, with a stride each"),
+        (file(view(0, [2], (1,)), GOOD), "must be made of a storage, an offset, a shape and strides"),
         (file({"a": tensor(3, 0, (2,), (1,))}, {}), "must be made of a storage"),
         (file({"a": tensor(storage("7", 24, view=("9", 0, 2)), 0, (2,), (1,))}, GOOD), "whole storages, got a view"),
         (file({"a": Identified(("module", "x"))}, {}), "a storage must be identified by six values"),
@@ -189,6 +192,7 @@ NESTED = b"}" + coded("a") + b"}" + (coded("a") + b"}") * 30 + b"s" * 31
         (file(b"}q\x01" + coded("a") + b"h\x01s", {}), "must hold each dictionary once"),
         (file(NESTED, {}), "at most 20 levels of them"),
         (file({"a": VIEW}, GOOD, version=1002), "must have the version 1001 of torch's format, got 1002"),
+        (file({"a": VIEW}, GOOD, version=TWENTY_TIMES_DOUBLED), "must have the version 1001 of torch's format, got list$"),
         (file({"a": VIEW}, GOOD, machine={"little_endian": False}), "must be written by a little-endian machine"),
         (file({"a": VIEW}, GOOD, machine=[]), "must be written by a little-endian machine"),
         (file({"a": VIEW}, {}), "must list each storage of its tensors once"),
