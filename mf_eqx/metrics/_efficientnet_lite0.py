@@ -175,7 +175,8 @@ def load_efficientnet_lite0(path: str | Path | None = None) -> EfficientNetLite0
     not finite.
     """
     path = _installed_file() if path is None else path
-    tensors = read_safetensors(path) if Path(path).suffix == ".safetensors" else read_legacy_torch(path)
+    content = read_safetensors(path) if Path(path).suffix == ".safetensors" else read_legacy_torch(path)
+    tensors = {str(name): value for name, value in content.items()}  # an integer is refused as any other wrong name
     network = eqx.filter_eval_shape(lambda: EfficientNetLite0(key=jr.key(0)))
     counters = {name for name in tensors if name.endswith(".num_batches_tracked")}
     return fill(network, _origins(network), tensors, path, ignored=counters)
