@@ -13,7 +13,6 @@ Source: the format is that of `_legacy_save` and `_legacy_load` in torch's `seri
 """
 
 import io
-import itertools
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,7 +38,8 @@ _MOST_AXES = 8
 _DEEPEST = 20
 """Levels of dictionaries, lists and tuples within each other; nothing that holds itself has an end."""
 _MOST_VALUES = 1_000_000
-"""Bounds time and memory: what is stored once may be a value in many places, and is counted and returned in each."""
+"""Bounds time and memory: what is stored once may be in many places, and is counted and returned in each. In a file
+that stores everything once, each value takes at least one byte and one instruction."""
 
 
 class _Kind(NamedTuple):
@@ -93,7 +93,7 @@ def read_legacy_torch(path: str | Path) -> dict[Any, Any]:
         file.seek(len(_MAGIC))
         tree, storages = _read_pickles(file)
         arrays = _read_storages(content, file.tell(), storages)
-        return _with_arrays(tree, arrays, itertools.count(1))
+        return _with_arrays(tree, arrays, iter(range(min(len(content), _MOST_VALUES))))
     except Refused as error:
         raise ValueError(f"{path}: {error}") from error.__cause__
 
@@ -185,11 +185,10 @@ def _read_storages(content: bytes, start: int, storages: list[_Storage]) -> dict
     return arrays
 
 
-def _with_arrays(
-    value: Any, arrays: dict[str, Shaped[np.ndarray, " _"]], counter: Iterator[int], depth: int = 0
-) -> Any:
-    if next(counter) > _MOST_VALUES:
-        raise Refused(f"must hold at most {_MOST_VALUES:,} values, got more")
+def _with_arrays(value: Any, arrays: dict[str, Shaped[np.ndarray, " _"]], places: Iterator[int], depth: int = 0) -> Any:
+    """The value with arrays for its tensors. `places` has an item for each place that may still hold a value."""
+    if next(places, None) is None:
+        raise Refused(f"must hold at most one value for each of its bytes, and {_MOST_VALUES:,} in all, got more")
     if depth > _DEEPEST:
         raise Refused(f"must hold at most {_DEEPEST} levels of dictionaries, lists and tuples, got more")
     if isinstance(value, _Tensor):
@@ -199,7 +198,7 @@ def _with_arrays(
     if isinstance(value, Function | _Kind | _Storage):
         raise Refused("must hold tensors and plain values alone, got what tensors are made of")
     if isinstance(value, dict):
-        return {name: _with_arrays(inner, arrays, counter, depth + 1) for name, inner in value.items()}
+        return {name: _with_arrays(inner, arrays, places, depth + 1) for name, inner in value.items()}
     if isinstance(value, list | tuple):
-        return type(value)(_with_arrays(inner, arrays, counter, depth + 1) for inner in value)
+        return type(value)(_with_arrays(inner, arrays, places, depth + 1) for inner in value)
     return value

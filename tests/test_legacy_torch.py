@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mf_eqx import _legacy_torch
 from mf_eqx._foreign import read_torch
 from mf_eqx._legacy_torch import is_legacy_torch, read_legacy_torch
 
@@ -93,6 +92,13 @@ def write(tmp_path):
 
 VALUES = np.arange(24, dtype=np.float32)
 VIEW = tensor(storage("7", 24), 0, (2, 3, 4), (1, 2, 6))
+
+
+def doubled(levels):
+    """A list that holds another one twice, which holds another one twice, and so on."""
+    return b"]q\0" + b"".join(b"](h%ch%ceq%c" % (i, i, i + 1) for i in range(levels))
+
+
 SHARED = b"}(" + coded("a") + coded({"w": VIEW}) + b"q\0" + coded("b") + b"h\0u"
 SMALL = file({"a": VIEW, "b": tensor(storage("8", 2, "Long"), 1, (), ())}, {"7": VALUES, "8": np.arange(2)})
 
@@ -159,11 +165,9 @@ def test_a_dictionary_under_two_names_is_read_under_both(write):
     np.testing.assert_array_equal(found["a"]["w"], found["b"]["w"])
 
 
-def test_values_in_many_places_are_counted_in_each(write, monkeypatch):
-    path = write(file(SHARED, {"7": VALUES}))
-    monkeypatch.setattr(_legacy_torch, "_MOST_VALUES", 4)
-    with pytest.raises(ValueError, match=r"old\.pth: must hold at most 4 values, got more"):
-        read_legacy_torch(path)
+def test_small_file_with_a_value_in_many_places_is_refused(write):
+    with pytest.raises(ValueError, match=r"old\.pth: must hold at most one value for each of its bytes"):
+        read_legacy_torch(write(file(doubled(15) + b"}" + coded("a") + b"h\x0fs", {})))
 
 
 def test_it_is_read_without_torch(write, monkeypatch):
@@ -179,8 +183,6 @@ def view(offset, shape, strides, size=24):
 GOOD = {"7": VALUES}
 WITHIN = r"must hold tensors that lie within their storage of 24 elements, got one of shape "
 RUN = Call(Name("os", "system"), ("exit 1",))
-DOUBLED = b"]q\0" + b"".join(b"](h%ch%ceq%c" % (i, i, i + 1) for i in range(20))
-"""A list that holds another one twice, which holds another one twice, and so on."""
 NESTED = b"}" + coded("a") + b"}" + (coded("a") + b"}") * 30 + b"s" * 31
 
 
@@ -217,9 +219,9 @@ NESTED = b"}" + coded("a") + b"}" + (coded("a") + b"}") * 30 + b"s" * 31
         (file({1 << 32: VIEW}, GOOD), r"keys must be text or integers below 2\^32, got int"),
         (file(b"}q\x01" + coded("a") + b"h\x01s", {}), "at most 20 levels of dictionaries, lists and tuples"),
         (file(NESTED, {}), "at most 20 levels of dictionaries, lists and tuples"),
-        (file(DOUBLED + b"}" + coded("a") + b"h\x14s", {}), "at most 20 levels of dictionaries, lists and tuples"),
+        (file(doubled(20) + b"}" + coded("a") + b"h\x14s", {}), "at most 20 levels of dictionaries, lists and tuples"),
         (file({"a": VIEW}, GOOD, version=1002), "must have the version 1001 of torch's format, got 1002"),
-        (file({"a": VIEW}, GOOD, version=DOUBLED), "must have the version 1001 of torch's format, got list$"),
+        (file({"a": VIEW}, GOOD, version=doubled(20)), "must have the version 1001 of torch's format, got list$"),
         (file({"a": VIEW}, GOOD, machine={"little_endian": False}), "must be written by a little-endian machine"),
         (file({"a": VIEW}, GOOD, machine=[]), "must be written by a little-endian machine"),
         (file({"a": VIEW}, {}), "must list each storage of its tensors once"),
