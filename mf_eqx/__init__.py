@@ -37,8 +37,8 @@ second line are imported explicitly, so that a training job does not load what i
     _files.py          files that are whole at any moment, and how files of others are opened
     _json.py           JSON of others, read within bounds
     _foreign.py        the one strict way in for weights of other programs
-    _legacy_torch.py   files of torch before 1.6, without running what they hold
-    _plain_pickle.py   pickles of plain values, likewise
+    _legacy_torch.py   files of torch from before 1.6, read without torch
+    _plain_pickle.py   pickles of plain values, read without running them
     data/              sources, the one deterministic stream of batches, checks of both
     checkpoint/        states on disk with digests; exported weights and samplers (loads orbax)
     exact/             toy data sets, exact fields and their average velocity (loads diffrax)

@@ -14,6 +14,7 @@ Source: the format is that of `_legacy_save` and `_legacy_load` in torch's `seri
 
 import io
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,7 +36,10 @@ _DTYPES = {
 """The dtypes in the file and in memory, by the names of torch's storages."""
 _MOST_AXES = 8
 _DEEPEST = 20
-"""Levels of dictionaries within dictionaries."""
+"""Levels of dictionaries, lists and tuples within each other; nothing that holds itself has an end."""
+_MOST_VALUES = 1_000_000
+"""Bounds time and memory: what is stored once may be in many places, and is counted and returned in each. In a file
+that stores everything once, each value takes at least one byte and one instruction."""
 
 
 class _Kind(NamedTuple):
@@ -74,12 +78,9 @@ def is_legacy_torch(path: str | Path) -> bool:
         return file.read(len(_MAGIC)) == _MAGIC
 
 
-def read_legacy_torch(path: str | Path) -> dict[str, Any]:
-    """The content of a file of `torch.save` from before torch 1.6: nested dictionaries with tensors as NumPy arrays,
-    floating point as float32.
-
-    Values that are neither tensors nor dictionaries are returned as they are; what lists and tuples hold is not
-    converted.
+def read_legacy_torch(path: str | Path) -> dict[Any, Any]:
+    """The content of a file of `torch.save` from before torch 1.6: nested dictionaries, lists and tuples with tensors
+    as NumPy arrays, floating point as float32. Keys are text, or integers as in the states of optimisers.
 
     **Raises:** `OSError` if it cannot be read; `ValueError` that names the file if it is no such file, is damaged or
     cut off, or holds anything but tensors and plain values.
@@ -92,15 +93,17 @@ def read_legacy_torch(path: str | Path) -> dict[str, Any]:
         file.seek(len(_MAGIC))
         tree, storages = _read_pickles(file)
         arrays = _read_storages(content, file.tell(), storages)
-        return _with_arrays(tree, arrays, set())
+        return _with_arrays(tree, arrays, iter(range(min(len(content), _MOST_VALUES))))
     except Refused as error:
         raise ValueError(f"{path}: {error}") from error.__cause__
 
 
-def _read_pickles(file: io.BytesIO) -> tuple[dict[str, Any], list[_Storage]]:
+def _read_pickles(file: io.BytesIO) -> tuple[dict[Any, Any], list[_Storage]]:
     """The saved object, and its storages in the order in which they follow."""
     if (version := load_plain_pickle(file, _WHAT, {})) != _VERSION:
-        raise Refused(f"must have the version {_VERSION} of torch's format, got {version!r:.{LONGEST_SHOWN}}")
+        # Lists within lists are named by their type: as text, a small file could have them exponentially long.
+        shown = str(version)[:LONGEST_SHOWN] if type(version) is int else type(version).__name__
+        raise Refused(f"must have the version {_VERSION} of torch's format, got {shown}")
     machine = load_plain_pickle(file, _WHAT, {})
     if not isinstance(machine, dict) or machine.get("little_endian") is not True:
         raise Refused("must be written by a little-endian machine, got another")
@@ -116,8 +119,10 @@ def _read_pickles(file: io.BytesIO) -> tuple[dict[str, Any], list[_Storage]]:
     keys = load_plain_pickle(file, _WHAT, {})
     if not isinstance(tree, dict):
         raise Refused(f"must hold a dictionary, got {type(tree).__name__}")
-    if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys) or sorted(keys) != sorted(found):
+    if not isinstance(keys, list) or len(keys) != len(found) or not all(isinstance(key, str) for key in keys):
         raise Refused("must list each storage of its tensors once, got another list")
+    if set(keys) != found.keys():
+        raise Refused("must list each storage of its tensors once, got others")
     return tree, [found[key] for key in keys]
 
 
@@ -145,11 +150,12 @@ def _storage(identifier: Any) -> _Storage:
 
 def _tensor(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> _Tensor:
     """A view that lies within its storage, and is not larger."""
-    sizes = (offset, *shape, *strides) if isinstance(shape, tuple) and isinstance(strides, tuple) else (None,)
-    if not isinstance(storage, _Storage) or not all(map(_is_size, sizes)):
+    if not isinstance(storage, _Storage) or not isinstance(shape, tuple) or not isinstance(strides, tuple):
         raise TypeError("a tensor must be made of a storage, an offset, a shape and strides")
-    if len(shape) != len(strides) or len(shape) > _MOST_AXES or not _is_size(math.prod(size or 1 for size in shape)):
-        raise TypeError(f"a tensor must have at most {_MOST_AXES} axes of a possible size, with a stride each")
+    if not len(shape) == len(strides) <= _MOST_AXES:  # before their values are looked at, which could be a million
+        raise TypeError(f"a tensor must have at most {_MOST_AXES} axes, with a stride each")
+    if not all(map(_is_size, (offset, *shape, *strides))) or not _is_size(math.prod(size or 1 for size in shape)):
+        raise TypeError("a tensor must have an offset, a shape and strides of possible sizes")
     last = offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
     if math.prod(shape) and (last >= storage.size or math.prod(shape) > storage.size):
         of = f"of shape {shape}, strides {strides} and offset {offset}"
@@ -179,17 +185,20 @@ def _read_storages(content: bytes, start: int, storages: list[_Storage]) -> dict
     return arrays
 
 
-def _with_arrays(value: Any, arrays: dict[str, Shaped[np.ndarray, " _"]], seen: set[int], depth: int = 0) -> Any:
+def _with_arrays(value: Any, arrays: dict[str, Shaped[np.ndarray, " _"]], places: Iterator[int], depth: int = 0) -> Any:
+    """The value with arrays for its tensors. `places` has an item for each place that may still hold a value."""
+    if next(places, None) is None:
+        raise Refused(f"must hold at most one value for each of its bytes, and {_MOST_VALUES:,} in all, got more")
+    if depth > _DEEPEST:
+        raise Refused(f"must hold at most {_DEEPEST} levels of dictionaries, lists and tuples, got more")
     if isinstance(value, _Tensor):
         array = arrays[value.storage.key][value.offset :]
         strides = tuple(stride * array.itemsize for stride in value.strides)
         return np.lib.stride_tricks.as_strided(array, value.shape, strides, writeable=False)
     if isinstance(value, Function | _Kind | _Storage):
         raise Refused("must hold tensors and plain values alone, got what tensors are made of")
-    if not isinstance(value, dict):
-        return value
-    # One that holds itself, or the same one in many places, would take time and memory without bound.
-    if id(value) in seen or depth > _DEEPEST:
-        raise Refused(f"must hold each dictionary once and at most {_DEEPEST} levels of them, got more")
-    seen.add(id(value))
-    return {name: _with_arrays(inner, arrays, seen, depth + 1) for name, inner in value.items()}
+    if isinstance(value, dict):
+        return {name: _with_arrays(inner, arrays, places, depth + 1) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_with_arrays(inner, arrays, places, depth + 1) for inner in value)
+    return value

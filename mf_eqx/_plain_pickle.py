@@ -127,10 +127,14 @@ def _set_items(reader: Any) -> None:
 
 
 def _set(target: Any, key: Any, value: Any) -> None:
-    # Keys are text alone: to hash nested tuples takes time and stack without bound.
-    if not isinstance(target, dict) or not isinstance(key, str | bytes):
-        raise TypeError(f"keys must be text, got {type(key).__name__}")
+    # No other keys: to hash nested tuples takes time and stack without bound, and many large integers share a hash.
+    if not isinstance(target, dict) or not (isinstance(key, str | bytes) or _is_small(key)):
+        raise TypeError(f"keys must be text or integers below 2^32, got {type(key).__name__}")
     target[key.decode("latin-1") if isinstance(key, bytes) else key] = value
+
+
+def _is_small(key: Any) -> bool:
+    return type(key) is int and abs(key) < 1 << 32
 
 
 def _call(reader: Any) -> None:

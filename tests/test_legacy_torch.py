@@ -92,6 +92,14 @@ def write(tmp_path):
 
 VALUES = np.arange(24, dtype=np.float32)
 VIEW = tensor(storage("7", 24), 0, (2, 3, 4), (1, 2, 6))
+
+
+def doubled(levels):
+    """A list that holds another one twice, which holds another one twice, and so on."""
+    return b"]q\0" + b"".join(b"](h%ch%ceq%c" % (i, i, i + 1) for i in range(levels))
+
+
+SHARED = b"}(" + coded("a") + coded({"w": VIEW}) + b"q\0" + coded("b") + b"h\0u"
 SMALL = file({"a": VIEW, "b": tensor(storage("8", 2, "Long"), 1, (), ())}, {"7": VALUES, "8": np.arange(2)})
 
 
@@ -142,6 +150,26 @@ def test_dictionaries_are_nested_and_plain_values_stay(write):
     assert found["state_dict"]["w"].shape == (2, 3, 4)
 
 
+def test_tensors_are_read_within_lists_and_tuples_and_under_integers(write):
+    # As in the state of an optimiser.
+    tree = {"state": {0: {"step": 3, "mean": VIEW}}, "groups": [{"params": [0], "betas": (0.9, VIEW)}]}
+    found = read_legacy_torch(write(file(tree, {"7": VALUES})))
+    for array in (found["state"][0]["mean"], found["groups"][0]["betas"][1]):
+        np.testing.assert_array_equal(array, VALUES.reshape(4, 3, 2).transpose(2, 1, 0))
+    assert (found["state"][0]["step"], found["groups"][0]["params"]) == (3, [0])
+
+
+def test_a_dictionary_under_two_names_is_read_under_both(write):
+    found = read_legacy_torch(write(file(SHARED, {"7": VALUES})))
+    assert found.keys() == {"a", "b"}
+    np.testing.assert_array_equal(found["a"]["w"], found["b"]["w"])
+
+
+def test_small_file_with_a_value_in_many_places_is_refused(write):
+    with pytest.raises(ValueError, match=r"old\.pth: must hold at most one value for each of its bytes"):
+        read_legacy_torch(write(file(doubled(15) + b"}" + coded("a") + b"h\x0fs", {})))
+
+
 def test_it_is_read_without_torch(write, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     path = write(SMALL)
@@ -166,18 +194,20 @@ NESTED = b"}" + coded("a") + b"}" + (coded("a") + b"}") * 30 + b"s" * 31
         (file(view(24, (), ()), GOOD), WITHIN),
         (file(view(0, (5, 5), (0, 1)), GOOD), WITHIN),
         (file(view(0, (1 << 50,), (0,)), GOOD), WITHIN),
-        (file(view(-1, (2,), (1,)), GOOD), "an offset, a shape and strides"),
-        (file(view(0, (2,), (-1,)), GOOD), "an offset, a shape and strides"),
-        (file(view(0, (2, 2), (1,)), GOOD), "at most 8 axes of a possible size, with a stride each"),
-        (file(view(0, (0, 1 << 40, 1 << 40), (1, 1, 1)), GOOD), "at most 8 axes of a possible size"),
-        (file(view(0, (1,), (1 << 62,)), GOOD), "an offset, a shape and strides"),
-        (file(view(0, 9 * (1,), 9 * (1,)), GOOD), "at most 8 axes of a possible size, with a stride each"),
+        (file(view(-1, (2,), (1,)), GOOD), "an offset, a shape and strides of possible sizes"),
+        (file(view(0, (2,), (-1,)), GOOD), "an offset, a shape and strides of possible sizes"),
+        (file(view(0, (2, 2), (1,)), GOOD), "at most 8 axes, with a stride each"),
+        (file(view(0, (0, 1 << 40, 1 << 40), (1, 1, 1)), GOOD), "a shape and strides of possible sizes"),
+        (file(view(0, (1,), (1 << 62,)), GOOD), "an offset, a shape and strides of possible sizes"),
+        (file(view(0, 9 * (1,), 9 * (1,)), GOOD), "at most 8 axes, with a stride each"),
+        (file(view(0, [2], (1,)), GOOD), "must be made of a storage, an offset, a shape and strides"),
         (file({"a": tensor(3, 0, (2,), (1,))}, {}), "must be made of a storage"),
         (file({"a": tensor(storage("7", 24, view=("9", 0, 2)), 0, (2,), (1,))}, GOOD), "whole storages, got a view"),
         (file({"a": Identified(("module", "x"))}, {}), "a storage must be identified by six values"),
         (file({"a": VIEW, "b": tensor(storage("7", 12), 0, (1,), (1,))}, GOOD), "one type and size for each storage"),
         (file({"a": VIEW, "b": tensor(storage("7", 24, "Int"), 0, (1,), (1,))}, GOOD), "one type and size for each"),
         (file({"a": storage("7", 24)}, GOOD), "must hold tensors and plain values alone"),
+        (file({"a": [(storage("7", 24),)]}, GOOD), "must hold tensors and plain values alone"),
         (file({"a": Name("torch", "FloatStorage")}, {}), "must hold tensors and plain values alone"),
         (
             file({"a": RUN}, {}),
@@ -185,10 +215,13 @@ NESTED = b"}" + coded("a") + b"}" + (coded("a") + b"}") * 30 + b"s" * 31
         ),
         (file({"a": Call(Name("torch._utils", "_rebuild_qtensor"), ())}, {}), r"names torch\._utils\._rebuild_qtensor"),
         (file([VIEW], GOOD), "must hold a dictionary, got list"),
-        (file({3: VIEW}, GOOD), "keys must be text, got int"),
-        (file(b"}q\x01" + coded("a") + b"h\x01s", {}), "must hold each dictionary once"),
-        (file(NESTED, {}), "at most 20 levels of them"),
+        (file({True: VIEW}, GOOD), r"keys must be text or integers below 2\^32, got bool"),
+        (file({1 << 32: VIEW}, GOOD), r"keys must be text or integers below 2\^32, got int"),
+        (file(b"}q\x01" + coded("a") + b"h\x01s", {}), "at most 20 levels of dictionaries, lists and tuples"),
+        (file(NESTED, {}), "at most 20 levels of dictionaries, lists and tuples"),
+        (file(doubled(20) + b"}" + coded("a") + b"h\x14s", {}), "at most 20 levels of dictionaries, lists and tuples"),
         (file({"a": VIEW}, GOOD, version=1002), "must have the version 1001 of torch's format, got 1002"),
+        (file({"a": VIEW}, GOOD, version=doubled(20)), "must have the version 1001 of torch's format, got list$"),
         (file({"a": VIEW}, GOOD, machine={"little_endian": False}), "must be written by a little-endian machine"),
         (file({"a": VIEW}, GOOD, machine=[]), "must be written by a little-endian machine"),
         (file({"a": VIEW}, {}), "must list each storage of its tensors once"),

@@ -64,8 +64,9 @@ class _Array:
     def fill(self, data: Any, dtype: Any, shape: Any, columns_first: Any) -> None:
         if not isinstance(dtype, _ByteDtype) or columns_first:
             raise Refused("must hold arrays of uint8 in C order, got another")
-        if not isinstance(shape, tuple) or not all(type(size) is int and size >= 0 for size in shape) or len(shape) > 8:
-            raise TypeError("the shape of an array must be a tuple of at most 8 sizes")
+        # Bounds the time, and the length of the messages below.
+        if not isinstance(shape, tuple) or len(shape) > 8 or not all(map(_is_size, shape)):
+            raise TypeError("the shape of an array must be a tuple of at most 8 sizes below 2^32")
         # Python 2 has text for bytes, in which each character is a byte.
         values = self._encode(data) if isinstance(data, str) else data
         if not isinstance(values, bytes | bytearray) or len(values) != math.prod(shape):
@@ -105,6 +106,10 @@ def _numpy_names(encode: _Encoder) -> dict[tuple[str, str], Any]:
         names[f"{core}.multiarray", "_reconstruct"] = Function(lambda *_: _Array(encode))
         names[f"{core}.numeric", "_frombuffer"] = Function(whole_array)
     return names
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 1 << 32
 
 
 def _dtype(code: Any, *_: Any) -> _ByteDtype:

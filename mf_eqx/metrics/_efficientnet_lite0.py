@@ -33,7 +33,7 @@ from jaxtyping import Array, Float, Key
 
 from .._foreign import fill, Origin, read_safetensors
 from .._legacy_torch import read_legacy_torch
-from .._optional import MissingDependency
+from .._optional import EXTRA, optional
 from ._convolutions import norm_origins, random_weights
 from ._inception import Features
 
@@ -175,7 +175,8 @@ def load_efficientnet_lite0(path: str | Path | None = None) -> EfficientNetLite0
     not finite.
     """
     path = _installed_file() if path is None else path
-    tensors = read_safetensors(path) if Path(path).suffix == ".safetensors" else read_legacy_torch(path)
+    content = read_safetensors(path) if Path(path).suffix == ".safetensors" else read_legacy_torch(path)
+    tensors = {str(name): value for name, value in content.items()}  # an integer is refused as any other wrong name
     network = eqx.filter_eval_shape(lambda: EfficientNetLite0(key=jr.key(0)))
     counters = {name for name in tensors if name.endswith(".num_batches_tracked")}
     return fill(network, _origins(network), tensors, path, ignored=counters)
@@ -184,7 +185,8 @@ def load_efficientnet_lite0(path: str | Path | None = None) -> EfficientNetLite0
 def _installed_file() -> Path:
     package = importlib.util.find_spec(_PACKAGE)  # which does not import it
     if package is None or package.origin is None:
-        raise MissingDependency(f"{_PACKAGE} is not installed: pip install 'mf_eqx[features]'", name=_PACKAGE)
+        with optional(_PACKAGE, EXTRA[_PACKAGE]):
+            raise ModuleNotFoundError(name=_PACKAGE)
     return Path(package.origin).with_name("models") / _FILE
 
 

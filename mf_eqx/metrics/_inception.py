@@ -284,7 +284,7 @@ def convert_inception(torch_file: str | Path, safetensors_file: str | Path) -> N
     """
     with optional("safetensors", extra=None):
         import safetensors.numpy
-    tensors = _without_prefix(read_torch(torch_file))
+    tensors = _without_prefix({str(name): value for name, value in read_torch(torch_file).items()})
     _inception_with(tensors, torch_file)
     arrays = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items() if not _is_counter(name)}
     write_whole(safetensors_file, safetensors.numpy.save(arrays, {"source": Path(torch_file).name}))

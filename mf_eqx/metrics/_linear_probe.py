@@ -6,7 +6,7 @@ $$W = (C + \lambda I)^{-1} \frac1n \sum_i \hat x_i\, (e_{y_i} - \bar e)^T, \qqua
   C = \frac1n \sum_i \hat x_i \hat x_i^T, \qquad \text{class of } x = \arg\max_k\, (\hat x^T W + \bar e)_k,$$
 
 with the share of each class $\bar e$. It needs the moments of the features and the mean of each class alone, which are
-accumulated in float64: no second copy of the features is made.
+accumulated in float64.
 """
 
 import functools
@@ -87,7 +87,8 @@ def _fit(
     share = np.bincount(index, minlength=classes) / count
     sums = [features[index == number].sum(axis=0, dtype=np.float64) for number in range(classes)]
     std = np.sqrt(np.diag(total.scatter) / count)
-    std = np.where(std > 0, std, 1)  # a constant says nothing of classes
+    # A constant says nothing of classes. Its mean over a piece is a sum, with a rounding error for each row.
+    std = np.where(std > _ROWS_PER_PIECE * np.finfo(np.float64).eps * np.abs(total.mean), std, 1)
     products = (np.stack(sums, axis=1) / count - np.outer(total.mean, share)) / std[:, None]
     covariance = total.scatter / count / np.outer(std, std)
     weight = np.linalg.solve(covariance + ridge * np.eye(len(std)), products)

@@ -16,7 +16,9 @@ $$\dot S^c = s\, (\dot q\, {k^c}^\top + q\, {\dot k}^{c\top}), \qquad \dot M = s
 v_j),$$
 
 and $\dot o = (\dot N - o \dot Z) / Z$. (With M a constant, and keys as they are, a motion that all keys have in common
-would make $\dot S$ large, although it does not change o: its digits would be lost in the last difference.)
+would make $\dot S$ large, although it does not change o: its digits would be lost in the last difference. Centring
+saves them in the first tangent and its gradient alone: in a second tangent, that of E is taken of S - M with keys as
+they are.)
 
 **Reverse mode**, of the value and through the tangent. The terms of this second pass depend on q, M, one block of k and
 v, and the tangents of these. `jax.checkpoint` keeps for each term only what it depends on, of which all but the block

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 
 from mf_eqx.metrics import linear_probe
+from mf_eqx.metrics._linear_probe import _fit
 
 RANDOM = np.random.default_rng(0)
 CENTRES = RANDOM.normal(size=(3, 5))
@@ -18,6 +19,8 @@ def test_it_solves_the_least_squares_problem_with_an_offset():
     rows = np.concatenate([np.c_[standard, np.ones(len(x))], np.c_[root * np.eye(5), np.zeros(5)]])
     solution = np.linalg.lstsq(rows, np.concatenate([np.eye(3)[y], np.zeros((5, 3))]), rcond=None)[0]
     scores = np.c_[(TEST[0] - wide.mean(axis=0)) / wide.std(axis=0), np.ones(100)] @ solution
+    mean, weight, share = _fit(*TRAIN, 3, ridge)
+    np.testing.assert_allclose((TEST[0] - mean) @ weight + share, scores, rtol=1e-10, atol=1e-10)
     found = linear_probe(*TRAIN, *TEST, ridge=ridge)
     np.testing.assert_array_equal(found.predictions, scores.argmax(axis=1))
     assert found.accuracy == np.mean(scores.argmax(axis=1) == TEST[1]) > 0.7
@@ -35,7 +38,7 @@ def test_units_of_features_and_constant_ones_change_nothing():
     scale, offset = np.array([1e-3, 1, 1e3, 1e-6, 1]), np.array([5, -1e3, 0, 1, 1e-2])
 
     def changed(x):
-        return np.c_[x * scale + offset, np.full(len(x), 4.0)]
+        return np.c_[x * scale + offset, np.full(len(x), 0.1)]
 
     found = linear_probe(changed(TRAIN[0].astype(np.float64)), TRAIN[1], changed(TEST[0].astype(np.float64)), TEST[1])
     np.testing.assert_array_equal(found.predictions, linear_probe(*TRAIN, *TEST).predictions)
@@ -49,7 +52,7 @@ def test_pieces_give_what_the_whole_gives(monkeypatch):
 
 def test_features_without_information_give_the_most_frequent_class():
     labels = np.array([4] * 60 + [2] * 40)
-    found = linear_probe(np.ones((100, 3)), labels, np.ones((50, 3)), labels[-50:])
+    found = linear_probe(np.full((100, 3), 0.1), labels, np.full((50, 3), 0.1), labels[-50:])
     assert set(found.predictions) == {4} and found.accuracy == 0.2
 
 

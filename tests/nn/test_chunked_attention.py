@@ -140,8 +140,7 @@ def test_four_times_the_tokens_need_four_times_the_memory(mode, tokens):
     assert temporary_bytes(mode, 4 * tokens) < 4.5 * temporary_bytes(mode, tokens)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("mode", ["gradient", THROUGH])
+@pytest.mark.parametrize("mode", ["gradient", pytest.param(THROUGH, marks=SLOW)])
 def test_memory_of_attention_in_xla_is_quadratic(mode):
     least, more = (temporary_bytes(mode, tokens, nn.XLAAttention()) for tokens in (256, 1024))
     assert more > 10 * least and more > 4 * temporary_bytes(mode, 1024)
