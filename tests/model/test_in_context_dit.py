@@ -20,8 +20,9 @@ SHAPE = (3, 4, 6)  # height and width differ, so that neither can stand for the 
 R, T, LABEL, GUIDANCE = 0.3, 0.8, 1, (2.5, 0.2, 0.7)
 
 
-def shapes(*, shape=SHAPE, size=SMALL, labels=4, guidance=True, **options):
-    make = functools.partial(mfx.InContextDiT, shape, size, labels=labels, guidance=guidance, tokens=COUNTS, **options)
+def shapes(*, shape=SHAPE, size=SMALL, labels=4, guidance=True, velocity_head=True, **options):
+    options |= {"labels": labels, "guidance": guidance, "velocity_head": velocity_head, "tokens": COUNTS}
+    make = functools.partial(mfx.InContextDiT, shape, size, **options)
     return eqx.filter_eval_shape(lambda key: make(key=key), jr.key(0))
 
 
@@ -62,7 +63,7 @@ def inputs(dtype=float, *, guidance=True):
     """(z, r, t, condition)."""
     z = jnp.asarray(drawn(), dtype)
     label = jnp.asarray(LABEL)
-    condition = mfx.GuidanceCondition(label, GUIDANCE[0], GUIDANCE[1:]) if guidance else label
+    condition = mfx.GuidanceCondition(label, *GUIDANCE) if guidance else label
     return z, jnp.asarray(R, dtype), jnp.asarray(T, dtype), condition
 
 
@@ -181,8 +182,8 @@ PRESETS = {
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_have_exactly_the_parameters_of_the_authors(name):
-    make = functools.partial(mfx.InContextDiT, (4, 32, 32), getattr(mfx, f"IMF_{name}"), labels=1000, guidance=True)
-    field = eqx.filter_eval_shape(lambda key: make(key=key), jr.key(0))
+    size, options = getattr(mfx, f"IMF_{name}"), {"labels": 1000, "guidance": True, "velocity_head": True}
+    field = eqx.filter_eval_shape(lambda key: mfx.InContextDiT((4, 32, 32), size, **options, key=key), jr.key(0))
     head = field.velocity_head
     # The authors leave out the blocks of the head alone, not its last layer.
     without = parameters(field.without_velocity_head()) + parameters((head.norm, head.out))
@@ -194,7 +195,7 @@ FRESH = mfx.InContextDiTSize(depth=2, width=32, heads=2, patch=2, head_depth=1)
 
 @functools.cache
 def fresh():
-    make = functools.partial(mfx.InContextDiT, (1, 4, 4), FRESH, labels=4, velocity_head=False)
+    make = functools.partial(mfx.InContextDiT, (1, 4, 4), FRESH, labels=4)
     return eqx.filter_jit(make)(key=jr.key(0))
 
 
@@ -228,8 +229,8 @@ def test_field_without_its_velocity_head_has_the_same_u_and_no_v():
     z, r, t, condition = inputs(jnp.float32)
     whole, without = small(), small().without_velocity_head()
     assert mfx.has_velocity_head(whole) and not mfx.has_velocity_head(without)
-    made = shapes(velocity_head=False)
-    assert jax.tree.structure(without) == jax.tree.structure(made) == jax.tree.structure(made.without_velocity_head())
+    plain = made(labels=4, guidance=True, tokens=COUNTS)()
+    assert jax.tree.structure(without) == jax.tree.structure(plain) == jax.tree.structure(plain.without_velocity_head())
     assert program(lambda *inputs: without(*inputs)) == program(lambda *inputs: whole(*inputs))
     for ask in (lambda: without.velocity(z, t, condition), lambda: without.with_velocity(z, r, t, condition)):
         with pytest.raises(ValueError, match="velocity_head must be True for a field that is asked for its velocity"):
@@ -270,8 +271,7 @@ class BothHeads(mfx.AbstractIdentity):
 
 def rows(dtype):
     """A batch with every label."""
-    interval = jnp.broadcast_to(jnp.asarray([0.1, 0.9]), (8, 2))
-    condition = mfx.GuidanceCondition(jnp.arange(8) % 5, jnp.linspace(1.0, 4.0, 8), interval)
+    condition = mfx.GuidanceCondition(jnp.arange(8) % 5, jnp.linspace(1.0, 4.0, 8), jnp.full(8, 0.1), jnp.full(8, 0.9))
     return mfx.Batch(jr.normal(jr.key(5), (8, *SHAPE), dtype), condition)
 
 
@@ -322,6 +322,15 @@ def test_bfloat16_computes_its_products_in_bfloat16_and_the_embeddings_in_float3
     assert eqx.filter_eval_shape(field, *inputs(jnp.float32)).dtype == jnp.float32
 
 
+def test_guidance_in_bfloat16_becomes_tokens_in_the_accuracy_of_float32():
+    tokens, given = jax.jit(small().embedding.guidance), (7.0, 0.25, 0.75)  # 1 - 1 / 7 needs more than 8 bits
+    low, high = (
+        tokens(mfx.GuidanceCondition(None, *(jnp.asarray(number, dtype) for number in given)))
+        for dtype in (jnp.bfloat16, jnp.float32)
+    )
+    np.testing.assert_allclose(low, high, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.slow
 def test_bfloat16_is_near_to_the_independent_network():
     found = eqx.filter_jit(small(how={"dtype": jnp.bfloat16}))(*inputs(jnp.float32))
@@ -356,6 +365,13 @@ def test_a_vector_is_a_condition():
     assert found.shape == SHAPE and field.embedding.condition.vectors.shape == (3, 16)
 
 
+def test_null_guidance_condition_is_the_null_label_with_the_default_guidance():
+    row = jax.tree.map(lambda leaf: leaf[0], rows(jnp.float32).condition)
+    null = mfx.LabelDropout(0.1, mfx.GuidanceCondition(4)).null_like(row)
+    assert jax.tree.structure(null) == jax.tree.structure(row)
+    assert jax.tree.leaves(null) == [4, 1.0, 0.0, 1.0]
+
+
 def asked(condition, **options):
     z, r, t, _ = inputs(jnp.float32)
     return lambda: small(**options)(z, r, t, condition)
@@ -385,9 +401,8 @@ REFUSED = {
     r"condition must be a label in \[0, 4\], got 5": guided(5),
     "scale must be > 0 and finite, got 0": guided(1, 0),
     r"scale must be one number of shape \(\), got shape \(2,\)": guided(1, np.ones(2)),
-    r"interval must be two numbers, got .*0.5": guided(1, 2.0, 0.5),
-    r"interval\[1\] must be one number of shape \(\), got shape \(3,\)": guided(1, 2.0, (0.0, np.ones(3))),
-    "interval must satisfy 0 <= start <= end <= 1, got 0.5 and 0.2": guided(1, 2.0, (0.5, 0.2)),
+    r"end must be one number of shape \(\), got shape \(3,\)": guided(1, 2.0, 0.0, np.ones(3)),
+    r"start and end must satisfy 0 <= start <= end <= 1, got 0\.5 and 0\.2": guided(1, 2.0, 0.5, 0.2),
     "head_depth must be below the depth 3, got 3": made(SMALL._replace(head_depth=3)),
     "size must be of integers >= 1, got": made(SMALL._replace(head_depth=0)),
     "size must be an instance of InContextDiTSize": made(mfx.DiTSize(2, 16, 2, 2)),
