@@ -47,7 +47,7 @@ class GuidanceTokens(eqx.Module):
             at_least_float32(as_scalar(name, getattr(condition, name), self.scale.vectors))
             for name in ("scale", "start", "end")
         )
-        first, last = map(on_host_if_known, (start, end))
+        first, last = map(on_host_if_known, (condition.start, condition.end))  # a jit knows numbers of Python only here
         if first is not None and last is not None and not 0 <= first <= last <= 1:
             raise ValueError(f"start and end must satisfy 0 <= start <= end <= 1, got {first} and {last}")
         return jnp.concatenate([self.scale(1 - 1 / scale), self.start(start), self.end(end)])
