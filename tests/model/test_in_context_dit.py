@@ -185,7 +185,7 @@ PRESETS = {
 }
 
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", ["B2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("M2", "L2")), "XL2"])
 def test_presets_have_exactly_the_parameters_of_the_authors(name):
     size, options = getattr(mfx, f"IMF_{name}"), {"labels": 1000, "guidance": True, "velocity_head": True}
     field = eqx.filter_eval_shape(lambda key: mfx.InContextDiT((4, 32, 32), size, **options, key=key), jr.key(0))
@@ -249,6 +249,7 @@ def test_instantaneous_velocity_is_that_of_the_head_or_u_at_equal_times():
     assert by_u == program(lambda z, r, t, condition: whole(z, t, t, condition))
 
 
+@pytest.mark.slow
 def test_tokens_depend_on_the_duration_alone_unless_more_variables_are_given():
     _, r, t, condition = inputs(jnp.float32)
     embeddings = [small(time_variables=variables).embedding for variables in (nn.duration, nn.end_duration)]
