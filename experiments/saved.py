@@ -62,6 +62,9 @@ class Subject(NamedTuple):
 def open_subject(path: str, tokenizer_path: str, devices: mfx.Parallelism, *, bfloat16: bool) -> Subject:
     """**Raises:** `OSError`, `ValueError` for files that hold something else, or that do not belong together."""
     weights = checkpoint.read_weights(path)
+    if (weights.network or {}).get("guidance"):
+        rule = "be of a network without guidance as an input, for which no script has options"
+        raise ValueError(f"{path}: must {rule}, got guidance True")
     how = {"dtype": jnp.bfloat16} if bfloat16 else {}
     field: Any = weights.fill(lambda: weights.make_network(**how), devices)
     try:

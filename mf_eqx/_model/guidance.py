@@ -4,30 +4,29 @@ Source: Improved Mean Flows: On the Challenges of Fastforward Generative Models,
 2025, arXiv 2512.02012.
 """
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import equinox as eqx
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, ArrayLike, Float
+from jaxtyping import Array, Float
 
-from .._custom_types import as_scalar, Condition, Scalar, ScalarLike
-from .._validate import check_positive, described, on_host_if_known
+from .._custom_types import as_scalar, at_least_float32, Condition, ScalarLike
+from .._validate import check_positive, on_host_if_known
 from ..nn import ConditionTokens
 
 
 class GuidanceCondition(NamedTuple):
     r"""The condition of a network that takes guidance as an input.
 
-    **Arguments:** `label` an integer label, or another condition in its place; `scale` the effective scale of the
-    guided velocity (the paper's $\omega$), > 0, 1 for none; `interval` the first and the last time at which it is
-    guided (its $t_{min}$, $t_{max}$), an array of shape (2,) or a pair of numbers.
+    **Arguments:** `condition` an integer label, or what else the network is conditioned on; `scale` the effective scale
+    of the guided velocity (the paper's $\omega$), > 0, 1 for none; `start` and `end` the first and the last time at
+    which the velocity is guided (its $t_{min}$, $t_{max}$). In a batch, each has one value a row.
     """
 
-    label: Condition
+    condition: Condition
     scale: ScalarLike = 1.0
-    interval: Float[ArrayLike, "2"] | Sequence[ScalarLike] = (0.0, 1.0)
+    start: ScalarLike = 0.0
+    end: ScalarLike = 1.0
 
 
 class GuidanceTokens(eqx.Module):
@@ -38,21 +37,17 @@ class GuidanceTokens(eqx.Module):
     end: ConditionTokens
 
     def __call__(self, condition: GuidanceCondition) -> Float[Array, "tokens width"]:
-        """**Raises:** `ValueError` unless the scale is one number > 0 and the interval two with 0 <= start <= end <= 1,
-        as far as their values are known."""
-        like = self.scale.vectors
+        """Computed in float32 or better.
+
+        **Raises:** `ValueError` unless scale, start and end are one number each with scale > 0 and 0 <= start <= end <=
+        1, as far as their values are known.
+        """
         check_positive("scale", condition.scale)
-        scale = as_scalar("scale", condition.scale, like)
-        start, end = _as_pair(condition.interval, like)
+        scale, start, end = (
+            at_least_float32(as_scalar(name, getattr(condition, name), self.scale.vectors))
+            for name in ("scale", "start", "end")
+        )
+        first, last = map(on_host_if_known, (condition.start, condition.end))  # a jit knows numbers of Python only here
+        if first is not None and last is not None and not 0 <= first <= last <= 1:
+            raise ValueError(f"start and end must satisfy 0 <= start <= end <= 1, got {first} and {last}")
         return jnp.concatenate([self.scale(1 - 1 / scale), self.start(start), self.end(end)])
-
-
-def _as_pair(interval: Float[ArrayLike, "2"] | Sequence[ScalarLike], like: Float[Array, "..."]) -> list[Scalar]:
-    given: Any = interval if isinstance(interval, Sequence) or np.ndim(interval) == 1 else ()
-    ends = [as_scalar(f"interval[{i}]", end, like) for i, end in enumerate(given)]
-    if len(ends) != 2:
-        raise ValueError(f"interval must be two numbers, got {described(interval)}")
-    start, end = map(on_host_if_known, ends)
-    if start is not None and end is not None and not 0 <= start <= end <= 1:
-        raise ValueError(f"interval must satisfy 0 <= start <= end <= 1, got {start} and {end}")
-    return ends

@@ -1,18 +1,22 @@
 r"""The in-context diffusion transformer of improved MeanFlow as a field.
 
-The condition and the times become tokens in front of the patches of an image or of a sequence: several for a label or a
-number, each a learned vector plus the embedding. All tokens pass through the same blocks, without modulation:
+The condition and the times become tokens in front of the patches of an image or of a sequence. A label or a number
+becomes several tokens, each the sum of a learned vector and the embedding. All tokens pass through the same blocks,
+without modulation:
 
     x = x + gate_1 * attention(norm_1(x))     rotary positions over the whole sequence; normalised queries and keys
     x = x + gate_2 * mlp(norm_2(x))           SwiGLU
 
-The last blocks and layer exist twice on a shared trunk: the head for u, and the velocity head for v, which is trained
-beside it and left out for sampling. The gates and the last layers start at zero, so that a fresh network outputs zero.
+The first blocks are the trunk. The other blocks and a last layer are the head, which makes u of the tokens that leave
+the trunk. A network may have a second head of the same size on the same trunk, the velocity head, which makes v; it is
+not needed for sampling. The gates and the last layers start at zero, so that a fresh network outputs zero.
 
 Source: Improved Mean Flows: On the Challenges of Fastforward Generative Models, Geng, Lu, Wu, Shechtman, Kolter, He,
 2025, arXiv 2512.02012; initialisation, and what the paper leaves open, as in the authors' released code.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -48,9 +52,9 @@ from .in_context_embedding import InContextEmbedding, TokenCounts
 
 
 class InContextDiTSize(NamedTuple):
-    """The size of an in-context DiT: `depth` blocks, tokens of `width`, attention `heads`, `patch` the side of a square
-    of pixels, or a number of steps of a sequence. The last `head_depth` blocks belong to the head, and exist a second
-    time in the velocity head."""
+    """The size of an in-context DiT: `depth` blocks, of which the last `head_depth` are the head's; tokens of `width`;
+    attention `heads`; `patch`, the side of a square of pixels or the number of steps in a piece of a sequence. A
+    velocity head has `head_depth` blocks more."""
 
     depth: int
     width: int
@@ -65,11 +69,12 @@ IMF_L2 = InContextDiTSize(depth=32, width=1024, heads=16, patch=2)
 IMF_XL2 = InContextDiTSize(depth=48, width=1024, heads=16, patch=2)
 
 _INIT = variance_scaling(0.32**2, "fan_in", "normal")
-"""Of the matrices in blocks: normal with standard deviation 0.32 / sqrt(fan in)."""
+"""How the matrices of blocks start: normal with standard deviation 0.32 / sqrt(fan in)."""
 
 
 class InContextBlock(eqx.Module):
-    """A block without modulation. Its equations are in the module's docstring; its MLP is 8/3 times as wide."""
+    """A block without modulation. Its equations are in the module's docstring; its MLP is 8/3 times as wide as
+    a token."""
 
     norm_1: RMSNorm
     attention: RotarySelfAttention
@@ -93,11 +98,51 @@ class InContextBlock(eqx.Module):
 
 
 class InContextHead(eqx.Module):
-    """The blocks and the layer that turn the tokens of the trunk into the values of patches."""
+    """The blocks and the layer that turn the tokens of the trunk into the `values` of each patch.
+
+    `make_stack(depth, key=key)` makes blocks.
+    """
 
     stack: Stack[InContextBlock]
     norm: RMSNorm
     out: Linear
+
+    def __init__(
+        self,
+        size: InContextDiTSize,
+        values: int,
+        make_stack: Callable[..., Stack[InContextBlock]],
+        *,
+        key: Key[Array, ""],
+    ):
+        self.stack = make_stack(size.head_depth, key=key)
+        self.norm, self.out = RMSNorm(size.width), Linear(size.width, values, init=zeros, key=key)
+
+
+def _make_stack(
+    depth: int,
+    *,
+    size: InContextDiTSize,
+    attention: AbstractAttention,
+    remat: Remat,
+    unroll: int | bool,
+    key: Key[Array, ""],
+) -> Stack[InContextBlock]:
+    def block(key: Key[Array, ""]) -> InContextBlock:
+        return InContextBlock(size.width, size.heads, attention, key=key)
+
+    return Stack(block, depth, remat=remat, unroll=unroll, key=key)
+
+
+def _check(data_shape: tuple[int, ...], size: InContextDiTSize, dtype: DTypeLike) -> None:
+    check_data_shape(data_shape)
+    check_kind("size", size, InContextDiTSize)
+    check_sizes(size=size)
+    patches.check_patch(data_shape, size.patch)
+    if size.head_depth >= size.depth:
+        raise ValueError(f"head_depth must be below the depth {size.depth}, got {size.head_depth}")
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"dtype must be floating point, got {dtype}")
 
 
 class InContextDiT(AbstractFieldWithVelocity):
@@ -114,12 +159,15 @@ class InContextDiT(AbstractFieldWithVelocity):
       `mf_eqx.nn.AbstractConditionEmbedding` of your own; or an `mf_eqx.nn.AbstractConditionTokens` of your own, for
       texts, several labels, or conditions of any other structure, which makes any number of tokens.
     - `guidance`: whether the field takes the guidance as an input. The condition is then a `GuidanceCondition`, whose
-      `label` is the label or the other condition.
-    - `velocity_head`: whether there is a velocity head. Only a method that trains it needs one.
+      `condition` is the label or the other condition.
+    - `velocity_head`: whether there is a velocity head. Set it for a method that trains one, whose facts have
+      `needs_velocity_head`. Under all other methods the head stays at its start, where v = 0, and yet
+      `instantaneous_velocity` asks it.
     - `tokens`: how many tokens stand for each number or label.
     - `time_variables`: the variables that become tokens, one of the functions of Tab. 1c in `mf_eqx.nn`; t - r alone by
       default, as in the paper.
-    - `time_scale`: factor on times before the sinusoidal embedding.
+    - `time_scale`: factor on the time variables before their sinusoidal embedding. It does not multiply the guidance
+      scale and the interval of a `GuidanceCondition`.
     - `dtype`: compute precision of the blocks, float32 or bfloat16 (float64 for tests). Parameters, embeddings, and the
       result stay float32 or better, and so do the statistics of norms.
     - `attention`: an `mf_eqx.nn.AbstractAttention`, as for `DiT`.
@@ -130,8 +178,8 @@ class InContextDiT(AbstractFieldWithVelocity):
     `labels` and `condition` are both given, or `guidance` without either; when called, if `z` does not have the
     data_shape, or if the condition does not fit the field.
 
-    With guidance, 1000 labels and a (4, 32, 32) input: B/2 145,596,960 parameters, M/2 230,570,016, L/2 509,752,352,
-    XL/2 711,113,760; without the velocity head B/2 88,935,184, M/2 173,908,240, L/2 409,054,224, XL/2 610,415,632.
+    With guidance, 1000 labels and a (4, 32, 32) input: B/2 88,935,184 parameters, M/2 173,908,240, L/2 409,054,224,
+    XL/2 610,415,632; with a velocity head B/2 145,596,960, M/2 230,570,016, L/2 509,752,352, XL/2 711,113,760.
     """
 
     patches: Linear
@@ -151,7 +199,7 @@ class InContextDiT(AbstractFieldWithVelocity):
         labels: int | None = None,
         condition: int | AbstractConditionEmbedding | AbstractConditionTokens | None = None,
         guidance: bool = False,
-        velocity_head: bool = True,
+        velocity_head: bool = False,
         tokens: TokenCounts = TokenCounts(),
         time_variables: TimeVariables = duration,
         time_scale: float = 1.0,
@@ -161,27 +209,10 @@ class InContextDiT(AbstractFieldWithVelocity):
         unroll: int | bool = 1,
         key: Key[Array, ""],
     ):
-        check_data_shape(data_shape)
-        check_kind("size", size, InContextDiTSize)
-        check_sizes(size=size)
-        patches.check_patch(data_shape, size.patch)
-        if size.head_depth >= size.depth:
-            raise ValueError(f"head_depth must be below the depth {size.depth}, got {size.head_depth}")
-        if not jnp.issubdtype(dtype, jnp.floating):
-            raise ValueError(f"dtype must be floating point, got {dtype}")
-        patch_key, embedding_key, trunk_key, *head_keys = jr.split(key, 5)
+        _check(data_shape, size, dtype)
+        patch_key, embedding_key, trunk_key, average_key, velocity_key = jr.split(key, 5)
         values = data_shape[0] * size.patch ** (len(data_shape) - 1)
-
-        def stack(depth: int, key: Key[Array, ""]) -> Stack[InContextBlock]:
-            def block(key: Key[Array, ""]) -> InContextBlock:
-                return InContextBlock(size.width, size.heads, attention, key=key)
-
-            return Stack(block, depth, remat=remat, unroll=unroll, key=key)
-
-        def head(key: Key[Array, ""]) -> InContextHead:
-            out = Linear(size.width, values, init=zeros, key=key)
-            return InContextHead(stack(size.head_depth, key), RMSNorm(size.width), out)
-
+        stack = functools.partial(_make_stack, size=size, attention=attention, remat=remat, unroll=unroll)
         self.patches = Linear(values, size.width, key=patch_key)
         self.embedding = InContextEmbedding(
             size.width,
@@ -193,11 +224,10 @@ class InContextDiT(AbstractFieldWithVelocity):
             time_scale=time_scale,
             key=embedding_key,
         )
-        self.trunk = stack(size.depth - size.head_depth, trunk_key)
-        self.average_head = head(head_keys[0])
-        self.velocity_head = head(head_keys[1]) if velocity_head else None
-        self.data_shape = tuple(data_shape)
-        self.patch = size.patch
+        self.trunk = stack(size.depth - size.head_depth, key=trunk_key)
+        self.average_head = InContextHead(size, values, stack, key=average_key)
+        self.velocity_head = InContextHead(size, values, stack, key=velocity_key) if velocity_head else None
+        self.data_shape, self.patch = tuple(data_shape), size.patch
         self.dtype = jnp.dtype(dtype)
 
     @property
@@ -212,7 +242,7 @@ class InContextDiT(AbstractFieldWithVelocity):
         return self.velocity_head is not None
 
     def without_velocity_head(self) -> "InContextDiT":
-        """The same field of u without what only v needs."""
+        """The same network without its velocity head: u stays as it is."""
         return eqx.tree_at(lambda field: field.velocity_head, self, None, is_leaf=lambda node: node is None)
 
     @property
@@ -268,8 +298,9 @@ class InContextDiT(AbstractFieldWithVelocity):
         *,
         key: Key[Array, ""] | None = None,
     ) -> tuple[Float[Array, "channels *sides"], Float[Array, "channels *sides"]]:
-        """The pair (u(z, r, t), v(z, t)) on one evaluation of the trunk. The velocity head sees the time variables,
-        too: that v does not depend on r is only learnt.
+        """The pair (u(z, r, t), v(z, t)), at one evaluation of the trunk.
+
+        Both heads get the same tokens, which depend on r. Only training makes v independent of r.
 
         **Raises:** as `velocity`.
         """
@@ -302,7 +333,7 @@ class InContextDiT(AbstractFieldWithVelocity):
         angles: Float[np.ndarray, "tokens pairs"],
         z: Float[Array, "channels *sides"],
     ) -> Float[Array, "channels *sides"]:
-        """What a head makes of the tokens of the trunk."""
+        """What a head makes of the tokens of the trunk, in the shape of z."""
         tokens = head.stack(lambda block, x: cast(block, self.dtype)(x, angles), tokens)
         count = z.size // self.patches.weight.shape[0]
         values = cast(head.out, self.dtype)(cast(head.norm, self.dtype)(tokens[-count:]))

@@ -23,8 +23,8 @@ from .guidance import GuidanceCondition, GuidanceTokens
 
 
 class TokenCounts(NamedTuple):
-    """How many tokens stand for the condition, the guidance scale, the start and the end of its interval, and each
-    time variable."""
+    """How many tokens stand for the condition, for the guidance scale, for the start and for the end of the interval
+    of guidance, and for each time variable."""
 
     condition: int = 8
     scale: int = 4
@@ -117,7 +117,7 @@ class InContextEmbedding(eqx.Module):
             rule = "a GuidanceCondition" if self.guidance is not None else "no GuidanceCondition"
             without = "" if self.guidance is not None else "out"
             raise ValueError(f"condition must be {rule} for a field with{without} guidance, got {described(condition)}")
-        inner = condition.label if isinstance(condition, GuidanceCondition) else condition
+        inner = condition.condition if isinstance(condition, GuidanceCondition) else condition
         if (self.condition is None) != (inner is None):
             rule = "None for a field without labels and condition" if self.condition is None else "given for this field"
             raise ValueError(f"condition must be {rule}, got {described(inner)}")

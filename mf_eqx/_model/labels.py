@@ -21,7 +21,9 @@ def check_labels(name: str, condition: Condition, field: AbstractField) -> None:
     embedding = getattr(getattr(field, "embedding", None), "label", None)
     if not isinstance(field, MLP | DiT | InContextDiT | UNet) or not isinstance(embedding, LabelEmbedding):
         return
-    labels = condition.label if isinstance(condition, UNetCondition | GuidanceCondition) else condition
+    if isinstance(condition, GuidanceCondition):
+        condition = condition.condition
+    labels = condition.label if isinstance(condition, UNetCondition) else condition
     known = on_host_if_known(labels) if isinstance(labels, jax.Array | np.ndarray | np.generic | int) else None
     most = embedding.null_label
     if known is not None and (wrong := (known < 0) | (known > most)).any():

@@ -99,8 +99,8 @@ def save_weights(
     **Arguments:**
 
     - `path`: of the file.
-    - `field`: usually an average. An `MLP`, `DiT` or `UNet` is described (`mf_eqx.describe`) if that is possible; with
-      a condition embedding of your own it is not.
+    - `field`: usually an average. An `MLP`, `DiT`, `InContextDiT` or `UNet` is described (`mf_eqx.describe`) if that is
+      possible; with a condition embedding of your own it is not.
     - `config`: any values that JSON can represent, such as those of which a network of your own is made.
     - `notes`: what those who sample should know.
 

@@ -29,7 +29,7 @@ from ._norm import RMSNorm
 def rotary_line_angles(length: int, size: int, *, base: float = 10_000.0) -> Float[np.ndarray, "tokens pairs"]:
     r"""The angles $p\, b^{-2k / d}$ of positions p = 0, 1, ... on a line: a constant, not a parameter.
 
-    **Arguments:** `length` number of tokens; `size` the d above, of a head, a positive multiple of 2; `base` the b.
+    **Arguments:** `length` number of tokens; `size` of a head, the d above, a positive multiple of 2; `base` the b.
     """
     check_sizes(length=length)
     return _angles(np.arange(length), _checked(size, 2), base)
@@ -53,8 +53,8 @@ def rotate(
 ) -> Float[Array, "tokens heads size"]:
     """Every pair of neighbouring features turned by its angle, in float32 or better.
 
-    **Arguments:** `x` queries or keys; `angles` by `rotary_line_angles` or `rotary_angles`, or your own: a token with
-    the angles zero stays as it is.
+    **Arguments:** `x` queries or keys; `angles` by `rotary_line_angles` or `rotary_angles`, or your own: a token
+    whose angles are zero stays as it is.
     """
     wide = at_least_float32(x)
     real, imaginary = wide[..., 0::2], wide[..., 1::2]
@@ -77,12 +77,12 @@ class RotarySelfAttention(eqx.Module):
     """Multi-head self-attention with rotary positions and normalised queries and keys. Its four matrices are separate
     and have no biases. Its output is multiplied by a `gate`, if given.
 
-    Queries and keys are normalised in every head by an `RMSNorm` each, and then turned.
+    In every head, one `RMSNorm` normalises the queries and another the keys. Then both are turned.
 
     **Arguments:** `width` of the tokens, a multiple of 2 `heads`; `init` for the matrices; `attention` an
     `AbstractAttention`; `key`.
 
-    **Raises:** `ValueError` unless both are >= 1 and `width` is a multiple of 2 `heads`.
+    **Raises:** `ValueError` unless `width` and `heads` are >= 1 and `width` is a multiple of 2 `heads`.
     """
 
     queries: Linear

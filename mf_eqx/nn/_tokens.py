@@ -29,7 +29,8 @@ from ._linear import Linear
 
 
 class AbstractConditionTokens(eqx.Module):
-    """A function that makes tokens of the condition of one example, which a network puts in front of those of the data.
+    """A function of the condition of one example. A network puts the tokens that it returns in front of those of the
+    data.
 
     Subclass it for conditions of any structure. Its floating-point arrays are parameters of the network.
     """
@@ -46,7 +47,7 @@ class AbstractConditionTokens(eqx.Module):
 
 
 class ConditionTokens(AbstractConditionTokens):
-    """Learned vectors, each plus the embedding of the condition, which is the same for all of them.
+    """`count` tokens of one condition: the sum of its embedding and a learned vector for each token.
 
     **Arguments:** `count` number of tokens; `width` of a token; `embedding` of the condition, a vector of this width;
     `key`. The vectors start as normal numbers with standard deviation 1 / sqrt(width).

@@ -24,6 +24,9 @@ NETWORKS = {
     "flow": eqx.Partial(mfx.MLP, 2, width=8, depth=1, labels=3, key=jr.key(0)),
     "robot": eqx.Partial(mfx.MLP, 6, width=8, depth=1, condition=5, key=jr.key(0)),
     "latent": eqx.Partial(mfx.DiT, (4, 4, 4), SIZE, key=jr.key(0)),
+    "guided": eqx.Partial(
+        mfx.InContextDiT, (1, 8, 8), mfx.InContextDiTSize(2, 8, 2, 4, 1), labels=2, guidance=True, key=jr.key(0)
+    ),
     "unsaid": eqx.Partial(mfx.DiT, (3, 4, 4), SIZE, labels=2, key=jr.key(0)),
     "ends": eqx.Partial(mfx.DiT, (1, 4, 4), SIZE, labels=2, key=jr.key(0)),
 }
@@ -34,6 +37,7 @@ NOTES = {
     "flow": checkpoint.Notes(trained=mfx.Trained(False, True, False)),
     "robot": checkpoint.Notes(trained=mfx.Trained(True, False, False)),
     "latent": checkpoint.Notes(pixels=(-1, 1), tokenizer=checkpoint.Tokenizer(TINY_VAE)),
+    "guided": None,
     "unsaid": None,
     "ends": checkpoint.Notes(trained=mfx.Trained(True, False, True, velocity=False, ends_at_data=True)),
 }
@@ -197,6 +201,7 @@ def test_what_older_recipes_wrote_into_configurations_is_understood(experiment):
     [
         ("missing", "No such file or directory: 'missing'"),
         ("vectors.npy", "vectors.npy: must be a file of save_weights"),
+        ("guided.safetensors", "guided.safetensors: must be of a network without guidance .*, got guidance True"),
         ("digits.safetensors --label 99", r"--label must lie in \[0, 11\] or be among .* for dig.*, got 99"),
         ("digits.safetensors --label z", "--label must lie in .*, got z"),
         ("plain.safetensors --label 1", "--label must be left out for plain.safetensors, without labels, got 1"),

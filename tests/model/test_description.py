@@ -27,7 +27,7 @@ NETWORKS = {
         (1, 8), SIZE, condition=nn.VectorEmbedding(5, 8, key=jr.key(1)), **how
     ),
     "InContextDiT": lambda **how: mfx.InContextDiT(
-        (3, 4, 8), mfx.InContextDiTSize(3, 8, 2, 2, 1), labels=3, guidance=True, velocity_head=False, **how
+        (3, 4, 8), mfx.InContextDiTSize(3, 8, 2, 2, 1), labels=3, guidance=True, velocity_head=True, **how
     ),
     "InContextDiT with vectors": lambda **how: mfx.InContextDiT(
         (1, 8), mfx.InContextDiTSize(2, 8, 2, 2, 1), condition=5, tokens=mfx.TokenCounts(time=2), time_scale=2.0, **how

@@ -54,10 +54,10 @@ def in_context_products(size, heads):
 
 def in_context(size, unroll):
     make = lambda: mfx.InContextDiT(  # noqa: E731
-        (4, 32, 32), size, labels=1000, guidance=True, unroll=unroll, key=jr.key(0)
+        (4, 32, 32), size, labels=1000, guidance=True, velocity_head=True, unroll=unroll, key=jr.key(0)
     )
     label, number = jax.ShapeDtypeStruct((), jnp.int32), jax.ShapeDtypeStruct((), jnp.float32)
-    condition = mfx.GuidanceCondition(label, number, jax.ShapeDtypeStruct((2,), jnp.float32))
+    condition = mfx.GuidanceCondition(label, number, number, number)
     return eqx.filter_eval_shape(make), jax.ShapeDtypeStruct((4, 32, 32), jnp.float32), number, condition
 
 
