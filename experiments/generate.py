@@ -48,10 +48,11 @@ class Config:
     weights: str = ""
     """File of weights, as the recipes leave it."""
     to: str = ""
-    """Where to: NAME.png is one picture of all samples, NAME.npy one array, and a folder (new or empty, written with a
-    slash at its end) gets a PNG file for each sample. Arrays have the values that the network makes, float32, rows
-    first and then channels, clipped to no range. An older file is replaced. By default the name of the weights in
-    the current folder, a picture of images and of points in the plane, else an array."""
+    """Where to: NAME.png is one picture of all samples, NAME.npy one array, and a folder (new or empty, written
+    with a slash at its end) gets a PNG file for each sample. Arrays have the values that the network makes (in the
+    unit of the data, if the notes know its mean and std), float32, rows first and then channels, clipped to no
+    range. An older file is replaced. By default the name of the weights in the current folder, a picture of images
+    and of points in the plane, else an array."""
     label: tuple[str, ...] = ()
     """Labels, each by its name (if the weights know names) or its number. Sample i has the one at place i mod their
     number. By default all; for a picture ten of them, in equal distances."""
@@ -125,7 +126,7 @@ class Job:
         with run.Progress(-(-self.number // self.batch), work=work, doing="compiling the sampler") as progress:
             for number, z in enumerate(batches, 1):
                 for x in decoded([z], self.subject.tokenizer, share * self.devices.shards, self.devices):
-                    rows = np.asarray(x)[:left]
+                    rows = self.subject.notes.in_unit_of_data(np.asarray(x)[:left])
                     left -= len(rows)
                     if len(rows):
                         yield rows

@@ -36,7 +36,7 @@ import optax
 import toy_problems
 import toy_report
 from jaxtyping import Array, Float, install_import_hook
-from toy_points import is_own, title_of
+from toy_points import is_own, read_points, title_of
 from toy_problems import (
     Cell,
     copies_of,
@@ -54,7 +54,7 @@ from toy_problems import (
 # Shapes and types are checked while the step is traced. JAXTYPING_DISABLE=1 turns this off.
 with install_import_hook("mf_eqx", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"):
     import mf_eqx as mfx
-    from mf_eqx import exact, measure, run
+    from mf_eqx import checkpoint, exact, measure, run
 
 REFERENCES = 1 << 16
 SETTINGS = ("common", "paper")
@@ -505,7 +505,7 @@ def main(config: Config) -> None:
         report.root.mkdir(exist_ok=True)
         text = write_report(config, directory, ledger, report)
         seconds = time.perf_counter() - directory.opened
-        print(f"{text}\n\n{seconds:.0f} seconds. Pictures, results.md and results.json are in {report.root}.")
+        print(f"{text}\n\n{seconds:.0f} seconds. Pictures, weights, results.md and results.json are in {report.root}.")
 
 
 def asked(config: Config) -> dict[str, Any]:
@@ -574,11 +574,29 @@ def write_report(config: Config, directory: run.RunDirectory, ledger: run.Ledger
 
 
 def save_pictures(config: Config, data: str, directory: run.RunDirectory, report: run.RunDirectory) -> None:
-    """Samples and flows, of the first seed and the first settings. The fields are read from their checkpoints."""
+    """Samples, flows and weights, of the first seed and settings. The fields are read from their checkpoints."""
     problem, kind = problem_of(config, data), (0, config.settings[0], 1.0)
     trainings = {cell: training(config, cell) for cell in cells(config) if cell.data == data and cell[2:] == kind}
     fields = run.train_cells(config, trainings, lambda cell, state: field_of(cell, problem, state), directory)
     toy_report.save_pictures(report, problem, {cell.method: field for cell, field in fields.items()})
+    for cell, field in fields.items():
+        if cell.method != "Exact":
+            save_weights(config, cell, field, report)
+
+
+def save_weights(config: Config, cell: Cell, field: mfx.AbstractField, report: run.RunDirectory) -> None:
+    """The averaged network, with what brings its samples back to the unit of a file of points."""
+    network = field.field if isinstance(field, Instantaneous) else field
+    unit = read_points(cell.data, config.points) if is_own(cell.data) else None
+    notes = checkpoint.Notes(
+        trained=objective(config, cell).trained,
+        steps=steps_of(config, cell),
+        decay=config.decay,
+        mean=None if unit is None else unit.mean,
+        std=None if unit is None else unit.size,
+    )
+    path = report.path(f"{title_of(cell.data)}_{cell.method}.safetensors")
+    checkpoint.save_weights(path, network, {"data": title_of(cell.data)}, notes)
 
 
 PLAIN = Config(

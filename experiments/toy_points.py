@@ -7,6 +7,7 @@ field sums over all points at each of its evaluations: its time grows as their n
 
 import functools
 from pathlib import Path
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -27,13 +28,24 @@ def title_of(name: str) -> str:
     return Path(name).stem if is_own(name) else name
 
 
-@functools.cache
-def mixture_of_points(path: str, blur: float, most: int) -> exact.GaussianMixture:
-    """The points of a file, each one Gaussian of standard deviation `blur`; of more than `most` points that many, drawn
-    without replacement and always the same ones.
+class Points(NamedTuple):
+    """Points that are moved and scaled so that their mean is 0 and their root-mean-square distance from it is 1, since
+    settings suit data of the size of the noise; and the `mean` and that distance, `size`, of the file's own."""
 
-    They are moved and scaled so that their mean is 0 and their root-mean-square distance from it is 1, since settings
-    suit data of the size of the noise.
+    scaled: Float[np.ndarray, "points 2"]
+    mean: tuple[float, float]
+    size: float
+
+
+def mixture_of_points(path: str, blur: float, most: int) -> exact.GaussianMixture:
+    """The points of a file, each one Gaussian of standard deviation `blur`. **Arguments, Raises:** of `read_points`."""
+    points = read_points(path, most).scaled
+    return exact.GaussianMixture(jnp.asarray(points), blur, label=np.zeros(len(points), int))
+
+
+@functools.cache
+def read_points(path: str, most: int) -> Points:
+    """The points of a file; of more than `most` that many, drawn without replacement and always the same ones.
 
     **Raises:** `OSError` if the file cannot be opened; `ValueError` unless it holds two or more different points,
     finite numbers of shape (rows, 2).
@@ -48,12 +60,7 @@ def mixture_of_points(path: str, blur: float, most: int) -> exact.GaussianMixtur
     points = source.take(rows).x.astype(np.float64)
     if not np.isfinite(points).all():
         raise ValueError(f"data must be finite numbers, got {points[~np.isfinite(points)][0]} in {path}")
-    return exact.GaussianMixture(jnp.asarray(scaled(points, path)), blur, label=np.zeros(len(points), int))
-
-
-def scaled(points: Float[np.ndarray, "points 2"], path: str) -> Float[np.ndarray, "points 2"]:
-    """The points with mean 0 and root-mean-square distance 1 from it."""
-    points = points - points.mean(axis=0)
-    if (size := np.sqrt(np.mean(np.sum(points**2, axis=1)))) == 0:
+    mean = points.mean(axis=0)
+    if (size := float(np.sqrt(np.mean(np.sum((points - mean) ** 2, axis=1))))) == 0:
         raise ValueError(f"data must hold two or more different points, got one in {path}")
-    return (points / size).astype(np.float32)
+    return Points(((points - mean) / size).astype(np.float32), tuple(mean.tolist()), size)

@@ -5,6 +5,9 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
+from jaxtyping import Array, Float
+
 from .._guidance import Trained
 from ..vae import AutoencoderSize
 
@@ -29,6 +32,8 @@ class Notes:
     - `trained`: which values of the field were trained: `Objective.trained`.
     - `steps`: training steps.
     - `decay`: decay per step, if the weights are an average.
+    - `mean`, `std`: of data that were standardised: the field's data are (data - mean) / std, with a mean for each
+      entry of a row's first axis, or one for all, and one std > 0. `in_unit_of_data` goes back.
 
     **Raises:** `ValueError` for values of other types or ranges.
     """
@@ -39,6 +44,8 @@ class Notes:
     trained: Trained | None = None
     steps: int | None = None
     decay: float | None = None
+    mean: tuple[float, ...] | None = None
+    std: float | None = None
 
     def __post_init__(self):
         pixels, names = self.pixels, self.class_names
@@ -54,6 +61,23 @@ class Notes:
             raise ValueError(f"steps must be an integer >= 0, got {self.steps!r:.80}")
         if self.decay is not None and not (_are(float, (self.decay,)) and 0 <= self.decay < 1):
             raise ValueError(f"decay must lie in [0, 1), got {self.decay!r:.80}")
+        if self.mean is not None and not (self.mean and _are(float, self.mean) and all(map(math.isfinite, self.mean))):
+            raise ValueError(f"mean must be finite numbers, at least one, got {self.mean!r:.80}")
+        if self.std is not None and not (_are(float, (self.std,)) and 0 < self.std < math.inf):
+            raise ValueError(f"std must be > 0 and finite, got {self.std!r:.80}")
+
+    def in_unit_of_data(
+        self, x: Float[Array | np.ndarray, "rows first *rest"]
+    ) -> Float[np.ndarray, "rows first *rest"]:
+        """Samples in the unit of the data, std x + mean; as they are if neither is known.
+
+        **Raises:** `ValueError` if `mean` has neither one number nor as many as the first axis of a row.
+        """
+        x = np.asarray(x)
+        if self.mean is not None and len(self.mean) not in (1, x.shape[1]):
+            raise ValueError(f"mean must have one number or {x.shape[1]}, as rows of x, got {len(self.mean)}")
+        mean = np.asarray(self.mean or 0, x.dtype).reshape(-1, *[1] * (x.ndim - 2))
+        return x * x.dtype.type(1 if self.std is None else self.std) + mean
 
     def as_json(self) -> dict[str, Any]:
         """All that is known, as values that JSON can hold."""

@@ -240,6 +240,8 @@ class StopSignals:
         self._received = number
         if jax.process_count() > 1:
             os.kill(os.getpid(), signal.SIGTERM)
+        else:  # not by print, which may be what was interrupted
+            os.write(1, f"{_name(number)}: this step is finished and saved; a second signal ends at once\n".encode())
 
     def received(self) -> int | None:
         """The signal that stops the run after this step, or None. All processes must call this together."""

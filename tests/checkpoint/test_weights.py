@@ -116,6 +116,8 @@ NOTES = checkpoint.Notes(
     trained=mfx.Trained(average=True, null_velocity=True, null_average=False),
     steps=7,
     decay=0.99,
+    mean=(1.5, -2.0),
+    std=3,
 )
 
 
@@ -142,12 +144,25 @@ def test_older_notes_say_of_fewer_values_whether_they_were_trained():
         ({"tokenizer": checkpoint.Tokenizer(vae.SD_VAE, 7)}, "digest must be a text or None, got 7"),
         ({"steps": True}, "steps must be an integer >= 0, got True"),
         ({"decay": 1.0}, r"decay must lie in \[0, 1\), got 1.0"),
+        ({"mean": ()}, r"mean must be finite numbers, at least one, got \(\)"),
+        ({"mean": (0.0, np.nan)}, "mean must be finite numbers"),
+        ({"std": 0.0}, "std must be > 0 and finite, got 0.0"),
     ],
-    ids=range(7),
+    ids=range(10),
 )
 def test_notes_that_say_nothing_are_refused(notes, message):
     with pytest.raises(ValueError, match=message):
         checkpoint.Notes(**notes)
+
+
+def test_samples_go_back_to_the_unit_of_the_data():
+    x = np.random.default_rng(0).standard_normal((4, 2, 3)).astype(np.float32)
+    found = checkpoint.Notes(mean=(1.0, -2.0), std=3.0).in_unit_of_data(x)
+    np.testing.assert_allclose(found, 3 * x + np.array([1, -2], np.float32)[:, None], rtol=1e-6)
+    assert found.dtype == np.float32
+    np.testing.assert_array_equal(checkpoint.Notes().in_unit_of_data(x), x)
+    with pytest.raises(ValueError, match="mean must have one number or 2, as rows of x, got 3"):
+        checkpoint.Notes(mean=(1.0, 2.0, 3.0)).in_unit_of_data(x)
 
 
 def test_class_names_are_as_many_as_labels(field, tmp_path):

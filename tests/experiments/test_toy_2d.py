@@ -59,6 +59,18 @@ def test_a_run_leaves_config_results_and_pictures(finished):
     assert (finished.parent / "config.json").exists()
 
 
+def test_a_run_leaves_weights_that_say_what_was_trained(finished):
+    from mf_eqx import checkpoint
+
+    assert {path.name for path in finished.glob("*.safetensors")} == {
+        "three_gaussians_MeanFlow.safetensors",
+        "three_gaussians_WrongTangent.safetensors",
+    }
+    weights = checkpoint.read_weights(finished / "three_gaussians_MeanFlow.safetensors")
+    assert weights.notes.trained.average and weights.notes.steps == 600 and weights.notes.mean is None
+    assert checkpoint.load_weights(finished / "three_gaussians_MeanFlow.safetensors").data_shape == (2,)
+
+
 @pytest.mark.slow
 def test_a_finished_training_is_neither_repeated_nor_judged_again(toy_2d, finished, monkeypatch, capsys):
     monkeypatch.chdir(finished.parents[3])

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from mf_eqx import run
+from mf_eqx import checkpoint, run
 
 MINE = """
 import equinox as eqx
@@ -138,5 +138,9 @@ def test_a_run_on_points_of_ones_own_leaves_a_table_and_pictures(toy_2d, folder)
     rows = {row["method"]: row for row in json.loads(path.read_text())}
     assert set(rows) == {"FlowMatching", "MeanFlow", "Mine", "Exact"}
     assert rows["Exact"]["overall"] < 1e-6 < rows["Mine"]["overall"]
+    notes = checkpoint.read_weights(path.parent / "cross_Mine.safetensors").notes
+    points = np.load("cross.npy")
+    back = notes.in_unit_of_data(((points - points.mean(axis=0)) / notes.std).astype(np.float32))
+    np.testing.assert_allclose(back, points, rtol=1e-5, atol=1e-5)
     for kind in ("samples", "one_step", "errors", "flows"):
         assert (path.parent / f"cross_{kind}.png").stat().st_size > 0

@@ -70,6 +70,7 @@ def error_line(found):
 def test_a_signal_saves_the_state_and_the_same_command_ends_as_if_nothing_had_been(by, code, undisturbed, tmp_path):
     found = signalled_at(5, tmp_path, *FLAGS, by=by)
     assert found.code == code
+    assert f"{by.name}: this step is finished and saved; a second signal ends at once\n" in found.out
     assert found.told == [f"trainer.py: stopped by {by.name} after step 6; the same command continues"]
     assert (only_run(tmp_path) / "checkpoints" / "00000006.json").exists()
     assert "continues after step 6 of 20" in continued(tmp_path, undisturbed).out
