@@ -494,7 +494,7 @@ def repeated(training: run.Training, steps: int) -> Callable[[], Any]:
 
 def main(config: Config) -> None:
     """Train every method on every data set, and hold it against the truth."""
-    run.require("matplotlib")
+    run.require("matplotlib", "safetensors")
     config = shrunk(config) if config.quick else config
     if config.test_run:
         config = dataclasses.replace(config, samples=100, large_samples=100, rows=20, log_every=1)
