@@ -22,8 +22,15 @@ from jaxtyping import install_import_hook
 if importlib.util.find_spec("beartype") is not None:
     install_import_hook("mf_eqx", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
 
-# The second is known to XLA up to JAX 0.10. An XLA that does not know a flag ends the process.
-QUICK = ["--xla_backend_optimization_level=0", "--xla_cpu_use_fusion_emitters=false"]
+# XLA compiles in half the time if it does not optimise, does not cut a program into parts for several cores, and
+# leaves single operations outside the slow compiler of fusions, or (the last flag, up to JAX 0.10) does without that
+# compiler. An XLA that does not know a flag ends the process.
+QUICK = (
+    "--xla_backend_optimization_level=0",
+    "--xla_cpu_parallel_codegen_split_count=1",
+    "--xla_disable_hlo_passes=fusion-wrapper",
+    "--xla_cpu_use_fusion_emitters=false",
+)
 MOST_MEMORY = 4e9  # bytes that all processes of a run may need together
 MOST_KEPT = 1.1e9  # bytes that a process may keep after a test; few tests need more than half as much besides
 ROOM = 4e8  # bytes of programs that are kept in any case: to drop them costs seconds, since they are compiled again
@@ -40,7 +47,7 @@ def pytest_configure(config):
     tests what XLA makes of programs otherwise.
     """
     if config.option.markexpr == "not slow" and "XLA_FLAGS" not in os.environ:
-        known = next(filter(is_known, [" ".join(QUICK), QUICK[0]]), None)
+        known = next(filter(is_known, [" ".join(QUICK[:number]) for number in (4, 3, 1)]), None)
         if known is not None:
             os.environ["XLA_FLAGS"] = known
 
