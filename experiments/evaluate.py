@@ -207,7 +207,7 @@ def check_made_by(config: Config, what: str, found: str | None, wanted: str) -> 
 def open_images(config: Config, subject: saved.Subject) -> data.AbstractSource:
     """The images of the reference."""
     path, least = config.reference, max(LEAST, config.reference_count or 0)
-    source = image_sources.open_images((config.reference,), size=subject.shape[1])
+    source = image_sources.open_images((config.reference,), size=subject.shape[1:])
     if source.dtype != np.uint8 or source.row_shape != subject.shape:
         found = f"{source.dtype} of shape {source.row_shape}"
         raise ValueError(f"{path}: images must be uint8 of shape {subject.shape} as the samples, got {found}")

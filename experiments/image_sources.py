@@ -1,6 +1,6 @@
 """Images of one's own, by their paths: what `images.py` and others train on and hold samples against.
 
-    train, test, names = image_sources.open_parts(("photos",), (), size=64, holdout=0.1)
+    train, test, names = image_sources.open_parts(("photos",), (), size=(64,), holdout=0.1)
 
 What a path means is seen in what it holds:
 
@@ -52,7 +52,9 @@ class Parts(NamedTuple):
     class_names: Sequence[str] | None
 
 
-def open_parts(paths: Sequence[str], test: Sequence[str], *, size: int, holdout: float, grey: bool = False) -> Parts:
+def open_parts(
+    paths: Sequence[str], test: Sequence[str], *, size: Sequence[int], holdout: float, grey: bool = False
+) -> Parts:
     """The images at `paths`. Those at `test` are held out; without, the test images that belong to CIFAR-10 or MNIST;
     for all others a random share, `holdout`, which is the same in every run.
 
@@ -79,12 +81,12 @@ def open_parts(paths: Sequence[str], test: Sequence[str], *, size: int, holdout:
     return Parts(train, Part(held_out, rows[1], f"test images of {held_out.name}", grey=grey), names)
 
 
-def open_images(paths: Sequence[str], *, size: int = 0, train: bool = True) -> data.AbstractSource:
+def open_images(paths: Sequence[str], *, size: Sequence[int] = (), train: bool = True) -> data.AbstractSource:
     """The images at one path, or at a path of images and one of labels. For a folder of images, it is printed how many
     files are images, and which are passed over.
 
-    **Arguments:** `paths`; `size` of both sides, for folders of images; `train` False for the test images of CIFAR-10
-    or MNIST.
+    **Arguments:** `paths`; `size` for folders of images, of both sides or height and width; `train` False for the test
+    images of CIFAR-10 or MNIST.
     """
     if not 1 <= len(paths) <= 2:
         raise ValueError(f"data must be one path, or IDX files of images and of labels, got {len(paths)} paths")
@@ -99,9 +101,10 @@ def open_images(paths: Sequence[str], *, size: int = 0, train: bool = True) -> d
         return data.read_cifar10(path, train=train)
     if path.is_dir() and not size:
         raise ValueError(f"size must be given for a folder of images, in pixels, got none for {path}")
-    source = data.ImageFolderSource(path, size=size or 1)
+    height, width = (*size, *size)[:2]
+    source = data.ImageFolderSource(path, size=(height, width))
     passed_over = source.passed_over_as_text()
-    run.tell(f"{path}: {len(source):,} images, cropped to squares of {size} x {size}; passed over: {passed_over}")
+    run.tell(f"{path}: {len(source):,} images, resized and cropped to {height} x {width}; passed over: {passed_over}")
     return source
 
 

@@ -4,7 +4,7 @@
     python experiments/images.py --data /usr/share/datasets/fashion-mnist       IDX files; CIFAR-10; shards
     python experiments/images.py --data photos --size 64 --preset quick         480 s of CPU time for 28 x 28 in grey
     python experiments/images.py --data photos --size 64 --preset guided        guidance inside the target; needs labels
-    python experiments/images.py --data photos --size 64 --network unet --flips
+    python experiments/images.py --data photos --size 48 64 --network unet --flips        48 rows of 64 pixels
     python experiments/images.py --data photos --size 64 --dry-run              what it takes, before it is started
 
 A run that was stopped, or killed, continues by the same command, on any number of devices and processes that divides
@@ -72,8 +72,8 @@ class Config(run.Settings):
     """Images to hold samples against, given like data. By default those of CIFAR-10 or MNIST, else a part of data."""
     holdout: float = 0.1
     """Share of the data that is held out if there are no test images, in (0, 1); the same images whatever the seed."""
-    size: int = 0
-    """Side in pixels to which images in folders are resized and cropped."""
+    size: tuple[int, ...] = ()
+    """Side in pixels, or height and width, to which images in folders are resized and cropped."""
     grey: bool = False
     """Images in grey: the mean over the colours."""
     labels: bool = True
@@ -144,10 +144,12 @@ class Config(run.Settings):
     """Seed of everything random."""
 
     def __post_init__(self):
-        self.check(steps=0, warmup=0, seed=0, size=0, references=0, samples=2)
+        self.check(steps=0, warmup=0, seed=0, size=1, references=0, samples=2)
         self.check(width=0, depth=0, heads=0, patch=0, blocks=0)
         run.check_sizes(self, batch=1 << 20, width=1 << 14, depth=1000, multipliers=1 << 10, blocks=32, size=1 << 14)
         run.check_sizes(self, samples=1 << 20)
+        if len(self.size) > 2:
+            raise ValueError(f"size must be a side, or height and width, got {len(self.size)} numbers")
         if not 0 < self.holdout < 1:
             raise ValueError(f"holdout must lie in (0, 1), got {self.holdout}")
         if not 0 < self.learning_rate < 1:

@@ -42,8 +42,8 @@ class Config:
     Fashion-MNIST, which Debian's package dataset-fashion-mnist brings."""
     images: str | None = None
     """Folder with a folder of images for each class, or with images (labels: none)."""
-    size: int | None = None
-    """Side in pixels to which images are resized and cropped; with images alone."""
+    size: tuple[int, ...] = ()
+    """Side in pixels, or height and width, to which images are resized and cropped; with images alone."""
     npy: tuple[str, ...] = ()
     """Files in the format .npy with rows, in this order."""
     npy_label: tuple[str, ...] = ()
@@ -67,8 +67,8 @@ class Config:
             raise ValueError(f"rows_per_shard must be >= 1, got {self.rows_per_shard}")
         if self.labels is not None and self.labels < 1:
             raise ValueError(f"labels must be >= 1, got {self.labels}")
-        if self.size is not None and self.size < 1:
-            raise ValueError(f"size must be >= 1, got {self.size}")
+        if not all(side >= 1 for side in self.size) or len(self.size) > 2:
+            raise ValueError(f"size must be a side >= 1, or height and width, got {' '.join(map(str, self.size))}")
         if len(self.idx) > 2:
             raise ValueError(f"idx must be a file of images and at most one of labels, got {len(self.idx)} files")
 
@@ -120,8 +120,9 @@ def open_source(config: Config) -> data.AbstractSource:
         return data.read_cifar10(config.cifar10, train=config.split == "train")
     if config.idx:
         return data.read_idx(*idx_files(config), labels=config.labels)
-    if config.images and config.size:
-        return data.ImageFolderSource(config.images, size=config.size)
+    if config.images:
+        height, width = (*config.size, *config.size)[:2]
+        return data.ImageFolderSource(config.images, size=(height, width))
     if config.npy:
         condition = config.npy_condition or None
         return data.NpySource(config.npy, config.npy_label or None, condition=condition, labels=config.labels)

@@ -36,4 +36,4 @@ def _axes(sides: int) -> list[int]:
 def check_patch(data_shape: tuple[int, ...], patch: int) -> None:
     """Raises a `ValueError` unless the sides are multiples of the patch."""
     if any(side % patch for side in data_shape[1:]):
-        raise ValueError(f"data_shape must be divisible by the patch size {patch}, got {data_shape}")
+        raise ValueError(f"patch must divide the sides of data_shape {data_shape}, got {patch}")

@@ -469,7 +469,8 @@ def _check_arguments(
         raise ValueError(f"attention must be among the resolutions {rows} of data_shape {data_shape}, got {unknown}")
     multiple = 2 ** (len(rows) - 1)
     if any(side % multiple for side in data_shape[1:]):
-        raise ValueError(f"data_shape must be divisible by {multiple} for {len(rows)} resolutions, got {data_shape}")
+        rule = f"multipliers must be fewer, or the sides of data_shape divisible by {multiple}"
+        raise ValueError(f"{rule}, got {len(rows)} multipliers and {data_shape}")
     if augmentation < 0:
         raise ValueError(f"augmentation must be >= 0, got {augmentation}")
     if not 0 <= dropout < 1:

@@ -33,11 +33,11 @@ _LARGEST_FILE = 1 << 27
 class ImageFolderSource(AbstractSource):
     """Images in root/class/**/image.png, or without classes in root/image.png; also .jpg, .jpeg, .webp, .bmp.
 
-    Rows are in the order of their paths below `root`, uint8 of shape (3, size, size) in RGB. An image is halved by a
-    box filter as long as its smaller side is at least twice `size`, then resized by a bicubic filter so that the
-    smaller side is `size`, then cropped to its centre (as ADM does with ImageNet). Images of fewer than 8 bits per
-    channel are scaled to 0 to 255. Transparency is dropped, colours are converted to RGB without their colour profile,
-    the EXIF orientation is ignored, and only the first image of an animation is used.
+    Rows are in the order of their paths below `root`, uint8 of shape (3, height, width) in RGB. An image is halved by a
+    box filter as long as both its sides are at least twice those of the result, then resized by a bicubic filter so
+    that it just covers the result, then cropped to its centre (as ADM does with ImageNet, for squares). Images of fewer
+    than 8 bits per channel are scaled to 0 to 255. Transparency is dropped, colours are converted to RGB without their
+    colour profile, the EXIF orientation is ignored, and only the first image of an animation is used.
 
     Links to images and to folders are followed. Names that start with a dot and files of other types are skipped.
 
@@ -45,7 +45,7 @@ class ImageFolderSource(AbstractSource):
     `passed_over` the number of skipped files of each type: by suffix in lower case, "without suffix", or "hidden" for
     names that start with a dot (a hidden folder counts as one).
 
-    **Arguments:** `root` the folder; `size` of both sides of the resulting images, in pixels.
+    **Arguments:** `root` the folder; `size` of the resulting images in pixels: of both sides, or (height, width).
 
     **Raises:** `OSError` if a file cannot be opened or a folder cannot be listed; `ValueError` that names folder or
     file: no images, a class without images, images beside folders of images, a broken link, or a link to a folder that
@@ -56,11 +56,11 @@ class ImageFolderSource(AbstractSource):
     arXiv:2105.05233.
     """
 
-    def __init__(self, root: PathLike, *, size: Count):
-        size = as_count("size", size)
+    def __init__(self, root: PathLike, *, size: Count | tuple[Count, Count]):
+        height, width = (as_count("size", side) for side in (size if isinstance(size, tuple) else (size, size)))
         _pillow()
-        self._root, self._size = Path(root), size
-        self.name, self.row_shape, self.dtype = str(root), (3, size, size), np.dtype(np.uint8)
+        self._root, self._size = Path(root), (height, width)
+        self.name, self.row_shape, self.dtype = str(root), (3, height, width), np.dtype(np.uint8)
         passed_over = collections.Counter()
         folders, images_in_root = _folders_and_images(self._root, passed_over)
         if folders and images_in_root:
@@ -163,7 +163,7 @@ def _pillow() -> Any:
     return Image
 
 
-def _read_image(path: Path, size: int) -> UInt8[np.ndarray, "3 size size"]:
+def _read_image(path: Path, size: tuple[int, int]) -> UInt8[np.ndarray, "3 height width"]:
     content = read_regular(path, _LARGEST_FILE)
     try:
         _check_depth(content)
@@ -189,23 +189,28 @@ def _check_depth(content: bytes) -> None:
         raise ValueError(f"{content[24]} bits per channel, more than 8")
 
 
-def _check_image(image: Any, size: int) -> None:
+def _check_image(image: Any, size: tuple[int, int]) -> None:
     """Refuses, by its header alone, an image whose values would be clipped or that would fill the memory."""
     width, height = image.size
     if image.mode not in _MODES:
         raise ValueError(f"mode {image.mode}, of more than 8 bits per channel")
-    # The number of pixels of a long image can become larger when its smaller side is resized to `size`.
-    scale = size / min(width, height)
-    if (pixels := round(width * height * max(1.0, scale**2))) > _MOST_PIXELS:
-        raise ValueError(f"{width} x {height} pixels, {pixels:,} at size {size}, more than {_MOST_PIXELS:,}")
+    # A long image can have more pixels than before once it is resized to cover the result.
+    if (pixels := round(width * height * max(1.0, _scale(image, size) ** 2))) > _MOST_PIXELS:
+        result = " x ".join(map(str, size))
+        raise ValueError(f"{width} x {height} pixels, {pixels:,} to cover {result}, more than {_MOST_PIXELS:,}")
 
 
-def _cropped(image: Any, size: int) -> Any:
-    """The centre of an image, after its smaller side is resized to `size`."""
-    resampling = _pillow().Resampling
-    while min(image.size) >= 2 * size:
+def _scale(image: Any, size: tuple[int, int]) -> float:
+    """The factor by which an image just covers `size`, (height, width)."""
+    return max(size[0] / image.height, size[1] / image.width)
+
+
+def _cropped(image: Any, size: tuple[int, int]) -> Any:
+    """The centre of an image that just covers `size`, (height, width)."""
+    resampling, (height, width) = _pillow().Resampling, size
+    while image.height >= 2 * height and image.width >= 2 * width:
         image = image.resize(tuple(side // 2 for side in image.size), resampling.BOX)
-    scale = size / min(image.size)
+    scale = _scale(image, size)
     image = image.resize(tuple(round(side * scale) for side in image.size), resampling.BICUBIC)
-    left, top = ((side - size) // 2 for side in image.size)
-    return image.crop((left, top, left + size, top + size))
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))

@@ -9,6 +9,7 @@ import itertools
 import re
 import sys
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from .._optional import optional
@@ -109,6 +110,17 @@ def name_flag(message: str, config: Any) -> str:
     if subject in (field.name for field in dataclasses.fields(config)):
         return "--" + subject.replace("_", "-") + message[message.find(" ") :]
     return message
+
+
+def flag_of_path(path: Any, config: Any) -> str | None:
+    """The flag that gives a path, or a folder that contains it; None if none does."""
+    places = (Path(str(path)), *Path(str(path)).parents[:-1])  # without "." or "/"
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        for given in value if isinstance(value, tuple) else (value,):
+            if isinstance(given, str) and given and Path(given) in places:
+                return "--" + field.name.replace("_", "-")
+    return None
 
 
 def _unknown_argument(token: str, choices: Mapping[str, Any], config: Any) -> str:

@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 
 from .._optional import MissingDependency
 from ..checkpoint import CheckpointError
-from ._arguments import BadArguments, name_flag, parse
+from ._arguments import BadArguments, flag_of_path, name_flag, parse
 from ._directory import CREATED, remove_unused
 from ._lock import InUse, Moved
 from ._meeting import Missing
@@ -92,7 +92,7 @@ def main(
     program = Path(sys.argv[0]).name
     choices = presets if isinstance(presets, Mapping) else {"default": ("", presets)}
     about = description or inspect.getdoc(function) or ""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    arguments, config = list(sys.argv[1:] if argv is None else argv), next(iter(choices.values()))[1]
     created = len(CREATED)
     if not _keeps_traceback():
         suppress_noise()
@@ -103,7 +103,7 @@ def main(
         with together():
             return function(config)
     except (Exception, KeyboardInterrupt) as error:
-        code, message = _exit_code_and_message(error, function.__module__, next(iter(choices.values()))[1])
+        code, message = _exit_code_and_message(error, function.__module__, config)
         if code == 2:
             remove_unused(CREATED[created:])
         if code == 1 or _keeps_traceback():
@@ -135,6 +135,8 @@ def _exit_code_and_message(error: BaseException, script: str, config: Any) -> tu
         return 2, f"error: out of memory: {text} ({_TRACEBACK}=1 shows where)"
     unreadable = isinstance(error, OSError) and (error.filename is not None or error.errno in _DISK_ERRORS)
     by_script = _is_raised_by_script(error, script)
+    if isinstance(error, OSError) and error.strerror and (flag := flag_of_path(error.filename, config)):
+        return 2, f"error: {flag}: {error.strerror}: {error.filename!r} ({_TRACEBACK}=1 shows where)"
     if unreadable or (isinstance(error, ValueError) and (by_script or _module_of(error) == _PACKAGE)):
         message = name_flag(str(error), config) if by_script else str(error)
         return 2, f"error: {message} ({_TRACEBACK}=1 shows where)"

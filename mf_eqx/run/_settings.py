@@ -43,14 +43,17 @@ class CommonSettings:
     def check(self, **least: int) -> None:
         """Refuses values with which no run is possible, and those that `check_numbers` refuses.
 
-        **Arguments:** `least` the smallest allowed values of the script's own fields, by their names.
+        **Arguments:** `least` the smallest allowed values of the script's own fields, by their names. If a field is a
+        tuple, each of its numbers is checked.
 
         **Raises:** `ValueError`.
         """
         check_numbers(self)
         for name, bound in (_LEAST | least).items():
-            if getattr(self, name, bound) < bound:
-                raise ValueError(f"{name} must be >= {bound}, got {getattr(self, name)}")
+            value = getattr(self, name, bound)
+            for number in value if isinstance(value, tuple) else (value,):
+                if number < bound:
+                    raise ValueError(f"{name} must be >= {bound}, got {number}")
         if hasattr(self, "workers"):
             check_sizes(self, workers=_MOST_WORKERS)
 

@@ -156,6 +156,15 @@ def test_smaller_side_is_brought_to_size_by_a_bicubic_filter(tmp_path):
     np.testing.assert_array_equal(one(tmp_path, 8), wanted)
 
 
+def test_an_image_covers_a_result_of_two_sides(tmp_path):
+    image = saved(tmp_path / "a.png", pixels(20, 36))
+    # After a halving to 10 x 18, the rows decide: a factor 0.9 makes 9 x 16.
+    wanted = np.asarray(Image.fromarray(box(image)).resize((16, 9), Image.Resampling.BICUBIC))[:, 5:11]
+    np.testing.assert_array_equal(one(tmp_path, (9, 6)), wanted)
+    # Here the columns decide: all stay, and so do the rows, of which the middle ones are taken.
+    np.testing.assert_array_equal(one(tmp_path, (11, 36)), image[4:15])
+
+
 def test_small_image_is_enlarged(tmp_path):
     saved(tmp_path / "a.png", np.full((3, 5, 3), 7, np.uint8))
     np.testing.assert_array_equal(one(tmp_path, 8), np.full((8, 8, 3), 7))
@@ -284,7 +293,7 @@ def twelve_bits():
         (png(8, 8, before=b"a\0b"), "a PNG file that does not start with its header"),
         (png(0, 8), "nothing that Pillow recognises as PNG, JPEG, WEBP, BMP$"),
         (png(60_000, 60_000), r"Image size \(3600000000 pixels\) exceeds limit"),
-        (png(1, 100_000), r"1 x 100000 pixels, 6,400,000 at size 8, more than 1,000,000"),
+        (png(1, 100_000), r"1 x 100000 pixels, 6,400,000 to cover 8 x 8, more than 1,000,000"),
         (png(8, 8, depth=16), "16 bits per channel, more than 8"),
         (png(8, 8), "image file is truncated"),
     ],

@@ -163,7 +163,7 @@ def test_without_augmentation_images_are_only_mirrored_and_told_nothing(cifar10)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--data missing", "No such file or directory: 'missing'"),
+        ("--data missing", "--data: No such file or directory: 'missing'"),
         ("--data empty", "empty: must hold images, .* got none"),
         (
             "--data small",

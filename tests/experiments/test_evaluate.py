@@ -333,7 +333,7 @@ def test_images_behind_links_are_part_of_the_digest_and_other_files_are_told(eva
     config = evaluate.Config(reference=str(tmp_path / "images"))
     subject = types.SimpleNamespace(shape=(3, 32, 32))
     before = evaluate.digest_of_images(evaluate.open_images(config, subject))
-    assert "images: 10 images, cropped to squares of 32 x 32; passed over: 1 .txt\n" in capsys.readouterr().out
+    assert "images: 10 images, resized and cropped to 32 x 32; passed over: 1 .txt\n" in capsys.readouterr().out
     os.utime(tmp_path / "elsewhere" / "7.png", (0, 0))
     assert evaluate.digest_of_images(evaluate.open_images(config, subject)) != before
 
@@ -414,7 +414,7 @@ def refused(judge, capsys, arguments):
         ),
         (f"{ARGUMENTS} --weights latent.safetensors", "--vae must be given for a network of latents"),
         (f"{ARGUMENTS} --weights vae.safetensors", "vae.safetensors: must be a file of save_weights"),
-        (f"{ARGUMENTS} --weights missing", "No such file or directory: 'missing'"),
+        (f"{ARGUMENTS} --weights missing", "--weights: No such file or directory: 'missing'"),
         (f"{ARGUMENTS} --inception vae.safetensors", "vae.safetensors: "),
         (f"{ARGUMENTS} --reference missing", "missing"),
         (f"{ARGUMENTS} --save-reference x.txt", "--save-reference must end in .npz, got x.txt"),

@@ -209,7 +209,7 @@ def test_what_older_recipes_wrote_into_configurations_is_understood(experiment):
         ("digits.safetensors --guidance-scale 2", "--guidance-scale must be 1, or --euler be given, for digits"),
         ("robot.safetensors", r"--condition must be given: vectors of 5, such as robot.safetensors, got none"),
         ("robot.safetensors --condition short.npy", r"--condition must have rows of shape \(5,\), got \(3,\) in short"),
-        ("robot.safetensors --condition none.npy", "No such file or directory: 'none.npy'"),
+        ("robot.safetensors --condition none.npy", "--condition: No such file or directory: 'none.npy'"),
         ("digits.safetensors --condition vectors.npy", "--condition must be left out for weights without vectors"),
         ("plain.safetensors --condition vectors.npy", "--condition must be left out for weights without vectors"),
         (

@@ -113,7 +113,7 @@ def save_weights(path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--data missing", "No such file or directory: 'missing/latents.json'"),
+        ("--data missing", "--data: No such file or directory: 'missing/latents.json'"),
         ("--data images", "images/latents.json: must be the notes of prepare_latents.py, but cannot be read"),
         ("--data begun", "begun: must have all 2 parts, lacks part_0001"),
         ("--data bare --batch 8", "data must have labels, a folder of images for each class, got none in bare"),
@@ -121,9 +121,12 @@ def save_weights(path):
         ("--data latents --batch 10", "--batch must be a positive multiple of 4"),
         ("--data latents --batch 8 --heads 5", "width must be a multiple of heads"),
         ("--data latents --batch 8 --depth 0", r"size must be positive throughout, got DiTSize\(depth=0"),
-        ("--data latents --batch 8 --patch 3", "data_shape must be divisible by the patch size 3"),
+        ("--data latents --batch 8 --patch 3", "patch must divide the sides of data_shape"),
         ("--data latents --batch 8 --vae missing.safetensors", "missing.safetensors"),
-        ("--data latents --batch 8 --start missing.safetensors", "No such file or directory: 'missing.safetensors'"),
+        (
+            "--data latents --batch 8 --start missing.safetensors",
+            "--start: No such file or directory: 'missing.safetensors'",
+        ),
         (
             "--data latents --batch 8 --depth 2 --width 8 --heads 2 --patch 2 --start other.safetensors",
             "start must be of size {'depth': 2, .*}, got {'depth': 1, .*} in other.safetensors",

@@ -158,7 +158,7 @@ def test_every_kind_of_network_and_target_trains(flags, images, here):
 @pytest.mark.parametrize("suffix", ["", ".gz"])
 def test_a_folder_of_mnist_has_its_own_test_images(suffix, sources, here):
     save_mnist("mnist", suffix)
-    train, test, _ = sources.open_parts(["mnist"], [], size=0, holdout=0.1)
+    train, test, _ = sources.open_parts(["mnist"], [], size=(), holdout=0.1)
     np.testing.assert_array_equal(train.take(np.arange(40)).x, X)
     np.testing.assert_array_equal(test.take(np.arange(6)).x, 255 - X[:6])
     assert (train.labels, test.labels) == (3, 3)
@@ -169,21 +169,21 @@ def test_cifar10_has_its_own_test_images(sources, here):
     records = DRAWS.integers(0, 10, (12, 3073), np.uint8)
     for number, name in enumerate([*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]):
         records[2 * number : 2 * number + 2].tofile(f"cifar/{name}.bin")
-    train, test, _ = sources.open_parts(["cifar"], [], size=0, holdout=0.1)
+    train, test, _ = sources.open_parts(["cifar"], [], size=(), holdout=0.1)
     np.testing.assert_array_equal(train.take(np.arange(10)).x.reshape(10, -1), records[:10, 1:])
     np.testing.assert_array_equal(test.take(np.arange(2)).x.reshape(2, -1), records[10:, 1:])
 
 
 def test_folders_give_their_names_to_the_classes(sources, here):
     save_folder("pets")
-    train, test, names = sources.open_parts(["pets"], [], size=8, holdout=0.2)
+    train, test, names = sources.open_parts(["pets"], [], size=(8,), holdout=0.2)
     assert names == ["cat", "dog"] and (len(train), len(test)) == (8, 2)
     assert train.row_shape == (3, 8, 8) and train.labels == 2
 
 
 def test_grey_images_in_files_of_three_colours_become_what_they_were(sources, here):
     save_folder("plain", classes=None)
-    train, _, names = sources.open_parts(["plain"], [], size=8, holdout=0.2, grey=True)
+    train, _, names = sources.open_parts(["plain"], [], size=(8,), holdout=0.2, grey=True)
     found = train.take(np.arange(8))
     assert names is None and found.label is None
     assert {x.tobytes() for x in found.x} < {x.tobytes() for x in X[:10]}
@@ -192,22 +192,27 @@ def test_grey_images_in_files_of_three_colours_become_what_they_were(sources, he
 def test_files_that_are_no_images_are_told(sources, here, capsys):
     save_folder("plain", classes=None)
     (here / "plain" / "notes.txt").write_text("")
-    sources.open_images(["plain"], size=8)
-    assert capsys.readouterr().out == "plain: 10 images, cropped to squares of 8 x 8; passed over: 1 .txt\n"
+    sources.open_images(["plain"], size=(8,))
+    assert capsys.readouterr().out == "plain: 10 images, resized and cropped to 8 x 8; passed over: 1 .txt\n"
+
+
+def test_images_may_have_two_sides(sources, here):
+    save_folder("plain", classes=None)
+    assert sources.open_parts(["plain"], [], size=(4, 6), holdout=0.2).train.row_shape == (3, 4, 6)
 
 
 def test_held_out_images_are_no_training_images(sources, here):
-    train, test, _ = sources.open_parts(["idx"], [], size=0, holdout=0.25)
+    train, test, _ = sources.open_parts(["idx"], [], size=(), holdout=0.25)
     rows = [{x.tobytes() for x in part.take(np.arange(len(part))).x} for part in (train, test)]
     assert [*map(len, rows)] == [30, 10] and not rows[0] & rows[1]
-    again = sources.open_parts(["idx"], [], size=0, holdout=0.25).test
+    again = sources.open_parts(["idx"], [], size=(), holdout=0.25).test
     np.testing.assert_array_equal(again.take(np.arange(10)).x, test.take(np.arange(10)).x)
 
 
 def test_shards_are_read_and_other_test_images_may_be_given(sources, here):
     data.write_shards(data.ArraySource(X, LABEL), "shards")
     save_mnist("mnist")
-    train, test, _ = sources.open_parts(["shards"], ["mnist"], size=0, holdout=0.1)
+    train, test, _ = sources.open_parts(["shards"], ["mnist"], size=(), holdout=0.1)
     assert (len(train), len(test), train.labels) == (40, 6, 3)
 
 
@@ -274,10 +279,12 @@ def test_a_share_that_leaves_no_room_for_dropped_labels_is_allowed_without_label
         ("--data idx --test pets --size 8", r"pets: row_shape must be \(1, 8, 8\) as in idx, got \(3, 8, 8\)"),
         ("--data idx --batch 48", r"batch must lie in \[1, 36\], the rows of training images of idx, got 48"),
         ("--data idx --batch 8 --mix 0.5", "scale must be 1 and mix 0 without labels, got 1.0 and 0.5"),
-        ("--data idx --batch 8 --patch 3", "data_shape must be divisible by the patch size 3"),
-        ("--data idx --batch 8 --start nowhere", "No such file or directory: 'nowhere'"),
+        ("--data idx --batch 8 --patch 3", r"patch must divide the sides of data_shape \(1, 8, 8\), got 3"),
+        ("--data idx --batch 8 --start nowhere", "--start: No such file or directory: 'nowhere'"),
         ("--data idx --batch 8 --network unet --attention 7", r"attention must be among the resolutions \[8, 4, 2\]"),
         ("--data idx --batch 8 --network unet --width 6", "width must be a positive multiple of 4, got 6"),
+        ("--size 8 8 8", "--size must be a side, or height and width, got 3 numbers"),
+        ("--size 8 0", "--size must be >= 1, got 0"),
         ("--heads 5", "--width must be a multiple of heads"),
         ("--batch 7", "--batch must be a positive multiple of 2"),
         ("--holdout 1", r"--holdout must lie in \(0, 1\), got 1.0"),

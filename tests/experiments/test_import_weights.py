@@ -161,7 +161,7 @@ def refused(convert, capsys, arguments):
         ("--dit state --to a", "state: heads must be given, as no published network has width 16, got none"),
         ("--dit state --to a --heads 3", "state: heads must divide the width 16, got 3"),
         (f"{DIT} --weights ema", "state: must hold a dictionary named ema, got ema_params, opt_state, params"),
-        ("--dit state --to a --heads 2 --image-size 7 8", "data_shape must be divisible by the patch size 2"),
+        ("--dit state --to a --heads 2 --image-size 7 8", "patch must divide the sides of data_shape"),
     ],
 )
 def test_flags_that_do_not_fit_the_file_end_in_one_line(flags, message, convert, flax_file, capsys):
@@ -212,8 +212,8 @@ class Evil:
         ("--dit a --to b --heads 0", "--heads must be >= 1, got 0"),
         ("--dit a --to b --image-size 0 8", "--image-size must be positive, got"),
         ("--sit a --to b --seed -1", "--seed must be >= 0, got -1"),
-        ("--dit missing --to a", "No such file or directory: 'missing'"),
-        ("--sit missing --to a", "No such file or directory: 'missing'"),
+        ("--dit missing --to a", "--dit: No such file or directory: 'missing'"),
+        ("--sit missing --to a", "--sit: No such file or directory: 'missing'"),
     ],
 )
 def test_bad_input_ends_in_one_line_and_leaves_nothing(arguments, message, convert, capsys):

@@ -296,7 +296,7 @@ def test_broken_image_is_named_and_its_part_is_not_there(convert, capsys):
     ("arguments", "message"),
     [
         ("", "to must be given, got none"),
-        ("--to x --images missing", "No such file or directory: 'missing'"),
+        ("--to x --images missing", "--images: No such file or directory: 'missing'"),
         ("--to x --images vae", "vae: must hold images"),
         ("--to x --parts 1 --vae missing", "missing"),
         ("--to x --parts 1 --latent 4", "vae"),

@@ -35,6 +35,7 @@ def finished(toy_2d, room, tmp_path_factory):
     """The report of a finished run of the right method, a wrong one and the truth."""
     root = tmp_path_factory.mktemp("toy_2d")
     arguments = f"--data three_gaussians --methods MeanFlow WrongTangent Exact --settings common --shorter {SMALL}"
+    arguments += " --workers 1"  # to compile two trainings at once needs half a gigabyte more
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
         run.main(toy_2d.main, toy_2d.PRESETS, argv=arguments.split())

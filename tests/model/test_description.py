@@ -146,7 +146,7 @@ DIT = {"network": "DiT", "data_shape": [3, 4, 4], "size": SIZE._asdict()}
         ({"network": "DiT"}, "description must be that of a DiT, but none can be made: 'size'"),
         ({**DIT, "size": {"depth": 2}}, "description must be that of a DiT, but none can be made"),
         ({**DIT, "data_shape": 7}, "description must be that of a DiT, but none can be made"),
-        ({**DIT, "data_shape": [3, 4, 5]}, "data_shape must be divisible by the patch size 2"),
+        ({**DIT, "data_shape": [3, 4, 5]}, "patch must divide the sides of data_shape"),
         ({**DIT, "time_variables": "start"}, "description must be that of a DiT, but none can be made: 'start'"),
         ({**DIT, "dtype": "bfloat16"}, "description of a DiT has unknown arguments: dtype"),
         (

@@ -415,7 +415,7 @@ REFUSED = {
     "size must be of integers >= 1, got": made(SMALL._replace(head_depth=0)),
     "size must be an instance of InContextDiTSize": made(mfx.DiTSize(2, 16, 2, 2)),
     "tokens must be of integers >= 1": made(tokens=mfx.TokenCounts(time=0)),
-    r"data_shape must be divisible by the patch size 2, got \(3, 4, 5\)": made(shape=(3, 4, 5)),
+    r"patch must divide the sides of data_shape \(3, 4, 5\), got 2": made(shape=(3, 4, 5)),
     r"data_shape must be \(channels, height, width\) or \(channels, length\), got": made(shape=(8,)),
     "width must give heads of even size": made(SMALL._replace(width=6)),
     "width must be a multiple of heads": made(SMALL._replace(heads=3)),

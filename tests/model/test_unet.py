@@ -501,7 +501,7 @@ def test_data_that_are_no_image_and_no_sequence_are_refused(unchecked, shape):
 
 @pytest.mark.parametrize("shape", [(3, 6, 8), (3, 8, 6), (3, 6)])
 def test_image_that_cannot_be_halved_often_enough_is_refused(shape):
-    with pytest.raises(ValueError, match=r"data_shape must be divisible by 4 for 3 resolutions, got \(3, "):
+    with pytest.raises(ValueError, match=r"sides of data_shape divisible by 4, got 3 multipliers and \(3, "):
         mfx.UNet(shape, SMALL._replace(multipliers=(1, 1, 1), attention=()), key=jr.key(0))
 
 

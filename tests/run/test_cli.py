@@ -4,6 +4,7 @@ import subprocess
 import sys
 from dataclasses import dataclass, field
 from fractions import Fraction
+from pathlib import Path
 
 import equinox as eqx
 import jax
@@ -176,6 +177,27 @@ def test_check_of_the_configuration_is_refused_with_the_flag(capsys):
 def test_check_of_a_nested_configuration_is_refused_with_its_message(capsys):
     line = refusal(capsys, "--schedule.rate", "-1")
     assert line == "script.py: error: schedule: rate must be > 0, got -1.0"
+
+
+@dataclass(frozen=True)
+class Files:
+    out: str = "."
+    """Where to."""
+    data: str = ""
+    """A folder."""
+    others: tuple[str, ...] = ()
+    """Files."""
+
+
+@pytest.mark.parametrize(
+    ("path", "start"),
+    [("a/b/rows.npy", "--data: "), ("c", "--others: "), ("elsewhere", "[Errno 2] "), ("a", "[Errno 2] ")],
+)
+def test_a_file_that_cannot_be_read_is_refused_with_the_flag_that_names_it_or_its_folder(path, start, capsys):
+    with pytest.raises(SystemExit):
+        run.main(lambda config: Path(path).read_bytes(), Files(), argv=["--data", "a/b", "--others", "no", "c"])
+    ending = f"No such file or directory: '{path}' (MF_EQX_TRACEBACK=1 shows where)"
+    assert capsys.readouterr().err.strip() == f"script.py: error: {start}{ending}"
 
 
 def test_value_error_of_the_script_is_one_line_with_a_hint(capsys):
