@@ -256,7 +256,7 @@ def save_figure(path: Path, config: Config, results: Mapping[Cell, Result], foun
     bias.set(title="bias / |g*|", xlabel="b")
     cosine.set(title="cosine of the expected gradient", xlabel="b")
     variance.set(title="variance, 1 at b = 1", xlabel="b")
-    error.set(title=f"squared error ({last} steps, conditional v), 1 at b = 1", xlabel="b", yscale="log")
+    error.set(title=f"squared error after {last} steps, 1 at b = 1", xlabel="b", yscale="log")
     best.set(title="b of least squared error, conditional v", xlabel="rows with r < t in a batch", xscale="log")
     for panel in figure.axes:
         panel.grid(alpha=0.3)
