@@ -111,16 +111,11 @@ class Runner:
         for part in self.missing():
             if why := part.lacks or self.lacking(part):
                 self.skipped[part.name] = why
-            elif (left := deadline - time.monotonic()) < part.seconds / 2 and not self.is_short(part, left):
+            elif (left := deadline - time.monotonic()) < part.seconds / 2:
                 self.skipped[part.name] = f"no time: {left:.0f} s of {part.seconds} left"
             else:
                 self.run(part, min(part.seconds, left))
             self.save()
-
-    def is_short(self, part: Part, left: float) -> bool:
-        """Whether it has come to its end in less on this machine before."""
-        known = self.result(part)
-        return known is not None and known["state"] == DONE and known["seconds"] < left
 
     def missing(self) -> list[Part]:
         """Those that were never started, then those that did not come to their end."""

@@ -181,7 +181,7 @@ def main(config: Config) -> None:
     rows = [(kind, f"{ms:.2f}", f"{100 * ms / per_step:.1f}%") for kind, ms in [*kinds.items(), ("idle", idle)]]
     shown = [(name[:80], f"{ms:.2f}") for name, ms in list(names.items())[: config.names]]
     text = f"**{setting}: {config.variant}**, {per_step:.2f} ms per step\n\n{run.table(rows, ('kind', 'ms', 'share'))}"
-    text += f"\n\n{run.table(shown, ('operation', 'ms'))}"
+    text += f"\n\n{run.table(shown, ('operation', 'ms')) if found else 'The profiler saw no operation.'}"
     record = {**setting._asdict(), "variant": config.variant, "milliseconds": per_step, "idle": idle, "kinds": kinds}
     directory.save_results(text, [record])
     print(f"{text}\n\nResults are in {directory.root}.")

@@ -184,7 +184,7 @@ def test_features_for_distances_lower_for_gpu_and_tpu_and_need_no_host():
 @pytest.mark.slow
 def test_inception_and_the_decoder_lower_for_gpu_and_tpu_and_need_no_host():
     inception = shapes_of(lambda key: metrics.Inception(key=key))
-    autoencoder = shapes_of(lambda key: vae.Autoencoder(vae.STABLE_DIFFUSION, key=key))
+    autoencoder = shapes_of(lambda key: vae.Autoencoder(vae.SD_VAE, key=key))
 
     def judged(inception, autoencoder, latent):
         images = jax.vmap(autoencoder.decode)(latent)
