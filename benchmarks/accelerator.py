@@ -17,9 +17,11 @@ README.md beside this file has figures.
 
 import argparse
 import contextlib
+import functools
 import json
 import math
 import os
+import platform
 import re
 import shutil
 import signal
@@ -83,12 +85,19 @@ def probe() -> Machine:
     return Machine(*json.loads(ended.stdout.splitlines()[-1]))
 
 
+@functools.cache
 def driver() -> str:
     """What NVIDIA's tool says of the driver, if it is there."""
     if (tool := shutil.which("nvidia-smi")) is None:
         return ""
     query = [tool, "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
     return subprocess.run(query, capture_output=True, text=True).stdout.strip().replace("\n", "; ")
+
+
+def described(machine: Machine) -> str:
+    """Devices, driver and versions in one line."""
+    versions = (f"{name} {version}" for name, version in machine.versions.items())
+    return ", ".join(filter(None, [machine.title, driver(), f"Python {platform.python_version()}", *versions]))
 
 
 class Runner:
@@ -151,8 +160,7 @@ class Runner:
     def save(self) -> None:
         """Everything that is known, for people and for programs."""
         known = {part.name: found for part in self.parts if (found := self.result(part)) is not None}
-        head = [self.machine.title, driver(), *(f"{name} {v}" for name, v in self.machine.versions.items())]
-        texts = [", ".join(filter(None, head)), self.tabulate(known), tabulate_goals(records_of(known))]
+        texts = [described(self.machine), self.tabulate(known), tabulate_goals(records_of(known))]
         texts += [f"## {name}\n\n{found['text']}" for name, found in known.items()]
         place = run.RunDirectory(self.directory)
         place.save_results("\n\n".join(texts), [{"part": name, **found} for name, found in known.items()])
@@ -191,7 +199,7 @@ def call(part: Part, folder: Path, seconds: float) -> str:
     return DONE if code == 0 or (part.script == PYTEST and code == 1) else f"{FAILED} (exit code {code})"
 
 
-def stop(process: "subprocess.Popen[bytes]") -> None:
+def stop(process: "subprocess.Popen[Any]") -> None:
     """Ask the process and its children to stop, and insist."""
     if process.poll() is None:
         for number, patience in ((signal.SIGTERM, GRACE), (signal.SIGKILL, None)):
@@ -236,7 +244,7 @@ def main(arguments: list[str] | None = None) -> None:
     asked, began = parsed(arguments), time.monotonic()
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     machine = probe()
-    print(", ".join([machine.title, driver(), str(machine.versions)]), flush=True)
+    print(described(machine), flush=True)
     if machine.platform == "cpu" and not asked.tiny:
         raise ValueError("--tiny must be given on a CPU, where the full parts would take hours")
     every = parts(machine, asked.tiny, asked.data)

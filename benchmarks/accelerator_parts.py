@@ -160,32 +160,28 @@ def _full(machine: Machine, data: str) -> list[Part]:
 
 
 def _tiny(data: str) -> list[Part]:
-    step = {"batch": [4], "variant": ["MeanFlow"], "count": False, "rounds": 1}
-    small = {"model": "tiny", "batch": 4}
-    jvp = _benchmark("jvp_overhead")
+    step = {"model": ["MLP"], "batch": [4], "variant": ["MeanFlow"], "count": False, "rounds": 1}
     peaks = {"size": 256, "megabytes": 1, "rounds": 2}
+    forms = {"model": "tiny", "batch": 4, "rounds": 1, "form": ["loops", "plain"]}
     made = {"model": ["tiny"], "form": ["scan"], "variant": ["MeanFlow"], "batch": 4, "repeats": 1, "warm": True}
-    spread = {"devices": [1], "batch": 4, "rounds": 1, "real": True}
-    forms = {**small, "rounds": 1, "form": ["loops", "plain"]}
     images = {"preset": "quick", "data": [data], "test_run": True}
+    rates = {"model": ["MLP"], "batch": [1, 4], "rounds": 1}
+    spread = {"devices": [1], "batch": 4, "rounds": 1, "real": True}
+    profiled = {"model": "MLP", "batch": 4, "steps": 1}
+    jvp, forming, sampling = map(_benchmark, ("jvp_overhead", "step_forms", "sampling_throughput"))
+    compiling, accuracy, spreading = map(_benchmark, ("compile_time", "jvp_accuracy", "device_scaling"))
     return [
-        Part("machine", "What do products and copies reach?", _benchmark("device_peaks"), peaks, 60, ()),
-        Part("checks", "Is it right here?", PYTEST, {"paths": CHECKS[:1]}, 180, ("pytest",)),
-        Part("steps tiny", "What does the JVP cost?", jvp, {**step, "model": ["tiny"]}, 120),
-        Part("profile", "Where do the milliseconds go?", _benchmark("step_profile"), {**small, "steps": 1}, 120, ()),
-        Part("digits", "Does it learn here?", "experiments/digits.py", {"test_run": True}, 180, TRAINING),
-        Part("forms tiny", "Do loops and branches cost time?", _benchmark("step_forms"), forms, 120, ()),
-        Part("images", "Does it learn images?", "experiments/fashion.py", images, 240, TRAINING, lacks=_lacks(data)),
-        Part(
-            "sampling",
-            "How fast does it generate?",
-            _benchmark("sampling_throughput"),
-            {"model": ["MLP"], "batch": [1, 4], "rounds": 1},
-            60,
-        ),
-        Part("compile", "How long until the first step, cold and warm?", _benchmark("compile_time"), made, 120),
-        Part("accuracy", "How exact is du/dt?", _benchmark("jvp_accuracy"), {"rows": 2}, 180),
-        Part("devices", "What does spreading a step cost?", _benchmark("device_scaling"), spread, 120, ()),
+        Part("machine", "What do products and copies reach?", _benchmark("device_peaks"), peaks, 120, ()),
+        Part("checks", "Is it right here?", PYTEST, {"paths": CHECKS[:1]}, 300, ("pytest",)),
+        Part("steps", "What does the JVP cost?", jvp, step, 300),
+        Part("profile", "Where do the milliseconds go?", _benchmark("step_profile"), profiled, 300, ()),
+        Part("digits", "Does it learn here?", "experiments/digits.py", {"test_run": True}, 300, TRAINING),
+        Part("forms", "Do loops and branches cost time?", forming, forms, 300, ()),
+        Part("images", "Does it learn images?", "experiments/fashion.py", images, 300, TRAINING, lacks=_lacks(data)),
+        Part("sampling", "How fast does it generate?", sampling, rates, 300),
+        Part("compile", "How long until the first step, cold and warm?", compiling, made, 300),
+        Part("accuracy", "How exact is du/dt?", accuracy, {"model": "tiny", "rows": 2, "steps": [5e-3]}, 300),
+        Part("devices", "What does spreading a step cost?", spreading, spread, 300, ()),
     ]
 
 

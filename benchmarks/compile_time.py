@@ -209,7 +209,7 @@ def main(config: Config) -> None:
         config = dataclasses.replace(config, model=("tiny", "S/4"), variant=("MeanFlow",), repeats=1)
     jax.config.update("jax_enable_compilation_cache", False)
     directory = run.RunDirectory.create(config, config.name)
-    cells, warm = chosen(config), {}
+    cells, warm, text = chosen(config), {}, ""
     costs: dict[Cell, list[measure.Cost]] = {cell: [] for cell in cells}
     total = len(cells) * (config.repeats + config.warm)
     with run.Progress(1 + total) as progress:

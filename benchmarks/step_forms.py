@@ -69,14 +69,14 @@ class Config:
 
 
 def plain(step: mfx.TrainStep) -> Any:
-    """The step as one would write it by hand, for an objective without a teacher."""
+    """The step as one would write it by hand."""
 
     def take(state: mfx.TrainState, batch: mfx.Batch) -> tuple[mfx.TrainState, jax.Array]:
         _, key = jr.split(jr.fold_in(state.key, state.step))  # the draws of `TrainStep`
 
         @eqx.filter_value_and_grad
         def loss_and_gradient(field: mfx.AbstractField) -> jax.Array:
-            return step.objective(field, batch, key=key)[0]
+            return step.objective.evaluate(field, batch, None, key=key, context=step.context(state))[0]
 
         loss, gradient = loss_and_gradient(state.field)
         parameters = eqx.filter(state.field, eqx.is_inexact_array)

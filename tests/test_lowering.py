@@ -106,7 +106,7 @@ def runs_by_itself(text, kernels=frozenset()):
         pytest.param("Flow Matching", dit(mfx.DIT_XL2), id="Flow Matching, XL/2", marks=pytest.mark.slow),
         pytest.param("MeanFlow", dit(mfx.DIT_XL2), id="MeanFlow, XL/2", marks=pytest.mark.slow),
         pytest.param("guided", dit(mfx.DIT_XL2, remat=REMAT), id="guided, XL/2, remat"),
-        pytest.param("improved", IN_CONTEXT, id="improved MeanFlow, in-context B/2"),
+        pytest.param("improved", IN_CONTEXT, id="improved MeanFlow, in-context B/2", marks=pytest.mark.slow),
         pytest.param("guided", CHUNKED, id="guided, chunked attention", marks=pytest.mark.slow),
         pytest.param("guided", unet(mfx.UNET_CIFAR10), id="guided, U-Net", marks=pytest.mark.slow),
     ],
@@ -142,7 +142,8 @@ def cudnn(monkeypatch):
 def test_a_step_with_cudnn_attention_lowers_for_gpu_with_its_kernels_alone(cudnn):
     text = lowered_step("MeanFlow", dit(mfx.DIT_XL2, attention=nn.CudnnAttention()), platforms=("cuda",))
     assert runs_by_itself(text, KERNELS)
-    assert not runs_by_itself(text)
+    # Blocks are scanned: one kernel for rows with r = t, one for the JVP's primal, and as many for the backward passes.
+    assert [text.count(f"@{kernel}(") for kernel in sorted(KERNELS)] == [2, 2]
     # Weights of attention are held for the tangents alone, which belong to a quarter of the rows.
     assert f"tensor<{ROWS // 4}x16x256x256xf32>" in text
     assert not re.search(rf"tensor<(?:{ROWS}|{3 * ROWS // 4})x16x256x256x", text)

@@ -16,7 +16,8 @@ from mf_eqx import nn
 CPU = jax.devices("cpu")[0]
 SMALL_DIT = (4, 16, 16), lambda: mfx.DiT((4, 16, 16), mfx.DiTSize(2, 64, 2, 4), labels=3, key=jr.key(0))
 SMALL_UNET = (3, 8, 8), lambda: mfx.UNet((3, 8, 8), mfx.UNetSize(16, (1, 2), 1, (4,)), labels=3, key=jr.key(0))
-NETWORKS = [pytest.param(SMALL_DIT, id="DiT"), pytest.param(SMALL_UNET, id="U-Net", marks=pytest.mark.slow)]
+SLOW = [pytest.mark.slow] if jax.default_backend() == "cpu" else []
+NETWORKS = [pytest.param(SMALL_DIT, id="DiT"), pytest.param(SMALL_UNET, id="U-Net", marks=SLOW)]
 
 
 def distance(found, exact):
@@ -53,13 +54,13 @@ def errors(network, precision):
 
 
 @pytest.mark.parametrize("network", NETWORKS)
-def test_with_exact_products_value_tangent_and_gradient_are_those_of_float64(network):
+def test_with_exact_products_value_tangent_and_gradient_are_those_of_float64(unchecked, network):
     assert max(errors(network, "highest")) < 1e-5
 
 
 @pytest.mark.skipif(jax.default_backend() == "cpu", reason="all products are exact there")
 @pytest.mark.parametrize("network", NETWORKS)
-def test_with_the_products_of_the_device_value_tangent_and_gradient_are_near_those_of_float64(network):
+def test_with_the_products_of_the_device_value_tangent_and_gradient_are_near_those_of_float64(unchecked, network):
     # TF32 rounds factors to 11 bits, bfloat16, which TPUs take, to 8.
     assert max(errors(network, "default")) < (1e-2 if jax.default_backend() == "gpu" else 0.05)
 

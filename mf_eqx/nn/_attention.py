@@ -93,10 +93,8 @@ class CudnnAttention(AbstractAttention):
         except RuntimeError as error:
             if "cuDNN is not detected" not in str(error):
                 raise
-            raise ValueError(
-                f"cuDNN attention must run on an NVIDIA GPU, got {jax.default_backend()} without cuDNN: "
-                "use XLAAttention"
-            ) from error
+            backend = jax.default_backend()
+            raise ValueError(f"cuDNN attention must run on an NVIDIA GPU, got {backend}: use XLAAttention") from error
 
     def forward_mode(self) -> AbstractAttention:
         return StoppedTangent(self)

@@ -192,17 +192,17 @@ def test_tiny_form_runs_from_its_command_line(tmp_path):
 @pytest.mark.slow
 def test_a_command_that_is_stopped_goes_on_when_it_is_given_again(tmp_path):
     folder = tmp_path / "runs" / "accelerator_tiny"
-    process = start(tmp_path, "--only", "machine", "steps tiny")
-    while not (folder / "parts" / "steps_tiny" / "log.txt").exists():
+    process = start(tmp_path, "--only", "machine", "steps")
+    while not (folder / "parts" / "steps" / "log.txt").exists():
         assert process.poll() is None
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
     process.communicate()
     states = {r["part"]: r["state"] for r in json.loads((folder / "results.json").read_text())}
-    assert states == {"machine": "done", "steps tiny": "interrupted"}
-    start(tmp_path, "--only", "machine", "steps tiny").communicate()
+    assert states == {"machine": "done", "steps": "interrupted"}
+    start(tmp_path, "--only", "machine", "steps").communicate()
     lines = [json.loads(line)["settings"]["part"] for line in (folder / "ledger.jsonl").read_text().splitlines()]
-    assert lines == ["machine", "steps tiny", "steps tiny"]
+    assert lines == ["machine", "steps", "steps"]
     assert json.loads((folder / "results.json").read_text())[1]["state"] == "done"
 
 
