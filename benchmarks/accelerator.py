@@ -149,6 +149,8 @@ class Runner:
         except (KeyboardInterrupt, SystemExit) as error:
             stopped = error
         text, records = collected(part, folder)
+        if state == DONE and not records:
+            state = f"{FAILED} (no results)"
         spent = round(time.monotonic() - began, 1)
         found = {"state": state, "seconds": spent, "text": text, "records": records}
         self.ledger.put(self.key(part), found)
@@ -215,13 +217,19 @@ def collected(part: Part, folder: Path) -> tuple[str, list[dict[str, Any]]]:
     log = (folder / "log.txt").read_text(errors="replace")
     if part.script == PYTEST:
         outcomes = [{"test": test.partition("tests/")[2], "outcome": o} for test, o in OUTCOME.findall(log)]
-        return describe_tests(outcomes), outcomes
+        return (describe_tests(outcomes) if outcomes else last_lines(log)), outcomes
     files = sorted(folder.glob("runs/*/*/results.json"), key=lambda path: path.stat().st_mtime)
     texts = [(path.parent / "results.md").read_text().strip() for path in files[-1:]]
     texts += [described for path in sorted(folder.glob("runs/**/summary.json")) for described in speeds(path)]
     if not files:
-        texts.append("Nothing was saved. The last lines:\n\n    " + "\n    ".join(log.strip().splitlines()[-6:]))
+        texts.append(last_lines(log))
     return "\n\n".join(texts), json.loads(files[-1].read_text()) if files else []
+
+
+def last_lines(log: str) -> str:
+    """Of a part without results: what it printed last, which may be why."""
+    lines = [f"    {line[:200]}" for line in log.strip().splitlines()[-6:]]
+    return "\n".join(["Nothing was saved. The log ends with", "", *(lines or ["    nothing"])])
 
 
 def describe_tests(outcomes: list[dict[str, str]]) -> str:
@@ -229,7 +237,7 @@ def describe_tests(outcomes: list[dict[str, str]]) -> str:
     names = [o["outcome"] for o in outcomes]
     counts = [f"{names.count(name)} {name.lower()}" for name in dict.fromkeys(names)]
     bad = [f"- {o['outcome']} {o['test']}" for o in outcomes if o["outcome"] in ("FAILED", "ERROR")]
-    return "\n".join([", ".join(counts) or "No test came to its end.", *bad])
+    return "\n".join([", ".join(counts), *bad])
 
 
 def speeds(path: Path) -> Iterator[str]:

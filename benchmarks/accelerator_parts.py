@@ -80,6 +80,8 @@ def _benchmark(name: str) -> str:
 
 CHECKS = ("tests/test_on_device.py", "tests/nn/test_attention.py", "tests/nn/test_chunked_attention.py")
 TESTS = ("nn", "identity", "test_derivative.py", "test_objective.py", "test_train.py", "test_sharding.py")
+EXACT = {"JAX_DEFAULT_MATMUL_PRECISION": "highest"}
+"""Products of float32 in float32, which tests expect."""
 TRAINING = ("matplotlib", "grain", "beartype", "sklearn", "safetensors")
 
 
@@ -87,7 +89,8 @@ def _full(machine: Machine, data: str) -> list[Part]:
     step = {"batch": [256], "dtype": ["bfloat16"], "count": False, "rounds": 15}
     step["variant"] = ["MeanFlow on every row", "MeanFlow", "guided"]
     one = {"batch": 256, "dtype": "bfloat16"}
-    xl = {**step, "model": ["XL/2"], "remat": [_remat(machine)]}
+    xl = {**step, "model": ["XL/2"], "remat": [_remat(machine)], "variant": ["MeanFlow", "guided"]}
+    whole = ["MeanFlow on every row"]
     large = {**one, "model": "XL/2", "remat": _remat(machine)}
     no_cudnn = "" if machine.has_cudnn else "cuDNN's attention needs an NVIDIA GPU"
     kernels = ["xla", "cudnn"] if machine.has_cudnn else ["xla"]
@@ -95,7 +98,6 @@ def _full(machine: Machine, data: str) -> list[Part]:
     rates = {"model": ["B/4", "XL/2"], "batch": [1, 256, 1024], "dtype": "bfloat16"}
     unet = {**step, "model": ["U-Net"], "batch": [1024], "share": [0.75], "dtype": ["float32", "bfloat16"]}
     spread = {"real": True, "devices": [1, machine.count], "model": "B/4", "batch": 64 * machine.count}
-    exact = {"JAX_DEFAULT_MATMUL_PRECISION": "highest"}
     return [
         Part("machine", "What do products and copies reach?", _benchmark("device_peaks"), {}, 120, ()),
         Part("checks", "Is it right here?", PYTEST, {"paths": CHECKS}, 200, ("pytest",)),
@@ -126,6 +128,9 @@ def _full(machine: Machine, data: str) -> list[Part]:
         ),
         Part("sampling", "How fast does it generate?", sampling, rates, 150),
         Part(
+            "steps XL/2, every row", "What does the split save?", jvp, {**xl, "variant": ["MeanFlow on every row"]}, 240
+        ),
+        Part(
             "compile",
             "How long until the first step, cold and warm?",
             _benchmark("compile_time"),
@@ -133,7 +138,7 @@ def _full(machine: Machine, data: str) -> list[Part]:
             240,
         ),
         Part("accuracy", "How exact is du/dt?", _benchmark("jvp_accuracy"), {}, 120),
-        Part("accuracy, full", "The same with exact products", _benchmark("jvp_accuracy"), {}, 120, environment=exact),
+        Part("accuracy, full", "The same with exact products", _benchmark("jvp_accuracy"), {}, 120, environment=EXACT),
         Part("steps U-Net", "How fast is the CIFAR-10 U-Net?", jvp, unet, 300),
         Part("forms XL/2", "Do they at XL/2?", forms, {**large, "form": ["loops", "kinds of rows unrolled"]}, 300, ()),
         Part("forms U-Net", "Does unrolling help the U-Net?", forms, {**one, "model": "U-Net", "batch": 512}, 300, ()),
@@ -154,7 +159,7 @@ def _full(machine: Machine, data: str) -> list[Part]:
             {"paths": [f"tests/{test}" for test in TESTS]},
             300,
             ("pytest", "hypothesis"),
-            exact,
+            EXACT,
         ),
     ]
 

@@ -4,7 +4,7 @@
     python benchmarks/step_forms.py --model B/4 --batch 256 --dtype bfloat16
     python benchmarks/step_forms.py --model XL/2 --batch 256 --dtype bfloat16 --form loops "kinds of rows unrolled"
 
-    loops                     a loop over blocks, a loop over the kinds of rows, the update in a branch: the default
+    loops                     over blocks and over the kinds of rows, the update in a branch: the default of a DiT
     kinds of rows unrolled    rows with r < t and rows with r = t in one piece of program (`TrainStep.unroll`)
     blocks unrolled           no loop over the network's blocks
     plain                     one gradient of the whole loss, one update, no check that anything is finite
