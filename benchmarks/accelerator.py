@@ -47,6 +47,8 @@ print(json.dumps([first.platform, first.device_kind, 1 + len(others), memory, ve
 """
 GRACE = 20
 """Seconds in which a process that is asked to stop may save what it has."""
+SHOWN = 25
+"""Lines of a part's results that are printed when it has ended."""
 DONE, CUT_OFF, FAILED, INTERRUPTED = "done", "stopped at its limit", "failed", "interrupted"
 OUTCOME = re.compile(r"^(\S+::.+?) (PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)\b", re.MULTILINE)
 
@@ -154,7 +156,8 @@ class Runner:
         spent = round(time.monotonic() - began, 1)
         found = {"state": state, "seconds": spent, "text": text, "records": records}
         self.ledger.put(self.key(part), found)
-        print(f"{text}\n-- {part.name}: {state}, {spent:.0f} s", flush=True)
+        shown = "\n".join(text.splitlines()[:SHOWN])
+        print(f"{shown}\n-- {part.name}: {state}, {spent:.0f} s", flush=True)
         if stopped is not None:
             self.save()
             raise stopped

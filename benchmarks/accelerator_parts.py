@@ -90,7 +90,6 @@ def _full(machine: Machine, data: str) -> list[Part]:
     step["variant"] = ["MeanFlow on every row", "MeanFlow", "guided"]
     one = {"batch": 256, "dtype": "bfloat16"}
     xl = {**step, "model": ["XL/2"], "remat": [_remat(machine)], "variant": ["MeanFlow", "guided"]}
-    whole = ["MeanFlow on every row"]
     large = {**one, "model": "XL/2", "remat": _remat(machine)}
     no_cudnn = "" if machine.has_cudnn else "cuDNN's attention needs an NVIDIA GPU"
     kernels = ["xla", "cudnn"] if machine.has_cudnn else ["xla"]
