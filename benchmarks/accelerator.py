@@ -28,7 +28,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -105,8 +105,8 @@ def described(machine: Machine) -> str:
 class Runner:
     """The parts of one machine, with what is known of each."""
 
-    def __init__(self, machine: Machine, chosen: list[Part], directory: Path):
-        self.machine, self.parts, self.directory = machine, chosen, directory
+    def __init__(self, machine: Machine, every: list[Part], directory: Path):
+        self.machine, self.parts, self.directory = machine, every, directory
         self.ledger, self.skipped = run.Ledger(directory / "ledger.jsonl"), {}
 
     def key(self, part: Part) -> dict[str, Any]:
@@ -117,9 +117,11 @@ class Runner:
             return None
         return self.ledger[self.key(part)]
 
-    def run_all(self, deadline: float) -> None:
-        """Every part that is missing, as long as there is time for at least half of what it may take."""
+    def run_all(self, deadline: float, only: Collection[str] = ()) -> None:
+        """Every part that is missing, or those by these names, as long as there is time for half of what it may take."""
         for part in self.missing():
+            if only and part.name not in only:
+                continue
             if why := part.lacks or self.lacking(part):
                 self.skipped[part.name] = why
             elif (left := deadline - time.monotonic()) < part.seconds / 2:
@@ -193,7 +195,7 @@ def call(part: Part, folder: Path, seconds: float) -> str:
     """Run a part's process, and stop it when its time is up or this process is stopped."""
     with (folder / "log.txt").open("wb") as log:
         options: dict[str, Any] = {"stdout": log, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL}
-        process = subprocess.Popen(part.command, cwd=folder, env=environment(part), start_new_session=True, **options)
+        process = subprocess.Popen(part.command, cwd=folder, env=environment(part), process_group=0, **options)
         try:
             code = process.wait(seconds)
         except subprocess.TimeoutExpired:
@@ -244,11 +246,13 @@ def describe_tests(outcomes: list[dict[str, str]]) -> str:
 
 
 def speeds(path: Path) -> Iterator[str]:
-    """What a training says of its time."""
+    """What a training's summary says of its time, and of its rows where its configuration is beside or above it."""
     summary = json.loads(path.read_text())
+    configs = [file for folder in (path.parent, path.parent.parent) if (file := folder / "config.json").exists()]
+    rows = json.loads(configs[0].read_text())["config"].get("batch", 0) if configs else 0
     if seconds := summary["seconds"].get("steps"):
         steps = sum(session["stop"] - session["start"] for session in summary["sessions"])
-        yield f"{path.parent.name}: {steps} steps in {seconds:.1f} s ({steps / seconds:.3g} per second)"
+        yield f"{path.parent.name}: {steps} steps in {seconds:.1f} s, {steps * rows / seconds:,.0f} images per second"
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -263,9 +267,9 @@ def main(arguments: list[str] | None = None) -> None:
         raise ValueError(f"--only must be among {', '.join(part.name for part in every)}; got {', '.join(unknown)}")
     asked.directory.mkdir(parents=True, exist_ok=True)
     with run.locked(asked.directory):
-        runner = Runner(machine, [p for p in every if not asked.only or p.name in asked.only], asked.directory)
+        runner = Runner(machine, every, asked.directory)
         runner.save()
-        runner.run_all(began + 60 * asked.minutes)
+        runner.run_all(began + 60 * asked.minutes, asked.only or ())
     print((asked.directory / "results.md").read_text().partition("\n## ")[0])
     print(f"\n{time.monotonic() - began:.0f} seconds. Everything is in {asked.directory}.")
 

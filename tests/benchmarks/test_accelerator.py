@@ -133,6 +133,23 @@ def test_every_goal_is_read_from_records_of_its_benchmark(benchmark_script):
     assert {goal.found([]) for goal in goals.GOALS} == {None}
 
 
+def test_every_goal_stands_in_the_readme(benchmark_script):
+    text = (TESTS.parent / "benchmarks" / "README.md").read_text()
+    goals = benchmark_script("accelerator_goals").GOALS
+    assert [goal.what for goal in goals if f"| {goal.what} | {goal.wanted} |" not in text] == []
+
+
+def test_a_training_says_how_many_images_it_took_in_a_second(accelerator, parts, tmp_path):
+    folder = tmp_path / "runs" / "digits" / "digits" / "meanflow"
+    folder.mkdir(parents=True)
+    session = {"start": 0, "stop": 10, "seconds": {"steps": 2.0}}
+    (folder / "summary.json").write_text(json.dumps({"seconds": {"steps": 2.0}, "sessions": [session]}))
+    (folder.parent / "config.json").write_text(json.dumps({"config": {"batch": 64}}))
+    (tmp_path / "log.txt").write_text("")
+    text, _ = accelerator.collected(parts.Part("digits", "?", "digits.py", {}, 1), tmp_path)
+    assert "meanflow: 10 steps in 2.0 s, 320 images per second" in text
+
+
 def test_log_of_tests_is_counted_with_the_names_of_those_that_failed(accelerator, parts, tmp_path):
     lines = ["../../tests/nn/test_a.py::test_x[a b] PASSED [ 50%]", "../../tests/nn/test_a.py::test_y FAILED [100%]"]
     (tmp_path / "log.txt").write_text("\n".join(["collected", *lines, "FAILED ../../tests/nn/test_a.py::test_y - no"]))
