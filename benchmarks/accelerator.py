@@ -118,7 +118,7 @@ class Runner:
         return self.ledger[self.key(part)]
 
     def run_all(self, deadline: float, only: Collection[str] = ()) -> None:
-        """Every part that is missing, or those by these names, as long as there is time for half of what it may take."""
+        """Every part that is missing, or `only` some, as long as there is time for half of what it may take."""
         for part in self.missing():
             if only and part.name not in only:
                 continue

@@ -78,7 +78,13 @@ def _benchmark(name: str) -> str:
     return f"benchmarks/{name}.py"
 
 
-CHECKS = ("tests/test_on_device.py", "tests/nn/test_attention.py", "tests/nn/test_chunked_attention.py")
+CHECKS = (
+    "tests/test_on_device.py",
+    "tests/test_train.py::test_every_buffer_of_the_old_state_is_donated",
+    "tests/model/test_unet.py::test_scanned_and_unrolled_give_the_same",
+    "tests/nn/test_attention.py",
+    "tests/nn/test_chunked_attention.py",
+)
 TESTS = ("nn", "identity", "test_derivative.py", "test_objective.py", "test_train.py", "test_sharding.py")
 EXACT = {"JAX_DEFAULT_MATMUL_PRECISION": "highest"}
 """Products of float32 in float32, which tests expect."""
