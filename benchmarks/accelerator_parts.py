@@ -70,7 +70,7 @@ def parts(machine: Machine, tiny: bool, data: str) -> list[Part]:
 
 
 def _remat(machine: Machine) -> str:
-    """What a step of XL/2 with 256 rows should need at most 100 GB with, the default; or less on smaller devices."""
+    """How much of a step of XL/2 with 256 rows is computed again: as little as memory should allow."""
     return "none" if machine.memory > 110e9 else "products" if machine.memory > 50e9 else "full"
 
 
@@ -105,11 +105,9 @@ def _full(machine: Machine, data: str) -> list[Part]:
     spread = {"real": True, "devices": [1, machine.count], "model": "B/4", "batch": 64 * machine.count}
     return [
         Part("machine", "What do products and copies reach?", _benchmark("device_peaks"), {}, 120, ()),
-        Part("checks", "Is it right here?", PYTEST, {"paths": CHECKS}, 200, ("pytest",)),
-        Part(
-            "steps XL/2", "What does the JVP cost?", jvp, {**step, "model": ["XL/2"], "remat": [_remat(machine)]}, 330
-        ),
-        Part("steps B/4", "The same", jvp, {**step, "model": ["B/4"], "attention": kernels}, 240),
+        Part("checks", "Is it right here?", PYTEST, {"paths": CHECKS}, 200, ("pytest",), EXACT),
+        Part("steps XL/2", "What does the JVP cost?", jvp, xl, 330),
+        Part("steps B/4", "What does the JVP cost?", jvp, {**step, "model": ["B/4"], "attention": kernels}, 240),
         Part("profile", "Where do the milliseconds go?", _benchmark("step_profile"), large, 180, ()),
         Part("digits", "Does it learn here?", "experiments/digits.py", {"name": "digits"}, 180, TRAINING),
         Part("steps B/2", "What does the JVP cost?", jvp, {**step, "model": ["B/2"], "attention": kernels}, 240),
@@ -143,11 +141,20 @@ def _full(machine: Machine, data: str) -> list[Part]:
             240,
         ),
         Part("accuracy", "How exact is du/dt?", _benchmark("jvp_accuracy"), {}, 120),
-        Part("accuracy, full", "The same with exact products", _benchmark("jvp_accuracy"), {}, 120, environment=EXACT),
+        Part(
+            "accuracy, full", "How exact with exact products?", _benchmark("jvp_accuracy"), {}, 120, environment=EXACT
+        ),
         Part("steps U-Net", "How fast is the CIFAR-10 U-Net?", jvp, unet, 300),
-        Part("forms XL/2", "Do they at XL/2?", forms, {**large, "form": ["loops", "kinds of rows unrolled"]}, 300, ()),
+        Part(
+            "forms XL/2",
+            "Do loops and branches cost time?",
+            forms,
+            {**large, "form": ["loops", "kinds of rows unrolled"]},
+            300,
+            (),
+        ),
         Part("forms U-Net", "Does unrolling help the U-Net?", forms, {**one, "model": "U-Net", "batch": 512}, 300, ()),
-        Part("sampling, cuDNN", "The same", sampling, {**rates, "attention": "cudnn"}, 150, lacks=no_cudnn),
+        Part("sampling, cuDNN", "How fast with cuDNN?", sampling, {**rates, "attention": "cudnn"}, 150, lacks=no_cudnn),
         Part(
             "devices",
             "What does spreading a step cost?",
