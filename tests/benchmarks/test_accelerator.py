@@ -192,15 +192,18 @@ def test_bad_input_is_refused_by_name(accelerator, parts, arguments, message, mo
     assert re.search(message, str(caught.value) + capsys.readouterr().err)
 
 
-def start(folder, *arguments):
+def start(folder, *arguments, without=()):
+    (hidden := folder / "hidden").mkdir(exist_ok=True)
+    for name in without:
+        (hidden / f"{name}.py").write_text("raise ImportError")
     command = [sys.executable, str(TESTS.parent / "benchmarks" / "accelerator.py"), "--tiny", *arguments]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=0"}
-    environment["PYTHONPATH"] = str(TESTS.parent)
+    environment["PYTHONPATH"] = os.pathsep.join(map(str, (hidden, TESTS.parent)))
     return subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True)
 
 
-def test_tiny_form_runs_from_its_command_line(tmp_path):
-    out, _ = (process := start(tmp_path, "--only", "machine")).communicate()
+def test_tiny_form_runs_from_its_command_line_and_needs_neither_tyro_nor_grain(tmp_path):
+    out, _ = (process := start(tmp_path, "--only", "machine", without=("tyro", "grain"))).communicate()
     assert process.returncode == 0
     (record,) = json.loads((tmp_path / "runs" / "accelerator_tiny" / "results.json").read_text())
     assert record["state"] == "done"
