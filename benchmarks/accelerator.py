@@ -278,6 +278,7 @@ if __name__ == "__main__":
     try:
         main()
     except (ValueError, OSError, run.InUse) as error:
-        sys.exit(f"accelerator.py: error: {error}")
+        print(f"accelerator.py: error: {error}", file=sys.stderr)
+        sys.exit(4 if isinstance(error, run.InUse) else 2)  # as of every script
     except KeyboardInterrupt:
         sys.exit(130)
