@@ -2,22 +2,26 @@
 
     python benchmarks/compile_time.py --quick                  small networks, 90 seconds on one busy CPU core
     python benchmarks/compile_time.py                          B/4 and XL/2, also with remat
-    python benchmarks/compile_time.py --model XL/2 --form scan
+    python benchmarks/compile_time.py --model XL/2 --form scan --warm
     python benchmarks/compile_time.py --network mine.py:Net --shape 3 64 64 --identity mine.py:Mix
 
 Nothing is run and no parameters are allocated: networks are shapes, so that XL/2 compiles on any machine. Each program
 is compiled `repeats` times, programs in turn, without JAX's persistent cache; the first compilation of the process pays
-for imports and is not counted. "lines" is the length of the lowered program, which for a scanned network does not grow
-with depth; "temporary" is XLA's memory for intermediate results, "state" what a step donates to the next.
+for imports and is not counted. With --warm each is compiled once more from that cache, as in a run that is started
+again. "lines" is the length of the lowered program, which for a scanned network does not grow with depth; "temporary"
+is XLA's memory for intermediate results, "state" what a step donates to the next.
 
 README.md beside this file has figures.
 """
 
+import contextlib
 import dataclasses
 import gc
 import itertools
 import math
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +30,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
+from jax.experimental.compilation_cache import compilation_cache
 from steps import (
     data_shape,
     DITS,
@@ -74,6 +79,8 @@ class Config:
     """Compute precision, float32 or bfloat16."""
     repeats: int = 3
     """Compilations of each program."""
+    warm: bool = False
+    """Compile each program once more, from JAX's persistent cache."""
     quick: bool = False
     """Take tiny and S/4, scanned and unrolled, MeanFlow alone, once each."""
     name: str | None = None
@@ -129,6 +136,24 @@ def compile_cell(config: Config, cell: Cell) -> measure.Cost:
     return measure.compile_program(take, state, rows, labels, donate=(0,)).cost
 
 
+@contextlib.contextmanager
+def persistent_cache() -> Iterator[None]:
+    """JAX's persistent cache, empty at first, for programs of any size and compile time."""
+    with tempfile.TemporaryDirectory() as folder:
+        values = {"jax_enable_compilation_cache": True, "jax_compilation_cache_dir": folder}
+        values |= {"jax_persistent_cache_min_compile_time_secs": 0, "jax_persistent_cache_min_entry_size_bytes": -1}
+        before = {name: jax.config.values[name] for name in values}
+        try:
+            for name, value in values.items():
+                jax.config.update(name, value)
+            compilation_cache.reset_cache()
+            yield
+        finally:
+            for name, value in before.items():
+                jax.config.update(name, value)
+            compilation_cache.reset_cache()
+
+
 def save_figure(path: Path, costs: dict[Cell, list[measure.Cost]]) -> None:
     """A bar per program, in three parts."""
     with run.optional("matplotlib"):
@@ -152,6 +177,30 @@ def label(cell: Cell) -> str:
     return f"{cell.model}, {cell.form}{remat}, {cell.variant}"
 
 
+def results(
+    config: Config, costs: dict[Cell, list[measure.Cost]], warm: dict[Cell, measure.Cost]
+) -> tuple[str, list[dict[str, Any]]]:
+    """What was found so far, as text and as records."""
+    headers = ("step", "trace s", "lower s", "compile s", "sum", "lines", "temporary MB", "state MB", "donated")
+    rows, records = [], []
+    for cell, many in costs.items():
+        for how, found in (("", many), (", from the cache", [warm[cell]] if cell in warm else [])):
+            if found:
+                rows.append((label(cell) + how, *shown(config, cell, found)))
+                records += [{**cell._asdict(), "warm": bool(how), **dataclasses.asdict(cost)} for cost in found]
+    return run.table(rows, headers), records
+
+
+def shown(config: Config, cell: Cell, many: list[measure.Cost]) -> list[object]:
+    """A row of the table: medians of the seconds, and what is the same each time."""
+    seconds = [float(np.median([getattr(c, f"{p}_seconds") for c in many])) for p in ("trace", "lower", "compile")]
+    cost, batch_bytes = many[0], 4 * config.batch * (math.prod(data_shape(cell.model)) + 1)
+    state_bytes = cost.argument_bytes - batch_bytes
+    numbers = [f"{value:.2f}" for value in (*seconds, sum(seconds))]
+    megabytes = [f"{value / 1e6:.0f}" for value in (cost.temporary_bytes, state_bytes)]
+    return [*numbers, cost.program_lines, *megabytes, f"{100 * cost.donated_bytes / state_bytes:.2f}%"]
+
+
 def main(config: Config) -> None:
     """Compile training steps."""
     began = time.perf_counter()
@@ -160,28 +209,22 @@ def main(config: Config) -> None:
         config = dataclasses.replace(config, model=("tiny", "S/4"), variant=("MeanFlow",), repeats=1)
     jax.config.update("jax_enable_compilation_cache", False)
     directory = run.RunDirectory.create(config, config.name)
-    cells = chosen(config)
+    cells, warm, text = chosen(config), {}, ""
     costs: dict[Cell, list[measure.Cost]] = {cell: [] for cell in cells}
-    with run.Progress(1 + len(cells) * config.repeats) as progress:
+    total = len(cells) * (config.repeats + config.warm)
+    with run.Progress(1 + total) as progress:
         compile_cell(config, Cell("tiny", "scan", "none", FLOW_MATCHING))
         progress.update(1, {})
         for i, cell in enumerate(cells * config.repeats):
-            costs[cell].append(compile_cell(config, cell))
-            progress.update(i + 2, {"seconds": costs[cell][-1].compile_seconds})
+            fills_cache = config.warm and i >= len(cells) * (config.repeats - 1)
+            with persistent_cache() if fills_cache else contextlib.nullcontext():
+                costs[cell].append(compile_cell(config, cell))
+                if fills_cache:
+                    warm[cell] = compile_cell(config, cell)
+            progress.update(1 + sum(map(len, costs.values())) + len(warm), {"seconds": costs[cell][-1].compile_seconds})
             gc.collect()
-    headers = ("step", "trace s", "lower s", "compile s", "sum", "lines", "temporary MB", "state MB", "donated")
-    rows = []
-    for cell, many in costs.items():
-        seconds = [float(np.median([getattr(c, f"{p}_seconds") for c in many])) for p in ("trace", "lower", "compile")]
-        cost, batch_bytes = many[0], 4 * config.batch * (math.prod(data_shape(cell.model)) + 1)
-        state_bytes = cost.argument_bytes - batch_bytes
-        numbers = [f"{value:.2f}" for value in (*seconds, sum(seconds))]
-        megabytes = [f"{value / 1e6:.0f}" for value in (cost.temporary_bytes, state_bytes)]
-        donated = f"{100 * cost.donated_bytes / state_bytes:.2f}%"
-        rows.append((label(cell), *numbers, cost.program_lines, *megabytes, donated))
-    text = run.table(rows, headers)
-    records = [{**cell._asdict(), **dataclasses.asdict(cost)} for cell, many in costs.items() for cost in many]
-    directory.save_results(text, records)
+            text, records = results(config, {c: many for c, many in costs.items() if many}, warm)
+            directory.save_results(text, records)  # after each: an interruption loses one
     save_figure(directory.path("compile_time.png"), costs)
     print(f"{text}\n\n{time.perf_counter() - began:.0f} seconds. Picture and results are in {directory.root}.")
 

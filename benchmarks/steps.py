@@ -225,7 +225,12 @@ def make_step(setting: Setting, name: str) -> mfx.TrainStep:
 def make_state(setting: Setting, *, key: jax.Array) -> mfx.TrainState:
     """What every variant's step starts from."""
     step = make_step(setting, FLOW_MATCHING)
-    return mfx.init_state(make_field(setting, key=key), step.optimizer, step.averages, key=key)
+
+    def make(key: jax.Array) -> mfx.TrainState:
+        return mfx.init_state(make_field(setting, key=key), step.optimizer, step.averages, key=key)
+
+    # As one program, an accelerator need not compile each operation.
+    return (make if jax.default_backend() == "cpu" else eqx.filter_jit(make))(key)
 
 
 def make_batch(setting: Setting, *, key: jax.Array) -> mfx.Batch:

@@ -71,7 +71,11 @@ class XLAAttention(AbstractAttention):
 class CudnnAttention(AbstractAttention):
     """cuDNN's fused attention, forwards and backwards, for bfloat16 (or float16) on NVIDIA GPUs.
 
-    **Raises** (when called): `ValueError` for another precision, or on a machine without such a GPU.
+    What a program is lowered for decides: a program with it lowers for CUDA, and JAX refuses to lower it for any other
+    platform.
+
+    **Raises** (when called): `ValueError` for another precision, or where JAX finds no cuDNN, whose version it asks for
+    while it traces.
     """
 
     def __call__(
@@ -84,11 +88,13 @@ class CudnnAttention(AbstractAttention):
             raise ValueError(
                 f"cuDNN attention must be given bfloat16 or float16 (dtype of the field), got {value.dtype}"
             )
-        if jax.default_backend() != "gpu":
-            raise ValueError(
-                f"cuDNN attention must run on an NVIDIA GPU, got {jax.default_backend()}: use XLAAttention"
-            )
-        return jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
+        try:
+            return jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
+        except RuntimeError as error:
+            if "cuDNN is not detected" not in str(error):
+                raise
+            backend = jax.default_backend()
+            raise ValueError(f"cuDNN attention must run on an NVIDIA GPU, got {backend}: use XLAAttention") from error
 
     def forward_mode(self) -> AbstractAttention:
         return StoppedTangent(self)

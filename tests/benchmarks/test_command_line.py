@@ -15,6 +15,9 @@ from mf_eqx import run
         ("one_step_vs_ode", "--data digits --samples 9", "--samples must be >= 10, got 9"),
         ("loader_throughput", "--threads 0", "--threads must be >= 1, got 0"),
         ("checkpoint_blocking", "--rounds 0", "--rounds must be >= 1, got 0"),
+        ("device_peaks", "--rounds 0", "--rounds must be >= 1, got 0"),
+        ("step_profile", "--model XL/2 --batch 6", "--batch must be a positive multiple of 4, got 6"),
+        ("step_forms", "--rounds 0", "--rounds must be >= 1, got 0"),
         ("device_scaling", "--batch 12", "--batch must be a multiple of 4 x 2 devices, got 12"),
     ],
 )

@@ -53,6 +53,14 @@ def test_all_of_the_state_is_donated(compile_time, directory, records):
     assert (directory / "results.md").read_text().count("100.00%") == len(records)
 
 
+@pytest.mark.slow
+def test_a_program_in_the_persistent_cache_is_not_compiled_again(finished):
+    values = {"model": ("tiny",), "form": ("scan",), "variant": ("Flow Matching",), "batch": 4, "repeats": 1}
+    cold, warm = json.loads((finished("compile_time", **values, warm=True) / "results.json").read_text())
+    assert (cold["warm"], warm["warm"]) == (False, True)
+    assert warm["compile_seconds"] < cold["compile_seconds"] / 2
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [

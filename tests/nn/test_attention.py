@@ -303,21 +303,3 @@ def test_weights_have_the_derivatives_of_softmax_and_keep_only_themselves(x64):
         np.testing.assert_allclose(found, expected, rtol=1e-10, atol=1e-12)
     kept = jax.tree.leaves(jax.vjp(weights, query)[1])
     assert sum(leaf.size == 2 * 3 * 3 for leaf in kept) == 1
-
-
-def test_training_gradient_with_cudnn_lowers_for_cuda_with_one_kernel_per_attention(monkeypatch):
-    # Lowered and not run, on any machine: told that there is a GPU, and which cuDNN.
-    kernels = pytest.importorskip("jax._src.cudnn.fused_attention_stablehlo")
-    monkeypatch.setattr(kernels, "check_cudnn_version", lambda: 91000)
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    size = mfx.DiTSize(depth=3, width=64, heads=1, patch=2)
-    field = mfx.DiT((4, 16, 16), size, dtype=jnp.bfloat16, attention=nn.CudnnAttention(), key=jr.key(0))
-    x = jnp.zeros((8, 4, 16, 16))
-
-    def gradient(field):
-        return jax.grad(lambda field: mfx.Objective()(field, mfx.Batch(x), key=jr.key(0))[0])(field)
-
-    text = jax.jit(gradient).trace(field).lower(lowering_platforms=("cuda",)).as_text()
-    # Blocks are scanned: one for rows with r = t, one for the JVP's primal, and as many for the backward passes.
-    assert text.count("@__cudnn$fmhaSoftmax(") == 2
-    assert text.count("@__cudnn$fmhaSoftmaxBackward(") == 2

@@ -1,0 +1,236 @@
+"""The command that runs everything: what it makes of parts that end, fail, take too long and are missing something."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from devices import TESTS
+
+GOOD = 'import pathlib; p = pathlib.Path("runs/x/y"); p.mkdir(parents=True, exist_ok=True); '
+GOOD += '(p / "results.md").write_text("| rate |"); (p / "results.json").write_text("[{\\"rate\\": 1}]"); '
+
+
+@pytest.fixture(scope="module")
+def accelerator(benchmark_script):
+    return benchmark_script("accelerator")
+
+
+@pytest.fixture(scope="module")
+def parts(benchmark_script):
+    return benchmark_script("accelerator_parts")
+
+
+@pytest.fixture
+def runner(accelerator, parts, tmp_path, monkeypatch):
+    """Make a runner of parts that are a line of Python each; what they are called with is noted in a file."""
+    machine = parts.Machine("gpu", "NVIDIA H200", 1, 140e9, {"jax": "0"})
+    monkeypatch.setattr(accelerator, "GRACE", 5)
+    monkeypatch.setattr(accelerator, "driver", lambda: "")
+
+    class Line(parts.Part):
+        @property
+        def command(self):
+            code = f'open({str(tmp_path / "calls")!r}, "a").write({self.name!r} + " "); {self.script}'
+            return [sys.executable, "-S", "-c", code]
+
+    def make(*, seconds=20, **lines):
+        found = [Line(name, "?", line, {}, seconds, ()) for name, line in lines.items()]
+        return accelerator.Runner(machine, found, tmp_path / "all")
+
+    return make
+
+
+def called(tmp_path):
+    return (tmp_path / "calls").read_text().split()
+
+
+def soon(seconds=60):
+    return time.monotonic() + seconds
+
+
+def test_a_part_that_came_to_its_end_is_not_repeated_and_others_come_after_new_ones(runner, tmp_path):
+    lines = {"good": GOOD, "bad": GOOD + "raise SystemExit(3)"}
+    runner(**lines).run_all(soon())
+    runner(**lines, new=GOOD).run_all(soon())
+    assert called(tmp_path) == ["good", "bad", "new", "bad"]
+    records = json.loads((tmp_path / "all" / "results.json").read_text())
+    assert {r["part"]: r["state"] for r in records} == {"good": "done", "bad": "failed (exit code 3)", "new": "done"}
+    assert all(r["records"] == [{"rate": 1}] and r["text"] == "| rate |" for r in records)
+
+
+def test_a_part_is_stopped_at_its_limit_and_what_it_had_is_kept(runner, tmp_path):
+    found = runner(slow=GOOD + "import time; time.sleep(60)", seconds=1)
+    found.run_all(soon())
+    result = found.result(found.parts[0])
+    assert result["state"] == "stopped at its limit"
+    assert result["records"] == [{"rate": 1}]
+    assert "stopped at its limit" in (tmp_path / "all" / "results.md").read_text()
+
+
+def test_a_part_that_ends_without_results_leaves_its_last_lines(runner):
+    found = runner(bad="raise ValueError('no such thing')")
+    found.run_all(soon())
+    assert "ValueError: no such thing" in found.result(found.parts[0])["text"]
+
+
+def test_a_part_that_time_is_too_short_for_is_passed_over_for_a_shorter_one(runner, tmp_path):
+    found = runner(long=GOOD, short=GOOD)
+    found.parts[0] = found.parts[0].__class__("long", "?", GOOD, {}, 1000, ())
+    found.run_all(soon(60))
+    assert called(tmp_path) == ["short"]
+    assert "no time: " in (tmp_path / "all" / "results.md").read_text()
+
+
+def test_a_part_is_skipped_for_what_is_missing(accelerator, parts, tmp_path, monkeypatch):
+    monkeypatch.setattr(accelerator, "driver", lambda: "")
+    machine = parts.Machine("gpu", "NVIDIA H200", 1, 140e9, {})
+    two = [
+        parts.Part("training", "?", "no.py", {}, 1, ("no_such_package",)),
+        parts.Part("devices", "?", "no.py", {}, 1, (), lacks="there is one device"),
+    ]
+    accelerator.Runner(machine, two, tmp_path).run_all(soon())
+    text = (tmp_path / "results.md").read_text()
+    assert "needs no_such_package" in text
+    assert "there is one device" in text
+    assert not (tmp_path / "ledger.jsonl").exists()
+
+
+def test_results_of_another_device_are_not_taken_for_those_of_this_one(runner, parts, tmp_path):
+    runner(good=GOOD).run_all(soon())
+    other = runner(good=GOOD)
+    other.machine = parts.Machine("gpu", "NVIDIA H100", 1, 80e9, {})
+    assert other.missing() == other.parts
+
+
+def test_every_goal_is_read_from_records_of_its_benchmark(benchmark_script):
+    goals = benchmark_script("accelerator_goals")
+    cost = {"argument_bytes": 2, "donated_bytes": 1, "temporary_bytes": 1e9}
+    step = {"dtype": "bfloat16", "remat": "none", "attention": "xla", "share": 0.25, "cost": cost, "form": "default"}
+    step |= {"flops": 1.0, "matmul_peak": 20.0, "batch": 256}
+    records = [
+        {**step, "part": "steps", "model": model, "variant": variant, "wall_seconds": [0.1 * (1 + i)]}
+        for model in ("B/4", "B/2", "XL/2")
+        for i, variant in enumerate(goals.VARIANTS)
+    ]
+    unet = {**step, "model": "U-Net", "share": 0.75, "variant": "MeanFlow", "batch": 1024, "wall_seconds": [1.0]}
+    records += [{**unet, "part": "steps U-Net", "dtype": dtype} for dtype in ("float32", "bfloat16")]
+    records += [{"part": "sampling", "model": m, "batch": 256, "wall_seconds": [0.01]} for m in ("B/4", "XL/2")]
+    seconds = {"trace_seconds": 1.0, "lower_seconds": 1.0, "compile_seconds": 1.0}
+    records += [{"part": "compile", "model": "XL/2", "form": "scan", "warm": w, **seconds} for w in (False, True)]
+    records += [{"part": "accuracy", "engine": "fused JVP", "precision": "bfloat16", "time_scale": 1.0, "median": 0.01}]
+    records += [{"part": "machine", "what": what, "rate": 8e14} for what in ("products in bfloat16", "copies")]
+    records += [{"part": "checks", "test": "a", "outcome": "PASSED"}]
+    found = {goal.what: goal.found(records) for goal in goals.GOALS}
+    assert [what for what, value in found.items() if value is None] == []
+    assert found["XL/2, MeanFlow: time over Flow Matching's"] == "+100.0% (xla)"
+    assert found["B/4, MeanFlow: ms per step"] == "200.0 (xla; 25% of peak, 1.0 GB temporary)"
+    assert found["U-Net: images per second, float32"] == "1,024"
+    assert {goal.found([]) for goal in goals.GOALS} == {None}
+
+
+def test_every_goal_stands_in_the_readme(benchmark_script):
+    text = (TESTS.parent / "benchmarks" / "README.md").read_text()
+    goals = benchmark_script("accelerator_goals").GOALS
+    assert [goal.what for goal in goals if f"| {goal.what} | {goal.wanted} |" not in text] == []
+
+
+def test_a_training_says_how_many_images_it_took_in_a_second(accelerator, parts, tmp_path):
+    folder = tmp_path / "runs" / "digits" / "digits" / "meanflow"
+    folder.mkdir(parents=True)
+    session = {"start": 0, "stop": 10, "seconds": {"steps": 2.0}}
+    (folder / "summary.json").write_text(json.dumps({"seconds": {"steps": 2.0}, "sessions": [session]}))
+    (folder.parent / "config.json").write_text(json.dumps({"config": {"batch": 64}}))
+    (tmp_path / "log.txt").write_text("")
+    text, _ = accelerator.collected(parts.Part("digits", "?", "digits.py", {}, 1), tmp_path)
+    assert "meanflow: 10 steps in 2.0 s, 320 images per second" in text
+
+
+def test_log_of_tests_is_counted_with_the_names_of_those_that_failed(accelerator, parts, tmp_path):
+    lines = ["../../tests/nn/test_a.py::test_x[a b] PASSED [ 50%]", "../../tests/nn/test_a.py::test_y FAILED [100%]"]
+    (tmp_path / "log.txt").write_text("\n".join(["collected", *lines, "FAILED ../../tests/nn/test_a.py::test_y - no"]))
+    part = parts.Part("checks", "?", "pytest", {"paths": []}, 1)
+    text, records = accelerator.collected(part, tmp_path)
+    assert text == "1 passed, 1 failed\n- FAILED nn/test_a.py::test_y"
+    assert [r["outcome"] for r in records] == ["PASSED", "FAILED"]
+
+
+@pytest.mark.parametrize("tiny", [False, True])
+@pytest.mark.parametrize("kind", ["NVIDIA H200", "TPU v4"])
+def test_every_part_has_a_configuration_that_its_script_takes(benchmark_script, parts, kind, tiny, tmp_path):
+    caller = benchmark_script("call_script")
+    platform = "gpu" if "NVIDIA" in kind else "tpu"
+    names = []
+    for part in parts.parts(parts.Machine(platform, kind, 4, 32e9, {}), tiny, str(tmp_path)):
+        names.append(part.name)
+        if part.script == parts.PYTEST:
+            for path in part.config["paths"]:
+                file, _, test = path.partition("::")
+                assert f"def {test}(" in (TESTS.parent / file).read_text() if test else (TESTS.parent / file).exists()
+        elif part.script.startswith("benchmarks/"):
+            script = benchmark_script(part.script.removeprefix("benchmarks/").removesuffix(".py"))
+            caller.configured(script, json.loads(part.command[-1]))
+    assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--minutes", "0"], "--minutes must be a finite number > 0, got 0"),
+        (["--tiny", "--only", "all"], "--only must be among machine, .*; got all"),
+        ([], "--tiny must be given on a CPU"),
+    ],
+)
+def test_bad_input_is_refused_by_name(accelerator, parts, arguments, message, monkeypatch, capsys):
+    monkeypatch.setattr(accelerator, "probe", lambda: parts.Machine("cpu", "cpu", 1, 0, {}))
+    with pytest.raises((ValueError, SystemExit)) as caught:
+        accelerator.main(arguments)
+    assert re.search(message, str(caught.value) + capsys.readouterr().err)
+
+
+def start(folder, *arguments, without=()):
+    (hidden := folder / "hidden").mkdir(exist_ok=True)
+    for name in without:
+        (hidden / f"{name}.py").write_text("raise ImportError")
+    command = [sys.executable, str(TESTS.parent / "benchmarks" / "accelerator.py"), "--tiny", *arguments]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    environment["PYTHONPATH"] = os.pathsep.join(map(str, (hidden, TESTS.parent)))
+    return subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True)
+
+
+def test_tiny_form_runs_from_its_command_line_and_needs_neither_tyro_nor_grain(tmp_path):
+    out, _ = (process := start(tmp_path, "--only", "machine", without=("tyro", "grain"))).communicate()
+    assert process.returncode == 0
+    (record,) = json.loads((tmp_path / "runs" / "accelerator_tiny" / "results.json").read_text())
+    assert record["state"] == "done"
+    assert {r["what"] for r in record["records"]} >= {"copies", "products in bfloat16"}
+    assert "| products in bfloat16, TFLOP/s" in out
+
+
+@pytest.mark.slow
+def test_a_command_that_is_stopped_goes_on_when_it_is_given_again(tmp_path):
+    folder = tmp_path / "runs" / "accelerator_tiny"
+    process = start(tmp_path, "--only", "machine", "steps")
+    while not (folder / "parts" / "steps" / "log.txt").exists():
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    process.communicate()
+    states = {r["part"]: r["state"] for r in json.loads((folder / "results.json").read_text())}
+    assert states == {"machine": "done", "steps": "interrupted"}
+    start(tmp_path, "--only", "machine", "steps").communicate()
+    lines = [json.loads(line)["settings"]["part"] for line in (folder / "ledger.jsonl").read_text().splitlines()]
+    assert lines == ["machine", "steps", "steps"]
+    assert json.loads((folder / "results.json").read_text())[1]["state"] == "done"
+
+
+@pytest.mark.slow
+def test_every_part_of_the_tiny_form_comes_to_its_end(tmp_path):
+    start(tmp_path).communicate()
+    records = json.loads((tmp_path / "runs" / "accelerator_tiny" / "results.json").read_text())
+    assert len(records) > 5
+    assert {r["state"] for r in records} == {"done"}
