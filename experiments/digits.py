@@ -392,10 +392,10 @@ def main(config: Config) -> None:
     run.require("matplotlib", "safetensors")
     digits = load(config)
     target = stable_target(config, digits.train)
-    method, name = (
-        (mfx.MeanFlow(), "MeanFlow") if not config.guidance_input else (mfx.ImprovedMeanFlow(), "Improved MeanFlow")
-    )
-    methods = [Method(name, objective(config, target, method), mfx.sample, (1, 2, 4), shown=1)]
+    name, identity = "MeanFlow", mfx.MeanFlow()
+    if config.guidance_input:
+        name, identity = "Improved MeanFlow", mfx.ImprovedMeanFlow()
+    methods = [Method(name, objective(config, target, identity), mfx.sample, (1, 2, 4), shown=1)]
     if config.compare:
         methods.append(Method("Flow Matching", flow_matching(config, target), mfx.sample_euler, (1, 4, 32), shown=32))
     with run.opened(config) as directory:
