@@ -142,6 +142,7 @@ DRAWN = mfx.Objective(
 )
 
 
+@pytest.mark.slow
 def test_improved_mean_flow_with_velocity_head_and_drawn_guidance_costs_five_passes_at_most():
     """Rows with r = t: u and v with their gradient, v without a label. Rows with r < t: the same, v with a label, and
     one tangent of u. What the authors' code computes for every row is about 7 passes."""

@@ -193,7 +193,9 @@ def test_what_older_recipes_wrote_into_configurations_is_understood(experiment):
     assert found == checkpoint.Notes(pixels=(-1, 1), tokenizer=expected, steps=3, decay=0.9)
 
 
-@pytest.mark.parametrize(("steps", "sampler"), [("", mfx.sample), ("--euler", mfx.sample_euler)])
+@pytest.mark.parametrize(
+    ("steps", "sampler"), [pytest.param("", mfx.sample, marks=pytest.mark.slow), ("--euler", mfx.sample_euler)]
+)
 def test_a_network_that_takes_guidance_gets_scale_and_interval(command, files, capsys, steps, sampler):
     flags = "--label 1 --number 2 --evaluations 2 --guidance-scale 3 --guidance-interval 0.2 0.7"
     command(f"guided.safetensors --to x.npy {flags} {steps}")
