@@ -120,7 +120,8 @@ class DrawnGuidance(AbstractGuidance):
         """
         if not isinstance(condition, GuidanceCondition):
             raise ValueError(f"condition must be a GuidanceCondition, got {type(condition).__name__}")
-        return guided_velocity(v, conditional, unconditional, 1.0, 1 - 1 / condition.at(t, t).scale)
+        scale = jnp.asarray(condition.at(t, t).scale)
+        return guided_velocity(v, conditional, unconditional, 1.0, 1 - 1 / scale)
 
 
 class WithGuidance(AbstractField):

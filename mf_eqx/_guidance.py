@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Key
 
-from ._custom_types import as_scalar, as_times, Condition, ScalarLike, Time, TimeLike
+from ._custom_types import as_scalar, as_times, Condition, Scalar, Time, TimeLike
 from ._field import AbstractField, check_field
 from ._leaves import by_name
 from ._model import check_labels
@@ -44,8 +44,8 @@ def guided_velocity(
     v: Float[Array, "*data"],
     conditional: Float[Array, "*data"] | None,
     unconditional: Float[Array, "*data"],
-    scale: ScalarLike,
-    mix: ScalarLike,
+    scale: float | Scalar,
+    mix: float | Scalar,
 ) -> Float[Array, "*data"]:
     r"""$\tilde v_t$ of Eq. 21. `conditional` may be None if `mix` is 0."""
     guided = scale * v + (1 - scale - mix) * unconditional

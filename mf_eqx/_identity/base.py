@@ -55,18 +55,13 @@ class AbstractIdentityWithLoss(AbstractIdentity):
 
 
 class AbstractIdentityWithVelocity(AbstractIdentity):
-    """An equation that evaluates the velocity head beside u, in the same pass, if the field has one.
-
-    The objective then trains the head on rows with r < t, too. Under other equations it learns from rows with r = t
-    alone.
-    """
+    """An equation that evaluates the velocity head, if the field has one, beside u, so that its rows train both."""
 
     @abc.abstractmethod
     def residual_and_velocity(
         self, field: AbstractField, row: Row
     ) -> tuple[Float[Array, "*data"], Float[Array, "*data"] | None]:
-        """The residual of the equation, and v(z, t) of the velocity head, with its gradient; None for a field without a
-        head.
+        """The residual of the equation, and v(z, t) of the velocity head, None without a head.
 
         **Arguments:** `field` to be learnt; `row` the example.
         """

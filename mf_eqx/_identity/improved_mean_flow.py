@@ -29,8 +29,8 @@ class ImprovedMeanFlow(AbstractIdentityWithVelocity):
     r"""The improved MeanFlow identity: $u - \mathrm{sg}(v - (t - r)\, du/dt)$ with tangent
     $(\beta v + (1 - \beta)\, u(z, t, t), 0, 1)$.
 
-    For a field with a velocity head, it replaces u(z, t, t) and is trained in the same pass as u, which is the paper's
-    method with `DrawnGuidance` as the objective's guidance.
+    If the field has a velocity head, the head's v(z, t) takes the place of u(z, t, t), and it is trained in the same
+    pass as u. This is the paper's method, with `DrawnGuidance` as the objective's guidance.
 
     It costs one forward pass more than `MeanFlow` on its rows, which also serves guidance; of the network's heads it
     takes only the one for v. It needs boundary rows, because otherwise u(z, t, t) is never trained.
@@ -54,10 +54,10 @@ class ImprovedMeanFlow(AbstractIdentityWithVelocity):
     def residual_and_velocity(
         self, field: AbstractField, row: Row
     ) -> tuple[Float[Array, "*data"], Float[Array, "*data"] | None]:
-        predicted, has_head = row.own_velocity(field), has_velocity_head(field)
+        predicted = row.own_velocity(field)
         along = predicted + at_step(self.conditional, row.context).astype(predicted.dtype) * (row.v - predicted)
-        evaluated = WithVelocity(field) if has_head else field
+        evaluated = WithVelocity(field) if has_velocity_head(field) else field
         inputs = row.z, row.r, row.t, row.condition
         values, rates = self.derivative(evaluated, *inputs, tangent=(along, 0.0, 1.0), key=row.key)
-        (u, v), dudt = (values, rates[0]) if has_head else ((values, None), rates)
+        (u, v), dudt = ((values, None), rates) if evaluated is field else (values, rates[0])
         return u - jax.lax.stop_gradient(row.v - (row.t - row.r) * dudt), v
