@@ -277,8 +277,8 @@ def described(job: Job) -> str:
     field, guided = generator.field, ""
     if isinstance(field, mfx.GuidedField | mfx.WithGuidance):
         guided = f", guidance {field.scale:g}"
-    if isinstance(field, mfx.WithGuidance) and field.interval != saved.ALWAYS:
-        guided += " for t from {:g} to {:g}".format(*field.interval)
+    if isinstance(field, mfx.WithGuidance) and (interval := tuple(map(float, field.interval))) != saved.ALWAYS:
+        guided += " for t from {:g} to {:g}".format(*interval)
     what = f"{job.number:,} {'latents' if subject.is_latent else 'samples'} of shape {subject.shape}"
     where = f"{job.batch} at once on {job.devices.shards} x {jax.devices()[0].device_kind}"
     return f"{subject.path}: {of}; {what}, {how}{guided}, {where}"

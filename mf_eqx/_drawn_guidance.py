@@ -15,14 +15,14 @@ Source: Improved Mean Flows: On the Challenges of Fastforward Generative Models,
 2025, arXiv 2512.02012; the draws, and what the paper leaves open, as in the authors' released code.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import equinox as eqx
 import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, Key
 
-from ._custom_types import as_times, Condition, Scalar, Time, TimeLike
+from ._custom_types import as_times, Condition, Scalar, ScalarLike, Time, TimeLike
 from ._field import AbstractField, check_field
 from ._guidance import AbstractGuidance, as_interval, check_interval, guided_velocity, LabelDropout
 from ._model import GuidanceCondition
@@ -127,7 +127,8 @@ class DrawnGuidance(AbstractGuidance):
 class WithGuidance(AbstractField):
     """A network that takes guidance as an input, at one scale and interval: a field of the condition alone.
 
-    It makes guided samples at one evaluation for each step; `GuidedField` needs two.
+    It makes guided samples at one evaluation for each step; `GuidedField` needs two. Scale and interval are arrays, so
+    that a sampler is compiled once for all of them.
 
     **Arguments:** `field` that takes a `GuidanceCondition`; `scale` > 0, 1 for no guidance, within the scales that were
     drawn in training; `interval` of t inside which the velocity is guided.
@@ -136,13 +137,16 @@ class WithGuidance(AbstractField):
     """
 
     field: AbstractField
-    scale: float = eqx.field(converter=float)
-    interval: tuple[float, float] = eqx.field(default=(0.0, 1.0), converter=as_interval)
+    scale: Scalar
+    interval: tuple[Scalar, Scalar]
 
-    def __check_init__(self):
-        check_field(self.field)
-        check_positive("scale", self.scale)
-        check_interval(self.interval)
+    def __init__(self, field: AbstractField, scale: ScalarLike, interval: Sequence[float] = (0.0, 1.0)):
+        ends = as_interval(interval)
+        check_field(field)
+        check_positive("scale", scale)
+        check_interval(ends)
+        self.field, self.scale = field, jnp.asarray(scale, float)
+        self.interval = jnp.asarray(ends[0], float), jnp.asarray(ends[1], float)
 
     def __call__(
         self,

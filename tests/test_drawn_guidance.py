@@ -333,6 +333,19 @@ def test_with_guidance_is_the_field_at_this_scale_and_interval():
     np.testing.assert_array_equal(found, expected)
 
 
+def test_a_sampler_is_compiled_once_for_all_scales_and_intervals():
+    traced = []
+
+    class Scale(mfx.AbstractField):
+        def __call__(self, z, r, t, condition=None, *, key=None):
+            traced.append(condition)
+            return z * condition.scale + condition.start
+
+    for guidance in ((1.0,), (3.0,), (3.0, (0.2, 0.7))):
+        mfx.Generator(mfx.WithGuidance(Scale(), *guidance), KEY, (SIZE,), labels=LABELS)(jnp.arange(2))
+    assert len(traced) == 1
+
+
 @pytest.mark.parametrize("sampler", [mfx.sample_euler, mfx.sample_heun])
 def test_solvers_follow_the_velocity_that_is_guided_inside_the_interval_alone(sampler):
     class Scale(mfx.AbstractField):
