@@ -312,12 +312,12 @@ def learnt(steps=3000):
 
 @pytest.mark.slow
 def test_a_small_network_follows_the_exact_field_over_all_scales():
-    """Relative errors of u(z, 0, 1), as measured: ERRORS."""
+    """Relative errors of u(z, 0, 1), as measured: 0.016, 0.013, 0.016, 0.026."""
     with jax.enable_x64(False):
         field, truth = learnt(), exact.AverageVelocity(guided, rtol=1e-5, atol=1e-5)
         z, label = jr.normal(jr.key(9), (200, 2)), jnp.arange(200) % LABELS
         r, t = jnp.zeros(200), jnp.ones(200)
-        for scale, bound in {1.0: 0.03, 2.0: 0.03, 4.0: 0.04, 8.0: 0.1}.items():
+        for scale, bound in {1.0: 0.03, 2.0: 0.03, 4.0: 0.03, 8.0: 0.05}.items():
             condition = mfx.GuidanceCondition(label, *(jnp.full(200, number) for number in (scale, 0.0, 1.0)))
             assert metrics.relative_error(field, truth, z, r, t, condition).value < bound, scale
 
