@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 import scipy.stats
+from fields import refilled
 
 import mf_eqx as mfx
 from mf_eqx import exact, metrics
@@ -320,6 +321,24 @@ def test_a_small_network_follows_the_exact_field_over_all_scales():
         for scale, bound in {1.0: 0.03, 2.0: 0.03, 4.0: 0.03, 8.0: 0.05}.items():
             condition = mfx.GuidanceCondition(label, *(jnp.full(200, number) for number in (scale, 0.0, 1.0)))
             assert metrics.relative_error(field, truth, z, r, t, condition).value < bound, scale
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_training_step_changes_every_parameter_of_the_papers_network(dtype):
+    size = mfx.InContextDiTSize(3, 16, 2, 2, head_depth=1)
+    options = {"labels": LABELS, "guidance": True, "velocity_head": True, "dtype": dtype}
+    with jax.enable_x64(False):
+        field = refilled(mfx.InContextDiT((1, 8, 8), size, **options, key=jr.key(0)))
+        step = mfx.TrainStep(mfx.Objective(mfx.ImprovedMeanFlow(), **PAPER), optax.adam(1e-3), [], accumulation=2)
+        state = mfx.init_state(field, step.optimizer, step.averages, key=jr.key(1))
+        images = mfx.Batch(jr.normal(jr.key(2), (16, 1, 8, 8)), jnp.arange(16) % LABELS)
+        state, found = step(state, images)
+    changed = jax.tree.map(
+        lambda old, new: (old != new).any(), *(eqx.filter(f, eqx.is_array) for f in (field, state.field))
+    )
+    assert all(jax.tree.leaves(changed))
+    assert found["velocity_error"].count == 16 and np.isfinite(found["velocity_error"].value)
 
 
 # Sampling
