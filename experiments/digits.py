@@ -2,6 +2,7 @@
 
     python experiments/digits.py                      330 to 450 seconds on 2 busy CPU cores
     python experiments/digits.py --preset guided      about 5 minutes
+    python experiments/digits.py --preset any-guidance    one network for all guidance scales, chosen at sampling
     python experiments/digits.py --compare            Flow Matching beside it, twice the time
     python experiments/digits.py --dry-run            what would be trained, where, and in how much memory
 
@@ -82,6 +83,13 @@ class Config(run.Settings):
     """Guidance scale omega (Eq. 21). With mix 0, 1 means no guidance."""
     mix: float = 0.0
     """Guidance mix kappa (Eq. 21), in [0, 1); the effective scale is omega / (1 - kappa)."""
+    guidance_input: bool = False
+    """Draw guidance scales from 1 to 8 and intervals for each row and give them to the network, so that they are chosen
+    at sampling (improved MeanFlow), in place of scale and mix."""
+    sample_scale: tuple[float, ...] = (1.0, 2.0)
+    """With guidance_input: the scales that are judged; pictures show the last."""
+    sample_interval: tuple[float, float] = (0.0, 1.0)
+    """With guidance_input: the first and the last time at which these scales hold, in all samples."""
     label_dropout: float = 0.1
     """Share of rows whose label is dropped, in [0, 1 - identity_share]."""
     holdout: float = 0.2
@@ -102,7 +110,14 @@ class Config(run.Settings):
             raise ValueError(f"holdout must lie in [0.02, 0.5], got {self.holdout}")
         if not 0 < self.learning_rate < 1:
             raise ValueError(f"learning_rate must lie in (0, 1), got {self.learning_rate}")
-        if guided(self) and self.label_dropout == 0:
+        if self.guidance_input and guided(self):
+            found = self.scale if self.scale != 1 else f"mix = {self.mix}"
+            raise ValueError(f"scale must be 1, and mix 0, with guidance_input, which draws scales; got {found}")
+        if not self.sample_scale or min(self.sample_scale) <= 0 or not math.isfinite(sum(self.sample_scale)):
+            raise ValueError(f"sample_scale must be > 0 and finite, at least one, got {self.sample_scale}")
+        if not 0 <= self.sample_interval[0] <= self.sample_interval[1] <= 1:
+            raise ValueError(f"sample_interval must satisfy 0 <= first <= last <= 1, got {self.sample_interval}")
+        if (self.guidance_input or guided(self)) and self.label_dropout == 0:
             raise ValueError("label_dropout must be > 0 with guidance, which needs the unlabelled field; got 0.0")
         # What the parts themselves refuse is refused here, where a flag can be named.
         mfx.check_batch_size(self.batch, objective(self).identity_share)
@@ -146,6 +161,12 @@ def guided(config: Config) -> bool:
     return (config.scale, config.mix) != (1, 0)
 
 
+def guidance(config: Config) -> mfx.AbstractGuidance | None:
+    if config.guidance_input:
+        return mfx.DrawnGuidance()
+    return mfx.Guidance(config.scale, config.mix) if guided(config) else None
+
+
 def stable_target(config: Config, source: data.ArraySource) -> mfx.StableTarget | None:
     return mfx.StableTarget(jnp.asarray(source.x), jnp.asarray(source.label)) if config.stable_target else None
 
@@ -158,7 +179,7 @@ def objective(
         time_pairs=mfx.TimePairs(mfx.UniformTimes()),
         identity_share=config.identity_share,
         weight=mfx.AdaptiveWeight(config.power, config.offset),
-        guidance=mfx.Guidance(config.scale, config.mix) if guided(config) else None,
+        guidance=guidance(config),
         label_dropout=mfx.LabelDropout(config.label_dropout, CLASSES),
         stable_target=target,
     )
@@ -172,7 +193,7 @@ def flow_matching(config: Config, target: mfx.StableTarget | None = None) -> mfx
         identity_share=0,
         boundary_times=mfx.UniformTimes(),
         weight=mfx.ConstantWeight(),
-        guidance=mfx.Guidance(config.scale, config.mix) if guided(config) else None,
+        guidance=guidance(config),
         label_dropout=mfx.LabelDropout(config.label_dropout, CLASSES),
         stable_target=target,
     )
@@ -190,7 +211,20 @@ class Method(NamedTuple):
 
 def make_field(config: Config, key: Key[Array, ""]) -> mfx.DiT:
     size = mfx.DiTSize(config.depth, config.width, config.heads, config.patch)
-    return mfx.DiT((1, 8, 8), size, labels=CLASSES, unroll=True, key=key)
+    return mfx.DiT((1, 8, 8), size, labels=CLASSES, guidance=config.guidance_input, unroll=True, key=key)
+
+
+def sampled(config: Config, method: Method, field: mfx.AbstractField) -> list[tuple[Method, mfx.AbstractField]]:
+    """What is judged of a field: itself, or with guidance as an input the field at each scale."""
+    if not config.guidance_input:
+        return [(method, field)]
+    return [
+        (
+            method._replace(name=f"{method.name}, guidance {scale:g}"),
+            mfx.WithGuidance(field, scale, config.sample_interval),
+        )
+        for scale in config.sample_scale
+    ]
 
 
 def train(
@@ -215,7 +249,7 @@ def train(
         return mfx.init_state(make_field(config, field_key), optimizer, averages, key=run_key)
 
     def preview(state: mfx.TrainState, path: Path) -> None:
-        save_samples(method, run.local(state.averages[0]), path, rows=2)
+        save_samples(*sampled(config, method, run.local(state.averages[0]))[-1], path, rows=2)
 
     state = run.train(
         config,
@@ -358,21 +392,26 @@ def main(config: Config) -> None:
     run.require("matplotlib", "safetensors")
     digits = load(config)
     target = stable_target(config, digits.train)
-    methods = [Method("MeanFlow", objective(config, target), mfx.sample, (1, 2, 4), shown=1)]
+    name, identity = "MeanFlow", mfx.MeanFlow()
+    if config.guidance_input:
+        name, identity = "Improved MeanFlow", mfx.ImprovedMeanFlow()
+    methods = [Method(name, objective(config, target, identity), mfx.sample, (1, 2, 4), shown=1)]
     if config.compare:
         methods.append(Method("Flow Matching", flow_matching(config, target), mfx.sample_euler, (1, 4, 32), shown=32))
     with run.opened(config) as directory:
         results, trained = [], []
         judge = Judge(digits)
         for method in methods:
-            scale = method.objective.guidance.effective_scale if method.objective.guidance else 1.0
-            run.tell(f"{method.name}: {config.steps} steps, effective guidance scale {scale:g}")
+            scale = f"scale {mfx.Guidance(config.scale, config.mix).effective_scale:g}"
+            found = "guidance scales from 1 to 8" if config.guidance_input else f"effective guidance {scale}"
+            run.tell(f"{method.name}: {config.steps} steps, {found}")
             part = run.RunDirectory(directory.root / method.name.lower().replace(" ", "_"))
             field = train(config, method, digits.train, part)
-            results += [judged(method, field, number, digits, judge) for number in method.evaluations]
-            trained.append((method, field))
+            made = sampled(config, method, field)
+            results += [judged(*each, number, digits, judge) for each in made for number in method.evaluations]
+            trained += made
             if run.is_first():
-                save_samples(method, field, part.path("samples.png"), rows=10)
+                save_samples(*made[-1], part.path("samples.png"), rows=10)
                 if records := part.records():
                     picture.save_curves(part.path("curves.png"), records)
         if run.is_first():
@@ -388,6 +427,10 @@ PRESETS = {
     "guided": (
         "effective guidance scale 2: sharper and narrower; measured with the digit's own velocity alone",
         Config(scale=1.0, mix=0.5, stable_target=False, steps=6000),
+    ),
+    "any-guidance": (
+        "guidance scale and interval as inputs, chosen at sampling: judged at scales 1 and 2",
+        Config(guidance_input=True),
     ),
 }
 

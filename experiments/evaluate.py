@@ -4,6 +4,9 @@
         --inception inception.safetensors --protocol cifar_train --reference cifar-10-binary.tar.gz --evaluations 1 2
     python experiments/evaluate.py --weights ema.safetensors --vae sd-vae-ft-mse --inception inception.safetensors \\
         --protocol adm --reference VIRTUAL_imagenet256_labeled.npz --euler --evaluations 32 --guidance-scale 1 1.5 2
+    python experiments/evaluate.py --weights imf.safetensors --vae sd-vae-ft-mse --inception inception.safetensors \\
+        --protocol adm --reference VIRTUAL_imagenet256_labeled.npz --guidance-scale 6 8 10 \\
+        --guidance-interval 0.4 0.65 0.4 0.6
     python experiments/evaluate.py --weights ema.safetensors --protocol lite0 --reference fashion-mnist/
     python experiments/evaluate.py --weights ema.safetensors --grid-only           pictures alone
     python experiments/evaluate.py ... --inception random --samples 64             a rehearsal
@@ -17,6 +20,7 @@ takes the features of EfficientNet-Lite0, whose weights come with the extra `fea
 
 import dataclasses
 import hashlib
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -85,9 +89,12 @@ class Config:
     euler: bool = False
     """Step along v = u(z, t, t), as Flow Matching does, instead of by average velocities."""
     guidance_scale: tuple[float, ...] = (1.0,)
-    """Scales of classifier-free guidance at sampling, a row for each: w u(z, r, t | label) + (1 - w) u(z, r, t | none),
-    at twice the evaluations. 1 is none, right for networks that learnt guidance in training. It asks for a network that
-    knows u without labels at r < t, too; for others add --euler."""
+    """Scales of guidance, a row for each; 1 is none. Networks that take guidance as an input get it, at no cost. Others
+    make it of two evaluations, w u(z, r, t | label) + (1 - w) u(z, r, t | none), and must know u without labels at r <
+    t, too, or have --euler; keep 1 for those that learnt one scale in training."""
+    guidance_interval: tuple[saved.Interval, ...] = (saved.ALWAYS,)
+    """Pairs of times, the first and the last at which the scale holds, a row for each scale and pair; for networks that
+    take guidance as an input."""
     labels: Literal["random", "balanced"] = "random"
     """Uniformly random, as the authors', or i mod K for sample i; for networks with labels."""
     batch: int = 256
@@ -112,7 +119,7 @@ class Config:
             raise ValueError(f"reference_count must be >= {LEAST}, got {self.reference_count}")
         if any(steps < 1 for steps in self.evaluations):
             raise ValueError(f"evaluations must be >= 1, got {self.evaluations}")
-        saved.check_times_and_scales(self.times, self.guidance_scale)
+        saved.check_times_and_guidance(self.times, self.guidance_scale, self.guidance_interval)
 
     @property
     def at_once(self) -> int:
@@ -164,7 +171,7 @@ def open_subject(config: Config, devices: mfx.Parallelism) -> saved.Subject:
         found = f"the shape {subject.shape} and the range {subject.notes.pixels}"
         raise ValueError(f"{config.weights}: samples must be {rule}, got {found}")
     saved.check_steps(subject, max(len(row.times) - 1 for row in rows_of(config)), euler=config.euler)
-    saved.check_guidance(subject, config.guidance_scale, euler=config.euler)
+    saved.check_guidance(subject, config.guidance_scale, config.guidance_interval, euler=config.euler)
     return subject
 
 
@@ -252,18 +259,32 @@ class Row(NamedTuple):
 
     times: tuple[float, ...]
     scale: float
+    interval: saved.Interval = saved.ALWAYS
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What tells it from other rows. An interval that is all of [0, 1] is left out, as before there were any."""
+        interval = {} if self.interval == saved.ALWAYS else {"guidance_interval": self.interval}
+        return {"times": self.times, "guidance_scale": self.scale, **interval}
+
+    @property
+    def guidance(self) -> str:
+        """Scale and interval."""
+        return f"{self.scale:g}" + (" in [{:g}, {:g}]".format(*self.interval) if self.interval != saved.ALWAYS else "")
 
     @property
     def name(self) -> str:
         steps = len(self.times) - 1
         grid = "" if self.times == mfx.uniform_times(steps) else "_at_" + "_".join(f"{t:g}" for t in self.times)
-        return f"{steps}{grid}" + (f"_guidance_{self.scale:g}" if self.scale != 1 else "")
+        scale = f"_guidance_{self.scale:g}" if self.scale != 1 else ""
+        interval = "_in_{:g}_{:g}".format(*self.interval) if self.interval != saved.ALWAYS else ""
+        return f"{steps}{grid}{scale}{interval}"
 
 
 def rows_of(config: Config) -> list[Row]:
     grids = [mfx.uniform_times(steps) for steps in config.evaluations] + [config.times] * bool(config.times)
-    rows = [Row(times, scale) for times in grids or [(1.0, 0.0)] for scale in config.guidance_scale]
-    return list(dict.fromkeys(rows))
+    guidance = [*itertools.product(config.guidance_scale, config.guidance_interval)]
+    return list(dict.fromkeys(Row(times, *of_row) for times in grids or [(1.0, 0.0)] for of_row in guidance))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -296,7 +317,7 @@ class Evaluation:
         """What makes the samples of a row."""
         config, labels = self.config, self.subject.labels
         is_balanced = labels is not None and config.labels == "balanced"
-        how = {"seed": config.seed, "scale": row.scale, "euler": config.euler}
+        how = {"seed": config.seed, "scale": row.scale, "interval": row.interval, "euler": config.euler}
         return saved.make_generator(self.subject, row.times, **how, labels=labels, balanced=is_balanced)
 
     def images(self, batches: Iterable[Array]) -> Iterator[Array]:
@@ -375,8 +396,8 @@ def table(job: Evaluation, results: Mapping[Row, dict[str, Any]]) -> str:
     for row, found in results.items():
         scores = found["fid"], spread_of(found["inception_score"]), spread_of(found["kid"])
         known = (*scores, *(found["precision_recall"] or (None, None)), found["samples_per_second"])
-        count = f"{len(row.times) - 1}" + " x 2" * (row.scale != 1)
-        lines.append([count, row.scale if job.subject.labels else None, *known])
+        count = f"{len(row.times) - 1}" + " x 2" * (row.scale != 1 and not job.subject.takes_guidance)
+        lines.append([count, row.guidance if job.subject.labels else None, *known])
     return "\n".join([run.table(lines, headers), "", *remarks(job, next(iter(results.values())))])
 
 
@@ -433,7 +454,7 @@ def main(config: Config) -> None:
     yardstick = None if config.grid_only else open_yardstick(config, subject, devices)
     job = Evaluation(config, devices, subject, yardstick, run.sha256_of_file(config.weights))
     common = job.common()
-    settings = {row: {**common, "times": row.times, "guidance_scale": row.scale} for row in rows_of(config)}
+    settings = {row: {**common, **row.settings} for row in rows_of(config)}
     with run.opened(config, shared=run.digest(common)) as directory:
         ledger = run.Ledger(directory.root / "ledger.jsonl")
         missing = {row: given for row, given in settings.items() if given not in ledger}

@@ -3,6 +3,7 @@
     python experiments/generate.py --weights runs/digits/1a2b3c4d/meanflow/ema_0.997.safetensors
     python experiments/generate.py --weights ema.safetensors --label 3 7 --number 64 --evaluations 2 --to some.png
     python experiments/generate.py --weights ema.safetensors --vae sd-vae-ft-mse --number 5000 --to folder/
+    python experiments/generate.py --weights imf.safetensors --guidance-scale 8 --guidance-interval 0.4 0.65
     python experiments/generate.py --weights policy.safetensors --condition observations.npy --to actions.npy
     python experiments/generate.py ... --dry-run                  what it would make, without making it
 
@@ -20,16 +21,9 @@ from typing import Any
 
 import jax
 import numpy as np
+import saved
 from jaxtyping import Int, Real
-from saved import (
-    check_guidance,
-    check_steps,
-    check_times_and_scales,
-    decoded,
-    make_generator,
-    open_subject,
-    Subject,
-)
+from saved import check_guidance, check_steps, decoded, make_generator, open_subject, Subject
 
 import mf_eqx as mfx
 from mf_eqx import data, picture, run
@@ -59,8 +53,11 @@ class Config:
     condition: str = ""
     """For weights with vectors as conditions: a .npy file with a row for each. Sample i has row i mod their number."""
     guidance_scale: float = 1.0
-    """Scale w of classifier-free guidance at sampling: w u(z, r, t | label) + (1 - w) u(z, r, t | none), at twice the
-    evaluations. 1 is none, right for networks that learnt guidance in training."""
+    """Scale of guidance; 1 is none. Networks that take guidance as an input get it, at no cost. Others make it of two
+    evaluations, w u(z, r, t | label) + (1 - w) u(z, r, t | none); keep 1 for those that learnt one scale in training.
+    """
+    guidance_interval: tuple[float, float] = saved.ALWAYS
+    """The first and the last time at which the scale holds, for networks that take guidance as an input."""
     evaluations: int | None = None
     """Number of equal steps from noise to data; by default 1, or 32 with --euler."""
     times: tuple[float, ...] = ()
@@ -86,7 +83,7 @@ class Config:
         for name, bound in {"evaluations": 1, "number": 1, "batch": 1, "seed": 0}.items():
             if (value := getattr(self, name)) is not None and value < bound:
                 raise ValueError(f"{name} must be >= {bound}, got {value}")
-        check_times_and_scales(self.times, (self.guidance_scale,))
+        saved.check_times_and_guidance(self.times, (self.guidance_scale,), (self.guidance_interval,))
         if self.times and self.evaluations is not None:
             raise ValueError(f"evaluations must be left out with --times, got {self.evaluations}")
 
@@ -141,7 +138,7 @@ def plan(config: Config, subject: Subject, devices: mfx.Parallelism) -> Job:
         euler = True
     times = config.times or mfx.uniform_times(config.evaluations or (EULER_STEPS if euler else 1))
     check_steps(subject, len(times) - 1, euler=euler)
-    check_guidance(subject, (config.guidance_scale,), euler=euler)
+    check_guidance(subject, (config.guidance_scale,), (config.guidance_interval,), euler=euler)
     to = place(config, subject)
     labels = chosen_labels(config, subject, COLUMNS if to.endswith(".png") else None)
     vectors = read_condition(config, subject)
@@ -149,8 +146,8 @@ def plan(config: Config, subject: Subject, devices: mfx.Parallelism) -> Job:
     number = config.number or default_number(subject, labels, vectors, to)
     if to.endswith(".png") and number > (most := 10_000):
         raise ValueError(f"--number must be at most {most} in one picture, got {number}: give a folder as --to")
-    scale, seed = config.guidance_scale, config.seed
-    generator = make_generator(subject, times, seed=seed, scale=scale, euler=euler, condition=condition)
+    guidance = {"scale": config.guidance_scale, "interval": config.guidance_interval}
+    generator = make_generator(subject, times, seed=config.seed, **guidance, euler=euler, condition=condition)
     shards, wanted = devices.shards, min(config.batch, number)
     batch = -(-wanted // shards) * shards
     return Job(subject, generator, labels, number, batch, to, devices)
@@ -277,7 +274,11 @@ def described(job: Job) -> str:
     of = ", ".join([f"{subject.network['network']} of {subject.parameters:,} parameters", *notes])
     steps = len(generator.times) - 1
     how = f"{steps} {'Euler step' if generator.method is mfx.sample_euler else 'evaluation'}{'s' * (steps > 1)}"
-    guided = f", guidance {generator.field.scale:g}" if isinstance(generator.field, mfx.GuidedField) else ""
+    field, guided = generator.field, ""
+    if isinstance(field, mfx.GuidedField | mfx.WithGuidance):
+        guided = f", guidance {field.scale:g}"
+    if isinstance(field, mfx.WithGuidance) and (interval := tuple(map(float, field.interval))) != saved.ALWAYS:
+        guided += " for t from {:g} to {:g}".format(*interval)
     what = f"{job.number:,} {'latents' if subject.is_latent else 'samples'} of shape {subject.shape}"
     where = f"{job.batch} at once on {job.devices.shards} x {jax.devices()[0].device_kind}"
     return f"{subject.path}: {of}; {what}, {how}{guided}, {where}"

@@ -4,7 +4,7 @@ import itertools
 import math
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import equinox as eqx
 import jax
@@ -31,6 +31,11 @@ class Subject(NamedTuple):
     @property
     def labels(self) -> int | None:
         return self.network.get("labels")
+
+    @property
+    def takes_guidance(self) -> bool:
+        """Whether guidance is an input of the network: its scale and its interval cost no evaluation."""
+        return bool(self.network.get("guidance"))
 
     @property
     def is_latent(self) -> bool:
@@ -62,9 +67,6 @@ class Subject(NamedTuple):
 def open_subject(path: str, tokenizer_path: str, devices: mfx.Parallelism, *, bfloat16: bool) -> Subject:
     """**Raises:** `OSError`, `ValueError` for files that hold something else, or that do not belong together."""
     weights = checkpoint.read_weights(path)
-    if (weights.network or {}).get("guidance"):
-        rule = "be of a network without guidance as an input, for which no script has options"
-        raise ValueError(f"{path}: must {rule}, got guidance True")
     how = {"dtype": jnp.bfloat16} if bfloat16 else {}
     field: Any = weights.fill(lambda: weights.make_network(**how), devices)
     try:
@@ -98,14 +100,24 @@ def assumed_notes(config: dict[str, Any], shape: tuple[int, ...]) -> checkpoint.
     )
 
 
-def check_times_and_scales(times: Sequence[float], scales: Sequence[float]) -> None:
-    """Refuses times, if any are given, and scales of guidance that no sampler takes."""
+Interval: TypeAlias = tuple[float, float]
+"""The first and the last time at which guidance applies."""
+ALWAYS: Interval = (0.0, 1.0)
+
+
+def check_times_and_guidance(times: Sequence[float], scales: Sequence[float], intervals: Sequence[Interval]) -> None:
+    """Refuses times, if any are given, and scales and intervals of guidance that no sampler takes."""
     falling = all(before > after for before, after in itertools.pairwise(times))
     if times and not (falling and (times[0], times[-1]) == (1, 0)):
         raise ValueError(f"times must fall strictly from 1 to 0, got {times}")
     if not scales or not all(0 <= scale < math.inf for scale in scales):
         found = scales[0] if len(scales) == 1 else scales
         raise ValueError(f"guidance_scale must be >= 0 and finite, got {found}")
+    for low, high in intervals:
+        if not 0 <= low <= high <= 1:
+            raise ValueError(f"guidance_interval must satisfy 0 <= first <= last <= 1, got {low} {high}")
+    if not intervals:
+        raise ValueError("guidance_interval must have two times, got none")
 
 
 def check_steps(subject: Subject, steps: int, *, euler: bool) -> None:
@@ -122,8 +134,17 @@ def check_steps(subject: Subject, steps: int, *, euler: bool) -> None:
         raise ValueError(f"--evaluations must be {rule} for {subject.path}, {reason}, got {steps}")
 
 
-def check_guidance(subject: Subject, scales: Sequence[float], *, euler: bool) -> None:
-    """Refuses guidance at sampling for a network that cannot do without a label; warns if nobody knows."""
+def check_guidance(subject: Subject, scales: Sequence[float], intervals: Sequence[Interval], *, euler: bool) -> None:
+    """Refuses guidance at sampling for a network that neither takes it nor can do without a label; warns if nobody
+    knows."""
+    if subject.takes_guidance:
+        if min(scales) == 0:
+            raise ValueError(f"--guidance-scale must be > 0 for {subject.path}, a network that takes it, got 0")
+        return
+    for low, high in intervals:
+        if (low, high) != ALWAYS:
+            rule = f"0 1 for {subject.path}, a network without guidance as an input"
+            raise ValueError(f"--guidance-interval must be {rule}, got {low:g} {high:g}")
     if all(scale == 1 for scale in scales):
         return
     found, trained = ", ".join(f"{scale:g}" for scale in scales), subject.notes.trained
@@ -144,12 +165,23 @@ def check_guidance(subject: Subject, scales: Sequence[float], *, euler: bool) ->
 
 
 def make_generator(
-    subject: Subject, times: tuple[float, ...], *, seed: int, scale: float, euler: bool, **conditions: Any
+    subject: Subject,
+    times: tuple[float, ...],
+    *,
+    seed: int,
+    scale: float,
+    interval: Interval,
+    euler: bool,
+    **conditions: Any,
 ) -> mfx.Generator:
     """What makes the samples; `conditions` as for `mfx.Generator`."""
-    field = subject.field
+    field = guided = subject.field
+    if subject.takes_guidance:
+        guided = mfx.WithGuidance(field, scale, interval)
+    elif scale != 1:
+        guided = mfx.GuidedField(field, scale, jnp.asarray(subject.labels))
     return mfx.Generator(
-        field if scale == 1 else mfx.GuidedField(field, scale, jnp.asarray(subject.labels)),
+        guided,
         jr.key(seed),
         field.data_shape,
         times,

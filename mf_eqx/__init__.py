@@ -20,6 +20,7 @@ second line are imported explicitly, so that a training job does not load what i
     _derivative.py     du/dt, and the engines that compute it
     _engine_guards.py  what engines refuse: silent zeros, fields without forward mode
     _guidance.py       guidance inside the target, label dropout; guidance at sampling
+    _drawn_guidance.py guidance drawn for each row, an input of the field
     _identity/         one file per method, and what holds of it
     _objective.py      from a batch to a loss: boundary condition + identity
     _batch_objective/  losses on whole batches, one file each
@@ -64,6 +65,11 @@ from ._derivative import (
     StoppedJVP as StoppedJVP,
     total_derivative as total_derivative,
 )
+from ._drawn_guidance import (
+    DrawnGuidance as DrawnGuidance,
+    PowerLawScales as PowerLawScales,
+    WithGuidance as WithGuidance,
+)
 from ._ema import ExponentialAverage as ExponentialAverage
 from ._field import (
     AbstractField as AbstractField,
@@ -75,6 +81,7 @@ from ._field import (
 )
 from ._generate import Generator as Generator
 from ._guidance import (
+    AbstractGuidance as AbstractGuidance,
     Guidance as Guidance,
     GuidedField as GuidedField,
     LabelDropout as LabelDropout,
@@ -83,6 +90,7 @@ from ._guidance import (
 from ._identity import (
     AbstractIdentity as AbstractIdentity,
     AbstractIdentityWithLoss as AbstractIdentityWithLoss,
+    AbstractIdentityWithVelocity as AbstractIdentityWithVelocity,
     AbstractScheduledIdentity as AbstractScheduledIdentity,
     AlignYourFlow as AlignYourFlow,
     AlphaFlow as AlphaFlow,

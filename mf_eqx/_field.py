@@ -7,7 +7,7 @@ so one network holds both the one-step map and the velocity of Flow Matching.
 
 import abc
 import inspect
-from typing import TypeVar
+from typing import TypeGuard, TypeVar
 
 import equinox as eqx
 import jax
@@ -89,7 +89,7 @@ class AbstractFieldWithVelocity(AbstractField):
         """The pair (u(z, r, t), v(z, t)). **Arguments:** as for the field."""
 
 
-def has_velocity_head(field: AbstractField) -> bool:
+def has_velocity_head(field: AbstractField) -> TypeGuard[AbstractFieldWithVelocity]:
     """Whether the field has a velocity head, so that `with_velocity` can be called."""
     return isinstance(field, AbstractFieldWithVelocity) and field.has_velocity_head
 
@@ -106,7 +106,7 @@ def instantaneous_velocity(
 
     **Arguments:** `field`; the others as for the field.
     """
-    if isinstance(field, AbstractFieldWithVelocity) and field.has_velocity_head:
+    if has_velocity_head(field):
         return field.velocity(z, t, condition, key=key)
     return field(z, t, t, condition, key=key)
 

@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Int, Key, PyTree, Real
 
 from ._custom_types import Condition
+from ._drawn_guidance import WithGuidance
 from ._field import AbstractField, check_field
 from ._guidance import GuidedField
 from ._leaves import by_name
@@ -41,7 +42,8 @@ class Generator(eqx.Module):
 
     **Arguments:**
 
-    - `field`: any field; one trained with guidance, or a `GuidedField`, makes guided samples.
+    - `field`: any field. Guided samples come from one trained with `Guidance`; from a `WithGuidance` of one trained
+      with `DrawnGuidance`, at any scale and interval; or from a `GuidedField`.
     - `key`: one for all samples.
     - `data_shape`: of one sample.
     - `times`: the grid from noise to data, see `sample`.
@@ -53,8 +55,8 @@ class Generator(eqx.Module):
     - `unroll`: whether to unroll the loop over the steps, see `sample`.
 
     **Raises:** `ValueError` if `field`, `times`, `labels`, `balanced`, `condition` or `data_shape` is not valid, if
-    both `labels` and `condition` are given, or if a network of this package, also in a `GuidedField`, lacks some of
-    the labels.
+    both `labels` and `condition` are given, or if a network of this package, also in a `GuidedField` or a
+    `WithGuidance`, lacks some of the labels.
     """
 
     field: AbstractField
@@ -85,7 +87,8 @@ class Generator(eqx.Module):
 
     def _check_labels(self, name: str, condition: PyTree[Any]) -> None:
         """Refuses labels that the network lacks."""
-        check_labels(name, condition, self.field.field if isinstance(self.field, GuidedField) else self.field)
+        field = self.field.field if isinstance(self.field, GuidedField | WithGuidance) else self.field
+        check_labels(name, condition, field)
 
     def __call__(self, numbers: Int[ArrayLike, " rows"] | Sequence[int]) -> Float[Array, "rows *data"]:
         """The samples with these numbers, on the devices that hold the numbers."""

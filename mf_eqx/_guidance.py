@@ -1,5 +1,5 @@
 r"""Classifier-free guidance inside the target (Sec. 4.2, App. B.1): guided samples at one function evaluation.
-`GuidedField` applies guidance when sampling, at two evaluations.
+`GuidedField` applies guidance when sampling, at two evaluations. `DrawnGuidance` is in the file beside this one.
 
 The velocity $v_t$, both in the target and as the tangent of the JVP, is replaced by
 
@@ -9,6 +9,7 @@ whose fixed point is $v_{cfg} = \omega' v(z_t, t \mid c) + (1 - \omega')\, v(z_t
 $\omega' = \omega / (1 - \kappa)$.
 """
 
+import abc
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -18,20 +19,73 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Key
 
-from ._custom_types import as_scalar, as_times, Condition, TimeLike
+from ._custom_types import as_scalar, as_times, Condition, Scalar, Time, TimeLike
 from ._field import AbstractField, check_field
 from ._leaves import by_name
 from ._model import check_labels
 from ._validate import check_positive
 
 
-def _as_interval(ends: Sequence[float | int]) -> tuple[float, float]:
+def as_interval(ends: Sequence[float | int]) -> tuple[float, float]:
+    """`ends` as a pair. **Raises:** `ValueError` if they are not two."""
     if len(ends) != 2:
         raise ValueError(f"interval must have two ends, got {ends}")
     return float(ends[0]), float(ends[1])
 
 
-class Guidance(eqx.Module):
+def check_interval(interval: tuple[float, float]) -> None:
+    """Raises a `ValueError` unless `interval` lies in [0, 1], its lower end first."""
+    low, high = interval
+    if not 0 <= low <= high <= 1:
+        raise ValueError(f"interval must satisfy 0 <= low <= high <= 1, got {interval}")
+
+
+def guided_velocity(
+    v: Float[Array, "*data"],
+    conditional: Float[Array, "*data"] | None,
+    unconditional: Float[Array, "*data"],
+    scale: float | Scalar,
+    mix: float | Scalar,
+) -> Float[Array, "*data"]:
+    r"""$\tilde v_t$ of Eq. 21. `conditional` may be None if `mix` is 0."""
+    guided = scale * v + (1 - scale - mix) * unconditional
+    return guided if conditional is None else guided + mix * conditional
+
+
+class AbstractGuidance(eqx.Module):
+    """How the velocity that a row learns is guided by velocities of the field itself."""
+
+    @property
+    @abc.abstractmethod
+    def needs_conditional(self) -> bool:
+        """Whether the guided velocity depends on the field's own velocity with the condition."""
+
+    @abc.abstractmethod
+    def condition(self, condition: Condition, r: Time, t: Time, *, key: Key[Array, ""]) -> Condition:
+        """What the field gets as its condition in a row with these times."""
+
+    @abc.abstractmethod
+    def null(self, condition: Condition, t: Time, dropout: "LabelDropout") -> Condition:
+        """What the field gets as its condition in the pass without one, in a row where it gets `condition`."""
+
+    @abc.abstractmethod
+    def velocity(
+        self,
+        v: Float[Array, "*data"],
+        conditional: Float[Array, "*data"] | None,
+        unconditional: Float[Array, "*data"],
+        t: TimeLike,
+        condition: Condition = None,
+    ) -> Float[Array, "*data"]:
+        """The guided velocity.
+
+        **Arguments:** `v` conditional velocity of the path; `conditional` and `unconditional` the field's own
+        velocities with and without the condition, behind stop-gradient, the former None unless `needs_conditional`;
+        `t` time; `condition` of the row.
+        """
+
+
+class Guidance(AbstractGuidance):
     r"""Guidance of the training target (Eq. 19 and 21).
 
     **Arguments:**
@@ -47,20 +101,28 @@ class Guidance(eqx.Module):
 
     scale: float = eqx.field(converter=float)
     mix: float = eqx.field(default=0.0, converter=float)
-    interval: tuple[float, float] = eqx.field(default=(0.0, 1.0), converter=_as_interval)
+    interval: tuple[float, float] = eqx.field(default=(0.0, 1.0), converter=as_interval)
 
     def __check_init__(self):
-        low, high = self.interval
         check_positive("scale", self.scale)
         if not 0 <= self.mix < 1:
             raise ValueError(f"mix must lie in [0, 1), got {self.mix}")
-        if not 0 <= low <= high <= 1:
-            raise ValueError(f"interval must satisfy 0 <= low <= high <= 1, got {self.interval}")
+        check_interval(self.interval)
 
     @property
     def effective_scale(self) -> float:
         r"""$\omega' = \omega / (1 - \kappa)$: the scale of the learned $v_{cfg}$, elsewhere "cfg scale"."""
         return self.scale / (1 - self.mix)
+
+    @property
+    def needs_conditional(self) -> bool:
+        return self.mix != 0
+
+    def condition(self, condition: Condition, r: Time, t: Time, *, key: Key[Array, ""]) -> Condition:
+        return condition
+
+    def null(self, condition: Condition, t: Time, dropout: "LabelDropout") -> Condition:
+        return dropout.null_like(condition)
 
     def velocity(
         self,
@@ -68,19 +130,18 @@ class Guidance(eqx.Module):
         conditional: Float[Array, "*data"] | None,
         unconditional: Float[Array, "*data"],
         t: TimeLike,
+        condition: Condition = None,
     ) -> Float[Array, "*data"]:
         r"""The guided velocity $\tilde v_t$ of Eq. 21.
 
         **Arguments:** `v` conditional velocity of the path; `conditional` u(z, t, t | c), may be None if `mix` is 0;
-        `unconditional` u(z, t, t); `t` time. Both are values already behind stop-gradient.
+        `unconditional` u(z, t, t); `t` time. Both are values already behind stop-gradient. `condition` is not used.
 
         **Returns:** $\tilde v_t$, or `v` where t lies outside `interval`.
         """
-        guided = self.scale * v + (1 - self.scale - self.mix) * unconditional
-        if conditional is not None:
-            guided = guided + self.mix * conditional
-        elif self.mix != 0:
+        if conditional is None and self.mix != 0:
             raise ValueError(f"conditional must be given unless mix is 0, got None with mix = {self.mix}")
+        guided = guided_velocity(v, conditional, unconditional, self.scale, self.mix)
         (low, high), t = self.interval, as_scalar("t", t)
         return jnp.where((t >= low) & (t <= high), guided, v)
 

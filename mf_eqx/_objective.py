@@ -7,13 +7,19 @@ carries the identity, the others regress u(z, t, t) on the velocity and never pa
 
 Guidance costs no more passes than necessary. On r = t rows the conditional value is the loss's own output, so only the
 unconditional pass is extra. On identity rows both values come from a copy of the field behind stop-gradient; the
-conditional one is computed only if `Guidance.mix` is not 0.
+conditional one is computed only if `Guidance.mix` is not 0, and an identity along the predicted velocity takes it, too.
+
+A velocity head, if the field has one, learns the same (guided) velocity v as u(z, t, t), with the same weight:
+
+    loss of a row = sg(w(error of u)) error of u + sg(w(error of v)) error of v
+
+on r = t rows, and on identity rows of an `AbstractIdentityWithVelocity`. Guidance then takes the head's values.
 """
 
 import abc
 from collections.abc import Callable
 from fractions import Fraction
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -27,14 +33,22 @@ from ._field import (
     AbstractField,
     check_field,
     has_velocity_head,
+    instantaneous_velocity,
     stopped,
     with_checked_shapes,
 )
-from ._guidance import check_null_shape, first_changed_by_cast, Guidance, LabelDropout, Trained
-from ._identity import AbstractIdentity, AbstractIdentityWithLoss, Facts, MeanFlow
+from ._guidance import AbstractGuidance, check_null_shape, first_changed_by_cast, LabelDropout, Trained
+from ._identity import (
+    AbstractIdentity,
+    AbstractIdentityWithLoss,
+    AbstractIdentityWithVelocity,
+    Facts,
+    MeanFlow,
+)
 from ._interpolant import AbstractInterpolant, LinearInterpolant
 from ._leaves import by_name
 from ._mean import errors_by_kind, mean_of, Metrics, total
+from ._model.guidance import condition_at
 from ._row import Context, Drawing, Row
 from ._stable_target import StableTarget
 from ._times import AbstractTimes, as_share, check_batch_size, rows_per_group, split_rows, TimePairs
@@ -116,7 +130,7 @@ _KINDS = {
     "time_pairs": TimePairs,
     "boundary_times": AbstractTimes,
     "weight": AbstractWeight,
-    "guidance": Guidance,
+    "guidance": AbstractGuidance,
     "label_dropout": LabelDropout,
     "stable_target": StableTarget,
 }
@@ -139,7 +153,8 @@ class Objective(AbstractObjective):
     - `identity_share`: the share of rows that carry the identity ("ratio of r != t", Tab. 1a), a fraction n/k with k <=
       64; the batch must be a multiple of k. 1/4 in the ImageNet experiments, 3/4 for CIFAR-10.
     - `weight`: the function from an example's error to its weight.
-    - `guidance`: None, or how the target is guided; needs `label_dropout`, which names the null condition.
+    - `guidance`: None, or how the target is guided: by one `Guidance`, or by a `DrawnGuidance` that the field gets as
+      an input; needs `label_dropout`, which names the null condition.
     - `label_dropout`: None, or how the condition is dropped.
     - `velocity`: None, or a function v(z, t, condition) whose value replaces the conditional velocity $v_t$, as target
       and as tangent: a trained Flow Matching field (distillation), or the marginal velocity itself
@@ -149,8 +164,9 @@ class Objective(AbstractObjective):
       x alone.
 
     **Metrics**, each a `Mean`: `loss` (weighted); `boundary_error` and `identity_error`, the *raw* mean squared error
-    per dimension of rows with r = t and with r < t; `identity_error_by_gap`, the latter in four equal bins of t - r.
-    A mean over no rows is NaN.
+    per dimension of rows with r = t and with r < t; `identity_error_by_gap`, the latter in four equal bins of t - r;
+    `velocity_error`, for a field with a velocity head, that of the head on the rows that train it. A mean over no rows
+    is NaN.
 
     **Raises:** `ValueError` if arguments contradict each other, or, when called, if the batch is not divisible.
     """
@@ -161,7 +177,7 @@ class Objective(AbstractObjective):
     boundary_times: AbstractTimes | None = None
     identity_share: Fraction = eqx.field(default=Fraction(1, 4), converter=as_share)
     weight: AbstractWeight = AdaptiveWeight()
-    guidance: Guidance | None = None
+    guidance: AbstractGuidance | None = None
     label_dropout: LabelDropout | None = None
     velocity: Callable[[Float[Array, "*data"], Time, Condition], Float[Array, "*data"]] | None = None
     stable_target: StableTarget | None = None
@@ -278,23 +294,29 @@ class Objective(AbstractObjective):
             raise ValueError(f"field must {rule}, got {type(field).__name__} without one")
         draw, group = self._drawing(boundary), 1 if boundary else self._facts.group
 
-        def evaluate(example: Batch) -> tuple[Scalar, Scalar, Scalar]:
+        def evaluate(example: Batch) -> tuple[Scalar, Scalar, Scalar, Scalar | None]:
             row = draw(example, key, context)
-            residual, loss = (self._boundary_term if boundary else self._identity_term)(field, row)
-            return loss, _per_dimension(residual), row.t - row.r
+            term = (self._boundary_term if boundary else self._identity_term)(field, row)
+            of_head = None if term.of_head is None else _per_dimension(term.of_head)
+            return term.loss, _per_dimension(term.residual), row.t - row.r, of_head
 
         def evaluate_group(examples: Batch) -> tuple[Float[Array, "..."], Float[Array, "..."], Float[Array, "..."]]:
             rows = draw.group(examples, key, context)
             residuals, loss = self._group_term(field, rows)
             return jnp.broadcast_to(loss, (group,)), jax.vmap(_per_dimension)(residuals), rows.t - rows.r
 
+        of_head = None
         if group == 1:
-            losses, errors, gaps = jax.vmap(evaluate)(batch)
+            losses, errors, gaps, of_head = jax.vmap(evaluate)(batch)
         else:
             groups = jax.tree.map(lambda leaf: leaf.reshape(-1, group, *leaf.shape[1:]), batch)
             losses, errors, gaps = (values.reshape(-1) for values in jax.vmap(evaluate_group)(groups))
         metrics = {"loss": mean_of(losses), **errors_by_kind(errors, gaps)}
-        return metrics if self.identity_share > 0 else {name: metrics[name] for name in ("loss", "boundary_error")}
+        if has_velocity_head(field):
+            metrics["velocity_error"] = mean_of(losses[:0] if of_head is None else of_head)
+        if self.identity_share == 0:
+            del metrics["identity_error"], metrics["identity_error_by_gap"]
+        return metrics
 
     def _drawing(self, boundary: bool) -> Drawing:
         """How rows of one kind are drawn."""
@@ -306,30 +328,39 @@ class Objective(AbstractObjective):
             boundary_times=self.boundary_times,
             drop_probability=self._drop_probability if boundary or self._drops_any_row else 0.0,
             label_dropout=self.label_dropout,
+            guidance=self.guidance,
             velocity=self.velocity,
             stable_target=self.stable_target,
             with_pair=self.guidance is None and self.velocity is None and self.stable_target is None,
         )
 
-    def _boundary_term(self, field: AbstractField, row: Row) -> tuple[Float[Array, "*data"], Scalar]:
-        """Residual and loss of a row with r = t: u(z, t, t) = v."""
-        u = at_least_float32(with_checked_shapes(row.evaluate(field, row.z, row.t, row.t), row.z))
-        residual = u - self._guided(field, row, jax.lax.stop_gradient(u))
-        return residual, self._weighted(residual, row)
+    def _boundary_term(self, field: AbstractField, row: Row) -> "_Term":
+        """What a row with r = t contributes: u(z, t, t) = v, and the same for the velocity head."""
+        u, v = _both(field, row)
+        target = self._guided(field, row, jax.lax.stop_gradient(u if v is None else v))
+        return self._term(u - target, row, None if v is None else v - target)
 
-    def _identity_term(self, field: AbstractField, row: Row) -> tuple[Float[Array, "*data"], Scalar]:
-        """Residual and loss of a row that carries the identity."""
-        assert self.identity is not None
-        row = self._with_guided_velocity(field, row)
-        if isinstance(self.identity, AbstractIdentityWithLoss):
-            return self.identity.residual_and_loss(field, row)
-        residual = at_least_float32(self.identity.residual(field, row))
-        return residual, self._weighted(residual, row)
+    def _identity_term(self, field: AbstractField, row: Row) -> "_Term":
+        """What a row that carries the identity contributes."""
+        identity, row = self.identity, self._with_guided_velocity(field, row)
+        assert identity is not None
+        if isinstance(identity, AbstractIdentityWithLoss):
+            return _Term(*identity.residual_and_loss(field, row))
+        if not isinstance(identity, AbstractIdentityWithVelocity):
+            return self._term(at_least_float32(identity.residual(field, row)), row)
+        residual, v = identity.residual_and_velocity(field, row)
+        of_head = None if v is None else at_least_float32(with_checked_shapes(v, row.z)) - row.v
+        return self._term(at_least_float32(residual), row, of_head)
 
     def _group_term(self, field: AbstractField, rows: Row) -> tuple[Float[Array, "group *data"], Scalar]:
         """The residuals of a group of rows, and their mean loss."""
         assert isinstance(self.identity, AbstractIdentityWithLoss)
         return self.identity.residual_and_loss(field, rows)
+
+    def _term(self, residual: Float[Array, "*data"], row: Row, of_head: Float[Array, "*data"] | None = None) -> "_Term":
+        """The errors of u and of the velocity head, each with its weight."""
+        loss = self._weighted(residual, row)
+        return _Term(residual, loss if of_head is None else loss + self._weighted(of_head, row), of_head)
 
     def _weighted(self, residual: Float[Array, "*data"], row: Row) -> Scalar:
         error = jnp.sum(residual**2)
@@ -338,10 +369,11 @@ class Objective(AbstractObjective):
     def _with_guided_velocity(self, field: AbstractField, row: Row) -> Row:
         if self.guidance is None or not self._facts.uses_velocity:
             return row
-        conditional = None
-        if self.guidance.mix != 0:
-            conditional = at_least_float32(row.evaluate(stopped(field), row.z, row.t, row.t))
-        return eqx.tree_at(lambda row: row.v, row, self._guided(field, row, conditional))
+        predicted = at_least_float32(row.own_velocity(field)) if self.guidance.needs_conditional else None
+        guided = self._guided(field, row, predicted)
+        return eqx.tree_at(
+            lambda row: (row.v, row.predicted), row, (guided, predicted), is_leaf=lambda node: node is None
+        )
 
     def _guided(
         self, field: AbstractField, row: Row, conditional: Float[Array, "*data"] | None
@@ -349,10 +381,27 @@ class Objective(AbstractObjective):
         """The velocity to regress on: guided (Eq. 21), or plain v where the condition was dropped."""
         if self.guidance is None or self.label_dropout is None:
             return row.v
-        null = self.label_dropout.null_like(row.condition)
-        unconditional = at_least_float32(stopped(field)(row.z, row.t, row.t, null, key=row.key))
-        guided = self.guidance.velocity(row.v, conditional, unconditional, row.t)
+        null = self.guidance.null(row.condition, row.t, self.label_dropout)
+        own = instantaneous_velocity(stopped(field), row.z, row.t, null, key=row.key)
+        guided = self.guidance.velocity(row.v, conditional, at_least_float32(own), row.t, row.condition)
         return jnp.where(row.dropped, row.v, guided)
+
+
+class _Term(NamedTuple):
+    """What a row contributes to the loss: the residual of u, the loss, and the error of the velocity head."""
+
+    residual: Float[Array, "*data"]
+    loss: Scalar
+    of_head: Float[Array, "*data"] | None = None
+
+
+def _both(field: AbstractField, row: Row) -> tuple[Float[Array, "*data"], Float[Array, "*data"] | None]:
+    """u(z, t, t), and v(z, t) of the velocity head if there is one, in one evaluation."""
+    if not has_velocity_head(field):
+        return at_least_float32(with_checked_shapes(row.evaluate(field, row.z, row.t, row.t), row.z)), None
+    condition = condition_at(row.condition, row.t, row.t)
+    u, v = with_checked_shapes(field.with_velocity(row.z, row.t, row.t, condition, key=row.key), row.z)
+    return at_least_float32(u), at_least_float32(v)
 
 
 def _per_dimension(residual: Float[Array, "*data"]) -> Scalar:

@@ -19,9 +19,10 @@ from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from ._batch import Batch
 from ._custom_types import as_times, at_least_float32, Condition, Time, TimeLike
-from ._field import AbstractField
-from ._guidance import LabelDropout
+from ._field import AbstractField, instantaneous_velocity, stopped
+from ._guidance import AbstractGuidance, LabelDropout
 from ._interpolant import AbstractInterpolant
+from ._model.guidance import condition_at
 from ._stable_target import StableTarget
 from ._times import AbstractTimes, TimePairs
 
@@ -46,7 +47,8 @@ class Row(eqx.Module):
     - `v`: velocity at `z`: in training the conditional one, guided if the objective has guidance, or the value of the
       objective's `velocity` or `stable_target`; in proofs the marginal one.
     - `r`, `t`: times, r <= t.
-    - `condition`: the condition of the row, or the null condition if it was dropped.
+    - `condition`: the condition of the row, or the null condition if it was dropped; with `DrawnGuidance` a
+      `GuidanceCondition` of it.
     - `key`: one per row and step. Pass it unchanged to every evaluation of the field, as `evaluate` does, so that all
       use the same dropout mask. For your own random draws, fold it with a large number: `fold_in(key, i)` with a small
       i is `split(key, n)[i]`, which the field may use. None if there is neither dropout nor such a draw.
@@ -54,6 +56,8 @@ class Row(eqx.Module):
     - `x`, `eps`, `path`: data, noise and interpolant from which z was made. None if z was made otherwise; x and eps
       are also None if the objective has guidance, a `velocity` or a `stable_target`, on which they do not depend.
     - `dropped`: whether the condition was dropped.
+    - `predicted`: the field's own v(z, t) as the objective evaluated it for guidance, behind stop-gradient; None if it
+      did not. `own_velocity` returns it.
     """
 
     z: Float[Array, "*data"]
@@ -67,6 +71,7 @@ class Row(eqx.Module):
     eps: Float[Array, "*data"] | None
     path: AbstractInterpolant | None
     dropped: Bool[Array, ""]
+    predicted: Float[Array, "*data"] | None
 
     def __init__(
         self,
@@ -82,12 +87,13 @@ class Row(eqx.Module):
         eps: Float[Array, "*data"] | None = None,
         path: AbstractInterpolant | None = None,
         dropped: Bool[Array, ""] | bool = False,
+        predicted: Float[Array, "*data"] | None = None,
     ):
         self.z, self.v = z, v
         self.r, self.t = as_times(r, t, z)
         self.condition, self.key, self.context = condition, key, context
         self.x, self.eps, self.path = x, eps, path
-        self.dropped = jnp.asarray(dropped)
+        self.dropped, self.predicted = jnp.asarray(dropped), predicted
 
     def at(self, time: TimeLike) -> Float[Array, "*data"]:
         r"""The state of the same x and $\epsilon$ at another time.
@@ -102,8 +108,15 @@ class Row(eqx.Module):
         return self.path.state_and_velocity(self.x, self.eps, time)[0]
 
     def evaluate(self, field: AbstractField, z: Float[Array, "*data"], r: Time, t: Time) -> Float[Array, "..."]:
-        """A field at (z, r, t), with the row's condition and dropout mask."""
-        return field(z, r, t, self.condition, key=self.key)
+        """A field at (z, r, t), with the row's dropout mask and condition; a `GuidanceCondition` as it is at (r, t)."""
+        return field(z, r, t, condition_at(self.condition, r, t), key=self.key)
+
+    def own_velocity(self, field: AbstractField) -> Float[Array, "..."]:
+        """The field's own prediction of v(z, t), behind stop-gradient: of its velocity head, or u(z, t, t)."""
+        if self.predicted is not None:
+            return self.predicted
+        condition = condition_at(self.condition, self.t, self.t)
+        return instantaneous_velocity(stopped(field), self.z, self.t, condition, key=self.key)
 
     def map(self, function: Callable[["Row"], PyTree[Array]]) -> PyTree[Array]:
         """`function` applied to each row of a group. In a group, all arrays except those of `context` and `path` have a
@@ -134,6 +147,7 @@ class Drawing:
     boundary_times: AbstractTimes | None
     drop_probability: float
     label_dropout: LabelDropout | None
+    guidance: AbstractGuidance | None
     velocity: Callable[[Float[Array, "*data"], Time, Condition], Float[Array, "*data"]] | None
     stable_target: StableTarget | None
     with_pair: bool
@@ -174,6 +188,8 @@ class Drawing:
             v = jax.lax.stop_gradient(self.velocity(z, t, condition).astype(z.dtype))
             if v.shape != z.shape:
                 raise ValueError(f"velocity must return the shape of z, {z.shape}, got {v.shape}")
+        if self.guidance is not None:
+            condition = self.guidance.condition(condition, r, t, key=jr.fold_in(drop_key, 1))
         pair = {"x": x, "eps": eps} if self.with_pair else {}
         return Row(z, v, r, t, condition, key=field_key, context=context, path=self.path, dropped=dropped, **pair)
 

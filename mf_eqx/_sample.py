@@ -19,6 +19,7 @@ from jaxtyping import Array, ArrayLike, Float, Real
 
 from ._custom_types import at_least_float32, Condition, Time
 from ._field import AbstractField, check_field, with_checked_shapes
+from ._model.guidance import condition_at
 
 Times: TypeAlias = Sequence[float] | Real[Array | np.ndarray, " times"]
 _Evaluate: TypeAlias = Callable[[Float[Array, "*data"], Time, Time], Float[Array, "*data"]]
@@ -112,7 +113,7 @@ def _integrate(
     grid = jnp.asarray(times, eps.dtype)
 
     def u(z: Float[Array, "*data"], r: Time, t: Time) -> Float[Array, "*data"]:
-        return with_checked_shapes(field(z, r, t, condition), z)
+        return with_checked_shapes(field(z, r, t, condition_at(condition, r, t)), z)
 
     def scan_step(z: Float[Array, "*data"], pair: Sequence[Time]) -> tuple[Float[Array, "*data"], None]:
         return step(u, z, *pair).astype(z.dtype), None

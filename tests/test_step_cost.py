@@ -122,3 +122,28 @@ def test_program_of_the_largest_network_is_as_long_as_that_of_a_small_one():
         )
 
     assert lines(mfx.DIT_XL2) <= 1.05 * lines(mfx.DIT_B4)
+
+
+@pytest.mark.slow
+def test_drawn_guidance_and_the_velocity_head_cost_no_memory_but_what_the_head_keeps():
+    """Of rows with r < t, whose predicted velocity and guidance are passes that keep nothing."""
+    size = mfx.InContextDiTSize(6, 128, 4, 2, head_depth=3)
+
+    def temporary_bytes(identity, *, head, boundary=False):
+        objective = mfx.Objective(
+            identity, guidance=mfx.DrawnGuidance(), label_dropout=mfx.LabelDropout(0.1, 10), identity_share=0.5
+        )
+
+        def gradient(field, x, label, key):
+            part, rows = objective.parts(mfx.Batch(x, label))[0 if boundary else 1]
+            return eqx.filter_grad(lambda field: part.evaluate(field, rows, None, key=key)[0])(field)
+
+        make = functools.partial(mfx.InContextDiT, (4, 16, 16), size, labels=10, guidance=True, velocity_head=head)
+        rows = jax.ShapeDtypeStruct((64, 4, 16, 16), jnp.float32), jax.ShapeDtypeStruct((64,), jnp.int32)
+        field = eqx.filter_eval_shape(lambda: make(key=jr.key(0)))
+        return measure.compile_program(gradient, field, *rows, jr.key(0)).cost.temporary_bytes
+
+    with_head, without = (temporary_bytes(mfx.MeanFlow(), head=head, boundary=True) for head in (True, False))
+    mean_flow = temporary_bytes(mfx.MeanFlow(), head=False)
+    paper = temporary_bytes(mfx.ImprovedMeanFlow(), head=True)
+    assert paper <= 1.01 * (mean_flow + with_head - without)

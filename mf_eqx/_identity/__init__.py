@@ -5,6 +5,7 @@ from .alpha_flow import AlphaFlow as AlphaFlow
 from .base import (
     AbstractIdentity as AbstractIdentity,
     AbstractIdentityWithLoss as AbstractIdentityWithLoss,
+    AbstractIdentityWithVelocity as AbstractIdentityWithVelocity,
     AbstractScheduledIdentity as AbstractScheduledIdentity,
 )
 from .consistency_training import ConsistencyTraining as ConsistencyTraining

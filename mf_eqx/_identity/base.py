@@ -54,6 +54,22 @@ class AbstractIdentityWithLoss(AbstractIdentity):
         return self.residual_and_loss(field, row)[0]
 
 
+class AbstractIdentityWithVelocity(AbstractIdentity):
+    """An equation that evaluates the velocity head, if the field has one, beside u, so that its rows train both."""
+
+    @abc.abstractmethod
+    def residual_and_velocity(
+        self, field: AbstractField, row: Row
+    ) -> tuple[Float[Array, "*data"], Float[Array, "*data"] | None]:
+        """The residual of the equation, and v(z, t) of the velocity head, None without a head.
+
+        **Arguments:** `field` to be learnt; `row` the example.
+        """
+
+    def residual(self, field: AbstractField, row: Row) -> Float[Array, "*data"]:
+        return self.residual_and_velocity(field, row)[0]
+
+
 class AbstractScheduledIdentity(AbstractIdentity):
     """An equation with parameters that change with the training step."""
 

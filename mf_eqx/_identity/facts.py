@@ -30,8 +30,8 @@ class Facts:
     - `learns_through_derivative`: whether the gradient goes through a derivative of the field. Fused attention is then
       refused.
     - `needs_teacher`: whether the method evaluates `Context.teacher`. `TrainStep` then needs a teacher.
-    - `needs_velocity_head`: whether the method evaluates `AbstractFieldWithVelocity.with_velocity`. Fields without a
-      velocity head are then refused.
+    - `needs_velocity_head`: whether the method evaluates the velocity head of every field. Fields without one are then
+      refused.
     - `group`: the number of rows that the loss compares. They share r and t, and are consecutive among the identity
       rows.
     - `exact`: whether the residual is zero for the true average velocity, with the marginal v and without guidance. If

@@ -1,10 +1,11 @@
-r"""Improved MeanFlow, without an extra head: the MeanFlow identity along the *predicted* velocity.
+r"""Improved MeanFlow: the MeanFlow identity along the *predicted* velocity.
 
 $$u(z_t, r, t) = v_t - (t - r)\, \frac{d}{dt} u(z_t, r, t) \quad\text{along}\quad
-\dot z = \beta v_t + (1 - \beta)\, u(z_t, t, t), \qquad \beta = 0$$
+\dot z = \beta v_t + (1 - \beta)\, \hat v(z_t, t), \qquad \beta = 0$$
 
-The conditional velocity is a noisy tangent; u(z, t, t) is the network's own estimate of the marginal one. The
-regression target keeps the conditional (or guided) v_t, so the minimiser is the same average velocity, reached with
+The conditional velocity is a noisy tangent; $\hat v$ is the network's own estimate of the marginal one: that of its
+velocity head, or u(z, t, t) of a network without one. The head learns beside u, $\hat v(z_t, t) = v_t$. The regression
+target keeps the conditional (or guided) v_t, so the minimiser is the same average velocity, reached with
 less variance. Between this and MeanFlow ($\beta = 1$) lie mixed tangents.
 
 Source: Improved Mean Flows: On the Challenges of Fastforward Generative Models, Geng, Lu, Wu, Shechtman, Kolter, He,
@@ -17,19 +18,22 @@ import jax
 from jaxtyping import Array, Float
 
 from .._derivative import AbstractDerivative, FusedJVP
-from .._field import AbstractField, stopped
+from .._field import AbstractField, has_velocity_head, WithVelocity
 from .._row import Row
 from .._schedule import as_schedule, at_step, Schedule
-from .base import AbstractIdentity
+from .base import AbstractIdentityWithVelocity
 from .facts import and_forward, Facts
 
 
-class ImprovedMeanFlow(AbstractIdentity):
+class ImprovedMeanFlow(AbstractIdentityWithVelocity):
     r"""The improved MeanFlow identity: $u - \mathrm{sg}(v - (t - r)\, du/dt)$ with tangent
     $(\beta v + (1 - \beta)\, u(z, t, t), 0, 1)$.
 
-    It costs one forward pass more than `MeanFlow` on its rows. It needs boundary rows, because otherwise u(z, t, t) is
-    never trained.
+    If the field has a velocity head, the head's v(z, t) takes the place of u(z, t, t), and it is trained in the same
+    pass as u. This is the paper's method, with `DrawnGuidance` as the objective's guidance.
+
+    It costs one forward pass more than `MeanFlow` on its rows, which also serves guidance; of the network's heads it
+    takes only the one for v. It needs boundary rows, because otherwise u(z, t, t) is never trained.
 
     **Arguments:** `conditional` the part $\beta$ of the given velocity in the tangent, in [0, 1), or a schedule of it;
     0 in the paper. `derivative` the engine that computes du/dt.
@@ -47,8 +51,13 @@ class ImprovedMeanFlow(AbstractIdentity):
         passes, settings = and_forward(self.derivative.passes, 1), {"identity_share": 0.5}
         return Facts(degenerate=True, trains_velocity=False, passes=passes, paper_settings=settings)
 
-    def residual(self, field: AbstractField, row: Row) -> Float[Array, "*data"]:
-        v = row.evaluate(stopped(field), row.z, row.t, row.t)
-        v = v + at_step(self.conditional, row.context).astype(v.dtype) * (row.v - v)
-        u, dudt = self.derivative(field, row.z, row.r, row.t, row.condition, tangent=(v, 0.0, 1.0), key=row.key)
-        return u - jax.lax.stop_gradient(row.v - (row.t - row.r) * dudt)
+    def residual_and_velocity(
+        self, field: AbstractField, row: Row
+    ) -> tuple[Float[Array, "*data"], Float[Array, "*data"] | None]:
+        predicted = row.own_velocity(field)
+        along = predicted + at_step(self.conditional, row.context).astype(predicted.dtype) * (row.v - predicted)
+        evaluated = WithVelocity(field) if has_velocity_head(field) else field
+        inputs = row.z, row.r, row.t, row.condition
+        values, rates = self.derivative(evaluated, *inputs, tangent=(along, 0.0, 1.0), key=row.key)
+        (u, v), dudt = ((values, None), rates) if evaluated is field else (values, rates[0])
+        return u - jax.lax.stop_gradient(row.v - (row.t - row.r) * dudt), v

@@ -14,6 +14,7 @@ import jax
 from jaxtyping import Array, Float
 
 from .._field import AbstractField
+from .._model.guidance import condition_at
 from .._row import Row
 from .base import AbstractIdentity
 from .facts import Facts
@@ -38,4 +39,5 @@ class TerminalVelocityMatching(AbstractIdentity):
         if row.context is None or row.context.teacher is None:
             raise ValueError("context must have a teacher for TerminalVelocityMatching, got none")
         left, end = lagrangian_sides(field, row)
-        return left - jax.lax.stop_gradient(row.context.teacher(end, row.r, row.r, row.condition, key=None))
+        condition = condition_at(row.condition, row.r, row.r)
+        return left - jax.lax.stop_gradient(row.context.teacher(end, row.r, row.r, condition, key=None))

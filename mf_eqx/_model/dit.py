@@ -19,11 +19,11 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-from jax.nn.initializers import zeros
+from jax.nn.initializers import normal, zeros
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key
 
-from .._custom_types import as_times, Condition, TimeLike
+from .._custom_types import as_times, Condition, Time, TimeLike
 from .._field import AbstractField
 from .._validate import check_data_shape, check_kind
 from ..nn import (
@@ -46,6 +46,7 @@ from ..nn import (
 )
 from ..nn._embedding import as_argument, as_embedding
 from . import patches
+from .guidance import check_has_condition, embed, GuidanceCondition, GuidanceEmbedding
 
 
 class DiTSize(NamedTuple):
@@ -117,6 +118,8 @@ class DiT(AbstractField):
     - `condition`: None, or what the field is conditioned on if it is no label: the size of a vector, which
       `mf_eqx.nn.VectorEmbedding` embeds; or an `mf_eqx.nn.AbstractConditionEmbedding` of your own, for conditions of
       any structure.
+    - `guidance`: whether the field takes the guidance as an input. The condition is then a `GuidanceCondition`, whose
+      `condition` is the label or the other condition.
     - `time_variables`: the variables that are embedded, one of the functions of Tab. 1c in `mf_eqx.nn`.
     - `time_scale`: factor on times before the sinusoidal embedding, see `mf_eqx.nn.TimePairEmbedding`.
     - `qk_norm`: whether queries and keys are normalised, which keeps attention stable in long trainings; see
@@ -132,10 +135,10 @@ class DiT(AbstractField):
     - `remat`, `unroll`: the trade-off of memory, run time and compile time, see `mf_eqx.nn.Stack`.
     - `key`.
 
-    **Raises:** `ValueError` if a size is below 1 or does not fit the others, if `dtype` is not floating point, or if
-    `labels` and `condition` are both given; when called, if `z` does not have the data_shape, or if the condition is
-    not one integer label for a field with labels, a vector of its size for a field with vectors, or None without
-    either.
+    **Raises:** `ValueError` if a size is below 1 or does not fit the others, if `dtype` is not floating point, if
+    `labels` and `condition` are both given, or `guidance` without either; when called, if `z` does not have the
+    data_shape, or if the condition is not one integer label for a field with labels, a vector of its size for a field
+    with vectors, or None without either.
 
     With 1000 labels and a (4, 32, 32) input: S/4 33,142,336 parameters, S/2 33,105,424, B/4 131,165,248, B/2
     131,091,472, M/2 308,019,216, L/2 459,137,040, XL/2 676,440,592.
@@ -143,6 +146,7 @@ class DiT(AbstractField):
 
     patches: Linear
     embedding: ConditionEmbedding
+    guidance: GuidanceEmbedding | None
     stack: Stack[DiTBlock]
     modulation: Linear
     out: Linear
@@ -158,6 +162,7 @@ class DiT(AbstractField):
         *,
         labels: int | None = None,
         condition: int | AbstractConditionEmbedding | None = None,
+        guidance: bool = False,
         time_variables: TimeVariables = end_duration,
         time_scale: float = 1.0,
         qk_norm: bool = False,
@@ -180,6 +185,7 @@ class DiT(AbstractField):
             raise ValueError(f"width must be a multiple of {2 * len(sides)} (sin-cos positions), got {size.width}")
         if early_blocks is not None and not 1 <= early_blocks < size.depth:
             raise ValueError(f"early_blocks must lie in [1, depth - 1 = {size.depth - 1}], got {early_blocks}")
+        check_has_condition(guidance, labels, condition)
         patch_key, time_key, label_key, stack_key, modulation_key, out_key = jr.split(key, 6)
         values = channels * size.patch ** len(sides)
         self.patches = Linear(values, size.width, key=patch_key)
@@ -188,6 +194,10 @@ class DiT(AbstractField):
             None if labels is None else LabelEmbedding(labels, size.width, key=label_key),
             as_embedding(condition, size.width, key=label_key),
         )
+        self.guidance = None
+        if guidance:
+            guidance_key = jr.fold_in(time_key, 1)
+            self.guidance = GuidanceEmbedding(size.width, size=256, init=normal(0.02), key=guidance_key)
         self.stack = Stack(
             lambda key: DiTBlock(size.width, size.heads, qk_norm=qk_norm, attention=attention, key=key),
             size.depth,
@@ -218,6 +228,7 @@ class DiT(AbstractField):
             "size": DiTSize(self.stack.depth, self.modulation.weight.shape[0], attention.heads, self.patch),
             "labels": None if label is None else label.null_label,
             "condition": as_argument(self.embedding.condition),
+            "guidance": self.guidance is not None,
             "time_variables": times.variables,
             "time_scale": times.time_scale,
             "qk_norm": attention.query_norm is not None,
@@ -229,7 +240,7 @@ class DiT(AbstractField):
         z: Float[Array, "channels *sides"],
         r: TimeLike,
         t: TimeLike,
-        condition: Condition = None,
+        condition: GuidanceCondition | Condition = None,
         *,
         key: Key[Array, ""] | None = None,
     ) -> Float[Array, "channels *sides"]:
@@ -238,10 +249,10 @@ class DiT(AbstractField):
         r, t = as_times(r, t, z)
         tokens = self._tokens(z.astype(self.dtype))
         if self.early_blocks is None:
-            c = jax.nn.silu(self.embedding(r, t, condition)).astype(self.dtype)
+            c = self._embedded(r, t, condition)
             tokens = self.stack(lambda block, x: cast(block, self.dtype)(x, c), tokens)
         else:
-            early, c = (jax.nn.silu(self.embedding(s, s, condition)).astype(self.dtype) for s in (t, r))
+            early, c = (self._embedded(s, s, condition) for s in (t, r))
             is_early = jnp.arange(self.stack.depth) < self.early_blocks
             conditions = jnp.where(is_early[:, None], early, c)
             tokens, _ = self.stack.scan(
@@ -251,6 +262,9 @@ class DiT(AbstractField):
         tokens = cast(self.out, self.dtype)(modulated_norm(tokens, shift, scale))
         joined = patches.join(tokens, self.data_shape, self.patch)
         return joined.astype(jnp.promote_types(z.dtype, jnp.float32))
+
+    def _embedded(self, r: Time, t: Time, condition: Condition) -> Float[Array, " width"]:
+        return jax.nn.silu(embed(self.embedding, self.guidance, r, t, condition)).astype(self.dtype)
 
     def _tokens(self, z: Float[Array, "channels *sides"]) -> Float[Array, "tokens features"]:
         grid, width = patches.grid(self.data_shape, self.patch), self.modulation.weight.shape[0]

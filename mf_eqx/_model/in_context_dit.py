@@ -160,9 +160,8 @@ class InContextDiT(AbstractFieldWithVelocity):
       texts, several labels, or conditions of any other structure, which makes any number of tokens.
     - `guidance`: whether the field takes the guidance as an input. The condition is then a `GuidanceCondition`, whose
       `condition` is the label or the other condition.
-    - `velocity_head`: whether there is a velocity head. Set it for a method that trains one, whose facts have
-      `needs_velocity_head`. Under all other methods the head stays at its start, where v = 0, and yet
-      `instantaneous_velocity` asks it.
+    - `velocity_head`: whether there is a velocity head. It learns v on rows with r = t, and under `ImprovedMeanFlow` on
+      all rows; guidance and `ImprovedMeanFlow` take its values. Samples of u need none: `without_velocity_head`.
     - `tokens`: how many tokens stand for each number or label.
     - `time_variables`: the variables that become tokens, one of the functions of Tab. 1c in `mf_eqx.nn`; t - r alone by
       default, as in the paper.

@@ -19,7 +19,7 @@ from ..nn import (
     TimeVariables,
 )
 from ..nn._embedding import as_argument, as_embedding
-from .guidance import GuidanceCondition, GuidanceTokens
+from .guidance import check_has_condition, GuidanceTokens, without_guidance
 
 
 class TokenCounts(NamedTuple):
@@ -77,8 +77,7 @@ class InContextEmbedding(eqx.Module):
         if labels is not None and condition is not None:
             rule = "labels must be None with a condition, whose tokens may hold a LabelEmbedding"
             raise ValueError(f"{rule}; got {labels}")
-        if guidance and labels is None and condition is None:
-            raise ValueError("guidance must be False for a field without labels and condition, got True")
+        check_has_condition(guidance, labels, condition)
         condition_key, vectors_key, guidance_key, times_key = jr.split(key, 4)
         if isinstance(condition, AbstractConditionTokens):
             self.condition = condition
@@ -113,11 +112,7 @@ class InContextEmbedding(eqx.Module):
 
     def __call__(self, r: Time, t: Time, condition: Condition) -> Float[Array, "tokens width"]:
         parts = []
-        if (self.guidance is not None) != isinstance(condition, GuidanceCondition):
-            rule = "a GuidanceCondition" if self.guidance is not None else "no GuidanceCondition"
-            without = "" if self.guidance is not None else "out"
-            raise ValueError(f"condition must be {rule} for a field with{without} guidance, got {described(condition)}")
-        inner = condition.condition if isinstance(condition, GuidanceCondition) else condition
+        inner = without_guidance(condition, self.guidance is not None)
         if (self.condition is None) != (inner is None):
             rule = "None for a field without labels and condition" if self.condition is None else "given for this field"
             raise ValueError(f"condition must be {rule}, got {described(inner)}")

@@ -38,6 +38,7 @@ from ..nn import (
     TimeVariables,
 )
 from ..nn._embedding import as_argument, as_embedding
+from .guidance import check_has_condition, embed, GuidanceCondition, GuidanceEmbedding
 
 
 class MLPBlock(eqx.Module):
@@ -70,6 +71,8 @@ class MLP(AbstractField):
     - `condition`: None, or what the field is conditioned on if it is no label: the size of a vector, which
       `mf_eqx.nn.VectorEmbedding` embeds; or an `mf_eqx.nn.AbstractConditionEmbedding` of your own, for conditions of
       any structure.
+    - `guidance`: whether the field takes the guidance as an input. The condition is then a `GuidanceCondition`, whose
+      `condition` is the label or the other condition.
     - `time_variables`: the variables that are embedded, one of the functions of Tab. 1c in `mf_eqx.nn`.
     - `time_scale`: factor on times before the sinusoidal embedding, see `mf_eqx.nn.TimePairEmbedding`; with 10 the
       argument of the fastest sine changes by 10 radians over [0, 1].
@@ -84,14 +87,15 @@ class MLP(AbstractField):
     - `key`.
 
     **Raises:** `ValueError` if a size is below 1, `fourier_features` below 0, `fourier_scale` not positive and finite,
-    or `dtype` not floating point, or if `labels` and `condition` are both given; when called, if z does not have the
-    size, or if the condition is not one integer label for a field with labels, a vector of its size for a field with
-    vectors, or None without either.
+    or `dtype` not floating point, if `labels` and `condition` are both given, or `guidance` without either; when
+    called, if z does not have the size, or if the condition is not one integer label for a field with labels, a vector
+    of its size for a field with vectors, or None without either.
     """
 
     frequencies: Float[Array, "size features"] | None
     first: Linear
     embedding: ConditionEmbedding
+    guidance: GuidanceEmbedding | None
     stack: Stack[MLPBlock]
     out: Linear
     dtype: DTypeLike | None = eqx.field(static=True)
@@ -104,6 +108,7 @@ class MLP(AbstractField):
         depth: int = 3,
         labels: int | None = None,
         condition: int | AbstractConditionEmbedding | None = None,
+        guidance: bool = False,
         time_variables: TimeVariables = end_duration,
         time_scale: float = 10.0,
         condition_width: int | None = None,
@@ -117,6 +122,7 @@ class MLP(AbstractField):
         if fourier_features < 0:
             raise ValueError(f"fourier_features must be >= 0, got {fourier_features}")
         check_positive("fourier_scale", fourier_scale)
+        check_has_condition(guidance, labels, condition)
         if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
             raise ValueError(f"dtype must be floating point, got {dtype}")
         first_key, time_key, label_key, stack_key, out_key = jr.split(key, 5)
@@ -133,6 +139,9 @@ class MLP(AbstractField):
             None if labels is None else LabelEmbedding(labels, inner, key=label_key),
             as_embedding(condition, inner, init=xavier_uniform(), key=label_key),
         )
+        self.guidance = None
+        if guidance:
+            self.guidance = GuidanceEmbedding(inner, size=32, init=xavier_uniform(), key=jr.fold_in(time_key, 1))
         self.stack = Stack(lambda key: MLPBlock(width, inner, key=key), depth, key=stack_key)
         self.out = Linear(width, size, init=zeros, key=out_key)
         self.dtype = None if dtype is None else jnp.dtype(dtype)
@@ -158,6 +167,7 @@ class MLP(AbstractField):
             "depth": self.stack.depth,
             "labels": None if label is None else label.null_label,
             "condition": as_argument(self.embedding.condition),
+            "guidance": self.guidance is not None,
             "time_variables": times.variables,
             "time_scale": times.time_scale,
             "condition_width": self.stack.blocks.condition.weight.shape[1],
@@ -169,7 +179,7 @@ class MLP(AbstractField):
         z: Float[Array, " size"],
         r: TimeLike,
         t: TimeLike,
-        condition: Condition = None,
+        condition: GuidanceCondition | Condition = None,
         *,
         key: Key[Array, ""] | None = None,
     ) -> Float[Array, " size"]:
@@ -177,7 +187,7 @@ class MLP(AbstractField):
             raise ValueError(f"z must have the shape {size}, got {z.shape}")
         r, t = as_times(r, t, z)
         dtype = np.promote_types(self.out.weight.dtype, z.dtype) if self.dtype is None else self.dtype
-        c = jax.nn.silu(self.embedding(r, t, condition)).astype(dtype)
+        c = jax.nn.silu(embed(self.embedding, self.guidance, r, t, condition)).astype(dtype)
         x = cast(self.first, dtype)(self._inputs(z).astype(dtype))
         x = self.stack(lambda block, x: cast(block, dtype)(x, c), x)
         return cast(self.out, dtype)(x).astype(np.promote_types(np.promote_types(dtype, z.dtype), np.float32))

@@ -250,6 +250,17 @@ def test_a_sweep_has_a_row_for_each_grid_and_scale(evaluate):
     assert [(row.name, row.times) for row in evaluate.rows_of(config)] == expected
 
 
+def test_a_sweep_of_guidance_has_a_row_for_each_scale_and_interval(evaluate):
+    flags = "--guidance-scale 1 6 --guidance-interval 0 1 0.4 0.65"
+    rows = run.main(evaluate.rows_of, evaluate.Config(), argv=flags.split())
+    assert [(row.name, row.guidance) for row in rows] == [
+        ("1", "1"),
+        ("1_in_0.4_0.65", "1 in [0.4, 0.65]"),
+        ("1_guidance_6", "6"),
+        ("1_guidance_6_in_0.4_0.65", "6 in [0.4, 0.65]"),
+    ]
+
+
 def test_steps_along_the_velocity_are_those_of_euler(judge, seen, fields):
     judge(f"{ARGUMENTS} --evaluations 2 --euler --samples 10 --batch 10")
     field = fields[1]["dit"]

@@ -76,7 +76,7 @@ def command(files, tmp_path, monkeypatch):
 def samples(field, count, condition=None, *, times=(1.0, 0.0), seed=0, **options):
     """What the library makes of these."""
     condition = None if condition is None else np.asarray(condition)
-    shape = (field.field if isinstance(field, mfx.GuidedField) else field).data_shape
+    shape = (field.field if isinstance(field, mfx.GuidedField | mfx.WithGuidance) else field).data_shape
     generator = mfx.Generator(field, jr.key(seed), shape, times, condition=condition, **options)
     return np.asarray(generator(np.arange(count)))
 
@@ -193,6 +193,18 @@ def test_what_older_recipes_wrote_into_configurations_is_understood(experiment):
     assert found == checkpoint.Notes(pixels=(-1, 1), tokenizer=expected, steps=3, decay=0.9)
 
 
+@pytest.mark.parametrize(
+    ("steps", "sampler"), [pytest.param("", mfx.sample, marks=pytest.mark.slow), ("--euler", mfx.sample_euler)]
+)
+def test_a_network_that_takes_guidance_gets_scale_and_interval(command, files, capsys, steps, sampler):
+    flags = "--label 1 --number 2 --evaluations 2 --guidance-scale 3 --guidance-interval 0.2 0.7"
+    command(f"guided.safetensors --to x.npy {flags} {steps}")
+    field = mfx.WithGuidance(files[1]["guided"], 3.0, (0.2, 0.7))
+    expected = samples(field, 2, [1], times=(1, 0.5, 0), method=sampler)
+    np.testing.assert_allclose(np.load("x.npy"), expected, rtol=1e-5, atol=1e-6)
+    assert ", guidance 3 for t from 0.2 to 0.7, " in capsys.readouterr().out
+
+
 # What is refused
 
 
@@ -201,7 +213,12 @@ def test_what_older_recipes_wrote_into_configurations_is_understood(experiment):
     [
         ("missing", "No such file or directory: 'missing'"),
         ("vectors.npy", "vectors.npy: must be a file of save_weights"),
-        ("guided.safetensors", "guided.safetensors: must be of a network without guidance .*, got guidance True"),
+        ("guided.safetensors --to x.npy --guidance-scale 0", "--guidance-scale must be > 0 for guided.*, got 0"),
+        ("digits.safetensors --guidance-interval 0 0.5", "--guidance-interval must be 0 1 for digits.*, got 0 0.5"),
+        (
+            "guided.safetensors --guidance-interval 0.5 0.2",
+            "--guidance-interval must satisfy 0 <= first <= last .* 0.2",
+        ),
         ("digits.safetensors --label 99", r"--label must lie in \[0, 11\] or be among .* for dig.*, got 99"),
         ("digits.safetensors --label z", "--label must lie in .*, got z"),
         ("plain.safetensors --label 1", "--label must be left out for plain.safetensors, without labels, got 1"),
