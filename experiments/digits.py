@@ -424,10 +424,7 @@ def main(config: Config) -> None:
 
 PRESETS = {
     "unguided": ("plain MeanFlow: the whole variety of the data", Config()),
-    "guided": (
-        "effective guidance scale 2: sharper and narrower; measured with the digit's own velocity alone",
-        Config(scale=1.0, mix=0.5, stable_target=False, steps=6000),
-    ),
+    "guided": ("effective guidance scale 2: sharper and narrower", Config(mix=0.5)),
     "any-guidance": (
         "guidance scale and interval as inputs, chosen at sampling: judged at scales 1 and 2",
         Config(guidance_input=True),
