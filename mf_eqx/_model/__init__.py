@@ -20,6 +20,9 @@ from .in_context_dit import (
     IMF_XL2 as IMF_XL2,
     InContextDiT as InContextDiT,
     InContextDiTSize as InContextDiTSize,
+    PMF_B16 as PMF_B16,
+    PMF_H16 as PMF_H16,
+    PMF_L16 as PMF_L16,
 )
 from .in_context_embedding import TokenCounts as TokenCounts
 from .labels import check_labels as check_labels
