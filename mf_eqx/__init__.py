@@ -140,6 +140,7 @@ from ._model import (
     UNET_CIFAR10 as UNET_CIFAR10,
     UNetCondition as UNetCondition,
     UNetSize as UNetSize,
+    XPrediction as XPrediction,
 )
 from ._objective import (
     AbstractMeanObjective as AbstractMeanObjective,

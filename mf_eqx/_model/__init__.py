@@ -28,3 +28,4 @@ from .in_context_embedding import TokenCounts as TokenCounts
 from .labels import check_labels as check_labels
 from .mlp import MLP as MLP
 from .unet import UNet as UNet, UNET_CIFAR10 as UNET_CIFAR10, UNetCondition as UNetCondition, UNetSize as UNetSize
+from .x_prediction import XPrediction as XPrediction

@@ -58,18 +58,20 @@ from .in_context_embedding import InContextEmbedding, TokenCounts
 class InContextDiTSize(NamedTuple):
     """The size of an in-context DiT: `depth` blocks, of which the last `head_depth` are the head's; tokens of `width`;
     attention `heads`; `patch`, the side of a square of pixels or the number of steps in a piece of a sequence. A
-    velocity head has `head_depth` blocks more.
+    velocity head has `head_depth` blocks more. `mlp`, the width inside the MLPs, is 8/3 of `width` by default.
 
-    Three options are those of pixel MeanFlow. With `bottleneck`, a linear layer of so many outputs comes before the one
-    that makes tokens of patches. With `learned_positions`, a learned vector is added to every token of the sequence, the
-    condition's included. With `grid`, for images, the rotary positions are the rows and columns of the patches, and the
-    tokens in front of them have none."""
+    Three further options are those of pixel MeanFlow. With `bottleneck`, a linear layer of so many outputs comes before
+    the one that makes tokens of patches. With `learned_positions`, a learned vector is added to every token of the
+    sequence, the condition's included. With `grid`, for images, the rotary positions are the rows and columns of the
+    patches, and the tokens in front of them have none.
+    """
 
     depth: int
     width: int
     heads: int
     patch: int
     head_depth: int = 8
+    mlp: int | None = None
     bottleneck: int | None = None
     learned_positions: bool = False
     grid: bool = False
@@ -90,8 +92,7 @@ _INIT = variance_scaling(0.32**2, "fan_in", "normal")
 
 
 class InContextBlock(eqx.Module):
-    """A block without modulation. Its equations are in the module's docstring; its MLP is 8/3 times as wide as
-    a token."""
+    """A block without modulation. Its equations are in the module's docstring."""
 
     norm_1: RMSNorm
     attention: RotarySelfAttention
@@ -100,11 +101,12 @@ class InContextBlock(eqx.Module):
     mlp: SwiGLU
     gate_2: Float[Array, " width"]
 
-    def __init__(self, width: int, heads: int, attention: AbstractAttention, *, key: Key[Array, ""]):
+    def __init__(self, size: InContextDiTSize, attention: AbstractAttention, *, key: Key[Array, ""]):
         attention_key, mlp_key = jr.split(key)
+        width = size.width
         self.norm_1, self.norm_2 = RMSNorm(width), RMSNorm(width)
-        self.attention = RotarySelfAttention(width, heads, init=_INIT, attention=attention, key=attention_key)
-        self.mlp = SwiGLU(width, 8 * width // 3, init=_INIT, key=mlp_key)
+        self.attention = RotarySelfAttention(width, size.heads, init=_INIT, attention=attention, key=attention_key)
+        self.mlp = SwiGLU(width, 8 * width // 3 if size.mlp is None else size.mlp, init=_INIT, key=mlp_key)
         self.gate_1, self.gate_2 = jnp.zeros(width, jnp.float32), jnp.zeros(width, jnp.float32)
 
     def __call__(
@@ -146,7 +148,7 @@ def _make_stack(
     key: Key[Array, ""],
 ) -> Stack[InContextBlock]:
     def block(key: Key[Array, ""]) -> InContextBlock:
-        return InContextBlock(size.width, size.heads, attention, key=key)
+        return InContextBlock(size, attention, key=key)
 
     return Stack(block, depth, remat=remat, unroll=unroll, key=key)
 
@@ -154,7 +156,8 @@ def _make_stack(
 def _check(data_shape: tuple[int, ...], size: InContextDiTSize, dtype: DTypeLike) -> None:
     check_data_shape(data_shape)
     check_kind("size", size, InContextDiTSize)
-    check_sizes(size=size[:5], bottleneck=1 if size.bottleneck is None else size.bottleneck)
+    check_sizes(size=size[:5])
+    check_sizes(**{name: size._asdict()[name] for name in ("mlp", "bottleneck") if size._asdict()[name] is not None})
     patches.check_patch(data_shape, size.patch)
     if size.head_depth >= size.depth:
         raise ValueError(f"head_depth must be below the depth {size.depth}, got {size.head_depth}")
@@ -283,13 +286,14 @@ class InContextDiT(AbstractFieldWithVelocity):
         """The arguments of which this field is made, as for `DiT`."""
         embedding, block = self.embedding, self.trunk.blocks
         head_depth = self.average_head.stack.depth
-        label = embedding.label
+        label, width, mlp = embedding.label, self.patches.weight.shape[1], block.mlp.out.weight.shape[1]
         size = InContextDiTSize(
             self.trunk.depth + head_depth,
-            self.patches.weight.shape[1],
+            width,
             block.attention.heads,
             self.patch,
             head_depth,
+            None if mlp == 8 * width // 3 else mlp,
             None if self.bottleneck is None else self.bottleneck.weight.shape[1],
             self.positions is not None,
             self.grid,

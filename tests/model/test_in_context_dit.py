@@ -118,10 +118,11 @@ def patches_of(values, shape, size):
 
 def tree(values, guidance, shape, size):
     """The same numbers under the names of the authors' files."""
+    table = "y_embedder/embedding_table/" + ("embedding" if size.grid else "_flax_embedding/embedding")
     found = {
         **patches_of(values, shape, size),
         "class_tokens": values[".embedding.condition.vectors"],
-        "y_embedder/embedding_table/_flax_embedding/embedding": values[".embedding.condition.embedding.table"],
+        table: values[".embedding.condition.embedding.table"],
         **tokens_of(values, ".embedding.times[0]", "time_tokens", "h_embedder"),
     }
     for name in EMBEDDERS if guidance else ():

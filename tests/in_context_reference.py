@@ -88,7 +88,8 @@ def in_context_dit(p, z, r, t, label, guidance=None, *, heads, patch):
     z = np.moveaxis(z, 0, -1)
     corners = [(i, j) for i in range(0, z.shape[0], patch) for j in range(0, z.shape[1], patch)]
     x = [embedded(p, z[i : i + patch, j : j + patch]) for i, j in corners]
-    prefix = [p["class_tokens"] + p["y_embedder/embedding_table/_flax_embedding/embedding"][label]]
+    table = "y_embedder/embedding_table/" + ("embedding" if "pos_embed" in p else "_flax_embedding/embedding")
+    prefix = [p["class_tokens"] + p[table][label]]
     if guidance is not None:
         omega, t_min, t_max = guidance
         prefix.append(p["omega_tokens"] + number(p, "omega_embedder", 1 - 1 / omega))
