@@ -1,16 +1,17 @@
 """Weights that others released into the files that everything here reads.
 
     python experiments/import_weights.py --dit xl2/checkpoint --to dit.safetensors
-    python experiments/import_weights.py --imf iMF-B-2/checkpoint --to imf.safetensors
+    python experiments/import_weights.py --imf iMF-B-2/checkpoint_800640 --to imf.safetensors
     python experiments/import_weights.py --pmf pMF-B-16/checkpoint --weights ema_params/500 --to pmf.safetensors
     python experiments/import_weights.py --unet cifar10.pth --weights net_ema1 --to unet.safetensors
     python experiments/import_weights.py --sit SiT-XL-2-256x256.pt --to start.safetensors
     python experiments/import_weights.py --inception pt_inception-2015-12-05-6726825d.pth --to inception.safetensors
 
---dit: the ImageNet network of the MeanFlow authors' JAX code, a file of `flax.serialization.to_bytes`. --imf, --pmf:
-the networks of improved and of pixel MeanFlow, files of the same kind. --unet: the CIFAR-10 network of the MeanFlow
-authors' torch code. --sit: SiT, trained by Flow Matching, to start from; what of it is changed stands in
-mf_eqx/released/_sit.py. --inception: the network of the FID, in the file of pytorch-fid or torch-fidelity.
+--dit: the ImageNet network of the MeanFlow authors' JAX code, a file of `flax.serialization.to_bytes` or a folder that
+flax wrote through Orbax. --imf, --pmf: the networks of improved and of pixel MeanFlow, in either form. --unet: the
+CIFAR-10 network of the MeanFlow authors' torch code. --sit: SiT, trained by Flow Matching, to start from; what of it is
+changed stands in mf_eqx/released/_sit.py. --inception: the network of the FID, in the file of pytorch-fid or
+torch-fidelity.
 
 Nothing is downloaded and nothing in a file is executed. Every tensor is accounted for, or the file is refused. What is
 written says what it was made from, and is read by generate.py, evaluate.py and `checkpoint.load_weights` (the one of
@@ -18,6 +19,7 @@ written says what it was made from, and is read by generate.py, evaluate.py and 
 """
 
 import dataclasses
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -182,13 +184,22 @@ def import_sit(path: str, config: Config) -> Imported:
 IMPORTS = {"dit": import_dit, "imf": import_imf, "pmf": import_imf, "unet": import_unet, "sit": import_sit}
 
 
+def sha256(path: str, kind: str) -> str:
+    """The digest of a file, or of the names and digests of all files in a folder that flax wrote."""
+    if kind not in ("dit", "imf", "pmf") or not Path(path).is_dir():
+        return run.sha256_of_file(path)
+    files = sorted(file for file in Path(path).rglob("*") if file.is_file())
+    lines = [f"{file.relative_to(path).as_posix()} {run.sha256_of_file(file)}\n" for file in files]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
 def main(config: Config) -> None:
     """Import released weights."""
     kind = check_flags(config)
     run.require("safetensors")
     run.check_writable(config.to)
     path = getattr(config, kind)
-    digest = run.sha256_of_file(path)
+    digest = sha256(path, kind)
     if kind == "inception":
         metrics.convert_inception(path, config.to)
         print(f"{config.to}: Inception-v3 from {path}, sha256 {digest}")
@@ -200,9 +211,8 @@ def main(config: Config) -> None:
     notes = checkpoint.Notes(pixels=(-1, 1), tokenizer=tokenizer, trained=trained)
     checkpoint.save_weights(config.to, field, {"source": source}, notes)
     count = sum(leaf.size for leaf in jax.tree.leaves(eqx.filter(field, eqx.is_array)))
-    network = field.field if isinstance(field, mfx.XPrediction) else field
-    size = network.arguments["size"]._asdict()
-    print(f"{config.to}: {type(network).__name__} of {size}, {count:,} parameters")
+    about = mfx.describe(field)
+    print(f"{config.to}: {about['network']} of {about['size']}, {count:,} parameters")
     print(f"from {weights or 'the only weights'} in {path}, sha256 {digest}")
 
 

@@ -380,7 +380,8 @@ class InContextDiT(AbstractFieldWithVelocity):
         size = self.trunk.blocks.attention.query_norm.weight.shape[-1]
         if not self.grid:
             return rotary_line_angles(length, size)
-        angles = rotary_angles(*patches.grid(self.data_shape, self.patch), size)
+        rows, columns = patches.grid(self.data_shape, self.patch)
+        angles = rotary_angles(rows, columns, size)
         return np.pad(angles, ((length - len(angles), 0), (0, 0)))
 
     def _output(

@@ -11,7 +11,7 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from .._custom_types import as_scalar, at_least_float32, Condition, TimeLike
+from .._custom_types import as_scalar, as_times, at_least_float32, Condition, Time, TimeLike
 from .._field import AbstractField, AbstractFieldWithVelocity, has_velocity_head
 from .._validate import check_positive
 
@@ -61,12 +61,14 @@ class XPrediction(AbstractFieldWithVelocity):
         *,
         key: Key[Array, ""] | None = None,
     ) -> Float[Array, "*data"]:
+        r, t = as_times(r, t, z)
         return self._velocity_of(self.field(z, r, t, condition, key=key), z, t)
 
     def velocity(
         self, z: Float[Array, "*data"], t: TimeLike, condition: Condition = None, *, key: Key[Array, ""] | None = None
     ) -> Float[Array, "*data"]:
         """v(z, t) by the velocity head. **Raises:** `ValueError` for a network without a velocity head."""
+        t = as_scalar("t", t, z)
         return self._velocity_of(self._with_head().velocity(z, t, condition, key=key), z, t)
 
     def with_velocity(
@@ -79,6 +81,7 @@ class XPrediction(AbstractFieldWithVelocity):
         key: Key[Array, ""] | None = None,
     ) -> tuple[Float[Array, "*data"], Float[Array, "*data"]]:
         """The pair (u(z, r, t), v(z, t)). **Raises:** as `velocity`."""
+        r, t = as_times(r, t, z)
         of_average, of_velocity = self._with_head().with_velocity(z, r, t, condition, key=key)
         return self._velocity_of(of_average, z, t), self._velocity_of(of_velocity, z, t)
 
@@ -88,5 +91,5 @@ class XPrediction(AbstractFieldWithVelocity):
             raise ValueError(f"field must {rule}, got {type(self.field).__name__} without")
         return self.field
 
-    def _velocity_of(self, x: Float[Array, "*data"], z: Float[Array, "*data"], t: TimeLike) -> Float[Array, "*data"]:
-        return (at_least_float32(z) - x) / jnp.maximum(as_scalar("t", t, z), self.smallest_time)
+    def _velocity_of(self, x: Float[Array, "*data"], z: Float[Array, "*data"], t: Time) -> Float[Array, "*data"]:
+        return (at_least_float32(z) - x) / jnp.maximum(t, self.smallest_time)

@@ -1,7 +1,7 @@
 """Weights that the authors of papers released, in the layouts of their own code.
 
     path = "checkpoint"
-    tree = released.read_flax(path, "ema_params")                       a file of the authors' JAX code
+    tree = released.read_flax(path, "ema_params")                       a file or folder of the authors' JAX code
     channels, size, labels = released.measure_dit(tree, path)
     field = mfx.DiT((channels, 32, 32), size, labels=labels, key=key)
     field = released.fill_dit(field, tree, path)

@@ -120,6 +120,16 @@ def test_pixel_mean_flow_is_imported_as_a_field_that_predicts_data(convert, file
     assert weights.config["source"]["weights"] == "ema_params/500"
 
 
+def test_folder_of_orbax_is_imported_as_the_file_is(convert, files):
+    orbax = pytest.importorskip("orbax.checkpoint")
+    tree = files.nested(files.in_context_tensors("e"))
+    orbax.PyTreeCheckpointer().save(Path("checkpoint_7").absolute(), {"step": 7, "ema_params": tree})
+    convert(f"--imf checkpoint_7 {IN_CONTEXT}")
+    field, weights = load("imf.safetensors")
+    assert_equal(field, released.fill_in_context_dit(field, tree, "imf"))
+    assert len(weights.config["source"]["sha256"]) == 64
+
+
 def save_unet(path, *prefixes):
     """A file of torch with the CIFAR-10 network of the parity tests, small, with each prefix."""
     torch = pytest.importorskip("torch")
