@@ -3,10 +3,9 @@
     description = describe(field)                     {"network": "DiT", "data_shape": [3, 32, 32], "labels": 10, ...}
     fresh = make_network(description, key=key)        the same structure, with new parameters
 
-A network that predicts data is described with "x_prediction", the smallest time of its `XPrediction`.
-
 A description has all arguments that decide which function of its parameters a network is. How it computes that function
-(dtype, attention, rematerialisation, unrolling) is chosen anew whenever one is made.
+(dtype, attention, rematerialisation, unrolling) is chosen anew whenever one is made. The description of an
+`XPrediction` is that of its network and its smallest time, as "x_prediction".
 """
 
 import inspect
