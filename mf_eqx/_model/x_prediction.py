@@ -1,8 +1,8 @@
 r"""Networks that predict data in place of velocities.
 
 On the straight path, $v(z, t) = (z - E[x | z]) / t$. A network whose output is of data, which lie on a manifold of few
-dimensions, need not represent the noise that a velocity contains. In the paper, a network of large patches of pixels learns
-only so.
+dimensions, need not represent the noise that a velocity contains. In the paper, a network of large patches of pixels
+learns only so.
 
 Source: One-step Latent-free Image Generation with Pixel Mean Flows, 2026, arXiv 2601.22158.
 """
