@@ -1,20 +1,25 @@
 """Weights that others released into the files that everything here reads.
 
     python experiments/import_weights.py --dit xl2/checkpoint --to dit.safetensors
+    python experiments/import_weights.py --imf iMF-B-2/checkpoint_800640 --to imf.safetensors
+    python experiments/import_weights.py --pmf pMF-B-16/checkpoint --weights ema_params/500 --to pmf.safetensors
     python experiments/import_weights.py --unet cifar10.pth --weights net_ema1 --to unet.safetensors
     python experiments/import_weights.py --sit SiT-XL-2-256x256.pt --to start.safetensors
     python experiments/import_weights.py --inception pt_inception-2015-12-05-6726825d.pth --to inception.safetensors
 
---dit: the ImageNet network of the MeanFlow authors' JAX code, a file of `flax.serialization.to_bytes`. --unet: the
-CIFAR-10 network of their torch code. --sit: SiT, trained by Flow Matching, to start from; what of it is changed stands
-in mf_eqx/released/_sit.py. --inception: the network of the FID, in the file of pytorch-fid or torch-fidelity.
+--dit: the ImageNet network of the MeanFlow authors' JAX code, a file of `flax.serialization.to_bytes` or a folder that
+flax wrote through Orbax. --imf, --pmf: the networks of improved and of pixel MeanFlow, in either form. --unet: the
+CIFAR-10 network of the MeanFlow authors' torch code. --sit: SiT, trained by Flow Matching, to start from; what of it is
+changed stands in mf_eqx/released/_sit.py. --inception: the network of the FID, in the file of pytorch-fid or
+torch-fidelity.
 
 Nothing is downloaded and nothing in a file is executed. Every tensor is accounted for, or the file is refused. What is
 written says what it was made from, and is read by generate.py, evaluate.py and `checkpoint.load_weights` (the one of
---inception by `metrics.load_inception`). All but --dit need torch.
+--inception by `metrics.load_inception`). --unet, --sit and --inception need torch.
 """
 
 import dataclasses
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,10 +34,14 @@ from mf_eqx import checkpoint, metrics, released, run, vae
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """An import. Exactly one of dit, unet, sit and inception is given."""
+    """An import. Exactly one of dit, imf, pmf, unet, sit and inception is given."""
 
     dit: str | None = None
     """The authors' DiT: a train state written by flax."""
+    imf: str | None = None
+    """The network of improved MeanFlow: a train state written by flax."""
+    pmf: str | None = None
+    """The network of pixel MeanFlow: a train state written by flax."""
     unet: str | None = None
     """The authors' CIFAR-10 network: a file of torch.save."""
     sit: str | None = None
@@ -40,11 +49,14 @@ class Config:
     inception: str | None = None
     """Inception-v3 as of pytorch-fid or torch-fidelity: a file of torch.save."""
     weights: str | None = None
-    """Which of the sets of weights in the file; by default the average: ema_params, net_ema or ema."""
+    """Which of the sets of weights in the file; by default the average: ema_params, net_ema or ema. Pixel MeanFlow has
+    several averages, such as ema_params/500."""
+    velocity_head: bool = True
+    """Keep the velocity head of imf and pmf if the file holds its blocks. Sampling does not need it."""
     heads: int | None = None
-    """Attention heads of dit and sit; by default those of the published network of the same width."""
-    image_size: tuple[int, int] = (32, 32)
-    """Height and width of the images or latents of dit and sit."""
+    """Attention heads of a transformer; by default those of the published network of the same width."""
+    image_size: tuple[int, int] | None = None
+    """Height and width of the images or latents of a transformer; by default 256 256 with pmf, else 32 32."""
     alternating: bool = False
     """The unet is EDM's own, whose attention takes query, key and value of each channel side by side."""
     seed: int = 0
@@ -56,7 +68,7 @@ class Config:
         run.check_sizes(self, heads=1 << 14, image_size=1 << 14)
         if self.heads is not None and self.heads < 1:
             raise ValueError(f"heads must be >= 1, got {self.heads}")
-        if min(self.image_size) < 1:
+        if self.image_size is not None and min(self.image_size) < 1:
             raise ValueError(f"image_size must be positive, got {self.image_size}")
         if self.seed < 0:
             raise ValueError(f"seed must be >= 0, got {self.seed}")
@@ -65,15 +77,16 @@ class Config:
 class Imported(NamedTuple):
     """A network from a file, which of the file's sets of weights it has, and what was trained, if that is known."""
 
-    field: mfx.DiT | mfx.UNet
+    field: mfx.DiT | mfx.UNet | mfx.InContextDiT | mfx.XPrediction
     weights: str
     trained: mfx.Trained | None = None
 
 
-KINDS = ("dit", "unet", "sit", "inception")
+KINDS = ("dit", "imf", "pmf", "unet", "sit", "inception")
 """The fields of which exactly one is given."""
-NEEDED_BY = {"weights": ("dit", "unet", "sit"), "heads": ("dit", "sit"), "image_size": ("dit", "sit"), "seed": ("sit",)}
-NEEDED_BY |= {"alternating": ("unet",)}
+TRANSFORMERS = ("dit", "imf", "pmf", "sit")
+NEEDED_BY = {"weights": (*TRANSFORMERS, "unet"), "heads": TRANSFORMERS, "image_size": TRANSFORMERS, "seed": ("sit",)}
+NEEDED_BY |= {"alternating": ("unet",), "velocity_head": ("imf", "pmf")}
 """For which kinds a field may be given."""
 
 
@@ -112,7 +125,7 @@ def choose(sets: Mapping[str, Any], wanted: str | None, average: str, path: str)
 
 def dit_shapes(channels: int, size: mfx.DiTSize, labels: int | None, config: Config) -> mfx.DiT:
     """A DiT without numbers."""
-    shape = (channels, *config.image_size)
+    shape = (channels, *(config.image_size or (32, 32)))
     return eqx.filter_eval_shape(lambda: mfx.DiT(shape, size, labels=labels, key=jr.key(0)))
 
 
@@ -121,6 +134,32 @@ def import_dit(path: str, config: Config) -> Imported:
     tensors = released.read_flax(path, weights)
     channels, size, labels = released.measure_dit(tensors, path, heads=config.heads)
     return Imported(released.fill_dit(dit_shapes(channels, size, labels, config), tensors, path), weights)
+
+
+def in_context_tree(path: str, weights: str) -> dict[str, Any]:
+    """The set of weights called `weights`: ema_params, or ema_params/500 of a file with several averages."""
+    part = weights.partition("/")[0]
+    held = released.read_flax(path, part)
+    sets = {f"{part}/{name}": tree for name, tree in held.items() if isinstance(tree, dict) and "net" in tree}
+    sets |= {part: held} if "net" in held else {}
+    if weights not in sets:
+        raise ValueError(f"--weights must be one of {', '.join(sorted(sets)) or 'none'} for {path}, got {weights}")
+    return sets[weights]
+
+
+def import_imf(path: str, config: Config) -> Imported:
+    weights, pixels = config.weights or "ema_params", config.pmf is not None
+    tensors = in_context_tree(path, weights)
+    found = released.measure_in_context_dit(tensors, path, heads=config.heads)
+    if found.size.learned_positions != pixels:
+        right, wrong = ("pmf", "imf") if found.size.learned_positions else ("imf", "pmf")
+        raise ValueError(f"{flag(wrong)} must be a file of this method, got one for {flag(right)}: {path}")
+    shape = (found.channels, *(config.image_size or ((256, 256) if pixels else (32, 32))))
+    options = {"labels": found.labels, "tokens": found.tokens, "guidance": True}
+    options["velocity_head"] = found.velocity_head and config.velocity_head
+    shapes = eqx.filter_eval_shape(lambda: mfx.InContextDiT(shape, found.size, **options, key=jr.key(0)))
+    network = released.fill_in_context_dit(shapes, tensors, path)
+    return Imported(mfx.XPrediction(network) if pixels else network, weights)
 
 
 def import_unet(path: str, config: Config) -> Imported:
@@ -142,7 +181,16 @@ def import_sit(path: str, config: Config) -> Imported:
     return Imported(field, weights, mfx.Trained(average=False, null_velocity=True, null_average=False))
 
 
-IMPORTS = {"dit": import_dit, "unet": import_unet, "sit": import_sit}
+IMPORTS = {"dit": import_dit, "imf": import_imf, "pmf": import_imf, "unet": import_unet, "sit": import_sit}
+
+
+def sha256(path: str, kind: str) -> str:
+    """The digest of a file, or of the names and digests of all files in a folder that flax wrote."""
+    if kind not in ("dit", "imf", "pmf") or not Path(path).is_dir():
+        return run.sha256_of_file(path)
+    files = sorted(file for file in Path(path).rglob("*") if file.is_file())
+    lines = [f"{file.relative_to(path).as_posix()} {run.sha256_of_file(file)}\n" for file in files]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def main(config: Config) -> None:
@@ -151,7 +199,7 @@ def main(config: Config) -> None:
     run.require("safetensors")
     run.check_writable(config.to)
     path = getattr(config, kind)
-    digest = run.sha256_of_file(path)
+    digest = sha256(path, kind)
     if kind == "inception":
         metrics.convert_inception(path, config.to)
         print(f"{config.to}: Inception-v3 from {path}, sha256 {digest}")
@@ -163,8 +211,8 @@ def main(config: Config) -> None:
     notes = checkpoint.Notes(pixels=(-1, 1), tokenizer=tokenizer, trained=trained)
     checkpoint.save_weights(config.to, field, {"source": source}, notes)
     count = sum(leaf.size for leaf in jax.tree.leaves(eqx.filter(field, eqx.is_array)))
-    size = field.arguments["size"]._asdict()
-    print(f"{config.to}: {type(field).__name__} of {size}, {count:,} parameters")
+    about = mfx.describe(field)
+    print(f"{config.to}: {about['network']} of {about['size']}, {count:,} parameters")
     print(f"from {weights or 'the only weights'} in {path}, sha256 {digest}")
 
 

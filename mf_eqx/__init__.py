@@ -25,7 +25,7 @@ second line are imported explicitly, so that a training job does not load what i
     _objective.py      from a batch to a loss: boundary condition + identity
     _batch_objective/  losses on whole batches, one file each
     _gradient.py       gradients in turn: kinds of rows, micro-batches, devices
-    _model/            DiT, in-context DiT, U-Net and MLP
+    _model/            DiT, in-context DiT, U-Net and MLP; networks that predict data
     nn/                public blocks: attention, embeddings, stacks (scan, remat), what optimisers must know of them
     _sample.py         n-step sampling of u; Euler and Heun for v
     _ema.py            averages of the parameters
@@ -33,6 +33,7 @@ second line are imported explicitly, so that a training job does not load what i
     _sharding.py       meshes, and what lies where on them
     _generate.py       many samples, each by its number, on all devices
     _train.py          TrainState, init_state, TrainStep, scan_steps
+    _quiet.py          Orbax without its messages
     _optional.py       packages that not every machine has
     _leaves.py         states as flat dictionaries, and back
     _files.py          files that are whole at any moment, and how files of others are opened
@@ -140,11 +141,15 @@ from ._model import (
     InContextDiTSize as InContextDiTSize,
     make_network as make_network,
     MLP as MLP,
+    PMF_B16 as PMF_B16,
+    PMF_H16 as PMF_H16,
+    PMF_L16 as PMF_L16,
     TokenCounts as TokenCounts,
     UNet as UNet,
     UNET_CIFAR10 as UNET_CIFAR10,
     UNetCondition as UNetCondition,
     UNetSize as UNetSize,
+    XPrediction as XPrediction,
 )
 from ._objective import (
     AbstractMeanObjective as AbstractMeanObjective,

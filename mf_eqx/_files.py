@@ -110,6 +110,13 @@ def read_up_to(file: io.BufferedIOBase, size: int) -> bytearray:
     return content
 
 
+def irregular_files(folder: Path) -> list[str]:
+    """Paths in a folder, at any depth, that are neither ordinary files nor folders. For example, Orbax would wait for a
+    pipe for ever."""
+    paths = (Path(root) / name for root, _, names in os.walk(folder) for name in names)
+    return [str(path.relative_to(folder)) for path in paths if path.exists() and not path.is_file()]
+
+
 def sha256_of_file(path: str | Path) -> str:
     """SHA-256 of an ordinary file's content, in hexadecimal digits. **Raises:** as `open_regular` does."""
     with open_regular(path) as file:

@@ -21,7 +21,7 @@ ROOT = PACKAGE.parent
 LAYERS = {
     0: [
         *("_custom_types", "_optional", "_leaves", "_files", "_json", "_foreign", "_validate"),
-        *("_plain_pickle", "_legacy_torch"),
+        *("_plain_pickle", "_legacy_torch", "_quiet"),
     ],
     1: ["_batch", "_mean", "_interpolant", "_stable_target", "_times", "_field", "_derivative", "_engine_guards", "nn"],
     2: ["_guidance", "_drawn_guidance", "_model", "_row", "_weight", "_schedule", "_identity"],

@@ -293,6 +293,7 @@ FLOATS = {
     "UNetBlock.dropout": lambda value: mfx.UNet(
         (3, 8, 8), mfx.UNetSize(width=8, multipliers=(1,), blocks=1, attention=()), dropout=value, key=KEY
     ),
+    "XPrediction.smallest_time": lambda value: mfx.XPrediction(exact.PointMassAverageVelocity(np.ones(2)), value),
 }
 
 

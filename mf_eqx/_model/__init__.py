@@ -20,8 +20,12 @@ from .in_context_dit import (
     IMF_XL2 as IMF_XL2,
     InContextDiT as InContextDiT,
     InContextDiTSize as InContextDiTSize,
+    PMF_B16 as PMF_B16,
+    PMF_H16 as PMF_H16,
+    PMF_L16 as PMF_L16,
 )
 from .in_context_embedding import TokenCounts as TokenCounts
 from .labels import check_labels as check_labels
 from .mlp import MLP as MLP
 from .unet import UNet as UNet, UNET_CIFAR10 as UNET_CIFAR10, UNetCondition as UNetCondition, UNetSize as UNetSize
+from .x_prediction import XPrediction as XPrediction

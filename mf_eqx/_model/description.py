@@ -4,7 +4,8 @@
     fresh = make_network(description, key=key)        the same structure, with new parameters
 
 A description has all arguments that decide which function of its parameters a network is. How it computes that function
-(dtype, attention, rematerialisation, unrolling) is chosen anew whenever one is made.
+(dtype, attention, rematerialisation, unrolling) is chosen anew whenever one is made. The description of an
+`XPrediction` is that of its network and its smallest time, as "x_prediction".
 """
 
 import inspect
@@ -34,8 +35,9 @@ from .in_context_dit import InContextDiT, InContextDiTSize
 from .in_context_embedding import TokenCounts
 from .mlp import MLP
 from .unet import UNet, UNetSize
+from .x_prediction import XPrediction
 
-Network: TypeAlias = MLP | DiT | InContextDiT | UNet
+Network: TypeAlias = MLP | DiT | InContextDiT | UNet | XPrediction
 
 _NETWORKS = {network.__name__: network for network in (MLP, DiT, InContextDiT, UNet)}
 _SIZES = {
@@ -49,15 +51,18 @@ _TIME_VARIABLES = {
 }
 _NOT_DESCRIBED = {"dtype", "attention", "remat", "unroll", "fourier_scale", "key"}
 """Arguments of networks that say how they compute, or with which parameters they start."""
+_X_PREDICTION = "x_prediction"
 
 
 def describe(field: AbstractField) -> dict[str, Any]:
-    """The description of an `MLP`, a `DiT`, an `InContextDiT` or a `UNet`, as values that JSON can hold: the name of
-    the class as "network", and its `arguments`. The parameters are no part of it.
+    """The description of an `MLP`, a `DiT`, an `InContextDiT` or a `UNet`, or of the `XPrediction` of one, as values
+    that JSON can hold: the name of the class as "network", and its `arguments`. The parameters are no part of it.
 
     **Raises:** `ValueError` for another field, and for a network with parts that have no description: a condition
     embedding or time variables of your own, or arrays that its arguments do not explain.
     """
+    if isinstance(field, XPrediction):
+        return {**describe(field.field), _X_PREDICTION: field.smallest_time}
     if not isinstance(field, MLP | DiT | InContextDiT | UNet):
         rule = "an MLP, a DiT, an InContextDiT or a UNet to be described"
         raise ValueError(f"field must be {rule}, got {type(field).__name__}")
@@ -101,6 +106,12 @@ def make_network(
     **Raises:** `ValueError` if the description is not that of a network.
     """
     given = dict(description)
+    if _X_PREDICTION in given:
+        smallest = given.pop(_X_PREDICTION)
+        if isinstance(smallest, bool) or not isinstance(smallest, int | float):
+            raise ValueError(f"{_X_PREDICTION} must be a number, got {smallest!r:.60}")
+        how = {"dtype": dtype, "attention": attention, "remat": remat, "unroll": unroll}
+        return XPrediction(make_network(given, **how, key=key), smallest)
     name = given.pop("network", None)
     if not isinstance(name, str) or name not in _NETWORKS:
         raise ValueError(f"network must be one of {', '.join(_NETWORKS)}, got {name!r:.60}")

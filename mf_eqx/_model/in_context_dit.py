@@ -12,10 +12,12 @@ the trunk. A network may have a second head of the same size on the same trunk, 
 not needed for sampling. The gates and the last layers start at zero, so that a fresh network outputs zero.
 
 Source: Improved Mean Flows: On the Challenges of Fastforward Generative Models, Geng, Lu, Wu, Shechtman, Kolter, He,
-2025, arXiv 2512.02012; initialisation, and what the paper leaves open, as in the authors' released code.
+2025, arXiv 2512.02012; options for pixels: One-step Latent-free Image Generation with Pixel Mean Flows, 2026, arXiv
+2601.22158; initialisation, and what the papers leave open, as in the authors' released code.
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -39,6 +41,7 @@ from ..nn import (
     Linear,
     Remat,
     RMSNorm,
+    rotary_angles,
     rotary_line_angles,
     RotarySelfAttention,
     Stack,
@@ -46,6 +49,7 @@ from ..nn import (
     TimeVariables,
     XLAAttention,
 )
+from ..nn._attention import head_size
 from . import patches
 from .guidance import GuidanceCondition
 from .in_context_embedding import InContextEmbedding, TokenCounts
@@ -54,13 +58,23 @@ from .in_context_embedding import InContextEmbedding, TokenCounts
 class InContextDiTSize(NamedTuple):
     """The size of an in-context DiT: `depth` blocks, of which the last `head_depth` are the head's; tokens of `width`;
     attention `heads`; `patch`, the side of a square of pixels or the number of steps in a piece of a sequence. A
-    velocity head has `head_depth` blocks more."""
+    velocity head has `head_depth` blocks more. `mlp`, the width inside the MLPs, is 8/3 of `width` by default.
+
+    Three further options are those of pixel MeanFlow. With `bottleneck`, a linear layer of so many outputs comes before
+    the one that makes tokens of patches. With `learned_positions`, a learned vector is added to every token of the
+    sequence, the condition's included. With `grid`, for images, the rotary positions are the rows and columns of the
+    patches, and the tokens in front of them have none.
+    """
 
     depth: int
     width: int
     heads: int
     patch: int
     head_depth: int = 8
+    mlp: int | None = None
+    bottleneck: int | None = None
+    learned_positions: bool = False
+    grid: bool = False
 
 
 IMF_B2 = InContextDiTSize(depth=12, width=768, heads=12, patch=2)
@@ -68,13 +82,17 @@ IMF_M2 = InContextDiTSize(depth=24, width=768, heads=12, patch=2)
 IMF_L2 = InContextDiTSize(depth=32, width=1024, heads=16, patch=2)
 IMF_XL2 = InContextDiTSize(depth=48, width=1024, heads=16, patch=2)
 
+_PMF = InContextDiTSize(16, 768, 12, 16, bottleneck=128, learned_positions=True, grid=True)
+PMF_B16 = _PMF
+PMF_L16 = _PMF._replace(depth=32, width=1024, heads=16)
+PMF_H16 = _PMF._replace(depth=48, width=1280, heads=16, bottleneck=256)
+
 _INIT = variance_scaling(0.32**2, "fan_in", "normal")
 """How the matrices of blocks start: normal with standard deviation 0.32 / sqrt(fan in)."""
 
 
 class InContextBlock(eqx.Module):
-    """A block without modulation. Its equations are in the module's docstring; its MLP is 8/3 times as wide as
-    a token."""
+    """A block without modulation. Its equations are in the module's docstring."""
 
     norm_1: RMSNorm
     attention: RotarySelfAttention
@@ -83,11 +101,12 @@ class InContextBlock(eqx.Module):
     mlp: SwiGLU
     gate_2: Float[Array, " width"]
 
-    def __init__(self, width: int, heads: int, attention: AbstractAttention, *, key: Key[Array, ""]):
+    def __init__(self, size: InContextDiTSize, attention: AbstractAttention, *, key: Key[Array, ""]):
         attention_key, mlp_key = jr.split(key)
+        width = size.width
         self.norm_1, self.norm_2 = RMSNorm(width), RMSNorm(width)
-        self.attention = RotarySelfAttention(width, heads, init=_INIT, attention=attention, key=attention_key)
-        self.mlp = SwiGLU(width, 8 * width // 3, init=_INIT, key=mlp_key)
+        self.attention = RotarySelfAttention(width, size.heads, init=_INIT, attention=attention, key=attention_key)
+        self.mlp = SwiGLU(width, 8 * width // 3 if size.mlp is None else size.mlp, init=_INIT, key=mlp_key)
         self.gate_1, self.gate_2 = jnp.zeros(width, jnp.float32), jnp.zeros(width, jnp.float32)
 
     def __call__(
@@ -129,7 +148,7 @@ def _make_stack(
     key: Key[Array, ""],
 ) -> Stack[InContextBlock]:
     def block(key: Key[Array, ""]) -> InContextBlock:
-        return InContextBlock(size.width, size.heads, attention, key=key)
+        return InContextBlock(size, attention, key=key)
 
     return Stack(block, depth, remat=remat, unroll=unroll, key=key)
 
@@ -137,10 +156,16 @@ def _make_stack(
 def _check(data_shape: tuple[int, ...], size: InContextDiTSize, dtype: DTypeLike) -> None:
     check_data_shape(data_shape)
     check_kind("size", size, InContextDiTSize)
-    check_sizes(size=size)
+    check_sizes(size=size[:5])
+    check_sizes(**{name: size._asdict()[name] for name in ("mlp", "bottleneck") if size._asdict()[name] is not None})
     patches.check_patch(data_shape, size.patch)
     if size.head_depth >= size.depth:
         raise ValueError(f"head_depth must be below the depth {size.depth}, got {size.head_depth}")
+    if size.grid and len(data_shape) != 3:
+        raise ValueError(f"grid must be False for sequences, got {size.grid} for data_shape {data_shape}")
+    if size.grid and head_size(size.width, size.heads) % 4:
+        rule = "width must give heads whose size is a multiple of 4 (rotary positions in a grid)"
+        raise ValueError(f"{rule}, got width {size.width}, heads {size.heads}")
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"dtype must be floating point, got {dtype}")
 
@@ -179,15 +204,20 @@ class InContextDiT(AbstractFieldWithVelocity):
 
     With guidance, 1000 labels and a (4, 32, 32) input: B/2 88,935,184 parameters, M/2 173,908,240, L/2 409,054,224,
     XL/2 610,415,632; with a velocity head B/2 145,596,960, M/2 230,570,016, L/2 509,752,352, XL/2 711,113,760.
+    `PMF_B16`, `PMF_L16` and `PMF_H16` with a (3, 256, 256) input and a velocity head: 175,474,304, 511,789,696 and
+    1,113,259,520.
     """
 
+    bottleneck: Linear | None
     patches: Linear
+    positions: Float[Array, "tokens width"] | None
     embedding: InContextEmbedding
     trunk: Stack[InContextBlock]
     average_head: InContextHead
     velocity_head: InContextHead | None
     data_shape: tuple[int, ...] = eqx.field(static=True)
     patch: int = eqx.field(static=True)
+    grid: bool = eqx.field(static=True)
     dtype: DTypeLike = eqx.field(static=True)
 
     def __init__(
@@ -212,7 +242,9 @@ class InContextDiT(AbstractFieldWithVelocity):
         patch_key, embedding_key, trunk_key, average_key, velocity_key = jr.split(key, 5)
         values = data_shape[0] * size.patch ** (len(data_shape) - 1)
         stack = functools.partial(_make_stack, size=size, attention=attention, remat=remat, unroll=unroll)
-        self.patches = Linear(values, size.width, key=patch_key)
+        outputs, bottleneck_key = size.bottleneck, jr.fold_in(patch_key, 1)
+        self.bottleneck = None if outputs is None else Linear(values, outputs, key=bottleneck_key)
+        self.patches = Linear(values if outputs is None else outputs, size.width, key=patch_key)
         self.embedding = InContextEmbedding(
             size.width,
             labels=labels,
@@ -226,7 +258,11 @@ class InContextDiT(AbstractFieldWithVelocity):
         self.trunk = stack(size.depth - size.head_depth, key=trunk_key)
         self.average_head = InContextHead(size, values, stack, key=average_key)
         self.velocity_head = InContextHead(size, values, stack, key=velocity_key) if velocity_head else None
-        self.data_shape, self.patch = tuple(data_shape), size.patch
+        self.positions = None
+        if size.learned_positions:
+            length = self.embedding.length + math.prod(patches.grid(data_shape, size.patch))
+            self.positions = 0.02 * jr.normal(jr.fold_in(patch_key, 2), (length, size.width), jnp.float32)
+        self.data_shape, self.patch, self.grid = tuple(data_shape), size.patch, bool(size.grid)
         self.dtype = jnp.dtype(dtype)
 
     @property
@@ -249,11 +285,21 @@ class InContextDiT(AbstractFieldWithVelocity):
         """The arguments of which this field is made, as for `DiT`."""
         embedding, block = self.embedding, self.trunk.blocks
         head_depth = self.average_head.stack.depth
-        width, heads = self.patches.weight.shape[1], block.attention.heads
-        label = embedding.label
+        label, width, mlp = embedding.label, self.patches.weight.shape[1], block.mlp.out.weight.shape[1]
+        size = InContextDiTSize(
+            self.trunk.depth + head_depth,
+            width,
+            block.attention.heads,
+            self.patch,
+            head_depth,
+            None if mlp == 8 * width // 3 else mlp,
+            None if self.bottleneck is None else self.bottleneck.weight.shape[1],
+            self.positions is not None,
+            self.grid,
+        )
         return {
             "data_shape": self.data_shape,
-            "size": InContextDiTSize(self.trunk.depth + head_depth, width, heads, self.patch, head_depth),
+            "size": size,
             "labels": None if label is None else label.null_label,
             "condition": embedding.condition_argument,
             "guidance": embedding.guidance is not None,
@@ -319,11 +365,23 @@ class InContextDiT(AbstractFieldWithVelocity):
             raise ValueError(f"z must have the data_shape {self.data_shape}, got {z.shape}")
         r, t = as_times(r, t, z)
         prefix = self.embedding(r, t, condition).astype(self.dtype)
-        of_data = cast(self.patches, self.dtype)(patches.cut(z.astype(self.dtype), self.patch))
-        tokens = jnp.concatenate([prefix, of_data])
-        block = self.trunk.blocks
-        angles = rotary_line_angles(len(tokens), block.attention.query_norm.weight.shape[-1])
+        of_data = patches.cut(z.astype(self.dtype), self.patch)
+        if self.bottleneck is not None:
+            of_data = cast(self.bottleneck, self.dtype)(of_data)
+        tokens = jnp.concatenate([prefix, cast(self.patches, self.dtype)(of_data)])
+        if self.positions is not None:
+            tokens = tokens + self.positions.astype(self.dtype)
+        angles = self._angles(len(tokens))
         return self.trunk(lambda block, x: cast(block, self.dtype)(x, angles), tokens), angles
+
+    def _angles(self, length: int) -> Float[np.ndarray, "tokens pairs"]:
+        """The angles of the rotary positions of a sequence of `length` tokens."""
+        size = self.trunk.blocks.attention.query_norm.weight.shape[-1]
+        if not self.grid:
+            return rotary_line_angles(length, size)
+        rows, columns = patches.grid(self.data_shape, self.patch)
+        angles = rotary_angles(rows, columns, size)
+        return np.pad(angles, ((length - len(angles), 0), (0, 0)))
 
     def _output(
         self,
@@ -334,6 +392,6 @@ class InContextDiT(AbstractFieldWithVelocity):
     ) -> Float[Array, "channels *sides"]:
         """What a head makes of the tokens of the trunk, in the shape of z."""
         tokens = head.stack(lambda block, x: cast(block, self.dtype)(x, angles), tokens)
-        count = z.size // self.patches.weight.shape[0]
+        count = math.prod(patches.grid(self.data_shape, self.patch))
         values = cast(head.out, self.dtype)(cast(head.norm, self.dtype)(tokens[-count:]))
         return patches.join(values, self.data_shape, self.patch).astype(jnp.promote_types(z.dtype, jnp.float32))

@@ -104,6 +104,19 @@ class InContextEmbedding(eqx.Module):
         return embedding if isinstance(embedding, LabelEmbedding) else None
 
     @property
+    def length(self) -> int:
+        """The number of tokens.
+
+        **Raises:** `ValueError` with condition tokens of your own, whose number may differ from call to call.
+        """
+        condition, guidance = self.condition, self.guidance
+        if condition is not None and not isinstance(condition, ConditionTokens):
+            rule = "labels, a vector, an embedding or None for learned positions"
+            raise ValueError(f"condition must be {rule}, got {type(condition).__name__}")
+        parts = [condition, *self.times] + ([] if guidance is None else [guidance.scale, guidance.start, guidance.end])
+        return sum(len(part.vectors) for part in parts if part is not None)
+
+    @property
     def condition_argument(self) -> int | AbstractConditionEmbedding | AbstractConditionTokens | None:
         """The argument `condition` of which this is made."""
         if not isinstance(self.condition, ConditionTokens):

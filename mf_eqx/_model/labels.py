@@ -12,12 +12,14 @@ from .guidance import GuidanceCondition
 from .in_context_dit import InContextDiT
 from .mlp import MLP
 from .unet import UNet, UNetCondition
+from .x_prediction import XPrediction
 
 
 def check_labels(name: str, condition: Condition, field: AbstractField) -> None:
     """Raises a `ValueError` if `condition`, which is called `name`, has labels that a network of this package lacks, of
     one row or of several: under `jax.vmap` the table of the network would silently return another row. Other fields,
     other conditions and values that JAX traces pass."""
+    field = field.field if isinstance(field, XPrediction) else field
     embedding = getattr(getattr(field, "embedding", None), "label", None)
     if not isinstance(field, MLP | DiT | InContextDiT | UNet) or not isinstance(embedding, LabelEmbedding):
         return

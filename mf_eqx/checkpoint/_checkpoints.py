@@ -12,14 +12,9 @@ usable step before it is loaded instead.
 
 import contextlib
 import dataclasses
-import gc
 import hashlib
 import json
-import logging
 import os
-import sys
-import threading
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -30,9 +25,10 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 
-from .._files import remove
+from .._files import irregular_files, remove
 from .._json import parse_json, read_json_object
 from .._leaves import compare, fill_shapes, leaves, listed, shapes, without_key_dtype
+from .._quiet import quiet
 from .._sharding import Parallelism
 from ._digest import digests
 
@@ -40,7 +36,6 @@ _State = TypeVar("_State")
 
 _FORMAT = 1
 _DAMAGED, _DELETED = ".damaged", ".deleted"
-_QUIET_LOCK = threading.Lock()
 
 
 class CheckpointError(RuntimeError):
@@ -266,9 +261,9 @@ class Checkpoints:
         targets = {name: _target(without_key_dtype(leaf), parallelism) for name, leaf in leaves(wanted).items()}
         arrays, reason = {}, None
         with _raising_everywhere():
-            if irregular := _irregular_files(path):
+            if irregular := irregular_files(path):
                 raise _Damage(f"it contains other things than ordinary files: {listed(irregular)}")
-            with _quiet():
+            with quiet():
                 loading = ocp.options.PyTreeOptions.Loading(partial_load=partial)
                 try:
                     with ocp.Context(pytree_options=ocp.options.PyTreeOptions(loading=loading)):
@@ -321,13 +316,6 @@ def _check_record(record: Any) -> None:
     for name, leaf in record["leaves"].items():
         if type(leaf) is not list or [*map(type, leaf)] != [list, str]:
             raise _Damage(f"its record has no shape and dtype of {name}")
-
-
-def _irregular_files(folder: Path) -> list[str]:
-    """Paths in a folder, at any depth, that are neither ordinary files nor folders. For example, Orbax would wait for a
-    pipe for ever."""
-    paths = (Path(root) / name for root, _, names in os.walk(folder) for name in names)
-    return [str(path.relative_to(folder)) for path in paths if path.exists() and not path.is_file()]
 
 
 def _is_folder(path: Path) -> bool:
@@ -383,33 +371,6 @@ def _from_first_process(steps: list[int]) -> list[int]:
 
 def _short_text(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """A context without log lines and warnings from the libraries that read: the only report of a failure is that of
-    `Checkpoints`. One thread at a time."""
-    with _QUIET_LOCK:
-        yield from _without_messages()
-
-
-def _without_messages() -> Iterator[None]:
-    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
-    levels, hook = [logger.level for logger in loggers], sys.unraisablehook
-    try:
-        sys.unraisablehook = lambda _: None
-        for logger in loggers:
-            logger.setLevel(logging.CRITICAL + 1)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            try:
-                yield
-            finally:
-                gc.collect()  # asyncio reports abandoned tasks when they are collected: here, not later
-    finally:
-        sys.unraisablehook = hook
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
 
 
 def _target(leaf: jax.ShapeDtypeStruct, parallelism: Parallelism | None) -> Any:

@@ -1,7 +1,7 @@
 """Weights that the authors of papers released, in the layouts of their own code.
 
     path = "checkpoint"
-    tree = released.read_flax(path, "ema_params")                       a file of the authors' JAX code
+    tree = released.read_flax(path, "ema_params")                       a file or folder of the authors' JAX code
     channels, size, labels = released.measure_dit(tree, path)
     field = mfx.DiT((channels, 32, 32), size, labels=labels, key=key)
     field = released.fill_dit(field, tree, path)
@@ -18,6 +18,11 @@ into files of `mf_eqx.checkpoint.save_weights`.
 """
 
 from ._dit import fill_dit as fill_dit
+from ._in_context_dit import (
+    fill_in_context_dit as fill_in_context_dit,
+    InContextDiTArguments as InContextDiTArguments,
+    measure_in_context_dit as measure_in_context_dit,
+)
 from ._measure import measure_dit as measure_dit, measure_sit as measure_sit, measure_unet as measure_unet
 from ._msgpack import read_flax as read_flax
 from ._sit import fill_sit as fill_sit

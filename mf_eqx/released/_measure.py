@@ -26,10 +26,10 @@ def measure_dit(tensors: Mapping[str, Any], path: str | Path, *, heads: int | No
     **Raises:** `ValueError` if tensors that determine the size are missing, or no published network has this width.
     """
     by_name = flat(tensors, path)
-    patch, _, channels, width = _shape(by_name, flax_name(LAYERS["patches"], "weight"), 4, path)
-    rows, _ = _shape(by_name, flax_name(LAYERS["embedding.label"], "table"), 2, path)
-    depth = _count(by_name, r"net/blocks/layers_(\d+)/.*")
-    return channels, DiTSize(depth, width, _heads(width, heads, path), patch), rows - 1
+    patch, _, channels, width = shape_of(by_name, flax_name(LAYERS["patches"], "weight"), 4, path)
+    rows, _ = shape_of(by_name, flax_name(LAYERS["embedding.label"], "table"), 2, path)
+    depth = count(by_name, r"net/blocks/layers_(\d+)/.*")
+    return channels, DiTSize(depth, width, heads_of(width, heads, path), patch), rows - 1
 
 
 def measure_sit(
@@ -41,10 +41,10 @@ def measure_sit(
 
     **Raises:** as `measure_dit`.
     """
-    width, channels, patch, _ = _shape(tensors, f"{LAYERS['patches']}.weight", 4, path)
-    rows, _ = _shape(tensors, f"{LAYERS['embedding.label']}.weight", 2, path)
-    depth = _count(tensors, r"blocks\.(\d+)\..*")
-    return channels, DiTSize(depth, width, _heads(width, heads, path), patch), rows - 1
+    width, channels, patch, _ = shape_of(tensors, f"{LAYERS['patches']}.weight", 4, path)
+    rows, _ = shape_of(tensors, f"{LAYERS['embedding.label']}.weight", 2, path)
+    depth = count(tensors, r"blocks\.(\d+)\..*")
+    return channels, DiTSize(depth, width, heads_of(width, heads, path), patch), rows - 1
 
 
 def measure_unet(
@@ -56,17 +56,17 @@ def measure_unet(
 
     **Raises:** `ValueError` if tensors that determine the size are missing.
     """
-    levels = sorted(_numbers(tensors, r"enc\.(\d+)x\1_.*"), reverse=True) or [0]
+    levels = sorted(numbers(tensors, r"enc\.(\d+)x\1_.*"), reverse=True) or [0]
     rows = levels[0]
-    width, channels, _, _ = _shape(tensors, f"enc.{rows}x{rows}_conv.weight", 4, path)
-    outputs = [_shape(tensors, f"{_block(level)}.conv1.weight", 4, path)[0] for level in levels]
+    width, channels, _, _ = shape_of(tensors, f"enc.{rows}x{rows}_conv.weight", 4, path)
+    outputs = [shape_of(tensors, f"{_block(level)}.conv1.weight", 4, path)[0] for level in levels]
     size = UNetSize(
         width,
         multipliers=tuple(output // width for output in outputs),
-        blocks=_count(tensors, rf"enc\.{rows}x{rows}_block(\d+)\..*"),
+        blocks=count(tensors, rf"enc\.{rows}x{rows}_block(\d+)\..*"),
         attention=tuple(level for level in levels if _has(tensors, f"{_block(level)}.qkv")),
     )
-    augmentation = _shape(tensors, "map_augment.weight", 2, path)[1] if _has(tensors, "map_augment") else 0
+    augmentation = shape_of(tensors, "map_augment.weight", 2, path)[1] if _has(tensors, "map_augment") else 0
     return (channels, rows, rows), size, augmentation
 
 
@@ -78,7 +78,7 @@ def _has(tensors: Mapping[str, Any], layer: str) -> bool:
     return any(name.startswith(f"{layer}.") for name in tensors)
 
 
-def _shape(tensors: Mapping[str, np.ndarray], name: str, axes: int, path: str | Path) -> tuple[int, ...]:
+def shape_of(tensors: Mapping[str, np.ndarray], name: str, axes: int, path: str | Path) -> tuple[int, ...]:
     """The shape of a tensor that determines the size; it must be there, with so many axes."""
     if name not in tensors:
         raise ValueError(f"{path}: must hold the tensors of the network, but it lacks {name}")
@@ -88,16 +88,17 @@ def _shape(tensors: Mapping[str, np.ndarray], name: str, axes: int, path: str | 
     return shape
 
 
-def _numbers(tensors: Mapping[str, Any], pattern: str) -> set[int]:
+def numbers(tensors: Mapping[str, Any], pattern: str) -> set[int]:
     return {int(match[1]) for name in tensors if (match := re.fullmatch(pattern, name))}
 
 
-def _count(tensors: Mapping[str, Any], pattern: str) -> int:
-    return max(len(_numbers(tensors, pattern)), 1)
+def count(tensors: Mapping[str, Any], pattern: str) -> int:
+    return max(len(numbers(tensors, pattern)), 1)
 
 
-def _heads(width: int, heads: int | None, path: str | Path) -> int:
-    number = _HEADS.get(width) if heads is None else heads
+def heads_of(width: int, heads: int | None, path: str | Path, published: Mapping[int, int] = _HEADS) -> int:
+    """The number of attention heads: `heads` if given, else that of the published network of this width."""
+    number = published.get(width) if heads is None else heads
     if number is None:
         raise ValueError(f"{path}: heads must be given, as no published network has width {width}, got none")
     if number < 1 or width % number:

@@ -5,6 +5,8 @@
     a map with __msgpack_chunked_array__, shape and chunks
                    an array of more than 2**30 bytes: its shape and its flat pieces, both as maps "0", "1", ...
 
+What flax writes through Orbax instead is a folder, see `_orbax.py`.
+
 Source: flax 0.12, `flax/serialization.py`.
 """
 
@@ -21,6 +23,7 @@ from jaxtyping import Shaped
 from .._files import open_regular
 from .._leaves import listed
 from .._optional import optional
+from ._orbax import read_orbax
 
 _ARRAYS = (1, 3)
 _CHUNKED = "__msgpack_chunked_array__"
@@ -32,31 +35,37 @@ many entries before it reads them."""
 
 
 def read_flax(path: str | Path, part: str | None = None) -> dict[str, Any]:
-    """The content of a file of `flax.serialization.to_bytes`: nested dictionaries whose leaves are NumPy arrays.
+    """The content of a file of `flax.serialization.to_bytes`, or of a folder that flax wrote through Orbax: nested
+    dictionaries whose leaves are NumPy arrays.
 
     bfloat16 is converted to float32, which is exact. NumPy scalars become arrays without axes.
 
-    **Arguments:** `path` of the file; `part` the name at the top level whose content is returned, such as `ema_params`,
-    or None for everything. All other parts, usually most of the file, are skipped, and their arrays are not created.
+    **Arguments:** `path` of the file or folder; `part` the name at the top level whose content is returned, such as
+    `ema_params`, or None for everything. All other parts, usually most of the file, are skipped, and their arrays are
+    not created.
 
     **Raises:** `MissingDependency` without msgpack, which is installed with Orbax; `OSError` if the file cannot be
     read; `ValueError` that names the file if it has another format, is truncated, has more bytes after its end, holds
     anything but arrays and plain values, or has no dictionary under `part`.
     """
-    with optional("msgpack", extra=None):
-        import msgpack
-    with open_regular(path) as file:
-        try:
-            content = _read(file, part)
-        except (msgpack.UnpackException, ValueError, OverflowError, RecursionError) as error:
-            reason = str(error) or type(error).__name__
-            raise ValueError(f"{path}: must be a file of flax.serialization.to_bytes, but: {reason}") from error
+    content = read_orbax(path, part) if Path(path).is_dir() else _read_file(path, part)
     if part is None:
         return content
     if not isinstance(content.get(part), dict):
         found = listed(sorted(content), 8) or "nothing"
         raise ValueError(f"{path}: must hold a dictionary named {part}, got {found}")
     return content[part]
+
+
+def _read_file(path: str | Path, part: str | None) -> dict[str, Any]:
+    with optional("msgpack", extra=None):
+        import msgpack
+    with open_regular(path) as file:
+        try:
+            return _read(file, part)
+        except (msgpack.UnpackException, ValueError, OverflowError, RecursionError) as error:
+            reason = str(error) or type(error).__name__
+            raise ValueError(f"{path}: must be a file of flax.serialization.to_bytes, but: {reason}") from error
 
 
 def flat(tree: Mapping[str, Any], path: str | Path) -> dict[str, Shaped[np.ndarray, "..."]]:

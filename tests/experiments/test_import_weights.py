@@ -85,6 +85,51 @@ def test_dit_is_imported(flags, part, seed, convert, flax_file, files, capsys):
     assert second == f"from {part} in state, sha256 {digest}"
 
 
+IN_CONTEXT = "--to imf.safetensors --heads 2 --image-size 8 12"
+
+
+def write_imf(files):
+    files.write_state(Path("imf"), params=files.in_context_tensors("p"), ema_params=files.in_context_tensors("e"))
+
+
+def write_pmf(files):
+    """A train state with two averages."""
+    trees = {decay: files.nested(files.in_context_tensors(decay, **files.PIXELS)) for decay in ("250", "500")}
+    files.write_flax(Path("pmf"), {"step": 7, "ema_params": trees})
+
+
+@pytest.mark.parametrize(("flags", "has_head"), [("", True), ("--no-velocity-head", False)])
+def test_improved_mean_flow_is_imported(flags, has_head, convert, files, capsys):
+    write_imf(files)
+    convert(f"--imf imf {IN_CONTEXT} {flags}")
+    field, weights = load("imf.safetensors")
+    assert_equal(field, released.fill_in_context_dit(field, files.in_context_tensors("e"), "imf"))
+    assert field.data_shape == (4, 8, 12) and field.null_label == 5 and field.has_velocity_head == has_head
+    assert weights.config["source"] == {"kind": "imf", "weights": "ema_params", "sha256": sha256("imf")}
+    assert weights.notes == checkpoint.Notes(pixels=(-1, 1), tokenizer=checkpoint.Tokenizer(vae.SD_VAE))
+    assert "imf.safetensors: InContextDiT of {'depth': 4, 'width': 16," in capsys.readouterr().out
+
+
+def test_pixel_mean_flow_is_imported_as_a_field_that_predicts_data(convert, files):
+    write_pmf(files)
+    convert(f"--pmf pmf {IN_CONTEXT} --weights ema_params/500")
+    field, weights = load("imf.safetensors")
+    assert isinstance(field, mfx.XPrediction) and field.smallest_time == 0.05 and field.has_velocity_head
+    expected = released.fill_in_context_dit(field.field, files.in_context_tensors("500", **files.PIXELS), "pmf")
+    assert_equal(field.field, expected)
+    assert weights.config["source"]["weights"] == "ema_params/500"
+
+
+def test_folder_of_orbax_is_imported_as_the_file_is(convert, files):
+    orbax = pytest.importorskip("orbax.checkpoint")
+    tree = files.nested(files.in_context_tensors("e"))
+    orbax.PyTreeCheckpointer().save(Path("checkpoint_7").absolute(), {"step": 7, "ema_params": tree})
+    convert(f"--imf checkpoint_7 {IN_CONTEXT}")
+    field, weights = load("imf.safetensors")
+    assert_equal(field, released.fill_in_context_dit(field, tree, "imf"))
+    assert len(weights.config["source"]["sha256"]) == 64
+
+
 def save_unet(path, *prefixes):
     """A file of torch with the CIFAR-10 network of the parity tests, small, with each prefix."""
     torch = pytest.importorskip("torch")
@@ -178,6 +223,26 @@ def test_a_renamed_tensor_ends_in_one_line(convert, files, tmp_path, capsys):
     assert os.listdir() == ["state"]
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--pmf pmf", "--weights must be one of ema_params/250, ema_params/500 for pmf, got ema_params"),
+        ("--imf imf --weights ema_params/9", "--weights must be one of ema_params for imf, got ema_params/9"),
+        ("--imf pmf --weights ema_params/250", "--imf must be a file of this method, got one for --pmf: pmf"),
+        ("--pmf imf", "--pmf must be a file of this method, got one for --imf: imf"),
+        (
+            "--pmf pmf --weights ema_params/250 --image-size 8 8",
+            r"differs: net/pos_embed is \(33, 16\), not \(25, 16\)",
+        ),
+    ],
+)
+def test_files_and_flags_of_in_context_networks_that_do_not_fit_end_in_one_line(flags, message, convert, files, capsys):
+    write_imf(files)
+    write_pmf(files)
+    assert re.search(message, refused(convert, capsys, f"{IN_CONTEXT} {flags}"))
+    assert sorted(os.listdir()) == ["imf", "pmf"]
+
+
 def test_weights_that_are_not_there_are_refused_with_those_that_are(convert, capsys):
     save_unet("unet.pth", "net", "net_ema1")
     for flags, found in (("", "none"), ("--weights ema", "ema")):
@@ -202,13 +267,14 @@ class Evil:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--to a", "exactly one of --dit, --unet, --sit, --inception must be given, got none"),
+        ("--to a", "exactly one of --dit, --imf, --pmf, --unet, --sit, --inception must be given, got none"),
         ("--dit a --sit b --to c", "exactly one of .* must be given, got --dit and --sit"),
         ("--dit a", "--to must be given with --dit, got none"),
-        ("--unet a --to b --heads 2", "--heads must be given with --dit or --sit, got --unet"),
-        ("--unet a --to b --image-size 8 8", "--image-size must be given with --dit or --sit, got --unet"),
+        ("--unet a --to b --heads 2", "--heads must be given with --dit or --imf or --pmf or --sit, got --unet"),
+        ("--unet a --to b --image-size 8 8", "--image-size must be given with --dit or .* or --sit, got --unet"),
         ("--dit a --to b --seed 1", "--seed must be given with --sit, got --dit"),
-        ("--inception a --to b --weights c", "--weights must be given with --dit or --unet or --sit, got --inception"),
+        ("--inception a --to b --weights c", "--weights must be given with --dit or .* or --unet, got --inception"),
+        ("--dit a --to b --no-velocity-head", "--velocity-head must be given with --imf or --pmf, got --dit"),
         ("--dit a --to b --heads 0", "--heads must be >= 1, got 0"),
         ("--dit a --to b --image-size 0 8", "--image-size must be positive, got"),
         ("--sit a --to b --seed -1", "--seed must be >= 0, got -1"),

@@ -32,6 +32,9 @@ NETWORKS = {
     "InContextDiT with vectors": lambda **how: mfx.InContextDiT(
         (1, 8), mfx.InContextDiTSize(2, 8, 2, 2, 1), condition=5, tokens=mfx.TokenCounts(time=2), time_scale=2.0, **how
     ),
+    "InContextDiT of pixels": lambda **how: mfx.InContextDiT(
+        (3, 8, 8), mfx.InContextDiTSize(2, 8, 2, 4, 1, bottleneck=3, learned_positions=True, grid=True), **how
+    ),
     "UNet": lambda **how: mfx.UNet((3, 8, 8), UNET_SIZE, augmentation=6, dropout=0.25, **how),
     "UNet with labels": lambda **how: mfx.UNet((1, 8, 8), UNET_SIZE, labels=3, time_variables=nn.duration, **how),
     "UNet with vectors": lambda **how: mfx.UNet((3, 8, 16), UNET_SIZE, condition=5, **how),

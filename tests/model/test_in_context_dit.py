@@ -102,13 +102,27 @@ def tokens_of(values, ours, tokens, embedder):
     return found
 
 
+def patches_of(values, shape, size):
+    """The parameters that make tokens of patches, and the positions."""
+    patch = (size.patch, size.patch, shape[0])
+    if size.bottleneck is None:
+        layers = {"proj": (".patches", patch)}
+    else:
+        layers = {"proj1": (".bottleneck", patch), "proj2": (".patches", (1, 1, size.bottleneck))}
+    found = {"pos_embed": values[".positions"]} if size.learned_positions else {}
+    for theirs, (ours, inputs) in layers.items():
+        found[f"x_embedder/{theirs}/kernel"] = values[f"{ours}.weight"].reshape(*inputs, -1)
+        found[f"x_embedder/{theirs}/bias"] = values[f"{ours}.bias"]
+    return found
+
+
 def tree(values, guidance, shape, size):
     """The same numbers under the names of the authors' files."""
+    table = "y_embedder/embedding_table/" + ("embedding" if size.grid else "_flax_embedding/embedding")
     found = {
-        "x_embedder/proj/kernel": values[".patches.weight"].reshape(size.patch, size.patch, shape[0], size.width),
-        "x_embedder/proj/bias": values[".patches.bias"],
+        **patches_of(values, shape, size),
         "class_tokens": values[".embedding.condition.vectors"],
-        "y_embedder/embedding_table/_flax_embedding/embedding": values[".embedding.condition.embedding.table"],
+        table: values[".embedding.condition.embedding.table"],
         **tokens_of(values, ".embedding.times[0]", "time_tokens", "h_embedder"),
     }
     for name in EMBEDDERS if guidance else ():
@@ -142,16 +156,21 @@ def assert_close(found, expected, tolerance):
     np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance * size)
 
 
-def test_u_and_v_and_the_derivative_equal_those_of_an_independent_network(x64):
-    tangent = (jnp.asarray(reference()[1]), 0.0, 1.0)
+PIXELS = SMALL._replace(bottleneck=5, learned_positions=True, grid=True)
+
+
+@pytest.mark.parametrize("size", [SMALL, PIXELS], ids=["iMF", "pMF"])
+def test_u_and_v_and_the_derivative_equal_those_of_an_independent_network(size, x64):
+    expected = reference(size=size)
+    tangent = (jnp.asarray(expected[1]), 0.0, 1.0)
 
     @jax.jit
     def evaluate(field, *inputs):
         (u, v), (dudt, _) = mfx.FusedJVP()(mfx.WithVelocity(field), *inputs, tangent=tangent, key=None)
         return u, v, dudt
 
-    for found, expected in zip(evaluate(small(dtype=jnp.float64), *inputs()), reference(), strict=True):
-        assert_close(found, expected, 1e-11)
+    for found, exact in zip(evaluate(small(dtype=jnp.float64, size=size), *inputs()), expected, strict=True):
+        assert_close(found, exact, 1e-11)
 
 
 @pytest.mark.slow
@@ -195,7 +214,16 @@ def test_presets_have_exactly_the_parameters_of_the_authors(name):
     assert (parameters(field), without) == PRESETS[name]
 
 
-FRESH = mfx.InContextDiTSize(depth=2, width=32, heads=2, patch=2, head_depth=1)
+PIXEL_PRESETS = {"B16": 175_474_304, "L16": 511_789_696, "H16": 1_113_259_520}
+
+
+@pytest.mark.parametrize("name", PIXEL_PRESETS)
+def test_presets_for_pixels_have_exactly_the_parameters_of_the_authors(name):
+    make = made(getattr(mfx, f"PMF_{name}"), (3, 256, 256), labels=1000, guidance=True, velocity_head=True)
+    assert parameters(make()) == PIXEL_PRESETS[name]
+
+
+FRESH = mfx.InContextDiTSize(depth=2, width=32, heads=2, patch=2, head_depth=1, bottleneck=16, learned_positions=True)
 
 
 @functools.cache
@@ -211,9 +239,12 @@ def test_parameters_start_as_in_the_authors_code():
             return 0.0
         if ".blocks." in name:
             return 0.32 * shape[1] ** -0.5
+        if name == ".positions":
+            return 0.02
         if name.endswith(("vectors", "table")):
             return FRESH.width**-0.5
-        return (2 / sum(shape)) ** 0.5 if name == ".patches.weight" else shape[0] ** -0.5
+        xavier = name in (".patches.weight", ".bottleneck.weight")
+        return (2 / sum(shape)) ** 0.5 if xavier else shape[0] ** -0.5
 
     for name, leaf in named(fresh()).items():
         if "norm" in name:
@@ -413,6 +444,12 @@ REFUSED = {
     r"start and end must satisfy 0 <= start <= end <= 1, got 0\.5 and 0\.2": guided(1, 2.0, 0.5, 0.2),
     "head_depth must be below the depth 3, got 3": made(SMALL._replace(head_depth=3)),
     "size must be of integers >= 1, got": made(SMALL._replace(head_depth=0)),
+    "bottleneck must be an integer >= 1, got 0": made(SMALL._replace(bottleneck=0)),
+    "grid must be False for sequences, got True": made(SMALL._replace(grid=True), (3, 6)),
+    "width must give heads whose size is a multiple of 4": made(SMALL._replace(width=12, grid=True)),
+    "condition must be labels, a vector, an embedding or None for learned positions, got Narrow": made(
+        SMALL._replace(learned_positions=True), condition=Narrow()
+    ),
     "size must be an instance of InContextDiTSize": made(mfx.DiTSize(2, 16, 2, 2)),
     "tokens must be of integers >= 1": made(tokens=mfx.TokenCounts(time=0)),
     r"patch must divide the sides of data_shape \(3, 4, 5\), got 2": made(shape=(3, 4, 5)),

@@ -46,24 +46,26 @@ PASSES = {
 
 def in_context_products(size, heads):
     """Multiply-adds of a pass with so many heads, for 20 + 256 tokens, from the description of the network."""
-    width, tokens, values = size.width, 20 + 256, 16
+    width, tokens, values = size.width, 20 + 256, 16 if size.bottleneck is None else 768
+    patches = width * values if size.bottleneck is None else size.bottleneck * (values + width)
     block = tokens * (4 * width**2 + 3 * width * (8 * width // 3)) + 2 * tokens**2 * width
     blocks = (size.depth - size.head_depth + heads * size.head_depth) * block
-    return blocks + 256 * width * values * (1 + heads) + 4 * (256 * width + width**2)
+    return blocks + 256 * (patches + width * values * heads) + 4 * (256 * width + width**2)
 
 
 def in_context(size, unroll):
+    shape = (4, 32, 32) if size.bottleneck is None else (3, 256, 256)
     make = lambda: mfx.InContextDiT(  # noqa: E731
-        (4, 32, 32), size, labels=1000, guidance=True, velocity_head=True, unroll=unroll, key=jr.key(0)
+        shape, size, labels=1000, guidance=True, velocity_head=True, unroll=unroll, key=jr.key(0)
     )
     label, number = jax.ShapeDtypeStruct((), jnp.int32), jax.ShapeDtypeStruct((), jnp.float32)
     condition = mfx.GuidanceCondition(label, number, number, number)
-    return eqx.filter_eval_shape(make), jax.ShapeDtypeStruct((4, 32, 32), jnp.float32), number, condition
+    return eqx.filter_eval_shape(make), jax.ShapeDtypeStruct(shape, jnp.float32), number, condition
 
 
-@pytest.mark.parametrize("name", ["B2", "M2", "L2", "XL2"])
+@pytest.mark.parametrize("name", ["IMF_B2", "IMF_M2", "IMF_L2", "IMF_XL2", "PMF_B16", "PMF_L16", "PMF_H16"])
 def test_in_context_pass_makes_no_product_beyond_its_own_head(name):
-    size = getattr(mfx, f"IMF_{name}")
+    size = getattr(mfx, name)
     inputs = in_context(size, 1)
     for heads, passes in ((1, ("u", "v")), (2, ("u and v",))):
         for which in passes:

@@ -54,13 +54,79 @@ def sit_shapes(depth, width, patch, channels, labels, height=HEIGHT, columns=WID
     return shapes
 
 
+def from_shapes(seed, shapes):
+    """Random tensors; their scale goes by torch's order of axes, which is the opposite."""
+    return {name: random_tensor(f"{seed} {name}", shape[::-1]).transpose() for name, shape in shapes.items()}
+
+
 def flax_tensors(seed="dit", **size):
     """By names joined with slashes."""
-    # The scale of random tensors goes by torch's order of axes, which is the opposite.
-    return {
-        name: random_tensor(f"{seed} {name}", shape[::-1]).transpose()
-        for name, shape in flax_shapes(**(SIZE | size)).items()
+    return from_shapes(seed, flax_shapes(**(SIZE | size)))
+
+
+TOKENS = {"class": 3, "omega": 2, "t_min": 1, "t_max": 1, "time": 2}
+IN_CONTEXT = {"trunk": 2, "head": 2, "width": 16, "heads": 2, "patch": 2, "channels": CHANNELS, "labels": LABELS}
+IN_CONTEXT |= {"mlp": 8 * 16 // 3, "tokens": TOKENS}
+PIXELS = {"bottleneck": 6, "length": HEIGHT * WIDTH // PATCH**2 + sum(TOKENS.values())}
+"""The options of pixel MeanFlow: outputs of the first convolution, and the number of all tokens."""
+
+
+def block_shapes(name, width, heads, mlp):
+    for part in "qkv":
+        yield f"{name}/attn/{part}_proj/_flax_linear/kernel", (width, width)
+    yield f"{name}/attn/out_proj/_flax_linear/kernel", (width, width)
+    for norm, size in {
+        "attn/q_norm": width // heads,
+        "attn/k_norm": width // heads,
+        "norm1": width,
+        "norm2": width,
+    }.items():
+        yield f"{name}/{norm}/kernel", (size,)
+    for layer, shape in {"w1": (width, mlp), "w2": (mlp, width), "w3": (width, mlp)}.items():
+        yield f"{name}/mlp/{layer}/_flax_linear/kernel", shape
+    yield f"{name}/attn_scale", (width,)
+    yield f"{name}/mlp_scale", (width,)
+
+
+def in_context_shapes(trunk, head, width, heads, patch, channels, labels, mlp, tokens, bottleneck=None, length=None):
+    """Of the network of improved MeanFlow or, with the last two, of pixel MeanFlow, by names joined with slashes."""
+    one, first = (
+        ((), (patch, patch, channels, width)) if length is None else ((1,), (patch, patch, channels, bottleneck))
+    )
+    shapes = {f"{name}_tokens": (*one, count, width) for name, count in tokens.items()}
+    if length is None:
+        convolutions = {"proj": first}
+        shapes["y_embedder/embedding_table/_flax_embedding/embedding"] = (labels + 1, width)
+    else:
+        convolutions = {"proj1": first, "proj2": (1, 1, bottleneck, width)}
+        shapes["y_embedder/embedding_table/embedding"] = (1, labels + 1, width)
+        shapes["pos_embed"] = (1, length, width)
+    for name, shape in convolutions.items():
+        shapes |= {f"x_embedder/{name}/kernel": shape, f"x_embedder/{name}/bias": shape[-1:]}
+    linears = {
+        "u_final_layer/linear": (width, patch**2 * channels),
+        "v_final_layer/linear": (width, patch**2 * channels),
     }
+    for embedder in ("h", "omega", "cfg_t_start", "cfg_t_end"):
+        linears |= {
+            f"{embedder}_embedder/mlp/layers_0": (256, width),
+            f"{embedder}_embedder/mlp/layers_2": (width, width),
+        }
+    for name, shape in linears.items():
+        shapes |= {f"{name}/_flax_linear/kernel": shape, f"{name}/_flax_linear/bias": shape[-1:]}
+    shapes |= {"u_final_layer/norm/kernel": (width,), "v_final_layer/norm/kernel": (width,)}
+    for stack, depth in {"shared_blocks": trunk, "u_heads": head, "v_heads": head}.items():
+        for i in range(depth):
+            shapes |= dict(block_shapes(f"{stack}_{i}", width, heads, mlp))
+    return {f"net/{name}": shape for name, shape in shapes.items()}
+
+
+def in_context_tensors(seed="imf", **options):
+    """By names joined with slashes."""
+    tensors = from_shapes(seed, in_context_shapes(**(IN_CONTEXT | options)))
+    # All that would be small, so that every part can be seen in the result.
+    larger = [name for name in tensors if name.endswith(("_scale", "norm/kernel", "norm1/kernel", "norm2/kernel"))]
+    return tensors | {name: 10 * tensors[name] for name in larger}
 
 
 def positions(rows, columns, width):

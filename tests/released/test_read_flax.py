@@ -1,6 +1,7 @@
 """Files of flax are read without flax, to the last bit; a file that is no such file is refused by its name."""
 
 import os
+import shutil
 import subprocess
 import sys
 
@@ -247,6 +248,42 @@ def test_any_changed_byte_is_read_or_refused(tmp_path):
 def test_a_file_that_is_not_there_is_an_os_error(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere"):
         released.read_flax(tmp_path / "nowhere")
+
+
+# Folders that flax writes through Orbax
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """As `flax.training.checkpoints.save_checkpoint` makes it, with parameters from a device."""
+    orbax = pytest.importorskip("orbax.checkpoint")
+    path = tmp_path_factory.mktemp("orbax") / "checkpoint_7"
+    on_device = {"a": jnp.full((2, 3), 1.5, jnp.bfloat16), "b": jnp.arange(3.0)}
+    state = {"step": 7, "params": {"net": on_device}, "ema_params": {"250": nested(flax_tensors())}}
+    orbax.PyTreeCheckpointer().save(path, state)
+    return path
+
+
+def test_part_of_a_folder_is_read_to_the_last_bit(folder):
+    assert_same(released.read_flax(folder, "ema_params"), {"250": nested(flax_tensors())})
+    held = {"a": np.full((2, 3), 1.5, np.float32), "b": np.arange(3, dtype=np.float32)}
+    assert_same(released.read_flax(folder, "params"), {"net": held})
+    assert released.read_flax(folder).keys() == {"step", "params", "ema_params"}
+
+
+def test_folders_that_cannot_be_read_are_refused_by_name(folder, tmp_path):
+    with pytest.raises(ValueError, match="must hold a dictionary named ema, got ema_params, params, step"):
+        released.read_flax(folder, "ema")
+    rule = "must be a folder that Orbax wrote, such as checkpoint_800640, got one with checkpoint_7"
+    with pytest.raises(ValueError, match=rule):
+        released.read_flax(folder.parent, "params")
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    (copy / "manifest.ocdbt").write_bytes(b"damaged")
+    with pytest.raises(ValueError, match="copy: must be a folder that Orbax wrote, but it cannot be read"):
+        released.read_flax(copy, "params")
+    os.mkfifo(copy / "pipe")
+    with pytest.raises(ValueError, match=r"copy: must contain ordinary files only, got .*pipe"):
+        released.read_flax(copy, "params")
 
 
 # Optional packages

@@ -1,0 +1,38 @@
+"""Orbax without its messages."""
+
+import contextlib
+import gc
+import logging
+import sys
+import threading
+import warnings
+from collections.abc import Iterator
+
+_LOCK = threading.Lock()
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """A context without log lines and warnings from the libraries that read: the only report of a failure is that of
+    the caller. One thread at a time."""
+    with _LOCK:
+        yield from _without_messages()
+
+
+def _without_messages() -> Iterator[None]:
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    levels, hook = [logger.level for logger in loggers], sys.unraisablehook
+    try:
+        sys.unraisablehook = lambda _: None
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL + 1)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                yield
+            finally:
+                gc.collect()  # asyncio reports abandoned tasks when they are collected: here, not later
+    finally:
+        sys.unraisablehook = hook
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
