@@ -152,7 +152,7 @@ def open_source(path: str) -> data.AbstractSource:
     """The training images."""
     if path == SHAPES:
         return data.ArraySource(draw_shapes(4096, seed=0), name="drawn shapes")
-    source = image_sources.open_images((path,), size=32)
+    source = image_sources.open_images((path,), size=(32,))
     if source.row_shape != (3, 32, 32) or source.dtype != np.uint8:
         found = f"{source.dtype} of shape {source.row_shape} in {path}, on which images.py trains"
         raise ValueError(f"data must have rows of uint8 of shape (3, 32, 32), got {found}")
