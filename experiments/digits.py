@@ -86,9 +86,9 @@ class Config(run.Settings):
     guidance_input: bool = False
     """Draw guidance scales from 1 to 8 and intervals for each row and give them to the network, so that they are chosen
     at sampling (improved MeanFlow), in place of scale and mix."""
-    sample_scale: tuple[float, ...] = (1.0, 2.0)
-    """With guidance_input: the scales that are judged; pictures show the last."""
-    sample_interval: tuple[float, float] = (0.0, 1.0)
+    sample_scale: tuple[float, ...] = run.setting(())
+    """With guidance_input: the scales that are judged, by default 1 and 2; pictures show the last."""
+    sample_interval: tuple[float, float] = run.setting((0.0, 1.0))
     """With guidance_input: the first and the last time at which these scales hold, in all samples."""
     label_dropout: float = 0.1
     """Share of rows whose label is dropped, in [0, 1 - identity_share]."""
@@ -113,8 +113,11 @@ class Config(run.Settings):
         if self.guidance_input and guided(self):
             found = self.scale if self.scale != 1 else f"mix = {self.mix}"
             raise ValueError(f"scale must be 1, and mix 0, with guidance_input, which draws scales; got {found}")
-        if not self.sample_scale or min(self.sample_scale) <= 0 or not math.isfinite(sum(self.sample_scale)):
-            raise ValueError(f"sample_scale must be > 0 and finite, at least one, got {self.sample_scale}")
+        for name, default in {"sample_scale": (), "sample_interval": (0, 1)}.items():
+            if not self.guidance_input and (found := getattr(self, name)) != default:
+                raise ValueError(f"{name} must be left out without guidance_input, got {found}")
+        if min(self.sample_scale, default=1) <= 0 or not math.isfinite(sum(self.sample_scale)):
+            raise ValueError(f"sample_scale must be > 0 and finite, got {self.sample_scale}")
         if not 0 <= self.sample_interval[0] <= self.sample_interval[1] <= 1:
             raise ValueError(f"sample_interval must satisfy 0 <= first <= last <= 1, got {self.sample_interval}")
         if (self.guidance_input or guided(self)) and self.label_dropout == 0:
@@ -223,7 +226,7 @@ def sampled(config: Config, method: Method, field: mfx.AbstractField) -> list[tu
             method._replace(name=f"{method.name}, guidance {scale:g}"),
             mfx.WithGuidance(field, scale, config.sample_interval),
         )
-        for scale in config.sample_scale
+        for scale in config.sample_scale or (1.0, 2.0)
     ]
 
 

@@ -15,14 +15,16 @@ Source: Improved Mean Flows: On the Challenges of Fastforward Generative Models,
 2025, arXiv 2512.02012; the draws, and what the paper leaves open, as in the authors' released code.
 """
 
+import math
 from collections.abc import Callable, Sequence
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, Key
 
-from ._custom_types import as_times, Condition, Scalar, ScalarLike, Time, TimeLike
+from ._custom_types import as_scalar, as_times, Condition, Scalar, ScalarLike, Time, TimeLike
 from ._field import AbstractField, check_field
 from ._guidance import AbstractGuidance, as_interval, check_interval, guided_velocity, LabelDropout
 from ._model import GuidanceCondition
@@ -47,6 +49,8 @@ class PowerLawScales(eqx.Module):
         if not 1 <= self.smallest <= self.largest:
             bounds = f"{self.smallest} and {self.largest}"
             raise ValueError(f"smallest and largest must satisfy 1 <= smallest <= largest, got {bounds}")
+        if abs(1 - self.power) * math.log(self.largest / self.smallest) > 80:  # beyond it, numbers of float32 overflow
+            raise ValueError(f"power must satisfy |1 - power| log(largest / smallest) <= 80, got {self.power}")
 
     def __call__(self, *, key: Key[Array, ""]) -> Scalar:
         """One draw, by the inverse of the distribution function."""
@@ -128,7 +132,7 @@ class WithGuidance(AbstractField):
     """A network that takes guidance as an input, at one scale and interval: a field of the condition alone.
 
     It makes guided samples at one evaluation for each step; `GuidedField` needs two. Scale and interval are arrays, so
-    that a sampler is compiled once for all of them.
+    that a sampler is compiled once for all of them; no gradient reaches them. The velocity head is not used.
 
     **Arguments:** `field` that takes a `GuidanceCondition`; `scale` > 0, 1 for no guidance, within the scales that were
     drawn in training; `interval` of t inside which the velocity is guided.
@@ -143,7 +147,7 @@ class WithGuidance(AbstractField):
     def __init__(self, field: AbstractField, scale: ScalarLike, interval: Sequence[float] = (0.0, 1.0)):
         ends = as_interval(interval)
         check_field(field)
-        check_positive("scale", scale)
+        check_positive("scale", as_scalar("scale", scale))
         check_interval(ends)
         self.field, self.scale = field, jnp.asarray(scale, float)
         self.interval = jnp.asarray(ends[0], float), jnp.asarray(ends[1], float)
@@ -158,4 +162,5 @@ class WithGuidance(AbstractField):
         key: Key[Array, ""] | None = None,
     ) -> Float[Array, "*data"]:
         r, t = as_times(r, t, z)
-        return self.field(z, r, t, GuidanceCondition(condition, self.scale, *self.interval).at(r, t), key=key)
+        numbers = jax.lax.stop_gradient((self.scale, *self.interval))
+        return self.field(z, r, t, GuidanceCondition(condition, *numbers).at(r, t), key=key)

@@ -104,7 +104,8 @@ def instantaneous_velocity(
 ) -> Float[Array, "*data"]:
     """The field's own prediction of v(z, t): of its velocity head, or u(z, t, t) of a field without one.
 
-    **Arguments:** `field`; the others as for the field.
+    **Arguments:** `field`; the others as for the field. Of a `GuidanceCondition` give `condition.at(t, t)`, what holds
+    at one time.
     """
     if has_velocity_head(field):
         return field.velocity(z, t, condition, key=key)

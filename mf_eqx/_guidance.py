@@ -28,7 +28,7 @@ from ._validate import check_positive
 
 def as_interval(ends: Sequence[float | int]) -> tuple[float, float]:
     """`ends` as a pair. **Raises:** `ValueError` if they are not two."""
-    if len(ends) != 2:
+    if np.ndim(ends) != 1 or len(ends) != 2:
         raise ValueError(f"interval must have two ends, got {ends}")
     return float(ends[0]), float(ends[1])
 

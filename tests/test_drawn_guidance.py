@@ -171,6 +171,9 @@ def test_loss_and_gradient_are_those_of_the_recipe_written_out(head, uncondition
 
     (found, gradient), (expected, slopes) = (eqx.filter_value_and_grad(loss)(headed()) for loss in (ours, theirs))
     assert any(rows.dropped.any() for rows in drawn(mfx.DrawnGuidance()))
+    of_identity = drawn(mfx.DrawnGuidance())[1]
+    inside = (of_identity.condition.start <= of_identity.t) & (of_identity.t <= of_identity.condition.end)
+    assert inside.any() and not inside.all()
     np.testing.assert_allclose(found, expected, rtol=1e-12)
     for mine, theirs in zip(jax.tree.leaves(gradient), jax.tree.leaves(slopes), strict=True):
         np.testing.assert_allclose(mine, theirs, rtol=0, atol=1e-12 * np.abs(theirs).max())
@@ -352,6 +355,15 @@ def test_with_guidance_is_the_field_at_this_scale_and_interval():
     np.testing.assert_array_equal(found, expected)
 
 
+def test_no_gradient_reaches_scale_and_interval():
+    def total(guided):
+        return guided(jnp.ones(SIZE), 0.1, 0.5, jnp.asarray(1)).sum()
+
+    found = eqx.filter_grad(total)(mfx.WithGuidance(Headless(headed()), 3.0, (0.2, 0.7)))
+    assert (found.scale, *found.interval) == (0, 0, 0)
+    assert jnp.abs(found.field.field.numbers).max() > 0
+
+
 def test_a_sampler_is_compiled_once_for_all_scales_and_intervals():
     traced = []
 
@@ -390,6 +402,34 @@ def test_generator_refuses_labels_that_a_network_with_guidance_lacks():
 # The interval
 
 
+class AtOneTime(mfx.AbstractField):
+    """NaN if it is asked at r = t for an interval that it never learns there."""
+
+    weight: jax.Array
+
+    def __call__(self, z, r, t, condition=None, *, key=None):
+        known = (r < t) | ((condition.start == 0) & (condition.end == 1))
+        return jnp.where(known, 1.0, jnp.nan) * self.weight * z
+
+
+@pytest.mark.parametrize(
+    "identity",
+    [
+        mfx.MeanFlow(),
+        mfx.ImprovedMeanFlow(),
+        mfx.LagrangianSelfDistillation(),
+        mfx.EulerianSelfDistillation(),
+        mfx.TerminalVelocityMatching(),
+        mfx.AlphaFlow(0.5),
+    ],
+)
+def test_a_method_asks_for_velocities_with_what_holds_at_one_time(identity):
+    field = AtOneTime(jnp.asarray(0.7))
+    context = mfx.Context(jnp.asarray(0), field)
+    loss, _ = mfx.Objective(identity, **PAPER)(field, batch(), context=context, key=KEY)
+    assert np.isfinite(loss)
+
+
 @pytest.mark.parametrize(
     ("r", "t", "expected"),
     [
@@ -412,6 +452,7 @@ def test_at_equal_times_the_condition_is_the_scale_that_holds_there(r, t, expect
         (lambda: mfx.PowerLawScales(smallest=9), "got 9.0 and 8.0"),
         (lambda: mfx.PowerLawScales(float("nan")), "power must be finite"),
         (lambda: mfx.PowerLawScales(largest=float("inf")), "largest must be finite"),
+        (lambda: mfx.PowerLawScales(-60.0), r"power must satisfy .* <= 80, got -60.0"),
         (lambda: mfx.DrawnGuidance(middle=1.5), r"middle must lie in \[0, 1\] or be None, got 1.5"),
         (lambda: mfx.WithGuidance(Velocity(), 0.0), "scale must be > 0 and finite, got 0.0"),
         (lambda: mfx.WithGuidance(Velocity(), 2.0, (0.8, 0.3)), r"interval must satisfy .* got \(0.8, 0.3\)"),

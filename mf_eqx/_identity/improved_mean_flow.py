@@ -32,8 +32,8 @@ class ImprovedMeanFlow(AbstractIdentityWithVelocity):
     If the field has a velocity head, the head's v(z, t) takes the place of u(z, t, t), and it is trained in the same
     pass as u. This is the paper's method, with `DrawnGuidance` as the objective's guidance.
 
-    It costs one forward pass more than `MeanFlow` on its rows, which also serves guidance; of the network's heads it
-    takes only the one for v. It needs boundary rows, because otherwise u(z, t, t) is never trained.
+    It costs one forward pass more than `MeanFlow` on its rows, for v(z, t); guidance takes its conditional value from
+    the same pass. It needs boundary rows, because otherwise u(z, t, t) of a network without a head is never trained.
 
     **Arguments:** `conditional` the part $\beta$ of the given velocity in the tangent, in [0, 1), or a schedule of it;
     0 in the paper. `derivative` the engine that computes du/dt.
@@ -56,8 +56,9 @@ class ImprovedMeanFlow(AbstractIdentityWithVelocity):
     ) -> tuple[Float[Array, "*data"], Float[Array, "*data"] | None]:
         predicted = row.own_velocity(field)
         along = predicted + at_step(self.conditional, row.context).astype(predicted.dtype) * (row.v - predicted)
-        evaluated = WithVelocity(field) if has_velocity_head(field) else field
-        inputs = row.z, row.r, row.t, row.condition
-        values, rates = self.derivative(evaluated, *inputs, tangent=(along, 0.0, 1.0), key=row.key)
-        (u, v), dudt = ((values, None), rates) if evaluated is field else (values, rates[0])
+        inputs, how = (row.z, row.r, row.t, row.condition), {"tangent": (along, 0.0, 1.0), "key": row.key}
+        if has_velocity_head(field):
+            (u, v), (dudt, _) = self.derivative(WithVelocity(field), *inputs, **how)
+        else:
+            (u, dudt), v = self.derivative(field, *inputs, **how), None
         return u - jax.lax.stop_gradient(row.v - (row.t - row.r) * dudt), v

@@ -33,11 +33,11 @@ class GuidanceCondition(NamedTuple):
     def at(self, r: TimeLike, t: TimeLike) -> "GuidanceCondition":
         """The condition with which u(z, r, t) is trained and evaluated.
 
-        For r < t it is this condition. At r = t, where u is the velocity at one time, the interval matters only in so
-        far as it holds t: the condition is then the scale in force at t, which is 1 outside the interval, with the
+        For r < t it is this condition. At r = t, where u is the velocity at one time, all that matters is whether the
+        interval contains t: the condition is then the scale in force at t, which is 1 outside the interval, with the
         interval [0, 1].
 
-        **Raises:** `ValueError` as a network does that gets such a condition.
+        **Raises:** `ValueError` unless scale > 0 and 0 <= start <= end <= 1, as far as their values are known.
         """
         _check(self)
         is_average = jnp.asarray(r) < t
@@ -110,8 +110,10 @@ def without_guidance(condition: Condition, takes_guidance: bool) -> Condition:
     for another.
     """
     if takes_guidance != isinstance(condition, GuidanceCondition):
-        rule, without = ("a GuidanceCondition", "") if takes_guidance else ("no GuidanceCondition", "out")
-        raise ValueError(f"condition must be {rule} for a field with{without} guidance, got {described(condition)}")
+        rule, without = ("no GuidanceCondition", "out") if not takes_guidance else ("a GuidanceCondition", "")
+        hint = " (WithGuidance samples, DrawnGuidance trains)" if takes_guidance else ""
+        found = f"got {described(condition)}{hint}"
+        raise ValueError(f"condition must be {rule} for a field with{without} guidance, {found}")
     return condition.condition if takes_guidance else condition
 
 

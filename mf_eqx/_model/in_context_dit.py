@@ -186,7 +186,8 @@ class InContextDiT(AbstractFieldWithVelocity):
     - `guidance`: whether the field takes the guidance as an input. The condition is then a `GuidanceCondition`, whose
       `condition` is the label or the other condition.
     - `velocity_head`: whether there is a velocity head. It learns v on rows with r = t, and under `ImprovedMeanFlow` on
-      all rows; guidance and `ImprovedMeanFlow` take its values. Samples of u need none: `without_velocity_head`.
+      all rows; guidance and `ImprovedMeanFlow` take its values. Sampling does not use it, and
+      `without_velocity_head` drops it.
     - `tokens`: how many tokens stand for each number or label.
     - `time_variables`: the variables that become tokens, one of the functions of Tab. 1c in `mf_eqx.nn`; t - r alone by
       default, as in the paper.
