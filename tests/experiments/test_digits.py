@@ -128,7 +128,10 @@ def test_pixels_undo_the_scaling_of_the_data(digits):
         ("--sample-scale 1 0 --preset any-guidance", r"--sample-scale must be > 0 and finite, got \(1.0, 0.0\)"),
         ("--sample-scale 2", r"--sample-scale must be left out without guidance_input, got \(2.0,\)"),
         ("--sample-interval 0 0.5", r"--sample-interval must be left out without guidance_input, got \(0.0, 0.5\)"),
-        ("--sample-interval 0.5 0.2", "--sample-interval must satisfy 0 <= first <= last <= 1, got"),
+        (
+            "--sample-interval 0.5 0.2 --preset any-guidance",
+            "--sample-interval must satisfy 0 <= first <= last <= 1, got",
+        ),
         ("--mix 1", r"--mix must lie in \[0, 1\), got 1.0"),
         ("--save-every 0", "--save-every must be >= 1, got 0"),
         ("--name ../elsewhere", "name must be a path below"),
