@@ -8,8 +8,9 @@
 The parts are the other benchmarks, tests and short trainings, the most valuable first, each in a process of its own
 that is stopped when its time is up. A part that has come to its end is not repeated; one that was stopped because the
 minutes were over keeps its place; one that failed or used up its own limit is tried again after all others. A training
-goes on from its checkpoints in DIRECTORY/parts/. After each part everything is in DIRECTORY: ledger.jsonl, from which the same command goes on, results.md with the table of goals, and
-results.json; parts/NAME/log.txt has what a part printed.
+goes on from its checkpoints in DIRECTORY/parts/. After each part everything is in DIRECTORY: ledger.jsonl, from which
+the same command goes on, results.md with the table of goals, and results.json; parts/NAME/log.txt has what a part
+printed.
 
 Needs the package's plain dependencies; a part that needs more than is installed is skipped, and the table says why.
 README.md beside this file has figures.
@@ -81,7 +82,7 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def environment(part: Part | None = None) -> dict[str, str]:
-    """What a part's process gets: this checkout's package, and nearly all memory of a GPU unless the user says otherwise.
+    """What a part's process gets: the package of this checkout, and nearly all memory of a GPU if nothing else is set.
 
     A part runs in a folder of its own, so that relative folders of `PYTHONPATH` are made absolute.
     """

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from devices import TESTS
@@ -127,8 +128,8 @@ def test_a_part_does_not_outlive_the_command_that_started_it(accelerator, tmp_pa
         time.sleep(0.01)
     parent.kill()
     parent.wait()
-    child, until = f"/proc/{(tmp_path / 'number').read_text()}/stat", time.monotonic() + 10
-    while os.path.exists(child) and open(child).read().rpartition(")")[2].split()[0] != "Z":
+    child, until = Path("/proc", (tmp_path / "number").read_text(), "stat"), time.monotonic() + 10
+    while child.exists() and child.read_text().rpartition(")")[2].split()[0] != "Z":
         assert time.monotonic() < until
         time.sleep(0.01)
 
