@@ -165,8 +165,8 @@ def described(
     """Table and records of the forms so far."""
     rows, records = [], []
     for form in forms:
-        cost, found = (known.get(form) for known in (steps.programs, times))
-        cost = cost and cost.cost
+        program, found = steps.programs.get(form), times.get(form)
+        cost = program and program.cost
         ratio = found and float(jnp.median(found.wall / times[forms[0]].wall))
         numbers = found and (f"{1e3 * found.median:.1f}", f"{ratio:.3f}", f"{100 * found.spread:.0f}%")
         memory = cost and (f"{cost.compile_seconds:.1f}", f"{cost.temporary_bytes / 1e6:.0f}")
