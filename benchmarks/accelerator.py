@@ -6,10 +6,11 @@
     python benchmarks/accelerator.py --tiny              the smallest form of each part, minutes on 2 CPU cores
 
 The parts are the other benchmarks, tests and short trainings, the most valuable first, each in a process of its own
-that is stopped when its time is up. A part that has come to its end is not repeated; one that failed or was stopped is
-tried again after all that were never started, and a training goes on from its checkpoints. After each part everything
-is in DIRECTORY: ledger.jsonl, from which the same command goes on, results.md with the table of goals, and
-results.json; parts/NAME/log.txt has what a part printed.
+that is stopped when its time is up. A part that has come to its end is not repeated; one that was stopped because the
+minutes were over keeps its place; one that failed or used up its own limit is tried again after all others. A training
+goes on from its checkpoints in DIRECTORY/parts/. After each part everything is in DIRECTORY: ledger.jsonl, from which
+the same command goes on, results.md with the table of goals, and results.json; parts/NAME/log.txt has what a part
+printed.
 
 Needs the package's plain dependencies; a part that needs more than is installed is skipped, and the table says why.
 README.md beside this file has figures.
@@ -49,7 +50,17 @@ GRACE = 20
 """Seconds in which a process that is asked to stop may save what it has."""
 SHOWN = 25
 """Lines of a part's results that are printed when it has ended."""
-DONE, CUT_OFF, FAILED, INTERRUPTED = "done", "stopped at its limit", "failed", "interrupted"
+DONE, CUT_OFF, FAILED = "done", "stopped at its limit", "failed"
+OUT_OF_TIME, INTERRUPTED = "stopped for lack of time", "interrupted"
+NEW_ATTEMPT = "==== new attempt ====\n"
+"""Begins what an attempt adds to a part's log."""
+BOUND = """
+import ctypes, os, signal, sys
+if sys.platform == "linux":
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+"""Turns into another program, which Linux ends when this process dies, however it dies."""
 OUTCOME = re.compile(r"^(\S+::.+?) (PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)\b", re.MULTILINE)
 
 
@@ -71,9 +82,15 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def environment(part: Part | None = None) -> dict[str, str]:
-    """Of a child: the package from this checkout, and nearly all memory of a GPU for the one process that runs."""
-    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    defaults = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92", "PYTHONUNBUFFERED": "1"}
+    """What a part's process gets: the package of this checkout, and nearly all memory of a GPU if nothing else is set.
+
+    A part runs in a folder of its own, so that relative folders of `PYTHONPATH` are made absolute.
+    """
+    places = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
+    path = os.pathsep.join([str(ROOT), *(str(Path(place).absolute()) for place in places)])
+    defaults = {"PYTHONUNBUFFERED": "1"}
+    if "XLA_CLIENT_MEM_FRACTION" not in os.environ:  # another name for the same
+        defaults["XLA_PYTHON_CLIENT_MEM_FRACTION"] = "0.92"
     if part is not None and part.script == PYTEST:
         defaults["XLA_FLAGS"] = ""  # tests would otherwise try flags for CPUs
     return {**defaults, **os.environ, "PYTHONPATH": path, **(part.environment if part else {})}
@@ -83,7 +100,7 @@ def probe() -> Machine:
     """The machine, as a process of its own sees it."""
     ended = subprocess.run([sys.executable, "-c", PROBE], env=environment(), capture_output=True, text=True)
     if ended.returncode:
-        raise ValueError(f"JAX finds no device: {ended.stderr.strip().splitlines()[-1:]}")
+        raise ValueError(f"JAX finds no device: {ended.stderr.strip().rpartition(chr(10))[2] or 'it says nothing'}")
     return Machine(*json.loads(ended.stdout.splitlines()[-1]))
 
 
@@ -107,7 +124,7 @@ class Runner:
 
     def __init__(self, machine: Machine, every: list[Part], directory: Path):
         self.machine, self.parts, self.directory = machine, every, directory
-        self.ledger, self.skipped = run.Ledger(directory / "ledger.jsonl"), {}
+        self.ledger, self.skipped, self.has_run = run.Ledger(directory / "ledger.jsonl"), {}, False
 
     def key(self, part: Part) -> dict[str, Any]:
         return {"device": self.machine.title, "part": part.name, "config": part.config}
@@ -124,16 +141,17 @@ class Runner:
                 continue
             if why := part.lacks or self.lacking(part):
                 self.skipped[part.name] = why
-            elif (left := deadline - time.monotonic()) < part.seconds / 2:
-                self.skipped[part.name] = f"no time: {left:.0f} s of {part.seconds} left"
+            elif (left := deadline - GRACE - time.monotonic()) < part.seconds / 2:
+                self.skipped[part.name] = f"no time: {max(left, 0):.0f} s of {part.seconds} left"
             else:
                 self.run(part, min(part.seconds, left))
             self.save()
 
     def missing(self) -> list[Part]:
-        """Those that were never started, then those that did not come to their end."""
+        """Those that have not had their time yet, then those that failed or used up their limit."""
         states = {part.name: (self.result(part) or {}).get("state") for part in self.parts}
-        return sorted((p for p in self.parts if states[p.name] != DONE), key=lambda part: states[part.name] is not None)
+        before = (None, OUT_OF_TIME, INTERRUPTED)
+        return sorted((p for p in self.parts if states[p.name] != DONE), key=lambda p: states[p.name] not in before)
 
     def lacking(self, part: Part) -> str:
         lacking = [package for package in part.needs if find_spec(package) is None]
@@ -155,8 +173,13 @@ class Runner:
         text, records = collected(part, folder)
         if state == DONE and not records:
             state = f"{FAILED} (no results)"
-        spent = round(time.monotonic() - began, 1)
-        found = {"state": state, "seconds": spent, "text": text, "records": records}
+        # What runs first gets all the time of a command: the next command would not give it more.
+        if state == CUT_OFF and seconds < part.seconds and self.has_run:
+            state = OUT_OF_TIME
+        self.has_run, spent = True, round(time.monotonic() - began, 1)
+        found, known = {"state": state, "seconds": spent, "text": text, "records": records}, self.result(part)
+        if known and state != DONE and len(known["records"]) > len(records):
+            found = {**known, "state": state}
         self.ledger.put(self.key(part), found)
         shown = "\n".join(text.splitlines()[:SHOWN])
         print(f"{shown}\n-- {part.name}: {state}, {spent:.0f} s", flush=True)
@@ -193,9 +216,12 @@ def records_of(known: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def call(part: Part, folder: Path, seconds: float) -> str:
     """Run a part's process, and stop it when its time is up or this process is stopped."""
-    with (folder / "log.txt").open("wb") as log:
+    with (folder / "log.txt").open("ab") as log:
+        log.write(NEW_ATTEMPT.encode())
+        log.flush()
         options: dict[str, Any] = {"stdout": log, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL}
-        process = subprocess.Popen(part.command, cwd=folder, env=environment(part), process_group=0, **options)
+        command = [sys.executable, "-S", "-c", BOUND, *part.command]
+        process = subprocess.Popen(command, cwd=folder, env=environment(part), process_group=0, **options)
         try:
             code = process.wait(seconds)
         except subprocess.TimeoutExpired:
@@ -219,7 +245,7 @@ def stop(process: "subprocess.Popen[Any]") -> None:
 
 def collected(part: Part, folder: Path) -> tuple[str, list[dict[str, Any]]]:
     """What a part has left so far: text and records."""
-    log = (folder / "log.txt").read_text(errors="replace")
+    log = (folder / "log.txt").read_text(errors="replace").rpartition(NEW_ATTEMPT)[2]
     if part.script == PYTEST:
         outcomes = [{"test": test.partition("tests/")[2], "outcome": o} for test, o in OUTCOME.findall(log)]
         return (describe_tests(outcomes) if outcomes else last_lines(log)), outcomes
@@ -257,7 +283,9 @@ def speeds(path: Path) -> Iterator[str]:
 
 def main(arguments: list[str] | None = None) -> None:
     asked, began = parsed(arguments), time.monotonic()
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as `nohup` has it
+            signal.signal(number, lambda number, _: sys.exit(128 + number))
     machine = probe()
     print(described(machine), flush=True)
     if machine.platform == "cpu" and not asked.tiny:

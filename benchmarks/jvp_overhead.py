@@ -47,6 +47,7 @@ from steps import (
     make_state,
     make_step,
     MODELS,
+    out_of_memory,
     own_network,
     REMATS,
     Setting,
@@ -269,7 +270,7 @@ def telling_memory(progress: run.Progress, setting: Setting, name: str) -> Itera
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        if not out_of_memory(error):
             raise
         progress.note(f"{setting}: {name} needs more memory than there is")
 
@@ -300,13 +301,14 @@ def fit(measurements: list[Measurement]) -> Fit | None:
 
 def as_record(m: Measurement, peak: float) -> dict[str, Any]:
     """A measurement as JSON holds it."""
-    times = m.times
+    times, shapes = m.times, jax.eval_shape(lambda: make_batch(m.setting, key=jr.key(0)))
     return {
         **m.setting._asdict(),
         "variant": m.name,
         "flops": m.flops,
         "xla_flops_ratio": m.xla_ratio,
         "matmul_peak": peak,
+        "batch_bytes": sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes)),
         "allocator_peak_bytes": m.peak_bytes,
         "wall_seconds": None if times is None else times.wall.tolist(),
         "cpu_seconds": None if times is None else times.cpu.tolist(),

@@ -10,7 +10,8 @@
     plain                     one gradient of the whole loss, one update, no check that anything is finite
 
 A branch in a loop may wait for the host of a GPU, a loop may hide operations from the compiler; an unrolled program
-takes longer to compile and may take more memory. All forms are timed in rounds of changing order, on one state.
+takes longer to compile and may take more memory. All forms are timed in rounds of changing order, on one state. If
+memory is too small for the first form, the next remat that keeps less is taken for all; any other form is left out.
 
 README.md beside this file has figures.
 """
@@ -23,12 +24,25 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-from steps import ATTENTIONS, DTYPES, make_batch, make_state, make_step, MODELS, REMATS, Setting, VARIANTS
+from steps import (
+    ATTENTIONS,
+    DTYPES,
+    make_batch,
+    make_state,
+    make_step,
+    MODELS,
+    out_of_memory,
+    REMATS,
+    Setting,
+    VARIANTS,
+    with_less_memory,
+)
 
 import mf_eqx as mfx
 from mf_eqx import measure, run
 
-FORMS = ("loops", "kinds of rows unrolled", "blocks unrolled", "plain")
+FORMS = ("loops", "plain", "kinds of rows unrolled", "blocks unrolled")
+"""Those that compile soonest first."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +56,7 @@ class Config:
     dtype: str = "float32"
     """Compute precision, float32 or bfloat16."""
     remat: str = "none"
-    """none, products, full."""
+    """none, products, full: the first that is tried."""
     attention: str = "xla"
     """xla, cudnn (NVIDIA GPUs, bfloat16), chunked."""
     variant: str = "guided"
@@ -97,40 +111,91 @@ def make_form(form: str, setting: Setting, variant: str) -> tuple[Any, Any]:
     return plain(step) if form == "plain" else step, shapes
 
 
+class Steps:
+    """One step in the forms that memory is large enough for, all on one state."""
+
+    def __init__(self, setting: Setting, variant: str):
+        self.setting, self.variant = setting, variant
+        self.batch, self.leaves = make_batch(setting, key=jr.key(1)), self.new_leaves()
+        self.programs: dict[str, Any] = {}
+        self.structures: dict[str, Any] = {}
+
+    def new_leaves(self) -> list[Any]:
+        return jax.tree.leaves(make_state(self.setting, key=jr.key(0)))
+
+    def add(self, form: str) -> bool:
+        """Compile a form and take a step; False if that needs more memory than there is."""
+        step, shapes = make_form(form, self.setting, self.variant)
+        self.structures[form] = jax.tree.structure(shapes)
+        try:
+            self.programs[form] = measure.compile_program(step, shapes, self.batch, donate=(0,))
+            jax.block_until_ready(self.take(form))
+        except jax.errors.JaxRuntimeError as error:
+            if not out_of_memory(error):
+                raise
+            self.programs.pop(form, None)
+            self.leaves = []  # which may have gone with the step
+        self.leaves = self.leaves or self.new_leaves()
+        return form in self.programs
+
+    def take(self, form: str) -> Any:
+        # The forms of a network differ in what is no array: their states have the same leaves.
+        after, metrics = self.programs[form](jax.tree.unflatten(self.structures[form], self.leaves), self.batch)
+        self.leaves = jax.tree.leaves(after)
+        return metrics
+
+
+def fitting(setting: Setting, variant: str, form: str) -> Steps:
+    """The steps with the least remat, from that of the setting on, with which memory is large enough for this form.
+
+    **Raises:** `ValueError` if there is none.
+    """
+    for each in with_less_memory(setting):
+        steps = Steps(each, variant)
+        if steps.add(form):
+            return steps
+        print(f"{each}, {form}: needs more memory than there is", flush=True)
+        del steps
+    raise ValueError(f"batch must be smaller than {setting.batch}: {setting.model} needs more memory than there is")
+
+
+def described(
+    steps: Steps, forms: tuple[str, ...], times: dict[str, measure.Times]
+) -> tuple[str, list[dict[str, Any]]]:
+    """Table and records of the forms so far."""
+    rows, records = [], []
+    for form in forms:
+        program, found = steps.programs.get(form), times.get(form)
+        cost = program and program.cost
+        ratio = found and float(jnp.median(found.wall / times[forms[0]].wall))
+        numbers = found and (f"{1e3 * found.median:.1f}", f"{ratio:.3f}", f"{100 * found.spread:.0f}%")
+        memory = cost and (f"{cost.compile_seconds:.1f}", f"{cost.temporary_bytes / 1e6:.0f}")
+        rows.append((form, *(numbers or 3 * (None,)), *(memory or ("not enough memory", None))))
+        record = {**steps.setting._asdict(), "form": form, "variant": steps.variant, "ratio": ratio}
+        record["wall_seconds"] = found and found.wall.tolist()
+        records.append({**record, "cost": cost and dataclasses.asdict(cost)})
+    headers = ("form", "ms", f"/ {forms[0]}", "spread", "compile s", "temporary MB")
+    return f"**{steps.setting}: {steps.variant}**\n\n{run.table(rows, headers)}", records
+
+
 def main(config: Config) -> None:
     """Time a training step in several forms."""
     if config.attention == "cudnn" and jax.default_backend() != "gpu":
         raise ValueError(f"attention must be xla without an NVIDIA GPU, got cudnn on {jax.default_backend()}")
     setting = Setting(config.model, config.batch, config.dtype, remat=config.remat, attention=config.attention)
     directory = run.RunDirectory.create(config, config.name)
-    state, batch = make_state(setting, key=jr.key(0)), make_batch(setting, key=jr.key(1))
-    leaves, structures, programs = jax.tree.leaves(state), {}, {}
+    first, *others = config.form
     with run.Progress(len(config.form) * (config.rounds + 2)) as progress:
-        for done, form in enumerate(config.form, start=1):
-            step, shapes = make_form(form, setting, config.variant)
-            structures[form] = jax.tree.structure(shapes)
-            programs[form] = measure.compile_program(step, shapes, batch, donate=(0,))
-            progress.update(done, {"seconds": programs[form].cost.compile_seconds})
-
-        def take(form: str) -> Any:
-            nonlocal leaves
-            # The forms of a network differ in what is no array: their states have the same leaves.
-            after, metrics = programs[form](jax.tree.unflatten(structures[form], leaves), batch)
-            leaves = jax.tree.leaves(after)
-            return metrics
-
-        calls = {form: functools.partial(take, form) for form in config.form}
-        times = measure.time_interleaved(calls, config.rounds, report=progress.update, done=len(calls))
-    rows, records, first = [], [], times[config.form[0]]
-    for form in config.form:
-        cost, found = programs[form].cost, times[form]
-        ratio = float(jnp.median(found.wall / first.wall))
-        numbers = (f"{1e3 * found.median:.1f}", f"{ratio:.3f}", f"{100 * found.spread:.0f}%", cost.compile_seconds)
-        rows.append((form, *numbers, f"{cost.temporary_bytes / 1e6:.0f}"))
-        record = {**setting._asdict(), "form": form, "variant": config.variant, "wall_seconds": found.wall.tolist()}
-        records.append({**record, "ratio": ratio, "cost": dataclasses.asdict(cost)})
-    headers = ("form", "ms", f"/ {config.form[0]}", "spread", "compile s", "temporary MB")
-    text = f"**{setting}: {config.variant}**\n\n{run.table(rows, headers)}"
+        steps = fitting(setting, config.variant, first)
+        directory.save_results(*described(steps, (first,), {}))
+        for done, form in enumerate(others, start=2):
+            if not steps.add(form):
+                progress.note(f"{form}: needs more memory than there is")
+            progress.update(done, {})
+            directory.save_results(*described(steps, config.form[:done], {}))
+        calls = {form: functools.partial(steps.take, form) for form in steps.programs}
+        times = measure.time_interleaved(calls, config.rounds, report=progress.update, done=len(config.form))
+    text, records = described(steps, config.form, times)
     directory.save_results(text, records)
     print(f"{text}\n\nResults are in {directory.root}.")
 

@@ -6,7 +6,8 @@
 The profiler records each operation of the device. On a GPU that is each kernel, whose name says what it does; on a TPU
 XLA states the kind; on a CPU it is each call of XLA, on whatever thread, so that the sum may exceed the time. Time is
 that of an operation itself, without the operations inside of it. "idle" is the time of a step in which the device did
-nothing: it waited for the host, or for the memory of the next kernel.
+nothing: it waited for the host, or for the memory of the next kernel. The profiler itself takes time, so that the same
+steps are also timed without it. If memory is too small, the next remat that keeps less is taken.
 
 README.md beside this file has figures.
 """
@@ -22,11 +23,24 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.random as jr
-from steps import ATTENTIONS, DTYPES, make_batch, make_state, make_step, MODELS, REMATS, Setting, VARIANTS
+from steps import (
+    ATTENTIONS,
+    DTYPES,
+    make_batch,
+    make_state,
+    make_step,
+    MODELS,
+    out_of_memory,
+    REMATS,
+    Setting,
+    VARIANTS,
+    with_less_memory,
+)
 
 from mf_eqx import measure, run
 
 KINDS = {
+    "layout changes": r"nchwto|nhwcto",
     "attention kernels": r"fmha|flash|sdpa|mha_",
     "collectives": r"nccl|all-?reduce|all-?gather|reduce-?scatter|all-?to-?all|collective",
     "convolutions": r"conv(?!ert)|implicit_gemm|[dw]grad|winograd",
@@ -38,6 +52,8 @@ KINDS = {
     "other arithmetic": r"",
 }
 """The first one whose pattern is found in the name of an operation is its kind."""
+DEVICE = re.compile(r"^/device:(GPU|TPU):\d+$")
+"""The name of a device's plane in a profile."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +67,7 @@ class Config:
     dtype: str = "float32"
     """Compute precision, float32 or bfloat16."""
     remat: str = "none"
-    """none, products, full."""
+    """none, products, full: the first that is tried."""
     attention: str = "xla"
     """xla, cudnn (NVIDIA GPUs, bfloat16), chunked."""
     variant: str = "guided"
@@ -85,25 +101,32 @@ class Operation(NamedTuple):
     end: float
 
 
+def timed(call: Any, steps: int) -> float:
+    """The seconds of so many calls, each of which is waited for."""
+    began = time.perf_counter()
+    for _ in range(steps):
+        jax.block_until_ready(call())
+    return time.perf_counter() - began
+
+
 def recorded(call: Any, steps: int) -> tuple[list[Operation], float]:
     """The operations of so many calls, and the seconds that they took."""
     with tempfile.TemporaryDirectory() as folder:
         options = jax.profiler.ProfileOptions()
         options.python_tracer_level = 0
         jax.profiler.start_trace(folder, profiler_options=options)
-        began = time.perf_counter()
-        for _ in range(steps):
-            jax.block_until_ready(call())
-        seconds = time.perf_counter() - began
+        seconds = timed(call, steps)
         jax.profiler.stop_trace()
         (path,) = Path(folder).rglob("*.xplane.pb")
         return list(operations(jax.profiler.ProfileData.from_file(str(path)))), seconds
 
 
 def operations(profile: Any) -> Iterator[Operation]:
-    """What the first device did."""
+    """What the first device did. **Raises:** `RuntimeError` if the profiler has not seen it."""
     planes = list(profile.planes)
-    devices = sorted((plane for plane in planes if plane.name.startswith("/device:")), key=lambda plane: plane.name)
+    devices = sorted((plane for plane in planes if DEVICE.search(plane.name)), key=lambda plane: plane.name)
+    if not devices and jax.default_backend() != "cpu":
+        raise RuntimeError(f"the profiler saw no GPU or TPU, only {', '.join(plane.name for plane in planes)}")
     for plane in devices[:1] or [plane for plane in planes if plane.name == "/host:CPU"]:
         lines = list(plane.lines)
         # A TPU repeats its operations on lines for modules and steps, a GPU on lines that are derived from its streams.
@@ -159,31 +182,53 @@ def sums(found: list[Operation], steps: int, key: str) -> dict[str, float]:
     return dict(sorted(totals.items(), key=lambda pair: -pair[1]))
 
 
-def main(config: Config) -> None:
-    """Profile a training step."""
-    if config.attention == "cudnn" and jax.default_backend() != "gpu":
-        raise ValueError(f"attention must be xla without an NVIDIA GPU, got cudnn on {jax.default_backend()}")
-    setting = Setting(config.model, config.batch, config.dtype, remat=config.remat, attention=config.attention)
-    directory = run.RunDirectory.create(config, config.name)
+def warmed_up(setting: Setting, variant: str) -> Any:
+    """The compiled step as a call without arguments, after two steps."""
     state, batch = make_state(setting, key=jr.key(0)), make_batch(setting, key=jr.key(1))
-    program = measure.compile_program(make_step(setting, config.variant), state, batch, donate=(0,))
+    program = measure.compile_program(make_step(setting, variant), state, batch, donate=(0,))
 
     def take() -> Any:
         nonlocal state
         state, metrics = program(state, batch)
         return metrics
 
-    for _ in range(2):
-        jax.block_until_ready(take())
+    timed(take, 2)
+    return take
+
+
+def fitting(setting: Setting, variant: str) -> tuple[Setting, Any]:
+    """The step that memory is large enough for, with the least remat from that of the setting on."""
+    *others, last = with_less_memory(setting)
+    for each in others:
+        try:
+            return each, warmed_up(each, variant)
+        except jax.errors.JaxRuntimeError as error:
+            if not out_of_memory(error):
+                raise
+        print(f"{each}: needs more memory than there is", flush=True)
+    return last, warmed_up(last, variant)
+
+
+def main(config: Config) -> None:
+    """Profile a training step."""
+    if config.attention == "cudnn" and jax.default_backend() != "gpu":
+        raise ValueError(f"attention must be xla without an NVIDIA GPU, got cudnn on {jax.default_backend()}")
+    setting = Setting(config.model, config.batch, config.dtype, remat=config.remat, attention=config.attention)
+    directory = run.RunDirectory.create(config, config.name)
+    setting, take = fitting(setting, config.variant)
+    plain = 1e3 * timed(take, config.steps) / config.steps
+    record = {**setting._asdict(), "variant": config.variant, "milliseconds": plain}
+    text = f"**{setting}: {config.variant}**, {plain:.2f} ms per step"
+    directory.save_results(text, [record])  # which holds if the profiler fails
     found, seconds = recorded(take, config.steps)
-    per_step, idle = 1e3 * seconds / config.steps, 1e3 * seconds / config.steps - busy(found) / 1e6 / config.steps
+    per_step = 1e3 * seconds / config.steps
     kinds, names = sums(found, config.steps, "kind"), sums(found, config.steps, "name")
+    idle = per_step - busy(found) / 1e6 / config.steps
     rows = [(kind, f"{ms:.2f}", f"{100 * ms / per_step:.1f}%") for kind, ms in [*kinds.items(), ("idle", idle)]]
     shown = [(name[:80], f"{ms:.2f}") for name, ms in list(names.items())[: config.names]]
-    text = f"**{setting}: {config.variant}**, {per_step:.2f} ms per step\n\n{run.table(rows, ('kind', 'ms', 'share'))}"
+    text += f", {per_step:.2f} ms with the profiler\n\n{run.table(rows, ('kind', 'ms', 'share'))}"
     text += f"\n\n{run.table(shown, ('operation', 'ms')) if found else 'The profiler saw no operation.'}"
-    record = {**setting._asdict(), "variant": config.variant, "milliseconds": per_step, "idle": idle, "kinds": kinds}
-    directory.save_results(text, [record])
+    directory.save_results(text, [{**record, "profiled_milliseconds": per_step, "idle": idle, "kinds": kinds}])
     print(f"{text}\n\nResults are in {directory.root}.")
 
 

@@ -46,6 +46,7 @@ REMATS: dict[str, nn.Remat] = {
     ),
     "full": True,
 }
+"""By name, each of which keeps less in memory than the one before."""
 ATTENTIONS: dict[str, nn.AbstractAttention] = {
     "xla": nn.XLAAttention(),
     "cudnn": nn.CudnnAttention(),
@@ -93,6 +94,17 @@ class Setting(NamedTuple):
             f"{self.model}, batch {self.batch}, {self.dtype}{form}, remat {self.remat}, {self.attention} attention, "
             f"share {self.share:g}"
         )
+
+
+def with_less_memory(setting: Setting) -> list[Setting]:
+    """The setting, and the same with each remat that keeps less."""
+    names = list(REMATS)
+    return [setting._replace(remat=name) for name in names[names.index(setting.remat) :]]
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether an error of JAX says that the device's memory is too small."""
+    return "RESOURCE_EXHAUSTED" in str(error)
 
 
 # What is compared

@@ -115,10 +115,52 @@ def test_a_training_step_lowers_for_gpu_and_tpu_and_needs_no_host(objective, net
     assert runs_by_itself(lowered_step(objective, network))
 
 
-def test_a_step_has_no_float64_beyond_numbers_per_row_even_where_it_is_enabled(x64):
-    found = tensors(lowered_step("MeanFlow", dit(SMALL)), "f64")
-    assert found  # times and the optimiser's numbers, or this test would see nothing
-    assert max(found) <= ROWS
+def small_step(objective, network):
+    return lambda: lowered_step(objective, network)
+
+
+def small_sampler():
+    def generate(field, noise, label):  # not from a `Generator`, whose noise is float64 there
+        return jax.vmap(lambda *row: mfx.sample(field, *row, times=mfx.uniform_times(4)))(noise, label)
+
+    return lowered(generate, shapes_of(dit(SMALL)[1]), shape(ROWS, *LATENT), shape(ROWS, dtype=jnp.int32))
+
+
+def small_features():
+    network = shapes_of(lambda key: metrics.EfficientNetLite0(key=key))
+    return lowered(
+        lambda network, x: metrics.FeatureExtractor(network, metrics.ADM)(x), network, shape(ROWS, 3, 32, 32)
+    )
+
+
+def small_decoder():
+    size = vae.AutoencoderSize(widths=(32, 32), blocks=1, latent=4, groups=8)
+    autoencoder = shapes_of(lambda key: vae.Autoencoder(size, key=key))
+    return lowered(lambda autoencoder, x: jax.vmap(autoencoder.decode)(x), autoencoder, shape(ROWS, 4, 16, 16))
+
+
+SMALL_UNET = unet(mfx.UNetSize(width=32, multipliers=(1, 2), blocks=1, attention=(16,)))
+SMALL_IMF = mfx.InContextDiTSize(depth=2, width=64, heads=1, patch=4, head_depth=1)
+SMALL_IN_CONTEXT = LATENT, lambda key: mfx.InContextDiT(LATENT, SMALL_IMF, labels=LABELS, dtype=jnp.bfloat16, key=key)
+
+
+@pytest.mark.parametrize(
+    "lower",
+    [
+        pytest.param(small_step("MeanFlow", dit(SMALL)), id="DiT"),
+        pytest.param(small_step("MeanFlow", SMALL_UNET), id="U-Net", marks=pytest.mark.slow),
+        pytest.param(small_step("improved", SMALL_IN_CONTEXT), id="improved"),
+        pytest.param(small_sampler, id="sampler"),
+        pytest.param(small_features, id="features"),
+        pytest.param(small_decoder, id="decoder"),
+    ],
+)
+def test_a_program_has_no_float64_beyond_numbers_per_row_even_where_it_is_enabled(x64, lower):
+    assert max(tensors(lower(), "f64"), default=0) <= ROWS
+
+
+def test_numbers_in_float64_would_be_found(x64):
+    assert tensors(lowered(jnp.sin, shape(2, 3, dtype=jnp.float64)), "f64")[0] == 6
 
 
 def test_a_callback_would_be_found():

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from devices import TESTS
@@ -72,6 +73,67 @@ def test_a_part_is_stopped_at_its_limit_and_what_it_had_is_kept(runner, tmp_path
     assert "stopped at its limit" in (tmp_path / "all" / "results.md").read_text()
 
 
+def test_a_part_that_had_no_time_keeps_its_place_and_one_that_used_up_its_limit_goes_to_the_end(runner, tmp_path):
+    waits = GOOD + "import time; time.sleep(60)"
+    found = runner(limited=waits, hurried=waits, new=GOOD)
+    found.parts[:2] = [
+        found.parts[0].__class__(name, "?", waits, {}, n, ()) for name, n in (("limited", 1), ("hurried", 6))
+    ]
+    found.run_all(soon(5 + 1 + 4))  # the grace period, the limit of the first, more than half of the second's
+    states = [(found.result(part) or {}).get("state") for part in found.parts]
+    assert states == ["stopped at its limit", "stopped for lack of time", None]
+    assert [part.name for part in found.missing()] == ["hurried", "new", "limited"]
+
+
+def test_no_part_is_started_whose_grace_period_would_end_too_late(runner, tmp_path):
+    runner(good=GOOD, seconds=2).run_all(soon(5.5))
+    assert not (tmp_path / "calls").exists()
+
+
+def test_a_worse_second_attempt_leaves_what_the_first_one_had(runner, tmp_path):
+    two = GOOD.replace("[{", "[{}, {")
+    first = runner(part=two + "raise SystemExit(3)")
+    first.run_all(soon())
+    worse = GOOD.replace("| rate |", "nothing") + "print('second'); raise SystemExit(4)"
+    second = runner(part=worse)
+    second.run_all(soon())
+    found = second.result(second.parts[0])
+    assert (found["state"], found["text"], len(found["records"])) == ("failed (exit code 4)", "| rate |", 2)
+    assert (tmp_path / "all" / "parts" / "part" / "log.txt").read_text().count("new attempt") == 2
+
+
+def test_a_part_sees_a_package_in_a_relative_folder(runner, tmp_path, monkeypatch):
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "package_of_the_test.py").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", f"{os.environ.get('PYTHONPATH', '')}{os.pathsep}site")
+    found = runner(part="import package_of_the_test; " + GOOD)
+    found.run_all(soon())
+    assert found.result(found.parts[0])["state"] == "done"
+
+
+@pytest.mark.parametrize("name", ["XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_CLIENT_MEM_FRACTION"])
+def test_the_share_of_memory_that_the_user_sets_is_left_alone(accelerator, name, monkeypatch):
+    monkeypatch.setenv(name, "0.5")
+    assert {k: v for k, v in accelerator.environment().items() if "MEM_FRACTION" in k} == {name: "0.5"}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a process with its parent")
+def test_a_part_does_not_outlive_the_command_that_started_it(accelerator, tmp_path):
+    code = "import os, time; open('pid', 'w').write(str(os.getpid())); os.rename('pid', 'number'); time.sleep(60)"
+    bound = [sys.executable, "-S", "-c", accelerator.BOUND, sys.executable, "-S", "-c", code]
+    parent = subprocess.Popen([sys.executable, "-S", "-c", f"import subprocess; subprocess.run({bound})"], cwd=tmp_path)
+    while not (tmp_path / "number").exists():
+        assert parent.poll() is None
+        time.sleep(0.01)
+    parent.kill()
+    parent.wait()
+    child, until = Path("/proc", (tmp_path / "number").read_text(), "stat"), time.monotonic() + 10
+    while child.exists() and child.read_text().rpartition(")")[2].split()[0] != "Z":
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
 def test_a_part_that_ends_without_results_leaves_its_last_lines(runner):
     found = runner(bad="raise ValueError('no such thing')")
     found.run_all(soon())
@@ -111,7 +173,7 @@ def test_every_goal_is_read_from_records_of_its_benchmark(benchmark_script):
     goals = benchmark_script("accelerator_goals")
     cost = {"argument_bytes": 2, "donated_bytes": 1, "temporary_bytes": 1e9}
     step = {"dtype": "bfloat16", "remat": "none", "attention": "xla", "share": 0.25, "cost": cost, "form": "default"}
-    step |= {"flops": 1.0, "matmul_peak": 20.0, "batch": 256}
+    step |= {"flops": 1.0, "matmul_peak": 20.0, "batch": 256, "batch_bytes": 1, "allocator_peak_bytes": 2e9}
     records = [
         {**step, "part": "steps", "model": model, "variant": variant, "wall_seconds": [0.1 * (1 + i)]}
         for model in ("B/4", "B/2", "XL/2")
@@ -128,9 +190,19 @@ def test_every_goal_is_read_from_records_of_its_benchmark(benchmark_script):
     found = {goal.what: goal.found(records) for goal in goals.GOALS}
     assert [what for what, value in found.items() if value is None] == []
     assert found["XL/2, MeanFlow: time over Flow Matching's"] == "+100.0% (xla)"
-    assert found["B/4, MeanFlow: ms per step"] == "200.0 (xla; 25% of peak, 1.0 GB temporary)"
+    assert found["state whose memory is reused"] == "at least 100.0%"
+    assert found["B/4, MeanFlow: ms per step"] == "200.0 (xla; 25% of peak, 1.0 GB temporary, 2.0 GB allocated)"
     assert found["U-Net: images per second, float32"] == "1,024"
     assert {goal.found([]) for goal in goals.GOALS} == {None}
+
+
+def test_a_step_is_compared_with_flow_matching_of_its_own_part_and_round(benchmark_script):
+    goal = benchmark_script("accelerator_goals").overhead("XL/2", "MeanFlow", "")
+    step = {"model": "XL/2", "batch": 256, "dtype": "bfloat16", "form": "default", "share": 0.25, "flops": 1.0}
+    step |= {"attention": "xla", "remat": "products"}
+    times = {("a", "Flow Matching"): [1.0, 2.0, 4.0], ("a", "MeanFlow"): [1.1, 2.2, 8.0], ("b", "Flow Matching"): [0.5]}
+    records = [{**step, "part": p, "variant": v, "wall_seconds": wall} for (p, v), wall in times.items()]
+    assert goal.found(records) == "+10.0% (xla, remat products)"
 
 
 def test_every_goal_stands_in_the_readme(benchmark_script):
@@ -173,6 +245,11 @@ def test_every_part_has_a_configuration_that_its_script_takes(benchmark_script, 
                 assert f"def {test}(" in (TESTS.parent / file).read_text() if test else (TESTS.parent / file).exists()
         elif part.script.startswith("benchmarks/"):
             script = benchmark_script(part.script.removeprefix("benchmarks/").removesuffix(".py"))
+            caller.configured(script, json.loads(part.command[-1]))
+        else:
+            for package in part.needs:
+                pytest.importorskip(package)
+            script = benchmark_script(part.script.removeprefix("experiments/").removesuffix(".py"))
             caller.configured(script, json.loads(part.command[-1]))
     assert len(set(names)) == len(names)
 

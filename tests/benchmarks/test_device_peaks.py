@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import pytest
 
 
@@ -18,11 +19,21 @@ def test_a_run_finds_a_rate_of_every_product_and_of_copies(finished):
     assert min(r["rate"] for r in records) > 0
 
 
+def test_a_round_is_several_calls_in_a_row_and_one_wait(device_peaks, monkeypatch):
+    waits, read = [], []
+    monkeypatch.setattr(jax, "jit", lambda function: function)
+    monkeypatch.setattr(jax, "block_until_ready", waits.append)
+    device_peaks.seconds(lambda x: read.append(x) or x + 1, 0, 4, 1)
+    assert waits == [4, 4, 4]  # two rounds that are not timed, and one that is
+    assert read == 3 * [0, 1, 2, 3]
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
         ({"size": -1}, "size must be >= 0, got -1"),
         ({"megabytes": 1 << 20}, "megabytes must be at most 65536, got 1048576"),
+        ({"calls": -1}, "calls must be >= 0, got -1"),
         ({"rounds": 0}, "rounds must be >= 1, got 0"),
     ],
 )

@@ -1,6 +1,7 @@
 """The forms of a step."""
 
 import json
+from types import SimpleNamespace
 
 import jax
 import jax.random as jr
@@ -35,8 +36,49 @@ def test_all_forms_take_the_same_step(step_forms, resized):
 def test_a_run_compares_every_form_with_the_first(finished):
     directory = finished("step_forms", batch=4, rounds=1)
     records = json.loads((directory / "results.json").read_text())
-    assert [r["form"] for r in records] == ["loops", "kinds of rows unrolled", "blocks unrolled", "plain"]
+    assert [r["form"] for r in records] == ["loops", "plain", "kinds of rows unrolled", "blocks unrolled"]
     assert records[0]["ratio"] == 1
+
+
+@pytest.fixture
+def small_memory(step_forms, monkeypatch):
+    """A device on which steps with a remat fit, and the plain one does not."""
+
+    def make_form(form, setting, variant):
+        return (form, setting.remat), (1.0,)
+
+    def compile_program(step, *rest, **options):
+        if step[0] == "plain" or step[1] == "none":
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+        return lambda state, batch: (state, 0.0)
+
+    monkeypatch.setattr(step_forms, "make_form", make_form)
+    monkeypatch.setattr(step_forms, "make_state", lambda setting, key: (1.0,))
+    monkeypatch.setattr(measure, "compile_program", compile_program)
+
+
+def test_the_first_form_is_tried_with_the_next_remat_and_others_are_left_out(step_forms, small_memory):
+    steps = step_forms.fitting(step_forms.Setting("tiny", 4), "guided", "loops")
+    assert steps.setting.remat == "products"
+    assert [steps.add(form) for form in ("plain", "blocks unrolled")] == [False, True]
+    assert list(steps.programs) == ["loops", "blocks unrolled"]
+
+
+def test_a_step_that_never_fits_is_refused(step_forms, small_memory):
+    with pytest.raises(ValueError, match="batch must be smaller than 4: tiny needs more memory"):
+        step_forms.fitting(step_forms.Setting("tiny", 4), "guided", "plain")
+
+
+def test_costs_are_shown_before_any_time_is_known(step_forms, small_memory):
+    steps = step_forms.fitting(step_forms.Setting("tiny", 4), "guided", "loops")
+    cost = measure.Cost(1, 1, 2.5, 1, 1, 1, 1, 3_000_000, 1, 1)
+    steps.programs["loops"] = SimpleNamespace(cost=cost)
+    text, records = step_forms.described(steps, ("loops", "plain"), {})
+    assert [(r["wall_seconds"], r["cost"] and r["cost"]["compile_seconds"]) for r in records] == [
+        (None, 2.5),
+        (None, None),
+    ]
+    assert "not enough memory" in text
 
 
 @pytest.mark.parametrize(

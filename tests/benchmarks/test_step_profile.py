@@ -3,6 +3,7 @@
 import json
 from types import SimpleNamespace
 
+import jax
 import pytest
 
 
@@ -61,6 +62,7 @@ def test_of_a_cpu_the_operations_of_xla_count_on_all_threads(step_profile):
         ("loop_dynamic_update_slice_fusion", "copies"),
         ("while.3", "control"),
         ("input_scatter_fusion", "copies"),
+        ("void cudnn::ops::nchwToNhwcKernel<float> cudnn-conv.4", "layout changes"),
     ],
 )
 def test_kind_follows_from_the_name(step_profile, name, kind):
@@ -83,6 +85,29 @@ def test_profile_of_a_step_finds_its_products(finished):
     (record,) = json.loads((directory / "results.json").read_text())
     assert record["kinds"]["matrix products"] > 0
     assert record["milliseconds"] > 0
+    assert record["profiled_milliseconds"] > 0
+
+
+def test_a_profile_without_a_plane_of_the_device_is_refused(step_profile, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    planes = [plane("/host:CPU"), plane("/device:CUSTOM:0"), plane("/device:TPU:0 SparseCore")]
+    with pytest.raises(RuntimeError, match="saw no GPU or TPU, only /host:CPU, /device:CUSTOM:0, /device:TPU:0 Sparse"):
+        found(step_profile, *planes)
+
+
+@pytest.mark.parametrize("remat", ["none", "products"])
+def test_a_step_that_needs_too_much_memory_is_tried_with_the_next_remat(step_profile, remat, monkeypatch):
+    tried = []
+
+    def compile_step(setting, variant):
+        tried.append(setting.remat)
+        if setting.remat != "full":
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+
+    monkeypatch.setattr(step_profile, "warmed_up", compile_step)
+    setting, _ = step_profile.fitting(step_profile.Setting("tiny", remat=remat), "guided")
+    assert setting.remat == "full"
+    assert tried == ["none", "products", "full"][["none", "products"].index(remat) :]
 
 
 @pytest.mark.parametrize(
