@@ -281,6 +281,9 @@ FLOATS = {
     "Protocol.centre": lambda value: dataclasses.replace(metrics.LITE0, centre=value),
     "RandomFlip.probability": data.RandomFlip,
     "SamplePosterior.scale": data.SamplePosterior,
+    "PowerLawScales.largest": lambda value: mfx.PowerLawScales(largest=value),
+    "PowerLawScales.power": mfx.PowerLawScales,
+    "PowerLawScales.smallest": lambda value: mfx.PowerLawScales(smallest=value),
     "InContextEmbedding.time_scale": lambda value: mfx.InContextDiT(
         (1, 4, 4), mfx.InContextDiTSize(2, 8, 2, 2, 1), time_scale=value, key=KEY
     ),
