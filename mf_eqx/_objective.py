@@ -297,23 +297,23 @@ class Objective(AbstractObjective):
         def evaluate(example: Batch) -> tuple[Scalar, Scalar, Scalar, Scalar | None]:
             row = draw(example, key, context)
             term = (self._boundary_term if boundary else self._identity_term)(field, row)
-            of_head = None if term.of_head is None else _per_dimension(term.of_head)
-            return term.loss, _per_dimension(term.residual), row.t - row.r, of_head
+            velocity_error = None if term.velocity_residual is None else _per_dimension(term.velocity_residual)
+            return term.loss, _per_dimension(term.residual), row.t - row.r, velocity_error
 
         def evaluate_group(examples: Batch) -> tuple[Float[Array, "..."], Float[Array, "..."], Float[Array, "..."]]:
             rows = draw.group(examples, key, context)
             residuals, loss = self._group_term(field, rows)
             return jnp.broadcast_to(loss, (group,)), jax.vmap(_per_dimension)(residuals), rows.t - rows.r
 
-        of_head = None
+        velocity_errors = None
         if group == 1:
-            losses, errors, gaps, of_head = jax.vmap(evaluate)(batch)
+            losses, errors, gaps, velocity_errors = jax.vmap(evaluate)(batch)
         else:
             groups = jax.tree.map(lambda leaf: leaf.reshape(-1, group, *leaf.shape[1:]), batch)
             losses, errors, gaps = (values.reshape(-1) for values in jax.vmap(evaluate_group)(groups))
         metrics = {"loss": mean_of(losses), **errors_by_kind(errors, gaps)}
         if has_velocity_head(field):
-            metrics["velocity_error"] = mean_of(losses[:0] if of_head is None else of_head)
+            metrics["velocity_error"] = mean_of(losses[:0] if velocity_errors is None else velocity_errors)
         if self.identity_share == 0:
             del metrics["identity_error"], metrics["identity_error_by_gap"]
         return metrics
@@ -336,7 +336,7 @@ class Objective(AbstractObjective):
 
     def _boundary_term(self, field: AbstractField, row: Row) -> "_Term":
         """What a row with r = t contributes: u(z, t, t) = v, and the same for the velocity head."""
-        u, v = _both(field, row)
+        u, v = _average_and_velocity(field, row)
         target = self._guided(field, row, jax.lax.stop_gradient(u if v is None else v))
         return self._term(u - target, row, None if v is None else v - target)
 
@@ -349,18 +349,24 @@ class Objective(AbstractObjective):
         if not isinstance(identity, AbstractIdentityWithVelocity):
             return self._term(at_least_float32(identity.residual(field, row)), row)
         residual, v = identity.residual_and_velocity(field, row)
-        of_head = None if v is None else at_least_float32(with_checked_shapes(v, row.z)) - row.v
-        return self._term(at_least_float32(residual), row, of_head)
+        velocity_residual = None if v is None else at_least_float32(with_checked_shapes(v, row.z)) - row.v
+        return self._term(at_least_float32(residual), row, velocity_residual)
 
     def _group_term(self, field: AbstractField, rows: Row) -> tuple[Float[Array, "group *data"], Scalar]:
         """The residuals of a group of rows, and their mean loss."""
         assert isinstance(self.identity, AbstractIdentityWithLoss)
         return self.identity.residual_and_loss(field, rows)
 
-    def _term(self, residual: Float[Array, "*data"], row: Row, of_head: Float[Array, "*data"] | None = None) -> "_Term":
+    def _term(
+        self, residual: Float[Array, "*data"], row: Row, velocity_residual: Float[Array, "*data"] | None = None
+    ) -> "_Term":
         """The errors of u and of the velocity head, each with its weight."""
         loss = self._weighted(residual, row)
-        return _Term(residual, loss if of_head is None else loss + self._weighted(of_head, row), of_head)
+        return _Term(
+            residual,
+            loss if velocity_residual is None else loss + self._weighted(velocity_residual, row),
+            velocity_residual,
+        )
 
     def _weighted(self, residual: Float[Array, "*data"], row: Row) -> Scalar:
         error = jnp.sum(residual**2)
@@ -392,10 +398,10 @@ class _Term(NamedTuple):
 
     residual: Float[Array, "*data"]
     loss: Scalar
-    of_head: Float[Array, "*data"] | None = None
+    velocity_residual: Float[Array, "*data"] | None = None
 
 
-def _both(field: AbstractField, row: Row) -> tuple[Float[Array, "*data"], Float[Array, "*data"] | None]:
+def _average_and_velocity(field: AbstractField, row: Row) -> tuple[Float[Array, "*data"], Float[Array, "*data"] | None]:
     """u(z, t, t), and v(z, t) of the velocity head if there is one, in one evaluation."""
     if not has_velocity_head(field):
         return at_least_float32(with_checked_shapes(row.evaluate(field, row.z, row.t, row.t), row.z)), None
