@@ -95,6 +95,8 @@ class Config:
     guidance_interval: tuple[saved.Interval, ...] = (saved.ALWAYS,)
     """Pairs of times, the first and the last at which the scale holds, a row for each scale and pair; for networks that
     take guidance as an input."""
+    untrained_guidance: bool = False
+    """Take scales and intervals that a network, which takes guidance as an input, never got in training."""
     labels: Literal["random", "balanced"] = "random"
     """Uniformly random, as the authors', or i mod K for sample i; for networks with labels."""
     batch: int = 256
@@ -171,7 +173,8 @@ def open_subject(config: Config, devices: mfx.Parallelism) -> saved.Subject:
         found = f"the shape {subject.shape} and the range {subject.notes.pixels}"
         raise ValueError(f"{config.weights}: samples must be {rule}, got {found}")
     saved.check_steps(subject, max(len(row.times) - 1 for row in rows_of(config)), euler=config.euler)
-    saved.check_guidance(subject, config.guidance_scale, config.guidance_interval, euler=config.euler)
+    how = {"euler": config.euler, "untrained": config.untrained_guidance}
+    saved.check_guidance(subject, config.guidance_scale, config.guidance_interval, **how)
     return subject
 
 

@@ -4,6 +4,7 @@
     python experiments/generate.py --weights ema.safetensors --label 3 7 --number 64 --evaluations 2 --to some.png
     python experiments/generate.py --weights ema.safetensors --vae sd-vae-ft-mse --number 5000 --to folder/
     python experiments/generate.py --weights imf.safetensors --guidance-scale 8 --guidance-interval 0.4 0.65
+    python experiments/generate.py --weights imf.safetensors --guidance-scale 1 2 4 8      one noise over the scales
     python experiments/generate.py --weights policy.safetensors --condition observations.npy --to actions.npy
     python experiments/generate.py ... --dry-run                  what it would make, without making it
 
@@ -52,12 +53,14 @@ class Config:
     number. By default all; for a picture ten of them, in equal distances."""
     condition: str = ""
     """For weights with vectors as conditions: a .npy file with a row for each. Sample i has row i mod their number."""
-    guidance_scale: float = 1.0
+    guidance_scale: tuple[float, ...] = (1.0,)
     """Scale of guidance; 1 is none. Networks that take guidance as an input get it, at no cost. Others make it of two
     evaluations, w u(z, r, t | label) + (1 - w) u(z, r, t | none); keep 1 for those that learnt one scale in training.
-    """
+    Several scales make one picture with a row for each; all images of a column are of the same noise and label."""
     guidance_interval: tuple[float, float] = saved.ALWAYS
     """The first and the last time at which the scale holds, for networks that take guidance as an input."""
+    untrained_guidance: bool = False
+    """Take a scale and an interval that a network, which takes guidance as an input, never got in training."""
     evaluations: int | None = None
     """Number of equal steps from noise to data; by default 1, or 32 with --euler."""
     times: tuple[float, ...] = ()
@@ -83,7 +86,7 @@ class Config:
         for name, bound in {"evaluations": 1, "number": 1, "batch": 1, "seed": 0}.items():
             if (value := getattr(self, name)) is not None and value < bound:
                 raise ValueError(f"{name} must be >= {bound}, got {value}")
-        saved.check_times_and_guidance(self.times, (self.guidance_scale,), (self.guidance_interval,))
+        saved.check_times_and_guidance(self.times, self.guidance_scale, (self.guidance_interval,))
         if self.times and self.evaluations is not None:
             raise ValueError(f"evaluations must be left out with --times, got {self.evaluations}")
 
@@ -96,7 +99,8 @@ class Job:
     """A configuration with all its defaults filled in."""
 
     subject: Subject
-    generator: mfx.Generator
+    generators: tuple[mfx.Generator, ...]
+    """One for each scale of guidance."""
     labels: Int[np.ndarray, " labels"] | None
     """Those that samples have in turn."""
     number: int
@@ -112,13 +116,13 @@ class Job:
 
     @property
     def columns(self) -> int:
-        """Of a picture."""
+        """Of a picture of one scale."""
         return min(self.number, ROWS if self.labels is None or len(self.labels) == 1 else len(self.labels))
 
-    def samples(self) -> Iterator[Real[np.ndarray, "_ *data"]]:
-        """All samples in turn, as they become ready."""
+    def samples(self, number: int = 0) -> Iterator[Real[np.ndarray, "_ *data"]]:
+        """All samples of a generator in turn, as they become ready."""
         share = math.gcd(self.batch // self.devices.shards, 8)  # decoding takes more memory than sampling
-        batches = self.generator.batches(self.number, self.batch, self.devices)
+        batches = self.generators[number].batches(self.number, self.batch, self.devices)
         left, work = self.number, run.Work(self.batch)
         with run.Progress(-(-self.number // self.batch), work=work, doing="compiling the sampler") as progress:
             for number, z in enumerate(batches, 1):
@@ -138,19 +142,23 @@ def plan(config: Config, subject: Subject, devices: mfx.Parallelism) -> Job:
         euler = True
     times = config.times or mfx.uniform_times(config.evaluations or (EULER_STEPS if euler else 1))
     check_steps(subject, len(times) - 1, euler=euler)
-    check_guidance(subject, (config.guidance_scale,), (config.guidance_interval,), euler=euler)
+    how = {"euler": euler, "untrained": config.untrained_guidance}
+    check_guidance(subject, config.guidance_scale, (config.guidance_interval,), **how)
     to = place(config, subject)
+    if len(config.guidance_scale) > 1 and not (to.endswith(".png") and subject.is_image):
+        rule, found = "one scale for all but a picture of images", ", ".join(map("{:g}".format, config.guidance_scale))
+        raise ValueError(f"--guidance-scale must be {rule}, got {found} for {to}")
     labels = chosen_labels(config, subject, COLUMNS if to.endswith(".png") else None)
     vectors = read_condition(config, subject)
     condition = vectors if labels is None else labels
-    number = config.number or default_number(subject, labels, vectors, to)
+    number = config.number or default_number(subject, labels, vectors, to, scales=len(config.guidance_scale))
     if to.endswith(".png") and number > (most := 10_000):
         raise ValueError(f"--number must be at most {most} in one picture, got {number}: give a folder as --to")
-    guidance = {"scale": config.guidance_scale, "interval": config.guidance_interval}
-    generator = make_generator(subject, times, seed=config.seed, **guidance, euler=euler, condition=condition)
+    how = {"interval": config.guidance_interval, "seed": config.seed, "euler": euler, "condition": condition}
+    generators = tuple(make_generator(subject, times, scale=scale, **how) for scale in config.guidance_scale)
     shards, wanted = devices.shards, min(config.batch, number)
     batch = -(-wanted // shards) * shards
-    return Job(subject, generator, labels, number, batch, to, devices)
+    return Job(subject, generators, labels, number, batch, to, devices)
 
 
 def is_folder(to: str) -> bool:
@@ -173,8 +181,10 @@ def place(config: Config, subject: Subject) -> str:
     return to
 
 
-def default_number(subject: Subject, labels: Any, vectors: Any, to: str) -> int:
-    """Of samples, if none is given."""
+def default_number(subject: Subject, labels: Any, vectors: Any, to: str, *, scales: int) -> int:
+    """Of samples of each scale, if none is given."""
+    if scales > 1:
+        return ROWS if labels is None or len(labels) == 1 else len(labels)
     if vectors is not None:
         return len(vectors)
     if labels is not None and len(labels) > 1 and to.endswith(".png") and subject.is_image:
@@ -228,7 +238,9 @@ def check_place(to: str) -> None:
 
 
 def save_picture(job: Job) -> None:
-    """All samples in one picture, a column for each label."""
+    """All samples in one picture, a column for each label; or a row for each scale of guidance."""
+    if len(job.generators) > 1:
+        return save_rows_of_scales(job)
     x, names = np.concatenate([*job.samples()]), job.names
     if job.subject.shape == (2,):
         kinds = {"": x} if names is None else {name: x[i :: len(names)] for i, name in enumerate(names)}
@@ -241,6 +253,20 @@ def save_picture(job: Job) -> None:
     columns = names[: job.columns] if names and len(names) > 1 else None
     title = f"label {names[0]}" if names and not columns else None
     picture.save_image_grid(job.to, grid, low, high, column_labels=columns, title=title)
+
+
+def save_rows_of_scales(job: Job) -> None:
+    """The same noise in each column, a row for each scale of guidance."""
+    rows = {scale_of(generator): np.concatenate([*job.samples(i)]) for i, generator in enumerate(job.generators)}
+    (low, high), names = job.subject.pixels, job.names
+    columns = names and [names[i % len(names)] for i in range(job.number)]
+    labels = {"row_labels": [f"guidance {scale:g}" for scale in rows], "column_labels": columns}
+    picture.save_image_grid(job.to, np.stack([*rows.values()]), low, high, **labels)
+
+
+def scale_of(generator: mfx.Generator) -> float:
+    """The scale of guidance, 1 for a field without."""
+    return float(getattr(generator.field, "scale", 1.0))
 
 
 def save_array(job: Job) -> None:
@@ -269,14 +295,14 @@ def save_files(job: Job) -> None:
 
 def described(job: Job) -> str:
     """What is made, of what, in one line."""
-    subject, generator = job.subject, job.generator
+    subject, generator = job.subject, job.generators[0]
     notes = [f"{name} {value}" for name in ("steps", "decay") if (value := getattr(subject.notes, name)) is not None]
     of = ", ".join([f"{subject.network['network']} of {subject.parameters:,} parameters", *notes])
     steps = len(generator.times) - 1
     how = f"{steps} {'Euler step' if generator.method is mfx.sample_euler else 'evaluation'}{'s' * (steps > 1)}"
     field, guided = generator.field, ""
-    if isinstance(field, mfx.GuidedField | mfx.WithGuidance):
-        guided = f", guidance {field.scale:g}"
+    if any(isinstance(each.field, mfx.GuidedField | mfx.WithGuidance) for each in job.generators):
+        guided = f", guidance {', '.join(f'{scale_of(each):g}' for each in job.generators)}"
     if isinstance(field, mfx.WithGuidance) and (interval := tuple(map(float, field.interval))) != saved.ALWAYS:
         guided += " for t from {:g} to {:g}".format(*interval)
     what = f"{job.number:,} {'latents' if subject.is_latent else 'samples'} of shape {subject.shape}"

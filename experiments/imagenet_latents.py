@@ -1,21 +1,28 @@
-"""ImageNet 256 x 256 in one evaluation: the paper's latent DiTs, trained from scratch by guided MeanFlow.
+"""ImageNet 256 x 256 in one evaluation: the paper's latent DiTs, trained from scratch by guided MeanFlow, and the
+in-context networks of improved MeanFlow, whose guidance is chosen at sampling.
 
     python experiments/prepare_latents.py --images imagenet/train --vae sd-vae-ft-mse --to data/imagenet256
     python experiments/imagenet_latents.py --preset XL/2 --data data/imagenet256 --bfloat16
     python experiments/imagenet_latents.py --preset B/4 --data data/imagenet256          the ablation's network
+    python experiments/imagenet_latents.py --preset iMF-B/2 --data data/imagenet256 --bfloat16    improved MeanFlow
     python experiments/imagenet_latents.py --preset XL/2 --start sit.safetensors         from SiT (import_weights.py)
     python experiments/imagenet_latents.py --preset XL/2 --bfloat16 --dry-run            what it takes
 
 A run that was stopped, or killed, continues by the same command, on any number of devices and processes that divides
 the batch. The average ends as .safetensors beside the checkpoints; generate.py samples from it, evaluate.py judges it.
-With --vae the previews are images, else there are none.
+With --vae the previews are images, else there are none. Weights of improved MeanFlow are saved without the velocity
+head, which sampling does not use; to continue training, --start takes the directory of the run. The paper chooses scale
+and interval of guidance after training, as `evaluate.py --guidance-scale 6 8 10 --guidance-interval 0.4 0.65 0.4 0.6`
+does; those of its tables are the defaults of the previews.
 
 The paper's FID at one evaluation (50,000 samples): B/4 without guidance after 80 epochs 61.06; B/2 6.17, M/2 5.01, L/2
-3.84, XL/2 3.43 after 240 epochs; XL/2+ after 1000 epochs with two evaluations 2.20. RESULTS.md beside this file says
-what was run here.
+3.84, XL/2 3.43 after 240 epochs; XL/2+ after 1000 epochs with two evaluations 2.20. That of improved MeanFlow: iMF-B/2
+3.39, iMF-M/2 2.27, iMF-L/2 1.86, iMF-XL/2 1.72, with two evaluations 1.54. RESULTS.md beside this file says what was run
+here.
 
-Sources of every number: the MeanFlow paper (arXiv 2505.13447), Tab. 4 and App. A, and the authors' code where it says
-more.
+Sources of every number: the MeanFlow paper (arXiv 2505.13447), Tab. 4 and App. A; the improved MeanFlow paper (Improved
+Mean Flows: On the Challenges of Fastforward Generative Models, Geng et al., 2025, arXiv 2512.02012); and the code of the
+authors of both where it says more.
 """
 
 import dataclasses
@@ -69,6 +76,8 @@ class Config(run.Settings):
     """Adam's learning rate, constant."""
     betas: tuple[float, float] = (0.9, 0.95)
     """Adam's decay rates."""
+    warmup_epochs: float = 0.0
+    """Passes over the data in which the learning rate rises from 0."""
     decay: float = 0.9999
     """Decay per step of the parameter average that generates."""
     identity_share: float = 0.25
@@ -87,6 +96,20 @@ class Config(run.Settings):
     """Interval of t in which guidance applies, closed at both ends."""
     label_dropout: float = 0.1
     """Share of rows whose label is dropped, in [0, 1 - identity_share]."""
+    improved: bool = False
+    """Improved MeanFlow: a network that gets its condition as tokens and predicts v beside u, which is the tangent; and
+    scales and intervals of guidance that are drawn for each row and given to the network, in place of scale, mix and
+    interval."""
+    head_depth: int = 8
+    """With improved: how many of the blocks are those of u alone; v has as many more, in training."""
+    largest_scale: float = 8.0
+    """With improved: guidance scales are drawn from 1 to this one, intervals around t = 0.5."""
+    scale_power: float = 1.0
+    """With improved: the density of the scales is proportional to omega^-scale_power."""
+    sample_scale: float = run.setting(1.0)
+    """With improved: the guidance scale of pictures."""
+    sample_interval: tuple[float, float] = run.setting((0.0, 1.0))
+    """With improved: the interval of t in which it applies in pictures, closed at both ends."""
     bfloat16: bool = False
     """Compute in bfloat16; parameters, times, losses and averages stay in float32."""
     cudnn: bool = run.setting(False)
@@ -107,43 +130,101 @@ class Config(run.Settings):
             raise ValueError(f"learning_rate must lie in (0, 1), got {self.learning_rate}")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas must lie in [0, 1), got {self.betas}")
-        if guided(self) and self.label_dropout == 0:
+        if (guided(self) or self.improved) and self.label_dropout == 0:
             raise ValueError("label_dropout must be > 0 with guidance, which needs the unlabelled field; got 0.0")
+        if not 0 <= self.warmup_epochs < math.inf:
+            raise ValueError(f"warmup_epochs must be >= 0 and finite, got {self.warmup_epochs}")
+        check_improved(self)
         if self.cudnn and not self.bfloat16:
             raise ValueError("cudnn must be given with bfloat16, got float32")
         # What the parts themselves refuse is refused here, where a flag can be named.
         mfx.check_batch_size(self.batch, objective(self, 1000).identity_share)
         mfx.ExponentialAverage(self.decay)
-        size, side = mfx.DiTSize(self.depth, self.width, self.heads, self.patch), 4 * max(self.patch, 1)
-        eqx.filter_eval_shape(lambda: mfx.DiT((4, side, side), size, key=jr.key(0)))  # a real key needs a device
+        side = 4 * max(self.patch, 1)
+        eqx.filter_eval_shape(lambda: make_network(self, (4, side, side), 10, jr.key(0)))  # a real key needs a device
+
+
+def check_improved(config: Config) -> None:
+    """Refuses flags of improved MeanFlow without it, and those that it has no use for."""
+    if not config.improved:
+        for name in ("head_depth", "largest_scale", "scale_power", "sample_scale", "sample_interval"):
+            if (found := getattr(config, name)) != getattr(Config, name):
+                raise ValueError(f"{name} must be left out without improved, got {found}")
+        return
+    if guided(config):
+        found = config.scale if config.scale != 1 else f"mix = {config.mix}"
+        raise ValueError(f"scale must be 1, and mix 0, with improved, which draws scales; got {found}")
+    if config.interval != (0, 1):
+        raise ValueError(f"interval must be 0 1 with improved, which draws intervals; got {config.interval}")
+    if config.identity_share in (0, 1):
+        raise ValueError(f"identity_share must lie between 0 and 1 with improved, got {config.identity_share}")
+    if not (trained := objective(config, 1000).trained.guidance) or not trained.contains(config.sample_scale, (0, 1)):
+        rule = f"lie in [1, largest_scale = {config.largest_scale:g}]"
+        raise ValueError(f"sample_scale must {rule}, got {config.sample_scale:g}")
+    if not trained.contains(1, config.sample_interval) or not min(config.sample_interval) >= 0:
+        raise ValueError(f"sample_interval must lie in [0, 1] and contain 0.5, got {config.sample_interval}")
 
 
 def guided(config: Config) -> bool:
     return (config.scale, config.mix) != (1, 0)
 
 
+def guidance(config: Config) -> mfx.AbstractGuidance | None:
+    if config.improved:
+        return mfx.DrawnGuidance(mfx.PowerLawScales(config.scale_power, 1.0, config.largest_scale))
+    return mfx.Guidance(config.scale, config.mix, config.interval) if guided(config) else None
+
+
+def identity(config: Config) -> mfx.AbstractIdentity | None:
+    if config.improved:
+        return mfx.ImprovedMeanFlow()
+    return mfx.MeanFlow() if config.identity_share else None
+
+
 def objective(config: Config, labels: int) -> mfx.Objective:
     return mfx.Objective(
-        mfx.MeanFlow() if config.identity_share else None,
+        identity(config),
         time_pairs=mfx.TimePairs(mfx.LogitNormalTimes(*config.times)),
         identity_share=config.identity_share,
         weight=mfx.AdaptiveWeight(config.power, config.offset),
-        guidance=mfx.Guidance(config.scale, config.mix, config.interval) if guided(config) else None,
+        guidance=guidance(config),
         label_dropout=mfx.LabelDropout(config.label_dropout, labels),
     )
 
 
-def make_field(config: Config, source: data.AbstractSource, key: Key[Array, ""]) -> mfx.DiT:
+def make_field(config: Config, source: data.AbstractSource, key: Key[Array, ""]) -> mfx.DiT | mfx.InContextDiT:
     channels, height, width = source.row_shape
-    return mfx.DiT(
-        (channels // 2, height, width),
-        mfx.DiTSize(config.depth, config.width, config.heads, config.patch),
-        labels=source.labels,
-        dtype=jnp.bfloat16 if config.bfloat16 else jnp.float32,
-        attention=mfx.nn.CudnnAttention() if config.cudnn else mfx.nn.XLAAttention(),
-        remat=config.remat,
-        key=key,
-    )
+    return make_network(config, (channels // 2, height, width), source.labels, key)
+
+
+def make_network(
+    config: Config, shape: tuple[int, int, int], labels: int | None, key: Key[Array, ""]
+) -> mfx.DiT | mfx.InContextDiT:
+    sizes = config.depth, config.width, config.heads, config.patch
+    how: dict[str, Any] = {
+        "labels": labels,
+        "dtype": jnp.bfloat16 if config.bfloat16 else jnp.float32,
+        "attention": mfx.nn.CudnnAttention() if config.cudnn else mfx.nn.XLAAttention(),
+        "remat": config.remat,
+        "key": key,
+    }
+    if not config.improved:
+        return mfx.DiT(shape, mfx.DiTSize(*sizes), **how)
+    size = mfx.InContextDiTSize(*sizes, head_depth=config.head_depth)
+    return mfx.InContextDiT(shape, size, guidance=True, velocity_head=True, **how)
+
+
+def for_sampling(field: mfx.AbstractField) -> mfx.DiT | mfx.InContextDiT:
+    """The network without what sampling does not use."""
+    assert isinstance(field, mfx.DiT | mfx.InContextDiT)
+    return field.without_velocity_head() if isinstance(field, mfx.InContextDiT) else field
+
+
+def optimizer(config: Config, rows: int) -> optax.GradientTransformation:
+    """Adam, for a data set of so many rows."""
+    if warmup := round(config.warmup_epochs * rows / config.batch):
+        return optax.adam(optax.linear_schedule(0.0, config.learning_rate, warmup), *config.betas)
+    return optax.adam(config.learning_rate, *config.betas)
 
 
 def open_source(config: Config) -> data.AbstractSource:
@@ -168,21 +249,26 @@ def open_tokenizer(config: Config) -> vae.Autoencoder | None:
 
 
 @eqx.filter_jit
-def generate(field: mfx.AbstractField, tokenizer: vae.Autoencoder, number: int) -> Float[Array, "rows 3 height width"]:
-    """Images of evenly spaced labels in one evaluation each, from the noise of all pictures."""
-    assert isinstance(field, mfx.DiT)
-    eps = jr.normal(jr.key(PREVIEW_SEED), (number, *field.data_shape))
-    label = jnp.arange(number) * field.null_label // number
+def generate(
+    sampled: mfx.AbstractField, network: mfx.DiT | mfx.InContextDiT, tokenizer: vae.Autoencoder, number: int
+) -> Float[Array, "rows 3 height width"]:
+    """Images of evenly spaced labels in one evaluation each, from the noise of all pictures. `sampled` is the network,
+    or the network at a scale of guidance."""
+    eps = jr.normal(jr.key(PREVIEW_SEED), (number, *network.data_shape))
+    label = jnp.arange(number) * network.null_label // number
 
     def one(row: tuple[Array, Array]) -> Array:
-        return tokenizer.decode(mfx.sample(field, *row) / vae.SCALE)
+        return tokenizer.decode(mfx.sample(sampled, *row) / vae.SCALE)
 
     return jax.lax.map(one, (eps, label), batch_size=min(number, 16))
 
 
-def save_samples(field: mfx.AbstractField, tokenizer: vae.Autoencoder, path: Path) -> None:
+def save_samples(config: Config, field: mfx.AbstractField, tokenizer: vae.Autoencoder, path: Path) -> None:
     """A square of sixteen generated images."""
-    x = np.asarray(generate(field, tokenizer, 16))
+    network = sampled = for_sampling(field)
+    if config.improved:
+        sampled = mfx.WithGuidance(network, config.sample_scale, config.sample_interval)
+    x = np.asarray(generate(sampled, network, tokenizer, 16))
     picture.save_image_grid(path, x.reshape(4, 4, *x.shape[1:]), -1, 1)
 
 
@@ -194,7 +280,7 @@ def main(config: Config) -> None:
     parallelism = run.parallelism(config)
     step = mfx.TrainStep(
         objective(config, source.labels or 0),
-        optax.adam(config.learning_rate, *config.betas),
+        optimizer(config, len(source)),
         [mfx.ExponentialAverage(config.decay)],
         data.SamplePosterior(vae.SCALE),
         accumulation=config.accumulation,
@@ -208,11 +294,12 @@ def main(config: Config) -> None:
 
     def preview(state: mfx.TrainState, path: Path) -> None:
         assert tokenizer is not None
-        save_samples(run.local(state.averages[0]), tokenizer, path)
+        save_samples(config, run.local(state.averages[0]), tokenizer, path)
 
     with run.opened(config) as directory:
-        scale = mfx.Guidance(config.scale, config.mix).effective_scale
-        run.tell(f"{steps:,} steps, effective guidance scale {scale:g}")
+        scale = f"effective guidance scale {mfx.Guidance(config.scale, config.mix).effective_scale:g}"
+        found = f"guidance scales from 1 to {config.largest_scale:g}" if config.improved else scale
+        run.tell(f"{steps:,} steps, {found}")
         shown = preview if tokenizer is not None else None
         state = run.train(config, step, make_state, stream, directory, steps=steps, preview=shown, start=config.start)
         save(config, directory, state, source, tokenizer)
@@ -236,18 +323,28 @@ def save(
         steps=int(state.step),
         decay=config.decay,
     )
-    learnt = {"data": config.data, "guidance": [config.scale, config.mix, list(config.interval)]}
-    checkpoint.save_weights(directory.path(f"ema_{config.decay}.safetensors"), state.averages[0], learnt, notes)
-    field = run.local(state.averages[0])
+    learnt: dict[str, Any] = {"data": config.data}
+    if not config.improved:
+        learnt["guidance"] = [config.scale, config.mix, list(config.interval)]
+    average = for_sampling(state.averages[0])
+    checkpoint.save_weights(directory.path(f"ema_{config.decay}.safetensors"), average, learnt, notes)
+    field = run.local(average)
     if run.is_first():
         if tokenizer is not None:
-            save_samples(field, tokenizer, directory.path("samples.png"))
+            save_samples(config, field, tokenizer, directory.path("samples.png"))
         if records := directory.records():
             picture.save_curves(directory.path("curves.png"), records)
 
 
 def of_size(size: mfx.DiTSize, **changes: Any) -> Config:
     return Config(depth=size.depth, width=size.width, heads=size.heads, patch=size.patch, **changes)
+
+
+def improved(size: mfx.InContextDiTSize, sample_interval: tuple[float, float] = (0.4, 0.6), **changes: Any) -> Config:
+    """The recipe of improved MeanFlow for a network, with the interval of its samples in the paper."""
+    common: dict[str, Any] = {"batch": 1024, "epochs": 640.0, "warmup_epochs": 10.0, "identity_share": 0.5}
+    sizes = {name: getattr(size, name) for name in ("depth", "width", "heads", "patch", "head_depth")}
+    return Config(**common | sizes | changes, improved=True, sample_scale=8.0, sample_interval=sample_interval)
 
 
 TWO: dict[str, Any] = {"scale": 1.0, "mix": 0.5}
@@ -262,6 +359,24 @@ PRESETS = {
     "L/2": ("Tab. 4; effective guidance scale 2.5", of_size(mfx.DIT_L2, interval=(0.0, 0.8), **TWO_AND_A_HALF)),
     "XL/2": ("Tab. 4; effective guidance scale 2.5", of_size(mfx.DIT_XL2, interval=(0.0, 0.75), **TWO_AND_A_HALF)),
     "XL/2+": ("Tab. 4; 1000 epochs", of_size(mfx.DIT_XL2, epochs=1000.0, interval=(0.3, 0.8), **TWO)),
+    "iMF-B/2": ("improved MeanFlow; sampled at guidance 8 in [0.4, 0.65]", improved(mfx.IMF_B2, (0.4, 0.65))),
+    "iMF-M/2": ("improved MeanFlow; the paper samples at 10.5 in [0.4, 0.6]", improved(mfx.IMF_M2)),
+    "iMF-L/2": ("improved MeanFlow; the paper samples at 10.5 in [0.4, 0.6]", improved(mfx.IMF_L2)),
+    "iMF-XL/2": ("improved MeanFlow; sampled at guidance 8 in [0.42, 0.62]", improved(mfx.IMF_XL2, (0.42, 0.62))),
+    "iMF-tiny": (
+        "a small network of improved MeanFlow for minutes on a CPU, on latents of your own",
+        dataclasses.replace(
+            improved(mfx.InContextDiTSize(3, 64, 4, 2, head_depth=1)),
+            epochs=20.0,
+            batch=32,
+            warmup_epochs=1.0,
+            learning_rate=1e-3,
+            decay=0.99,
+            sample_scale=2.0,
+            sample_interval=(0.0, 1.0),
+            save_every=200,
+        ),
+    ),
     "tiny": (
         "a small network for minutes on a CPU, on latents of your own",
         Config(

@@ -134,13 +134,16 @@ def check_steps(subject: Subject, steps: int, *, euler: bool) -> None:
         raise ValueError(f"--evaluations must be {rule} for {subject.path}, {reason}, got {steps}")
 
 
-def check_guidance(subject: Subject, scales: Sequence[float], intervals: Sequence[Interval], *, euler: bool) -> None:
+def check_guidance(
+    subject: Subject, scales: Sequence[float], intervals: Sequence[Interval], *, euler: bool, untrained: bool
+) -> None:
     """Refuses guidance at sampling for a network that neither takes it nor can do without a label; warns if nobody
-    knows."""
+    knows. For a network that takes it, refuses guidance that was never drawn in training, unless `untrained`."""
     if subject.takes_guidance:
-        if min(scales) == 0:
-            raise ValueError(f"--guidance-scale must be > 0 for {subject.path}, a network that takes it, got 0")
+        _check_range(subject, scales, () if untrained else intervals, untrained=untrained)
         return
+    if untrained:
+        raise ValueError(f"--untrained-guidance must be left out for {subject.path}, which takes no guidance")
     for low, high in intervals:
         if (low, high) != ALWAYS:
             rule = f"0 1 for {subject.path}, a network without guidance as an input"
@@ -162,6 +165,26 @@ def check_guidance(subject: Subject, scales: Sequence[float], intervals: Sequenc
         rule = f"1, or --euler be given, for {subject.path}, whose u without a label was trained at r = t alone"
         rule += " (for guidance in one evaluation, train with it)"
         raise ValueError(f"--guidance-scale must be {rule}, got {found}")
+
+
+def _check_range(subject: Subject, scales: Sequence[float], intervals: Sequence[Interval], *, untrained: bool) -> None:
+    """Refuses guidance that a network, which takes it as an input, cannot take, or never took in training as far as
+    that is known."""
+    if min(scales) == 0:
+        raise ValueError(f"--guidance-scale must be > 0 for {subject.path}, a network that takes it, got 0")
+    trained = None if subject.notes.trained is None else subject.notes.trained.guidance
+    if trained is None or untrained:
+        return
+    for scale in scales:
+        if not trained.contains(scale, ALWAYS):
+            rule = f"lie in [{trained.smallest:g}, {trained.largest:g}], on which {subject.path} was trained"
+            raise ValueError(f"--guidance-scale must {rule} (or --untrained-guidance be given), got {scale:g}")
+    for low, high in intervals:
+        if not trained.contains(trained.smallest, (low, high)):
+            rule = "be 0 1" if trained.middle is None else f"contain {trained.middle:g}"
+            rule += f", as all did on which {subject.path} was trained"
+            found = f"{low:g} {high:g}"
+            raise ValueError(f"--guidance-interval must {rule} (or --untrained-guidance be given), got {found}")
 
 
 def make_generator(

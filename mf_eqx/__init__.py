@@ -84,6 +84,7 @@ from ._generate import Generator as Generator
 from ._guidance import (
     AbstractGuidance as AbstractGuidance,
     Guidance as Guidance,
+    GuidanceRange as GuidanceRange,
     GuidedField as GuidedField,
     LabelDropout as LabelDropout,
     Trained as Trained,

@@ -188,6 +188,25 @@ class GuidedField(AbstractField):
         return self.scale * with_condition + (1 - self.scale) * without
 
 
+class GuidanceRange(NamedTuple):
+    """The guidance with which a field that takes it as an input was trained.
+
+    **Arguments:** `smallest` and `largest` scale; `middle` the time that every interval contained, None if every
+    interval was [0, 1].
+    """
+
+    smallest: float
+    largest: float
+    middle: float | None = None
+
+    def contains(self, scale: float, interval: Sequence[float]) -> bool:
+        """Whether a scale and an interval are among those of the training."""
+        low, high = as_interval(interval)
+        is_whole = (low, high) == (0, 1)
+        is_drawn = is_whole or (self.middle is not None and low <= self.middle <= high)
+        return self.smallest <= scale <= self.largest and is_drawn
+
+
 class Trained(NamedTuple):
     """Which values of a field an objective trains.
 
@@ -199,6 +218,8 @@ class Trained(NamedTuple):
     - `velocity`: u(z, t, t); without it, Euler steps follow values that were never trained.
     - `ends_at_data`: whether u(z, r, t) for r < t was trained at r = 0 alone; then sample in one step, or by Euler
       steps.
+    - `guidance`: for a field that takes guidance as an input, the scales and intervals that were drawn; None if it
+      takes none, or if they are not known.
     """
 
     average: bool
@@ -206,6 +227,7 @@ class Trained(NamedTuple):
     null_average: bool
     velocity: bool = True
     ends_at_data: bool = False
+    guidance: GuidanceRange | None = None
 
 
 class LabelDropout(eqx.Module):

@@ -29,6 +29,7 @@ from jaxtyping import Array, ArrayLike, Float, Key, PyTree
 
 from ._batch import Batch
 from ._custom_types import at_least_float32, Condition, Scalar, Time
+from ._drawn_guidance import DrawnGuidance, PowerLawScales
 from ._field import (
     AbstractField,
     check_field,
@@ -37,7 +38,14 @@ from ._field import (
     stopped,
     with_checked_shapes,
 )
-from ._guidance import AbstractGuidance, check_null_shape, first_changed_by_cast, LabelDropout, Trained
+from ._guidance import (
+    AbstractGuidance,
+    check_null_shape,
+    first_changed_by_cast,
+    GuidanceRange,
+    LabelDropout,
+    Trained,
+)
 from ._identity import (
     AbstractIdentity,
     AbstractIdentityWithLoss,
@@ -256,6 +264,7 @@ class Objective(AbstractObjective):
             null_average=average and drops and self._drops_any_row,
             velocity=velocity,
             ends_at_data=average and (facts.ends_at_data or self.time_pairs.at_data == 1),
+            guidance=_guidance_range(self.guidance),
         )
 
     @property
@@ -408,6 +417,13 @@ def _average_and_velocity(field: AbstractField, row: Row) -> tuple[Float[Array, 
     condition = condition_at(row.condition, row.t, row.t)
     u, v = with_checked_shapes(field.with_velocity(row.z, row.t, row.t, condition, key=row.key), row.z)
     return at_least_float32(u), at_least_float32(v)
+
+
+def _guidance_range(guidance: AbstractGuidance | None) -> GuidanceRange | None:
+    """The scales and intervals of a `DrawnGuidance`, None where they are those of a function of the user's own."""
+    if not isinstance(guidance, DrawnGuidance) or not isinstance(guidance.scales, PowerLawScales):
+        return None
+    return GuidanceRange(guidance.scales.smallest, guidance.scales.largest, guidance.middle)
 
 
 def _per_dimension(residual: Float[Array, "*data"]) -> Scalar:

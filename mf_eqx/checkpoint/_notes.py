@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Array, Float
 
-from .._guidance import Trained
+from .._guidance import GuidanceRange, Trained
 from ..vae import AutoencoderSize
 
 
@@ -53,8 +53,8 @@ class Notes:
             raise ValueError(f"pixels must be two finite numbers, the lower one first, got {pixels!r:.80}")
         if names is not None and not (names and _are(str, names)):
             raise ValueError(f"class_names must be at least one text, got {names!r:.80}")
-        if self.trained is not None and not _are(bool, self.trained, len(Trained._fields)):
-            raise ValueError(f"trained must be of bools, got {self.trained!r:.120}")
+        if self.trained is not None:
+            _check_trained(self.trained)
         if self.tokenizer is not None and not isinstance(self.tokenizer.digest, str | None):
             raise ValueError(f"digest must be a text or None, got {self.tokenizer.digest!r:.80}")
         if self.steps is not None and not (_are(int, (self.steps,)) and self.steps >= 0):
@@ -85,8 +85,25 @@ class Notes:
         if self.tokenizer is not None:
             known["tokenizer"] = {"size": self.tokenizer.size._asdict(), "digest": self.tokenizer.digest}
         if self.trained is not None:
-            known["trained"] = self.trained._asdict()
+            known["trained"] = {name: value for name, value in self.trained._asdict().items() if value is not None}
+        if self.trained is not None and self.trained.guidance is not None:
+            known["trained"]["guidance"] = self.trained.guidance._asdict()
         return known
+
+
+def _check_trained(trained: Trained) -> None:
+    """Raises a `ValueError` for values of other types than those of `Trained`, or a range without numbers."""
+    *flags, guidance = trained
+    if not _are(bool, tuple(flags)):
+        raise ValueError(f"trained must be of bools, got {trained!r:.120}")
+    if guidance is None:
+        return
+    middle = () if guidance.middle is None else (guidance.middle,)
+    if not _are(float, (guidance.smallest, guidance.largest, *middle)):
+        raise ValueError(f"guidance must be of numbers, got {guidance!r:.120}")
+    if not (0 < guidance.smallest <= guidance.largest < math.inf and all(0 <= time <= 1 for time in middle)):
+        rule = "0 < smallest <= largest, finite, and a middle in [0, 1]"
+        raise ValueError(f"guidance must satisfy {rule}, got {guidance!r:.120}")
 
 
 def _are(kind: type, values: Any, number: int | None = None) -> bool:
@@ -108,7 +125,10 @@ def notes_of_json(values: Mapping[str, Any]) -> Notes:
             size["widths"] = tuple(size["widths"])
             known["tokenizer"] = Tokenizer(AutoencoderSize(**size), known["tokenizer"]["digest"])
         if "trained" in known:
-            known["trained"] = Trained(**known["trained"])
+            trained = dict(known["trained"])
+            if "guidance" in trained:
+                trained["guidance"] = GuidanceRange(**trained["guidance"])
+            known["trained"] = Trained(**trained)
         return Notes(**known)
     except (TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"notes must be those of checkpoint.Notes, but cannot be read: {error}") from error

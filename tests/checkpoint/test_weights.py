@@ -113,7 +113,7 @@ NOTES = checkpoint.Notes(
     pixels=(-1, 1),
     tokenizer=checkpoint.Tokenizer(vae.SD_VAE, "0" * 64),
     class_names=("a", "b", "c"),
-    trained=mfx.Trained(average=True, null_velocity=True, null_average=False),
+    trained=mfx.Trained(True, null_velocity=True, null_average=False, guidance=mfx.GuidanceRange(1.0, 8.0, 0.5)),
     steps=7,
     decay=0.99,
     mean=(1.5, -2.0),
@@ -131,7 +131,7 @@ def test_notes_come_back(notes, field, tmp_path):
 
 def test_older_notes_say_of_fewer_values_whether_they_were_trained():
     trained = {"average": True, "null_velocity": True, "null_average": False}
-    assert notes_of_json({"trained": trained}).trained == (True, True, False, True, False)
+    assert notes_of_json({"trained": trained}).trained == mfx.Trained(True, True, False, True, False, None)
 
 
 @pytest.mark.parametrize(
@@ -141,6 +141,9 @@ def test_older_notes_say_of_fewer_values_whether_they_were_trained():
         ({"pixels": (0, np.inf)}, "pixels must be two finite numbers"),
         ({"class_names": ()}, r"class_names must be at least one text, got \(\)"),
         ({"trained": mfx.Trained(1, 0, None)}, "trained must be of bools, got"),
+        ({"trained": mfx.Trained(*[True] * 5, mfx.GuidanceRange(True, 8.0))}, "guidance must be of numbers, got"),
+        ({"trained": mfx.Trained(*[True] * 5, mfx.GuidanceRange(2.0, 1.0))}, "guidance must satisfy 0 < smallest <="),
+        ({"trained": mfx.Trained(*[True] * 5, mfx.GuidanceRange(1.0, 8.0, 2.0))}, "guidance must satisfy .* a middle"),
         ({"tokenizer": checkpoint.Tokenizer(vae.SD_VAE, 7)}, "digest must be a text or None, got 7"),
         ({"steps": True}, "steps must be an integer >= 0, got True"),
         ({"decay": 1.0}, r"decay must lie in \[0, 1\), got 1.0"),
@@ -148,7 +151,7 @@ def test_older_notes_say_of_fewer_values_whether_they_were_trained():
         ({"mean": (0.0, np.nan)}, "mean must be finite numbers"),
         ({"std": 0.0}, "std must be > 0 and finite, got 0.0"),
     ],
-    ids=range(10),
+    ids=range(13),
 )
 def test_notes_that_say_nothing_are_refused(notes, message):
     with pytest.raises(ValueError, match=message):

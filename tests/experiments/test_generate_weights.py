@@ -27,6 +27,7 @@ NETWORKS = {
     "guided": eqx.Partial(
         mfx.InContextDiT, (1, 8, 8), mfx.InContextDiTSize(2, 8, 2, 4, 1), labels=2, guidance=True, key=jr.key(0)
     ),
+    "drawn": eqx.Partial(mfx.DiT, (1, 8, 8), SIZE, labels=2, guidance=True, key=jr.key(0)),
     "unsaid": eqx.Partial(mfx.DiT, (3, 4, 4), SIZE, labels=2, key=jr.key(0)),
     "ends": eqx.Partial(mfx.DiT, (1, 4, 4), SIZE, labels=2, key=jr.key(0)),
 }
@@ -38,6 +39,9 @@ NOTES = {
     "robot": checkpoint.Notes(trained=mfx.Trained(True, False, False)),
     "latent": checkpoint.Notes(pixels=(-1, 1), tokenizer=checkpoint.Tokenizer(TINY_VAE)),
     "guided": None,
+    "drawn": checkpoint.Notes(
+        pixels=(-1, 1), trained=mfx.Trained(True, True, False, guidance=mfx.GuidanceRange(1.0, 8.0, 0.5))
+    ),
     "unsaid": None,
     "ends": checkpoint.Notes(trained=mfx.Trained(True, False, True, velocity=False, ends_at_data=True)),
 }
@@ -205,6 +209,26 @@ def test_a_network_that_takes_guidance_gets_scale_and_interval(command, files, c
     assert ", guidance 3 for t from 0.2 to 0.7, " in capsys.readouterr().out
 
 
+def test_guidance_beyond_that_of_the_training_is_made_if_it_is_asked_for(command, files):
+    flags = "--label 1 --number 2 --guidance-scale 9 --guidance-interval 0.6 0.7 --untrained-guidance"
+    command(f"drawn.safetensors --to x.npy {flags}")
+    expected = samples(mfx.WithGuidance(files[1]["drawn"], 9.0, (0.6, 0.7)), 2, [1])
+    np.testing.assert_allclose(np.load("x.npy"), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_several_scales_are_rows_of_one_picture_of_the_same_noise(command, files, monkeypatch):
+    grids = []
+    monkeypatch.setattr(files[2].picture, "save_image_grid", lambda *grid, **names: grids.append((*grid, names)))
+    command("drawn.safetensors --guidance-scale 1 8 --guidance-interval 0.4 0.6")
+    ((path, grid, low, high, names),) = grids
+    assert (path, low, high, grid.shape) == ("drawn.png", -1, 1, (2, 2, 1, 8, 8))
+    assert names == {"row_labels": ["guidance 1", "guidance 8"], "column_labels": ["0", "1"]}
+    for row, scale in zip(grid, (1.0, 8.0), strict=True):
+        expected = samples(mfx.WithGuidance(files[1]["drawn"], scale, (0.4, 0.6)), 2, [0, 1])
+        np.testing.assert_allclose(row, expected, rtol=1e-5, atol=1e-6)
+    assert np.abs(grid[0] - grid[1]).max() > 1e-3
+
+
 # What is refused
 
 
@@ -214,6 +238,14 @@ def test_a_network_that_takes_guidance_gets_scale_and_interval(command, files, c
         ("missing", "No such file or directory: 'missing'"),
         ("vectors.npy", "vectors.npy: must be a file of save_weights"),
         ("guided.safetensors --to x.npy --guidance-scale 0", "--guidance-scale must be > 0 for guided.*, got 0"),
+        (
+            "drawn.safetensors --guidance-scale 2 8.5",
+            r"--guidance-scale must lie in \[1, 8\], on which drawn.safetensors was trained .*-guidance be .*, got 8.5",
+        ),
+        ("drawn.safetensors --guidance-scale 0.9", r"--guidance-scale must lie in \[1, 8\], .*, got 0.9"),
+        ("drawn.safetensors --guidance-interval 0.6 1", "--guidance-interval must contain 0.5, as all .*, got 0.6 1"),
+        ("drawn.safetensors --to x.npy --guidance-scale 1 2", "--guidance-scale must be one scale for all but .* x.npy"),
+        ("digits.safetensors --untrained-guidance", "--untrained-guidance must be left out for digits.*, which takes"),
         ("digits.safetensors --guidance-interval 0 0.5", "--guidance-interval must be 0 1 for digits.*, got 0 0.5"),
         (
             "guided.safetensors --guidance-interval 0.5 0.2",

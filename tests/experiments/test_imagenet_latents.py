@@ -48,6 +48,29 @@ COMMON = {
 }
 
 
+# Improved MeanFlow: depth, width, heads, patch, blocks of a head; interval of samples; parameters with and without v
+
+IMPROVED = {
+    "iMF-B/2": ((12, 768, 12, 2, 8), (0.4, 0.65), 145_596_960, 88_935_184),
+    "iMF-M/2": ((24, 768, 12, 2, 8), (0.4, 0.6), 230_570_016, 173_908_240),
+    "iMF-L/2": ((32, 1024, 16, 2, 8), (0.4, 0.6), 509_752_352, 409_054_224),
+    "iMF-XL/2": ((48, 1024, 16, 2, 8), (0.42, 0.62), 711_113_760, 610_415_632),
+}
+COMMON_OF_IMPROVED = COMMON | {
+    "improved": True,
+    "batch": 1024,
+    "epochs": 640.0,
+    "warmup_epochs": 10.0,
+    "identity_share": 0.5,
+    "scale": 1.0,
+    "mix": 0.0,
+    "interval": (0.0, 1.0),
+    "largest_scale": 8.0,
+    "scale_power": 1.0,
+    "sample_scale": 8.0,
+}
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_are_the_numbers_of_the_paper(latents, name):
     config = run.main(lambda config: config, latents.PRESETS, argv=["--preset", name])
@@ -59,7 +82,7 @@ def test_presets_are_the_numbers_of_the_paper(latents, name):
 
 def test_no_number_of_the_recipe_was_left_out_above(latents):
     ours, common = ({field.name for field in dataclasses.fields(kind)} for kind in (latents.Config, run.Settings))
-    seen = {*COMMON, "depth", "width", "heads", "patch", "epochs", "scale", "mix", "interval"}
+    seen = {*COMMON_OF_IMPROVED, "depth", "width", "heads", "patch", "head_depth", "sample_interval"}
     assert ours - common - seen == {"data", "start", "vae", "bfloat16", "cudnn", "remat", "seed"}
 
 
@@ -78,13 +101,55 @@ def test_objectives_are_those_of_the_paper(latents, name):
         assert objective.guidance.effective_scale == pytest.approx(EFFECTIVE[name])
 
 
+MOMENTS = data.ArraySource(np.zeros((1, 8, 32, 32), np.float16), np.zeros(1, int), labels=1000)
+
+
+def count(field):
+    arrays = [leaf for leaf in jax.tree.leaves(field) if isinstance(leaf, jax.ShapeDtypeStruct)]
+    return sum(math.prod(leaf.shape) for leaf in arrays)
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_networks_have_the_numbers_of_parameters_of_the_paper(latents, name):
-    moments = data.ArraySource(np.zeros((1, 8, 32, 32), np.float16), np.zeros(1, int), labels=1000)
-    field = eqx.filter_eval_shape(latents.make_field, latents.PRESETS[name][1], moments, jr.key(0))
-    arrays = [leaf for leaf in jax.tree.leaves(field) if isinstance(leaf, jax.ShapeDtypeStruct)]
-    assert sum(math.prod(leaf.shape) for leaf in arrays) == PRESETS[name][-1]
+    field = eqx.filter_eval_shape(latents.make_field, latents.PRESETS[name][1], MOMENTS, jr.key(0))
+    assert count(field) == PRESETS[name][-1]
     assert field.data_shape == (4, 32, 32) and field.null_label == 1000
+
+
+@pytest.mark.parametrize("name", IMPROVED)
+def test_presets_of_improved_mean_flow_are_the_numbers_of_its_paper(latents, name):
+    config = run.main(lambda config: config, latents.PRESETS, argv=["--preset", name])
+    size, interval, _, _ = IMPROVED[name]
+    assert (config.depth, config.width, config.heads, config.patch, config.head_depth) == size
+    assert config.sample_interval == interval
+    assert {field: getattr(config, field) for field in COMMON_OF_IMPROVED} == COMMON_OF_IMPROVED
+
+
+@pytest.mark.parametrize("name", IMPROVED)
+def test_networks_of_improved_mean_flow_have_its_numbers_of_parameters(latents, name):
+    field = eqx.filter_eval_shape(latents.make_field, latents.PRESETS[name][1], MOMENTS, jr.key(0))
+    assert (field.data_shape, field.null_label, field.has_velocity_head) == ((4, 32, 32), 1000, True)
+    assert (count(field), count(latents.for_sampling(field))) == IMPROVED[name][2:]
+
+
+def test_objective_of_improved_mean_flow_is_that_of_its_paper(latents):
+    objective = latents.objective(latents.PRESETS["iMF-B/2"][1], 1000)
+    assert objective.identity == mfx.ImprovedMeanFlow() and float(objective.identity_share) == 0.5
+    assert objective.time_pairs == mfx.TimePairs(mfx.LogitNormalTimes(-0.4, 1.0))
+    assert objective.guidance == mfx.DrawnGuidance(mfx.PowerLawScales(1.0, 1.0, 8.0), 0.5)
+    assert objective.weight == mfx.AdaptiveWeight(1.0, 0.01)
+    assert objective.label_dropout == mfx.LabelDropout(0.1, 1000) and objective.boundary_times is None
+    assert objective.trained.guidance == mfx.GuidanceRange(1.0, 8.0, 0.5)
+
+
+def test_learning_rate_rises_over_the_warm_up_and_then_stays(latents):
+    config = dataclasses.replace(latents.PRESETS["iMF-tiny"][1], batch=4, warmup_epochs=2.0, learning_rate=0.1)
+    optimizer = latents.optimizer(config, rows=8)  # 4 steps of warm-up
+    state, rates = optimizer.init(np.zeros(1, np.float32)), []
+    for _ in range(6):
+        update, state = optimizer.update(np.ones(1, np.float32), state)
+        rates.append(-float(update[0]))
+    np.testing.assert_allclose(rates, [0, 0.025, 0.05, 0.075, 0.1, 0.1], rtol=1e-5)
 
 
 # Bad input
@@ -142,6 +207,17 @@ def save_weights(path):
         ("--identity-share 0.33", "--identity-share must be within 0.001 of a fraction"),
         ("--label-dropout 0.8", "label_dropout|--label-dropout"),
         ("--preset B/2 --label-dropout 0", "--label-dropout must be > 0 with guidance"),
+        ("--warmup-epochs -1", "--warmup-epochs must be >= 0 and finite, got -1.0"),
+        ("--head-depth 4", "--head-depth must be left out without improved, got 4"),
+        ("--sample-scale 2", "--sample-scale must be left out without improved, got 2.0"),
+        ("--preset iMF-tiny --mix 0.5", "--scale must be 1, and mix 0, with improved, which draws scales; got mix = 0"),
+        ("--preset iMF-tiny --interval 0 0.5", "--interval must be 0 1 with improved, which draws intervals"),
+        ("--preset iMF-tiny --identity-share 0", "--identity-share must lie between 0 and 1 with improved, got 0.0"),
+        ("--preset iMF-tiny --sample-scale 9", r"--sample-scale must lie in \[1, largest_scale = 8\], got 9"),
+        ("--preset iMF-tiny --sample-interval 0.6 1", r"--sample-interval must lie in \[0, 1\] and contain 0.5"),
+        ("--preset iMF-tiny --label-dropout 0", "--label-dropout must be > 0 with guidance"),
+        ("--preset iMF-tiny --head-depth 3", "--head-depth must be below the depth 3, got 3"),
+        ("--preset iMF-tiny --largest-scale 0.5", "largest"),
         ("--cudnn", "--cudnn must be given with bfloat16, got float32"),
         ("--preset B/3", "--preset must be one of B/4, B/2, M/2, L/2, XL/2, XL/2"),
     ],
