@@ -17,12 +17,12 @@ does; those of its tables are the defaults of the previews.
 
 The paper's FID at one evaluation (50,000 samples): B/4 without guidance after 80 epochs 61.06; B/2 6.17, M/2 5.01, L/2
 3.84, XL/2 3.43 after 240 epochs; XL/2+ after 1000 epochs with two evaluations 2.20. That of improved MeanFlow: iMF-B/2
-3.39, iMF-M/2 2.27, iMF-L/2 1.86, iMF-XL/2 1.72, with two evaluations 1.54. RESULTS.md beside this file says what was run
-here.
+3.39, iMF-M/2 2.27, iMF-L/2 1.86, iMF-XL/2 1.72, with two evaluations 1.54. RESULTS.md beside this file says what was
+run here.
 
 Sources of every number: the MeanFlow paper (arXiv 2505.13447), Tab. 4 and App. A; the improved MeanFlow paper (Improved
-Mean Flows: On the Challenges of Fastforward Generative Models, Geng et al., 2025, arXiv 2512.02012); and the code of the
-authors of both where it says more.
+Mean Flows: On the Challenges of Fastforward Generative Models, Geng et al., 2025, arXiv 2512.02012); and the code of
+their authors where it says more.
 """
 
 import dataclasses

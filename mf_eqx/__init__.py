@@ -16,6 +16,7 @@ second line are imported explicitly, so that a training job does not load what i
     _stable_target.py  the velocity estimated from reference data: targets with less variance
     _schedule.py       hyper-parameters that change with the training step
     _weight.py         constant and adaptive weights
+    _perceptual.py     losses of images in features of a network
     _field.py          what an average velocity is: subclass it
     _derivative.py     du/dt, and the engines that compute it
     _engine_guards.py  what engines refuse: silent zeros, fields without forward mode
@@ -71,7 +72,7 @@ from ._drawn_guidance import (
     PowerLawScales as PowerLawScales,
     WithGuidance as WithGuidance,
 )
-from ._ema import ExponentialAverage as ExponentialAverage
+from ._ema import ExponentialAverage as ExponentialAverage, HalfLife as HalfLife
 from ._field import (
     AbstractField as AbstractField,
     AbstractFieldWithVelocity as AbstractFieldWithVelocity,
@@ -157,6 +158,7 @@ from ._objective import (
     AbstractObjective as AbstractObjective,
     Objective as Objective,
 )
+from ._perceptual import PerceptualTerm as PerceptualTerm
 from ._row import Context as Context, Row as Row
 from ._sample import (
     sample as sample,

@@ -14,10 +14,11 @@ A velocity head, if the field has one, learns the same (guided) velocity v as u(
     loss of a row = sg(w(error of u)) error of u + sg(w(error of v)) error of v
 
 on r = t rows, and on identity rows of an `AbstractIdentityWithVelocity`. Guidance then takes the head's values.
+Perceptual terms are added to the loss of a row.
 """
 
 import abc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Any, NamedTuple
 
@@ -57,6 +58,7 @@ from ._interpolant import AbstractInterpolant, LinearInterpolant
 from ._leaves import by_name
 from ._mean import errors_by_kind, mean_of, Metrics, total
 from ._model.guidance import condition_at
+from ._perceptual import PerceptualTerm
 from ._row import Context, Drawing, Row
 from ._stable_target import StableTarget
 from ._times import AbstractTimes, as_share, check_batch_size, rows_per_group, split_rows, TimePairs
@@ -170,11 +172,17 @@ class Objective(AbstractObjective):
       it. For rows whose condition was dropped it gets the null condition, for which a mixture returns NaN: wrap it.
     - `stable_target`: None, or reference data from which $v_t$ is estimated with less variance than from the row's own
       x alone.
+    - `smallest_time`: $t_0$ in [0, 1): rows learn the velocity $\min(1, t / t_0)\, v_t = (z_t - x) / \max(t, t_0)$ of
+      the straight path, as an `XPrediction` with the same $t_0$ needs it; 0.05 in its paper, 0 for $v_t$. What is
+      learnt is exact for the flow of that velocity, which is slower below $t_0$: for $t \ge t_0$ the equations are
+      those of $v_t$, and averages that end below $t_0$ leave a part of the noise, $t_0 / e$ of it for data at a point.
+    - `perceptual`: `PerceptualTerm`s, none by default. They need an identity that gives its u, an
+      `AbstractIdentityWithVelocity`, or none.
 
     **Metrics**, each a `Mean`: `loss` (weighted); `boundary_error` and `identity_error`, the *raw* mean squared error
     per dimension of rows with r = t and with r < t; `identity_error_by_gap`, the latter in four equal bins of t - r;
-    `velocity_error`, for a field with a velocity head, that of the head on the rows that train it. A mean over no rows
-    is NaN.
+    `velocity_error`, for a field with a velocity head, that of the head on the rows that train it; `perceptual_loss`,
+    if there are such terms, their part of the loss. A mean over no rows is NaN.
 
     **Raises:** `ValueError` if arguments contradict each other, or, when called, if the batch is not divisible.
     """
@@ -189,6 +197,8 @@ class Objective(AbstractObjective):
     label_dropout: LabelDropout | None = None
     velocity: Callable[[Float[Array, "*data"], Time, Condition], Float[Array, "*data"]] | None = None
     stable_target: StableTarget | None = None
+    smallest_time: float = eqx.field(default=0.0, converter=float)
+    perceptual: Sequence[PerceptualTerm] = eqx.field(default=(), converter=tuple)
 
     def __check_init__(self):
         for name, kind in _KINDS.items():
@@ -207,6 +217,7 @@ class Objective(AbstractObjective):
         for part in ("guidance", "velocity", "stable_target"):
             if facts.uses_pair and (given := getattr(self, part)) is not None:
                 raise ValueError(f"{part} must be None for {name}, which learns from x and eps alone; got {given}")
+        self._check_options_of_pixels()
         if self.velocity is not None and self.stable_target is not None:
             raise ValueError("stable_target must be None with a velocity, which replaces it; got both")
         if self.guidance is not None and self.label_dropout is None:
@@ -216,6 +227,21 @@ class Objective(AbstractObjective):
                 f"label_dropout.rate must be at most 1 - identity_share = {1 - share}, since only r = t rows are "
                 f"dropped; got {self.label_dropout.rate}"
             )
+
+    def _check_options_of_pixels(self) -> None:
+        name, given = type(self.identity).__name__, self.smallest_time
+        if not 0 <= given < 1:
+            raise ValueError(f"smallest_time must lie in [0, 1), got {given}")
+        if given > 0 and not isinstance(self.interpolant, LinearInterpolant):
+            kind = type(self.interpolant).__name__
+            raise ValueError(f"smallest_time must be 0 for any path but LinearInterpolant, got {given} and {kind}")
+        if given > 0 and self._facts.uses_pair:
+            raise ValueError(f"smallest_time must be 0 for {name}, which learns from x and eps alone; got {given}")
+        for term in self.perceptual:
+            check_kind("perceptual", term, PerceptualTerm)
+        if self.perceptual and not isinstance(self.identity, AbstractIdentityWithVelocity | None):
+            rule = "be empty for an identity that is no AbstractIdentityWithVelocity"
+            raise ValueError(f"perceptual must {rule}, got {len(self.perceptual)} terms for {name}")
 
     @property
     def _drop_probability(self) -> float:
@@ -303,26 +329,28 @@ class Objective(AbstractObjective):
             raise ValueError(f"field must {rule}, got {type(field).__name__} without one")
         draw, group = self._drawing(boundary), 1 if boundary else self._facts.group
 
-        def evaluate(example: Batch) -> tuple[Scalar, Scalar, Scalar, Scalar | None]:
+        def evaluate(example: Batch) -> tuple[Scalar, Scalar, Scalar, Scalar | None, Scalar | None]:
             row = draw(example, key, context)
             term = (self._boundary_term if boundary else self._identity_term)(field, row)
             velocity_error = None if term.velocity_residual is None else _per_dimension(term.velocity_residual)
-            return term.loss, _per_dimension(term.residual), row.t - row.r, velocity_error
+            return term.loss, _per_dimension(term.residual), row.t - row.r, velocity_error, term.perceptual
 
         def evaluate_group(examples: Batch) -> tuple[Float[Array, "..."], Float[Array, "..."], Float[Array, "..."]]:
             rows = draw.group(examples, key, context)
             residuals, loss = self._group_term(field, rows)
             return jnp.broadcast_to(loss, (group,)), jax.vmap(_per_dimension)(residuals), rows.t - rows.r
 
-        velocity_errors = None
+        velocity_errors = perceptual = None
         if group == 1:
-            losses, errors, gaps, velocity_errors = jax.vmap(evaluate)(batch)
+            losses, errors, gaps, velocity_errors, perceptual = jax.vmap(evaluate)(batch)
         else:
             groups = jax.tree.map(lambda leaf: leaf.reshape(-1, group, *leaf.shape[1:]), batch)
             losses, errors, gaps = (values.reshape(-1) for values in jax.vmap(evaluate_group)(groups))
         metrics = {"loss": mean_of(losses), **errors_by_kind(errors, gaps)}
         if has_velocity_head(field):
             metrics["velocity_error"] = mean_of(losses[:0] if velocity_errors is None else velocity_errors)
+        if perceptual is not None:
+            metrics["perceptual_loss"] = mean_of(perceptual)
         if self.identity_share == 0:
             del metrics["identity_error"], metrics["identity_error_by_gap"]
         return metrics
@@ -340,6 +368,8 @@ class Objective(AbstractObjective):
             guidance=self.guidance,
             velocity=self.velocity,
             stable_target=self.stable_target,
+            smallest_time=self.smallest_time,
+            with_data=bool(self.perceptual),
             with_pair=self.guidance is None and self.velocity is None and self.stable_target is None,
         )
 
@@ -347,7 +377,7 @@ class Objective(AbstractObjective):
         """What a row with r = t contributes: u(z, t, t) = v, and the same for the velocity head."""
         u, v = _average_and_velocity(field, row)
         target = self._guided(field, row, jax.lax.stop_gradient(u if v is None else v))
-        return self._term(u - target, row, None if v is None else v - target)
+        return self._term(u - target, row, u, None if v is None else v - target)
 
     def _identity_term(self, field: AbstractField, row: Row) -> "_Term":
         """What a row that carries the identity contributes."""
@@ -357,9 +387,9 @@ class Objective(AbstractObjective):
             return _Term(*identity.residual_and_loss(field, row))
         if not isinstance(identity, AbstractIdentityWithVelocity):
             return self._term(at_least_float32(identity.residual(field, row)), row)
-        residual, v = identity.residual_and_velocity(field, row)
+        residual, u, v = identity.residual_and_values(field, row)
         velocity_residual = None if v is None else at_least_float32(with_checked_shapes(v, row.z)) - row.v
-        return self._term(at_least_float32(residual), row, velocity_residual)
+        return self._term(at_least_float32(residual), row, at_least_float32(u), velocity_residual)
 
     def _group_term(self, field: AbstractField, rows: Row) -> tuple[Float[Array, "group *data"], Scalar]:
         """The residuals of a group of rows, and their mean loss."""
@@ -367,15 +397,20 @@ class Objective(AbstractObjective):
         return self.identity.residual_and_loss(field, rows)
 
     def _term(
-        self, residual: Float[Array, "*data"], row: Row, velocity_residual: Float[Array, "*data"] | None = None
+        self,
+        residual: Float[Array, "*data"],
+        row: Row,
+        u: Float[Array, "*data"] | None = None,
+        velocity_residual: Float[Array, "*data"] | None = None,
     ) -> "_Term":
-        """The errors of u and of the velocity head, each with its weight."""
-        loss = self._weighted(residual, row)
-        return _Term(
-            residual,
-            loss if velocity_residual is None else loss + self._weighted(velocity_residual, row),
-            velocity_residual,
-        )
+        """The errors of u and of the velocity head, each with its weight, and the perceptual terms of u."""
+        loss, perceptual = self._weighted(residual, row), None
+        if velocity_residual is not None:
+            loss = loss + self._weighted(velocity_residual, row)
+        if self.perceptual and u is not None:
+            perceptual = jnp.sum(jnp.stack([term(row, u) for term in self.perceptual]))
+            loss = loss + perceptual
+        return _Term(residual, loss, velocity_residual, perceptual)
 
     def _weighted(self, residual: Float[Array, "*data"], row: Row) -> Scalar:
         error = jnp.sum(residual**2)
@@ -403,11 +438,13 @@ class Objective(AbstractObjective):
 
 
 class _Term(NamedTuple):
-    """What a row contributes to the loss: the residual of u, the loss, and the error of the velocity head."""
+    """What a row contributes to the loss: the residual of u, the loss, the error of the velocity head, and the part of
+    the loss that is perceptual."""
 
     residual: Float[Array, "*data"]
     loss: Scalar
     velocity_residual: Float[Array, "*data"] | None = None
+    perceptual: Scalar | None = None
 
 
 def _average_and_velocity(field: AbstractField, row: Row) -> tuple[Float[Array, "*data"], Float[Array, "*data"] | None]:

@@ -45,7 +45,8 @@ class Row(eqx.Module):
 
     - `z`: state at time `t`.
     - `v`: velocity at `z`: in training the conditional one, guided if the objective has guidance, or the value of the
-      objective's `velocity` or `stable_target`; in proofs the marginal one.
+      objective's `velocity` or `stable_target`; times min(1, t / t_0) if the objective has a `smallest_time` t_0; in
+      proofs the marginal one.
     - `r`, `t`: times, r <= t.
     - `condition`: the condition of the row, or the null condition if it was dropped; with `DrawnGuidance` a
       `GuidanceCondition` of it.
@@ -54,7 +55,8 @@ class Row(eqx.Module):
       i is `split(key, n)[i]`, which the field may use. None if there is neither dropout nor such a draw.
     - `context`: training step and teacher. None outside of training, as in proofs and metrics.
     - `x`, `eps`, `path`: data, noise and interpolant from which z was made. None if z was made otherwise; x and eps
-      are also None if the objective has guidance, a `velocity` or a `stable_target`, on which they do not depend.
+      are also None if the objective has guidance, a `velocity` or a `stable_target`, on which they do not depend. An
+      objective with perceptual terms always gives x.
     - `dropped`: whether the condition was dropped.
     - `predicted`: the field's own v(z, t) as the objective evaluated it for guidance, behind stop-gradient; None if it
       did not. `own_velocity` returns it.
@@ -136,8 +138,8 @@ class Drawing:
     """How rows of one kind are drawn: boundary rows with r = t, or rows that carry the identity.
 
     **Arguments:** `is_boundary` whether the rows are boundary rows; `ends_at_data` whether r is 0 in identity rows;
-    `drop_probability` of each row's condition; `with_pair` whether rows contain x, eps and path; the others as in
-    `Objective`.
+    `drop_probability` of each row's condition; `with_data` whether rows contain x, `with_pair` whether
+    they contain x, eps and path; the others as in `Objective`.
     """
 
     is_boundary: bool
@@ -150,6 +152,8 @@ class Drawing:
     guidance: AbstractGuidance | None
     velocity: Callable[[Float[Array, "*data"], Time, Condition], Float[Array, "*data"]] | None
     stable_target: StableTarget | None
+    smallest_time: float
+    with_data: bool
     with_pair: bool
 
     def __call__(self, example: Batch, key: Key[Array, ""], context: Context | None) -> Row:
@@ -188,9 +192,11 @@ class Drawing:
             v = jax.lax.stop_gradient(self.velocity(z, t, condition).astype(z.dtype))
             if v.shape != z.shape:
                 raise ValueError(f"velocity must return the shape of z, {z.shape}, got {v.shape}")
+        if self.smallest_time > 0:
+            v = jnp.minimum(1, t / self.smallest_time) * v
         if self.guidance is not None:
             condition = self.guidance.condition(condition, r, t, key=jr.fold_in(drop_key, 1))
-        pair = {"x": x, "eps": eps} if self.with_pair else {}
+        pair = {"x": x, "eps": eps} if self.with_pair else {"x": x} if self.with_data else {}
         return Row(z, v, r, t, condition, key=field_key, context=context, path=self.path, dropped=dropped, **pair)
 
     def _draw_times(self, key: Key[Array, ""]) -> tuple[TimeLike, TimeLike]:

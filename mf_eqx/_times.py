@@ -78,15 +78,18 @@ class TimePairs(eqx.Module):
       sets r = t in further pairs, so that about 30% of all pairs have r = t.
     - `at_data`: the probability with which r is set to 0, for more training of single steps to the data (transition
       models, arXiv 2509.04394). A pair whose r was set to t keeps it.
+    - `uniform`: the probability with which both draws are uniform in [0, 1] instead; 0.1 as an option in pixel MeanFlow
+      (arXiv 2601.22158).
     """
 
     times: AbstractTimes = LogitNormalTimes()
     r_times: AbstractTimes | None = None
     equal: float = eqx.field(default=0.0, converter=float)
     at_data: float = eqx.field(default=0.0, converter=float)
+    uniform: float = eqx.field(default=0.0, converter=float)
 
     def __check_init__(self):
-        for name, probability in (("equal", self.equal), ("at_data", self.at_data)):
+        for name, probability in (("equal", self.equal), ("at_data", self.at_data), ("uniform", self.uniform)):
             if not 0 <= probability <= 1:
                 raise ValueError(f"{name} is a probability and must lie in [0, 1], got {probability}")
 
@@ -94,11 +97,13 @@ class TimePairs(eqx.Module):
         """One pair `(r, t)`."""
         first_key, second_key, coin_key = jr.split(key, 3)
         first = self.times(key=first_key)
-        if self.r_times is None:
-            second = self.times(key=second_key)
-            r, t = jnp.minimum(first, second), jnp.maximum(first, second)
-        else:
-            r, t = jnp.minimum(self.r_times(key=second_key), first), first
+        second = (self.times if self.r_times is None else self.r_times)(key=second_key)
+        if self.uniform > 0:
+            is_uniform, keys = jr.bernoulli(jr.fold_in(coin_key, 2), self.uniform), jr.split(jr.fold_in(coin_key, 3))
+            first, second = (
+                jnp.where(is_uniform, jr.uniform(key), time) for key, time in zip(keys, (first, second), strict=True)
+            )
+        r, t = jnp.minimum(first, second), first if self.r_times is not None else jnp.maximum(first, second)
         if self.at_data > 0:
             r = jnp.where(jr.bernoulli(jr.fold_in(coin_key, 1), self.at_data), 0, r)
         return jnp.where(jr.bernoulli(coin_key, self.equal), t, r), t

@@ -100,3 +100,41 @@ def test_decay_outside_of_zero_to_one_is_refused(decay):
 def test_interval_below_one_is_refused():
     with pytest.raises(ValueError, match="interval must be >= 1, got 0"):
         mfx.ExponentialAverage(0.9, interval=0)
+
+
+# Half-lives
+
+
+def test_half_life_is_that_of_karras_et_al_and_rises_with_the_images_seen(x64):
+    rule, batch = mfx.HalfLife(2000, 16), 16
+    for step in (1, 2, 10, 2501, 2502, 10**6):
+        seen = (step - 1) * batch  # their code averages before it counts the images of the step
+        expected = 0.5 ** (batch / max(min(2000, 0.05 * seen), 1e-8))
+        np.testing.assert_allclose(rule(jnp.asarray(step)), expected, rtol=1e-12)
+
+
+def test_half_life_without_ramp_up_halves_the_weight_over_its_images(x64):
+    rule, average = mfx.ExponentialAverage(mfx.HalfLife(80, 10, rampup=float("inf"))), pair([1.0], jnp.float64)
+    for step in range(1, 9):
+        average = rule.update(average, pair([3.0], jnp.float64), jnp.asarray(step))
+    np.testing.assert_allclose(average.weight, [2.0], rtol=1e-12)
+
+
+def test_average_with_a_half_life_begins_as_the_parameters_of_the_first_step():
+    rule, average = mfx.ExponentialAverage(mfx.HalfLife(500_000, 1024)), pair([1.0])
+    for step, value in enumerate([3.0, 7.0], start=1):
+        average = rule.update(average, pair([value]), jnp.asarray(step))
+    np.testing.assert_allclose(average.weight, [3 * 2**-20 + 7 * (1 - 2**-20)], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((0.0, 8), "images must be > 0 and finite, got 0.0"),
+        ((10.0, 0), "batch must be an integer >= 1, got 0"),
+        ((10.0, 8, 0.0), "rampup must be > 0, got 0.0"),
+    ],
+)
+def test_half_life_that_is_none_is_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        mfx.HalfLife(*arguments)

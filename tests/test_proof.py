@@ -31,6 +31,8 @@ from mf_eqx import (
     Row,
     SoFlow,
     TrigonometricInterpolant,
+    UniformTimes,
+    XPrediction,
 )
 from mf_eqx.exact import (
     AverageVelocity,
@@ -459,3 +461,65 @@ def test_residual_of_an_identity_without_velocity_tends_to_zero_whatever_the_fie
     assert far > 1e-3
     assert near < 0.02 * far
     assert largest(left_at(method, 0.0)[2]) < 1e-14
+
+
+# Velocities that are bounded at small times: exact for their own flow, whose equations are the others above that time.
+
+
+SMALLEST = 0.3
+
+
+class Bounded(eqx.Module):
+    """The marginal velocity that rows of an objective with this smallest time learn."""
+
+    velocity: MarginalVelocity
+
+    def __call__(self, z, t, condition=None):
+        return jnp.minimum(1, t / SMALLEST) * self.velocity(z, t, condition)
+
+
+def of_bounded_rows(field):
+    """Residuals where v is bounded, and the times of the rows."""
+    velocity, _, (z, r, t) = marginal(PATHS[0])
+    rows = slice(None, None, 4)
+    return residuals(MeanFlow(), field, Bounded(velocity), z[rows], r[rows], t[rows]), t[rows]
+
+
+def test_average_of_a_bounded_velocity_satisfies_the_identity_at_all_times():
+    found, t = of_bounded_rows(AverageVelocity(Bounded(marginal(PATHS[0])[0])))
+    assert min(t) < SMALLEST / 2
+    assert largest(found) < 1e-6
+
+
+def test_true_average_satisfies_it_above_the_smallest_time_alone():
+    found, t = of_bounded_rows(marginal(PATHS[0])[1])
+    is_above = np.asarray(t) >= SMALLEST
+    assert 10 < is_above.sum() < len(t) - 5
+    assert largest(found[is_above]) < 1e-6
+    assert np.median(np.linalg.norm(found[~is_above], axis=1)) > 0.1
+
+
+def test_rows_learn_velocities_that_are_bounded_as_those_of_x_prediction():
+    point = np.array([0.7, -1.2])
+
+    class Point(AbstractField):
+        def __call__(self, z, r, t, condition=None, *, key=None):
+            return jnp.asarray(point)
+
+    rows, field = Batch(jnp.broadcast_to(point, (64, 2))), XPrediction(Point(), SMALLEST)
+    options = {"boundary_times": UniformTimes(), "identity_share": 0}
+    bounded, plain = (
+        Objective(None, smallest_time=time, **options)(field, rows, key=jr.key(0))[1]["boundary_error"].value
+        for time in (SMALLEST, 0.0)
+    )
+    assert bounded < 1e-28 and plain > 1e-2
+
+
+def test_flow_of_a_bounded_velocity_leaves_a_part_of_the_noise():
+    point, eps = jnp.array([0.7, -1.2]), jnp.array([0.4, 2.0])
+
+    def velocity(z, t, condition):
+        return (z - point) / jnp.maximum(t, SMALLEST)
+
+    x = eps - AverageVelocity(velocity)(eps, 0.0, 1.0)
+    np.testing.assert_allclose(x, point + SMALLEST / np.e * (eps - point), atol=1e-8)

@@ -26,6 +26,7 @@ PAIRS = {
     "minimum, r mostly above t": TimePairs(LogitNormalTimes(-4.0, 1.6), UniformTimes()),
     "coin": TimePairs(equal=0.5),
     "minimum and coin": V1,
+    "sorted, a tenth uniform": TimePairs(LogitNormalTimes(0.8, 0.8), uniform=0.1),
 }
 
 
@@ -117,6 +118,22 @@ def test_coin_sets_r_to_t_with_its_probability(equal):
     r, t = draw(TimePairs(UniformTimes(), equal=equal))
     # Two float32 uniforms agree by chance once in 2^23.
     assert abs((r == t).mean() - equal) <= 4 * np.sqrt(equal * (1 - equal) / DRAWS) + 1e-4
+
+
+def test_both_draws_are_uniform_with_their_probability():
+    r, t = draw(PAIRS["sorted, a tenth uniform"])
+    normal = functools.partial(logit_normal_cdf, 0.8, 0.8)
+    assert scipy.stats.kstest(t, lambda x: 0.9 * normal(x) ** 2 + 0.1 * x**2).statistic < KS_BOUND
+    assert scipy.stats.kstest(r, lambda x: 1 - 0.9 * (1 - normal(x)) ** 2 - 0.1 * (1 - x) ** 2).statistic < KS_BOUND
+    # A logit-normal draw below 0.05 has probability 1e-6: such pairs are uniform, and as often as their areas say.
+    assert abs((t < 0.05).mean() - 0.1 * 0.05**2) < 4 * np.sqrt(0.1 * 0.05**2 / DRAWS)
+
+
+def test_uniform_pairs_of_two_distributions_keep_the_minimum():
+    r, t = draw(TimePairs(LogitNormalTimes(-4.0, 0.1), LogitNormalTimes(4.0, 0.1), uniform=1.0))
+    assert scipy.stats.kstest(t, "uniform").statistic < KS_BOUND
+    assert scipy.stats.kstest(r, lambda x: 1 - (1 - x) ** 2).statistic < KS_BOUND
+    assert abs((r == t).mean() - 0.5) < 4 * np.sqrt(0.25 / DRAWS)
 
 
 def test_coin_keeps_t():

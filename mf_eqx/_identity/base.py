@@ -55,19 +55,20 @@ class AbstractIdentityWithLoss(AbstractIdentity):
 
 
 class AbstractIdentityWithVelocity(AbstractIdentity):
-    """An equation that evaluates the velocity head, if the field has one, beside u, so that its rows train both."""
+    """An equation that evaluates the velocity head, if the field has one, beside u, so that its rows train both. Its
+    values of u also serve the objective's perceptual terms."""
 
     @abc.abstractmethod
-    def residual_and_velocity(
+    def residual_and_values(
         self, field: AbstractField, row: Row
-    ) -> tuple[Float[Array, "*data"], Float[Array, "*data"] | None]:
-        """The residual of the equation, and v(z, t) of the velocity head, None without a head.
+    ) -> tuple[Float[Array, "*data"], Float[Array, "*data"], Float[Array, "*data"] | None]:
+        """The residual of the equation, u(z, r, t), and v(z, t) of the velocity head, None without a head.
 
         **Arguments:** `field` to be learnt; `row` the example.
         """
 
     def residual(self, field: AbstractField, row: Row) -> Float[Array, "*data"]:
-        return self.residual_and_velocity(field, row)[0]
+        return self.residual_and_values(field, row)[0]
 
 
 class AbstractScheduledIdentity(AbstractIdentity):

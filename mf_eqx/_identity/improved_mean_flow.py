@@ -51,9 +51,9 @@ class ImprovedMeanFlow(AbstractIdentityWithVelocity):
         passes, settings = and_forward(self.derivative.passes, 1), {"identity_share": 0.5}
         return Facts(degenerate=True, trains_velocity=False, passes=passes, paper_settings=settings)
 
-    def residual_and_velocity(
+    def residual_and_values(
         self, field: AbstractField, row: Row
-    ) -> tuple[Float[Array, "*data"], Float[Array, "*data"] | None]:
+    ) -> tuple[Float[Array, "*data"], Float[Array, "*data"], Float[Array, "*data"] | None]:
         predicted = row.own_velocity(field)
         along = predicted + at_step(self.conditional, row.context).astype(predicted.dtype) * (row.v - predicted)
         inputs, how = (row.z, row.r, row.t, row.condition), {"tangent": (along, 0.0, 1.0), "key": row.key}
@@ -61,4 +61,4 @@ class ImprovedMeanFlow(AbstractIdentityWithVelocity):
             (u, v), (dudt, _) = self.derivative(WithVelocity(field), *inputs, **how)
         else:
             (u, dudt), v = self.derivative(field, *inputs, **how), None
-        return u - jax.lax.stop_gradient(row.v - (row.t - row.r) * dudt), v
+        return u - jax.lax.stop_gradient(row.v - (row.t - row.r) * dudt), u, v

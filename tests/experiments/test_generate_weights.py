@@ -244,7 +244,10 @@ def test_several_scales_are_rows_of_one_picture_of_the_same_noise(command, files
         ),
         ("drawn.safetensors --guidance-scale 0.9", r"--guidance-scale must lie in \[1, 8\], .*, got 0.9"),
         ("drawn.safetensors --guidance-interval 0.6 1", "--guidance-interval must contain 0.5, as all .*, got 0.6 1"),
-        ("drawn.safetensors --to x.npy --guidance-scale 1 2", "--guidance-scale must be one scale for all but .* x.npy"),
+        (
+            "drawn.safetensors --to x.npy --guidance-scale 1 2",
+            "--guidance-scale must be one scale for all but .* x.npy",
+        ),
         ("digits.safetensors --untrained-guidance", "--untrained-guidance must be left out for digits.*, which takes"),
         ("digits.safetensors --guidance-interval 0 0.5", "--guidance-interval must be 0 1 for digits.*, got 0 0.5"),
         (

@@ -2,6 +2,7 @@
 
 CIFAR-10:   its files -> cifar10.py -> evaluate.py
 ImageNet:   folders of images -> prepare_latents.py -> imagenet_latents.py -> evaluate.py
+            the same with improved MeanFlow, whose weights are sampled at several scales of guidance
 
 Inception has random weights; its whole size for ImageNet, whose protocol `test_evaluate.py` leaves to this file.
 """
@@ -171,6 +172,12 @@ DIT = (
 )
 
 
+IMPROVED = (
+    "--preset iMF-tiny --data latents --vae vae --depth 2 --width 16 --heads 2 --batch 8 --epochs 2.6 "
+    "--decay 0.9 --learning-rate 1e-2 --save-every 4 --preview-every 4 --log-every 2"
+)
+
+
 @pytest.fixture(scope="module")
 def encoded(command, tmp_path_factory):
     """A folder with images of three classes, a small tokenizer, and the latents that the script makes of them."""
@@ -233,3 +240,52 @@ def test_imagenet_weights_are_judged(trained_on_latents, command):
     judged = command(root, "evaluate", f"--weights {weights} {flags} {JUDGED}")
     row = check_numbers(judged, "ADM", ["samples_1.png"])
     assert row["reference_images"] == 10 and row["vae"] == row["notes"]["tokenizer"]["digest"]
+
+
+# Improved MeanFlow
+
+
+@pytest.fixture(scope="module")
+def improved(encoded, command, experiment):
+    states, save = kept_states(experiment("imagenet_latents"))
+    return encoded, command(encoded, "imagenet_latents", IMPROVED, save=save), states[0]
+
+
+def test_improved_mean_flow_trains_on_latents(improved):
+    _, directory, state = improved
+    check_training(directory, state, 4)
+    assert all(np.isfinite(record["velocity_error"]) for record in run.RunDirectory(directory).records())
+    assert size_of(directory / "samples.png") == (square(4, 16 * round(48 / 16)),) * 2
+
+
+def test_weights_of_improved_mean_flow_have_no_velocity_head_and_know_the_scales_of_their_training(improved):
+    _, directory, state = improved
+    field, weights = load(directory / "ema_0.9.safetensors")
+    assert bool(eqx.tree_equal(field, state.averages[0].without_velocity_head()))
+    expected = mfx.Trained(True, null_velocity=True, null_average=False, guidance=mfx.GuidanceRange(1.0, 8.0, 0.5))
+    assert weights.notes.trained == expected
+    assert (weights.network["network"], weights.network["guidance"]) == ("InContextDiT", True)
+
+
+def test_improved_mean_flow_is_shown_over_scales_and_intervals(improved, command):
+    root, directory, _ = improved
+    weights = (directory / "ema_0.9.safetensors").relative_to(root)
+    sweep = "--guidance-scale 1 6 --guidance-interval 0 1 0.4 0.65"
+    judged = command(root, "evaluate", f"--weights {weights} --vae vae --grid-only --decode-batch 8 --batch 8 {sweep}")
+    names = ["samples_1.png", "samples_1_guidance_6.png", "samples_1_guidance_6_in_0.4_0.65.png"]
+    assert sorted(path.name for path in judged.glob("*.png")) == sorted([*names, "samples_1_in_0.4_0.65.png"])
+
+
+def test_pictures_of_improved_mean_flow_show_one_noise_over_the_scales(improved, command):
+    root, directory, _ = improved
+    weights = (directory / "ema_0.9.safetensors").relative_to(root)
+    flags = "--vae vae --guidance-scale 1 2 4 8 --guidance-interval 0.4 0.6"
+    command(root, "generate", f"--weights {weights} --to row.png {flags}")
+    assert (root / "row.png").stat().st_size > 0
+
+
+def test_improved_mean_flow_goes_on_from_the_directory_of_its_run(improved, command, experiment):
+    root, directory, _ = improved
+    states, save = kept_states(experiment("imagenet_latents"))
+    command(root, "imagenet_latents", f"{IMPROVED} --seed 1 --start {directory} --epochs 0.6", save=save)
+    assert int(states[0].step) == 1 and states[0].field.has_velocity_head
