@@ -29,6 +29,8 @@ class Sampler(NamedTuple):
     shown: int
     labels: int | None = None
     class_names: Sequence[str] | None = None
+    guidance: tuple[float, tuple[float, float]] | None = None
+    """Scale and interval, for a network that takes guidance as an input."""
 
     @property
     def all_names(self) -> Sequence[str]:
@@ -41,6 +43,7 @@ class Sampler(NamedTuple):
         """An image for each label, from the noise of this seed."""
         times, key = mfx.uniform_times(evaluations), jr.key(seed)
         shape = field.data_shape  # pyright: ignore[reportAttributeAccessIssue]
+        field = field if self.guidance is None else mfx.WithGuidance(field, *self.guidance)
         options = {"method": self.method, "unroll": jax.default_backend() == "cpu"}  # XLA:CPU is slow in loops
         generator = mfx.Generator(field, key, shape, times, labels=self.labels, **options)
         made, rows = [], GENERATED_AT_ONCE
@@ -67,16 +70,19 @@ def save_samples(sampler: Sampler, field: mfx.AbstractField, path: Path, rows: i
     picture.save_image_grid(path, x.reshape(rows, len(label), *x.shape[1:]), -1, 1, column_labels=names)
 
 
-def save_comparison(sampler: Sampler, field: mfx.AbstractField, test: data.Rows, path: Path) -> None:
+def save_comparison(samplers: Sequence[Sampler], field: mfx.AbstractField, test: data.Rows, path: Path) -> None:
     """A test image of each class, white if there is none, and samples of the same classes, from the same noise
-    for each number of evaluations."""
-    label, names = sampler.columns()
-    known = np.zeros(len(test.x), np.int32) if sampler.labels is None or test.label is None else test.label
+    for each sampler and number of evaluations."""
+    first = samplers[0]
+    label, names = first.columns()
+    known = np.zeros(len(test.x), np.int32) if first.labels is None or test.label is None else test.label
     found = [test.x[known == c] for c in label]
     white = np.full_like(test.x[0], 255)  # where the test images lack a class
     rows = {"test images": np.stack([x[i % len(x)] if len(x) else white for i, x in enumerate(found)]) / 127.5 - 1}
-    for number in sampler.evaluations:
-        rows[counted(number)] = sampler(field, label, number, PICTURE_SEED)
+    for sampler in samplers:
+        for number in sampler.evaluations:
+            name = counted(number) if len(samplers) == 1 else f"{sampler.name}, {counted(number)}"
+            rows[name] = sampler(field, label, number, PICTURE_SEED)
     picture.save_image_grid(path, np.stack([*rows.values()]), -1, 1, row_labels=[*rows], column_labels=names)
 
 

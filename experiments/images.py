@@ -4,12 +4,14 @@
     python experiments/images.py --data /usr/share/datasets/fashion-mnist       IDX files; CIFAR-10; shards
     python experiments/images.py --data photos --size 64 --preset quick         480 s of CPU time for 28 x 28 in grey
     python experiments/images.py --data photos --size 64 --preset guided        guidance inside the target; needs labels
+    python experiments/images.py --data photos --size 64 --preset any-guidance  one network, guided at sampling
     python experiments/images.py --data photos --size 48 64 --network unet --flips        48 rows of 64 pixels
     python experiments/images.py --data photos --size 64 --dry-run              what it takes, before it is started
 
 A run that was stopped, or killed, continues by the same command, on any number of devices and processes that divides
 the batch; with a larger --steps, a finished one continues, too. The parameter average is left in ema.safetensors, which
-generate.py, evaluate.py and --start read. The paper's CIFAR-10, with its U-Net and its numbers, is cifar10.py.
+generate.py, evaluate.py and --start read. The paper's CIFAR-10, with its U-Net and its numbers, is cifar10.py; pixel
+MeanFlow, whose networks predict images, is pixels.py.
 
 At the end images are generated, as many as `--samples` with the labels of test images, and held against these: by
 distances in several spaces of features, by a classifier, by what is covered and by what is repeated. image_judge.py
@@ -17,6 +19,7 @@ says how, fashion.py is this recipe for Fashion-MNIST, and RESULTS.md says what 
 """
 
 import dataclasses
+import itertools
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -128,6 +131,13 @@ class Config(run.Settings):
     """Guidance mix kappa (Eq. 21), in [0, 1); the effective scale is omega / (1 - kappa)."""
     interval: tuple[float, float] = (0.0, 1.0)
     """Interval of t in which guidance applies, closed at both ends."""
+    guidance_input: bool = False
+    """Draw guidance scales from 1 to 8 and intervals for each row and give them to the network, so that they are chosen
+    at sampling (improved MeanFlow), in place of scale, mix and interval; needs labels."""
+    sample_scale: tuple[float, ...] = run.setting((1.0, 2.0))
+    """With guidance_input: the scales that are judged; pictures show the last."""
+    sample_interval: tuple[float, float] = run.setting((0.0, 1.0))
+    """With guidance_input: the first and the last time at which these scales hold, in all samples."""
     label_dropout: float = 0.1
     """Share of rows whose label is dropped, in [0, 1 - identity_share]."""
     flips: bool = False
@@ -160,7 +170,7 @@ class Config(run.Settings):
         if not 0 <= self.augmentation <= 1:
             raise ValueError(f"augmentation must lie in [0, 1], got {self.augmentation}")
         check_guidance(self, self.labels)
-        if guided(self) and self.label_dropout == 0:
+        if (guided(self) or self.guidance_input) and self.label_dropout == 0:
             raise ValueError("label_dropout must be > 0 with guidance, which needs the unlabelled field; got 0.0")
         if self.augmentation and self.network != "unet":
             raise ValueError(f"augmentation must be 0 for a DiT, which is not told of it, got {self.augmentation}")
@@ -184,6 +194,26 @@ def guided(config: Config) -> bool:
 def check_guidance(config: Config, has_labels: bool) -> None:
     if guided(config) and not has_labels:
         raise ValueError(f"scale must be 1 and mix 0 without labels, got {config.scale} and {config.mix}")
+    if not config.guidance_input:
+        return
+    if not has_labels:
+        raise ValueError("guidance_input must be left out without labels, got True")
+    if guided(config) or config.interval != (0, 1):
+        found = f"{config.scale:g}, {config.mix:g} and {config.interval}"
+        raise ValueError(f"scale, mix and interval must be 1, 0 and (0, 1) with guidance_input, got {found}")
+    if config.identity_share in (0, 1):
+        raise ValueError(f"identity_share must lie between 0 and 1 with guidance_input, got {config.identity_share}")
+    check_drawn(config.sample_scale, config.sample_interval)
+
+
+def check_drawn(scales: Sequence[float], interval: tuple[float, float]) -> None:
+    """Refuses guidance at sampling that is not drawn in training."""
+    drawn = mfx.Objective(guidance=mfx.DrawnGuidance(), label_dropout=mfx.LabelDropout(0.1, 1)).trained.guidance
+    assert drawn is not None
+    if not scales or not all(drawn.contains(scale, (0, 1)) for scale in scales):
+        raise ValueError(f"sample_scale must lie in [{drawn.smallest:g}, {drawn.largest:g}], got {scales}")
+    if not 0 <= interval[0] <= interval[1] <= 1 or not drawn.contains(drawn.smallest, interval):
+        raise ValueError(f"sample_interval must lie in [0, 1] and contain {drawn.middle}, got {interval}")
 
 
 def size_of(config: Config) -> Any:
@@ -194,6 +224,7 @@ def size_of(config: Config) -> Any:
 
 def make_field(config: Config, shape: Shape, labels: int | None, key: Key[Array, ""]) -> mfx.DiT | mfx.UNet:
     how: dict[str, Any] = {"dtype": jnp.bfloat16 if config.bfloat16 else jnp.float32, "remat": config.remat, "key": key}
+    how["guidance"] = config.guidance_input
     if config.network == "dit":
         return mfx.DiT(shape, size_of(config), labels=labels, **how)
     numbers = 6 if config.augmentation else 0  # by which EDM's augmentation tells the network of itself
@@ -201,14 +232,19 @@ def make_field(config: Config, shape: Shape, labels: int | None, key: Key[Array,
 
 
 def objective(config: Config, labels: int | None, target: mfx.StableTarget | None = None) -> mfx.Objective:
-    times = mfx.LogitNormalTimes(*config.times)
+    times, guidance = mfx.LogitNormalTimes(*config.times), None
+    identity: mfx.AbstractIdentity | None = mfx.MeanFlow() if config.identity_share else None
+    if guided(config):
+        guidance = mfx.Guidance(config.scale, config.mix, config.interval)
+    elif config.guidance_input:  # which evaluates the velocity that improved MeanFlow takes as its tangent anyway
+        guidance, identity = mfx.DrawnGuidance(), mfx.ImprovedMeanFlow()
     return mfx.Objective(
-        mfx.MeanFlow() if config.identity_share else None,
+        identity,
         time_pairs=mfx.TimePairs(times),
         boundary_times=None if config.identity_share else times,
         identity_share=config.identity_share,
         weight=mfx.AdaptiveWeight(config.power, config.offset),
-        guidance=mfx.Guidance(config.scale, config.mix, config.interval) if guided(config) else None,
+        guidance=guidance,
         label_dropout=None if labels is None else mfx.LabelDropout(config.label_dropout, labels),
         stable_target=target,
     )
@@ -238,11 +274,26 @@ def stable_target(
     return mfx.StableTarget(place(x), None if label is None else place(label), min(config.references, len(x)))
 
 
-def make_sampler(config: Config, labels: int | None, class_names: Sequence[str] | None) -> image_samples.Sampler:
+def make_samplers(config: Config, labels: int | None, class_names: Sequence[str] | None) -> list[image_samples.Sampler]:
+    """How images are made: one way, or one for each scale of guidance. Pictures show the last."""
     names = None if labels is None else class_names
+    if config.guidance_input:
+        return at_scales("Improved MeanFlow", config.sample_scale, config.sample_interval, labels, names)
     if config.identity_share:
-        return image_samples.Sampler("MeanFlow", mfx.sample, EVALUATIONS, EVALUATIONS[0], labels, names)
-    return image_samples.Sampler("Flow Matching", mfx.sample_euler, EULER_STEPS, EULER_STEPS[-1], labels, names)
+        return [image_samples.Sampler("MeanFlow", mfx.sample, EVALUATIONS, EVALUATIONS[0], labels, names)]
+    return [image_samples.Sampler("Flow Matching", mfx.sample_euler, EULER_STEPS, EULER_STEPS[-1], labels, names)]
+
+
+def at_scales(
+    name: str,
+    scales: Sequence[float],
+    interval: tuple[float, float],
+    labels: int | None,
+    class_names: Sequence[str] | None,
+) -> list[image_samples.Sampler]:
+    """One evaluation or several, at each scale of guidance."""
+    how = mfx.sample, EVALUATIONS, EVALUATIONS[0], labels, class_names
+    return [image_samples.Sampler(f"{name}, guidance {scale:g}", *how, (scale, interval)) for scale in scales]
 
 
 def optimizer(config: Config) -> optax.GradientTransformation:
@@ -282,7 +333,7 @@ def main(config: Config, class_names: Sequence[str] | None = None) -> None:
         unroll=config.network == "unet" and jax.default_backend() == "cpu",
     )
     stream = data.Stream(train, config.batch, seed=config.seed, parallelism=parallelism)
-    sampler = make_sampler(config, labels, names)
+    samplers = make_samplers(config, labels, names)
 
     channels, height, width = train.row_shape
     shape = (channels, height, width)
@@ -292,7 +343,7 @@ def main(config: Config, class_names: Sequence[str] | None = None) -> None:
         return mfx.init_state(field, step.optimizer, step.averages, key=run_key)
 
     def preview(state: mfx.TrainState, path: Path) -> None:
-        image_samples.save_samples(sampler, run.local(state.averages[0]), path, rows=2)
+        image_samples.save_samples(samplers[-1], run.local(state.averages[0]), path, rows=2)
 
     with run.opened(config) as directory:
         run.tell(f"{len(train):,} {train.name}, {len(test):,} {test.name}, labels: {labels or 'none'}")
@@ -301,7 +352,8 @@ def main(config: Config, class_names: Sequence[str] | None = None) -> None:
         state = run.train(config, step, make_state, stream, directory, **options)
         save_weights(config, directory, state, names, objective(config, labels).trained)
         if run.is_first():
-            finish(config, sampler, run.local(state.averages[0]), spaces, train, test, directory)
+            field, most = run.local(state.averages[0]), 10 if config.test_run else config.samples
+            finish(samplers, field, spaces, train, test, directory, most=most, test_run=config.test_run)
 
 
 def save_weights(
@@ -324,39 +376,46 @@ def save_weights(
 
 
 def finish(
-    config: Config,
-    sampler: image_samples.Sampler,
+    samplers: Sequence[image_samples.Sampler],
     field: mfx.AbstractField,
     spaces: Sequence[image_judge.FeatureSpace],
     train: data.AbstractSource,
     test: data.AbstractSource,
     directory: run.RunDirectory,
+    *,
+    most: int,
+    test_run: bool,
 ) -> None:
-    """Pictures, and what the samples score."""
-    began = time.perf_counter()
+    """Pictures, and what at most so many samples of each sampler score."""
+    began, last = time.perf_counter(), samplers[-1]
     if records := directory.records():
         picture.save_curves(directory.path("curves.png"), records)
-    image_samples.save_samples(sampler, field, directory.path("samples.png"), rows=8)
-    count = min(10 if config.test_run else config.samples, len(test), len(train))
+    image_samples.save_samples(last, field, directory.path("samples.png"), rows=8)
+    count = min(most, len(test), len(train))
     shown = test.take(image_sources.spread(len(test), count))
-    image_samples.save_comparison(sampler, field, shown, directory.path("comparison.png"))
+    image_samples.save_comparison(samplers, field, shown, directory.path("comparison.png"))
 
     classifier = None
-    if sampler.labels is not None:
-        steps = 2 if config.test_run else image_classifier.STEPS
+    if last.labels is not None:
+        steps = 2 if test_run else image_classifier.STEPS
         classifier = image_classifier.trained(train, directory.root.parent, steps=steps)
     judge = image_judge.Judge(spaces, classifier, train, test, count)
     label = np.zeros(count, np.int32) if judge.label is None else judge.label
-    with run.Progress(len(sampler.evaluations), doing="judging") as progress:
+    with run.Progress(sum(len(sampler.evaluations) for sampler in samplers), doing="judging") as progress:
+        done = itertools.count(1)
 
-        def made() -> Iterator[tuple[int, Float[np.ndarray, "rows channels height width"]]]:
-            for done, number in enumerate(sampler.evaluations, start=1):
+        def made(
+            sampler: image_samples.Sampler,
+        ) -> Iterator[tuple[int, Float[np.ndarray, "rows channels height width"]]]:
+            for number in sampler.evaluations:
                 yield number, sampler(field, label, number, image_samples.JUDGED_SEED)
-                progress.update(done, {})
+                progress.update(next(done), {})
 
-        results = [*judge.real_images(), *judge.samples(sampler.name, made())]
+        results = judge.real_images()
+        for sampler in samplers:
+            results += judge.samples(sampler.name, made(sampler))
     chance = len(train) / (len(train) + len(test))
-    text = f"{count:,} images each.\n\n{image_judge.report(results, sampler.all_names, chance)}"
+    text = f"{count:,} images each.\n\n{image_judge.report(results, last.all_names, chance)}"
     directory.save_results(text, [row._asdict() for row in results])
     print(f"{text}\n\nJudged in {time.perf_counter() - began:.0f} s. Weights and pictures are in {directory.root}.")
 
@@ -377,6 +436,10 @@ PRESETS = {
         ),
     ),
     "guided": ("as the default, with an effective guidance scale of 2", Config(mix=0.5)),
+    "any-guidance": (
+        "as the default, with guidance scale and interval as inputs, chosen at sampling",
+        Config(guidance_input=True),
+    ),
     "gpu": (
         "a large network, for minutes of a GPU; not run yet",
         Config(network_size="large", steps=6000, batch=256, learning_rate=4e-4, warmup=500, bfloat16=True),

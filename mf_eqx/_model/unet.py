@@ -9,8 +9,8 @@ down. A block computes
     x   = (skip(x) + h) / sqrt(2)
     x   = (x + attention(norm(x))) / sqrt(2)  in blocks with attention
 
-where c is the embedding of the times, the condition, and the numbers that describe the augmentation. Consecutive equal
-blocks form one stack: the 33 blocks of the CIFAR-10 network are 15 stacks.
+where c is the embedding of the times, the condition, the guidance if it is an input, and the numbers that describe the
+augmentation. Consecutive equal blocks form one stack: the 33 blocks of the CIFAR-10 network are 15 stacks.
 
 Source: Score-Based Generative Modeling through Stochastic Differential Equations, Song et al., 2021, arXiv 2011.13456
 (architecture); Elucidating the Design Space of Diffusion-Based Generative Models, Karras et al., 2022, arXiv 2206.00364
@@ -51,6 +51,7 @@ from ..nn import (
 )
 from ..nn._embedding import as_argument, as_embedding, check_one_embedding, embedded_condition
 from ..nn._norm import per_channel
+from .guidance import check_has_condition, GuidanceCondition, GuidanceEmbedding, without_guidance
 
 
 class UNetSize(NamedTuple):
@@ -228,12 +229,13 @@ class UNetEmbedding(eqx.Module):
     for the label or another condition and one that is linear in the numbers of the augmentation are added; two linear
     layers with SiLU follow. It is computed in float32 or better.
 
-    **Arguments:** `width` of the result; `labels`, `condition`, `augmentation` as for `UNet`; `variables` its
-    `time_variables`; `key`.
+    **Arguments:** `width` of the result; `labels`, `condition`, `guidance`, `augmentation` as for `UNet`; `variables`
+    its `time_variables`; `key`.
     """
 
     label: LabelEmbedding | None
     condition: AbstractConditionEmbedding | None
+    guidance: GuidanceEmbedding | None
     augmentation: Float[Array, "numbers features"] | None
     hidden: Linear
     out: Linear
@@ -244,6 +246,7 @@ class UNetEmbedding(eqx.Module):
         width: int,
         labels: int | None,
         condition: int | AbstractConditionEmbedding | None,
+        guidance: bool,
         augmentation: int,
         variables: TimeVariables,
         *,
@@ -254,17 +257,25 @@ class UNetEmbedding(eqx.Module):
         self.label = None if labels is None else LabelEmbedding(labels, features, init=normal(0.2), key=label_key)
         self.condition = as_embedding(condition, features, init=_xavier_uniform(), key=label_key)
         check_one_embedding(self.label, self.condition)
+        check_has_condition(guidance, labels, condition)
+        self.guidance = None
+        if guidance:
+            self.guidance = GuidanceEmbedding(features, size=256, init=normal(0.02), key=jr.fold_in(label_key, 1))
         numbers = (augmentation, features)
         self.augmentation = _xavier_uniform()(augmentation_key, numbers, jnp.float32) if augmentation else None
         self.hidden = Linear(features, width, key=hidden_key)
         self.out = Linear(width, width, key=out_key)
         self.variables = variables
 
-    def __call__(self, r: Time, t: Time, condition: UNetCondition) -> Float[Array, " width"]:
+    def __call__(self, r: Time, t: Time, given: GuidanceCondition | Condition) -> Float[Array, " width"]:
+        condition = without_guidance(given, self.guidance is not None)
+        condition = condition if isinstance(condition, UNetCondition) else UNetCondition(condition)
         self._check(condition)
         x = jnp.concatenate([self._embedded(value) for value in self.variables(r, t)])
         added = embedded_condition(condition.label, self.label, self.condition, x.shape[0])
         x = x if added is None else x + added
+        if self.guidance is not None:
+            x = x + self.guidance(given)
         if self.augmentation is not None and condition.augmentation is not None:
             x = x + condition.augmentation @ self.augmentation
         return jax.nn.silu(self.out(jax.nn.silu(self.hidden(x))))
@@ -293,6 +304,8 @@ class UNet(AbstractField):
     - `condition`: None, or what the field is conditioned on if it is no label: the size of a vector, which
       `mf_eqx.nn.VectorEmbedding` embeds; or an `mf_eqx.nn.AbstractConditionEmbedding` of your own (of 2 `width` per
       time variable), for conditions of any structure. They are given alone or as the `label` of a `UNetCondition`.
+    - `guidance`: whether the field takes the guidance as an input. The condition is then a `GuidanceCondition`, whose
+      `condition` is the label, the other condition, or a `UNetCondition`.
     - `augmentation`: how many numbers describe the augmentation of an image (6 in the CIFAR-10 experiment); 0 for none.
       If it is not 0, the condition is a `UNetCondition`, or None for an image without augmentation.
     - `dropout`: rate within residual blocks. It needs a `key` in the call, and is off without one. The mask is the
@@ -307,9 +320,10 @@ class UNet(AbstractField):
       CPU: 88 against 165 s for a step of width 32); its cost on a GPU has not been measured.
     - `key`.
 
-    **Raises:** `ValueError` if a size is below 1 or does not fit the others, or if `labels` and `condition` are both
-    given; when called, if `z` does not have the data_shape, or if the condition does not have one integer label for a
-    field with labels, a vector of its size for a field with vectors, or neither for others.
+    **Raises:** `ValueError` if a size is below 1 or does not fit the others, if `labels` and `condition` are both
+    given, or `guidance` without either; when called, if `z` does not have the data_shape, or if the condition does not
+    have one integer label for a field with labels, a vector of its size for a field with vectors, or neither for
+    others, or guidance for a field that takes it and none for others.
 
     `UNet((3, 32, 32), UNET_CIFAR10, augmentation=6, dropout=0.2, key=key)` is the paper's network for CIFAR-10:
     55,932,419 parameters, 55,929,347 without `augmentation`.
@@ -333,6 +347,7 @@ class UNet(AbstractField):
         *,
         labels: int | None = None,
         condition: int | AbstractConditionEmbedding | None = None,
+        guidance: bool = False,
         augmentation: int = 0,
         dropout: float = 0.0,
         time_variables: TimeVariables = end_duration,
@@ -361,7 +376,8 @@ class UNet(AbstractField):
                 for (plan, depth), key in zip(runs, jr.split(key, len(runs)), strict=True)
             )
 
-        self.embedding = UNetEmbedding(embedded, labels, condition, augmentation, time_variables, key=embedding_key)
+        conditions = labels, condition, guidance, augmentation
+        self.embedding = UNetEmbedding(embedded, *conditions, time_variables, key=embedding_key)
         self.first = _convolution(sides, channels, size.width, 3, key=first_key)
         self.down = stacks(_down_plans(size, rows), down_key)
         deepest = size.multipliers[-1] * size.width
@@ -394,6 +410,7 @@ class UNet(AbstractField):
             "size": self.size,
             "labels": None if embedding.label is None else embedding.label.null_label,
             "condition": as_argument(embedding.condition),
+            "guidance": embedding.guidance is not None,
             "augmentation": 0 if embedding.augmentation is None else embedding.augmentation.shape[0],
             "dropout": self.middle[0].blocks.dropout,
             "time_variables": embedding.variables,
@@ -404,14 +421,12 @@ class UNet(AbstractField):
         z: Float[Array, "channels *sides"],
         r: TimeLike,
         t: TimeLike,
-        condition: UNetCondition | Condition = None,
+        condition: GuidanceCondition | UNetCondition | Condition = None,
         *,
         key: Key[Array, ""] | None = None,
     ) -> Float[Array, "channels *sides"]:
         if z.shape != self.data_shape:
             raise ValueError(f"z must have the data_shape {self.data_shape}, got {z.shape}")
-        if not isinstance(condition, UNetCondition):
-            condition = UNetCondition(condition)
         r, t = as_times(r, t, z)
         c = self.embedding(r, t, condition).astype(self.dtype)
         keys = iter([None] * self._stacks if key is None else jr.split(key, self._stacks))

@@ -142,14 +142,20 @@ def test_a_finished_run_goes_on_to_more_steps(finished, images, monkeypatch, cap
         "--depth 1 --heads 2 --references 16 --flips --identity-share 0",
         "--network unet --width 4 --multipliers 1 2 --blocks 1 --dropout 0.1 --bfloat16 --mix 0.5",
         "--preset quick --network unet --width 4",
+        "--preset any-guidance --depth 1 --heads 2 --sample-scale 1 6 --sample-interval 0.2 0.8",
+        "--preset any-guidance --network unet --width 4 --multipliers 1 --blocks 1 --sample-scale 3",
     ],
 )
 def test_every_kind_of_network_and_target_trains(flags, images, here):
     run.main(images.main, images.PRESETS, argv=f"{DATA} {flags} --test-run".split())
     (row, *_, last) = json.loads(next(here.glob("runs/*/*/results.json")).read_text())
     assert np.isfinite(row["frechet"]["pixels"])
-    is_flow = "--identity-share 0" in flags
-    assert (last["what"], last["evaluations"]) == (("Flow Matching", 16) if is_flow else ("MeanFlow", 4))
+    expected = ("Flow Matching", 16) if "--identity-share 0" in flags else ("MeanFlow", 4)
+    if "any-guidance" in flags:
+        expected = f"Improved MeanFlow, guidance {6 if '6' in flags else 3}", 4
+        (weights,) = here.glob("runs/*/*/ema.safetensors")
+        assert checkpoint.read_weights(weights).notes.trained.guidance == mfx.GuidanceRange(1.0, 8.0, 0.5)
+    assert (last["what"], last["evaluations"]) == expected
 
 
 # What it reads
@@ -230,7 +236,7 @@ def test_references_are_the_training_images_and_their_mirror_images(images):
 
 
 def test_samples_do_not_depend_on_how_many_are_generated_at_once(images, monkeypatch):
-    sampler, label = images.make_sampler(images.Config(), 3, None), LABEL[:7].astype(np.int32)
+    (sampler,), label = images.make_samplers(images.Config(), 3, None), LABEL[:7].astype(np.int32)
     whole = sampler(Known(), label, 1, 0)
     monkeypatch.setattr(images.image_samples, "GENERATED_AT_ONCE", 3)
     np.testing.assert_array_equal(sampler(Known(), label, 1, 0), whole)
@@ -238,7 +244,7 @@ def test_samples_do_not_depend_on_how_many_are_generated_at_once(images, monkeyp
     assert len({x.tobytes() for x in whole}) == 7
 
 
-@pytest.mark.parametrize("preset", ["default", "quick", "guided", "gpu"])
+@pytest.mark.parametrize("preset", ["default", "quick", "guided", "any-guidance", "gpu"])
 def test_every_preset_has_a_unet(images, preset):
     config = dataclasses.replace(images.PRESETS[preset][1], network="unet")
     field = eqx.filter_eval_shape(lambda: images.make_field(config, (1, 28, 28), 10, jr.key(0)))
@@ -254,7 +260,7 @@ def test_a_class_without_test_images_is_white_in_the_comparison(images, monkeypa
     drawn, samples = [], images.image_samples
     monkeypatch.setattr(samples.picture, "save_image_grid", lambda path, x, *others, **options: drawn.append(x))
     rows = data.ArraySource(X[:2], np.array([2, 0], np.int32), labels=3).take(np.arange(2))
-    samples.save_comparison(samples.Sampler("", mfx.sample, (), 1, 3), Known(), rows, "comparison.png")
+    samples.save_comparison([samples.Sampler("", mfx.sample, (), 1, 3)], Known(), rows, "comparison.png")
     np.testing.assert_allclose(drawn[0][0], [X[1] / 127.5 - 1, np.ones((1, 8, 8)), X[0] / 127.5 - 1], atol=1e-6)
 
 
@@ -304,6 +310,13 @@ def test_a_share_that_leaves_no_room_for_dropped_labels_is_allowed_without_label
             "--network unet --depth 4",
             "--depth must be left out with --network unet, which has none, got 4",
         ),
+        ("--no-labels --guidance-input", "--guidance-input must be left out without labels, got True"),
+        ("--data idx --batch 8 --guidance-input", "guidance.input must be left out without labels, got True"),
+        ("--guidance-input --mix 0.5", "--scale, mix and interval must be 1, 0 and .* with guidance_input, got 1, 0.5"),
+        ("--guidance-input --identity-share 0", "--identity-share must lie between 0 and 1 with guidance_input"),
+        ("--guidance-input --label-dropout 0", "--label-dropout must be > 0 with guidance"),
+        ("--guidance-input --sample-scale 1 9", r"--sample-scale must lie in \[1, 8\], got \(1.0, 9.0\)"),
+        ("--guidance-input --sample-interval 0.6 1", r"--sample-interval must lie in \[0, 1\] and contain 0.5, got"),
         ("--no-labels --mix 0.5", "--scale must be 1 and mix 0 without labels, got 1.0 and 0.5"),
     ],
 )

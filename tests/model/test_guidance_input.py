@@ -14,6 +14,7 @@ import mf_eqx as mfx
 MAKERS = {
     "MLP": functools.partial(mfx.MLP, 2, width=8, depth=1),
     "DiT": functools.partial(mfx.DiT, (1, 4, 4), mfx.DiTSize(2, 8, 2, 4)),
+    "UNet": functools.partial(mfx.UNet, (1, 4, 4), mfx.UNetSize(4, (1,), 1, ())),
     "DiT of early blocks": functools.partial(mfx.DiT, (1, 4, 4), mfx.DiTSize(2, 8, 2, 4), early_blocks=1),
 }
 EACH = pytest.mark.parametrize("name", MAKERS)
@@ -47,7 +48,7 @@ def test_description_makes_the_same_network(name):
 def test_a_network_without_guidance_has_the_parameters_that_it_had(name):
     """They start the same, so that guidance adds arrays and changes none."""
     plain, guided = (MAKERS[name](labels=3, guidance=guidance, key=jr.key(0)) for guidance in (False, True))
-    without = eqx.tree_at(lambda field: field.guidance, guided, None)
+    without = eqx.tree_at(lambda field: (field.embedding if name == "UNet" else field).guidance, guided, None)
     assert eqx.tree_equal(without, plain)
 
 
@@ -71,3 +72,13 @@ def test_what_does_not_fit_is_refused(name, options, condition, message):
     with pytest.raises(ValueError, match=message):
         field = shapes(name, **options)
         eqx.filter_eval_shape(lambda field: field(jnp.ones(field.data_shape), 0.2, 0.7, condition), field)
+
+
+def test_a_unet_that_is_told_of_augmentation_takes_guidance_beside_it():
+    make = functools.partial(MAKERS["UNet"], labels=3, guidance=True, augmentation=2, key=jr.key(0))
+    field, z = filled(make), jnp.ones((1, 4, 4))
+    told, zeros = (mfx.UNetCondition(1, jnp.asarray(numbers)) for numbers in ([1.0, -2.0], [0.0, 0.0]))
+    conditions = told, zeros, mfx.UNetCondition(1), 1
+    made = [field(z, 0.2, 0.7, mfx.GuidanceCondition(condition, 2.0)) for condition in conditions]
+    assert (made[0] != made[1]).any()
+    assert jnp.array_equal(made[1], made[2]) and jnp.array_equal(made[1], made[3])
