@@ -312,7 +312,7 @@ def test_a_share_that_leaves_no_room_for_dropped_labels_is_allowed_without_label
         ),
         ("--no-labels --guidance-input", "--guidance-input must be left out without labels, got True"),
         ("--data idx --batch 8 --guidance-input", "guidance.input must be left out without labels, got True"),
-        ("--guidance-input --mix 0.5", "--scale, mix and interval must be 1, 0 and .* with guidance_input, got 1, 0.5"),
+        ("--guidance-input --mix 0.5", "scale, mix and interval must be 1, 0 and .* with guidance_input, got 1, 0.5"),
         ("--guidance-input --identity-share 0", "--identity-share must lie between 0 and 1 with guidance_input"),
         ("--guidance-input --label-dropout 0", "--label-dropout must be > 0 with guidance"),
         ("--guidance-input --sample-scale 1 9", r"--sample-scale must lie in \[1, 8\], got \(1.0, 9.0\)"),
