@@ -203,13 +203,13 @@ def check_guidance(config: Config, has_labels: bool) -> None:
         raise ValueError(f"scale, mix and interval must be 1, 0 and (0, 1) with guidance_input, got {found}")
     if config.identity_share in (0, 1):
         raise ValueError(f"identity_share must lie between 0 and 1 with guidance_input, got {config.identity_share}")
-    check_drawn(config.sample_scale, config.sample_interval)
-
-
-def check_drawn(scales: Sequence[float], interval: tuple[float, float]) -> None:
-    """Refuses guidance at sampling that is not drawn in training."""
-    drawn = mfx.Objective(guidance=mfx.DrawnGuidance(), label_dropout=mfx.LabelDropout(0.1, 1)).trained.guidance
+    drawn = objective(config, 10).trained.guidance
     assert drawn is not None
+    check_drawn(drawn, config.sample_scale, config.sample_interval)
+
+
+def check_drawn(drawn: mfx.GuidanceRange, scales: Sequence[float], interval: tuple[float, float]) -> None:
+    """Refuses guidance at sampling that is not drawn in training."""
     if not scales or not all(drawn.contains(scale, (0, 1)) for scale in scales):
         raise ValueError(f"sample_scale must lie in [{drawn.smallest:g}, {drawn.largest:g}], got {scales}")
     if not 0 <= interval[0] <= interval[1] <= 1 or not drawn.contains(drawn.smallest, interval):

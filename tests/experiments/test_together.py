@@ -26,6 +26,7 @@ TRAINING = {
     "images": f"{DIT} --data idx --steps 2 --batch 8",
     "fashion": f"{DIT} --data mnist --steps 2 --batch 8",
     "imagenet_latents": f"{DIT} --preset tiny --epochs 1.3 --batch 8",
+    "pixels": f"{DIT} --preset tiny --depth 2 --data mnist --epochs 0.4 --batch 8",
 }
 
 IMPORT = """
