@@ -58,7 +58,14 @@ def found(text, pattern):
 @pytest.mark.slow
 def test_tour_leaves_pictures_weights_and_a_sampler(whole):
     names = {path.name for path in whole[1].iterdir()}
-    assert names == {"samples.png", "methods.png", "guided.png", "weights.safetensors", "sampler.jaxexport"}
+    assert names == {
+        "samples.png",
+        "methods.png",
+        "guided.png",
+        "scales.png",
+        "weights.safetensors",
+        "sampler.jaxexport",
+    }
     assert found(whole[0], r"agrees to (.*)")[0] < 1e-5
 
 
@@ -80,3 +87,9 @@ def test_tour_says_what_a_step_costs(whole):
     # Half of the rows carry a tangent pass, or one and a forward pass more, or two forward passes.
     costs = found(whole[0], r"a step costs (.*) of Flow")
     np.testing.assert_allclose(costs, [1 + 1 / 6, 1 + 2 / 6, 1 + 2 / 6], rtol=0.02)
+
+
+@pytest.mark.slow
+def test_tour_learns_all_scales_of_guidance_in_one_network(whole):
+    every = found(whole[0], r"all scales, at .*: error of u at \(0, 1\) (.*)")
+    assert len(every) == 4 and max(every) < 0.1
