@@ -128,7 +128,8 @@ class Config(run.Settings):
 
     def __post_init__(self):
         self.check(seed=0, size=1, samples=2)
-        run.check_sizes(self, batch=1 << 20, depth=1000, width=1 << 14, patch=1 << 10, size=1 << 14, samples=1 << 20)
+        run.check_sizes(self, batch=1 << 20, depth=1000, width=1 << 14, patch=1 << 10, bottleneck=1 << 14)
+        run.check_sizes(self, size=1 << 14, samples=1 << 20)
         if len(self.size) > 2:
             raise ValueError(f"size must be a side, or height and width, got {len(self.size)} numbers")
         for name in ("holdout", "learning_rate", "identity_share", "smallest_time"):

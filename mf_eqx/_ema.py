@@ -4,7 +4,6 @@ An average is a complete field, kept in float32 or better. It starts as a *copy*
 two places of a donated state is an error.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,7 +26,7 @@ class HalfLife(eqx.Module):
     at step n, counted from 1. At n = 1 the average becomes the parameters.
 
     **Arguments:** `images` H, > 0: 500, 1000 and 2000 thousand for pixel MeanFlow. `batch` images per step B, >= 1.
-    `rampup` $\rho$, > 0: the half-life is at most this share of the images seen before; infinity for H throughout.
+    `rampup` $\rho$, > 0: the half-life is at most this share of the images seen before; None for H throughout.
 
     **Reference:** Elucidating the Design Space of Diffusion-Based Generative Models, Karras et al., 2022, arXiv
     2206.00364, whose code has this rule with rampup 0.05.
@@ -35,18 +34,18 @@ class HalfLife(eqx.Module):
 
     images: float = eqx.field(converter=float)
     batch: int
-    rampup: float = eqx.field(default=0.05, converter=float)
+    rampup: float | None = 0.05
 
     def __check_init__(self):
         check_positive("images", self.images)
         check_sizes(batch=self.batch)
-        if not self.rampup > 0:
-            raise ValueError(f"rampup must be > 0, got {self.rampup}")
+        if self.rampup is not None:
+            check_positive("rampup", self.rampup)
 
     def __call__(self, step: Int[Array, ""]) -> Scalar:
         """The decay of the step that is the `step`-th, counted from 1."""
         images = jnp.asarray(self.images, float)
-        if self.rampup < math.inf:
+        if self.rampup is not None:
             images = jnp.minimum(images, self.rampup * self.batch * (jnp.asarray(step, float) - 1))
         return jnp.where(images > 0, 2.0 ** (-self.batch / jnp.where(images > 0, images, 1)), 0.0)
 

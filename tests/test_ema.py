@@ -114,7 +114,7 @@ def test_half_life_is_that_of_karras_et_al_and_rises_with_the_images_seen(x64):
 
 
 def test_half_life_without_ramp_up_halves_the_weight_over_its_images(x64):
-    rule, average = mfx.ExponentialAverage(mfx.HalfLife(80, 10, rampup=float("inf"))), pair([1.0], jnp.float64)
+    rule, average = mfx.ExponentialAverage(mfx.HalfLife(80, 10, rampup=None)), pair([1.0], jnp.float64)
     for step in range(1, 9):
         average = rule.update(average, pair([3.0], jnp.float64), jnp.asarray(step))
     np.testing.assert_allclose(average.weight, [2.0], rtol=1e-12)
@@ -132,7 +132,8 @@ def test_average_with_a_half_life_begins_as_the_parameters_of_the_first_step():
     [
         ((0.0, 8), "images must be > 0 and finite, got 0.0"),
         ((10.0, 0), "batch must be an integer >= 1, got 0"),
-        ((10.0, 8, 0.0), "rampup must be > 0, got 0.0"),
+        ((10.0, 8, 0.0), "rampup must be > 0 and finite, got 0.0"),
+        ((10.0, 8, float("inf")), "rampup must be > 0 and finite, got inf"),
     ],
 )
 def test_half_life_that_is_none_is_refused(arguments, message):
