@@ -193,10 +193,11 @@ class Lite0Features(eqx.Module):
         return self.network((127.5 * colours + 0.5)[None] / 128).pooled[0]  # (pixel - 127) / 128
 
 
-def perceptual(config: Config) -> list[mfx.PerceptualTerm]:
+def perceptual(config: Config, parallelism: mfx.Parallelism | None) -> list[mfx.PerceptualTerm]:
     if not config.perceptual:
         return []
-    features = Lite0Features(metrics.load_efficientnet_lite0())
+    network = metrics.load_efficientnet_lite0()
+    features = Lite0Features(network if parallelism is None else parallelism.replicate(network))
     return [mfx.PerceptualTerm(features, (LITE0_SIDE, LITE0_SIDE), config.perceptual)]
 
 
@@ -255,7 +256,7 @@ def main(config: Config) -> None:
     field_key, run_key = jr.split(jr.key(config.seed))
     parallelism = run.parallelism(config)
     step = mfx.TrainStep(
-        objective(config, labels, perceptual(config)),
+        objective(config, labels, perceptual(config, parallelism)),
         optimizer(config),
         averages(config),
         prepare(config, labels),

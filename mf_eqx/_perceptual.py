@@ -37,7 +37,7 @@ class PerceptualTerm(eqx.Module):
     - `coefficient`: c, >= 0: in the paper 0.4 for LPIPS and 0.1 for features of a ConvNeXt.
     - `before`: $t_1$: rows with t >= before have no such term; 0.8 in the paper.
     - `smallest_crop`: the sides of a crop are those of the image times one draw from [smallest_crop, 1]; its place is
-      uniform. 1 for no crop. The paper does not say how crops are drawn.
+      uniform. 1 for no crop. This way to draw crops is our choice.
     - `weight`: w; the paper's by default.
 
     **Raises:** `ValueError` for values out of range.
@@ -67,11 +67,12 @@ class PerceptualTerm(eqx.Module):
 
         **Arguments:** `row`; `u` the field's u(z, r, t).
 
-        **Raises:** `ValueError` unless the data are images.
+        **Raises:** `ValueError` unless the data are images, and the row has x and key.
         """
         if row.z.ndim != 3:
             raise ValueError(f"data must be images, channels first, for a perceptual term, got shape {row.z.shape}")
-        assert row.x is not None and row.key is not None
+        if row.x is None or row.key is None:
+            raise ValueError("row must have x and a key for a perceptual term, got one without")
         crop = self._crop(row.z.shape, jr.fold_in(row.key, _CROP))
         wanted, found = (self.features(crop(image)) for image in (row.x, row.z - row.t * u))
         squares = jax.tree.map(lambda a, b: jnp.sum((a - b) ** 2), wanted, found)
