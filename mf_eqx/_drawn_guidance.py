@@ -122,10 +122,23 @@ class DrawnGuidance(AbstractGuidance):
 
         **Arguments:** as for `Guidance`, `conditional` always given; `condition` a `GuidanceCondition`.
         """
-        if not isinstance(condition, GuidanceCondition):
-            raise ValueError(f"condition must be a GuidanceCondition, got {type(condition).__name__}")
-        scale = jnp.asarray(condition.at(t, t).scale)
-        return guided_velocity(v, conditional, unconditional, 1.0, 1 - 1 / scale)
+        return guided_velocity(v, conditional, unconditional, 1.0, 1 - 1 / _scale_at(condition, t))
+
+    def fixed_point(
+        self,
+        conditional: Float[Array, "*data"],
+        unconditional: Float[Array, "*data"],
+        t: TimeLike,
+        condition: Condition = None,
+    ) -> Float[Array, "*data"]:
+        return guided_velocity(conditional, None, unconditional, _scale_at(condition, t), 0.0)
+
+
+def _scale_at(condition: Condition, t: TimeLike) -> Scalar:
+    r"""The scale in force at one time, $\omega'$."""
+    if not isinstance(condition, GuidanceCondition):
+        raise ValueError(f"condition must be a GuidanceCondition, got {type(condition).__name__}")
+    return jnp.asarray(condition.at(t, t).scale)
 
 
 class WithGuidance(AbstractField):

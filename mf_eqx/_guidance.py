@@ -17,7 +17,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike, Float, Key
+from jaxtyping import Array, ArrayLike, Bool, Float, Key
 
 from ._custom_types import as_scalar, as_times, Condition, Scalar, Time, TimeLike
 from ._field import AbstractField, check_field
@@ -84,6 +84,20 @@ class AbstractGuidance(eqx.Module):
         `t` time; `condition` of the row.
         """
 
+    @abc.abstractmethod
+    def fixed_point(
+        self,
+        conditional: Float[Array, "*data"],
+        unconditional: Float[Array, "*data"],
+        t: TimeLike,
+        condition: Condition = None,
+    ) -> Float[Array, "*data"]:
+        r"""The velocity that a field learns, $v_{cfg} = \omega' v(z_t, t \mid c) + (1 - \omega') v(z_t, t)$ (13), where
+        both marginal velocities are known. `velocity` of v and of this as the field's own value returns it.
+
+        **Arguments:** `conditional` and `unconditional` marginal velocity; `t` time; `condition` of the row.
+        """
+
 
 class Guidance(AbstractGuidance):
     r"""Guidance of the training target (Eq. 19 and 21).
@@ -142,8 +156,21 @@ class Guidance(AbstractGuidance):
         if conditional is None and self.mix != 0:
             raise ValueError(f"conditional must be given unless mix is 0, got None with mix = {self.mix}")
         guided = guided_velocity(v, conditional, unconditional, self.scale, self.mix)
+        return jnp.where(self._is_guided(t), guided, v)
+
+    def fixed_point(
+        self,
+        conditional: Float[Array, "*data"],
+        unconditional: Float[Array, "*data"],
+        t: TimeLike,
+        condition: Condition = None,
+    ) -> Float[Array, "*data"]:
+        guided = guided_velocity(conditional, None, unconditional, self.effective_scale, 0.0)
+        return jnp.where(self._is_guided(t), guided, conditional)
+
+    def _is_guided(self, t: TimeLike) -> Bool[Array, ""]:
         (low, high), t = self.interval, as_scalar("t", t)
-        return jnp.where((t >= low) & (t <= high), guided, v)
+        return (t >= low) & (t <= high)
 
 
 class GuidedField(AbstractField):

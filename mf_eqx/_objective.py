@@ -172,6 +172,9 @@ class Objective(AbstractObjective):
       it. For rows whose condition was dropped it gets the null condition, for which a mixture returns NaN: wrap it.
     - `stable_target`: None, or reference data from which $v_t$ is estimated with less variance than from the row's own
       x alone.
+    - `exact_guidance`: whether `guidance` takes the velocities of `stable_target` with and without the label, in place
+      of the field's own: the target is then the fixed point of guidance. It costs no evaluation of the field, and does
+      not multiply the field's errors by scale - 1. Needs a `stable_target` of all references, with labels.
     - `smallest_time`: $t_0$ in [0, 1): rows learn the velocity $\min(1, t / t_0)\, v_t = (z_t - x) / \max(t, t_0)$ of
       the straight path, as an `XPrediction` with the same $t_0$ needs it; 0.05 in its paper, 0 for $v_t$. What is
       learnt is exact for the flow of that velocity, which is slower below $t_0$: for $t \ge t_0$ the equations are
@@ -197,6 +200,7 @@ class Objective(AbstractObjective):
     label_dropout: LabelDropout | None = None
     velocity: Callable[[Float[Array, "*data"], Time, Condition], Float[Array, "*data"]] | None = None
     stable_target: StableTarget | None = None
+    exact_guidance: bool = False
     smallest_time: float = eqx.field(default=0.0, converter=float)
     perceptual: Sequence[PerceptualTerm] = eqx.field(default=(), converter=tuple)
 
@@ -220,6 +224,8 @@ class Objective(AbstractObjective):
         self._check_options_of_pixels()
         if self.velocity is not None and self.stable_target is not None:
             raise ValueError("stable_target must be None with a velocity, which replaces it; got both")
+        if self.exact_guidance:
+            self._check_exact_guidance()
         if self.guidance is not None and self.label_dropout is None:
             raise ValueError("label_dropout must be given with guidance: it names the null condition; got None")
         if self.label_dropout is not None and self._drop_probability > 1:
@@ -227,6 +233,15 @@ class Objective(AbstractObjective):
                 f"label_dropout.rate must be at most 1 - identity_share = {1 - share}, since only r = t rows are "
                 f"dropped; got {self.label_dropout.rate}"
             )
+
+    def _check_exact_guidance(self) -> None:
+        target = self.stable_target
+        if self.guidance is None or target is None:
+            missing = "guidance" if self.guidance is None else "stable_target"
+            raise ValueError(f"{missing} must be given with exact_guidance, got None")
+        if target.label is None or target.number is not None:
+            found = "no labels" if target.label is None else f"number = {target.number}"
+            raise ValueError(f"stable_target must be of all references, with labels, for exact_guidance; got {found}")
 
     def _check_options_of_pixels(self) -> None:
         name, given = type(self.identity).__name__, self.smallest_time
@@ -368,6 +383,7 @@ class Objective(AbstractObjective):
             guidance=self.guidance,
             velocity=self.velocity,
             stable_target=self.stable_target,
+            exact_guidance=self.exact_guidance,
             smallest_time=self.smallest_time,
             with_data=bool(self.perceptual),
             with_pair=self.guidance is None and self.velocity is None and self.stable_target is None,
@@ -417,7 +433,7 @@ class Objective(AbstractObjective):
         return jax.lax.stop_gradient(self.weight(error, row)) * error
 
     def _with_guided_velocity(self, field: AbstractField, row: Row) -> Row:
-        if self.guidance is None or not self._facts.uses_velocity:
+        if self.guidance is None or self.exact_guidance or not self._facts.uses_velocity:
             return row
         predicted = at_least_float32(row.own_velocity(field)) if self.guidance.needs_conditional else None
         guided = self._guided(field, row, predicted)
@@ -429,7 +445,7 @@ class Objective(AbstractObjective):
         self, field: AbstractField, row: Row, conditional: Float[Array, "*data"] | None
     ) -> Float[Array, "*data"]:
         """The velocity to regress on: guided (Eq. 21), or plain v where the condition was dropped."""
-        if self.guidance is None or self.label_dropout is None:
+        if self.guidance is None or self.label_dropout is None or self.exact_guidance:  # then v is guided already
             return row.v
         null = self.guidance.null(row.condition, row.t, self.label_dropout)
         own = instantaneous_velocity(stopped(field), row.z, row.t, null, key=row.key)

@@ -152,6 +152,7 @@ class Drawing:
     guidance: AbstractGuidance | None
     velocity: Callable[[Float[Array, "*data"], Time, Condition], Float[Array, "*data"]] | None
     stable_target: StableTarget | None
+    exact_guidance: bool
     smallest_time: float
     with_data: bool
     with_pair: bool
@@ -192,10 +193,13 @@ class Drawing:
             v = jax.lax.stop_gradient(self.velocity(z, t, condition).astype(z.dtype))
             if v.shape != z.shape:
                 raise ValueError(f"velocity must return the shape of z, {z.shape}, got {v.shape}")
-        if self.smallest_time > 0:
-            v = jnp.minimum(1, t / self.smallest_time) * v
         if self.guidance is not None:
             condition = self.guidance.condition(condition, r, t, key=jr.fold_in(drop_key, 1))
+        if self.exact_guidance and self.guidance is not None and self.stable_target is not None:
+            null = self.stable_target.velocity(self.path, x, eps, t, example.condition, True, key=key)
+            v = jnp.where(dropped, v, self.guidance.fixed_point(v, null, t, condition))
+        if self.smallest_time > 0:
+            v = jnp.minimum(1, t / self.smallest_time) * v
         pair = {"x": x, "eps": eps} if self.with_pair else {"x": x} if self.with_data else {}
         return Row(z, v, r, t, condition, key=field_key, context=context, path=self.path, dropped=dropped, **pair)
 

@@ -83,6 +83,16 @@ def test_effective_scale_is_that_of_the_fixed_point(scale, mix):
     np.testing.assert_allclose(guidance.velocity(v, fixed, unconditional, half()), fixed, rtol=0, atol=1e-13)
 
 
+@pytest.mark.parametrize("t", [0.2, 0.5])
+@pytest.mark.parametrize(("scale", "mix"), [(1.0, 0.5), (0.2, 0.92), (2.0, 0.0)])
+def test_fixed_point_stays_where_it_is_if_the_field_has_learnt_it(scale, mix, t):
+    conditional, _, unconditional = passes()
+    guidance, t = Guidance(scale, mix, interval=(0.4, 1.0)), jnp.asarray(t)
+    found = guidance.fixed_point(conditional, unconditional, t)
+    again = guidance.velocity(conditional, found, unconditional, t)
+    np.testing.assert_allclose(again, found, rtol=0, atol=1e-14)
+
+
 @pytest.mark.parametrize("scale", [0.0, -1.0, float("nan")])
 def test_scale_that_is_not_positive_is_refused(scale):
     with pytest.raises(ValueError, match=f"scale must be > 0 and finite, got {scale}"):

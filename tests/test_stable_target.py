@@ -277,3 +277,81 @@ def test_guidance_composes_with_it():
     others = loss(mfx.StableTarget(points(4), labels))
     np.testing.assert_allclose(own, alone, rtol=1e-5)
     assert bool(jnp.isfinite(others)) and abs(float(others - alone)) > 0.01
+
+
+class Guided(mfx.AbstractField):
+    """The guided velocity of a labelled point set, whose point i has the label i mod 2; NaN without a label."""
+
+    points: jax.Array
+    scale: float
+
+    def __call__(self, z, r, t, condition=None, *, key=None):
+        label, scale = condition, self.scale
+        if isinstance(condition, mfx.GuidanceCondition):
+            label, scale = condition.condition, condition.scale
+        x = self.points[jnp.where(label == 1, 1, 0)]
+        target = mfx.StableTarget(self.points, jnp.arange(len(self.points)) % 2)
+        of_label, of_all = (
+            target.velocity(PATHS[0], x, (z - (1 - t) * x) / t, t, label, dropped, key=jr.key(0))
+            for dropped in (False, True)
+        )
+        return jnp.where(label == 2, jnp.nan, scale * of_label + (1 - scale) * of_all)
+
+
+class Velocity(mfx.AbstractIdentity):
+    facts = mfx.Facts()
+
+    def residual(self, field, row):
+        return row.evaluate(field, row.z, row.t, row.t) - row.v
+
+
+class LateTimes(mfx.AbstractTimes):
+    def __call__(self, *, key):
+        return jr.uniform(key, minval=0.2)
+
+
+GUIDANCE = {
+    "mix": mfx.Guidance(1.0, 0.5),
+    "scale": mfx.Guidance(2.0),
+    "drawn": mfx.DrawnGuidance(mfx.PowerLawScales(smallest=2, largest=2), middle=None),
+}
+
+
+@pytest.mark.parametrize("guidance", GUIDANCE.values(), ids=GUIDANCE)
+def test_exact_guidance_is_its_fixed_point_and_evaluates_no_field(guidance, x64):
+    x = points()
+    batch = mfx.Batch(x, jnp.arange(len(x)) % 2)
+    objective = mfx.Objective(
+        Velocity(),
+        time_pairs=mfx.TimePairs(LateTimes()),
+        identity_share=0.5,
+        guidance=guidance,
+        label_dropout=mfx.LabelDropout(0.0, 2),
+        stable_target=mfx.StableTarget(x, batch.condition),
+        exact_guidance=True,
+    )
+
+    def errors(scale):
+        metrics = objective(Guided(x, scale), batch, key=jr.key(1))[1]
+        return np.asarray([metrics[name].value for name in ("boundary_error", "identity_error")])
+
+    assert (errors(2.0) < 1e-20).all()
+    if guidance is not GUIDANCE["drawn"]:  # whose field is given the scale
+        assert (errors(1.98) > 1e-8).all()
+
+
+def test_exact_guidance_is_refused_without_all_it_needs():
+    x, label, dropout = points(), jnp.zeros(24, jnp.int32), mfx.LabelDropout(0.1, 2)
+
+    def make(guidance, target):
+        return mfx.Objective(guidance=guidance, label_dropout=dropout, stable_target=target, exact_guidance=True)
+
+    cases = {
+        "guidance must be given with exact_guidance": (None, mfx.StableTarget(x, label)),
+        "stable_target must be given with exact_guidance": (mfx.Guidance(2.0), None),
+        "must be of all references, with labels, for exact_guidance; got no": (mfx.Guidance(2.0), mfx.StableTarget(x)),
+        "got number = 5": (mfx.Guidance(2.0), mfx.StableTarget(x, label, 5)),
+    }
+    for message, given in cases.items():
+        with pytest.raises(ValueError, match=message):
+            make(*given)
