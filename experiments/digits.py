@@ -17,6 +17,7 @@ come with the package: nothing is downloaded.
 """
 
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Callable
@@ -217,6 +218,20 @@ def make_field(config: Config, key: Key[Array, ""]) -> mfx.DiT:
     return mfx.DiT((1, 8, 8), size, labels=CLASSES, guidance=config.guidance_input, unroll=True, key=key)
 
 
+def optimizer(config: Config) -> optax.GradientTransformation:
+    rate, steps = config.learning_rate, max(config.steps, config.warmup + 1)
+    return optax.adam(optax.warmup_cosine_decay_schedule(0, rate, config.warmup, steps, rate / 100))
+
+
+def averages(config: Config) -> list[mfx.ExponentialAverage]:
+    return [mfx.ExponentialAverage(config.decay)]
+
+
+def first_state(config: Config) -> mfx.TrainState:
+    field_key, run_key = jr.split(jr.key(config.seed))
+    return mfx.init_state(make_field(config, field_key), optimizer(config), averages(config), key=run_key)
+
+
 def sampled(config: Config, method: Method, field: mfx.AbstractField) -> list[tuple[Method, mfx.AbstractField]]:
     """What is judged of a field: itself, or with guidance as an input the field at each scale."""
     if not config.guidance_input:
@@ -234,22 +249,17 @@ def train(
     config: Config, method: Method, source: data.AbstractSource, directory: run.RunDirectory
 ) -> mfx.AbstractField:
     """The averaged field after `config.steps` steps."""
-    field_key, run_key = jr.split(jr.key(config.seed))
-    rate, steps = config.learning_rate, max(config.steps, config.warmup + 1)
-    optimizer = optax.adam(optax.warmup_cosine_decay_schedule(0, rate, config.warmup, steps, rate / 100))
-    averages, parallelism = [mfx.ExponentialAverage(config.decay)], run.parallelism(config)
+    parallelism = run.parallelism(config)
     step = mfx.TrainStep(
         method.objective,
-        optimizer,
-        averages,
+        optimizer(config),
+        averages(config),
         accumulation=config.accumulation,
         parallelism=parallelism,
         teacher=0 if method.objective.needs_teacher else None,
     )
     stream = data.Stream(source, config.batch, seed=config.seed, parallelism=parallelism)
-
-    def make_state() -> mfx.TrainState:
-        return mfx.init_state(make_field(config, field_key), optimizer, averages, key=run_key)
+    make_state = functools.partial(first_state, config)
 
     def preview(state: mfx.TrainState, path: Path) -> None:
         save_samples(*sampled(config, method, run.local(state.averages[0]))[-1], path, rows=2)

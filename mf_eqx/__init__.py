@@ -15,7 +15,7 @@ second line are imported explicitly, so that a training job does not load what i
     _row.py            one drawn example, and how rows are drawn: noise, times, label dropout
     _stable_target.py  the velocity estimated from reference data: targets with less variance
     _schedule.py       hyper-parameters that change with the training step
-    _weight.py         constant and adaptive weights
+    _weight.py         constant and adaptive weights, and short gaps first
     _perceptual.py     losses of images in features of a network
     _field.py          what an average velocity is: subclass it
     _derivative.py     du/dt, and the engines that compute it
@@ -188,6 +188,7 @@ from ._weight import (
     AbstractWeight as AbstractWeight,
     AdaptiveWeight as AdaptiveWeight,
     ConstantWeight as ConstantWeight,
+    GapCurriculum as GapCurriculum,
 )
 
 __version__ = "0.1.0"

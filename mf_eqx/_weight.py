@@ -12,7 +12,8 @@ import jax.numpy as jnp
 
 from ._custom_types import Scalar, ScalarLike
 from ._row import Row
-from ._validate import check_positive
+from ._schedule import as_schedule, at_step, Schedule
+from ._validate import check_kind, check_positive
 
 
 class AbstractWeight(eqx.Module):
@@ -58,3 +59,36 @@ class AdaptiveWeight(AbstractWeight):
 
     def __call__(self, error: ScalarLike, row: Row | None = None) -> Scalar:
         return jax.lax.stop_gradient((jnp.asarray(error) + self.offset) ** -self.power)
+
+
+class GapCurriculum(AbstractWeight):
+    r"""Rows with a short gap t - r first, those with a long one later:
+
+    $$w = w_0 \, \big(p + (1 - p)\, (1 - (t - r))^k\big), \qquad p: 0 \to 1.$$
+
+    Rows with r = t keep the weight $w_0$ from the start; with p = 1 all do. u(z, r, t) over a long gap is learnt from
+    the field's own derivative along shorter ones, so that errors there are amplified while those are not learnt yet.
+
+    **Arguments:** `weight` $w_0$; `done` p in [0, 1], the part of the curriculum that is done, or a schedule of it,
+    such as `optax.linear_schedule(0.0, 1.0, steps)`; `power` k, > 0.
+
+    A method with a loss of its own does not use it.
+
+    The order, v first, short gaps then, long gaps last, is that of Understanding, Accelerating, and Improving MeanFlow
+    Training, Kim, Go, Bogensperger, Erbach, Kalischek, Tombari, Schindler, Narnhofer, 2025, arXiv 2511.19065. The form
+    of the factor is ours.
+    """
+
+    weight: AbstractWeight
+    done: Schedule = eqx.field(converter=as_schedule("done", 0.0, 1.0))
+    power: float = eqx.field(default=4.0, converter=float)
+
+    def __check_init__(self):
+        check_kind("weight", self.weight, AbstractWeight)
+        check_positive("power", self.power)
+
+    def __call__(self, error: ScalarLike, row: Row) -> Scalar:
+        done = at_step(self.done, row.context)
+        factor = done + (1 - done) * (1 - (row.t - row.r)) ** self.power
+        weight = self.weight(jnp.asarray(error), row)
+        return jax.lax.stop_gradient(weight * factor.astype(weight.dtype))

@@ -1,9 +1,10 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from mf_eqx import AdaptiveWeight, ConstantWeight
+from mf_eqx import AdaptiveWeight, ConstantWeight, Context, GapCurriculum, Row
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -57,3 +58,29 @@ def test_negative_power_is_refused(power):
 def test_offset_that_is_not_positive_is_refused(offset):
     with pytest.raises(ValueError, match=f"offset must be > 0 and finite, got {offset}"):
         AdaptiveWeight(offset=offset)
+
+
+def row(r, t, step=None):
+    context = None if step is None else Context(jnp.asarray(step))
+    return Row(jnp.zeros(2), jnp.zeros(2), jnp.asarray(r), jnp.asarray(t), context=context)
+
+
+@pytest.mark.parametrize(("step", "done"), [(0, 0.0), (25, 0.25), (100, 1.0), (1000, 1.0), (None, 1.0)])
+@pytest.mark.parametrize(("r", "t"), [(0.0, 1.0), (0.3, 0.5), (0.7, 0.7)])
+def test_gap_curriculum_is_its_formula_at_every_step(step, done, r, t):
+    curriculum = GapCurriculum(AdaptiveWeight(0.5), optax.linear_schedule(0.0, 1.0, 100), power=3.0)
+    expected = AdaptiveWeight(0.5)(jnp.asarray(0.7)) * (done + (1 - done) * (1 - (t - r)) ** 3)
+    np.testing.assert_allclose(curriculum(jnp.asarray(0.7), row(r, t, step)), expected, rtol=1e-6)
+
+
+def test_gap_curriculum_passes_no_gradient_and_keeps_the_precision_of_the_error():
+    curriculum, error = GapCurriculum(AdaptiveWeight(1.0), 0.2), jnp.asarray(0.7, jnp.float32)
+    weight = curriculum(error, row(0.1, 0.9))
+    assert weight.dtype == jnp.float32
+    assert jax.grad(lambda error: curriculum(error, row(0.1, 0.9)) * error)(error) == weight
+
+
+@pytest.mark.parametrize(("name", "arguments"), [("done", (1.5,)), ("power", (0.5, 0.0))])
+def test_gap_curriculum_names_what_it_refuses(name, arguments):
+    with pytest.raises(ValueError, match=f"{name} must"):
+        GapCurriculum(ConstantWeight(), *arguments)
