@@ -17,7 +17,6 @@ come with the package: nothing is downloaded.
 """
 
 import dataclasses
-import functools
 import math
 import time
 from collections.abc import Callable
@@ -223,15 +222,6 @@ def optimizer(config: Config) -> optax.GradientTransformation:
     return optax.adam(optax.warmup_cosine_decay_schedule(0, rate, config.warmup, steps, rate / 100))
 
 
-def averages(config: Config) -> list[mfx.ExponentialAverage]:
-    return [mfx.ExponentialAverage(config.decay)]
-
-
-def first_state(config: Config) -> mfx.TrainState:
-    field_key, run_key = jr.split(jr.key(config.seed))
-    return mfx.init_state(make_field(config, field_key), optimizer(config), averages(config), key=run_key)
-
-
 def sampled(config: Config, method: Method, field: mfx.AbstractField) -> list[tuple[Method, mfx.AbstractField]]:
     """What is judged of a field: itself, or with guidance as an input the field at each scale."""
     if not config.guidance_input:
@@ -249,17 +239,20 @@ def train(
     config: Config, method: Method, source: data.AbstractSource, directory: run.RunDirectory
 ) -> mfx.AbstractField:
     """The averaged field after `config.steps` steps."""
-    parallelism = run.parallelism(config)
+    field_key, run_key = jr.split(jr.key(config.seed))
+    averages, parallelism = [mfx.ExponentialAverage(config.decay)], run.parallelism(config)
     step = mfx.TrainStep(
         method.objective,
         optimizer(config),
-        averages(config),
+        averages,
         accumulation=config.accumulation,
         parallelism=parallelism,
         teacher=0 if method.objective.needs_teacher else None,
     )
     stream = data.Stream(source, config.batch, seed=config.seed, parallelism=parallelism)
-    make_state = functools.partial(first_state, config)
+
+    def make_state() -> mfx.TrainState:
+        return mfx.init_state(make_field(config, field_key), step.optimizer, averages, key=run_key)
 
     def preview(state: mfx.TrainState, path: Path) -> None:
         save_samples(*sampled(config, method, run.local(state.averages[0]))[-1], path, rows=2)

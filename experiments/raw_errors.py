@@ -19,22 +19,23 @@ RESULTS.md beside this file has the figures.
 
 import dataclasses
 import functools
+import operator
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import digits
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
-from jaxtyping import install_import_hook
+from jaxtyping import Array, install_import_hook, Key
 
 # Shapes and types are checked while the step is traced. JAXTYPING_DISABLE=1 turns this off.
 with install_import_hook("mf_eqx", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"):
     import mf_eqx as mfx
     from mf_eqx import checkpoint, run
+    from mf_eqx.data import DrawRows
 
 GAPS = ("0 to 1/4", "1/4 to 1/2", "1/2 to 3/4", "3/4 to 1")
 """Of t - r, the bins of the metric `identity_error_by_gap`."""
@@ -43,8 +44,8 @@ OWN, ALL = "own digit", "all digits"
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(run.Settings):
-    """A training of digits.py with the velocity of each row's own digit as target, and its raw errors at stages."""
+class Config(run.CellSettings):
+    """Trainings of digits.py with the velocity of each row's own digit as target, and their raw errors at stages."""
 
     steps: int = 3000
     """Training steps."""
@@ -52,34 +53,45 @@ class Config(run.Settings):
     """Number of stages, equally far apart; divides the steps."""
     rounds: int = 8
     """Passes over the training digits in which errors are measured, with new noise and times."""
-    seed: int = 0
-    """Seed of everything random."""
+    seeds: int = 1
+    """Trainings, from seeds 0, 1, ..."""
 
     def __post_init__(self):
-        self.check(steps=1, stages=1, rounds=1, seed=0)
+        self.check(steps=1, stages=1, rounds=1, seeds=1)
+        run.check_sizes(self, seeds=100, stages=1000, rounds=10**4)
         if self.steps % self.stages:
             raise ValueError(f"stages must divide the {self.steps} steps, got {self.stages}")
 
 
-def digits_config(config: Config) -> digits.Config:
-    every = config.steps // config.stages
-    same = {field.name: getattr(config, field.name) for field in dataclasses.fields(run.Settings)}
-    same |= {"save_every": every, "keep_every": every, "preview_every": 0}
-    return digits.Config(**same, steps=config.steps, seed=config.seed, stable_target=False)
+def of_digits(config: Config, seed: int) -> digits.Config:
+    return digits.Config(steps=config.steps, seed=seed, stable_target=False)
+
+
+def training(config: Config, seed: int, data: digits.Digits) -> run.Training:
+    recipe, (field_key, run_key) = of_digits(config, seed), jr.split(jr.key(seed))
+    average = mfx.ExponentialAverage(recipe.decay)
+    step = mfx.TrainStep(digits.objective(recipe), digits.optimizer(recipe), [average], unroll=True)
+    draw = DrawRows(jnp.asarray(data.train.x), jnp.asarray(digits.label_of(data.train)), recipe.batch)
+    make_field = functools.partial(digits.make_field, recipe, field_key)
+    return run.Training(str(seed), step, make_field, draw, config.steps, run_key, [config.steps, seed])
+
+
+@eqx.filter_jit
+def measured(
+    field: mfx.AbstractField, objective: mfx.Objective, batch: mfx.Batch, key: Key[Array, ""]
+) -> dict[str, mfx.Mean]:
+    return objective(field, batch, key=key)[1]
 
 
 def errors(
     field: mfx.AbstractField, objective: mfx.Objective, batch: mfx.Batch, rounds: int
 ) -> tuple[float, list[float]]:
     """The raw errors of rows with r = t, and of rows with r < t by their gap."""
-
-    @eqx.filter_jit
-    def measured(field: mfx.AbstractField, key: Any) -> Any:
-        metrics = objective(field, batch, key=key)[1]
-        return metrics["boundary_error"], metrics["identity_error_by_gap"]
-
-    found = [measured(field, jr.key(number)) for number in range(rounds)]
-    boundary, by_gap = (jax.tree.map(lambda *leaves: sum(leaves), *each) for each in zip(*found, strict=True))
+    found = [measured(field, objective, batch, jr.key(number)) for number in range(rounds)]
+    boundary, by_gap = (
+        functools.reduce(operator.add, [each[name] for each in found])
+        for name in ("boundary_error", "identity_error_by_gap")
+    )
     return float(boundary.value), np.asarray(by_gap.value).tolist()
 
 
@@ -126,25 +138,30 @@ def save_figure(path: Path, stages: Sequence[dict[str, Any]]) -> None:
 
 def main(config: Config) -> None:
     """Train, then measure the raw errors of every stage."""
-    run.require("matplotlib", "safetensors")
-    of_digits = digits_config(config)
-    data = digits.load(of_digits)
-    method = digits.Method("MeanFlow", digits.objective(of_digits), mfx.sample, (1,), shown=1)
+    run.require("matplotlib")
+    every = config.steps // config.stages
+    config = dataclasses.replace(config, keep_last=config.stages, save_every=every, log_every=every)
+    data = {seed: digits.load(of_digits(config, seed)) for seed in range(config.seeds)}
+    trainings = {seed: training(config, seed, data[seed]) for seed in data}
     with run.opened(config) as directory:
-        part = run.RunDirectory(directory.root / "meanflow")
-        digits.train(of_digits, method, data.train, part)
-        judge, saved = digits.Judge(data), checkpoint.Checkpoints(part.root / "checkpoints")
+        run.announce(config, trainings, directory)
 
-        stages = []
-        for step in saved.steps():
-            restored = saved.load(functools.partial(digits.first_state, of_digits), step=step)
-            assert restored is not None
-            stages.append(stage(of_digits, restored.state, data, judge, config.rounds))
-            run.tell(f"step {step}: distance {stages[-1]['distance']:.3g}")
-        text = run.table([list(found.values()) for found in stages], list(stages[0]))
-        directory.save_results(text, stages)
-        save_figure(directory.path("raw_errors.png"), stages)
-        print(f"{text}\n\nFigure, results.md and results.json are in {directory.root}.")
+        def judge(seed: int, state: mfx.TrainState | None) -> list[dict[str, Any]]:
+            saved = checkpoint.Checkpoints(directory.root / "cells" / str(seed) / "checkpoints")
+            restored = [saved.load(trainings[seed].make_state, step=step) for step in saved.steps()]
+            judge_of, recipe = digits.Judge(data[seed]), of_digits(config, seed)
+            states = [found.state for found in restored if found is not None]
+            return [stage(recipe, state, data[seed], judge_of, config.rounds) for state in states]
+
+        results = run.train_cells(config, trainings, judge, directory)
+        parts = [
+            f"Seed {seed}\n\n{run.table([[*found.values()] for found in stages], [*stages[0]])}"
+            for seed, stages in results.items()
+        ]
+        text = "\n\n".join(parts)
+        directory.save_results(text, [{"seed": seed, **found} for seed in results for found in results[seed]])
+        save_figure(directory.path("raw_errors.png"), results[0])
+        print(f"{text}\n\nFigure (seed 0), results.md and results.json are in {directory.root}.")
 
 
 if __name__ == "__main__":
