@@ -2,7 +2,7 @@
 
     python experiments/digits.py                      330 to 450 seconds on 2 busy CPU cores
     python experiments/digits.py --preset guided      about 5 minutes
-    python experiments/digits.py --preset any-guidance    about 6 minutes; one network, its guidance chosen at sampling
+    python experiments/digits.py --preset any-guidance    twice that; one network, its guidance chosen at sampling
     python experiments/digits.py --compare            Flow Matching beside it, twice the time
     python experiments/digits.py --dry-run            what would be trained, where, and in how much memory
 
@@ -21,7 +21,7 @@ import math
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -74,7 +74,8 @@ class Config(run.Settings):
     """Share of rows with r < t, which carry the MeanFlow identity; in [0, 1]. 0 is Flow Matching."""
     stable_target: bool = True
     """Take the velocity of all training digits of a row's label, instead of that of its own digit alone: at 3000 steps
-    it brings the Frechet distance at one evaluation from 24 to 14 (RESULTS.md beside this file)."""
+    it brings the Frechet distance at one evaluation from 24 to 14 (RESULTS.md beside this file). Guidance then takes
+    the velocities of all digits as well, instead of the network's own."""
     power: float = 0.5
     """Adaptive weight's power p (Eq. 22)."""
     offset: float = 0.01
@@ -84,8 +85,10 @@ class Config(run.Settings):
     mix: float = 0.0
     """Guidance mix kappa (Eq. 21), in [0, 1); the effective scale is omega / (1 - kappa)."""
     guidance_input: bool = False
-    """Draw guidance scales from 1 to 8 and intervals for each row and give them to the network, so that they are chosen
-    at sampling (improved MeanFlow), in place of scale and mix."""
+    """Draw guidance scales and intervals for each row and give them to the network, so that they are chosen at sampling
+    (as in improved MeanFlow), in place of scale and mix."""
+    largest_scale: float = 4.0
+    """With guidance_input: the largest scale omega that is drawn; the smallest is 1, and the density omega^-2."""
     sample_scale: tuple[float, ...] = run.setting(())
     """With guidance_input: the scales that are judged, by default 1 and 2; pictures show the last."""
     sample_interval: tuple[float, float] = run.setting((0.0, 1.0))
@@ -113,11 +116,14 @@ class Config(run.Settings):
         if self.guidance_input and guided(self):
             found = self.scale if self.scale != 1 else f"mix = {self.mix}"
             raise ValueError(f"scale must be 1, and mix 0, with guidance_input, which draws scales; got {found}")
-        for name, default in {"sample_scale": (), "sample_interval": (0, 1)}.items():
+        defaults = {"sample_scale": (), "sample_interval": (0, 1), "largest_scale": Config.largest_scale}
+        if not 1 < self.largest_scale <= 100:
+            raise ValueError(f"largest_scale must lie in (1, 100], got {self.largest_scale}")
+        for name, default in defaults.items():
             if not self.guidance_input and (found := getattr(self, name)) != default:
                 raise ValueError(f"{name} must be left out without guidance_input, got {found}")
-        if min(self.sample_scale, default=1) <= 0 or not math.isfinite(sum(self.sample_scale)):
-            raise ValueError(f"sample_scale must be > 0 and finite, got {self.sample_scale}")
+        if wrong := [scale for scale in self.sample_scale if not 1 <= scale <= self.largest_scale]:
+            raise ValueError(f"sample_scale must lie in [1, largest_scale = {self.largest_scale:g}], got {wrong[0]}")
         if not 0 <= self.sample_interval[0] <= self.sample_interval[1] <= 1:
             raise ValueError(f"sample_interval must satisfy 0 <= first <= last <= 1, got {self.sample_interval}")
         if (self.guidance_input or guided(self)) and self.label_dropout == 0:
@@ -166,12 +172,23 @@ def guided(config: Config) -> bool:
 
 def guidance(config: Config) -> mfx.AbstractGuidance | None:
     if config.guidance_input:
-        return mfx.DrawnGuidance()
+        return mfx.DrawnGuidance(mfx.PowerLawScales(2.0, largest=config.largest_scale))
     return mfx.Guidance(config.scale, config.mix) if guided(config) else None
 
 
 def stable_target(config: Config, source: data.ArraySource) -> mfx.StableTarget | None:
     return mfx.StableTarget(jnp.asarray(source.x), jnp.asarray(source.label)) if config.stable_target else None
+
+
+def targets(config: Config, target: mfx.StableTarget | None) -> dict[str, Any]:
+    """What all objectives here have in common: which velocity they regress on."""
+    guides = guidance(config)
+    return {
+        "guidance": guides,
+        "label_dropout": mfx.LabelDropout(config.label_dropout, CLASSES),
+        "stable_target": target,
+        "exact_guidance": guides is not None and target is not None,
+    }
 
 
 def objective(
@@ -182,9 +199,7 @@ def objective(
         time_pairs=mfx.TimePairs(mfx.UniformTimes()),
         identity_share=config.identity_share,
         weight=mfx.AdaptiveWeight(config.power, config.offset),
-        guidance=guidance(config),
-        label_dropout=mfx.LabelDropout(config.label_dropout, CLASSES),
-        stable_target=target,
+        **targets(config, target),
     )
 
 
@@ -196,9 +211,7 @@ def flow_matching(config: Config, target: mfx.StableTarget | None = None) -> mfx
         identity_share=0,
         boundary_times=mfx.UniformTimes(),
         weight=mfx.ConstantWeight(),
-        guidance=guidance(config),
-        label_dropout=mfx.LabelDropout(config.label_dropout, CLASSES),
-        stable_target=target,
+        **targets(config, target),
     )
 
 
@@ -398,10 +411,7 @@ def main(config: Config) -> None:
     run.require("matplotlib", "safetensors")
     digits = load(config)
     target = stable_target(config, digits.train)
-    name, identity = "MeanFlow", mfx.MeanFlow()
-    if config.guidance_input:
-        name, identity = "Improved MeanFlow", mfx.ImprovedMeanFlow()
-    methods = [Method(name, objective(config, target, identity), mfx.sample, (1, 2, 4), shown=1)]
+    methods = [Method("MeanFlow", objective(config, target), mfx.sample, (1, 2, 4), shown=1)]
     if config.compare:
         methods.append(Method("Flow Matching", flow_matching(config, target), mfx.sample_euler, (1, 4, 32), shown=32))
     with run.opened(config) as directory:
@@ -409,7 +419,11 @@ def main(config: Config) -> None:
         judge = Judge(digits)
         for method in methods:
             scale = f"scale {mfx.Guidance(config.scale, config.mix).effective_scale:g}"
-            found = "guidance scales from 1 to 8" if config.guidance_input else f"effective guidance {scale}"
+            found = (
+                f"guidance scales from 1 to {config.largest_scale:g}"
+                if config.guidance_input
+                else f"effective guidance {scale}"
+            )
             run.tell(f"{method.name}: {config.steps} steps, {found}")
             part = run.RunDirectory(directory.root / method.name.lower().replace(" ", "_"))
             field = train(config, method, digits.train, part)
@@ -433,7 +447,7 @@ PRESETS = {
     "guided": ("effective guidance scale 2: sharper and narrower", Config(mix=0.5)),
     "any-guidance": (
         "guidance scale and interval as inputs, chosen at sampling: judged at scales 1 and 2",
-        Config(guidance_input=True),
+        Config(guidance_input=True, steps=6000),
     ),
 }
 
