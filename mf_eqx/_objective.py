@@ -147,6 +147,13 @@ _KINDS = {
 """The parts of an objective."""
 
 
+def _as_terms(terms: Sequence[PerceptualTerm]) -> tuple[PerceptualTerm, ...]:
+    """`terms` as a tuple. **Raises:** `ValueError` unless they are a list or a tuple of `PerceptualTerm`."""
+    if not isinstance(terms, Sequence) or not all(isinstance(term, PerceptualTerm) for term in terms):
+        raise ValueError(f"perceptual must be a list of PerceptualTerm, got {terms!r:.100}")
+    return tuple(terms)
+
+
 class Objective(AbstractObjective):
     r"""A boundary condition and an identity (Alg. 1, Eq. 9 to 11 with `MeanFlow`). The defaults are the paper's for
     ImageNet; `Objective(method, **method.facts.paper_settings)` has those of another method's paper, if they are known.
@@ -202,7 +209,7 @@ class Objective(AbstractObjective):
     stable_target: StableTarget | None = None
     exact_guidance: bool = False
     smallest_time: float = eqx.field(default=0.0, converter=float)
-    perceptual: Sequence[PerceptualTerm] = eqx.field(default=(), converter=tuple)
+    perceptual: tuple[PerceptualTerm, ...] = eqx.field(default=(), converter=_as_terms)
 
     def __check_init__(self):
         for name, kind in _KINDS.items():
@@ -252,8 +259,6 @@ class Objective(AbstractObjective):
             raise ValueError(f"smallest_time must be 0 for any path but LinearInterpolant, got {given} and {kind}")
         if given > 0 and self._facts.uses_pair:
             raise ValueError(f"smallest_time must be 0 for {name}, which learns from x and eps alone; got {given}")
-        for term in self.perceptual:
-            check_kind("perceptual", term, PerceptualTerm)
         if self.perceptual and not isinstance(self.identity, AbstractIdentityWithVelocity | None):
             rule = "be empty for an identity that is no AbstractIdentityWithVelocity"
             raise ValueError(f"perceptual must {rule}, got {len(self.perceptual)} terms for {name}")

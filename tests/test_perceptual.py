@@ -144,7 +144,10 @@ class Labelled(mfx.AbstractField):
         (lambda: mfx.PerceptualTerm(double, (4, 4), before=0.0), r"before must lie in \(0, 1\], got 0.0"),
         (lambda: mfx.PerceptualTerm(double, (4, 4), smallest_crop=2), r"smallest_crop must lie in \(0, 1\], got 2.0"),
         (lambda: mfx.Objective(perceptual=[WHOLE]), "perceptual must be empty for an identity .* 1 terms for MeanFlow"),
-        (lambda: mfx.Objective(mfx.ImprovedMeanFlow(), perceptual=[double]), "perceptual must be an instance of Perce"),
+        (
+            lambda: mfx.Objective(mfx.ImprovedMeanFlow(), perceptual=[double]),
+            "perceptual must be a list of PerceptualTerm",
+        ),
         (lambda: WHOLE(mfx.Row(jnp.ones(3), jnp.ones(3), 0, 1), jnp.ones(3)), "data must be images, channels first"),
         (lambda: mfx.Objective(smallest_time=1.0), r"smallest_time must lie in \[0, 1\), got 1.0"),
         (
