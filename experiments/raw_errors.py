@@ -122,13 +122,13 @@ def save_figure(path: Path, stages: Sequence[dict[str, Any]]) -> None:
         from matplotlib.figure import Figure
     figure = Figure(figsize=(12, 3.6), dpi=100, layout="constrained")
     panels = figure.subplots(1, 3)
+    panels[1].sharey(panels[0])
     steps = [found["step"] for found in stages]
     for panel, name in zip(panels, (OWN, ALL), strict=False):
         for gap in GAPS:
             panel.plot(steps, [found[f"{gap}, {name}"] for found in stages], ".-", label=f"t - r from {gap}")
         panel.set(title=f"raw identity error, velocity of {name}", xlabel="step", yscale="log")
         panel.legend(fontsize="small")
-    panels[1].sharey(panels[0])
     panels[2].plot(steps, [found["distance"] for found in stages], ".-", color="black")
     panels[2].set(title="Frechet distance, one evaluation", xlabel="step", yscale="log")
     for panel in panels:
