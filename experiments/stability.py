@@ -154,6 +154,9 @@ class Config(run.CellSettings):
     """Factor of the numbers of steps: 3000 on the checkerboard, 600 on digits."""
     log_every: int = 25
     """Steps between lines of each cell's metrics.jsonl, in which spikes are counted."""
+    most_faults: int = 10**6
+    """Steps in a row without a finite loss and gradient after which the run stops. Such a step leaves the state
+    unchanged; a training that diverges is judged by its last finite state, and the table says so."""
 
     def __post_init__(self):
         self.check(seeds=1)
