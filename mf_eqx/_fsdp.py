@@ -2,14 +2,16 @@ r"""Parameters that are never whole on one device: "fully sharded data paralleli
 
 Every device holds one part of each large parameter (`Parallelism`), and runs the same program on its own rows:
 
-    parameters outside of stacks    gathered before the rows are differentiated; gradients summed and divided after it
-    each block of a `nn.Stack`      gathered when the loop over blocks comes to it, and again in the backward pass;
+    parameters outside of stacks    are gathered at the start; their gradients are summed and divided at the end
+    each block of a `nn.Stack`      is gathered when the loop over blocks comes to it, and again in the backward pass;
                                     its gradient is summed over devices and divided before the loop goes on
 
-So a device holds its part of all parameters and of all gradients, and beside them no more than one whole block and the
-gradient of one. The transpose of "gather" (`jax.lax.all_gather`) is "sum over devices, and keep one's own part"
-(`jax.lax.psum_scatter`), so that differentiation alone puts the sums of gradients where they belong, and forward mode
-needs nothing.
+So a device holds its part of all parameters and of all gradients, and beside them no more than one whole block and one
+gradient of it. The transpose of "gather" (`jax.lax.all_gather`) is "sum over devices, and keep one's own part"
+(`jax.lax.psum_scatter`), so that differentiation alone puts the sums of gradients where they belong. A JVP in times
+and states gathers nothing more, because parameters have no tangents in it.
+
+All this needs a loop: of a stack without one (`unroll=True`) the compiler may gather several blocks early.
 
 Source: ZeRO: Memory Optimizations Toward Training Trillion Parameter Models, Rajbhandari, Rasley, Ruwase, He, 2020,
 arXiv 1910.02054 (its third stage); PyTorch FSDP, Zhao et al., 2023, arXiv 2304.11277.

@@ -1,4 +1,4 @@
-"""With FSDP a device holds its part of the state, and beside it no more than one whole block and the gradient of one."""
+"""With FSDP a device holds its part of the state, and beside it no more than one whole block and one gradient of it."""
 
 import pytest
 from devices import run_on_devices
@@ -37,7 +37,9 @@ HELD = [
 @pytest.mark.parametrize(("name", "measured", "fsdp", "gradients"), HELD)
 def test_a_device_holds_its_part_of_the_state_and_two_blocks(name, measured, fsdp, gradients, request):
     found = request.getfixturevalue(measured)[name]
-    assert bound(found, fsdp, gradients) < bound(found | dict.fromkeys(REST, 0), fsdp, gradients) + found["parameters"] / 3
+    assert (
+        bound(found, fsdp, gradients) < bound(found | dict.fromkeys(REST, 0), fsdp, gradients) + found["parameters"] / 3
+    )
     assert found["held"] <= bound(found, fsdp, gradients)
 
 

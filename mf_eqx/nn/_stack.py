@@ -15,9 +15,8 @@ Remat: TypeAlias = bool | Callable[..., Any]
 """False: keep every intermediate for the backward pass; True: keep only each block's input; or one of
 `jax.checkpoint_policies` for a choice between the two."""
 
-
-_MOVING = {"all_gather", "broadcast_in_dim", "copy", "reshape", "slice", "split", "squeeze", "transpose"}
-_MOVING |= {"convert_element_type"}
+_MOVING = {"all_gather", "broadcast_in_dim", "convert_element_type", "copy", "reshape", "slice", "split", "squeeze"}
+_MOVING |= {"transpose"}
 
 
 def _keep_unless_moved(primitive: Any, *_: Any, **__: Any) -> bool:
@@ -69,8 +68,8 @@ class Stack(eqx.Module, Generic[_Block]):
         """The same stack, of whose blocks each device holds a part: `gather(arrays)` makes the arrays of one block
         whole before the block is applied, and again in the backward pass.
 
-        With `remat=False` every intermediate is kept for the backward pass but the whole parameters, and what is only
-        a cast or another arrangement of a kept value. A policy decides alone.
+        With `remat=False`, whole parameters and mere casts and rearrangements are then computed again in the backward
+        pass, and every other intermediate is kept. A policy of your own decides alone.
         """
         stack = copy.copy(self)
         object.__setattr__(stack, "gather", gather)
