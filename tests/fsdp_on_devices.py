@@ -103,7 +103,7 @@ NETWORKS = {
         IMAGE, mfx.InContextDiTSize(**SIZES, head_depth=1), labels=LABELS, velocity_head=True, **o, key=jr.key(0)
     ),
     "U-Net": lambda **o: mfx.UNet(
-        IMAGE, mfx.UNetSize(width=16, multipliers=(1, 2), blocks=2, attention=(4,)), labels=LABELS, **o, key=jr.key(0)
+        IMAGE, mfx.UNetSize(width=16, multipliers=(1, 2), blocks=2, attention=()), labels=LABELS, **o, key=jr.key(0)
     ),
 }
 REMAT = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
@@ -111,7 +111,7 @@ TRAININGS = {
     "DiT": ("guided", {"remat": True}, {"data": 2, "fsdp": 4, "accumulation": 2}),
     "DiT without a loop": ("MeanFlow", {"unroll": True, "remat": REMAT}, {"data": 1, "fsdp": 8}),
     "in-context DiT": ("improved", {}, {"data": 1, "fsdp": 8}),
-    "U-Net": ("MeanFlow", {}, {"data": 1, "fsdp": 8}),
+    "U-Net": ("Flow Matching", {}, {"data": 1, "fsdp": 8}),
 }
 
 

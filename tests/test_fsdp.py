@@ -1,7 +1,13 @@
 """With FSDP a device holds its part of the state, and beside it no more than one whole block and one gradient of it."""
 
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
 import pytest
 from devices import run_on_devices
+
+import mf_eqx as mfx
 
 SLOW = pytest.mark.slow
 NETWORKS = ("DiT", "DiT without a loop", "in-context DiT", "U-Net")
@@ -48,6 +54,28 @@ def test_no_weight_of_all_blocks_is_ever_on_one_device(name, measured, request):
     """Which also holds for what the loop over blocks keeps for the backward pass."""
     whole = request.getfixturevalue(measured)[name]["whole"]
     assert whole and whole == [[False, True]] * len(whole)
+
+
+@pytest.mark.parametrize("attention", [mfx.nn.XLAAttention(), mfx.nn.ChunkedAttention()], ids=["XLA", "chunked"])
+def test_blocks_in_turn_keep_about_half_for_the_backward_pass(attention):
+    """Of a network that otherwise keeps every intermediate (`remat=False`)."""
+    field = mfx.DiT((4, 32, 32), mfx.DiTSize(3, 64, 2, 2), attention=attention, key=jr.key(0))
+    in_turn = eqx.tree_at(lambda field: field.stack, field, field.stack.gathering(lambda block: block))
+
+    def kept(field):
+        arrays, rest = eqx.partition(field, eqx.is_inexact_array)
+        z, t = jnp.zeros((4, 4, 32, 32)), jnp.zeros(4)
+
+        def backward(arrays):
+            return jax.vjp(lambda arrays: jax.vmap(eqx.combine(arrays, rest))(z, t, t), arrays)[1]
+
+        return size(jax.eval_shape(backward, arrays)) - size(arrays)
+
+    assert kept(in_turn) <= 0.6 * kept(field)
+
+
+def size(tree):
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def test_gradients_are_summed_and_divided_at_once_and_no_row_moves_between_devices(on_devices):

@@ -15,13 +15,11 @@ Remat: TypeAlias = bool | Callable[..., Any]
 """False: keep every intermediate for the backward pass; True: keep only each block's input; or one of
 `jax.checkpoint_policies` for a choice between the two."""
 
-_MOVING = {"all_gather", "broadcast_in_dim", "convert_element_type", "copy", "reshape", "slice", "split", "squeeze"}
-_MOVING |= {"transpose"}
 
-
-def _keep_unless_moved(primitive: Any, *_: Any, **__: Any) -> bool:
-    """A policy: keep what is computed, and not what is only moved or cast, such as whole parameters."""
-    return primitive.name not in _MOVING
+def _keep_outputs_of_layers(primitive: Any, *shapes: Any, **parameters: Any) -> bool:
+    """A policy: keep the outputs of linear layers and convolutions, and nothing that is made of parameters alone."""
+    is_linear = jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *shapes, **parameters)
+    return is_linear or primitive.name == "conv_general_dilated"
 
 
 class Stack(eqx.Module, Generic[_Block]):
@@ -68,8 +66,9 @@ class Stack(eqx.Module, Generic[_Block]):
         """The same stack, of whose blocks each device holds a part: `gather(arrays)` makes the arrays of one block
         whole before the block is applied, and again in the backward pass.
 
-        With `remat=False`, whole parameters and mere casts and rearrangements are then computed again in the backward
-        pass, and every other intermediate is kept. A policy of your own decides alone.
+        With `remat=False` the outputs of linear layers and convolutions are kept for the backward pass. Whole
+        parameters, attention, norms and activations are computed again: about half the memory of a stack that keeps
+        everything. A policy of your own decides alone.
         """
         stack = copy.copy(self)
         object.__setattr__(stack, "gather", gather)
@@ -101,7 +100,7 @@ class Stack(eqx.Module, Generic[_Block]):
             block = block if self.gather is None else self.gather(block)
             return apply(eqx.combine(block, rest), x, block_input)
 
-        policy = _keep_unless_moved if self.remat is False and self.gather is not None else self.remat
+        policy = _keep_outputs_of_layers if self.remat is False and self.gather is not None else self.remat
         if policy is not False:
             body = jax.checkpoint(body, policy=None if policy is True else policy)
         if self.depth == 1:
