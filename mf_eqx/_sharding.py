@@ -15,9 +15,11 @@ forward and again backward, and the gradient of a block is summed over devices a
 
     (parameters + optimiser + averages + gradients) / fsdp + two whole blocks + what its own rows need
 
-where gradients count twice if several kinds of rows or micro-batches are differentiated in turn. Whole for the whole
-step are: parameters outside of stacks, leaves that are too small to divide or that `fsdp` does not divide, and the
-parameters for an objective that is no mean over rows (`AbstractObjective.divisor`).
+where gradients count twice if several kinds of rows or micro-batches are differentiated in turn, or if several copies
+of the parameters sum them. What is gathered for the whole step: parameters outside of stacks, stacked leaves of which
+`fsdp` divides no axis but the first, and all parameters for an objective that is no mean over rows
+(`AbstractObjective.divisor`). No GPU and no TPU has run this; on forced CPU devices, and by XLA's analysis of XL/2, it
+holds.
 
 No result depends on the mesh, up to the order of sums: every random number depends on the row's index in the global
 batch.
