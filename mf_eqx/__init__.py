@@ -32,6 +32,7 @@ second line are imported explicitly, so that a training job does not load what i
     _ema.py            averages of the parameters
     _optimizer.py      which optimisers a step can serve, and what it hands them
     _sharding.py       meshes, and what lies where on them
+    _fsdp.py           divided parameters in a step: one whole block at a time
     _generate.py       many samples, each by its number, on all devices
     _train.py          TrainState, init_state, TrainStep, scan_steps
     _quiet.py          Orbax without its messages

@@ -1,12 +1,13 @@
 """Gradients of an objective, computed for one kind of rows after the other, for one micro-batch after the other, and
 separately for each device. So only the intermediate results of one kind of rows in one micro-batch are in memory at a
-time, and the devices communicate only once.
+time, and devices that have whole parameters communicate only once.
 
 This requires only that the loss is a mean over rows: it is then the mean over parts of equal size, and the sum over
 kinds of rows of their mean loss times their share. An objective that is not such a mean (`AbstractObjective.divisor` is
 None) is differentiated on the whole batch at once.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -14,11 +15,13 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Key, PyTree
 
 from ._batch import Batch
 from ._custom_types import Scalar
 from ._field import AbstractField
+from ._fsdp import gathered_in_turn, summed
 from ._mean import Metrics
 from ._objective import AbstractObjective
 from ._row import Context
@@ -40,10 +43,47 @@ class Differentiation(eqx.Module):
 
     def __call__(self, field: AbstractField, batch: Batch, state: Any) -> tuple[Metrics, PyTree[Any], Any]:
         """Metrics, gradients, and the objective's state after the step."""
+        if self.objective.divisor is not None and self.parallelism is not None and self.parallelism.divides:
+            return *self._blocks_in_turn(field, batch, self.parallelism), state
+        return self._whole(field, batch, state)
+
+    def _whole(self, field: AbstractField, batch: Batch, state: Any) -> tuple[Metrics, PyTree[Any], Any]:
+        """Every device has whole parameters, before anything is computed from them."""
+        if self.parallelism is not None:
+            field, context, state = self.parallelism.gather((field, self.context, state))
+            self = dataclasses.replace(self, context=context)
         if self.objective.divisor is None:
             return self._part(self.objective, field, batch, state, 1.0)
-        metrics, gradients = self._devices(field, batch)
-        return metrics, gradients, state
+        return *self._devices(field, batch), state
+
+    def _blocks_in_turn(
+        self, field: AbstractField, batch: Batch, parallelism: Parallelism
+    ) -> tuple[Metrics, PyTree[Any]]:
+        """Each device differentiates its own rows, and has a part of each large parameter: see `_fsdp`."""
+        divided, static = eqx.partition((field, self.context), eqx.is_array)
+        whole, other = eqx.partition((self.objective, self.key), eqx.is_array)
+        specs = jax.tree.map(lambda leaf: parallelism.of_shape(leaf.shape).spec, divided)
+        trained = eqx.filter(field, eqx.is_inexact_array)
+        trained_specs = jax.tree.map(lambda leaf: parallelism.of_shape(leaf.shape).spec, trained)
+
+        def differentiate(divided: Any, whole: Any, rows: Batch) -> tuple[Metrics, PyTree[Any]]:
+            parts, context = eqx.combine(divided, static)
+            objective, key = eqx.combine(whole, other)
+            context = gathered_in_turn(context, specs[1])
+            field, transpose = eqx.filter_vjp(lambda parts: gathered_in_turn(parts, specs[0]), parts)
+            alone = Differentiation(objective, self.accumulation, None, self.unroll, key, context)
+            metrics, gradients = alone._micro_batches(field, rows)
+            (gradients,) = transpose(jax.tree.map(lambda g: g / parallelism.shards, gradients))
+            return jax.lax.psum(metrics, ("data", "fsdp")), summed(gradients, trained_specs)
+
+        everywhere = PartitionSpec()
+        return jax.shard_map(
+            differentiate,
+            mesh=parallelism.mesh,
+            in_specs=(specs, everywhere, parallelism.rows.spec),
+            out_specs=(everywhere, trained_specs),
+            check_vma=False,
+        )(divided, whole, batch)
 
     def _devices(self, field: AbstractField, batch: Batch) -> tuple[Metrics, PyTree[Any]]:
         """Each device's rows are differentiated separately, and the results are summed over devices once, at the end.

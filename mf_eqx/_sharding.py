@@ -7,9 +7,19 @@ r"""How one training is spread over devices: a mesh of two axes, and one rule th
 
 Rows are spread over all devices, over both axes. Parameters, optimiser state and averages are replicated along the axis
 `data`; along the axis `fsdp` each large leaf is divided, and every device keeps only one part of it: "fully sharded
-data parallelism" (Zhao et al., 2023, arXiv 2304.11277). With fsdp = 1 it is plain data parallelism. Only the state
-between steps is divided: `TrainStep` gathers all parameters at the start of a step, not layer by layer, so during a
-step each device holds a full copy of the parameters and one of their gradients.
+data parallelism" (Zhao et al., 2023, arXiv 2304.11277). With fsdp = 1 it is plain data parallelism.
+
+During a step, too, the parameters of a `nn.Stack` are never all on one device. Its blocks become whole one at a time,
+forward and again backward, and the gradient of a block is summed over devices and divided before the next one's
+(`_fsdp.py`). So a device needs
+
+    (parameters + optimiser + averages + gradients) / fsdp + two whole blocks + what its own rows need
+
+where gradients count twice if several kinds of rows or micro-batches are differentiated in turn, or if several copies
+of the parameters sum them. What is gathered for the whole step: parameters outside of stacks, stacked leaves of which
+`fsdp` divides no axis but the first, and all parameters for an objective that is no mean over rows
+(`AbstractObjective.divisor`). No GPU and no TPU has run this; on forced CPU devices, and by XLA's analysis of XL/2, it
+holds.
 
 No result depends on the mesh, up to the order of sums: every random number depends on the row's index in the global
 batch.
@@ -71,6 +81,11 @@ class Parallelism(eqx.Module):
         return self.mesh.size
 
     @property
+    def divides(self) -> bool:
+        """Whether large leaves are divided between devices."""
+        return self.mesh.shape["fsdp"] > 1
+
+    @property
     def replicated(self) -> NamedSharding:
         """The sharding of arrays of which every device has a copy."""
         return NamedSharding(self.mesh, PartitionSpec())
@@ -81,12 +96,13 @@ class Parallelism(eqx.Module):
         return NamedSharding(self.mesh, PartitionSpec(("data", "fsdp")))
 
     def of_shape(self, shape: tuple[int, ...]) -> NamedSharding:
-        """The rule: a large leaf is divided along its largest axis that `fsdp` divides (of equal axes, the first)."""
+        """The rule: a large leaf is divided along its largest axis that `fsdp` divides (of equal axes, the first), and
+        along the first axis, which may stack blocks, only if `fsdp` divides no other."""
         fsdp = self.mesh.shape["fsdp"]
         divisible = [axis for axis, length in enumerate(shape) if length % fsdp == 0]
         if fsdp == 1 or math.prod(shape) < self.least_size or not divisible:
             return self.replicated
-        shared = max(divisible, key=lambda axis: shape[axis])
+        shared = max(divisible, key=lambda axis: (axis > 0, shape[axis]))
         return NamedSharding(self.mesh, PartitionSpec(*[None] * shared, "fsdp"))
 
     def of_tree(self, tree: PyTree[Any]) -> PyTree[Any]:

@@ -134,7 +134,8 @@ class TrainStep(eqx.Module):
     - `accumulation`: number of equal parts into which the rows of each device are divided. The parts are differentiated
       one after the other: memory for intermediate results falls as 1 / accumulation, results stay the same.
     - `parallelism`: None for one device, or how state and batch are spread. The rows of each device are differentiated
-      separately, and the results are summed in one all-reduce.
+      separately, and the results are summed in one all-reduce; with `fsdp`, blocks of parameters are gathered in turn
+      and the sums of their gradients divided in turn, see `Parallelism`.
     - `unroll`: False to differentiate one kind of rows (r < t, r = t) after the other in a loop, with the intermediate
       results of only one kind in memory. True for no loop. This is for convolutions on CPUs, because XLA runs them
       without its fast kernels inside of loops (jax-ml/jax, issue 12868).
@@ -227,16 +228,15 @@ def _train_step(constant: tuple[TrainStep, Batch], state: TrainState) -> tuple[T
     if (prepare := train_step.prepare) is not None:
         batch = jax.vmap(lambda row: prepare(row, jr.fold_in(prepare_key, row.index)))(batch)
         check_kind("the result of prepare", batch, Batch)
-    field, context, objective_state = _gathered(train_step, (state.field, train_step.context(state), state.objective))
     differentiate = Differentiation(
         train_step.objective,
         train_step.accumulation,
         train_step.parallelism,
         train_step.unroll,
         objective_key,
-        context,
+        train_step.context(state),
     )
-    metrics, gradients, objective_state = differentiate(field, batch, objective_state)
+    metrics, gradients, objective_state = differentiate(state.field, batch, state.objective)
     with standard_promotion():
         norm = optax.tree.norm(gradients)
     finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"].total)
@@ -299,11 +299,6 @@ def _check_same_structure(before: PyTree[Any], after: PyTree[Any]) -> None:
         raise ValueError(
             f"optimizer must keep structure, shapes and dtypes of its state, but it changes {listed(changed)}"
         )
-
-
-def _gathered(train_step: TrainStep, tree: _Tree) -> _Tree:
-    """The same arrays, whole on every device. Done once per step, before anything is computed from them."""
-    return tree if train_step.parallelism is None else train_step.parallelism.gather(tree)
 
 
 def _spread(train_step: TrainStep, tree: _Tree) -> _Tree:

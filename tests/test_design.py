@@ -26,7 +26,7 @@ LAYERS = {
     1: ["_batch", "_mean", "_interpolant", "_stable_target", "_times", "_field", "_derivative", "_engine_guards", "nn"],
     2: ["_guidance", "_drawn_guidance", "_model", "_row", "_weight", "_perceptual", "_schedule", "_identity"],
     3: ["_objective", "_sample", "exact", "metrics", "vae"],
-    4: ["_batch_objective", "_ema", "_optimizer", "_sharding", "_gradient"],
+    4: ["_batch_objective", "_ema", "_optimizer", "_sharding", "_fsdp", "_gradient"],
     5: ["_generate", "_train"],
     6: ["checkpoint", "data", "measure", "picture", "released"],
     7: ["run"],

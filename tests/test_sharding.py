@@ -29,21 +29,24 @@ def rule(on_devices, mesh, shape):
     ("mesh", "shape", "axis"),
     [
         ("shared by 4", (8, 12), 1),
-        ("shared by 4", (12, 8), 0),
-        ("shared by 4", (16, 4, 4), 0),
         ("shared by 4", (2, 2, 16), 2),
+        ("shared by 4", (7, 16, 8), 1),
         ("shared by 4", (7, 64), 1),
-        ("shared by 4", (64, 7), 0),
-        ("shared by 8", (8, 12), 0),  # 12 is larger and cannot be divided
-        ("shared by 8", (12, 8), 1),
+        ("shared by 8", (7, 12, 8), 2),  # 12 is larger and cannot be divided
     ],
 )
 def test_largest_axis_that_the_devices_divide_is_shared(on_devices, mesh, shape, axis):
     assert rule(on_devices, mesh, shape) == [None] * axis + ["fsdp"]
 
 
+@pytest.mark.parametrize("shape", [(12, 8), (8, 8)])
+def test_first_axis_which_may_stack_blocks_is_shared_only_if_it_must_be(on_devices, shape):
+    assert rule(on_devices, "shared by 4", shape) == [None, "fsdp"]
+    assert rule(on_devices, "shared by 4", (64, 7)) == rule(on_devices, "shared by 8", (8, 12)) == ["fsdp"]
+
+
 def test_of_equal_axes_the_first_is_shared(on_devices):
-    assert rule(on_devices, "shared by 4", (8, 8)) == ["fsdp"]
+    assert rule(on_devices, "shared by 4", (16, 4, 4)) == [None, "fsdp"]
 
 
 @pytest.mark.parametrize("shape", [(), (3,), (60,), (0, 64)])
@@ -79,7 +82,7 @@ def test_made_state_lies_where_the_rule_says(on_devices):
     assert made["as_the_rule_says"]
     for name, parts in made["parts"].items():
         if name.endswith(".large"):
-            assert parts == [[512, 48]], name
+            assert parts == [[2048, 12]], name
         elif name.endswith(".odd"):
             assert parts == [[67, 31]], name
 
@@ -106,7 +109,7 @@ def test_table_has_the_bytes_that_every_device_holds(on_devices):
 
 def test_table_names_leaf_shape_dtype_and_axes(on_devices):
     table = {row[0]: row[1:] for row in on_devices["made"]["table"]}
-    assert table[".field.large"] == [[2048, 48], "float32", str(PartitionSpec("fsdp")), 2048 * 48 * 4 // 4]
+    assert table[".field.large"] == [[2048, 48], "float32", str(PartitionSpec(None, "fsdp")), 2048 * 48 * 4 // 4]
     assert table[".field.odd"] == [[67, 31], "float32", str(PartitionSpec()), 67 * 31 * 4]
     assert table[".field.small"] == [[8], "bfloat16", str(PartitionSpec()), 16]
     assert table[".opt_state[0].mu.large"] == table[".averages[0].large"] == table[".field.large"]

@@ -28,6 +28,8 @@ class Config(run.Settings):
     """Rows per step."""
     width: int = 16
     """Of the network."""
+    depth: int = 1
+    """Its blocks."""
     half: bool = False
     """Compute in bfloat16."""
     sgd: bool = False
@@ -84,7 +86,7 @@ class Marked(data.AbstractSource):
 
 
 @functools.cache
-def parts(width, half, sgd, share, accumulation, parallelism):
+def parts(width, half, sgd, share, accumulation, parallelism, depth=1):
     """The step and the function that makes the first state, the same objects for the same arguments: compiled once."""
     optimizer = optax.sgd(0.05) if sgd else optax.adam(1e-2)
     averages = [mfx.ExponentialAverage(0.9)]
@@ -95,7 +97,7 @@ def parts(width, half, sgd, share, accumulation, parallelism):
 
     def make_state():
         key = jr.key(1)
-        field = Half(width, key=key) if half else mfx.MLP(2, width=width, depth=1, labels=3, key=key)
+        field = Half(width, key=key) if half else mfx.MLP(2, width=width, depth=depth, labels=3, key=key)
         return mfx.init_state(field, optimizer, averages, key=jr.key(0))
 
     return step, make_state
@@ -104,7 +106,8 @@ def parts(width, half, sgd, share, accumulation, parallelism):
 def train(config, directory, *, source=None, preview=None, steps=None, **options):
     """The last state of a run in an open directory."""
     parallelism = run.parallelism(config)
-    step, make_state = parts(config.width, config.half, config.sgd, config.share, config.accumulation, parallelism)
+    options_of_parts = config.width, config.half, config.sgd, config.share, config.accumulation
+    step, make_state = parts(*options_of_parts, parallelism, config.depth)
 
     def picture(state, path):
         path.write_bytes(b"a picture")

@@ -377,7 +377,7 @@ class InContextDiT(AbstractFieldWithVelocity):
 
     def _angles(self, length: int) -> Float[np.ndarray, "tokens pairs"]:
         """The angles of the rotary positions of a sequence of `length` tokens."""
-        size = self.trunk.blocks.attention.query_norm.weight.shape[-1]
+        size = head_size(self.patches.weight.shape[1], self.trunk.blocks.attention.heads)
         if not self.grid:
             return rotary_line_angles(length, size)
         rows, columns = patches.grid(self.data_shape, self.patch)

@@ -1,5 +1,6 @@
 """A stack of equal blocks: one set of stacked parameters, one traced and compiled block at any depth."""
 
+import copy
 from collections.abc import Callable
 from typing import Any, Generic, TypeAlias, TypeVar
 
@@ -15,8 +16,17 @@ Remat: TypeAlias = bool | Callable[..., Any]
 `jax.checkpoint_policies` for a choice between the two."""
 
 
+def _keep_outputs_of_layers(primitive: Any, *shapes: Any, **parameters: Any) -> bool:
+    """A policy: keep the outputs of linear layers and convolutions, and nothing that is made of parameters alone."""
+    is_linear = jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *shapes, **parameters)
+    return is_linear or primitive.name == "conv_general_dilated"
+
+
 class Stack(eqx.Module, Generic[_Block]):
     """`depth` blocks applied one after the other by `jax.lax.scan`.
+
+    A field must use the arrays of `blocks` only by calling the stack or its `scan`: in a step with `Parallelism.fsdp`
+    they are parts, which become whole there.
 
     **Arguments:**
 
@@ -32,6 +42,7 @@ class Stack(eqx.Module, Generic[_Block]):
     depth: int = eqx.field(static=True)
     remat: Remat = eqx.field(static=True)
     unroll: int = eqx.field(static=True)
+    gather: Callable[[Any], Any] | None = eqx.field(static=True)
 
     def __init__(
         self,
@@ -49,6 +60,19 @@ class Stack(eqx.Module, Generic[_Block]):
         self.remat = remat
         # A number, because True == 1: a jitted function would reuse a scanned stack's program for an unrolled one.
         self.unroll = depth if unroll is True else 1 if unroll is False else unroll
+        self.gather = None
+
+    def gathering(self, gather: Callable[[Any], Any]) -> "Stack[_Block]":
+        """The same stack, of whose blocks each device holds a part: `gather(arrays)` makes the arrays of one block
+        whole before the block is applied, and again in the backward pass.
+
+        With `remat=False` the outputs of linear layers and convolutions are kept for the backward pass. Whole
+        parameters, attention, norms and activations are computed again: about half the memory of a stack that keeps
+        everything. A policy of your own decides alone.
+        """
+        stack = copy.copy(self)
+        object.__setattr__(stack, "gather", gather)
+        return stack
 
     def __call__(
         self, apply: Callable[[_Block, Float[Array, "*state"]], Float[Array, "*state"]], x: Float[Array, "*state"]
@@ -73,10 +97,12 @@ class Stack(eqx.Module, Generic[_Block]):
 
         def body(x: Float[Array, "..."], block_and_input: Any) -> tuple[Float[Array, "..."], PyTree[Array]]:
             block, block_input = block_and_input
+            block = block if self.gather is None else self.gather(block)
             return apply(eqx.combine(block, rest), x, block_input)
 
-        if self.remat is not False:
-            body = jax.checkpoint(body, policy=None if self.remat is True else self.remat)
+        policy = _keep_outputs_of_layers if self.remat is False and self.gather is not None else self.remat
+        if policy is not False:
+            body = jax.checkpoint(body, policy=None if policy is True else policy)
         if self.depth == 1:
             x, output = body(x, jax.tree.map(lambda leaf: leaf[0], (arrays, inputs)))
             return x, jax.tree.map(lambda leaf: leaf[None], output)

@@ -54,7 +54,7 @@ if __name__ == "__main__":
         name: came_back(checkpoints.load(make_state, layout), layout)
         for name, layout in {**layouts, "none": None}.items()
     }
-    content = np.asarray(make_state(2)["large"])[500:].tobytes()  # of the last device's part
+    content = np.asarray(make_state(2)["large"])[500:, 6:].tobytes()  # of the last device's part
     files = [path for path in checkpoints.path(2).rglob("*") if path.is_file() and content in path.read_bytes()]
     for path in files:
         path.write_bytes(path.read_bytes().replace(content, content[:-1] + bytes([content[-1] ^ 1])))

@@ -62,6 +62,32 @@ def test_unrolling_and_remat_change_neither_values_nor_derivatives(x64, form):
         np.testing.assert_allclose(result, expected, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.parametrize("form", [*FORMS.values(), {}], ids=[*FORMS, "scanned"])
+def test_blocks_that_are_gathered_from_parts_give_the_values_and_derivatives_of_whole_ones(x64, form):
+    """Here each weight repeats its first row, which is the part that is there."""
+    x, dx = jr.normal(jr.key(1), (2, 3, 6))
+
+    def weight(tree):
+        return tree.linear.weight
+
+    def repeated(block):
+        return eqx.tree_at(weight, block, jnp.broadcast_to(weight(block), (6, 6)))
+
+    @eqx.filter_jit
+    def everything(part, run):
+        value, tangent = jax.jvp(lambda x: run(part, x), (x,), (dx,))
+        return value, tangent, jax.tree.leaves(eqx.filter_grad(lambda part: jnp.sum(jnp.sin(run(part, x))))(part))
+
+    def whole(part, x):
+        weights = jnp.broadcast_to(part.blocks.linear.weight, (DEPTH, 6, 6))
+        return run(eqx.tree_at(lambda stack: weight(stack.blocks), part, weights), x)
+
+    part = eqx.tree_at(lambda stack: weight(stack.blocks), stack(**form), weight(stack().blocks)[:, :1])
+    found = everything(part, lambda part, x: run(part.gathering(repeated), x))
+    for result, expected in zip(*map(jax.tree.leaves, (found, everything(part, whole))), strict=True):
+        np.testing.assert_allclose(result, expected, rtol=1e-12, atol=1e-14)
+
+
 def test_jit_does_not_take_an_unrolled_stack_for_a_scanned_one(x64):
     # True == 1 in Python, and jit looks programs up by equality of what is static.
     run_jitted = eqx.filter_jit(run)

@@ -326,6 +326,15 @@ def test_losses_are_the_same_with_two_processes(one_device, two_processes):
     assert_same(found, one_device)
 
 
+@pytest.mark.slow
+def test_losses_are_the_same_with_blocks_divided_between_two_processes(tmp_path):
+    flags = (*SHARDED, "--depth", 2)
+    assert trained(tmp_path / "one", *flags).code == 0
+    both = [ended(process) for process in start_together(tmp_path / "two", 2, *flags, "--fsdp", 2)]
+    assert [process.code for process in both] == [0, 0], both[0].err[-2000:] + both[1].err[-2000:]
+    assert_same(losses(tmp_path / "two"), losses(tmp_path / "one"))
+
+
 def test_the_coordinator_listens_at_its_address_alone(two_processes):
     assert {address.removeprefix("::ffff:") for address in two_processes[2]} == {"127.0.0.1"}
 
