@@ -479,6 +479,12 @@ def measure_costs(config: Config, data: str, ledger: run.Ledger) -> dict[str, fl
     return {name: ledger[key]["cpu_seconds"] for name, key in keys.items()}
 
 
+def costs_of(config: Config, data: str, ledger: run.Ledger) -> dict[str, float]:
+    """The same for the quality at equal time, if it is asked for: measured once for all data sets of one size."""
+    same_size = next(name for name in chosen_data(config) if copies_of(name) == copies_of(data))
+    return measure_costs(config, same_size, ledger) if config.shorter else {}
+
+
 def repeated(training: run.Training, steps: int) -> Callable[[], Any]:
     """A function that does some steps in the middle of a training."""
     state = training.make_state()
@@ -529,6 +535,7 @@ def train_missing(config: Config, directory: run.RunDirectory, ledger: run.Ledge
     run.announce(config, trainings, directory)
     for data in dict.fromkeys(cell.data for cell in missing):
         problem_of(config, data)
+        costs_of(config, data, ledger)  # before the trainings, which then use the same programs
 
     def judge_cell(cell: Cell, state: mfx.TrainState | None) -> dict[str, Any]:
         problem = problem_of(config, cell.data)
@@ -556,8 +563,7 @@ def write_report(config: Config, directory: run.RunDirectory, ledger: run.Ledger
             for cell, found in results.items()
             if cell.data == data
         ]
-        same_size = next(name for name in chosen_data(config) if copies_of(name) == copies_of(data))
-        costs = measure_costs(config, same_size, ledger) if config.shorter else {}
+        costs = costs_of(config, data, ledger)
         panels[title_of(data)] = entries, costs
         at_best = floor(problem_of(config, data), config.large_samples)
         texts.append(toy_report.tables(title_of(data), entries, costs, at_best, at_data))

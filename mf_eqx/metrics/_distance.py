@@ -88,7 +88,8 @@ def sliced_wasserstein(
     if projections < 1:
         raise ValueError(f"`projections` must be at least 1, got {projections}.")
     a, b = _checked(a, b)
-    distance = _sliced_wasserstein(a, b, _directions(projections, a.shape[1], a.dtype, key=key))
+    directions = _directions(projections, a.shape[1], a.dtype, key=key)
+    distance = _root_mean_square(_sorted(_projected(a, directions)), _sorted(_projected(b, directions)))
     return nan_unless_finite(distance, a, b)
 
 
@@ -184,21 +185,27 @@ def _directions(projections: int, dim: int, dtype, *, key: Key[Array, ""]) -> Fl
 
 
 @jax.jit
-def _sliced_wasserstein(
-    a: Float[Array | np.ndarray, "sample_a dim"],
-    b: Float[Array | np.ndarray, "sample_b dim"],
-    directions: Float[Array, "projection dim"],
-) -> Float[Array, ""]:
+def _projected(
+    points: Float[Array, "sample dim"], directions: Float[Array, "projection dim"]
+) -> Float[Array, "projection sample"]:
     # Accelerators round the factors of a default product to 10 bits or fewer, an error larger than small distances.
-    a = jnp.matmul(directions, a.T, precision="highest")
-    b = jnp.matmul(directions, b.T, precision="highest")
-    return jnp.sqrt(jnp.mean(jax.vmap(_squared_wasserstein)(a, b)))
+    return jnp.matmul(directions, points.T, precision="highest")
 
 
-def _squared_wasserstein(a: Float[Array, " sample_a"], b: Float[Array, " sample_b"]) -> Float[Array, ""]:
-    index_a, index_b, mass = _merged_quantiles(a.size, b.size)
-    difference = jnp.sort(a)[index_a] - jnp.sort(b)[index_b]
-    return jnp.sum(jnp.asarray(mass, a.dtype) * difference**2)
+def _sorted(values: Float[Array, "projection sample"]) -> Float[Array, "projection sample"]:
+    """Each row in order. On a CPU NumPy does it, which needs a tenth of the time of XLA's sort there."""
+    on_host = on_host_if_known(values) if jax.default_backend() == "cpu" else None
+    return jnp.sort(values) if on_host is None else jnp.asarray(np.sort(on_host))
+
+
+@jax.jit
+def _root_mean_square(
+    a: Float[Array, "projection sample_a"], b: Float[Array, "projection sample_b"]
+) -> Float[Array, ""]:
+    """The root of the mean squared W2, of sorted projections."""
+    index_a, index_b, mass = _merged_quantiles(a.shape[1], b.shape[1])
+    squares = jnp.asarray(mass, a.dtype) * (a[:, index_a] - b[:, index_b]) ** 2
+    return jnp.sqrt(jnp.mean(jnp.sum(squares, axis=1)))
 
 
 def _merged_quantiles(
