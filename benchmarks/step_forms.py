@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import jax.random as jr
 from steps import (
     ATTENTIONS,
+    check_device,
     DTYPES,
     make_batch,
     make_state,
@@ -58,7 +59,7 @@ class Config:
     remat: str = "none"
     """none, products, full: the first that is tried."""
     attention: str = "xla"
-    """xla, cudnn (NVIDIA GPUs, bfloat16), chunked."""
+    """xla, cudnn (NVIDIA GPUs, bfloat16), chunked, pallas (NVIDIA GPUs)."""
     variant: str = "guided"
     """The step, by its name in `steps.py`."""
     form: tuple[str, ...] = FORMS
@@ -180,8 +181,7 @@ def described(
 
 def main(config: Config) -> None:
     """Time a training step in several forms."""
-    if config.attention == "cudnn" and jax.default_backend() != "gpu":
-        raise ValueError(f"attention must be xla without an NVIDIA GPU, got cudnn on {jax.default_backend()}")
+    check_device(config.attention)
     setting = Setting(config.model, config.batch, config.dtype, remat=config.remat, attention=config.attention)
     directory = run.RunDirectory.create(config, config.name)
     first, *others = config.form

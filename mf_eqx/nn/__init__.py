@@ -31,6 +31,7 @@ from ._norm import (
     modulated_norm as modulated_norm,
     RMSNorm as RMSNorm,
 )
+from ._pallas_attention import PallasAttention as PallasAttention
 from ._per_block import (
     muon_dimension_numbers as muon_dimension_numbers,
     per_block as per_block,
