@@ -76,7 +76,8 @@ class Config:
     dtype: tuple[str, ...] = ("float32",)
     """Axis: compute precision, float32 or bfloat16. Parameters are float32."""
     form: tuple[str, ...] = ("default",)
-    """Axis: scan (one compiled block), unroll (no loop), default (scan for a DiT, unroll for a U-Net)."""
+    """Axis: scan (one compiled block), unroll (no loop), default (the network's own: for a DiT see
+    `nn.known_unroll`, unroll for a U-Net)."""
     remat: tuple[str, ...] = ("none",)
     """Axis: what the backward pass computes again: none, products (all but products with weights and convolutions),
     full."""

@@ -33,7 +33,8 @@ OBJECTIVES = {
 
 
 def dit(size, **options):
-    return LATENT, lambda key: mfx.DiT(LATENT, size, labels=LABELS, dtype=jnp.bfloat16, **options, key=key)
+    """With a loop over the blocks, as where an accelerator is at hand."""
+    return LATENT, lambda key: mfx.DiT(LATENT, size, labels=LABELS, dtype=jnp.bfloat16, unroll=1, **options, key=key)
 
 
 def unet(size):

@@ -41,8 +41,8 @@ class PallasAttention(AbstractAttention):
     (`benchmarks/jvp_overhead.py --attention xla cudnn chunked pallas`). It is tested in JAX's interpreter of kernels,
     and lowers for CUDA.
 
-    Forward mode is that of the engines of `mf_eqx`, which replace it by `forward_mode()`. JAX refuses a gradient of that
-    form whose inputs do not depend on what forward mode differentiates.
+    Forward mode is that of the engines of `mf_eqx`, which replace it by `forward_mode()`. JAX refuses a gradient of
+    that form whose inputs do not depend on what forward mode differentiates.
 
     The kernels are in Pallas's dialect of Triton (A100 and later), of which JAX 0.12 warns that a future JAX will not
     have it. XLA does not divide them between devices: it gathers the rows of a batch that is spread over several.
