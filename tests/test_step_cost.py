@@ -81,6 +81,7 @@ def test_gradient_moves_no_more_bytes_than_one_in_plain_flax():
     assert moved(3, True) - moved(2, True) <= 969e6 + 51e6 * (jax.__version_info__ >= (0, 11))
 
 
+@pytest.mark.slow
 def test_blocks_without_a_loop_move_two_thirds_of_what_they_move_in_a_loop():
     # XLA counts the body of a loop once, so that one more block in the body is one block. In a loop every block's
     # weights, gradients and what is kept for the backward pass are copied out of stacks and into them.

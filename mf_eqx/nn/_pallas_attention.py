@@ -59,7 +59,7 @@ class PallasAttention(AbstractAttention):
     interpret: bool = eqx.field(default=False, static=True)
 
     def __check_init__(self):
-        if self.block < 16 or self.block & (self.block - 1):
+        if not isinstance(self.block, int) or self.block < 16 or self.block & (self.block - 1):
             raise ValueError(f"block must be a power of two >= 16, got {self.block}")
 
     def __call__(
