@@ -85,6 +85,7 @@ CHECKS = (
     "tests/model/test_unet.py::test_scanned_and_unrolled_give_the_same",
     "tests/nn/test_attention.py",
     "tests/nn/test_chunked_attention.py",
+    "tests/nn/test_pallas_attention.py",
 )
 TESTS = {
     "layers": ("nn",),
@@ -132,6 +133,14 @@ def _full(machine: Machine, data: str) -> list[Part]:
             jvp,
             {**step, "model": ["B/2"], "attention": [*kernels, "chunked"]},
             240,
+        ),
+        Part(
+            "steps B/2, Pallas",
+            "What does attention in Pallas save?",
+            jvp,
+            {**step, "model": ["B/2"], "attention": ["pallas"]},
+            240,
+            lacks="" if machine.has_cudnn else "attention in Pallas needs an NVIDIA GPU",
         ),
         Part("forms B/4", "Do loops and branches cost time?", forms, {**one, "model": "B/4"}, 240, ()),
         Part(

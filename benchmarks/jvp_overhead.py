@@ -35,6 +35,7 @@ import jax.random as jr
 import numpy as np
 from steps import (
     ATTENTIONS,
+    check_device,
     COMPARED,
     DITS,
     DTYPES,
@@ -75,12 +76,14 @@ class Config:
     dtype: tuple[str, ...] = ("float32",)
     """Axis: compute precision, float32 or bfloat16. Parameters are float32."""
     form: tuple[str, ...] = ("default",)
-    """Axis: scan (one compiled block), unroll (no loop), default (scan for a DiT, unroll for a U-Net)."""
+    """Axis: scan (one compiled block), unroll (no loop), default (the network's own: for a DiT see
+    `nn.known_unroll`, unroll for a U-Net)."""
     remat: tuple[str, ...] = ("none",)
     """Axis: what the backward pass computes again: none, products (all but products with weights and convolutions),
     full."""
     attention: tuple[str, ...] = ("xla",)
-    """Axis: xla, cudnn (NVIDIA GPUs, bfloat16), chunked (blocks of keys). The formula counts the operations of xla."""
+    """Axis: xla, cudnn (NVIDIA GPUs, bfloat16), chunked (blocks of keys), pallas (NVIDIA GPUs). The formula counts the
+    operations of xla."""
     share: tuple[float, ...] = (0.25,)
     """Axis: share of rows with r < t, in (0, 0.9]; 0.25 for ImageNet, 0.75 for CIFAR-10."""
     variant: tuple[str, ...] = COMPARED
@@ -416,8 +419,7 @@ def main(config: Config) -> None:
     began = time.perf_counter()
     run.require("matplotlib")
     config = shrunk(config) if config.quick else config
-    if "cudnn" in config.attention and jax.default_backend() != "gpu":
-        raise ValueError(f"attention must be xla without an NVIDIA GPU, got cudnn on {jax.default_backend()}")
+    check_device(*config.attention)
     directory = run.RunDirectory.create(config, config.name)
     wanted = settings(config)
     groups, peaks, texts = [], {}, []

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-from steps import ATTENTIONS, count_passes, data_shape, DTYPES, LABELS, make_field, MODELS, Setting, UNETS
+from steps import ATTENTIONS, check_device, count_passes, data_shape, DTYPES, LABELS, make_field, MODELS, Setting, UNETS
 
 import mf_eqx as mfx
 from mf_eqx import measure, run
@@ -41,7 +41,7 @@ class Config:
     dtype: str = "float32"
     """Compute precision, float32 or bfloat16."""
     attention: str = "xla"
-    """xla, cudnn (NVIDIA GPUs, bfloat16) or chunked (blocks of keys); an MLP has none."""
+    """xla, cudnn (NVIDIA GPUs, bfloat16), chunked (blocks of keys) or pallas (NVIDIA GPUs); an MLP has none."""
     rounds: int = 7
     """Rounds that are timed."""
     quick: bool = False
@@ -111,8 +111,7 @@ def main(config: Config) -> None:
     run.require("matplotlib")
     if config.quick:
         config = dataclasses.replace(config, model=("tiny", "S/4"), batch=(1, 4, 16))
-    if config.attention == "cudnn" and jax.default_backend() != "gpu":
-        raise ValueError(f"attention must be xla without an NVIDIA GPU, got cudnn on {jax.default_backend()}")
+    check_device(config.attention)
     directory = run.RunDirectory.create(config, config.name)
     peak = measure.matmul_peak(DTYPES[config.dtype])
     fields = {

@@ -4,9 +4,10 @@
     python benchmarks/step_forms.py --model B/4 --batch 256 --dtype bfloat16
     python benchmarks/step_forms.py --model XL/2 --batch 256 --dtype bfloat16 --form loops "kinds of rows unrolled"
 
-    loops                     over blocks and over the kinds of rows, the update in a branch: the default of a DiT
+    loops                     over blocks and over the kinds of rows, the update in a branch
     kinds of rows unrolled    rows with r < t and rows with r = t in one piece of program (`TrainStep.unroll`)
     blocks unrolled           no loop over the network's blocks
+    unrolled                  neither loop
     plain                     one gradient of the whole loss, one update, no check that anything is finite
 
 A branch in a loop may wait for the host of a GPU, a loop may hide operations from the compiler; an unrolled program
@@ -22,10 +23,11 @@ from typing import Any
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 import jax.random as jr
+import numpy as np
 from steps import (
     ATTENTIONS,
+    check_device,
     DTYPES,
     make_batch,
     make_state,
@@ -41,7 +43,7 @@ from steps import (
 import mf_eqx as mfx
 from mf_eqx import measure, run
 
-FORMS = ("loops", "plain", "kinds of rows unrolled", "blocks unrolled")
+FORMS = ("loops", "plain", "kinds of rows unrolled", "blocks unrolled", "unrolled")
 """Those that compile soonest first."""
 
 
@@ -58,7 +60,7 @@ class Config:
     remat: str = "none"
     """none, products, full: the first that is tried."""
     attention: str = "xla"
-    """xla, cudnn (NVIDIA GPUs, bfloat16), chunked."""
+    """xla, cudnn (NVIDIA GPUs, bfloat16), chunked, pallas (NVIDIA GPUs)."""
     variant: str = "guided"
     """The step, by its name in `steps.py`."""
     form: tuple[str, ...] = FORMS
@@ -105,8 +107,8 @@ def plain(step: mfx.TrainStep) -> Any:
 
 def make_form(form: str, setting: Setting, variant: str) -> tuple[Any, Any]:
     """The step in a form, and the shapes of its state."""
-    setting = setting._replace(form="unroll" if form == "blocks unrolled" else "scan")
-    step = dataclasses.replace(make_step(setting, variant), unroll=form == "kinds of rows unrolled")
+    setting = setting._replace(form="unroll" if form in ("blocks unrolled", "unrolled") else "scan")
+    step = dataclasses.replace(make_step(setting, variant), unroll=form in ("kinds of rows unrolled", "unrolled"))
     shapes = eqx.filter_eval_shape(lambda key: make_state(setting, key=key), jr.key(0))
     return plain(step) if form == "plain" else step, shapes
 
@@ -167,21 +169,23 @@ def described(
     for form in forms:
         program, found = steps.programs.get(form), times.get(form)
         cost = program and program.cost
-        ratio = found and float(jnp.median(found.wall / times[forms[0]].wall))
-        numbers = found and (f"{1e3 * found.median:.1f}", f"{ratio:.3f}", f"{100 * found.spread:.0f}%")
+        first = times.get(forms[0])
+        ratio = found and first and float(np.median(found.wall / first.wall))
+        cpu = found and first and float(np.median(found.cpu / first.cpu))
+        numbers = found and (f"{1e3 * found.median:.1f}", f"{ratio:.3f}", f"{cpu:.3f}", f"{100 * found.spread:.0f}%")
         memory = cost and (f"{cost.compile_seconds:.1f}", f"{cost.temporary_bytes / 1e6:.0f}")
-        rows.append((form, *(numbers or 3 * (None,)), *(memory or ("not enough memory", None))))
+        rows.append((form, *(numbers or 4 * (None,)), *(memory or ("not enough memory", None))))
         record = {**steps.setting._asdict(), "form": form, "variant": steps.variant, "ratio": ratio}
-        record["wall_seconds"] = found and found.wall.tolist()
+        record |= {"cpu_ratio": cpu, "wall_seconds": found and found.wall.tolist()}
+        record["cpu_seconds"] = found and found.cpu.tolist()
         records.append({**record, "cost": cost and dataclasses.asdict(cost)})
-    headers = ("form", "ms", f"/ {forms[0]}", "spread", "compile s", "temporary MB")
+    headers = ("form", "ms", f"/ {forms[0]}", "CPU time", "spread", "compile s", "temporary MB")
     return f"**{steps.setting}: {steps.variant}**\n\n{run.table(rows, headers)}", records
 
 
 def main(config: Config) -> None:
     """Time a training step in several forms."""
-    if config.attention == "cudnn" and jax.default_backend() != "gpu":
-        raise ValueError(f"attention must be xla without an NVIDIA GPU, got cudnn on {jax.default_backend()}")
+    check_device(config.attention)
     setting = Setting(config.model, config.batch, config.dtype, remat=config.remat, attention=config.attention)
     directory = run.RunDirectory.create(config, config.name)
     first, *others = config.form

@@ -25,6 +25,7 @@ import jax
 import jax.random as jr
 from steps import (
     ATTENTIONS,
+    check_device,
     DTYPES,
     make_batch,
     make_state,
@@ -41,7 +42,7 @@ from mf_eqx import measure, run
 
 KINDS = {
     "layout changes": r"nchwto|nhwcto",
-    "attention kernels": r"fmha|flash|sdpa|mha_",
+    "attention kernels": r"fmha|flash|sdpa|mha_|attention_(?:value|query|key)",
     "collectives": r"nccl|all-?reduce|all-?gather|reduce-?scatter|all-?to-?all|collective",
     "convolutions": r"conv(?!ert)|implicit_gemm|[dw]grad|winograd",
     "matrix products": r"gemm|dot|matmul|nvjet|cutlass|xmma|cublas|ynn|splitk",
@@ -69,7 +70,7 @@ class Config:
     remat: str = "none"
     """none, products, full: the first that is tried."""
     attention: str = "xla"
-    """xla, cudnn (NVIDIA GPUs, bfloat16), chunked."""
+    """xla, cudnn (NVIDIA GPUs, bfloat16), chunked, pallas (NVIDIA GPUs)."""
     variant: str = "guided"
     """The step, by its name in `steps.py`."""
     steps: int = 3
@@ -211,8 +212,7 @@ def fitting(setting: Setting, variant: str) -> tuple[Setting, Any]:
 
 def main(config: Config) -> None:
     """Profile a training step."""
-    if config.attention == "cudnn" and jax.default_backend() != "gpu":
-        raise ValueError(f"attention must be xla without an NVIDIA GPU, got cudnn on {jax.default_backend()}")
+    check_device(config.attention)
     setting = Setting(config.model, config.batch, config.dtype, remat=config.remat, attention=config.attention)
     directory = run.RunDirectory.create(config, config.name)
     setting, take = fitting(setting, config.variant)

@@ -51,7 +51,19 @@ ATTENTIONS: dict[str, nn.AbstractAttention] = {
     "xla": nn.XLAAttention(),
     "cudnn": nn.CudnnAttention(),
     "chunked": nn.ChunkedAttention(),
+    "pallas": nn.PallasAttention(),
 }
+FOR_GPUS = ("cudnn", "pallas")
+"""Attentions in kernels for NVIDIA GPUs."""
+
+
+def check_device(*attentions: str) -> None:
+    """**Raises:** `ValueError` if one of these attentions cannot run on the device at hand."""
+    lacking = [name for name in attentions if name in FOR_GPUS]
+    if lacking and jax.default_backend() != "gpu":
+        raise ValueError(
+            f"attention must be xla or chunked without an NVIDIA GPU, got {lacking[0]} on {jax.default_backend()}"
+        )
 
 
 class OwnNetwork(NamedTuple):

@@ -22,7 +22,7 @@ def refuse_gradient(dudt: PyTree[Array], inputs: PyTree[Array]) -> PyTree[Array]
 def _refuse(_: None, __: Any) -> Any:
     raise ValueError(
         "du/dt must be behind stop_gradient here: this engine, or the field's attention, blocks its gradient, which "
-        "would be zero. To learn through du/dt use FusedJVP and XLAAttention or ChunkedAttention"
+        "would be zero. To learn through du/dt use FusedJVP and XLAAttention, ChunkedAttention or PallasAttention"
     )
 
 

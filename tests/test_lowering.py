@@ -22,6 +22,7 @@ from mf_eqx import metrics, nn, vae
 BOTH = ("cuda", "tpu")
 ROWS, LABELS, LATENT, IMAGE = 16, 1000, (4, 32, 32), (3, 32, 32)
 KERNELS = {"__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"}
+TRITON = "__gpu$xla.gpu.triton"
 DROPOUT = mfx.LabelDropout(0.1, LABELS)
 OBJECTIVES = {
     "Flow Matching": mfx.Objective(identity=None, identity_share=0, label_dropout=DROPOUT),
@@ -32,7 +33,8 @@ OBJECTIVES = {
 
 
 def dit(size, **options):
-    return LATENT, lambda key: mfx.DiT(LATENT, size, labels=LABELS, dtype=jnp.bfloat16, **options, key=key)
+    """With a loop over the blocks, as where an accelerator is at hand."""
+    return LATENT, lambda key: mfx.DiT(LATENT, size, labels=LABELS, dtype=jnp.bfloat16, unroll=1, **options, key=key)
 
 
 def unet(size):
@@ -65,7 +67,7 @@ def lowered(function, *inputs, platforms=BOTH):
     def arrays_to_arrays(dynamic):
         return eqx.filter(function(*eqx.combine(dynamic, static)), eqx.is_array)
 
-    allowed = [jax.export.DisabledSafetyCheck.custom_call(name) for name in KERNELS]
+    allowed = [jax.export.DisabledSafetyCheck.custom_call(name) for name in (*KERNELS, TRITON)]
     exported = jax.export.export(jax.jit(arrays_to_arrays), platforms=platforms, disabled_checks=allowed)(dynamic)
     assert exported.platforms == tuple(platforms)
     return exported.mlir_module()
@@ -195,6 +197,36 @@ def test_cudnn_attention_lowers_for_no_other_platform(cudnn):
     attention, inputs = nn.CudnnAttention(), [shape(64, 2, 64, dtype=jnp.bfloat16)] * 3
     with pytest.raises(NotImplementedError, match="not found for platform tpu"):
         lowered(attention, *inputs, platforms=("tpu",))
+
+
+# Kernels in Pallas
+
+
+@pytest.fixture
+def h100():
+    """From JAX 0.11 on, Pallas asks while it lowers for which GPU."""
+    device = jax.sharding.AbstractDevice("NVIDIA H100", None, "gpu")
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
+        yield
+
+
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
+@pytest.mark.parametrize("size", [mfx.DIT_B2, pytest.param(mfx.DIT_XL2, marks=pytest.mark.slow)], ids=["64", "72"])
+def test_a_step_with_attention_in_pallas_lowers_for_gpu_with_its_kernels_alone(h100, size):
+    text = lowered_step("MeanFlow", dit(size, attention=nn.PallasAttention()), platforms=("cuda",))
+    assert runs_by_itself(text, {TRITON})
+    # Blocks are scanned: the value of rows with r = t, value and tangent of the others, and two kernels for the
+    # gradients of each.
+    assert text.count(f"@{TRITON}(") == 6
+    # Nothing is as large as the weights of attention.
+    assert not re.search(r"tensor<(?:\d+x)*256x256x", text)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+def test_attention_in_pallas_lowers_for_no_other_platform(platform):
+    attention, inputs = nn.PallasAttention(), [shape(64, 2, 64, dtype=jnp.bfloat16)] * 3
+    with pytest.raises(ValueError, match=r"Only interpret mode is supported on CPU|cannot be used for tpu lowering"):
+        lowered(attention, *inputs, platforms=(platform,))
 
 
 # Sampling and evaluation

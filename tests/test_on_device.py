@@ -88,16 +88,41 @@ def along(attention, inputs, tangents):
     return nn.cast(all_three(inputs, tangents), jnp.float32)
 
 
+def errors_and_those_of_xla(attention, dtype, tokens, size):
+    """Of value, tangent and the three gradients, against float32 with exact products."""
+    inputs, tangents = jr.normal(jr.key(0), (2, 3, 4, tokens, 2, size), dtype)
+    inputs, tangents = tuple(inputs), tuple(tangents)
+    with jax.default_matmul_precision("highest"):
+        exact = along(nn.XLAAttention(), *nn.cast((inputs, tangents), jnp.float32))
+    pairs = zip(*(along(kind, inputs, tangents) for kind in (attention, nn.XLAAttention())), exact, strict=True)
+    return [(distance(found, expected), distance(usual, expected)) for found, usual, expected in pairs]
+
+
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="cuDNN")
 @pytest.mark.parametrize("size", [64, 72])
 @pytest.mark.parametrize("tokens", [64, 256, 1024])
 def test_cudnn_attention_is_as_near_to_float32_as_that_of_xla(tokens, size):
-    inputs, tangents = jr.normal(jr.key(0), (2, 3, 4, tokens, 2, size), jnp.bfloat16)
-    inputs, tangents = tuple(inputs), tuple(tangents)
-    with jax.default_matmul_precision("highest"):
-        exact = along(nn.XLAAttention(), *nn.cast((inputs, tangents), jnp.float32))
-    attentions = nn.CudnnAttention(), nn.XLAAttention()
-    pairs = zip(*(along(attention, inputs, tangents) for attention in attentions), exact, strict=True)
-    for found, usual, expected in pairs:
+    for error, usual in errors_and_those_of_xla(nn.CudnnAttention(), jnp.bfloat16, tokens, size):
         # Both round to bfloat16, in different places: errors are of one size, and not equal.
-        assert distance(found, expected) <= 2 * distance(usual, expected) < 0.1
+        assert error <= 2 * usual < 0.1
+
+
+# Kernels in Pallas
+
+
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="kernels for GPUs")
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
+@pytest.mark.parametrize("size", [64, 72])
+@pytest.mark.parametrize("tokens", [64, 100, 256, 1024])
+def test_attention_in_pallas_is_as_near_to_float32_as_that_of_xla(tokens, size):
+    for error, usual in errors_and_those_of_xla(nn.PallasAttention(), jnp.bfloat16, tokens, size):
+        assert error <= 2 * usual < 0.1
+
+
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="kernels for GPUs")
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
+@pytest.mark.parametrize("size", [64, 72])
+def test_attention_in_pallas_in_float32_is_that_of_xla(size):
+    with jax.default_matmul_precision("highest"):
+        errors = errors_and_those_of_xla(nn.PallasAttention(), jnp.float32, 100, size)
+    assert max(error for error, _ in errors) < 1e-5

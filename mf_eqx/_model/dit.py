@@ -127,12 +127,13 @@ class DiT(AbstractField):
     - `dtype`: compute precision of the blocks, float32 or bfloat16 (float64 for tests). Parameters, times and their
       embedding, and the result stay float32 or better.
     - `attention`: `mf_eqx.nn.XLAAttention` by default, `mf_eqx.nn.CudnnAttention` on NVIDIA GPUs with dtype bfloat16,
-      `mf_eqx.nn.ChunkedAttention()` for many tokens (memory linear in their number, in all modes), or a kernel of your
-      own.
+      `mf_eqx.nn.ChunkedAttention()` for many tokens (memory linear in their number, in all modes),
+      `mf_eqx.nn.PallasAttention()` where it was measured to be faster, or a kernel of your own.
     - `early_blocks`: None, or how many blocks are modulated by t alone. The others, and the last layer, are then
       modulated by r alone (Decoupled MeanFlow; two thirds of the blocks in the paper). At r = t the field is the same
       as without this option, so a field trained by Flow Matching can be given it and trained on.
-    - `remat`, `unroll`: the trade-off of memory, run time and compile time, see `mf_eqx.nn.Stack`.
+    - `remat`, `unroll`: the trade-off of memory, run time and compile time, see `mf_eqx.nn.Stack`. By default there is
+      no loop over the blocks where that is known to be faster, see `mf_eqx.nn.known_unroll`.
     - `key`.
 
     **Raises:** `ValueError` if a size is below 1 or does not fit the others, if `dtype` is not floating point, if
@@ -170,7 +171,7 @@ class DiT(AbstractField):
         attention: AbstractAttention = XLAAttention(),
         early_blocks: int | None = None,
         remat: Remat = False,
-        unroll: int | bool = 1,
+        unroll: int | bool | None = None,
         key: Key[Array, ""],
     ):
         check_data_shape(data_shape)

@@ -31,6 +31,7 @@ from ._norm import (
     modulated_norm as modulated_norm,
     RMSNorm as RMSNorm,
 )
+from ._pallas_attention import PallasAttention as PallasAttention
 from ._per_block import (
     muon_dimension_numbers as muon_dimension_numbers,
     per_block as per_block,
@@ -44,7 +45,7 @@ from ._rotary import (
     RotarySelfAttention as RotarySelfAttention,
     rotate as rotate,
 )
-from ._stack import Remat as Remat, Stack as Stack
+from ._stack import known_unroll as known_unroll, Remat as Remat, Stack as Stack
 from ._tokens import (
     AbstractConditionTokens as AbstractConditionTokens,
     ConditionTokens as ConditionTokens,

@@ -16,6 +16,24 @@ Remat: TypeAlias = bool | Callable[..., Any]
 `jax.checkpoint_policies` for a choice between the two."""
 
 
+DEEPEST_UNROLLED = 12
+"""The number of blocks of the presets S and B."""
+
+
+def known_unroll(depth: int, remat: Remat = False) -> int:
+    """The blocks per loop iteration with which a stack of `depth` transformer blocks is known to be fastest: all of
+    them, so that there is no loop, where a CPU is JAX's only device, there is no remat, and depth is at most 12; 1
+    everywhere else, and where nobody has measured it.
+
+    Known of DiT-B/4 at batch 16 on a CPU: without the loop each block moves 0.6 of the bytes, a step takes 0.9 of the
+    time, and it compiles in 22 s instead of 14, a guided one in 29 instead of 20. Compile time grows with depth (XL/2:
+    45 s instead of 11), and XLA:CPU does not honour remat without a loop. Where every second of compiling counts, or
+    for what is lowered here for another device, give the number yourself.
+    """
+    on_one_cpu = jax.default_backend() == "cpu" and jax.device_count() == 1
+    return depth if on_one_cpu and remat is False and depth <= DEEPEST_UNROLLED else 1
+
+
 def _keep_outputs_of_layers(primitive: Any, *shapes: Any, **parameters: Any) -> bool:
     """A policy: keep the outputs of linear layers and convolutions, and nothing that is made of parameters alone."""
     is_linear = jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *shapes, **parameters)
@@ -33,8 +51,8 @@ class Stack(eqx.Module, Generic[_Block]):
     - `make_block`: function from a key to a block; all blocks must have the same structure.
     - `depth`: number of blocks.
     - `remat`: what the backward pass recomputes, see `Remat`.
-    - `unroll`: blocks per loop iteration, True for no loop at all. Compile time grows with it, and XLA's FLOP count is
-      only right without a loop.
+    - `unroll`: blocks per loop iteration, True for no loop at all, None for what is known to be faster for transformer
+      blocks, see `known_unroll`. Compile time grows with it, and XLA's FLOP count is only right without a loop.
     - `key`.
     """
 
@@ -50,11 +68,12 @@ class Stack(eqx.Module, Generic[_Block]):
         depth: int,
         *,
         remat: Remat = False,
-        unroll: int | bool = 1,
+        unroll: int | bool | None = 1,
         key: Key[Array, ""],
     ):
         if depth < 1:
             raise ValueError(f"depth must be >= 1, got {depth}")
+        unroll = known_unroll(depth, remat) if unroll is None else unroll
         self.blocks = eqx.filter_vmap(make_block)(jr.split(key, depth))
         self.depth = depth
         self.remat = remat

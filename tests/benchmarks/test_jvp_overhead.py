@@ -77,7 +77,7 @@ def test_quick_is_the_small_model_in_the_base_setting(jvp_overhead):
         ({"dtype": ("float16",)}, "dtype must be among 'float32', 'bfloat16'; got 'float16'"),
         ({"form": ("loop",)}, "form must be among 'default', 'scan', 'unroll'; got 'loop'"),
         ({"remat": ("some",)}, "remat must be among 'none', 'products', 'full'; got 'some'"),
-        ({"attention": ("flash",)}, "attention must be among 'xla', 'cudnn', 'chunked'; got 'flash'"),
+        ({"attention": ("flash",)}, "attention must be among 'xla', 'cudnn', 'chunked', 'pallas'; got 'flash'"),
         ({"attention": ("xla", "cudnn")}, "attention cudnn must come with dtype bfloat16, got float32"),
         ({"model": ("MLP",), "remat": ("full",)}, "model MLP must come with form default, remat none and "),
         ({"variant": ("meanflow",)}, "variant must be among 'Flow Matching', .*; got 'meanflow'"),

@@ -64,7 +64,7 @@ def test_a_run_leaves_a_table_and_a_picture(directory):
         ({"model": ()}, "model must be at least one of MLP, tiny, .*; got none"),
         ({"model": ("S/3",)}, "model must be among MLP, tiny, .*; got S/3"),
         ({"dtype": "float16"}, "dtype must be among float32, bfloat16; got float16"),
-        ({"attention": "flash"}, "attention must be among xla, cudnn, chunked; got flash"),
+        ({"attention": "flash"}, "attention must be among xla, cudnn, chunked, pallas; got flash"),
         ({"batch": ()}, r"batch must be positive numbers, got \(\)"),
         ({"batch": (4, 0)}, r"batch must be positive numbers, got \(4, 0\)"),
         ({"evaluations": (0,)}, r"evaluations must be positive numbers, got \(0,\)"),

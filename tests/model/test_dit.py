@@ -584,3 +584,12 @@ def test_total_derivative_of_a_decoupled_field_equals_central_finite_differences
 def test_early_blocks_that_leave_no_others_are_refused(early):
     with pytest.raises(ValueError, match=rf"early_blocks must lie in \[1, depth - 1 = 1\], got {early}"):
         mfx.DiT(SHAPE, SMALL, early_blocks=early, key=jr.key(0))
+
+
+@pytest.mark.parametrize(("options", "expected"), [({}, None), ({"remat": True}, None), ({"unroll": 1}, 1)])
+def test_blocks_have_the_form_that_is_known_to_be_fastest_unless_it_is_given(options, expected):
+    sizes = mfx.DIT_S4, mfx.DIT_XL2
+    for size in sizes:
+        field = eqx.filter_eval_shape(lambda key, size=size: mfx.DiT((4, 32, 32), size, **options, key=key), jr.key(0))
+        known = nn.known_unroll(size.depth, options.get("remat", False))
+        assert field.stack.unroll == (known if expected is None else expected)

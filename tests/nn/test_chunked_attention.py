@@ -6,48 +6,23 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
-import optax
 import pytest
+from attentions import (
+    distance,
+    distances,
+    every_mode,
+    IDENTITIES,
+    losses,
+    low_precision,
+    MODES,
+    sines,
+    THROUGH,
+    triples,
+)
 from fields import refilled
-from methods import trainer
 
 import mf_eqx as mfx
 from mf_eqx import measure, nn
-
-
-def triples(tokens, dtype):
-    """(query, key, value) of two heads, and a tangent of each."""
-    return tuple(tuple(jr.normal(jr.key(seed), (3, tokens, 2, 8), dtype)) for seed in (0, 1))
-
-
-def distance(found, exact):
-    found, exact = (np.asarray(x, np.float64) for x in (found, exact))
-    return np.linalg.norm(found - exact) / max(np.linalg.norm(exact), 1)  # with one key, the gradient of logits is zero
-
-
-def sines(tree):
-    return sum(jnp.sum(jnp.sin(leaf)) for leaf in jax.tree.leaves(tree))
-
-
-MODES = {
-    "value": lambda attention, inputs, tangents: attention(*inputs),
-    "gradient": lambda attention, inputs, tangents: jax.grad(lambda inputs: sines(attention(*inputs)))(inputs),
-    "tangent": lambda attention, inputs, tangents: jax.jvp(attention, inputs, tangents)[1],
-    "gradient through the tangent": lambda attention, inputs, tangents: jax.grad(
-        lambda *both: sines(jax.jvp(attention, *both)), (0, 1)
-    )(inputs, tangents),
-}
-
-
-@functools.cache
-def every_mode(attention):
-    """All modes in one program."""
-    return jax.jit(lambda inputs, tangents: {name: mode(attention, inputs, tangents) for name, mode in MODES.items()})
-
-
-def distances(found, expected):
-    """The largest among the arrays of each mode."""
-    return {name: max(map(distance, *map(jax.tree.leaves, (found[name], expected[name])))) for name in MODES}
 
 
 @functools.cache
@@ -95,10 +70,8 @@ def test_logits_of_ten_thousand_do_not_overflow(mode):
 
 @functools.cache
 def errors_in_bfloat16(sharpness=1, motion=0):
-    """Of each mode, against float32, with logits of about `sharpness`, and with tangents of keys that have `motion` in
-    common: it changes no weights, but the tangents of all logits."""
-    (query, key, value), (dquery, dkey, dvalue) = triples(64, jnp.float32)
-    low = nn.cast(((sharpness * query, key, value), (dquery, dkey + motion, dvalue)), jnp.bfloat16)
+    """Of each mode, against float32."""
+    low = low_precision(sharpness, motion)
     with jax.numpy_dtype_promotion("strict"):
         found = every_mode(nn.ChunkedAttention(24))(*low)
     assert all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(found))
@@ -128,7 +101,6 @@ def temporary_bytes(mode, tokens, attention=nn.ChunkedAttention()):
 
 
 SLOW = pytest.mark.slow
-THROUGH = "gradient through the tangent"
 
 
 CASES = [(mode, tokens) for mode in MODES for tokens in (256, 1024)]
@@ -189,28 +161,6 @@ def test_gradient_through_the_derivative_of_a_field_equals_that_with_attention_i
     found, expected = (jax.tree.leaves(gradient(kind)) for kind in (nn.ChunkedAttention(2), nn.XLAAttention()))
     for leaf, other in zip(found, expected, strict=True):
         np.testing.assert_allclose(leaf, other, rtol=1e-10, atol=1e-12)
-
-
-SMALL = mfx.DiTSize(depth=2, width=16, heads=2, patch=2)
-IDENTITIES = {
-    "MeanFlow": mfx.MeanFlow(),
-    "MeanFlow with a stopped JVP": mfx.MeanFlow(derivative=mfx.StoppedJVP()),
-    "LagrangianSelfDistillation": mfx.LagrangianSelfDistillation(),
-    "EulerianSelfDistillation": mfx.EulerianSelfDistillation(),
-    "TerminalVelocityMatching": mfx.TerminalVelocityMatching(),
-}
-
-
-def losses(identity, attention, *, steps=3, **options):
-    """Of a small DiT with 12 tokens in training, in float64."""
-    field = mfx.DiT((3, 8, 6), SMALL, dtype=jnp.float64, attention=attention, **options, key=jr.key(0))
-    step = trainer(identity, optax.sgd(0.1), [mfx.ExponentialAverage(0.9)])
-    state = mfx.init_state(nn.cast(refilled(field), jnp.float64), step.optimizer, step.averages, key=jr.key(1))
-    found = []
-    for key in jr.split(jr.key(2), steps):
-        state, metrics = step(state, mfx.Batch(jr.normal(key, (4, 3, 8, 6), jnp.float64)))
-        found.append(float(metrics["loss"].value))
-    return found
 
 
 @pytest.mark.slow

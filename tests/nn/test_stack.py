@@ -175,3 +175,30 @@ def test_stack_of_one_may_change_the_shape(form):
     expected = x @ built.blocks.weight[0] + built.blocks.bias[0]
     np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
     np.testing.assert_array_equal(outputs, (x + 1)[None])
+
+
+# The form that is known to be fastest
+
+
+@pytest.mark.parametrize(
+    ("backend", "devices", "depth", "remat", "expected"),
+    [
+        ("cpu", 1, 2, False, 2),
+        ("cpu", 1, 12, False, 12),
+        ("cpu", 1, 16, False, 1),  # M/2 and larger, whose programs would compile for a minute
+        ("cpu", 1, 12, True, 1),  # of which XLA:CPU would keep everything without a loop
+        ("cpu", 8, 12, False, 1),
+        ("gpu", 1, 12, False, 1),
+        ("tpu", 1, 12, False, 1),
+    ],
+)
+def test_known_form_has_no_loop_on_one_cpu_up_to_the_depth_of_b(monkeypatch, backend, devices, depth, remat, expected):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    monkeypatch.setattr(jax, "device_count", lambda: devices)
+
+    def made(**form):
+        return nn.Stack(lambda key: Block(nn.Linear(6, 6, key=key)), DEPTH, **form, key=jr.key(0)).unroll
+
+    assert nn.known_unroll(depth, remat) == expected
+    assert made(unroll=None, remat=remat) == nn.known_unroll(DEPTH, remat)
+    assert [made(unroll=n, remat=remat) for n in (1, 2, True)] == [1, 2, DEPTH]  # a choice of one's own
