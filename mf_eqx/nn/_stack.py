@@ -51,15 +51,16 @@ class Stack(eqx.Module, Generic[_Block]):
     - `make_block`: function from a key to a block; all blocks must have the same structure.
     - `depth`: number of blocks.
     - `remat`: what the backward pass recomputes, see `Remat`.
-    - `unroll`: blocks per loop iteration, True for no loop at all, None for what is known to be faster for transformer
-      blocks, see `known_unroll`. Compile time grows with it, and XLA's FLOP count is only right without a loop.
+    - `unroll`: blocks per loop iteration, True for no loop at all. None for what is known to be faster for transformer
+      blocks (`known_unroll`) when the stack is called, and a loop where `gathering` makes blocks whole in turn.
+      Compile time grows with it, and XLA's FLOP count is only right without a loop.
     - `key`.
     """
 
     blocks: _Block
     depth: int = eqx.field(static=True)
     remat: Remat = eqx.field(static=True)
-    unroll: int = eqx.field(static=True)
+    unroll: int | None = eqx.field(static=True)
     gather: Callable[[Any], Any] | None = eqx.field(static=True)
 
     def __init__(
@@ -73,7 +74,6 @@ class Stack(eqx.Module, Generic[_Block]):
     ):
         if depth < 1:
             raise ValueError(f"depth must be >= 1, got {depth}")
-        unroll = known_unroll(depth, remat) if unroll is None else unroll
         self.blocks = eqx.filter_vmap(make_block)(jr.split(key, depth))
         self.depth = depth
         self.remat = remat
@@ -125,4 +125,7 @@ class Stack(eqx.Module, Generic[_Block]):
         if self.depth == 1:
             x, output = body(x, jax.tree.map(lambda leaf: leaf[0], (arrays, inputs)))
             return x, jax.tree.map(lambda leaf: leaf[None], output)
-        return jax.lax.scan(body, x, (arrays, inputs), unroll=self.unroll)
+        unroll = self.unroll
+        if unroll is None:
+            unroll = known_unroll(self.depth, self.remat) if self.gather is None else 1
+        return jax.lax.scan(body, x, (arrays, inputs), unroll=unroll)

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from mf_eqx import measure, nn
+from mf_eqx import measure
 
 NAMES = (
     "MeanFlow on every row", "MeanFlow", "stopped JVP", "finite difference", "guided on every row", "guided",
@@ -119,7 +119,7 @@ def test_a_unet_keeps_its_convolutions_unless_remat_is_full(steps):
 @pytest.mark.parametrize(
     ("model", "form", "blocks", "step"),
     [
-        ("tiny", "default", nn.known_unroll(2), False),
+        ("tiny", "default", None, False),
         ("tiny", "scan", 1, False),
         ("tiny", "unroll", 2, False),
         ("U-Net", "default", 5, True),

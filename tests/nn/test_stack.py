@@ -1,3 +1,5 @@
+import re
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -196,9 +198,13 @@ def test_known_form_has_no_loop_on_one_cpu_up_to_the_depth_of_b(monkeypatch, bac
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
     monkeypatch.setattr(jax, "device_count", lambda: devices)
 
-    def made(**form):
-        return nn.Stack(lambda key: Block(nn.Linear(6, 6, key=key)), DEPTH, **form, key=jr.key(0)).unroll
+    def called(gather=None, **form):
+        stack = nn.Stack(lambda key: Block(nn.Linear(6, 6, key=key)), DEPTH, **form, key=jr.key(0))
+        stack = stack if gather is None else stack.gathering(gather)
+        text = str(jax.make_jaxpr(lambda x: stack(lambda block, x: block.linear(x), x))(jnp.ones(6)))
+        return int(re.search(r"unroll=(\d+)", text)[1])
 
     assert nn.known_unroll(depth, remat) == expected
-    assert made(unroll=None, remat=remat) == nn.known_unroll(DEPTH, remat)
-    assert [made(unroll=n, remat=remat) for n in (1, 2, True)] == [1, 2, DEPTH]  # a choice of one's own
+    assert called(unroll=None, remat=remat) == nn.known_unroll(DEPTH, remat)
+    assert called(lambda block: block, unroll=None, remat=remat) == 1
+    assert [called(unroll=n, remat=remat) for n in (1, 2, True)] == [1, 2, DEPTH]  # a choice of one's own
