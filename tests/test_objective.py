@@ -31,18 +31,22 @@ from mf_eqx import (
     ConstantWeight,
     Context,
     ContinuousConsistency,
+    DrawnGuidance,
     Facts,
     Guidance,
+    GuidanceRange,
     ImprovedMeanFlow,
     LabelDropout,
     LogitNormalTimes,
     Mean,
     MeanFlow,
     Objective,
+    PowerLawScales,
     Row,
     Shortcut,
     SplitMeanFlow,
     TimePairs,
+    Trained,
     TrigonometricInterpolant,
     UniformTimes,
 )
@@ -954,7 +958,29 @@ def test_rate_that_boundary_rows_cannot_reach_is_refused(share, rate):
     ids=range(11),
 )
 def test_what_is_trained_follows_from_method_share_times_and_dropout(parts, expected):
-    assert Objective(**parts).trained == expected
+    assert Objective(**parts).trained == Trained(*expected)
+
+
+@pytest.mark.parametrize(
+    ("guidance", "expected"),
+    [
+        (Guidance(2.0), None),
+        (DrawnGuidance(), GuidanceRange(1.0, 8.0, 0.5)),
+        (DrawnGuidance(PowerLawScales(0.0, 2.0, 3.0), None), GuidanceRange(2.0, 3.0, None)),
+        (DrawnGuidance(lambda *, key: jr.uniform(key) + 1), None),
+    ],
+)
+def test_range_of_drawn_guidance_is_known_if_its_scales_are(guidance, expected):
+    objective = Objective(guidance=guidance, label_dropout=LabelDropout(0.1, LABELS))
+    assert objective.trained.guidance == expected
+
+
+def test_range_contains_its_scales_and_the_intervals_around_its_middle():
+    drawn, whole = GuidanceRange(1.0, 8.0, 0.5), GuidanceRange(1.0, 8.0)
+    assert drawn.contains(1, (0.2, 0.5)) and drawn.contains(8.0, (0, 1)) and whole.contains(2.0, (0, 1))
+    assert not drawn.contains(0.9, (0, 1)) and not drawn.contains(8.1, (0, 1))
+    assert not drawn.contains(2.0, (0.6, 0.8)) and not drawn.contains(2.0, (0.2, 0.4))
+    assert not whole.contains(2.0, (0.2, 0.8))
 
 
 @pytest.mark.parametrize(("share", "rate"), [(0.25, 0.75), (0.0, 1.0), (1.0, 1.0)])

@@ -120,7 +120,7 @@ def test_muon_trains_the_matrices_of_each_block_by_themselves_and_adam_trains_pa
         return rule.update({"a": gradient}, rule.init({"a": gradient}), {"a": gradient})[0]["a"]
 
     def of_adam(gradient):
-        rule = optax.adam(0.1)
+        rule = optax.nadam(0.1)  # optax's Muon has Nesterov's momentum in its Adam, too
         return rule.update(gradient, rule.init(gradient), gradient)[0]
 
     def weight(tree):
