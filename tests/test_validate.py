@@ -258,7 +258,6 @@ FLOATS = {
     "AverageVelocity.rtol": lambda value: exact.AverageVelocity(lambda z, t, c: z, rtol=value),
     "CentralDifference.step": mfx.CentralDifference,
     "ConstantWeight.value": mfx.ConstantWeight,
-    "GapCurriculum.done": lambda value: mfx.GapCurriculum(mfx.ConstantWeight(), value),
     "GapCurriculum.power": lambda value: mfx.GapCurriculum(mfx.ConstantWeight(), 0.5, value),
     "EDMAugmentation.flip": lambda value: data.EDMAugmentation(flip=value),
     "EDMAugmentation.probability": lambda value: data.EDMAugmentation(probability=value),
