@@ -87,9 +87,3 @@ def test_tour_says_what_a_step_costs(whole):
     # Half of the rows carry a tangent pass, or one and a forward pass more, or two forward passes.
     costs = found(whole[0], r"a step costs (.*) of Flow")
     np.testing.assert_allclose(costs, [1 + 1 / 6, 1 + 2 / 6, 1 + 2 / 6], rtol=0.02)
-
-
-@pytest.mark.slow
-def test_tour_learns_all_scales_of_guidance_in_one_network(whole):
-    every = found(whole[0], r"all scales, at .*: error of u at \(0, 1\) (.*)")
-    assert len(every) == 4 and max(every) < 0.1
