@@ -36,6 +36,7 @@ from jaxtyping import Array, Float, install_import_hook, Key
 
 # Shapes and types are checked while the step is traced. JAXTYPING_DISABLE=1 turns this off.
 with install_import_hook("mf_eqx", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"):
+    import guidance_flags
     import image_classifier
     import image_judge
     import image_samples
@@ -170,8 +171,9 @@ class Config(run.Settings):
         if not 0 <= self.augmentation <= 1:
             raise ValueError(f"augmentation must lie in [0, 1], got {self.augmentation}")
         check_guidance(self, self.labels)
-        if (guided(self) or self.guidance_input) and self.label_dropout == 0:
-            raise ValueError("label_dropout must be > 0 with guidance, which needs the unlabelled field; got 0.0")
+        if self.labels:
+            guided_at_all = guided(self) or self.guidance_input
+            guidance_flags.check_dropout(self.label_dropout, self.identity_share, guided=guided_at_all)
         if self.augmentation and self.network != "unet":
             raise ValueError(f"augmentation must be 0 for a DiT, which is not told of it, got {self.augmentation}")
         if self.augmentation and self.labels and self.label_dropout:
@@ -194,8 +196,10 @@ def guided(config: Config) -> bool:
 def check_guidance(config: Config, has_labels: bool) -> None:
     if guided(config) and not has_labels:
         raise ValueError(f"scale must be 1 and mix 0 without labels, got {config.scale} and {config.mix}")
+    if not guided(config) and not config.guidance_input and config.interval != (0, 1):
+        raise ValueError(f"interval must be left out without guidance, got {config.interval}")
     if not config.guidance_input:
-        return
+        return check_left_out(config, ("sample_scale", "sample_interval"), "without guidance_input")
     if not has_labels:
         raise ValueError("guidance_input must be left out without labels, got True")
     if guided(config) or config.interval != (0, 1):
@@ -205,15 +209,14 @@ def check_guidance(config: Config, has_labels: bool) -> None:
         raise ValueError(f"identity_share must lie between 0 and 1 with guidance_input, got {config.identity_share}")
     drawn = objective(config, 10).trained.guidance
     assert drawn is not None
-    check_drawn(drawn, config.sample_scale, config.sample_interval)
+    guidance_flags.check_drawn(drawn, config.sample_scale, [config.sample_interval])
 
 
-def check_drawn(drawn: mfx.GuidanceRange, scales: Sequence[float], interval: tuple[float, float]) -> None:
-    """Refuses guidance at sampling that is not drawn in training."""
-    if not scales or not all(drawn.contains(scale, (0, 1)) for scale in scales):
-        raise ValueError(f"sample_scale must lie in [{drawn.smallest:g}, {drawn.largest:g}], got {scales}")
-    if not 0 <= interval[0] <= interval[1] <= 1 or not drawn.contains(drawn.smallest, interval):
-        raise ValueError(f"sample_interval must lie in [0, 1] and contain {drawn.middle}, got {interval}")
+def check_left_out(config: Any, names: Sequence[str], when: str) -> None:
+    """Refuses flags that would do nothing: those that differ from the defaults of their class."""
+    for name in names:
+        if (found := getattr(config, name)) != getattr(type(config), name):
+            raise ValueError(f"{name} must be left out {when}, got {found}")
 
 
 def size_of(config: Config) -> Any:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import equinox as eqx
+import guidance_flags
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -138,9 +139,11 @@ def check_guidance(
     subject: Subject, scales: Sequence[float], intervals: Sequence[Interval], *, euler: bool, untrained: bool
 ) -> None:
     """Refuses guidance at sampling for a network that neither takes it nor can do without a label; warns if nobody
-    knows. For a network that takes it, refuses guidance that was never drawn in training, unless `untrained`."""
+    knows. For a network that takes it, refuses guidance that was never drawn in training, unless `untrained`; Euler
+    steps may have any interval."""
     if subject.takes_guidance:
-        _check_range(subject, scales, () if untrained else intervals, untrained=untrained)
+        # With Euler steps an interval decides whether a time is guided, and both are trained at all times r = t.
+        _check_range(subject, scales, () if euler else intervals, untrained=untrained)
         return
     if untrained:
         raise ValueError(f"--untrained-guidance must be left out for {subject.path}, which takes no guidance")
@@ -175,16 +178,8 @@ def _check_range(subject: Subject, scales: Sequence[float], intervals: Sequence[
     trained = None if subject.notes.trained is None else subject.notes.trained.guidance
     if trained is None or untrained:
         return
-    for scale in scales:
-        if not trained.contains(scale, ALWAYS):
-            rule = f"lie in [{trained.smallest:g}, {trained.largest:g}], on which {subject.path} was trained"
-            raise ValueError(f"--guidance-scale must {rule} (or --untrained-guidance be given), got {scale:g}")
-    for low, high in intervals:
-        if not trained.contains(trained.smallest, (low, high)):
-            rule = "be 0 1" if trained.middle is None else f"contain {trained.middle:g}"
-            rule += f", as all did on which {subject.path} was trained"
-            found = f"{low:g} {high:g}"
-            raise ValueError(f"--guidance-interval must {rule} (or --untrained-guidance be given), got {found}")
+    reason = f", as in the training of {subject.path} (or --untrained-guidance be given)"
+    guidance_flags.check_drawn(trained, scales, intervals, ("--guidance-scale", "--guidance-interval"), reason)
 
 
 def make_generator(

@@ -230,7 +230,7 @@ class GuidanceRange(NamedTuple):
         """Whether a scale and an interval are among those of the training."""
         low, high = as_interval(interval)
         is_whole = (low, high) == (0, 1)
-        is_drawn = is_whole or (self.middle is not None and low <= self.middle <= high)
+        is_drawn = is_whole or (self.middle is not None and 0 <= low <= self.middle <= high <= 1)
         return self.smallest <= scale <= self.largest and is_drawn
 
 
