@@ -37,6 +37,8 @@ from sklearn.svm import SVC
 
 # Shapes and types are checked while the step is traced. JAXTYPING_DISABLE=1 turns this off.
 with install_import_hook("mf_eqx", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"):
+    import guidance_flags
+
     import mf_eqx as mfx
     from mf_eqx import checkpoint, data, metrics, picture, run
 
@@ -122,12 +124,11 @@ class Config(run.Settings):
         for name, default in defaults.items():
             if not self.guidance_input and (found := getattr(self, name)) != default:
                 raise ValueError(f"{name} must be left out without guidance_input, got {found}")
-        if wrong := [scale for scale in self.sample_scale if not 1 <= scale <= self.largest_scale]:
-            raise ValueError(f"sample_scale must lie in [1, largest_scale = {self.largest_scale:g}], got {wrong[0]}")
-        if not 0 <= self.sample_interval[0] <= self.sample_interval[1] <= 1:
-            raise ValueError(f"sample_interval must satisfy 0 <= first <= last <= 1, got {self.sample_interval}")
-        if (self.guidance_input or guided(self)) and self.label_dropout == 0:
-            raise ValueError("label_dropout must be > 0 with guidance, which needs the unlabelled field; got 0.0")
+        guided_at_all = guided(self) or self.guidance_input
+        guidance_flags.check_dropout(self.label_dropout, self.identity_share, guided=guided_at_all)
+        if self.guidance_input:
+            drawn = mfx.GuidanceRange(1.0, self.largest_scale, mfx.DrawnGuidance().middle)
+            guidance_flags.check_drawn(drawn, self.sample_scale or (1.0,), [self.sample_interval])
         # What the parts themselves refuse is refused here, where a flag can be named.
         mfx.check_batch_size(self.batch, objective(self).identity_share)
         eqx.filter_eval_shape(lambda: make_field(self, jr.key(0)))  # the key within: a real one needs a device

@@ -5,7 +5,7 @@
     python experiments/evaluate.py --weights ema.safetensors --vae sd-vae-ft-mse --inception inception.safetensors \\
         --protocol adm --reference VIRTUAL_imagenet256_labeled.npz --euler --evaluations 32 --guidance-scale 1 1.5 2
     python experiments/evaluate.py --weights imf.safetensors --vae sd-vae-ft-mse --inception inception.safetensors \\
-        --protocol adm --reference VIRTUAL_imagenet256_labeled.npz --guidance-scale 6 8 10 \\
+        --protocol adm --reference VIRTUAL_imagenet256_labeled.npz --guidance-scale 4 6 8 \\
         --guidance-interval 0.4 0.65 0.4 0.6
     python experiments/evaluate.py --weights ema.safetensors --protocol lite0 --reference fashion-mnist/
     python experiments/evaluate.py --weights ema.safetensors --grid-only           pictures alone

@@ -87,6 +87,8 @@ class Config:
             if (value := getattr(self, name)) is not None and value < bound:
                 raise ValueError(f"{name} must be >= {bound}, got {value}")
         saved.check_times_and_guidance(self.times, self.guidance_scale, (self.guidance_interval,))
+        if len(set(self.guidance_scale)) < len(self.guidance_scale):
+            raise ValueError(f"guidance_scale must have each number once, got {self.guidance_scale}")
         if self.times and self.evaluations is not None:
             raise ValueError(f"evaluations must be left out with --times, got {self.evaluations}")
 
@@ -152,8 +154,13 @@ def plan(config: Config, subject: Subject, devices: mfx.Parallelism) -> Job:
     vectors = read_condition(config, subject)
     condition = vectors if labels is None else labels
     number = config.number or default_number(subject, labels, vectors, to, scales=len(config.guidance_scale))
-    if to.endswith(".png") and number > (most := 10_000):
-        raise ValueError(f"--number must be at most {most} in one picture, got {number}: give a folder as --to")
+    scales = len(config.guidance_scale)
+    if to.endswith(".png") and number * scales > (most := 10_000):
+        rule, hint = f"at most {most} in one picture", "" if scales > 1 else ": give a folder as --to"
+        found = f"{number} for each of {scales} scales" if scales > 1 else number
+        raise ValueError(f"--number must be {rule}, got {found}{hint}")
+    if scales > 1 and number > (most := 100):  # each is a column
+        raise ValueError(f"--number must be at most {most} in a picture of several scales, got {number}")
     how = {"interval": config.guidance_interval, "seed": config.seed, "euler": euler, "condition": condition}
     generators = tuple(make_generator(subject, times, scale=scale, **how) for scale in config.guidance_scale)
     shards, wanted = devices.shards, min(config.batch, number)

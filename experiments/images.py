@@ -170,10 +170,10 @@ class Config(run.Settings):
                 raise ValueError(f"{name} must be left out with --network {self.network}, which has none, got {value}")
         if not 0 <= self.augmentation <= 1:
             raise ValueError(f"augmentation must lie in [0, 1], got {self.augmentation}")
-        check_guidance(self, self.labels)
         if self.labels:
             guided_at_all = guided(self) or self.guidance_input
             guidance_flags.check_dropout(self.label_dropout, self.identity_share, guided=guided_at_all)
+        check_guidance(self, self.labels)
         if self.augmentation and self.network != "unet":
             raise ValueError(f"augmentation must be 0 for a DiT, which is not told of it, got {self.augmentation}")
         if self.augmentation and self.labels and self.label_dropout:

@@ -2,10 +2,11 @@
 
     python experiments/pixels.py --preset tiny --data cifar-10-binary.tar.gz          a small network, on a CPU
     python experiments/pixels.py --preset tiny --data photos --size 64 --patch 8      a folder, or one for each class
-    python experiments/pixels.py --preset B/16 --data imagenet/train --bfloat16       the paper's experiment
-    python experiments/pixels.py --preset B/16 --data imagenet/train --bfloat16 --dry-run      what it takes
+    python experiments/pixels.py --preset B/16 --data imagenet/train --test imagenet/val --bfloat16    the paper's
+    python experiments/pixels.py --preset B/16 --data imagenet/train --test imagenet/val --bfloat16 --dry-run
 
-Data are those of images.py: folders of images, the files of CIFAR-10 or MNIST, shards. A run that was stopped, or
+Data are those of images.py: folders of images, the files of CIFAR-10 or MNIST, shards. Without --test a tenth of a
+folder is held out and not trained on; the paper trains on all of ImageNet's training images. A run that was stopped, or
 killed, continues by the same command. Each average ends as ema_THOUSANDS.safetensors, called by its half-life and saved
 without the velocity head; generate.py samples from it, evaluate.py judges it at several scales of guidance, which is
 chosen at sampling where the data have labels. At the end samples of the first average are judged as by images.py.
@@ -20,7 +21,7 @@ the noise's standard deviation (0.05 / e).
 FID of the paper at one evaluation on ImageNet 256 x 256, after 320 epochs: B/16 3.12, L/16 2.52, H/16 2.22. They were
 reached with two perceptual terms, in features of networks that do not come with this package (LPIPS, ConvNeXt);
 `mfx.PerceptualTerm` takes any, and --perceptual those of EfficientNet-Lite0, in whose features evaluate.py and the end
-of this script judge, too. None of the presets but tiny has been run. RESULTS.md says what was.
+of this script judge, too. The presets of the paper have not been run.
 
 Sources of every number: One-step Latent-free Image Generation with Pixel Mean Flows, 2026, arXiv 2601.22158, and the
 authors' code where it says more. What remains open: the arrays that Muon trains are here all matrices but those of the
@@ -41,6 +42,7 @@ from jaxtyping import Array, Float, install_import_hook, Key, PyTree
 
 # Shapes and types are checked while the step is traced. JAXTYPING_DISABLE=1 turns this off.
 with install_import_hook("mf_eqx", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"):
+    import guidance_flags
     import image_judge
     import image_samples
     import image_sources
@@ -90,10 +92,10 @@ class Config(run.Settings):
     batch: int = 1024
     """Images per step; a multiple of the denominator of identity_share."""
     learning_rate: float = 1e-3
-    """Learning rate of Muon for matrices, and of Adam for all else, constant."""
+    """Learning rate of Muon for matrices, and of Adam with Nesterov momentum for all else, constant."""
     half_lives: tuple[float, ...] = (500.0, 1000.0, 2000.0)
-    """Half-life of each parameter average in thousands of images, at first 5% of the images seen; the first one
-    generates."""
+    """Half-life of each parameter average in thousands of images, at first 5% of the images seen (with --start, which
+    may bring averages, the same from the first step on); the first one generates."""
     identity_share: float = 0.5
     """Share of rows with r < t, which carry the identity of improved MeanFlow; in (0, 1)."""
     times: tuple[float, float] = (0.8, 0.8)
@@ -139,18 +141,29 @@ class Config(run.Settings):
             raise ValueError(f"epochs must be > 0 and finite, got {self.epochs}")
         if not self.half_lives or len(set(self.half_lives)) < len(self.half_lives):
             raise ValueError(f"half_lives must be at least one number, each once, got {self.half_lives}")
-        if self.labels and self.label_dropout == 0:
-            raise ValueError("label_dropout must be > 0 with guidance, which needs the unlabelled field; got 0.0")
+        if not all(0 < thousands < math.inf for thousands in self.half_lives):
+            raise ValueError(f"half_lives must be > 0 and finite, got {self.half_lives}")
+        if not 0 <= self.uniform <= 1:
+            raise ValueError(f"uniform must lie in [0, 1], got {self.uniform}")
+        check_guidance(self, self.labels)
         if not 0 <= self.perceptual < math.inf:
             raise ValueError(f"perceptual must be >= 0 and finite, got {self.perceptual}")
         # What the parts themselves refuse is refused here, where a flag can be named.
         averages(self)
-        trained = objective(self, 10).trained.guidance
-        assert trained is not None
-        images.check_drawn(trained, self.sample_scale, self.sample_interval)
         mfx.check_batch_size(self.batch, objective(self, None).identity_share)
         side = max(self.patch, 1)
         eqx.filter_eval_shape(lambda: make_field(self, (3, side, side), 10, jr.key(0)))  # a real key needs a device
+
+
+def check_guidance(config: Config, has_labels: bool) -> None:
+    if not has_labels:
+        names = "largest_scale", "label_dropout", "sample_scale", "sample_interval"
+        return images.check_left_out(config, names, "without labels")
+    guidance_flags.check_dropout(config.label_dropout, config.identity_share, guided=True)
+    guidance_flags.check_scales(config.largest_scale)
+    drawn = objective(config, 10).trained.guidance
+    assert drawn is not None
+    guidance_flags.check_drawn(drawn, config.sample_scale, [config.sample_interval])
 
 
 def make_field(config: Config, shape: images.Shape, labels: int | None, key: Key[Array, ""]) -> mfx.XPrediction:
@@ -216,12 +229,15 @@ def objective(config: Config, labels: int | None, terms: Sequence[mfx.Perceptual
 
 
 def averages(config: Config) -> list[mfx.ExponentialAverage]:
-    rules = [mfx.HalfLife(1000 * thousands, config.batch) for thousands in config.half_lives]
+    # A ramp makes the parameters of the first step the average, whatever --start has brought.
+    rampup = None if config.start else 0.05
+    rules = [mfx.HalfLife(1000 * thousands, config.batch, rampup) for thousands in config.half_lives]
     return [mfx.ExponentialAverage(rule) for rule in rules]
 
 
 def optimizer(config: Config) -> optax.GradientTransformation:
-    """Muon, block by block, for matrices; Adam for all else, and for what takes patches and positions."""
+    """Muon, block by block, for matrices; Adam with Nesterov momentum for all else, and for what takes patches and
+    positions."""
 
     def matrices(parameters: PyTree[Any]) -> PyTree[Any]:
         numbers = mfx.nn.muon_dimension_numbers(parameters)
@@ -251,6 +267,7 @@ def main(config: Config) -> None:
     run.require("matplotlib", "safetensors")
     train, test, names = image_sources.open_parts(config.data, config.test, size=config.size, holdout=config.holdout)
     labels = train.labels if config.labels else None
+    check_guidance(config, labels is not None)
     if labels is not None and test.labels is None:
         raise ValueError(f"test must have labels as the training images have, got none in {test.name}")
     field_key, run_key = jr.split(jr.key(config.seed))
@@ -294,14 +311,15 @@ def save_weights(
     trained: mfx.Trained,
 ) -> None:
     """Every average as weights, without the velocity head."""
-    class_names = tuple(names) if names and config.labels else None
-    for thousands, field in zip(config.half_lives, state.averages, strict=True):
+    class_names, steps = tuple(names) if names and config.labels else None, int(state.step)
+    for thousands, average, field in zip(config.half_lives, averages(config), state.averages, strict=True):
+        assert isinstance(average.decay, mfx.HalfLife)
         notes = checkpoint.Notes(
             pixels=(-1, 1),
             class_names=class_names,
             trained=trained,
-            steps=int(state.step),
-            decay=0.5 ** (config.batch / (1000 * thousands)),
+            steps=steps,
+            decay=float(average.decay(jnp.asarray(steps))),  # of the last step, which a ramp may make smaller
         )
         path = directory.path(f"ema_{thousands:g}.safetensors")
         checkpoint.save_weights(path, for_sampling(field), {"data": list(config.data)}, notes)
@@ -314,11 +332,11 @@ def of_size(size: mfx.InContextDiTSize) -> Config:
 
 
 PRESETS = {
-    "B/16": ("the paper's, 256 x 256 pixels; not run yet", of_size(mfx.PMF_B16)),
-    "L/16": ("the paper's, 256 x 256 pixels; not run yet", of_size(mfx.PMF_L16)),
-    "H/16": ("the paper's, 256 x 256 pixels; not run yet", of_size(mfx.PMF_H16)),
+    "B/16": ("the paper's, 256 x 256 pixels; give --test to train on all of --data; not run yet", of_size(mfx.PMF_B16)),
+    "L/16": ("the paper's, 256 x 256 pixels; give --test to train on all of --data; not run yet", of_size(mfx.PMF_L16)),
+    "H/16": ("the paper's, 256 x 256 pixels; give --test to train on all of --data; not run yet", of_size(mfx.PMF_H16)),
     "tiny": (
-        "a small network for minutes on a CPU; CIFAR-10, or images of your own",
+        "a small network; CIFAR-10, or images of your own",
         Config(
             data=("cifar-10-binary.tar.gz",),
             epochs=1.0,

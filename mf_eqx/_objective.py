@@ -57,6 +57,7 @@ from ._identity import (
 from ._interpolant import AbstractInterpolant, LinearInterpolant
 from ._leaves import by_name
 from ._mean import errors_by_kind, mean_of, Metrics, total
+from ._model import XPrediction
 from ._model.guidance import condition_at
 from ._perceptual import PerceptualTerm
 from ._row import Context, Drawing, Row
@@ -176,7 +177,9 @@ class Objective(AbstractObjective):
     - `velocity`: None, or a function v(z, t, condition) whose value replaces the conditional velocity $v_t$, as target
       and as tangent: a trained Flow Matching field (distillation), or the marginal velocity itself
       (`mf_eqx.exact.MarginalVelocity`), to measure the effect of the variance of $v_t$. No gradient passes through
-      it. For rows whose condition was dropped it gets the null condition, for which a mixture returns NaN: wrap it.
+      it. It is that of the path: one that is bounded already, as that of an `XPrediction` is, would be bounded twice by
+      a `smallest_time`. For rows whose condition was dropped it gets the null condition, for which a mixture returns
+      NaN: wrap it.
     - `stable_target`: None, or reference data from which $v_t$ is estimated with less variance than from the row's own
       x alone.
     - `exact_guidance`: whether `guidance` takes the velocities of `stable_target` with and without the label, in place
@@ -194,7 +197,8 @@ class Objective(AbstractObjective):
     `velocity_error`, for a field with a velocity head, that of the head on the rows that train it; `perceptual_loss`,
     if there are such terms, their part of the loss. A mean over no rows is NaN.
 
-    **Raises:** `ValueError` if arguments contradict each other, or, when called, if the batch is not divisible.
+    **Raises:** `ValueError` if arguments contradict each other, or, when called, if the batch is not divisible, or if
+    the field is an `XPrediction` with another `smallest_time`.
     """
 
     identity: AbstractIdentity | None = MeanFlow()
@@ -347,6 +351,9 @@ class Objective(AbstractObjective):
         if self._facts.needs_velocity_head and not has_velocity_head(field):
             rule = f"have a velocity head (AbstractFieldWithVelocity) for {type(self.identity).__name__}"
             raise ValueError(f"field must {rule}, got {type(field).__name__} without one")
+        if isinstance(field, XPrediction) and field.smallest_time != self.smallest_time:
+            rule = f"be {field.smallest_time}, that of the XPrediction, whose velocities are bounded by it"
+            raise ValueError(f"smallest_time must {rule}, got {self.smallest_time}")
         draw, group = self._drawing(boundary), 1 if boundary else self._facts.group
 
         def evaluate(example: Batch) -> tuple[Scalar, Scalar, Scalar, Scalar | None, Scalar | None]:

@@ -981,6 +981,7 @@ def test_range_contains_its_scales_and_the_intervals_around_its_middle():
     assert not drawn.contains(0.9, (0, 1)) and not drawn.contains(8.1, (0, 1))
     assert not drawn.contains(2.0, (0.6, 0.8)) and not drawn.contains(2.0, (0.2, 0.4))
     assert not whole.contains(2.0, (0.2, 0.8))
+    assert not drawn.contains(2.0, (0.2, 1.5)) and not drawn.contains(2.0, (-0.1, 0.7))
 
 
 @pytest.mark.parametrize(("share", "rate"), [(0.25, 0.75), (0.0, 1.0), (1.0, 1.0)])

@@ -136,6 +136,11 @@ class Labelled(mfx.AbstractField):
         return self.field(z, r, t) / condition.scale
 
 
+def loss_of(field, smallest_time):
+    objective = mfx.Objective(mfx.ImprovedMeanFlow(), identity_share=0.5, smallest_time=smallest_time)
+    return objective(field, mfx.Batch(jnp.ones((2, *SHAPE))), key=jr.key(0))
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -158,8 +163,10 @@ class Labelled(mfx.AbstractField):
             lambda: mfx.Objective(mfx.ConsistencyTraining(0.25), smallest_time=0.05),
             "smallest_time must be 0 for ConsistencyTraining, which learns from x and eps",
         ),
+        (lambda: loss_of(mfx.XPrediction(Images(jnp.ones(2)), 0.1), 0.05), "smallest_time must be 0.1, .*, got 0.05"),
+        (lambda: loss_of(mfx.XPrediction(Images(jnp.ones(2)), 0.1), 0.0), "smallest_time must be 0.1, .*, got 0.0"),
     ],
-    ids=range(10),
+    ids=range(12),
 )
 def test_what_cannot_be_is_refused(make, message):
     with pytest.raises(ValueError, match=message):

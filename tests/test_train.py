@@ -826,6 +826,12 @@ def test_training_gives_the_same_numbers_on_one_and_eight_devices_in_float64(on_
     assert on_devices["float64"] <= 1e-14
 
 
+def test_features_of_a_perceptual_term_train_the_field_alike_on_any_devices_and_are_not_trained(on_devices):
+    found = on_devices["perceptual"]
+    assert found.pop("loss") > 0.1
+    assert all(layout["difference"] <= 1e-6 and layout["unchanged"] for layout in found.values()), found
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_new_state_takes_the_place_of_the_old_one_wherever_it_lies(in_layout):
     assert in_layout["kept"] == 0

@@ -144,6 +144,43 @@ def collectives(made, data_shape):
     return {name: len(re.findall(rf" {name}(?:-start)?\(", text)) for name in COLLECTIVES}
 
 
+class Images(mfx.AbstractField):
+    """A field of images of one channel."""
+
+    weight: jax.Array
+
+    def __call__(self, z, r, t, condition=None, *, key=None):
+        return self.weight[0] * z * jnp.cos(t + r) + self.weight[1] * t
+
+
+def train_perceptually(layout):
+    """The numbers after three steps with a term in the features of a network, that term's loss, and whether the network
+    is still as it was."""
+    parallelism = mfx.Parallelism(layout.devices, devices=jax.devices()[: layout.devices])
+    features = parallelism.replicate(eqx.nn.Conv2d(1, 2, 3, key=jr.key(5)))
+    before = np.asarray(features.weight)
+    term = mfx.PerceptualTerm(features, (5, 5), 10.0)
+    objective = mfx.Objective(mfx.ImprovedMeanFlow(), identity_share=0.5, perceptual=[term])
+    state = parallelism.make(lambda: mfx.init_state(Images(jnp.array([0.7, -0.3])), OPTIMIZER, AVERAGES, key=jr.key(1)))
+    step = mfx.TrainStep(objective, OPTIMIZER, AVERAGES, accumulation=layout.accumulation, parallelism=parallelism)
+    x = np.random.default_rng(3).standard_normal((ROWS, 1, 6, 6)).astype(np.float32)
+    for _ in range(3):
+        state, metrics = step(state, parallelism.place(mfx.Batch(x)))
+    loss = float(metrics["perceptual_loss"].value)
+    numbers = [np.asarray(state.field.weight), np.asarray(state.averages[0].weight), np.asarray(loss)]
+    return numbers, loss, bool((np.asarray(features.weight) == before).all())
+
+
+def perceptual():
+    """How training with such a term differs from that on one device, with all rows at once."""
+    expected, loss, is_same = train_perceptually(ONE)
+    result = {"loss": loss, "one device": {"difference": 0.0, "unchanged": is_same}}
+    for name, layout in {"8 devices": Layout(8), "2 x 32 rows in turn": Layout(1, accumulation=2)}.items():
+        numbers, _, is_same = train_perceptually(layout)
+        result[name] = {"difference": difference(expected, numbers), "unchanged": is_same}
+    return result
+
+
 def refusal(number):
     """What is said about a batch of so many rows."""
     step, state, spread = make_small(Layout(8, fsdp=4), jnp.float32)
@@ -170,6 +207,7 @@ def main(names):
         "scanned": collectives(make_dit(Layout(8)), (1, 4, 4)),
         "shared": collectives(make_dit(Layout(8, fsdp=4)), (1, 4, 4)),
         "layouts": layouts(QUICK),
+        "perceptual": perceptual(),
         "refused": {number: refusal(number) for number in (40, 20)},
     }
     with jax.enable_x64(True):

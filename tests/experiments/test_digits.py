@@ -125,7 +125,7 @@ def test_pixels_undo_the_scaling_of_the_data(digits):
         ("--label-dropout 0 --preset guided", "--label-dropout must be > 0 with guidance"),
         ("--label-dropout 0 --preset any-guidance", "--label-dropout must be > 0 with guidance"),
         ("--mix 0.5 --preset any-guidance", "--scale must be 1, and mix 0, with guidance_input, .*; got mix = 0.5"),
-        ("--sample-scale 1 5 --preset any-guidance", r"--sample-scale must lie in \[1, largest_scale = 4\], got 5.0"),
+        ("--sample-scale 1 5 --preset any-guidance", r"--sample-scale must lie in \[1, 4\], got 5"),
         ("--largest-scale 1 --preset any-guidance", r"--largest-scale must lie in \(1, 100\], got 1.0"),
         ("--largest-scale 3", r"--largest-scale must be left out without guidance_input, got 3.0"),
         ("--sample-scale 2", r"--sample-scale must be left out without guidance_input, got \(2.0,\)"),

@@ -216,6 +216,14 @@ def test_guidance_beyond_that_of_the_training_is_made_if_it_is_asked_for(command
     np.testing.assert_allclose(np.load("x.npy"), expected, rtol=1e-5, atol=1e-6)
 
 
+def test_euler_steps_take_any_interval_since_all_times_are_trained_with_and_without_guidance(command, files):
+    flags = "--label 1 --number 2 --evaluations 2 --guidance-scale 3 --guidance-interval 0.6 1 --euler"
+    command(f"drawn.safetensors --to x.npy {flags}")
+    field = mfx.WithGuidance(files[1]["drawn"], 3.0, (0.6, 1.0))
+    expected = samples(field, 2, [1], times=(1, 0.5, 0), method=mfx.sample_euler)
+    np.testing.assert_allclose(np.load("x.npy"), expected, rtol=1e-5, atol=1e-6)
+
+
 def test_several_scales_are_rows_of_one_picture_of_the_same_noise(command, files, monkeypatch):
     grids = []
     monkeypatch.setattr(files[2].picture, "save_image_grid", lambda *grid, **names: grids.append((*grid, names)))
@@ -240,10 +248,13 @@ def test_several_scales_are_rows_of_one_picture_of_the_same_noise(command, files
         ("guided.safetensors --to x.npy --guidance-scale 0", "--guidance-scale must be > 0 for guided.*, got 0"),
         (
             "drawn.safetensors --guidance-scale 2 8.5",
-            r"--guidance-scale must lie in \[1, 8\], on which drawn.safetensors was trained .*-guidance be .*, got 8.5",
+            r"--guidance-scale must lie in \[1, 8\], as in the training of drawn.saf.*-guidance be .*, got 8.5",
         ),
         ("drawn.safetensors --guidance-scale 0.9", r"--guidance-scale must lie in \[1, 8\], .*, got 0.9"),
-        ("drawn.safetensors --guidance-interval 0.6 1", "--guidance-interval must contain 0.5, as all .*, got 0.6 1"),
+        (
+            "drawn.safetensors --guidance-interval 0.6 1",
+            r"--guidance-interval must lie in \[0, 1\] and contain 0.5, as in .*, got 0.6 1",
+        ),
         (
             "drawn.safetensors --to x.npy --guidance-scale 1 2",
             "--guidance-scale must be one scale for all but .* x.npy",
@@ -280,6 +291,9 @@ def test_several_scales_are_rows_of_one_picture_of_the_same_noise(command, files
         ("plain.safetensors --to vectors.npy/ --dry-run", "Not a directory: '.*vectors.npy'"),
         ("plain.safetensors --to . --dry-run", r"--to must be a new or empty folder, got \."),
         ("plain.safetensors --number 10001", "--number must be at most 10000 in one picture, got 10001"),
+        ("drawn.safetensors --guidance-scale 2 4 2", r"--guidance-scale must have each number once, got \(2.0, 4.0, 2"),
+        ("drawn.safetensors --guidance-scale 2 4 --number 101", "--number must be at most 100 in .* scales, got 101"),
+        ("drawn.safetensors --guidance-scale 2 4 --number 5001", "--number must be at most 10000 in .*, got 5001 for"),
         ("plain.safetensors --number 0", "--number must be >= 1, got 0"),
         ("plain.safetensors --times 1 0.5", "--times must fall strictly from 1 to 0"),
         ("plain.safetensors --times 1 0 --evaluations 1", "--evaluations must be left out with --times, got 1"),

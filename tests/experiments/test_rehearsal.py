@@ -276,12 +276,17 @@ def test_improved_mean_flow_is_shown_over_scales_and_intervals(improved, command
     assert sorted(path.name for path in judged.glob("*.png")) == sorted([*names, "samples_1_in_0.4_0.65.png"])
 
 
-def test_pictures_of_improved_mean_flow_show_one_noise_over_the_scales(improved, command):
-    root, directory, _ = improved
+def test_pictures_of_improved_mean_flow_show_one_noise_over_the_scales(improved, command, experiment, monkeypatch):
+    (root, directory, _), grids = improved, []
+    picture = experiment("generate").picture
+    monkeypatch.setattr(picture, "save_image_grid", lambda path, grid, *others, **names: grids.append(grid))
     weights = (directory / "ema_0.9.safetensors").relative_to(root)
     flags = "--vae vae --guidance-scale 1 2 4 8 --guidance-interval 0.4 0.6"
     command(root, "generate", f"--weights {weights} --to row.png {flags}")
-    assert (root / "row.png").stat().st_size > 0
+    (grid,) = grids
+    assert grid.shape[:3] == (4, 3, 3) and np.isfinite(grid).all()
+    apart, along = (np.abs(np.diff(grid, axis=axis)).mean() for axis in (0, 1))
+    assert along > 10 * apart  # after four steps scales differ by little, noises by much
 
 
 def test_improved_mean_flow_goes_on_from_the_directory_of_its_run(improved, command, experiment):
