@@ -276,15 +276,17 @@ def save(config: Config, results: Mapping[Cell, Result], directory: run.RunDirec
 
 
 def save_figure(path: Path, config: Config, results: Mapping[Cell, Result]) -> None:
-    """The raw error of rows with r = t by step: a row of panels for each case, a panel for each remedy."""
+    """The raw error of rows with r = t by step: a row of panels for each case, a panel for each remedy, a colour for each
+    seed."""
     with run.optional("matplotlib"):
         from matplotlib.figure import Figure
-    size = (2.1 * len(config.remedies), 2.4 * len(config.cases))
+    remedies = list(dict.fromkeys(cell.remedy for cell in results))
+    size = (2.1 * len(remedies), 2.4 * len(config.cases))
     figure = Figure(figsize=size, dpi=100, layout="constrained")
-    panels = figure.subplots(len(config.cases), len(config.remedies), squeeze=False, sharex="row", sharey="row")
+    panels = figure.subplots(len(config.cases), len(remedies), squeeze=False, sharex="row", sharey="row")
     for row, case in zip(panels, config.cases, strict=True):
         row[0].set_ylabel(CASES[case]().title, fontsize="x-small")
-        for panel, remedy in zip(row, config.remedies, strict=True):
+        for panel, remedy in zip(row, remedies, strict=True):
             for cell, result in results.items():
                 if cell[:2] == (case, remedy):
                     panel.plot([*result.errors], [*result.errors.values()], color=f"C{cell.seed}", linewidth=0.8)
