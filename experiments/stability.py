@@ -117,8 +117,8 @@ def handwritten_digits() -> Case:
         return mfx.DiT((1, 8, 8), size, labels=digits.CLASSES, qk_norm=qk_norm, unroll=True, key=key)
 
     return Case(
-        "ImprovedMeanFlow, digits",
-        mfx.ImprovedMeanFlow(),
+        "MeanFlow, digits",
+        mfx.MeanFlow(),
         mfx.UniformTimes(),
         labels=digits.CLASSES,
         references=mfx.StableTarget(x, label),
@@ -127,7 +127,7 @@ def handwritten_digits() -> Case:
         judge=lambda field: recipe.judge(field, ablations.Setting())["distance"],
         judged="Frechet distance",
         steps=600,
-        learning_rate=6e-3,
+        learning_rate=2e-2,
         has_attention=True,
     )
 
@@ -144,7 +144,7 @@ class Config(run.CellSettings):
     """A study of stability."""
 
     cases: tuple[str, ...] = tuple(CASES)
-    """MeanFlow and ImprovedMeanFlow, by an MLP on the checkerboard; digits, by ImprovedMeanFlow and a DiT."""
+    """MeanFlow and ImprovedMeanFlow, by an MLP on the checkerboard; digits, by MeanFlow and a DiT."""
     remedies: tuple[str, ...] = tuple(REMEDIES)
     """none; rate / 4; long warm-up (a quarter of the training); clipped gradients (norm 1); unit steps (p = 1/2, c =
     0.01); short gaps first; references; QK-norm (of the DiT)."""
