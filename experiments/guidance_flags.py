@@ -38,7 +38,7 @@ def check_drawn(
             raise ValueError(f"{names[0]} must {rule}{reason}, got {scale:g}")
     for low, high in intervals:
         if not drawn.contains(drawn.smallest, (low, high)):
-            rule = "be 0 1" if drawn.middle is None else f"lie in [0, 1] and contain {drawn.middle:g}"
+            rule = "be 0 1" if drawn.middle is None else f"satisfy 0 <= first <= {drawn.middle:g} <= last <= 1"
             raise ValueError(f"{names[1]} must {rule}{reason}, got {low:g} {high:g}")
 
 

@@ -253,7 +253,7 @@ def test_several_scales_are_rows_of_one_picture_of_the_same_noise(command, files
         ("drawn.safetensors --guidance-scale 0.9", r"--guidance-scale must lie in \[1, 8\], .*, got 0.9"),
         (
             "drawn.safetensors --guidance-interval 0.6 1",
-            r"--guidance-interval must lie in \[0, 1\] and contain 0.5, as in .*, got 0.6 1",
+            r"--guidance-interval must satisfy 0 <= first <= 0.5 <= last <= 1, as in .*, got 0.6 1",
         ),
         (
             "drawn.safetensors --to x.npy --guidance-scale 1 2",

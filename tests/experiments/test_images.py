@@ -316,8 +316,14 @@ def test_a_share_that_leaves_no_room_for_dropped_labels_is_allowed_without_label
         ("--guidance-input --identity-share 0", "--identity-share must lie between 0 and 1 with guidance_input"),
         ("--guidance-input --label-dropout 0", "--label-dropout must be > 0 with guidance"),
         ("--guidance-input --sample-scale 1 9", r"--sample-scale must lie in \[1, 8\], got 9"),
-        ("--guidance-input --sample-interval 0.6 1", r"--sample-interval must lie in \[0, 1\] and contain 0.5, got"),
-        ("--guidance-input --sample-interval 0.2 1.5", r"--sample-interval must lie in \[0, 1\] and .*, got 0.2 1.5"),
+        (
+            "--guidance-input --sample-interval 0.6 1",
+            r"--sample-interval must satisfy 0 <= first <= 0.5 <= last <= 1, got",
+        ),
+        (
+            "--guidance-input --sample-interval 0.2 1.5",
+            r"--sample-interval must satisfy 0 <= first <= 0.5 <= last <= 1, got 0.2 1.5",
+        ),
         ("--sample-scale 3", r"--sample-scale must be left out without guidance_input, got \(3.0,\)"),
         ("--sample-interval 0 0.5", r"--sample-interval must be left out without guidance_input, got \(0.0, 0.5\)"),
         ("--interval 0 0.5", r"--interval must be left out without guidance, got \(0.0, 0.5\)"),
