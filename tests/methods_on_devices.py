@@ -1,4 +1,4 @@
-"""Run by `test_frechet_loss.py` in a process of its own that sees eight forced CPU devices; prints what it measures."""
+"""Run by `test_sample_objective.py` in a process of its own that sees eight forced CPU devices; prints what it measures."""
 
 import json
 
@@ -13,7 +13,9 @@ import mf_eqx as mfx
 
 PAIRS = {"identity_share": 0.5, "time_pairs": mfx.TimePairs(mfx.UniformTimes())}
 OBJECTIVES = {
-    "FrechetLoss": lambda: mfx.FrechetLoss(np.ones(2), np.eye(2), decay=0.5),
+    "SampleObjective": lambda: mfx.SampleObjective(
+        (mfx.FrechetLoss(np.ones(2), np.eye(2), population=mfx.QueuedPopulation(100)), mfx.Drifting())
+    ),
     "InductiveMomentMatching": lambda: mfx.Objective(mfx.InductiveMomentMatching(), **PAIRS),
     "TerminalVelocityMatching": lambda: mfx.Objective(mfx.TerminalVelocityMatching(), **PAIRS),
 }
