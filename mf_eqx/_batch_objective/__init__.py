@@ -7,7 +7,7 @@ from .population import (
     PopulationMoments as PopulationMoments,
     QueuedFeatures as QueuedFeatures,
     QueuedPopulation as QueuedPopulation,
-    RunningPopulation as RunningPopulation,
     RunningMoments as RunningMoments,
+    RunningPopulation as RunningPopulation,
 )
 from .sample_objective import AbstractSampleLoss as AbstractSampleLoss, SampleObjective as SampleObjective

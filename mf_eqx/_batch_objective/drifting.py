@@ -26,7 +26,7 @@ from jaxtyping import Array, Bool, Float
 
 from .._batch import Batch
 from .._custom_types import at_least_float32, Condition, Scalar
-from .._mean import Mean, mean_of, Metrics
+from .._mean import mean_of, Metrics
 from .._validate import as_tuple, check_positive
 from .population import product
 from .sample_objective import AbstractSampleLoss
@@ -116,8 +116,8 @@ def distances(a: Float[Array, "n features"], b: Float[Array, "m features"]) -> F
 def _normalised(
     features: tuple[Float[Array, "rows features"], Float[Array, "rows features"]], condition: Condition
 ) -> tuple[Float[Array, "rows features"], Float[Array, "rows features"], Float[Array, ""]]:
-    r"""Features of data and of samples, and by what they are divided so that the mean distance of those that act on each
-    other is $\sqrt{D}$ for D features."""
+    r"""Features of data and of samples, divided by a unit in which those that act on each other have the mean distance
+    $\sqrt{D}$ for D features; and that unit."""
     data, own = features
     acts = jnp.concatenate(acting_on(condition, len(own)), axis=1)
     found = distances(own, jnp.concatenate([data, own]))

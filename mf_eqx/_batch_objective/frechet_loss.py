@@ -2,8 +2,8 @@ r"""The Frechet distance as a loss: between the features of generated samples an
 
 $$|\mu - \mu_*|^2 + \mathrm{tr}\big(\Sigma + \Sigma_* - 2\, (\Sigma\, \Sigma_*)^{1/2}\big),$$
 
-with $\mu, \Sigma$ over a population of samples (`RunningPopulation`, `QueuedPopulation`), of which the current batch alone is
-differentiated. It vanishes, and so does its gradient, where the moments are equal, whatever the distributions.
+with $\mu, \Sigma$ over a population of samples (`RunningPopulation`, `QueuedPopulation`), of which the current batch
+alone is differentiated. It vanishes, and so does its gradient, where the moments are equal, whatever the distributions.
 
 Several spaces of features ("FD-SIM" has three) are several losses of one `SampleObjective`.
 
@@ -13,7 +13,6 @@ Source: Representation Frechet Loss for Visual Generation, Yang, Geng, Ju, Tian,
 from collections.abc import Callable
 from typing import Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np

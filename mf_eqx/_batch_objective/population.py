@@ -1,4 +1,4 @@
-r"""PopulationMoments of features over more samples than one batch has: what a Frechet distance needs, since that of a few samples
+r"""Moments of features over more samples than one batch has: what a Frechet distance needs, since that of a few samples
 is far too large.
 
 Gradients go through the current batch alone. Older samples come from older parameters, and the more of them there are,

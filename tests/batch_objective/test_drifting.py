@@ -33,9 +33,14 @@ def by_hand(y, positives, negatives, scale, positive_acts, negative_acts):
     with np.errstate(invalid="ignore"):
         a = np.nan_to_num(np.sqrt(k / k.sum(axis=1, keepdims=True) * k / k.sum(axis=0)))
     plus, minus = a[:, : len(positives)], a[:, len(positives) :]
-    return np.einsum("ij,ik,ijkd->id", plus, minus, np.broadcast_to(
-        positives[None, :, None] - negatives[None, None], (len(y), len(positives), len(negatives), y.shape[1])
-    ))
+    return np.einsum(
+        "ij,ik,ijkd->id",
+        plus,
+        minus,
+        np.broadcast_to(
+            positives[None, :, None] - negatives[None, None], (len(y), len(positives), len(negatives), y.shape[1])
+        ),
+    )
 
 
 def test_drift_is_the_sum_over_all_pairs():

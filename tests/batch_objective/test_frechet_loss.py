@@ -116,7 +116,7 @@ def test_what_are_no_moments_is_refused(mean, covariance, message):
 
 
 def test_what_is_no_population_is_refused():
-    with pytest.raises(ValueError, match="population must be an instance of AbstractPopulation, got 0.999"):
+    with pytest.raises(ValueError, match=r"population must be an instance of AbstractPopulation, got 0\.999"):
         mfx.FrechetLoss(MEAN, COVARIANCE, population=0.999)
 
 

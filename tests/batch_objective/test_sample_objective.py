@@ -11,8 +11,7 @@ from affine_field import affine, noise, samples
 from devices import run_on_devices
 
 import mf_eqx as mfx
-from mf_eqx import exact
-from mf_eqx.metrics import energy_distance, sliced_wasserstein
+from mf_eqx.metrics import energy_distance
 
 MEAN, COVARIANCE = np.array([0.5, -1.0], np.float32), np.array([[0.5, 0.2], [0.2, 0.3]], np.float32)
 BATCH = mfx.Batch(np.zeros((64, 2), np.float32))
