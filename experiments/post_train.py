@@ -1,10 +1,10 @@
 """Post-training of saved weights by losses on whole batches of generated images: the Frechet distance, or drifting.
 
-    python experiments/post_train.py --weights runs/digits/1a2b3c4d/meanflow/ema_0.997.safetensors      about a minute
-    python experiments/post_train.py --weights runs/fashion/1a2b3c4d/ema.safetensors                    a few minutes
-    python experiments/post_train.py --weights ema.safetensors --features pixels classifier
-    python experiments/post_train.py --weights ema.safetensors --preset drifting
-    python experiments/post_train.py --weights ema.safetensors --evaluations 2 --queue 5000
+    python experiments/post_train.py --start runs/digits/1a2b3c4d/meanflow/ema_0.997.safetensors      about a minute
+    python experiments/post_train.py --start runs/fashion/1a2b3c4d/ema.safetensors                    a few minutes
+    python experiments/post_train.py --start ema.safetensors --features pixels classifier
+    python experiments/post_train.py --start ema.safetensors --preset drifting
+    python experiments/post_train.py --start ema.safetensors --evaluations 2 --queue 5000
 
 The weights are those of digits.py, images.py or fashion.py, the data those that they were trained with unless --data
 names others. A step generates a batch, each image under the label of a row of the data, and moves the distribution of
@@ -46,7 +46,7 @@ with install_import_hook("mf_eqx", "beartype.beartype(conf=beartype.BeartypeConf
 class Config(run.Settings):
     """A post-training."""
 
-    weights: str = ""
+    start: str = ""
     """File of weights to start from, as digits.py, images.py and fashion.py leave it."""
     data: tuple[str, ...] = ()
     """Images, given as for images.py; by default those that the weights were trained with."""
@@ -111,7 +111,7 @@ class Config(run.Settings):
 def open_weights(path: str) -> checkpoint.Weights:
     """Those of a network that makes images in [-1, 1], of labels or of nothing."""
     if not path:
-        raise ValueError("--weights must be given, got none")
+        raise ValueError("--start must be given, got none")
     weights = checkpoint.read_weights(path)
     notes, network = weights.notes, weights.network
     if notes is None or notes.pixels != (-1, 1) or notes.tokenizer is not None:
@@ -192,7 +192,7 @@ def optimizer(config: Config) -> optax.GradientTransformation:
 def main(config: Config) -> None:
     """Post-train saved weights, then judge them beside those they started from."""
     run.require("matplotlib", "safetensors")
-    weights = open_weights(config.weights)
+    weights = open_weights(config.start)
     start: Any = weights.fill(weights.make_network)
     train, test, names = open_data(config, weights, start.data_shape)
     labels = labels_of(weights)
@@ -216,8 +216,8 @@ def main(config: Config) -> None:
         def preview(state: mfx.TrainState, path: Path) -> None:
             image_samples.save_samples(sampler, run.local(state.averages[0]), path, rows=2)
 
-        options: dict[str, Any] = {"steps": config.steps, "preview": preview, "start": config.weights}
-        options["name"] = run.sha256_of_file(config.weights)  # a run does not go on from other weights
+        options: dict[str, Any] = {"steps": config.steps, "preview": preview, "start": config.start}
+        options["name"] = run.sha256_of_file(config.start)  # a run does not go on from other weights
         options["shown"] = ("loss", "frechet_distance", "drift")
         state = run.train(config, step, make_state, stream, directory, **options)
         save_weights(config, directory, state, weights, loss)
@@ -239,7 +239,7 @@ def save_weights(
     assert weights.notes is not None
     changed = {"trained": loss.trained, "steps": int(state.step), "decay": config.decay}
     notes = dataclasses.replace(weights.notes, **changed)
-    about = {"loss": config.loss, "features": list(config.features), "start": run.sha256_of_file(config.weights)}
+    about = {"loss": config.loss, "features": list(config.features), "start": run.sha256_of_file(config.start)}
     path = directory.path("ema.safetensors")
     checkpoint.save_weights(path, state.averages[0], {**weights.config, "post_training": about}, notes)
 
