@@ -1,4 +1,4 @@
-"""Run by `test_sample_objective.py` in a process of its own that sees eight forced CPU devices; prints what it measures."""
+"""Run by `test_sample_objective.py` in a process of its own that sees eight forced CPU devices; prints its results."""
 
 import json
 
