@@ -2,7 +2,7 @@
 
     python experiments/post_train.py --start runs/digits/1a2b3c4d/meanflow/ema_0.997.safetensors      about a minute
     python experiments/post_train.py --start runs/fashion/1a2b3c4d/ema.safetensors                    a few minutes
-    python experiments/post_train.py --start ema.safetensors --features pixels classifier
+    python experiments/post_train.py --start ema.safetensors --features lite0
     python experiments/post_train.py --start ema.safetensors --preset drifting
     python experiments/post_train.py --start ema.safetensors --evaluations 2 --queue 5000
 
@@ -56,14 +56,16 @@ class Config(run.Settings):
     """Share of the data that is held out if there are no test images, in (0, 1), as in images.py; not for digits."""
     loss: Literal["frechet", "drifting"] = "frechet"
     """Frechet distance of features, or drifting."""
-    features: tuple[post_features.Name, ...] = ("classifier",)
-    """Spaces of features, whose losses are added: pixels; classifier, another one than that which judges; lite0."""
+    features: tuple[post_features.Name, ...] = ("pixels", "classifier")
+    """Spaces of features, whose losses are added: pixels; classifier, another one than that which judges; lite0. A small
+    classifier alone does not see noise between pixels, which then grows."""
     feature_weights: tuple[float, ...] = ()
     """A weight for each space, by default 1. Frechet distances are divided by the variance of the data."""
     evaluations: int = 1
     """Equal steps from noise to data in which images are generated."""
-    population_decay: float = 0.98
-    """Decay per step of the running moments of generated features."""
+    population_decay: float = 0.9
+    """Decay per step of the running moments of generated features: with 0.9 they are of the last 10 batches. The longer
+    they lag behind, the smaller the learning rate must be."""
     queue: int = 0
     """Moments of so many of the last generated images, in place of running averages."""
     reference: int = 10_000
@@ -74,7 +76,7 @@ class Config(run.Settings):
     """Steps. The learning rate decays over all of them, so that more are another run."""
     batch: int = 128
     """Images per step."""
-    learning_rate: float = 3e-4
+    learning_rate: float = 1e-4
     """Peak of Adam's learning rate, after the warm-up and before the cosine decay to 0."""
     warmup: int = 50
     """Steps of linear warm-up, in which moments are gathered."""
@@ -116,6 +118,8 @@ def open_weights(path: str) -> checkpoint.Weights:
     notes, network = weights.notes, weights.network
     if notes is None or notes.pixels != (-1, 1) or notes.tokenizer is not None:
         raise ValueError(f"{path}: must be of images in [-1, 1], as the notes of images.py say, got {notes}")
+    if notes.trained is not None and not notes.trained.average:
+        raise ValueError(f"{path}: must be of a network with u trained at r < t, got one of Flow Matching")
     if network is None or network.get("guidance") or network.get("condition"):
         raise ValueError(f"{path}: must be of a network that takes labels or nothing, got {network}")
     return weights
@@ -167,10 +171,8 @@ def objective(
 ) -> mfx.SampleObjective:
     """The losses in all spaces, with the moments of the training images."""
     weights = config.feature_weights or (1.0,) * len(spaces)
-    times, place = (
-        mfx.uniform_times(config.evaluations),
-        (lambda x: x) if parallelism is None else parallelism.replicate,
-    )
+    times = mfx.uniform_times(config.evaluations)
+    place = (lambda loss: loss) if parallelism is None else parallelism.replicate
     if config.loss == "drifting":
         losses = tuple(place(mfx.Drifting(space.features, config.scales)) for space in spaces)
         return mfx.SampleObjective(losses, weights, times, unroll=unroll)
@@ -208,7 +210,8 @@ def main(config: Config) -> None:
         loss = objective(config, spaces, train, parallelism, unroll=is_unrolled)
         parts = data.InTurn((*([] if labels else [data.WithoutLabel()]), data.FromPixels()))
         averages = [mfx.ExponentialAverage(config.decay)]
-        step = mfx.TrainStep(loss, optimizer(config), averages, parts, parallelism=parallelism)
+        how = {"accumulation": config.accumulation, "parallelism": parallelism}
+        step = mfx.TrainStep(loss, optimizer(config), averages, parts, **how)
 
         def make_state() -> mfx.TrainState:
             return mfx.init_state(weights.make_network(), step.optimizer, averages, loss, key=jr.key(config.seed))
@@ -270,6 +273,18 @@ def finish(
     run.tell(f"{text}\n\nJudged in {time.perf_counter() - began:.0f} s. {directory.root} has the weights and pictures.")
 
 
+SHARES = {
+    "right class read": lambda row: row.agreement,
+    "right class read, lowest class": lambda row: image_judge.least(row.agreement_by_class),
+    "covered, lowest class": lambda row: image_judge.least(row.coverage_by_class),
+    **{
+        f"covered, {space}": lambda row, space=space: (row.coverage or {}).get(space)
+        for space in ("pixels", "lite0", image_judge.CLASSIFIER)
+    },
+}
+"""Names of shares, and where a result has them."""
+
+
 def change(config: Config, results: list[image_judge.Result]) -> str:
     """What counts: the scores before and after, without distances in the spaces that were trained in."""
     floor, before, after = results[0], *results[-2:]
@@ -285,20 +300,9 @@ def change(config: Config, results: list[image_judge.Result]) -> str:
     return f"Not trained in:\n\n{run.table(rows, ('', 'before', 'after', 'change'))}"
 
 
-SHARES = {
-    "right class read": lambda row: row.agreement,
-    "right class read, lowest class": lambda row: image_judge.least(row.agreement_by_class),
-    "covered, lowest class": lambda row: image_judge.least(row.coverage_by_class),
-    **{
-        f"covered, {space}": lambda row, space=space: (row.coverage or {}).get(space)
-        for space in ("pixels", "lite0", image_judge.CLASSIFIER)
-    },
-}
-"""Names of shares, and where a result has them."""
-
 PRESETS = {
-    "default": ("Frechet distance in the space of a classifier", Config()),
-    "drifting": ("drifting in the space of a classifier", Config(loss="drifting", batch=256)),
+    "default": ("Frechet distance of pixels and of the features of a classifier", Config()),
+    "drifting": ("drifting in the same spaces", Config(loss="drifting", batch=256)),
 }
 
 if __name__ == "__main__":

@@ -5,6 +5,8 @@ $$|\mu - \mu_*|^2 + \mathrm{tr}\big(\Sigma + \Sigma_* - 2\, (\Sigma\, \Sigma_*)^
 with $\mu, \Sigma$ over a population of samples (`RunningPopulation`, `QueuedPopulation`), of which the current batch
 alone is differentiated. It vanishes, and so does its gradient, where the moments are equal, whatever the distributions.
 
+Samples of all conditions are compared together: that each has its own condition is not asked for.
+
 Several spaces of features ("FD-SIM" has three) are several losses of one `SampleObjective`.
 
 Source: Representation Frechet Loss for Visual Generation, Yang, Geng, Ju, Tian, Wang, 2026, arXiv 2604.28190.

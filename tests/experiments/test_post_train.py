@@ -18,7 +18,7 @@ DRAWS = np.random.default_rng(5)
 X = DRAWS.integers(64, 192, (80, 1, 8, 8), np.uint8)
 LABEL = (np.arange(80) % 3).astype(np.uint8)
 SMALL = "--start base.safetensors --batch 16 --holdout 0.25 --warmup 1 --log-every 1 --preview-every 0"
-LEARNS = f"{SMALL} --steps 40 --learning-rate 0.02 --decay 0.5 --population-decay 0.9"
+LEARNS = f"{SMALL} --steps 40 --learning-rate 0.02 --decay 0.5"
 
 
 def save_idx(path, values):
@@ -140,7 +140,7 @@ def test_the_same_command_finds_the_finished_run_and_refuses_other_weights_at_it
 @pytest.mark.parametrize(
     "flags",
     [
-        "--features pixels classifier --feature-weights 1 0.5 --evaluations 2",
+        "--feature-weights 1 0.5 --evaluations 2",
         "--preset drifting --batch 16",
         "--features pixels --queue 64",
     ],
@@ -218,6 +218,8 @@ def test_digits_are_divided_as_they_were_for_the_weights(post_train):
         ("--start idx", "idx: must be a file of save_weights"),
         ("--start latents.safetensors", r"latents.safetensors: must be of images in \[-1, 1\], .*, got"),
         ("--start guided.safetensors", "guided.safetensors: must be of a network that takes labels or nothing, got"),
+        ("--start flow.safetensors", "flow.safetensors: must be of a network with u trained at r < t, got one of Flow"),
+        ("--start base.safetensors --accumulation 2", "accumulation must be 1 for a loss that is no mean over rows"),
         ("--start unknown.safetensors", "--data must be given for unknown.safetensors, which does not name its data"),
         ("--start large.safetensors", r"images must have the shape \(1, 16, 16\) of the network, got \(1, 8, 8\)"),
         ("--start two.safetensors", "labels must be the 2 of the network, got 3"),
@@ -227,8 +229,8 @@ def test_digits_are_divided_as_they_were_for_the_weights(post_train):
         ("--holdout 0", r"--holdout must lie in \(0, 1\), got 0.0"),
         ("--learning-rate 2", r"--learning-rate must lie in \(0, 1\), got 2.0"),
         ("--features pixels pixels", "--features must be at least one space, and no space twice"),
-        ("--feature-weights 1 1", "--feature-weights must be 1, one for each space, got 2"),
-        ("--feature-weights 0", r"--feature-weights must be > 0, got \(0.0,\)"),
+        ("--feature-weights 1", "--feature-weights must be 2, one for each space, got 1"),
+        ("--feature-weights 1 0", r"--feature-weights must be > 0, got \(1.0, 0.0\)"),
         ("--queue 100", "--queue must be 0 or at least the batch of 128, got 100"),
         ("--scales 0", "--scales must be > 0 and finite"),
         ("--population-decay 1", r"--population-decay must lie in \[0, 1\), got 1.0"),
@@ -241,6 +243,7 @@ def test_bad_input_ends_in_one_line_and_leaves_no_run(post_train, arguments, mes
     save("latents.safetensors", pixels=None)
     save("guided.safetensors", network(guidance=True))
     save("unknown.safetensors", about={})
+    save("flow.safetensors", trained=mfx.Trained(False, True, False))
     save("large.safetensors", mfx.DiT((1, 16, 16), mfx.DiTSize(1, 16, 2, 4), labels=3, key=jr.key(0)))
     save("two.safetensors", network(2))
     save("plain.safetensors", network(None))
