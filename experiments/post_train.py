@@ -57,8 +57,8 @@ class Config(run.Settings):
     loss: Literal["frechet", "drifting"] = "frechet"
     """Frechet distance of features, or drifting."""
     features: tuple[post_features.Name, ...] = ("pixels", "classifier")
-    """Spaces of features, whose losses are added: pixels; classifier, another one than that which judges; lite0. A small
-    classifier alone does not see noise between pixels, which then grows."""
+    """Spaces of features, whose losses are added: pixels; classifier, another one than that which judges; lite0. A
+    small classifier alone does not see noise between pixels, which then grows."""
     feature_weights: tuple[float, ...] = ()
     """A weight for each space, by default 1. Frechet distances are divided by the variance of the data."""
     evaluations: int = 1
