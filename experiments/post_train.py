@@ -90,6 +90,8 @@ class Config(run.Settings):
     def __post_init__(self):
         self.check(steps=0, warmup=0, seed=0, samples=2, reference=2, evaluations=1, queue=0, batch=1)
         run.check_sizes(self, batch=1 << 20, samples=1 << 20, reference=1 << 20, queue=1 << 22, evaluations=64)
+        if self.accumulation > 1:
+            raise ValueError(f"accumulation must be 1 for losses that are no means over rows, got {self.accumulation}")
         if not 0 < self.holdout < 1:
             raise ValueError(f"holdout must lie in (0, 1), got {self.holdout}")
         if not 0 < self.learning_rate < 1:
@@ -210,8 +212,7 @@ def main(config: Config) -> None:
         loss = objective(config, spaces, train, parallelism, unroll=is_unrolled)
         parts = data.InTurn((*([] if labels else [data.WithoutLabel()]), data.FromPixels()))
         averages = [mfx.ExponentialAverage(config.decay)]
-        how = {"accumulation": config.accumulation, "parallelism": parallelism}
-        step = mfx.TrainStep(loss, optimizer(config), averages, parts, **how)
+        step = mfx.TrainStep(loss, optimizer(config), averages, parts, parallelism=parallelism)
 
         def make_state() -> mfx.TrainState:
             return mfx.init_state(weights.make_network(), step.optimizer, averages, loss, key=jr.key(config.seed))

@@ -219,7 +219,7 @@ def test_digits_are_divided_as_they_were_for_the_weights(post_train):
         ("--start latents.safetensors", r"latents.safetensors: must be of images in \[-1, 1\], .*, got"),
         ("--start guided.safetensors", "guided.safetensors: must be of a network that takes labels or nothing, got"),
         ("--start flow.safetensors", "flow.safetensors: must be of a network with u trained at r < t, got one of Flow"),
-        ("--start base.safetensors --accumulation 2", "accumulation must be 1 for a loss that is no mean over rows"),
+        ("--accumulation 2", "--accumulation must be 1 for losses that are no means over rows, got 2"),
         ("--start unknown.safetensors", "--data must be given for unknown.safetensors, which does not name its data"),
         ("--start large.safetensors", r"images must have the shape \(1, 16, 16\) of the network, got \(1, 8, 8\)"),
         ("--start two.safetensors", "labels must be the 2 of the network, got 3"),
