@@ -291,9 +291,10 @@ def change(config: Config, results: list[image_judge.Result]) -> str:
     floor, before, after = results[0], *results[-2:]
     rows = []
     for space in floor.frechet or ():
-        if space not in config.features:
+        if space not in config.features or space == image_judge.CLASSIFIER:  # that which judges is another one
             values = [(row.frechet or {}).get(space, math.nan) for row in (before, after)]
-            rows.append((f"Frechet distance, {space}", *values, f"{100 * (values[1] / values[0] - 1):+.0f}%"))
+            kind = " of another seed" if space in config.features else ""
+            rows.append((f"Frechet distance, {space}{kind}", *values, f"{100 * (values[1] / values[0] - 1):+.0f}%"))
     for name, of in SHARES.items():
         found = [of(row) for row in (before, after)]
         if None not in found:
