@@ -1,7 +1,7 @@
 """Post-training of saved weights by losses on whole batches of generated images: the Frechet distance, or drifting.
 
-    python experiments/post_train.py --start runs/digits/1a2b3c4d/meanflow/ema_0.997.safetensors      a minute of CPU time
-    python experiments/post_train.py --start runs/fashion/1a2b3c4d/ema.safetensors                    not run yet
+    python experiments/post_train.py --start runs/digits/1a2b3c4d/meanflow/ema_0.997.safetensors    a minute or two
+    python experiments/post_train.py --start runs/fashion/1a2b3c4d/ema.safetensors                  not run yet
     python experiments/post_train.py --start ema.safetensors --features lite0
     python experiments/post_train.py --start ema.safetensors --preset drifting
     python experiments/post_train.py --start ema.safetensors --evaluations 2 --queue 5000
@@ -12,8 +12,8 @@ its features towards that of the data: `mfx.FrechetLoss`, `mfx.Drifting`. The av
 generate.py and evaluate.py read. A run that was stopped, or killed, continues by the same command.
 
 At the end images of both weights are judged as by images.py. A distance in the space that was trained in says little of
-quality: what counts is printed last, the distance in the other spaces, what is read, and what is covered. On digits these
-distances rose while those that were trained with fell: RESULTS.md has the figures.
+quality: what counts is printed last, the distance in the other spaces, what is read, and what is covered. On digits
+these distances rose while those that were trained with fell: RESULTS.md has the figures.
 """
 
 import dataclasses
