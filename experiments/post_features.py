@@ -4,6 +4,7 @@ They are those of image_judge.py, but for rounding. Only the classifier is anoth
 another seed, so that the one that judges is never trained with.
 """
 
+import hashlib
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from mf_eqx import data, metrics
+from mf_eqx import data, metrics, run
 
 Name: TypeAlias = Literal["pixels", "classifier", "lite0"]
 CLASSIFIER_SEED = 1
@@ -85,8 +86,20 @@ def make_space(name: Name, train: data.AbstractSource, folder: Path, *, steps: i
         return Space(name, Pixels())
     if name == "lite0":
         return Space(name, Lite0(metrics.load_efficientnet_lite0(), metrics.LITE0.without_rounding()))
-    classifier = image_classifier.trained(train, folder, steps=steps, seed=CLASSIFIER_SEED)
-    return Space(name, OfClassifier(classifier))
+
+    def train_it() -> image_classifier.Classifier:
+        return image_classifier.trained(train, folder, steps=steps, seed=CLASSIFIER_SEED)
+
+    run.once(train_it)  # by the first process; all others read its file
+    return Space(name, OfClassifier(train_it()))
+
+
+def digest(space: Space) -> str:
+    """Of all numbers by which features are computed: a run does not go on with other ones."""
+    found = hashlib.sha256(space.name.encode())
+    for leaf in jax.tree.leaves(eqx.filter(space.features, eqx.is_array)):
+        found.update(np.asarray(leaf).tobytes())
+    return found.hexdigest()
 
 
 @eqx.filter_jit

@@ -1,28 +1,30 @@
 """Post-training of saved weights by losses on whole batches of generated images: the Frechet distance, or drifting.
 
-    python experiments/post_train.py --start runs/digits/1a2b3c4d/meanflow/ema_0.997.safetensors    a minute or two
+    python experiments/post_train.py --start runs/digits/1a2b3c4d/meanflow/ema_0.997.safetensors
     python experiments/post_train.py --start runs/fashion/1a2b3c4d/ema.safetensors                  not run yet
     python experiments/post_train.py --start ema.safetensors --features lite0
     python experiments/post_train.py --start ema.safetensors --preset drifting
     python experiments/post_train.py --start ema.safetensors --evaluations 2 --queue 5000
 
 The weights are those of digits.py, images.py or fashion.py, the data those that they were trained with unless --data
-names others. A step generates a batch, each image under the label of a row of the data, and moves the distribution of
-its features towards that of the data: `mfx.FrechetLoss`, `mfx.Drifting`. The average ends as ema.safetensors, which
+names others; what was held out then is held out again. A step generates a batch, each image under the label of a row of
+the data, and moves the distribution of its features towards that of the data: `mfx.FrechetLoss`, `mfx.Drifting`. A
+Frechet distance is divided by the variance of the data in its space, or, with --relative, by its own value. Its
+population is filled with images of the weights before the first step. The average ends as ema.safetensors, which
 generate.py and evaluate.py read. A run that was stopped, or killed, continues by the same command.
 
-At the end images of both weights are judged as by images.py. A distance in the space that was trained in says little of
-quality: what counts is printed last, the distance in the other spaces, what is read, and what is covered. On digits
-these distances rose while those that were trained with fell: RESULTS.md has the figures.
+At the end images of both weights are judged as by images.py. A distance in a space that was trained in says little of
+quality: what counts is printed last, what is found in the other spaces. RESULTS.md has figures of digits, where it
+was no gain.
 """
 
 import dataclasses
-import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
+import equinox as eqx
 import jax
 import jax.random as jr
 import numpy as np
@@ -51,16 +53,19 @@ class Config(run.Settings):
     data: tuple[str, ...] = ()
     """Images, given as for images.py; by default those that the weights were trained with."""
     test: tuple[str, ...] = ()
-    """Images to hold samples against, given as for images.py."""
-    holdout: float = 0.1
-    """Share of the data that is held out if there are no test images, in (0, 1), as in images.py; not for digits."""
+    """Images to hold samples against, given as for images.py; by default those that the weights were tested with."""
+    holdout: float | None = None
+    """Share of the data that is held out if there are no test images, in (0, 1), as in images.py; by default that which
+    the weights never saw."""
     loss: Literal["frechet", "drifting"] = "frechet"
     """Frechet distance of features, or drifting."""
     features: tuple[post_features.Name, ...] = ("pixels", "classifier")
     """Spaces of features, whose losses are added: pixels; classifier, another one than that which judges; lite0. A
     small classifier alone does not see noise between pixels, which then grows."""
     feature_weights: tuple[float, ...] = ()
-    """A weight for each space, by default 1. Frechet distances are divided by the variance of the data."""
+    """A weight for each space, by default 1. Frechet distances are divided by the variance of the data before."""
+    relative: bool = False
+    """Divide each Frechet distance by its own value instead, so that only its relative change counts."""
     evaluations: int = 1
     """Equal steps from noise to data in which images are generated."""
     population_decay: float = 0.9
@@ -79,7 +84,7 @@ class Config(run.Settings):
     learning_rate: float = 1e-4
     """Peak of Adam's learning rate, after the warm-up and before the cosine decay to 0."""
     warmup: int = 50
-    """Steps of linear warm-up, in which moments are gathered."""
+    """Steps of linear warm-up."""
     decay: float = 0.98
     """Decay per step of the parameter average that is judged."""
     samples: int = run.setting(10_000)
@@ -92,7 +97,7 @@ class Config(run.Settings):
         run.check_sizes(self, batch=1 << 20, samples=1 << 20, reference=1 << 20, queue=1 << 22, evaluations=64)
         if self.accumulation > 1:
             raise ValueError(f"accumulation must be 1 for losses that are no means over rows, got {self.accumulation}")
-        if not 0 < self.holdout < 1:
+        if self.holdout is not None and not 0 < self.holdout < 1:
             raise ValueError(f"holdout must lie in (0, 1), got {self.holdout}")
         if not 0 < self.learning_rate < 1:
             raise ValueError(f"learning_rate must lie in (0, 1), got {self.learning_rate}")
@@ -105,25 +110,53 @@ class Config(run.Settings):
             raise ValueError(f"feature_weights must be > 0, got {self.feature_weights}")
         if 0 < self.queue < self.batch:
             raise ValueError(f"queue must be 0 or at least the batch of {self.batch}, got {self.queue}")
+        self.check_unused()
         # What the parts themselves refuse is refused here, where a flag can be named.
         mfx.Drifting(scales=self.scales)
         mfx.ExponentialAverage(self.decay)
         if not 0 <= self.population_decay < 1:
             raise ValueError(f"population_decay must lie in [0, 1), got {self.population_decay}")
 
+    def check_unused(self) -> None:
+        """Refuses what another flag leaves without a use."""
+        unused = {"frechet": ("scales",), "drifting": UNUSED_IN_DRIFTING}[self.loss]
+        reasons = dict.fromkeys(unused, f"--loss {self.loss}")
+        reasons |= {"population_decay": "--queue"} if self.queue else {}
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        for name, reason in reasons.items():
+            if (found := getattr(self, name)) != defaults[name]:
+                raise ValueError(f"{name} must be left out with {reason}, which does not use it, got {found}")
+
+    @property
+    def population(self) -> mfx.AbstractPopulation:
+        return mfx.QueuedPopulation(self.queue) if self.queue else mfx.RunningPopulation(self.population_decay)
+
+    @property
+    def population_size(self) -> int:
+        """Samples that moments are of."""
+        return self.queue or round(self.batch / (1 - self.population_decay))
+
+
+UNUSED_IN_DRIFTING = ("queue", "population_decay", "reference", "relative")
+LEAST_ROWS = 4
+"""Of a label in a batch, on average, for drifting: samples and data of the same label act on each other."""
+
 
 def open_weights(path: str) -> checkpoint.Weights:
     """Those of a network that makes images in [-1, 1], of labels or of nothing."""
     if not path:
         raise ValueError("--start must be given, got none")
-    weights = checkpoint.read_weights(path)
+    try:
+        weights = checkpoint.read_weights(path)
+    except ValueError as error:
+        raise ValueError(f"--start: {error}") from error
     notes, network = weights.notes, weights.network
     if notes is None or notes.pixels != (-1, 1) or notes.tokenizer is not None:
-        raise ValueError(f"{path}: must be of images in [-1, 1], as the notes of images.py say, got {notes}")
+        raise ValueError(f"--start must be of images in [-1, 1], as the notes of images.py say, got {notes} in {path}")
     if notes.trained is not None and not notes.trained.average:
-        raise ValueError(f"{path}: must be of a network with u trained at r < t, got one of Flow Matching")
+        raise ValueError(f"--start must be of a network with u trained at r < t, got one of Flow Matching in {path}")
     if network is None or network.get("guidance") or network.get("condition"):
-        raise ValueError(f"{path}: must be of a network that takes labels or nothing, got {network}")
+        raise ValueError(f"--start must be of a network that takes labels or nothing, got {network} in {path}")
     return weights
 
 
@@ -133,23 +166,40 @@ def labels_of(weights: checkpoint.Weights) -> int | None:
 
 def open_data(config: Config, weights: checkpoint.Weights, shape: tuple[int, ...]) -> image_sources.Parts:
     """Training and test images for the network, which has its labels or none."""
-    about, labels = weights.config, labels_of(weights)
-    paths = config.data or about.get("data") or ()
-    if paths == "digits":
-        parts = digits_as_images(digits.Config(holdout=about.get("holdout", 0.2), seed=about.get("seed", 0)))
-    elif not paths or not isinstance(paths, tuple | list):
-        raise ValueError(f"--data must be given for {weights.path}, which does not name its data, got none")
+    about, labels = data_of(config, weights), labels_of(weights)
+    if about["data"] == "digits":
+        parts = digits_as_images(digits.Config(holdout=about["holdout"], seed=about["seed"]))
     else:
-        where = {"size": shape[1:], "holdout": config.holdout, "grey": shape[0] == 1}
-        parts = image_sources.open_parts(tuple(paths), config.test, **where)
+        where = {"size": shape[1:], "holdout": about["holdout"], "grey": shape[0] == 1}
+        parts = image_sources.open_parts(tuple(about["data"]), tuple(about["test"]), **where)
     for part in (parts.train, parts.test):
         if part.row_shape != shape:
-            raise ValueError(f"{part.name}: images must have the shape {shape} of the network, got {part.row_shape}")
+            rule = f"images of the shape {shape} of the network"
+            raise ValueError(f"--data must be {rule}, got {part.row_shape} in the {part.name}")
         if labels is not None and (part.labels is None or part.labels > labels):
-            raise ValueError(f"{part.name}: labels must be the {labels} of the network, got {part.labels}")
+            rule = f"images with the {labels} labels of the network"
+            raise ValueError(f"--data must be {rule}, got {part.labels} in the {part.name}")
     if "classifier" in config.features and parts.train.labels is None:
         raise ValueError(f"--features must be without classifier for {parts.train.name}, without labels")
     return parts
+
+
+def data_of(config: Config, weights: checkpoint.Weights) -> dict[str, Any]:
+    """The data, and what is held out of them: as flags say, else as it was for the weights, so that images that the
+    network was trained on are not called held out."""
+    about = {"data": list(config.data)} if config.data else dict(weights.config)
+    paths = about.get("data")
+    if paths == "digits" and isinstance(about.get("holdout"), float) and isinstance(about.get("seed"), int):
+        for name in ("test", "holdout"):
+            if found := getattr(config, name):
+                raise ValueError(f"--{name} must be left out for the digits, which are divided as before, got {found}")
+        return {name: about[name] for name in ("data", "holdout", "seed")}
+    if not paths or not isinstance(paths, list):
+        raise ValueError(f"--data must be given for {weights.path}, which does not name its data, got none")
+    test, holdout = list(config.test) or about.get("test") or [], config.holdout or about.get("holdout")
+    if holdout is None and not test and not image_sources.has_test_images(Path(paths[0])):
+        raise ValueError(f"--holdout or --test must be given: nothing says what {weights.path} never saw of {paths[0]}")
+    return {"data": paths, "test": test, "holdout": 0.1 if holdout is None else holdout}
 
 
 def digits_as_images(config: digits.Config) -> image_sources.Parts:
@@ -178,14 +228,51 @@ def objective(
     if config.loss == "drifting":
         losses = tuple(place(mfx.Drifting(space.features, config.scales)) for space in spaces)
         return mfx.SampleObjective(losses, weights, times, unroll=unroll)
-    population = mfx.QueuedPopulation(config.queue) if config.queue else mfx.RunningPopulation(config.population_decay)
     count = min(10 * config.batch if config.test_run else config.reference, len(train))
     losses, scaled = [], []
     for space, weight in zip(spaces, weights, strict=True):
         known = post_features.moments(space, train, count)
-        losses.append(place(mfx.FrechetLoss(known.mean, known.cov, space.features, population)))
-        scaled.append(weight / float(np.trace(known.cov)))
+        check_population(config, space.name, len(known.mean), count)
+        loss = mfx.FrechetLoss(known.mean, known.cov, space.features, config.population, config.relative)
+        losses.append(place(loss))
+        scaled.append(weight if config.relative else weight / float(np.trace(known.cov)))
     return mfx.SampleObjective(losses, tuple(scaled), times, unroll=unroll)
+
+
+def check_population(config: Config, space: str, features: int, count: int) -> None:
+    """Refuses moments of fewer images than features, which say little of a distribution."""
+    if (found := config.population_size) < features:
+        names = "--queue must be" if config.queue else "--batch / (1 - population_decay) must be"
+        raise ValueError(f"{names} at least the {features} features of {space}, got {found}")
+    if count < features and not config.test_run:
+        rule = f"at least the {features} features of {space}"
+        raise ValueError(f"--reference, and the training images, must be {rule}, got {count}")
+
+
+def check_labels(config: Config, labels: int | None) -> None:
+    """Refuses batches in which a label has too few rows to drift."""
+    if config.loss == "drifting" and config.batch < (least := LEAST_ROWS * (labels or 1)):
+        rule = f"{least} for drifting, {LEAST_ROWS} rows for each of {labels or 1} labels"
+        raise ValueError(f"--batch must be at least {rule}, got {config.batch}")
+
+
+def filled_state(
+    config: Config,
+    loss: mfx.SampleObjective,
+    field: mfx.AbstractField,
+    train: data.AbstractSource,
+    parts: data.InTurn,
+    place: Callable[[Any], Any],
+) -> Any:
+    """The populations of the losses with images of the network that training starts from. The labels are those of the
+    first batches of a stream, and all of it is the same in a run that continues."""
+    key, stream = jr.key(config.seed + 1), data.Stream(train, config.batch, seed=config.seed + 1)
+
+    def batches() -> Iterator[mfx.Batch]:
+        for number in range(loss.batches_to_fill(config.batch)):
+            yield place(jax.vmap(lambda row: parts(row, jr.fold_in(key, row.index)))(stream[number]))
+
+    return loss.fill(place(field), batches(), key=key)
 
 
 def optimizer(config: Config) -> optax.GradientTransformation:
@@ -200,6 +287,7 @@ def main(config: Config) -> None:
     start: Any = weights.fill(weights.make_network)
     train, test, names = open_data(config, weights, start.data_shape)
     labels = labels_of(weights)
+    check_labels(config, labels)
     parallelism, is_unrolled = run.parallelism(config), isinstance(start, mfx.UNet) and jax.default_backend() == "cpu"
     stream = data.Stream(train, config.batch, seed=config.seed, parallelism=parallelism)
     sampler = image_samples.Sampler("", mfx.sample, (config.evaluations,), config.evaluations, labels, names)
@@ -213,17 +301,21 @@ def main(config: Config) -> None:
         parts = data.InTurn((*([] if labels else [data.WithoutLabel()]), data.FromPixels()))
         averages = [mfx.ExponentialAverage(config.decay)]
         step = mfx.TrainStep(loss, optimizer(config), averages, parts, parallelism=parallelism)
+        place = (lambda tree: tree) if parallelism is None else parallelism.replicate
+        filled = filled_state(config, loss, start, train, parts, place)
 
-        def make_state() -> mfx.TrainState:
-            return mfx.init_state(weights.make_network(), step.optimizer, averages, loss, key=jr.key(config.seed))
+        def make_state(filled: Any) -> mfx.TrainState:
+            state = mfx.init_state(weights.make_network(), step.optimizer, averages, loss, key=jr.key(config.seed))
+            return dataclasses.replace(state, objective=filled)
 
         def preview(state: mfx.TrainState, path: Path) -> None:
             image_samples.save_samples(sampler, run.local(state.averages[0]), path, rows=2)
 
         options: dict[str, Any] = {"steps": config.steps, "preview": preview, "start": config.start}
-        options["name"] = run.sha256_of_file(config.start)  # a run does not go on from other weights
+        # A run does not go on from other weights, nor with other features.
+        options["name"] = run.digest([run.sha256_of_file(config.start), *map(post_features.digest, spaces)])
         options["shown"] = ("loss", "frechet_distance", "drift")
-        state = run.train(config, step, make_state, stream, directory, **options)
+        state = run.train(config, step, eqx.Partial(make_state, filled), stream, directory, **options)
         save_weights(config, directory, state, weights, loss)
         if run.is_first():
             classifier = None if labels is None else image_classifier.trained(train, folder, **read)
@@ -243,9 +335,11 @@ def save_weights(
     assert weights.notes is not None
     changed = {"trained": loss.trained, "steps": int(state.step), "decay": config.decay}
     notes = dataclasses.replace(weights.notes, **changed)
-    about = {"loss": config.loss, "features": list(config.features), "start": run.sha256_of_file(config.start)}
+    about = {"loss": config.loss, "features": list(config.features), "evaluations": config.evaluations}
+    about["start"] = run.sha256_of_file(config.start)
+    history = {"post_training": [*weights.config.get("post_training", ()), about]}
     path = directory.path("ema.safetensors")
-    checkpoint.save_weights(path, state.averages[0], {**weights.config, "post_training": about}, notes)
+    checkpoint.save_weights(path, state.averages[0], {**data_of(config, weights), **history}, notes)
 
 
 def finish(
@@ -274,32 +368,43 @@ def finish(
     run.tell(f"{text}\n\nJudged in {time.perf_counter() - began:.0f} s. {directory.root} has the weights and pictures.")
 
 
-SHARES = {
-    "right class read": lambda row: row.agreement,
-    "right class read, lowest class": lambda row: image_judge.least(row.agreement_by_class),
-    "covered, lowest class": lambda row: image_judge.least(row.coverage_by_class),
-    **{
-        f"covered, {space}": lambda row, space=space: (row.coverage or {}).get(space)
-        for space in ("pixels", "lite0", image_judge.CLASSIFIER)
-    },
-}
-"""Names of shares, and where a result has them."""
-
-
 def change(config: Config, results: list[image_judge.Result]) -> str:
-    """What counts: the scores before and after, without distances in the spaces that were trained in."""
-    floor, before, after = results[0], *results[-2:]
-    rows = []
-    for space in floor.frechet or ():
-        if space not in config.features or space == image_judge.CLASSIFIER:  # that which judges is another one
-            values = [(row.frechet or {}).get(space, math.nan) for row in (before, after)]
-            kind = " of another seed" if space in config.features else ""
-            rows.append((f"Frechet distance, {space}{kind}", *values, f"{100 * (values[1] / values[0] - 1):+.0f}%"))
-    for name, of in SHARES.items():
-        found = [of(row) for row in (before, after)]
-        if None not in found:
-            rows.append((name, *map(image_judge.percent, found), f"{100 * (found[1] - found[0]):+.1f} points"))
-    return f"Not trained in:\n\n{run.table(rows, ('', 'before', 'after', 'change'))}"
+    """What counts: the scores before and after in the spaces that were not trained in. Where a classifier was trained
+    with, all that the judge's own says stands apart, since it is of the same kind."""
+    spaces = [name for name in results[0].frechet or () if name != image_judge.CLASSIFIER]
+    rows = [row for name in spaces if name not in config.features for row in scores(results, name)]
+    if spaces[-1] not in config.features:  # in which the judge counts classes one by one
+        rows += compared(results, "covered, lowest class", lambda row: image_judge.least(row.coverage_by_class))
+    read = scores(results, image_judge.CLASSIFIER)
+    read += compared(results, "right class read", lambda row: row.agreement)
+    read += compared(results, "right class read, lowest", lambda row: image_judge.least(row.agreement_by_class))
+    if image_judge.CLASSIFIER not in config.features:
+        return table("Not trained in", rows + read)
+    apart = "By a classifier of the same kind as that which was trained with, from another seed"
+    return f"{table('Not trained in', rows)}\n\n{table(apart, read)}"
+
+
+def scores(results: list[image_judge.Result], space: str) -> list[tuple[Any, ...]]:
+    """Distance and coverage in a space."""
+    before, after = ((row.frechet or {}).get(space) for row in results[-2:])
+    if before is None or after is None:
+        return []
+    distance = (f"Frechet distance, {space}", before, after, f"{100 * (after / before - 1):+.0f}%")
+    return [distance, *compared(results, f"covered, {space}", lambda row: (row.coverage or {}).get(space))]
+
+
+def compared(
+    results: list[image_judge.Result], name: str, of: Callable[[image_judge.Result], float | None]
+) -> list[tuple[Any, ...]]:
+    """A share before and after, if it is known."""
+    before, after = map(of, results[-2:])
+    if before is None or after is None:
+        return []
+    return [(name, *map(image_judge.percent, (before, after)), f"{100 * (after - before):+.1f} points")]
+
+
+def table(title: str, rows: list[tuple[Any, ...]]) -> str:
+    return f"{title}:\n\n{run.table(rows, ('', 'before', 'after', 'change'))}" if rows else f"{title}: nothing judged."
 
 
 PRESETS = {

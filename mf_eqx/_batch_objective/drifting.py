@@ -117,12 +117,14 @@ def _normalised(
     features: tuple[Float[Array, "rows features"], Float[Array, "rows features"]], condition: Condition
 ) -> tuple[Float[Array, "rows features"], Float[Array, "rows features"], Float[Array, ""]]:
     r"""Features of data and of samples, divided by a unit in which those that act on each other have the mean distance
-    $\sqrt{D}$ for D features; and that unit."""
+    $\sqrt{D}$ for D features; and that unit, which is infinite where they do not differ by more than rounding, so that
+    nothing moves."""
     data, own = features
     acts = jnp.concatenate(acting_on(condition, len(own)), axis=1)
     found = distances(own, jnp.concatenate([data, own]))
     mean = jnp.sum(jnp.where(acts, found, 0)) / jnp.sum(acts)
-    unit = jnp.maximum(mean / own.shape[1] ** 0.5, jnp.finfo(own.dtype).tiny)
+    rounding = 10 * jnp.finfo(own.dtype).eps * jnp.sqrt(jnp.mean(jnp.sum(own**2, axis=1)))
+    unit = jnp.where(mean <= rounding, jnp.inf, mean / own.shape[1] ** 0.5)
     return data / unit, own / unit, unit
 
 

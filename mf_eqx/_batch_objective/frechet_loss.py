@@ -5,9 +5,10 @@ $$|\mu - \mu_*|^2 + \mathrm{tr}\big(\Sigma + \Sigma_* - 2\, (\Sigma\, \Sigma_*)^
 with $\mu, \Sigma$ over a population of samples (`RunningPopulation`, `QueuedPopulation`), of which the current batch
 alone is differentiated. It vanishes, and so does its gradient, where the moments are equal, whatever the distributions.
 
-Samples of all conditions are compared together: that each has its own condition is not asked for.
+Samples of all conditions are compared together, so that the loss does not see whether a sample fits its condition.
 
-Several spaces of features ("FD-SIM" has three) are several losses of one `SampleObjective`.
+Several spaces of features are several losses of one `SampleObjective`. With `relative` each is divided by its own
+value, as the authors do where they add spaces, so that none outweighs the others by its unit.
 
 Source: Representation Frechet Loss for Visual Generation, Yang, Geng, Ju, Tian, Wang, 2026, arXiv 2604.28190.
 """
@@ -37,10 +38,12 @@ class FrechetLoss(AbstractSampleLoss):
     - `mean`, `covariance`: of the features of the data, for example those of `mf_eqx.metrics.stream_moments`. The
       loss is computed in their dtype, eigenvalues in float64 on all devices but TPUs.
     - `features`: the function from one sample to a vector, by default the flattened sample.
-    - `population`: of the generated samples. It starts empty, and moments of fewer samples than features are useless:
-      let the learning rate rise slowly meanwhile.
+    - `population`: of the generated samples, of more of them than there are features. Fill it before the first step
+      by `SampleObjective.fill`: the first gradients would be too large otherwise.
+    - `relative`: whether the loss is the distance divided by its value, of which no derivative is taken. It is then 1,
+      and its gradient is that of the logarithm.
 
-    **Metrics:** `frechet_distance`, the loss.
+    **Metrics:** `frechet_distance`, the distance.
 
     **Raises:** `ValueError` if the moments are not finite, do not fit each other, or if the covariance is not symmetric
     or has negative eigenvalues.
@@ -51,6 +54,7 @@ class FrechetLoss(AbstractSampleLoss):
     factor: Float[Array, "features features"]
     features: Callable[[Float[Array, "*data"]], Float[Array, " features"]]
     population: AbstractPopulation
+    relative: bool
 
     def __init__(
         self,
@@ -58,6 +62,7 @@ class FrechetLoss(AbstractSampleLoss):
         covariance: Any,
         features: Callable[[Float[Array, "*data"]], Float[Array, " features"]] = jnp.ravel,
         population: Any = RunningPopulation(),
+        relative: bool = False,
     ):
         check_kind("population", population, AbstractPopulation)
         wide = np.asarray(covariance, np.float64)
@@ -69,10 +74,13 @@ class FrechetLoss(AbstractSampleLoss):
         self.mean = _as_floats(mean)
         self.trace = jnp.asarray(np.trace(wide), self.mean.dtype)
         self.factor = jnp.asarray(_factor(wide), self.mean.dtype)
-        self.features, self.population = features, population
+        self.features, self.population, self.relative = features, population, relative
 
     def init(self) -> PyTree[Array]:
         return self.population.init(self.mean)
+
+    def batches_to_fill(self, rows: int) -> int:
+        return self.population.batches_to_fill(rows)
 
     def __call__(self, x: Float[Array, "rows *data"], batch: Batch, state: Any) -> tuple[Scalar, Metrics, Any]:
         # Near the mean of the data, a mean outer product minus that of the mean loses no digits.
@@ -80,8 +88,10 @@ class FrechetLoss(AbstractSampleLoss):
         moments, state = self.population.add(state, y)
         covariance = moments.product - jnp.outer(moments.mean, moments.mean)
         cross = trace_of_root(covariance, self.factor)
-        loss = jnp.sum(moments.mean**2) + jnp.trace(covariance) + self.trace - 2 * cross
-        return loss, {"frechet_distance": Mean(loss, jnp.ones((), loss.dtype))}, state
+        distance = jnp.sum(moments.mean**2) + jnp.trace(covariance) + self.trace - 2 * cross
+        least = jnp.finfo(distance.dtype).eps * self.trace  # near 0 a distance is rounding
+        loss = distance / jnp.maximum(jax.lax.stop_gradient(distance), least) if self.relative else distance
+        return loss, {"frechet_distance": Mean(distance, jnp.ones((), distance.dtype))}, state
 
 
 def _as_floats(values: Any) -> Float[Array, "..."]:

@@ -6,6 +6,7 @@ the longer ago they were generated.
 """
 
 import abc
+import math
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -31,12 +32,17 @@ class AbstractPopulation(eqx.Module):
         """The state before the first batch, for features of the shape and dtype of `example`."""
 
     @abc.abstractmethod
+    def batches_to_fill(self, rows: int) -> int:
+        """How many batches of so many rows fill it, so that one more has the weight that it will always have."""
+
+    @abc.abstractmethod
     def add(self, state: Any, y: Float[Array, "rows features"]) -> tuple[PopulationMoments, Any]:
         """The moments with a new batch of features `y`, and the state after it."""
 
 
 class RunningMoments(eqx.Module):
-    """Running averages over steps, starting from zero: of 1 (`weight`), and of the moments of a batch."""
+    """Sums over steps, in which a batch of k steps ago has the factor (1 - d) d^k: of the moments of batches (`mean`,
+    `product`), and of the factors alone (`weight`)."""
 
     weight: Float[Array, ""]
     mean: Float[Array, " features"]
@@ -44,8 +50,8 @@ class RunningMoments(eqx.Module):
 
 
 class RunningPopulation(AbstractPopulation):
-    r"""The running average of the moments of batches, $m \leftarrow d\, m + (1 - d)\, m_{batch}$, divided by that of 1:
-    as of the last batch / (1 - d) samples, the newest with the greatest weight.
+    r"""The weighted mean of the moments of all batches, in which a batch of k steps ago has the weight $d^k$: about as
+    many samples count as 1 / (1 - d) batches have.
 
     **Arguments:** `decay` d in [0, 1).
 
@@ -61,6 +67,9 @@ class RunningPopulation(AbstractPopulation):
     def init(self, example: Float[Array, " features"]) -> RunningMoments:
         zeros = jnp.zeros_like(example)
         return RunningMoments(jnp.zeros((), example.dtype), zeros, jnp.outer(zeros, zeros))
+
+    def batches_to_fill(self, rows: int) -> int:
+        return round(3 / (1 - self.decay)) if self.decay else 0  # of the weights of endless training, 95% are there
 
     def add(self, state: RunningMoments, y: Float[Array, "rows features"]) -> tuple[PopulationMoments, RunningMoments]:
         new = RunningMoments(jnp.ones((), y.dtype), jnp.mean(y, axis=0), product(y.T, y) / len(y))
@@ -90,6 +99,9 @@ class QueuedPopulation(AbstractPopulation):
 
     def init(self, example: Float[Array, " features"]) -> QueuedFeatures:
         return QueuedFeatures(jnp.zeros((self.size, *example.shape), example.dtype), jnp.zeros((), jnp.int32))
+
+    def batches_to_fill(self, rows: int) -> int:
+        return math.ceil(self.size / rows)
 
     def add(self, state: QueuedFeatures, y: Float[Array, "rows features"]) -> tuple[PopulationMoments, QueuedFeatures]:
         if len(y) > self.size:

@@ -6,12 +6,18 @@ are drawn as the data's are. Losses compare the distribution of these samples wi
 $$\sum_k w_k\, L_k(\{x_i\}, \{\text{rows of data}\}), \qquad x_i = \text{sample of } u \text{ from } \epsilon_i.$$
 
 They change what the field generates along one grid of times, and do not train it at other (r, t): they are for a field
-that is already trained, which learns nothing of its identity any more. Evaluate the result in other features than those
-that a loss compares.
+that is already trained, and that need not satisfy its identity afterwards. Evaluate the result in other features than
+those that a loss compares.
+
+Where losses have a population (`FrechetLoss`), it is filled before the first step, from the field as it is then:
+
+    state = init_state(field, optimizer, averages, objective, key=key)
+    count = objective.batches_to_fill(rows)
+    state = dataclasses.replace(state, objective=objective.fill(field, (draw(k) for k in range(count)), key=key))
 """
 
 import abc
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import equinox as eqx
@@ -37,6 +43,10 @@ class AbstractSampleLoss(eqx.Module):
     @abc.abstractmethod
     def init(self) -> PyTree[Array]:
         """The state before the first step, None if there is none."""
+
+    def batches_to_fill(self, rows: int) -> int:
+        """How many batches of so many rows its state has to see before the first step; 0 if it needs none."""
+        return 0
 
     @abc.abstractmethod
     def __call__(self, x: Float[Array, "rows *data"], batch: Batch, state: Any) -> tuple[Scalar, Metrics, Any]:
@@ -109,6 +119,21 @@ class SampleObjective(AbstractObjective):
     def init(self) -> PyTree[Array]:
         return tuple(loss.init() for loss in self.losses)
 
+    def batches_to_fill(self, rows: int) -> int:
+        """How many batches of so many rows fill the states of all its losses."""
+        return max(loss.batches_to_fill(rows) for loss in self.losses)
+
+    def fill(self, field: AbstractField, batches: Iterable[Batch], *, key: Key[Array, ""]) -> PyTree[Array]:
+        """The state after samples of a field for all these batches, without training it. An empty population gives the
+        first batches a gradient as many times too large as a full one has batches, which Adam remembers for long.
+
+        **Arguments:** `field`; `batches`, as many as `batches_to_fill` says, as for `evaluate`; `key` of the noise.
+        """
+        state = self.init()
+        for number, batch in enumerate(batches):
+            state = _state_after(self, field, batch, state, jr.fold_in(key, number))
+        return state
+
     def evaluate(
         self, field: AbstractField, batch: Batch, state: Any, *, key: Key[Array, ""], context: Context | None = None
     ) -> tuple[Scalar, tuple[Metrics, Any]]:
@@ -131,3 +156,10 @@ class SampleObjective(AbstractObjective):
             return self.method(field, eps, example.condition, times=self.times, unroll=self.unroll)
 
         return jax.vmap(generated)(batch)
+
+
+@eqx.filter_jit
+def _state_after(
+    objective: SampleObjective, field: AbstractField, batch: Batch, state: Any, key: Key[Array, ""]
+) -> PyTree[Array]:
+    return objective.evaluate(field, batch, state, key=key)[1][1]

@@ -43,7 +43,7 @@ def _forward(
         wide = jnp.float64 if has_float64 else dtype
         wide_factor = factor.astype(wide)
         values, vectors = jnp.linalg.eigh(product(wide_factor.T, product(covariance.astype(wide), wide_factor)))
-        is_positive = values > len(values) * jnp.finfo(wide).eps * values[-1]
+        is_positive = ~(values <= len(values) * jnp.finfo(wide).eps * values[-1])  # NaN counts, and is seen
         root = jnp.where(is_positive, jnp.sqrt(jnp.where(is_positive, values, 1)), 0)
         inverse = jnp.where(is_positive, 1 / jnp.where(is_positive, root, 1), 0)
         half = product(wide_factor, vectors)

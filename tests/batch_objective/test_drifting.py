@@ -155,6 +155,14 @@ def test_a_label_with_one_row_does_not_move():
     assert value == 0 and not any(leaf.any() for leaf in jax.tree.leaves(gradient))
 
 
+def test_features_that_are_all_equal_do_not_move():
+    def loss(field):
+        return evaluated(field, mfx.Batch(draws(8)), features=lambda x: 0 * x + 0.3)[0]
+
+    value, gradient = eqx.filter_value_and_grad(loss)(affine())
+    assert value == 0 and not any(leaf.any() for leaf in jax.tree.leaves(gradient))
+
+
 @pytest.mark.parametrize(
     ("scales", "message"),
     [((), "scales must be at least one, got none"), ((0.0, 0.1), "scales must be > 0 and finite"), (0.1, "a tuple")],

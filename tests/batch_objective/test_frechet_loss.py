@@ -93,6 +93,14 @@ def test_gradient_vanishes_where_moments_are_equal_and_not_elsewhere():
         np.testing.assert_allclose(gradient(y.mean(axis=0) - 0.5).shift, 1.0, rtol=1e-10)
 
 
+def test_relative_loss_has_the_gradient_of_the_logarithm():
+    distance, _, _ = evaluated(objective(), affine())
+    loss, metrics, _ = evaluated(objective(relative=True), affine())
+    np.testing.assert_allclose([loss, metrics["frechet_distance"].value], [1, distance], rtol=1e-6)
+    slopes = [eqx.filter_grad(lambda f, r=r: evaluated(objective(relative=r), f)[0])(affine()) for r in (True, False)]
+    np.testing.assert_allclose(slopes[0].matrix, slopes[1].matrix / distance, rtol=1e-4)
+
+
 def test_integers_are_moments():
     loss = mfx.SampleObjective(mfx.FrechetLoss([0, 1], [[1, 0], [0, 1]]))
     gradient = eqx.filter_grad(lambda field: evaluated(loss, field)[0])(affine())

@@ -52,3 +52,23 @@ def test_a_decay_that_is_none_is_refused(decay):
 def test_a_size_that_is_none_is_refused():
     with pytest.raises(ValueError, match="size must be an integer >= 1, got 0"):
         mfx.QueuedPopulation(0)
+
+
+@pytest.mark.parametrize(
+    ("population", "count"),
+    [
+        (mfx.RunningPopulation(0.0), 0),
+        (mfx.RunningPopulation(0.9), 30),
+        (mfx.QueuedPopulation(8), 1),
+        (mfx.QueuedPopulation(17), 3),
+    ],
+)
+def test_a_filled_population_gives_a_batch_the_weight_that_it_will_always_have(population, count):
+    assert population.batches_to_fill(8) == count
+    y = np.ones((8, 3), np.float32)
+
+    def share(before):
+        """Of ones among zeros."""
+        return added(population, [*[np.zeros_like(y)] * before, y])[0].mean[0]
+
+    np.testing.assert_allclose(share(count), share(count + 200), rtol=0.06)

@@ -66,6 +66,16 @@ def test_losses_are_added_by_their_weights():
     np.testing.assert_allclose(evaluated(mfx.SampleObjective([Seen(), Seen(2.0)]))[0], 3 * single, rtol=1e-5)
 
 
+def test_populations_are_filled_with_samples_of_the_field_as_it_is():
+    objective = mfx.SampleObjective((mfx.FrechetLoss(MEAN, COVARIANCE, population=mfx.QueuedPopulation(150)), Seen()))
+    assert objective.batches_to_fill(64) == 3 and mfx.SampleObjective(Seen()).batches_to_fill(64) == 0
+    queue, last = objective.fill(affine(), [BATCH] * 3, key=jr.key(5))
+    parts = [samples(affine(), jr.fold_in(jr.key(5), number)) for number in range(3)]
+    np.testing.assert_allclose(queue.features, np.concatenate(parts[::-1])[:150] - MEAN, rtol=1e-4, atol=1e-5)
+    assert queue.count == 150
+    np.testing.assert_allclose(last, parts[-1], rtol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("times", "method", "trained"),
     [
@@ -172,3 +182,8 @@ def on_devices():
 @pytest.mark.parametrize("name", ["SampleObjective", "InductiveMomentMatching", "TerminalVelocityMatching"])
 def test_eight_devices_train_as_one_does(on_devices, name):
     assert on_devices[name] < 1e-10
+
+
+@pytest.mark.slow
+def test_eight_devices_train_as_one_does_in_float32_with_a_network_of_features(on_devices):
+    assert on_devices["float32"] < 1e-5  # parameters of about 1 after three steps: sums in another order

@@ -46,6 +46,11 @@ def test_float32_gets_eigenvalues_of_float64():
     assert np.abs(half @ half.T / 2 - right).max() > 1e-3 * np.abs(right).max()
 
 
+def test_nan_is_seen():
+    value, gradient = jax.value_and_grad(trace_of_root)(jnp.full((3, 3), jnp.nan), jnp.eye(3))
+    assert np.isnan(value) and np.isnan(gradient).all()
+
+
 def test_a_covariance_of_zeros_has_the_trace_and_the_gradient_zero():
     value, gradient = jax.value_and_grad(trace_of_root)(jnp.zeros((3, 3)), jnp.eye(3))
     assert value == 0 and np.all(gradient == 0)

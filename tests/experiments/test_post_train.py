@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import struct
 
 import jax
@@ -15,10 +16,11 @@ import mf_eqx as mfx
 from mf_eqx import checkpoint, data, run
 
 DRAWS = np.random.default_rng(5)
-X = DRAWS.integers(64, 192, (80, 1, 8, 8), np.uint8)
-LABEL = (np.arange(80) % 3).astype(np.uint8)
-SMALL = "--start base.safetensors --batch 16 --holdout 0.25 --warmup 1 --log-every 1 --preview-every 0"
-LEARNS = f"{SMALL} --steps 40 --learning-rate 0.02 --decay 0.5"
+X = DRAWS.integers(64, 192, (200, 1, 8, 8), np.uint8)
+LABEL = (np.arange(200) % 3).astype(np.uint8)
+SMALL = "--start base.safetensors --batch 16 --warmup 1 --log-every 1 --preview-every 0"
+LEARNS = f"{SMALL} --steps 40 --save-every 20 --learning-rate 0.02 --decay 0.5"
+ABOUT = {"data": ["idx", "labels"], "test": [], "holdout": 0.25}
 
 
 def save_idx(path, values):
@@ -32,7 +34,7 @@ def network(labels=3, **options):
 
 def save(path="base.safetensors", field=None, about=None, **notes):
     notes = {"pixels": (-1, 1), "trained": mfx.Trained(True, True, False), "steps": 7, **notes}
-    about = {"data": ["idx", "labels"]} if about is None else about
+    about = ABOUT if about is None else about
     checkpoint.save_weights(path, network() if field is None else field, about, checkpoint.Notes(**notes))
 
 
@@ -92,15 +94,46 @@ def test_the_frechet_distance_of_the_average_falls(finished):
 
 def test_scores_outside_of_the_space_that_was_trained_in_are_told(finished):
     (text,) = re.findall(r"Not trained in:(.*)", (finished / "results.md").read_text(), re.DOTALL)
-    assert "Frechet distance, classifier" in text and "Frechet distance, pixels" not in text
-    assert "right class read" in text and "covered, pixels" in text
+    assert [line.split("|")[1].strip() for line in text.strip().splitlines()[2:]] == [
+        "Frechet distance, classifier",
+        "covered, classifier",
+        "right class read",
+        "right class read, lowest",
+    ]
+
+
+def test_of_all_scores_those_of_the_trained_spaces_are_left_out(post_train):
+    def result(distance):
+        spaces = dict.fromkeys(("pixels", "lite0", "classifier"), distance)
+        return post_train.image_judge.Result("", 1, spaces, spaces, spaces, [distance, 1.0], distance, [0.125, None])
+
+    def told(*features):
+        text = post_train.change(post_train.Config(features=features), [result(0.5), result(0.25), result(0.375)])
+        return [part.splitlines() for part in text.split("\n\n")]
+
+    judged = ["Frechet distance, lite0", "covered, lite0", "covered, lowest class"]
+    read = ["Frechet distance, classifier", "covered, classifier", "right class read", "right class read, lowest"]
+
+    def names(lines):
+        return [line.split("|")[1].strip() for line in lines[2:]]
+
+    title, rows = told("pixels")
+    assert title == ["Not trained in:"] and names(rows) == judged + read
+    assert [cell.strip() for cell in rows[2].split("|")[2:5]] == ["0.25", "0.375", "+50%"]
+    title, rows, apart, of_classifier = told("pixels", "classifier")
+    assert "classifier of the same kind" in apart[0]
+    assert names(rows) == judged and names(of_classifier) == read
+    title, rows = told("lite0")
+    assert names(rows) == ["Frechet distance, pixels", "covered, pixels", *read]
+    title, apart, _ = told("pixels", "lite0", "classifier")
+    assert title == ["Not trained in: nothing judged."]
 
 
 def test_weights_say_what_was_trained_and_what_they_come_from(finished):
     weights = checkpoint.read_weights(finished / "ema.safetensors")
     start = run.sha256_of_file(finished.parents[2] / "base.safetensors")
-    assert weights.config["data"] == ["idx", "labels"]
-    assert weights.config["post_training"] == {"loss": "frechet", "features": ["pixels"], "start": start}
+    history = [{"loss": "frechet", "features": ["pixels"], "evaluations": 1, "start": start}]
+    assert weights.config == {**ABOUT, "post_training": history}
     assert weights.notes.trained == mfx.Trained(True, False, False, velocity=False, ends_at_data=True)
     assert (weights.notes.steps, weights.notes.decay, weights.notes.pixels) == (40, 0.5, (-1, 1))
 
@@ -137,6 +170,39 @@ def test_the_same_command_finds_the_finished_run_and_refuses_other_weights_at_it
 
 
 @pytest.mark.slow
+def test_a_run_that_was_stopped_ends_with_the_same_weights(finished, post_train, tmp_path, capsys):
+    shutil.copytree(finished.parents[2], tmp_path, dirs_exist_ok=True)
+    copy = tmp_path / finished.relative_to(finished.parents[2])
+    wanted = (copy / "ema.safetensors").read_bytes()
+    (copy / "ema.safetensors").unlink()
+    for path in (copy / "checkpoints").glob("40*"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        run.main(post_train.main, post_train.PRESETS, argv=f"{LEARNS} --features pixels".split())
+    assert "continues after step 20 of 40" in capsys.readouterr().out
+    assert (copy / "ema.safetensors").read_bytes() == wanted
+
+
+@pytest.mark.slow
+def test_weights_are_trained_on_again_and_other_numbers_of_evaluations_are_refused(post_train, experiment, here):
+    small = f"{SMALL} --features pixels --test-run"
+    run.main(post_train.main, post_train.PRESETS, argv=small.split())
+    shutil.copy(only("runs/*/*/ema.safetensors", here), "again.safetensors")
+    shutil.rmtree("runs")
+    again = f"{small} --start again.safetensors --evaluations 2 --data idx labels --holdout 0.5 --relative"
+    run.main(post_train.main, post_train.PRESETS, argv=again.split())
+    path = only("runs/*/*/ema.safetensors", here)
+    about = checkpoint.read_weights(path).config
+    assert about["holdout"] == 0.5 and [each["evaluations"] for each in about["post_training"]] == [1, 2]
+    generate = experiment("generate")
+    flags = ["--weights", str(path), "--number", "4", "--to", "made.npy"]
+    run.main(generate.main, generate.Config(), argv=flags)  # in two evaluations, without a flag
+    with pytest.raises(SystemExit):
+        run.main(generate.main, generate.Config(), argv=[*flags, "--evaluations", "1"])
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags",
     [
@@ -145,10 +211,11 @@ def test_the_same_command_finds_the_finished_run_and_refuses_other_weights_at_it
         "--features pixels --queue 64",
     ],
 )
-def test_every_loss_trains(flags, post_train, here):
+def test_every_loss_runs_to_the_end_and_moves_the_network(flags, post_train, here):
     run.main(post_train.main, post_train.PRESETS, argv=f"{SMALL} {flags} --test-run".split())
     *_, before, after = json.loads(only("runs/*/*/results.json", here).read_text())
     assert np.isfinite([*before["frechet"].values(), *after["frechet"].values()]).all()
+    assert before["frechet"] != after["frechet"]
 
 
 @pytest.mark.slow
@@ -182,19 +249,51 @@ def test_spaces_are_those_of_the_judge(post_train):
 
 def test_moments_are_those_of_the_features(post_train):
     features, source = post_train.post_features, data.ArraySource(X, LABEL)
-    found = features.moments(features.Space("pixels", features.Pixels()), source, 40)
+    found = features.moments(features.Space("pixels", features.Pixels()), source, 100)
     known = post_train.image_judge.pixels(X[::2])
     np.testing.assert_allclose(found.mean, known.mean(axis=0), atol=1e-5)
     np.testing.assert_allclose(found.cov, np.cov(known.T), atol=1e-5)
 
 
 def test_the_classifier_that_is_trained_with_is_another_one_than_the_judge(post_train, tmp_path):
-    source, classifying = data.ArraySource(X, LABEL), post_train.image_classifier
-    found = [classifying.trained(source, tmp_path, steps=2, seed=seed) for seed in (0, 1)]
-    assert not np.array_equal(found[0].last.weight, found[1].last.weight)
+    source, features = data.ArraySource(X, LABEL), post_train.post_features
+    judge = post_train.image_classifier.trained(source, tmp_path, steps=2)  # as main does
+    space = features.make_space("classifier", source, tmp_path, steps=2)
+    assert not np.array_equal(judge.last.weight, space.features.classifier.last.weight)
     assert len(os.listdir(tmp_path)) == 2
-    again = classifying.trained(source, tmp_path, steps=2, seed=1)
-    np.testing.assert_array_equal(again.last.weight, found[1].last.weight)
+    again = features.make_space("classifier", source, tmp_path, steps=2)
+    np.testing.assert_array_equal(again.features.classifier.last.weight, space.features.classifier.last.weight)
+    as_judge = features.Space("classifier", features.OfClassifier(judge))
+    assert features.digest(again) == features.digest(space) != features.digest(as_judge)
+
+
+def test_populations_are_filled_with_images_of_the_start_under_labels_of_the_data(post_train):
+    source, features = data.ArraySource(X, LABEL), post_train.post_features
+    config = post_train.Config(batch=16, queue=100, features=("pixels",))
+    loss = post_train.objective(config, [features.Space("pixels", features.Pixels())], source, None, unroll=False)
+    parts, field = data.InTurn((data.FromPixels(),)), network()
+    state, again = (post_train.filled_state(config, loss, field, source, parts, lambda tree: tree) for _ in range(2))
+    assert state[0].count == 100
+    jax.tree.map(np.testing.assert_array_equal, state, again)
+    # A queue has the newest first: here the first rows of the seventh batch.
+    key = jr.fold_in(jr.key(1), 6)
+    row = data.Stream(source, 16, seed=1)[6]
+    eps = jr.normal(jr.fold_in(key, row.index[0]), (1, 8, 8))
+    made = features.Pixels()(mfx.sample(field, eps, jnp.asarray(row.condition[0])))
+    np.testing.assert_allclose(state[0].features[0], made - loss.losses[0].mean, atol=1e-5)
+
+
+def test_what_was_held_out_for_the_weights_is_held_out_again(post_train, here):
+    def parts(*flags, **about):
+        save("held.safetensors", about={"data": ["idx", "labels"], "test": [], **about})
+        config = run.parse(post_train.PRESETS, ["--start", "held.safetensors", *flags])
+        return post_train.open_data(config, checkpoint.read_weights("held.safetensors"), (1, 8, 8))
+
+    known = post_train.image_sources.open_parts(("idx", "labels"), (), size=(8, 8), holdout=0.4)
+    found = parts(holdout=0.4)
+    np.testing.assert_array_equal(found.test.rows, known.test.rows)
+    assert len(parts("--holdout", "0.1", holdout=0.4).test) == 20
+    assert len(parts(test=["idx", "labels"], holdout=0.4).test) == 200
 
 
 def test_digits_are_divided_as_they_were_for_the_weights(post_train):
@@ -215,17 +314,35 @@ def test_digits_are_divided_as_they_were_for_the_weights(post_train):
     [
         ("", "--start must be given, got none"),
         ("--start nowhere", "--start: No such file or directory: 'nowhere'|nowhere"),
-        ("--start idx", "idx: must be a file of save_weights"),
-        ("--start latents.safetensors", r"latents.safetensors: must be of images in \[-1, 1\], .*, got"),
-        ("--start guided.safetensors", "guided.safetensors: must be of a network that takes labels or nothing, got"),
-        ("--start flow.safetensors", "flow.safetensors: must be of a network with u trained at r < t, got one of Flow"),
+        ("--start idx", "--start: idx: must be a file of save_weights"),
+        ("--start latents.safetensors", r"--start must be of images in \[-1, 1\], .*, got"),
+        ("--start guided.safetensors", "--start must be of a network that takes labels or nothing, got"),
+        ("--start flow.safetensors", "--start must be of a network with u trained at r < t, got one of Flow Matching"),
         ("--accumulation 2", "--accumulation must be 1 for losses that are no means over rows, got 2"),
         ("--start unknown.safetensors", "--data must be given for unknown.safetensors, which does not name its data"),
-        ("--start large.safetensors", r"images must have the shape \(1, 16, 16\) of the network, got \(1, 8, 8\)"),
-        ("--start two.safetensors", "labels must be the 2 of the network, got 3"),
-        ("--start base.safetensors --data idx", "labels must be the 3 of the network, got None"),
-        ("--start plain.safetensors --data idx", "--features must be without classifier for .*, without labels"),
-        ("--start base.safetensors --batch 100", r"batch must lie in \[1, 72\], the rows of training images"),
+        (
+            "--start large.safetensors",
+            r"--data must be images of the shape \(1, 16, 16\) of the network, got \(1, 8, 8\)",
+        ),
+        ("--start two.safetensors", "--data must be images with the 2 labels of the network, got 3"),
+        (
+            "--start base.safetensors --data idx --holdout 0.2",
+            "--data must be images with the 3 labels of .*, got None",
+        ),
+        (
+            "--start base.safetensors --data idx",
+            "--holdout or --test must be given: nothing says what base.safetensors",
+        ),
+        (
+            "--start old.safetensors",
+            "--holdout or --test must be given: nothing says what old.safetensors never saw of idx",
+        ),
+        ("--start digits.safetensors --holdout 0.2", "--holdout must be left out for the digits, .*, got 0.2"),
+        (
+            "--start plain.safetensors --data idx --holdout 0.2",
+            "--features must be without classifier for .*, without labels",
+        ),
+        ("--start base.safetensors --batch 160", r"batch must lie in \[1, 150\], the rows of training images"),
         ("--holdout 0", r"--holdout must lie in \(0, 1\), got 0.0"),
         ("--learning-rate 2", r"--learning-rate must lie in \(0, 1\), got 2.0"),
         ("--features pixels pixels", "--features must be at least one space, and no space twice"),
@@ -235,6 +352,29 @@ def test_digits_are_divided_as_they_were_for_the_weights(post_train):
         ("--scales 0", "--scales must be > 0 and finite"),
         ("--population-decay 1", r"--population-decay must lie in \[0, 1\), got 1.0"),
         ("--decay 1", r"--decay must lie in \[0, 1\), got 1.0"),
+        ("--queue 200 --population-decay 0.5", "--population-decay must be left out with --queue, .*, got 0.5"),
+        (
+            "--loss drifting --queue 200",
+            "--queue must be left out with --loss drifting, which does not use it, got 200",
+        ),
+        ("--loss drifting --relative", "--relative must be left out with --loss drifting"),
+        ("--scales 0.1", "--scales must be left out with --loss frechet, which does not use it"),
+        (
+            "--start base.safetensors --batch 8",
+            r"--batch / \(1 - population-decay\) must be .* 128 features .*, got 80",
+        ),
+        (
+            "--start base.safetensors --features pixels --batch 16 --queue 60",
+            "--queue must be at least the 64 features of pixels, got 60",
+        ),
+        (
+            "--start base.safetensors --features pixels --batch 16 --reference 50",
+            "--reference, and the training images, must be at least the 64 features of pixels, got 50",
+        ),
+        (
+            "--start base.safetensors --loss drifting --batch 11",
+            "--batch must be at least 12 for drifting, 4 rows for each of 3 labels, got 11",
+        ),
         ("--evaluations 0", "--evaluations must be >= 1, got 0"),
         ("--features inception", "--features"),
     ],
@@ -247,6 +387,8 @@ def test_bad_input_ends_in_one_line_and_leaves_no_run(post_train, arguments, mes
     save("large.safetensors", mfx.DiT((1, 16, 16), mfx.DiTSize(1, 16, 2, 4), labels=3, key=jr.key(0)))
     save("two.safetensors", network(2))
     save("plain.safetensors", network(None))
+    save("old.safetensors", about={"data": ["idx", "labels"]})
+    save("digits.safetensors", about={"data": "digits", "holdout": 0.3, "seed": 1})
     with pytest.raises(SystemExit) as ended:
         run.main(post_train.main, post_train.PRESETS, argv=arguments.split())
     (line,) = capsys.readouterr().err.strip().splitlines()

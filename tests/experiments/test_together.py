@@ -28,7 +28,7 @@ TRAINING = {
     "images": f"{DIT} --data idx --steps 2 --batch 8",
     "fashion": f"{DIT} --data mnist --steps 2 --batch 8",
     "imagenet_latents": f"{DIT} --preset tiny --epochs 1.3 --batch 8",
-    "post_train": "--log-every 1 --start base.safetensors --data idx --features pixels --steps 2 --batch 8 --warmup 0",
+    "post_train": "--log-every 1 --start base.safetensors --data mnist --steps 2 --batch 16 --warmup 0 --test-run",
 }
 
 IMPORT = """
@@ -109,7 +109,7 @@ def save_mnist(folder):
 
 def save_network(path):
     """What images.py leaves, of a network that has learnt nothing."""
-    field = mfx.DiT((1, 8, 8), mfx.DiTSize(1, 8, 2, 4), key=jr.key(0))
+    field = mfx.DiT((1, 8, 8), mfx.DiTSize(1, 8, 2, 4), labels=10, key=jr.key(0))
     checkpoint.save_weights(path, field, notes=checkpoint.Notes(pixels=(-1, 1)))
 
 
