@@ -24,6 +24,7 @@ from mf_eqx import data, metrics, run
 Name: TypeAlias = Literal["pixels", "classifier", "lite0"]
 CLASSIFIER_SEED = 1
 """Of the classifier that is trained with; the one that judges has 0."""
+LITE0_FEATURES = 1280
 AT_ONCE = 100
 """Images whose features are computed at once."""
 
@@ -75,6 +76,13 @@ class Lite0(eqx.Module):
 
     def __call__(self, x: Float[Array, "channels height width"]) -> Float[Array, " features"]:
         return self.network(self.protocol(x[None])).pooled[0]
+
+
+def size(name: Name, shape: tuple[int, ...]) -> int:
+    """How many features images of this shape have in a space."""
+    if name == "pixels":
+        return jax.eval_shape(Pixels(), jax.ShapeDtypeStruct(shape, np.float32)).size
+    return LITE0_FEATURES if name == "lite0" else image_classifier.FEATURES
 
 
 def make_space(name: Name, train: data.AbstractSource, folder: Path, *, steps: int) -> Space:

@@ -228,32 +228,32 @@ def objective(
     if config.loss == "drifting":
         losses = tuple(place(mfx.Drifting(space.features, config.scales)) for space in spaces)
         return mfx.SampleObjective(losses, weights, times, unroll=unroll)
-    count = min(10 * config.batch if config.test_run else config.reference, len(train))
+    count = min(config.population_size if config.test_run else config.reference, len(train))
     losses, scaled = [], []
     for space, weight in zip(spaces, weights, strict=True):
         known = post_features.moments(space, train, count)
-        check_population(config, space.name, len(known.mean), count)
         loss = mfx.FrechetLoss(known.mean, known.cov, space.features, config.population, config.relative)
         losses.append(place(loss))
         scaled.append(weight if config.relative else weight / float(np.trace(known.cov)))
     return mfx.SampleObjective(losses, tuple(scaled), times, unroll=unroll)
 
 
-def check_population(config: Config, space: str, features: int, count: int) -> None:
-    """Refuses moments of fewer images than features, which say little of a distribution."""
-    if (found := config.population_size) < features:
-        names = "--queue must be" if config.queue else "--batch / (1 - population_decay) must be"
-        raise ValueError(f"{names} at least the {features} features of {space}, got {found}")
-    if count < features and not config.test_run:
-        rule = f"at least the {features} features of {space}"
-        raise ValueError(f"--reference, and the training images, must be {rule}, got {count}")
-
-
-def check_labels(config: Config, labels: int | None) -> None:
-    """Refuses batches in which a label has too few rows to drift."""
-    if config.loss == "drifting" and config.batch < (least := LEAST_ROWS * (labels or 1)):
-        rule = f"{least} for drifting, {LEAST_ROWS} rows for each of {labels or 1} labels"
-        raise ValueError(f"--batch must be at least {rule}, got {config.batch}")
+def check_numbers(config: Config, train: data.AbstractSource, labels: int | None) -> None:
+    """Refuses moments of fewer images than features, which say little of a distribution, and batches in which a label
+    has too few rows to drift."""
+    if config.loss == "drifting":
+        if config.batch < (least := LEAST_ROWS * (labels or 1)):
+            rule = f"{least} for drifting, {LEAST_ROWS} rows for each of {labels or 1} labels"
+            raise ValueError(f"--batch must be at least {rule}, got {config.batch}")
+        return
+    found, count = config.population_size, min(config.reference, len(train))
+    for name in config.features:
+        rule = f"must be at least the {post_features.size(name, train.row_shape)} features of {name}"
+        if found < post_features.size(name, train.row_shape):
+            flag = "--queue" if config.queue else "--batch / (1 - population_decay)"
+            raise ValueError(f"{flag} {rule}, got {found}")
+        if count < post_features.size(name, train.row_shape):
+            raise ValueError(f"--reference, and the training images, {rule}, got {count}")
 
 
 def filled_state(
@@ -287,7 +287,7 @@ def main(config: Config) -> None:
     start: Any = weights.fill(weights.make_network)
     train, test, names = open_data(config, weights, start.data_shape)
     labels = labels_of(weights)
-    check_labels(config, labels)
+    check_numbers(config, train, labels)
     parallelism, is_unrolled = run.parallelism(config), isinstance(start, mfx.UNet) and jax.default_backend() == "cpu"
     stream = data.Stream(train, config.batch, seed=config.seed, parallelism=parallelism)
     sampler = image_samples.Sampler("", mfx.sample, (config.evaluations,), config.evaluations, labels, names)

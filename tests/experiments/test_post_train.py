@@ -284,15 +284,15 @@ def test_populations_are_filled_with_images_of_the_start_under_labels_of_the_dat
 
 
 def test_what_was_held_out_for_the_weights_is_held_out_again(post_train, here):
-    def parts(*flags, **about):
+    def parts(share=None, **about):
         save("held.safetensors", about={"data": ["idx", "labels"], "test": [], **about})
-        config = run.parse(post_train.PRESETS, ["--start", "held.safetensors", *flags])
+        config = post_train.Config(start="held.safetensors", holdout=share)
         return post_train.open_data(config, checkpoint.read_weights("held.safetensors"), (1, 8, 8))
 
     known = post_train.image_sources.open_parts(("idx", "labels"), (), size=(8, 8), holdout=0.4)
     found = parts(holdout=0.4)
     np.testing.assert_array_equal(found.test.rows, known.test.rows)
-    assert len(parts("--holdout", "0.1", holdout=0.4).test) == 20
+    assert len(parts(0.1, holdout=0.4).test) == 20
     assert len(parts(test=["idx", "labels"], holdout=0.4).test) == 200
 
 
@@ -361,7 +361,7 @@ def test_digits_are_divided_as_they_were_for_the_weights(post_train):
         ("--scales 0.1", "--scales must be left out with --loss frechet, which does not use it"),
         (
             "--start base.safetensors --batch 8",
-            r"--batch / \(1 - population-decay\) must be .* 128 features .*, got 80",
+            r"--batch / \(1 - population_decay\) must be .* 128 features .*, got 80",
         ),
         (
             "--start base.safetensors --features pixels --batch 16 --queue 60",
