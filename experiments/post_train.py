@@ -69,8 +69,7 @@ class Config(run.Settings):
     evaluations: int = 1
     """Equal steps from noise to data in which images are generated."""
     population_decay: float = 0.9
-    """Decay per step of the running moments of generated features: with 0.9 they are of the last 10 batches. The longer
-    they lag behind, the smaller the learning rate must be."""
+    """Decay per step of the running moments of generated features: with 0.9 they are of about 10 batches."""
     queue: int = 0
     """Moments of so many of the last generated images, in place of running averages."""
     reference: int = 10_000

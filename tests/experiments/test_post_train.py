@@ -349,7 +349,7 @@ def test_digits_are_divided_as_they_were_for_the_weights(post_train):
         ("--feature-weights 1", "--feature-weights must be 2, one for each space, got 1"),
         ("--feature-weights 1 0", r"--feature-weights must be > 0, got \(1.0, 0.0\)"),
         ("--queue 100", "--queue must be 0 or at least the batch of 128, got 100"),
-        ("--scales 0", "--scales must be > 0 and finite"),
+        ("--loss drifting --scales 0", "--scales must be > 0 and finite"),
         ("--population-decay 1", r"--population-decay must lie in \[0, 1\), got 1.0"),
         ("--decay 1", r"--decay must lie in \[0, 1\), got 1.0"),
         ("--queue 200 --population-decay 0.5", "--population-decay must be left out with --queue, .*, got 0.5"),
