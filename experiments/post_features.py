@@ -8,7 +8,7 @@ import hashlib
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import equinox as eqx
 import image_classifier
@@ -95,11 +95,13 @@ def make_space(name: Name, train: data.AbstractSource, folder: Path, *, steps: i
     if name == "lite0":
         return Space(name, Lite0(metrics.load_efficientnet_lite0(), metrics.LITE0.without_rounding()))
 
-    def train_it() -> image_classifier.Classifier:
-        return image_classifier.trained(train, folder, steps=steps, seed=CLASSIFIER_SEED)
+    how: dict[str, Any] = {"steps": steps, "seed": CLASSIFIER_SEED}
+
+    def train_it() -> None:
+        image_classifier.trained(train, folder, **how)
 
     run.once(train_it)  # by the first process; all others read its file
-    return Space(name, OfClassifier(train_it()))
+    return Space(name, OfClassifier(image_classifier.trained(train, folder, **how)))
 
 
 def digest(space: Space) -> str:
