@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import mf_eqx as mfx
-from mf_eqx import checkpoint, data, run
+from mf_eqx import checkpoint, data, metrics, run
 
 DRAWS = np.random.default_rng(5)
 X = DRAWS.integers(64, 192, (200, 1, 8, 8), np.uint8)
@@ -283,6 +283,26 @@ def test_populations_are_filled_with_images_of_the_start_under_labels_of_the_dat
     eps = jr.normal(jr.fold_in(key, row.index[0]), (1, 8, 8))
     made = features.Pixels()(mfx.sample(field, eps, jnp.asarray(row.condition[0])))
     np.testing.assert_allclose(state[0].features[0], made - loss.losses[0].mean, atol=1e-5)
+
+
+def test_training_begins_with_a_full_population(finished, post_train):
+    """The first distance is near that of the population before, and far from that of a batch alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(finished.parents[2])
+        weights = checkpoint.read_weights("base.safetensors")
+        config = post_train.Config(start="base.safetensors", batch=16, features=("pixels",))
+        source = post_train.open_data(config, weights, (1, 8, 8)).train
+    pixels = post_train.post_features.make_space("pixels", source, finished, steps=0)
+    loss, parts = post_train.objective(config, [pixels], source, None, unroll=False), data.InTurn((data.FromPixels(),))
+    (state,) = post_train.filled_state(config, loss, network(), source, parts, lambda tree: tree)
+    batch = jax.vmap(lambda row: parts(row, jr.key(0)))(data.Stream(source, 16, seed=0)[0])
+    _, (found, _) = loss.evaluate(network(), batch, loss.init(), key=jr.key(0))
+    mean, covariance = state.mean / state.weight, state.product / state.weight
+    covariance = covariance - jnp.outer(mean, mean)
+    factor = np.asarray(loss.losses[0].factor)
+    full = metrics.frechet_distance_of_moments(mean, covariance, 0 * np.asarray(mean), factor @ factor.T)
+    first, alone = run.RunDirectory(finished).records()[0]["frechet_distance"], float(found["frechet_distance"].value)
+    assert abs(first - full) < abs(first - alone) / 5, (first, full, alone)
 
 
 def test_what_was_held_out_for_the_weights_is_held_out_again(post_train, here):
