@@ -290,7 +290,8 @@ def train(
         steps=int(state.step),
         decay=decay,
     )
-    checkpoint.save_weights(directory.path(f"ema_{decay}.safetensors"), field, {"data": "digits"}, notes)
+    about = {"data": "digits", "holdout": config.holdout, "seed": config.seed}  # which digits it never saw
+    checkpoint.save_weights(directory.path(f"ema_{decay}.safetensors"), field, about, notes)
     return field
 
 

@@ -172,7 +172,8 @@ def open_subject(config: Config, devices: mfx.Parallelism) -> saved.Subject:
         rule = "images of 1 or 3 channels, or latents of them, whose notes give a range of pixels"
         found = f"the shape {subject.shape} and the range {subject.notes.pixels}"
         raise ValueError(f"{config.weights}: samples must be {rule}, got {found}")
-    saved.check_steps(subject, max(len(row.times) - 1 for row in rows_of(config)), euler=config.euler)
+    for steps in sorted({len(row.times) - 1 for row in rows_of(config)}, reverse=True):
+        saved.check_steps(subject, steps, euler=config.euler)
     how = {"euler": config.euler, "untrained": config.untrained_guidance}
     saved.check_guidance(subject, config.guidance_scale, config.guidance_interval, **how)
     return subject

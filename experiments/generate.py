@@ -24,7 +24,7 @@ import jax
 import numpy as np
 import saved
 from jaxtyping import Int, Real
-from saved import check_guidance, check_steps, decoded, make_generator, open_subject, Subject
+from saved import check_guidance, check_steps, decoded, make_generator, open_subject, post_trained_evaluations, Subject
 
 import mf_eqx as mfx
 from mf_eqx import data, picture, run
@@ -142,7 +142,8 @@ def plan(config: Config, subject: Subject, devices: mfx.Parallelism) -> Job:
     if not euler and trained is not None and not trained.average:
         run.tell(f"{subject.path}: u was trained at r = t alone (Flow Matching), so steps are those of --euler")
         euler = True
-    times = config.times or mfx.uniform_times(config.evaluations or (EULER_STEPS if euler else 1))
+    default = EULER_STEPS if euler else post_trained_evaluations(subject.config) or 1
+    times = config.times or mfx.uniform_times(config.evaluations or default)
     check_steps(subject, len(times) - 1, euler=euler)
     how = {"euler": euler, "untrained": config.untrained_guidance}
     check_guidance(subject, config.guidance_scale, (config.guidance_interval,), **how)

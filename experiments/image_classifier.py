@@ -61,15 +61,16 @@ def prepared(x: UInt8[np.ndarray, "rows channels height width"]) -> Float[np.nda
     return image_sources.means_over_squares(x, MOST_NUMBERS) / np.float32(127.5) - 1
 
 
-def trained(source: data.AbstractSource, folder: Path, *, steps: int = STEPS) -> Classifier:
+def trained(source: data.AbstractSource, folder: Path, *, steps: int = STEPS, seed: int = 0) -> Classifier:
     """The classifier of these images: the one in `folder` that an earlier run left there, or a new one, which is left
     there.
 
-    **Arguments:** `source` of labelled images of uint8; `folder`; `steps` of training.
+    **Arguments:** `source` of labelled images of uint8; `folder`; `steps` of training; `seed` 0 for the classifier that
+    judges, another one for a classifier whose features are trained with.
     """
-    stream = data.Stream(source, min(BATCH, len(source)))
-    fresh = make(source)
-    recipe = [stream.fingerprint(), steps, BATCH, PEAK_RATE, repr(fresh)]
+    stream = data.Stream(source, min(BATCH, len(source)), seed=seed)
+    fresh = make(source, seed)
+    recipe = [stream.fingerprint(), steps, BATCH, PEAK_RATE, repr(fresh), *([seed] if seed else [])]
     path = folder / f"classifier_{run.digest(recipe)}.eqx"
     if path.exists():
         run.tell(f"{path}: the classifier of an earlier run")
@@ -82,11 +83,11 @@ def trained(source: data.AbstractSource, folder: Path, *, steps: int = STEPS) ->
     return classifier
 
 
-def make(source: data.AbstractSource) -> Classifier:
+def make(source: data.AbstractSource, seed: int = 0) -> Classifier:
     """One that has learnt nothing yet."""
     assert source.labels is not None
     channels, height, width = prepared(source.take(np.arange(1)).x).shape[1:]
-    return Classifier((channels, height, width), source.labels, key=jr.key(0))
+    return Classifier((channels, height, width), source.labels, key=jr.key(seed))
 
 
 def fit(

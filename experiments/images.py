@@ -374,8 +374,8 @@ def save_weights(
         steps=int(state.step),
         decay=config.decay,
     )
-    config_of_data = {"data": list(config.data)}
-    checkpoint.save_weights(directory.path("ema.safetensors"), state.averages[0], config_of_data, notes)
+    about = {"data": list(config.data), "test": list(config.test), "holdout": config.holdout}  # which it never saw
+    checkpoint.save_weights(directory.path("ema.safetensors"), state.averages[0], about, notes)
 
 
 def finish(

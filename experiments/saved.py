@@ -123,6 +123,9 @@ def check_times_and_guidance(times: Sequence[float], scales: Sequence[float], in
 
 def check_steps(subject: Subject, steps: int, *, euler: bool) -> None:
     """Refuses so many steps along values of u that were never trained, if the notes say which were."""
+    if not euler and (wanted := post_trained_evaluations(subject.config)) not in (None, steps):
+        reason = f"post-trained for samples of {wanted}"
+        raise ValueError(f"--evaluations must be {wanted} for {subject.path}, {reason}, got {steps}")
     if (trained := subject.notes.trained) is None:
         return
     if euler and not trained.velocity:
@@ -133,6 +136,14 @@ def check_steps(subject: Subject, steps: int, *, euler: bool) -> None:
         rule = "1, or --euler be given," if trained.velocity else "1"
         reason = "whose averages u(z, r, t) were trained at r = 0 alone"
         raise ValueError(f"--evaluations must be {rule} for {subject.path}, {reason}, got {steps}")
+
+
+def post_trained_evaluations(about: dict[str, Any]) -> int | None:
+    """Of weights by post_train.py: the equal steps in which the samples were made that it trained."""
+    match about.get("post_training"):
+        case [*_, {"evaluations": int(evaluations)}]:
+            return evaluations
+    return None
 
 
 def check_guidance(

@@ -24,7 +24,7 @@ second line are imported explicitly, so that a training job does not load what i
     _drawn_guidance.py guidance drawn for each row, an input of the field
     _identity/         one file per method, and what holds of it
     _objective.py      from a batch to a loss: boundary condition + identity
-    _batch_objective/  losses on whole batches, one file each
+    _batch_objective/  losses on whole batches of generated samples, one file each
     _gradient.py       gradients in turn: kinds of rows, micro-batches, devices
     _model/            DiT, in-context DiT, U-Net and MLP; networks that predict data
     nn/                public blocks: attention, embeddings, stacks (scan, remat), what optimisers must know of them
@@ -59,7 +59,18 @@ Shapes and types of all of it are checked while it is traced if `jaxtyping.insta
 
 from . import nn as nn
 from ._batch import Batch as Batch
-from ._batch_objective import FrechetLoss as FrechetLoss, RunningMoments as RunningMoments
+from ._batch_objective import (
+    AbstractPopulation as AbstractPopulation,
+    AbstractSampleLoss as AbstractSampleLoss,
+    Drifting as Drifting,
+    FrechetLoss as FrechetLoss,
+    PopulationMoments as PopulationMoments,
+    QueuedFeatures as QueuedFeatures,
+    QueuedPopulation as QueuedPopulation,
+    RunningMoments as RunningMoments,
+    RunningPopulation as RunningPopulation,
+    SampleObjective as SampleObjective,
+)
 from ._derivative import (
     AbstractDerivative as AbstractDerivative,
     CentralDifference as CentralDifference,

@@ -1,4 +1,4 @@
-"""Run by `test_frechet_loss.py` in a process of its own that sees eight forced CPU devices; prints what it measures."""
+"""Run by `test_sample_objective.py` in a process of its own that sees eight forced CPU devices; prints its results."""
 
 import json
 
@@ -13,38 +13,55 @@ import mf_eqx as mfx
 
 PAIRS = {"identity_share": 0.5, "time_pairs": mfx.TimePairs(mfx.UniformTimes())}
 OBJECTIVES = {
-    "FrechetLoss": lambda: mfx.FrechetLoss(np.ones(2), np.eye(2), decay=0.5),
+    "SampleObjective": lambda: mfx.SampleObjective(
+        (mfx.FrechetLoss(np.ones(2), np.eye(2), population=mfx.QueuedPopulation(100)), mfx.Drifting())
+    ),
     "InductiveMomentMatching": lambda: mfx.Objective(mfx.InductiveMomentMatching(), **PAIRS),
     "TerminalVelocityMatching": lambda: mfx.Objective(mfx.TerminalVelocityMatching(), **PAIRS),
 }
 
 
-def train(objective, devices, fsdp):
+def with_network_of_features(parallelism):
+    """As post_train.py makes it: arrays of a network, on all devices."""
+    network = mfx.nn.cast(eqx.nn.MLP(2, 3, 8, 1, key=jr.key(5)), jnp.float32)
+    loss = mfx.FrechetLoss(np.ones(3, np.float32), np.eye(3, dtype=np.float32), network, mfx.RunningPopulation(0.5))
+    return mfx.SampleObjective(loss if parallelism is None else parallelism.replicate(loss))
+
+
+def train(make_objective, devices, fsdp, dtype=jnp.float64):
     """All numbers of a state after three steps."""
     averages = [mfx.ExponentialAverage(0.5)]
     parallelism = None
     if devices > 1:
         parallelism = mfx.Parallelism(devices // fsdp, fsdp, least_size=64, devices=jax.devices()[:devices])
+    objective = make_objective(parallelism)
     step = mfx.TrainStep(objective, optax.sgd(0.1), averages, parallelism=parallelism, teacher=0)
 
     def make():
-        field = mfx.nn.cast(mfx.MLP(2, width=16, depth=1, key=jr.key(0)), jnp.float64)
+        field = mfx.nn.cast(mfx.MLP(2, width=16, depth=1, key=jr.key(0)), dtype)
         return mfx.init_state(field, step.optimizer, averages, objective, key=jr.key(1))
 
     state = make() if parallelism is None else parallelism.make(make)
     for seed in range(3):
-        batch = mfx.Batch(np.random.default_rng(seed).standard_normal((64, 2)))
+        batch = mfx.Batch(np.random.default_rng(seed).standard_normal((64, 2)).astype(dtype))
         state, _ = step(state, batch if parallelism is None else parallelism.place(batch))
     numbers = eqx.filter((state.field, state.averages, state.objective), eqx.is_inexact_array)
     return [np.asarray(leaf) for leaf in jax.tree.leaves(numbers)]
+
+
+def difference(runs):
+    """The largest of two runs."""
+    return max(float(np.max(np.abs(a - b))) for a, b in zip(*runs, strict=True))
 
 
 def main():
     found = {}
     with jax.enable_x64(True):
         for name, make in OBJECTIVES.items():
-            pairs = zip(train(make(), 1, 1), train(make(), 8, 4), strict=True)
-            found[name] = max(float(np.max(np.abs(a - b))) for a, b in pairs)
+            found[name] = difference(train(lambda _, make=make: make(), *devices) for devices in ((1, 1), (8, 4)))
+    with jax.enable_x64(False):
+        runs = (train(with_network_of_features, *devices, jnp.float32) for devices in ((1, 1), (8, 4)))
+        found["float32"] = difference(runs)
     print(json.dumps(found))
 
 

@@ -251,7 +251,7 @@ FLOATS = {
     "ConsistencyTraining.offset": lambda value: mfx.ConsistencyTraining(0.5, offset=value),
     "ContinuousConsistency.offset": lambda value: mfx.ContinuousConsistency(offset=value),
     "FlowAnchoredConsistency.power": mfx.FlowAnchoredConsistency,
-    "FrechetLoss.decay": lambda value: mfx.FrechetLoss(np.zeros(2), np.eye(2), decay=value),
+    "RunningPopulation.decay": mfx.RunningPopulation,
     "SigmoidSchedule.steepness": lambda value: mfx.SigmoidSchedule(0, 1, value),
     "AdaptiveWeight.power": lambda value: mfx.AdaptiveWeight(power=value),
     "AverageVelocity.atol": lambda value: exact.AverageVelocity(lambda z, t, c: z, atol=value),

@@ -1,31 +1,97 @@
 r"""The Frechet distance as a loss: between the features of generated samples and those of the data,
 
-$$|\mu - \mu_*|^2 + \mathrm{tr}\big(\Sigma + \Sigma_* - 2\, (\Sigma_*^{1/2} \Sigma\, \Sigma_*^{1/2})^{1/2}\big),$$
+$$|\mu - \mu_*|^2 + \mathrm{tr}\big(\Sigma + \Sigma_* - 2\, (\Sigma\, \Sigma_*)^{1/2}\big),$$
 
-with $\mu, \Sigma$ as running averages over steps, $m \leftarrow d\, m + (1 - d)\, m_{batch}$; the gradient goes through
-the current batch alone. The loss changes the distribution of one-step samples, and does not train the field at other
-(r, t): it is for a field that is already trained. Evaluate the result with other features than these.
+with $\mu, \Sigma$ over a population of samples (`RunningPopulation`, `QueuedPopulation`), of which the current batch
+alone is differentiated. It vanishes, and so does its gradient, where the moments are equal, whatever the distributions.
 
-Source: arXiv 2604.28190 (FD-loss).
+Samples of all conditions are compared together, so that the loss does not see whether a sample fits its condition.
+
+Several spaces of features are several losses of one `SampleObjective`. With `relative` each is divided by its own
+value, as the authors do where they add spaces, so that none outweighs the others by its unit.
+
+Source: Representation Frechet Loss for Visual Generation, Yang, Geng, Ju, Tian, Wang, 2026, arXiv 2604.28190.
 """
 
 from collections.abc import Callable
 from typing import Any
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
-import jax.random as jr
-from jaxtyping import Array, Float, Key
+import numpy as np
+from jaxtyping import Array, Float, PyTree
 
 from .._batch import Batch
 from .._custom_types import at_least_float32, Scalar
-from .._field import AbstractField
 from .._mean import Mean, Metrics
-from .._objective import AbstractObjective
-from .._row import Context
-from .._sample import sample
-from .._validate import check_finite
+from .._validate import check_finite, check_kind
+from .population import AbstractPopulation, RunningPopulation
+from .sample_objective import AbstractSampleLoss
+from .trace_of_root import trace_of_root
+
+
+class FrechetLoss(AbstractSampleLoss):
+    """The Frechet distance of generated samples to the data, for a `SampleObjective`.
+
+    **Arguments:**
+
+    - `mean`, `covariance`: of the features of the data, for example those of `mf_eqx.metrics.stream_moments`. The
+      loss is computed in their dtype, eigenvalues in float64 on all devices but TPUs.
+    - `features`: the function from one sample to a vector, by default the flattened sample.
+    - `population`: of the generated samples, of more of them than there are features. Fill it before the first step
+      by `SampleObjective.fill`: the first gradients would be too large otherwise.
+    - `relative`: whether the loss is the distance divided by its value, of which no derivative is taken. It is then 1,
+      and its gradient is that of the logarithm.
+
+    **Metrics:** `frechet_distance`, the distance.
+
+    **Raises:** `ValueError` if the moments are not finite, do not fit each other, or if the covariance is not symmetric
+    or has negative eigenvalues.
+    """
+
+    mean: Float[Array, " features"]
+    trace: Float[Array, ""]
+    factor: Float[Array, "features features"]
+    features: Callable[[Float[Array, "*data"]], Float[Array, " features"]]
+    population: AbstractPopulation
+    relative: bool
+
+    def __init__(
+        self,
+        mean: Any,
+        covariance: Any,
+        features: Callable[[Float[Array, "*data"]], Float[Array, " features"]] = jnp.ravel,
+        population: Any = RunningPopulation(),
+        relative: bool = False,
+    ):
+        check_kind("population", population, AbstractPopulation)
+        wide = np.asarray(covariance, np.float64)
+        check_finite("mean", np.asarray(mean, np.float64))
+        check_finite("covariance", wide)
+        if np.ndim(mean) != 1 or wide.shape != 2 * np.shape(mean):
+            found = f"{np.shape(mean)} and {wide.shape}"
+            raise ValueError(f"mean and covariance must be of shapes (dim,) and (dim, dim), got {found}")
+        self.mean = _as_floats(mean)
+        self.trace = jnp.asarray(np.trace(wide), self.mean.dtype)
+        self.factor = jnp.asarray(_factor(wide), self.mean.dtype)
+        self.features, self.population, self.relative = features, population, relative
+
+    def init(self) -> PyTree[Array]:
+        return self.population.init(self.mean)
+
+    def batches_to_fill(self, rows: int) -> int:
+        return self.population.batches_to_fill(rows)
+
+    def __call__(self, x: Float[Array, "rows *data"], batch: Batch, state: Any) -> tuple[Scalar, Metrics, Any]:
+        # Near the mean of the data, a mean outer product minus that of the mean loses no digits.
+        y = jax.vmap(self.features)(x).astype(self.mean.dtype) - self.mean
+        moments, state = self.population.add(state, y)
+        covariance = moments.product - jnp.outer(moments.mean, moments.mean)
+        cross = trace_of_root(covariance, self.factor)
+        distance = jnp.sum(moments.mean**2) + jnp.trace(covariance) + self.trace - 2 * cross
+        least = jnp.finfo(distance.dtype).eps * self.trace  # near 0 a distance is rounding
+        loss = distance / jnp.maximum(jax.lax.stop_gradient(distance), least) if self.relative else distance
+        return loss, {"frechet_distance": Mean(distance, jnp.ones((), distance.dtype))}, state
 
 
 def _as_floats(values: Any) -> Float[Array, "..."]:
@@ -33,74 +99,11 @@ def _as_floats(values: Any) -> Float[Array, "..."]:
     return at_least_float32(values if jnp.issubdtype(values.dtype, jnp.floating) else values.astype(float))
 
 
-def _product(a: Float[Array, "n k"], b: Float[Array, "k m"]) -> Float[Array, "n m"]:
-    return jnp.matmul(a, b, precision="highest")  # on recent GPUs float32 products are TF32 otherwise
-
-
-class RunningMoments(eqx.Module):
-    """Running averages over steps, starting from zero: of 1 (`weight`), and of the mean (`mean`) and the mean outer
-    product (`product`) of a batch's features minus the mean of the data's features."""
-
-    weight: Float[Array, ""]
-    mean: Float[Array, " features"]
-    product: Float[Array, "features features"]
-
-
-class FrechetLoss(AbstractObjective):
-    r"""The Frechet distance of one-step samples.
-
-    Its state, `RunningMoments`, is part of the training state: pass the objective to `init_state` too. The loss is not
-    a mean over rows, so the whole batch is differentiated at once, without accumulation.
-
-    **Arguments:** `mean`, `covariance` of the features of the data; `features` the function from one sample to a
-    vector, by default the flattened sample; `decay` d of the running averages, in [0, 1): 0.999 in the paper.
-
-    The loss is computed in the dtype of the moments. In float32, eigenvalues below about 1e-6 of the largest are lost,
-    and so is their part of the gradient: pass float64 moments if the device supports them.
-    """
-
-    mean: Float[Array, " features"] = eqx.field(converter=_as_floats)
-    covariance: Float[Array, "features features"] = eqx.field(converter=_as_floats)
-    features: Callable[[Float[Array, "*data"]], Float[Array, " features"]] = jnp.ravel
-    decay: float = eqx.field(default=0.999, converter=float)
-
-    def __check_init__(self):
-        check_finite("mean", self.mean)
-        check_finite("covariance", self.covariance)
-        if not 0 <= self.decay < 1:
-            raise ValueError(f"decay must lie in [0, 1), got {self.decay}")
-
-    @property
-    def divisor(self) -> None:
-        return None
-
-    @property
-    def needs_teacher(self) -> bool:
-        return False
-
-    def parts(self, batch: Batch) -> list[tuple[AbstractObjective, Batch]]:
-        return [(self, batch)]
-
-    def init(self) -> RunningMoments:
-        return jax.tree.map(jnp.zeros_like, RunningMoments(jnp.zeros((), self.mean.dtype), self.mean, self.covariance))
-
-    def evaluate(
-        self, field: AbstractField, batch: Batch, state: Any, *, key: Key[Array, ""], context: Context | None = None
-    ) -> tuple[Scalar, tuple[Metrics, RunningMoments]]:
-        def generated(example: Batch) -> Float[Array, " features"]:
-            eps = jr.normal(jr.fold_in(key, example.index), example.x.shape, at_least_float32(example.x).dtype)
-            return self.features(sample(field, eps, example.condition)).astype(self.mean.dtype) - self.mean
-
-        y = jax.vmap(generated)(batch)
-        new = RunningMoments(jnp.ones((), y.dtype), jnp.mean(y, axis=0), _product(y.T, y) / len(y))
-        state = jax.tree.map(lambda old, new: self.decay * old + (1 - self.decay) * new, state, new)
-        mean = state.mean / state.weight
-        loss = self._distance(mean, state.product / state.weight - jnp.outer(mean, mean))
-        return loss, ({"loss": Mean(loss, jnp.ones(()))}, jax.lax.stop_gradient(state))
-
-    def _distance(self, mean: Float[Array, " features"], covariance: Float[Array, "features features"]) -> Scalar:
-        values, vectors = jnp.linalg.eigh(self.covariance)
-        root = _product(vectors * jnp.sqrt(jnp.maximum(values, 0)), vectors.T)
-        squares = jnp.linalg.eigvalsh(_product(root, _product(covariance, root)))
-        cross = jnp.sum(jnp.sqrt(jnp.maximum(squares, jnp.finfo(squares.dtype).tiny)))
-        return jnp.sum(mean**2) + jnp.trace(covariance) + jnp.trace(self.covariance) - 2 * cross
+def _factor(covariance: Float[np.ndarray, "dim dim"]) -> Float[np.ndarray, "dim dim"]:
+    """F with F F^T = C, on the host, once. Moments that were stored in float32 may have small errors."""
+    if (asymmetry := np.abs(covariance - covariance.T).max()) > 1e-5 * np.abs(covariance).max():
+        raise ValueError(f"covariance must be symmetric, got entries that differ by {asymmetry} from the transpose")
+    values, vectors = np.linalg.eigh(covariance)
+    if values.min() < -1e-5 * np.abs(values).max():
+        raise ValueError(f"covariance must be positive semi-definite, got the eigenvalue {values.min()}")
+    return vectors * np.sqrt(np.maximum(values, 0))

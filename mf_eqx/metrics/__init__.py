@@ -59,6 +59,7 @@ from ._protocol import (
     Protocol as Protocol,
     round_to_pixels as round_to_pixels,
     TORCH_FIDELITY as TORCH_FIDELITY,
+    unrounded_pixels as unrounded_pixels,
 )
 from ._resize import resize_half_pixel as resize_half_pixel, resize_tensorflow1 as resize_tensorflow1
 from ._sample_quality import sample_quality as sample_quality, SampleQuality as SampleQuality

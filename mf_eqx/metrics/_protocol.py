@@ -22,9 +22,11 @@ and that package changed its resize in version 1.8. Numbers published before Jul
 `LITE0` is for `EfficientNetLite0`: pixels as of `ADM`, 96 x 96 between pixel centres, then $(\cdot - 127) / 128$. The
 side is a compromise between time and what the features tell apart, measured on Fashion-MNIST (experiments/RESULTS.md).
 
-Another protocol is another object: `Protocol("mine", round_to_pixels, resize_half_pixel)`.
+Another protocol is another object: `Protocol("mine", round_to_pixels, resize_half_pixel)`. Rounding has no derivative:
+features that are trained with come from `Protocol.without_rounding`.
 """
 
+import dataclasses
 from collections.abc import Callable
 
 import equinox as eqx
@@ -64,6 +66,16 @@ def floor_to_pixels(x: Float[Array, "*axes"]) -> UInt8[Array, "*axes"]:
     return jnp.floor(255 * jnp.clip(0.5 * at_least_float32(x) + 0.5, 0, 1)).astype(jnp.uint8)
 
 
+def unrounded_pixels(x: Float[Array, "*axes"]) -> Float[Array, "*axes"]:
+    """Samples in [-1, 1] on the scale of pixels, neither rounded nor clipped: 127.5 x + 127.5. Its derivative is the
+    same everywhere, so that a loss also sees by how much a sample leaves the range.
+
+    **Raises:** `ValueError` if x is not floating point.
+    """
+    _check_samples(x)
+    return 127.5 * at_least_float32(x) + 127.5
+
+
 def _check_samples(x: Float[Array, "*axes"]) -> None:
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"x must be samples in floating point, in [-1, 1], got {x.dtype}")
@@ -81,7 +93,7 @@ class Protocol(eqx.Module):
     """
 
     name: str
-    quantise: Callable[[Float[Array, "*axes"]], UInt8[Array, "*axes"]]
+    quantise: Callable[[Float[Array, "*axes"]], UInt8[Array, "*axes"] | Float[Array, "*axes"]]
     resize: Callable[[Float[Array, "*rows height width"]], Float[Array, "*rows new_height new_width"]]
     centre: float = 128.0
 
@@ -99,6 +111,10 @@ class Protocol(eqx.Module):
         pixels = x if x.dtype == jnp.uint8 else self.quantise(x)
         resized = (self.resize(pixels.astype(jnp.float32)) - self.centre) / 128
         return jnp.broadcast_to(resized, (*x.shape[:-3], 3, *resized.shape[-2:]))
+
+    def without_rounding(self) -> "Protocol":
+        """The same protocol for losses, which need a derivative: samples are neither rounded nor clipped."""
+        return dataclasses.replace(self, name=f"{self.name}, not rounded", quantise=unrounded_pixels)
 
 
 def _resize_lite0(x: Float[Array, "*rows height width"]) -> Float[Array, "*rows new_height new_width"]:

@@ -54,7 +54,7 @@ from ._own import (
     OwnFile as OwnFile,
 )
 from ._parallel import in_parallel as in_parallel
-from ._processes import is_first as is_first, local as local, Stopped as Stopped, tell as tell
+from ._processes import is_first as is_first, local as local, once as once, Stopped as Stopped, tell as tell
 from ._progress import Progress as Progress, Work as Work
 from ._settings import (
     CellSettings as CellSettings,

@@ -9,10 +9,12 @@
                                            hyperparameters of optax.inject_hyperparams are the new ones
     all else      new                      new
 
-"All else" are the number of steps, the order of the data, the random numbers, and the state of the objective.
+"All else" are the number of steps, the order of the data, the random numbers, and the state of the objective: as
+`make_state` makes them.
 """
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -143,7 +145,7 @@ def _with_parts(parts: TrainState, make_state: Callable[[], TrainState], step: T
     averages, opt_state = jax.tree.map(copy, (parts.averages, parts.opt_state))
     averages = eqx.combine(averages, state.averages)
     opt_state = _with_new_schedules(eqx.combine(opt_state, state.opt_state), state.opt_state)
-    return eqx.tree_at(lambda state: (state.averages, state.opt_state), state, (averages, opt_state))
+    return dataclasses.replace(state, averages=averages, opt_state=opt_state, objective=new.objective)
 
 
 def _with_new_schedules(opt_state: Any, new: Any) -> Any:

@@ -3,164 +3,135 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
-import optax
 import pytest
-from devices import run_on_devices
+from affine_field import Affine, affine, noise, samples
 
 import mf_eqx as mfx
-from mf_eqx.metrics import energy_distance, frechet_distance_of_moments
+from mf_eqx.metrics import frechet_distance_of_moments
 
 MEAN, COVARIANCE = np.array([0.5, -1.0]), np.array([[0.5, 0.2], [0.2, 0.3]])
 BATCH = mfx.Batch(np.zeros((64, 2), np.float32))
 
 
-class Affine(mfx.AbstractField):
-    """One step makes A eps + b of noise."""
-
-    matrix: jax.Array
-    shift: jax.Array
-
-    def __call__(self, z, r, t, condition=None, *, key=None):
-        return z - self.matrix @ z - self.shift
+def objective(mean=MEAN, covariance=COVARIANCE, population=mfx.RunningPopulation(0.9), **options):
+    mean, covariance = (np.asarray(moment, np.float32) for moment in (mean, covariance))
+    return mfx.SampleObjective(mfx.FrechetLoss(mean, covariance, population=population, **options))
 
 
-def affine():
-    return Affine(jnp.array([[1.0, 0.3], [0.0, 0.8]]), jnp.array([0.1, 0.2]))
-
-
-def loss(decay=0.9):
-    return mfx.FrechetLoss(MEAN.astype(np.float32), COVARIANCE.astype(np.float32), decay=decay)
-
-
-def samples(field, key, rows=64):
-    eps = jax.vmap(lambda index: jr.normal(jr.fold_in(key, index), (2,)))(jnp.arange(rows))
-    return np.asarray(eps @ field.matrix.T + field.shift, np.float64)
+@eqx.filter_jit
+def evaluated(loss, field, batch=BATCH, *, key=jr.key(0), state=None):
+    value, (metrics, after) = loss.evaluate(field, batch, loss.init() if state is None else state, key=key)
+    return value, metrics, after
 
 
 def test_first_loss_is_the_distance_of_the_batch():
     y = samples(affine(), jr.key(0))
     expected = frechet_distance_of_moments(y.mean(axis=0), np.cov(y.T, bias=True), MEAN, COVARIANCE)
-    found, (metrics, _) = loss().evaluate(affine(), BATCH, loss().init(), key=jr.key(0))
+    found, metrics, _ = evaluated(objective(), affine())
     np.testing.assert_allclose(found, expected, rtol=1e-4)
-    assert metrics["loss"].value == found
+    assert metrics["loss"].value == metrics["frechet_distance"].value == found
 
 
-def test_moments_are_averages_over_steps():
-    state, y = loss().init(), [samples(affine(), jr.key(seed)) for seed in range(3)]
-    for seed in range(3):
-        found, (_, state) = loss().evaluate(affine(), BATCH, state, key=jr.key(seed))
-    weights = 0.9 ** np.array([2, 1, 0]) / np.sum(0.9 ** np.arange(3))
-    mean = sum(w * part.mean(axis=0) for w, part in zip(weights, y, strict=True))
-    product = sum(w * part.T @ part / len(part) for w, part in zip(weights, y, strict=True))
-    expected = frechet_distance_of_moments(mean, product - np.outer(mean, mean), MEAN, COVARIANCE)
-    np.testing.assert_allclose(found, expected, rtol=1e-3)
+def test_features_are_compared_in_place_of_samples():
+    def features(x):
+        return jnp.stack([x[0] ** 2, x[0] * x[1], x[1], jnp.ones(())])
+
+    mean, covariance = np.array([1.0, 0.5, 0.0, 2.0]), np.diag([1.0, 2.0, 0.5, 0.0])
+    y = samples(affine(), jr.key(0))
+    y = np.stack([y[:, 0] ** 2, y[:, 0] * y[:, 1], y[:, 1], np.ones(64)], axis=1)
+    expected = frechet_distance_of_moments(y.mean(axis=0), np.cov(y.T, bias=True), mean, covariance)
+    found, _, _ = evaluated(objective(mean, covariance, features=features), affine())
+    np.testing.assert_allclose(found, expected, rtol=1e-4)
 
 
 def test_gradient_goes_through_the_current_batch_alone():
-    _, (_, before) = loss().evaluate(affine(), BATCH, loss().init(), key=jr.key(0))
+    _, _, before = evaluated(objective(), affine())
 
     def value(field, state):
-        return loss().evaluate(field, BATCH, state, key=jr.key(1))[0]
+        return evaluated(objective(), field, key=jr.key(1), state=state)[0]
 
     def fall(field):
-        moments = loss().evaluate(field, BATCH, loss().init(), key=jr.key(0))[1][1]
-        return value(affine(), moments)
+        return value(affine(), evaluated(objective(), field)[2])
 
     assert all(np.all(leaf == 0) for leaf in jax.tree.leaves(eqx.filter_grad(fall)(affine())))
-    step = 1e-2
-    moved = [eqx.tree_at(lambda f: f.shift, affine(), affine().shift + jnp.array([s, 0.0])) for s in (step, -step)]
-    slope = (value(moved[0], before) - value(moved[1], before)) / (2 * step)
-    np.testing.assert_allclose(eqx.filter_grad(value)(affine(), before).shift[0], slope, rtol=1e-2)
+    assert all(np.all(leaf != 0) for leaf in jax.tree.leaves(eqx.filter_grad(value)(affine(), before).shift))
 
 
-def trained(steps, objective, state=None):
-    """The state after so many steps in all."""
-    step = mfx.TrainStep(objective, optax.adam(optax.cosine_decay_schedule(1e-2, 300)))
-    if state is None:
-        field = mfx.MLP(2, width=32, depth=2, key=jr.key(0))
-        state = mfx.init_state(field, step.optimizer, (), objective, key=jr.key(1))
-    metrics = None
-    for _ in range(0 if steps == 0 else int(state.step), steps):
-        state, metrics = step(state, mfx.Batch(jnp.zeros((256, 2))))
-    return state, metrics
+@pytest.mark.parametrize("population", [mfx.RunningPopulation(0.7), mfx.QueuedPopulation(100)])
+def test_gradient_is_that_of_finite_differences_in_float64(population):
+    with jax.enable_x64(True):
+        loss = mfx.SampleObjective(mfx.FrechetLoss(MEAN, COVARIANCE, population=population))
+        field, batch = affine(jnp.float64), mfx.Batch(np.zeros((64, 2)))
+        _, _, state = evaluated(loss, field, batch)
+
+        @jax.jit
+        def value(matrix, shift):
+            return evaluated(loss, Affine(matrix, shift), batch, key=jr.key(1), state=state)[0]
+
+        gradient = jax.grad(value, argnums=(0, 1))(field.matrix, field.shift)
+        step = 1e-6
+        for number, parameter in enumerate((field.matrix, field.shift)):
+            for index in np.ndindex(parameter.shape):
+                moved = [[field.matrix, field.shift] for _ in range(2)]
+                for sign, both in zip((1, -1), moved, strict=True):
+                    both[number] = parameter.at[index].add(sign * step)
+                slope = (value(*moved[0]) - value(*moved[1])) / (2 * step)
+                np.testing.assert_allclose(gradient[number][index], slope, rtol=1e-6, atol=1e-9)
 
 
-def test_training_brings_samples_to_the_moments_of_the_data():
-    state, metrics = trained(300, loss())
-    x = jax.vmap(lambda eps: mfx.sample(state.field, eps))(jr.normal(jr.key(3), (4000, 2)))
-    np.testing.assert_allclose(jnp.mean(x, axis=0), MEAN, atol=0.1)
-    np.testing.assert_allclose(jnp.cov(x.T), COVARIANCE, atol=0.12)
-    truth = jr.multivariate_normal(jr.key(4), MEAN, COVARIANCE, (4000,))
-    assert energy_distance(x, truth) < 0.02
-    assert metrics["loss"].value < 0.02
+def test_gradient_vanishes_where_moments_are_equal_and_not_elsewhere():
+    with jax.enable_x64(True):
+        field, batch = affine(jnp.float64), mfx.Batch(np.zeros((64, 2)))
+        y = noise(jr.key(0), dtype=jnp.float64) @ np.asarray(field.matrix).T + np.asarray(field.shift)
+
+        def gradient(mean):
+            moments = mean, np.cov(y.T, bias=True)
+            loss = mfx.SampleObjective(mfx.FrechetLoss(*moments, population=mfx.RunningPopulation(0)))
+            return eqx.filter_grad(lambda field: evaluated(loss, field, batch)[0])(field)
+
+        assert max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(gradient(y.mean(axis=0)))) < 1e-10
+        np.testing.assert_allclose(gradient(y.mean(axis=0) - 0.5).shift, 1.0, rtol=1e-10)
 
 
-@pytest.mark.slow
-def test_state_of_the_objective_is_saved_and_training_continues_with_the_same_bits(tmp_path):
-    checkpoint = pytest.importorskip("mf_eqx.checkpoint")
-    pytest.importorskip("orbax.checkpoint")
-    half, _ = trained(5, loss())
-    checkpoints = checkpoint.Checkpoints(tmp_path / "checkpoints")
-    checkpoints.save(5, half)
-    checkpoints.wait()
-    whole, _ = trained(10, loss(), half)
-    restored = checkpoints.load(lambda: trained(0, loss())[0]).state
-    assert restored.objective.weight > 0
-    assert eqx.tree_equal(trained(10, loss(), restored)[0], whole)
+def test_relative_loss_has_the_gradient_of_the_logarithm():
+    distance, _, _ = evaluated(objective(), affine())
+    loss, metrics, _ = evaluated(objective(relative=True), affine())
+    np.testing.assert_allclose([loss, metrics["frechet_distance"].value], [1, distance], rtol=1e-6)
+    slopes = [eqx.filter_grad(lambda f, r=r: evaluated(objective(relative=r), f)[0])(affine()) for r in (True, False)]
+    np.testing.assert_allclose(slopes[0].matrix, slopes[1].matrix / distance, rtol=1e-4)
 
 
-@pytest.mark.slow
-def test_a_step_that_is_not_finite_leaves_the_moments_as_they_were():
-    state, _ = trained(2, loss())
-    spoiled = eqx.tree_at(lambda state: state.field, state, jax.tree.map(lambda leaf: leaf * jnp.nan, state.field))
-    before = jax.tree.map(np.asarray, spoiled.objective)
-    after, _ = trained(3, loss(), spoiled)
-    assert after.faults.total == 1
-    assert eqx.tree_equal(jax.tree.map(np.asarray, after.objective), before)
-
-
-def test_a_state_without_moments_is_refused():
-    step = mfx.TrainStep(loss(), optax.sgd(0.1))
-    state = mfx.init_state(affine(), step.optimizer, key=jr.key(0))
-    with pytest.raises(ValueError, match="init_state must be given the objective, FrechetLoss, which has a state"):
-        step(state, BATCH)
-
-
-def test_accumulation_is_refused():
-    with pytest.raises(ValueError, match="accumulation must be 1 for a loss that is no mean over rows, got 2"):
-        mfx.TrainStep(loss(), optax.sgd(0.1), accumulation=2)
-
-
-@pytest.mark.parametrize("decay", [-0.1, 1.0])
-def test_a_decay_that_is_none_is_refused(decay):
-    with pytest.raises(ValueError, match=rf"decay must lie in \[0, 1\), got {decay}"):
-        loss(decay)
-
-
-@pytest.fixture(scope="module")
-def on_devices():
-    return run_on_devices("methods_on_devices.py")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["FrechetLoss", "InductiveMomentMatching", "TerminalVelocityMatching"])
-def test_eight_devices_train_as_one_does(on_devices, name):
-    assert on_devices[name] < 1e-10
-
-
-def test_integers_are_moments_and_moments_that_are_not_finite_are_refused():
-    whole = mfx.FrechetLoss([0, 1], [[1, 0], [0, 1]])
-    gradient = eqx.filter_grad(lambda f: whole.evaluate(f, BATCH, whole.init(), key=jr.key(0))[0])(affine())
+def test_integers_are_moments():
+    loss = mfx.SampleObjective(mfx.FrechetLoss([0, 1], [[1, 0], [0, 1]]))
+    gradient = eqx.filter_grad(lambda field: evaluated(loss, field)[0])(affine())
     assert all((leaf != 0).any() for leaf in jax.tree.leaves(gradient))
-    for moments in (([np.nan, 0.0], np.eye(2)), ([0.0, 0.0], np.diag([1.0, np.inf]))):
-        with pytest.raises(ValueError, match="must be finite"):
-            mfx.FrechetLoss(*moments)
+
+
+@pytest.mark.parametrize(
+    ("mean", "covariance", "message"),
+    [
+        ([np.nan, 0.0], np.eye(2), "mean must be finite"),
+        ([0.0, 0.0], np.diag([1.0, np.inf]), "covariance must be finite"),
+        ([0.0, 0.0], np.eye(3), r"mean and covariance must be of shapes \(dim,\) and \(dim, dim\), got \(2,\)"),
+        (0.0, np.eye(1), r"mean and covariance must be of shapes .*, got \(\) and \(1, 1\)"),
+        ([0.0, 0.0], [[1.0, 0.5], [0.0, 1.0]], "covariance must be symmetric, got entries that differ by 0.5"),
+        ([0.0, 0.0], np.diag([1.0, -1.0]), "covariance must be positive semi-definite, got the eigenvalue -1.0"),
+    ],
+)
+def test_what_are_no_moments_is_refused(mean, covariance, message):
+    with pytest.raises(ValueError, match=message):
+        mfx.FrechetLoss(mean, covariance)
+
+
+def test_what_is_no_population_is_refused():
+    with pytest.raises(ValueError, match=r"population must be an instance of AbstractPopulation, got 0\.999"):
+        mfx.FrechetLoss(MEAN, COVARIANCE, population=0.999)
 
 
 def test_a_mean_far_from_zero_costs_no_precision():
     def slope(mean):
-        objective = mfx.FrechetLoss(np.full(2, mean), 0.01 * np.eye(2))
-        field = Affine(0.2 * jnp.eye(2), objective.mean)
-        return eqx.filter_grad(lambda f: objective.evaluate(f, BATCH, objective.init(), key=jr.key(0))[0])(field).matrix
+        loss = objective(np.full(2, mean), 0.01 * np.eye(2))
+        field = Affine(0.2 * jnp.eye(2), loss.losses[0].mean)
+        return eqx.filter_grad(lambda field: evaluated(loss, field)[0])(field).matrix
 
     np.testing.assert_allclose(slope(1000.0), slope(0.0), rtol=0.02, atol=0.002)

@@ -122,7 +122,7 @@ def test_weights_tell_of_what_network_and_data_they_are(finished):
     weights = checkpoint.read_weights(finished / "ema.safetensors")
     field = checkpoint.load_weights(finished / "ema.safetensors")
     assert (field.data_shape, field.null_label) == ((1, 8, 8), 3)
-    assert weights.config == {"data": ["idx", "labels"]}
+    assert weights.config == {"data": ["idx", "labels"], "test": [], "holdout": 0.25}
     assert (weights.notes.steps, weights.notes.decay, weights.notes.pixels) == (3, 0.5, (-1, 1))
 
 

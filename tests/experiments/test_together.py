@@ -6,11 +6,13 @@ import os
 import subprocess
 import sys
 
+import jax.random as jr
 import numpy as np
 import pytest
 from processes import ended, free_address, TESTS
 
-from mf_eqx import data
+import mf_eqx as mfx
+from mf_eqx import checkpoint, data
 
 for package in ("tyro", "matplotlib", "sklearn", "beartype", "grain", "orbax.checkpoint", "safetensors"):
     pytest.importorskip(package)
@@ -27,6 +29,7 @@ TRAINING = {
     "fashion": f"{DIT} --data mnist --steps 2 --batch 8",
     "imagenet_latents": f"{DIT} --preset tiny --epochs 1.3 --batch 8",
     "pixels": f"{DIT} --preset tiny --depth 2 --data mnist --epochs 0.4 --batch 8",
+    "post_train": "--log-every 1 --start base.safetensors --data mnist --steps 2 --batch 16 --warmup 0 --test-run",
 }
 
 IMPORT = """
@@ -105,6 +108,12 @@ def save_mnist(folder):
         (folder / f"{part}-labels-idx1-ubyte").write_bytes(label)
 
 
+def save_network(path):
+    """What images.py leaves, of a network that has learnt nothing."""
+    field = mfx.DiT((1, 8, 8), mfx.DiTSize(1, 8, 2, 4), labels=10, key=jr.key(0))
+    checkpoint.save_weights(path, field, notes=checkpoint.Notes(pixels=(-1, 1)))
+
+
 def records(folder):
     """All numbers of each step."""
     (path,) = folder.rglob("metrics.jsonl")
@@ -125,6 +134,7 @@ def test_two_processes_train_to_the_end_as_one_does(name, tmp_path):
         save_latents(folder / "data" / "imagenet256")
         save_idx(folder / "idx")
         save_mnist(folder / "mnist")
+        save_network(folder / "base.safetensors")
     several = ("--coordinator", free_address(), "--processes", "2", "--process")
     processes = [start_script(name, together, *several, process) for process in "01"]
     found = [ended(process, timeout=600) for process in (*processes, start_script(name, alone))]

@@ -71,6 +71,16 @@ def test_samples_go_the_way_of_their_pixels():
         np.testing.assert_array_equal(protocol(x), protocol(protocol.quantise(x)))
 
 
+def test_without_rounding_has_a_derivative_everywhere_and_the_same_pixels_up_to_half_a_level():
+    x = jnp.asarray(np.random.default_rng(0).uniform(-1, 1, (2, 1, 8, 8)), jnp.float32)
+    smooth = LITE0.without_rounding()
+    assert float(jnp.abs(smooth(x) - LITE0(x)).max()) < 0.6 / 128  # the rounding to half a level, and float32's
+    slope = jax.grad(lambda x: jnp.sum(smooth(x)))(1.5 * x)
+    np.testing.assert_allclose(slope, 3 * 144 * 127.5 / 128, rtol=0.3)  # 96 x 96 / 8 x 8 pixels of three channels each
+    assert not jax.grad(lambda x: jnp.sum(LITE0(x)))(x).any()
+    assert smooth.name != LITE0.name
+
+
 def test_protocols_have_names_of_their_own():
     assert len({protocol.name for protocol in PROTOCOLS}) == len(PROTOCOLS)
 

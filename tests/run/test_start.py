@@ -72,6 +72,21 @@ def test_weights_give_the_network_and_averages_that_are_its_copies(other, fresh,
     assert "ema.safetensors; new: averages, state of the optimiser, all else\n" in capsys.readouterr().out
 
 
+def test_the_state_of_the_objective_is_as_make_state_has_it(tmp_path):
+    field = mfx.MLP(2, width=8, depth=1, key=jr.key(0))
+    objective = mfx.SampleObjective(mfx.FrechetLoss(np.zeros(2, np.float32), np.eye(2, dtype=np.float32)))
+    step = mfx.TrainStep(objective, optax.sgd(0.1))
+    checkpoint.save_weights(tmp_path / "ema.safetensors", field)
+    filled = objective.fill(field, [mfx.Batch(np.zeros((8, 2), np.float32))], key=jr.key(1))
+
+    def make_state(filled):
+        state = mfx.init_state(field, step.optimizer, (), objective, key=jr.key(0))
+        return dataclasses.replace(state, objective=filled)
+
+    state = started(str(tmp_path / "ema.safetensors"), eqx.Partial(make_state, filled), step)()
+    assert same(state.objective, filled) and filled[0].weight > 0
+
+
 def test_the_number_of_a_checkpoint_chooses_it(other, tmp_path):
     path = other[0] / "checkpoints" / "00000001"
     state, last = begun(tmp_path, path), other[1]
