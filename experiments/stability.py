@@ -276,8 +276,7 @@ def save(config: Config, results: Mapping[Cell, Result], directory: run.RunDirec
 
 
 def save_figure(path: Path, config: Config, results: Mapping[Cell, Result]) -> None:
-    """The raw error of rows with r = t by step: a row of panels for each case, a panel for each remedy, a colour for each
-    seed."""
+    """The raw error of rows with r = t by step, every seed: a row of panels for each case, a panel for each remedy."""
     with run.optional("matplotlib"):
         from matplotlib.figure import Figure
     remedies = list(dict.fromkeys(cell.remedy for cell in results))
