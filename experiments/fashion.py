@@ -4,7 +4,7 @@
     python experiments/fashion.py --preset quick               480 s of CPU time, five minutes or more on 2 cores
     python experiments/fashion.py                              an estimated hour, not run whole yet
     python experiments/fashion.py --preset guided              with guidance inside the target
-    python experiments/fashion.py --preset gpu                 for minutes of a GPU, not run yet
+    python experiments/fashion.py --preset gpu                 a large network, for a GPU, not run yet
     python experiments/fashion.py --preset quick --network unet
     python experiments/fashion.py --identity-share 0 --power 0      Flow Matching with the same network
     python experiments/fashion.py --data folder                the same four IDX files from elsewhere, gzipped or not

@@ -444,7 +444,7 @@ PRESETS = {
         Config(guidance_input=True),
     ),
     "gpu": (
-        "a large network, for minutes of a GPU; not run yet",
+        "a large network in bfloat16, for a GPU; not run yet",
         Config(network_size="large", steps=6000, batch=256, learning_rate=4e-4, warmup=500, bfloat16=True),
     ),
 }
