@@ -37,12 +37,12 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import optax
-import prepare_latents
 from jaxtyping import Array, Float, install_import_hook, Key
 
 # Shapes and types are checked while the step is traced. JAXTYPING_DISABLE=1 turns this off.
 with install_import_hook("mf_eqx", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"):
     import guidance_flags
+    import prepare_latents
 
     import mf_eqx as mfx
     from mf_eqx import checkpoint, data, picture, run, vae
