@@ -61,6 +61,9 @@ class Drifting(AbstractSampleLoss):
     def init(self) -> None:
         return None
 
+    def batches_to_fill(self, rows: int) -> int:
+        return 0
+
     def __call__(self, x: Float[Array, "rows *data"], batch: Batch, state: None) -> tuple[Scalar, Metrics, None]:
         own, data = (at_least_float32(jax.vmap(self.features)(values)) for values in (x, batch.x))
         positives, negatives, unit = _normalised(jax.lax.stop_gradient((data, own)), batch.condition)

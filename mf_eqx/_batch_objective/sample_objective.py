@@ -44,9 +44,9 @@ class AbstractSampleLoss(eqx.Module):
     def init(self) -> PyTree[Array]:
         """The state before the first step, None if there is none."""
 
+    @abc.abstractmethod
     def batches_to_fill(self, rows: int) -> int:
         """How many batches of so many rows its state has to see before the first step; 0 if it needs none."""
-        return 0
 
     @abc.abstractmethod
     def __call__(self, x: Float[Array, "rows *data"], batch: Batch, state: Any) -> tuple[Scalar, Metrics, Any]:

@@ -25,6 +25,9 @@ class Seen(mfx.AbstractSampleLoss):
     def init(self):
         return jnp.zeros((64, 2))
 
+    def batches_to_fill(self, rows):
+        return 0
+
     def __call__(self, x, batch, state):
         return self.factor * jnp.mean(x), {"size": mfx.Mean(jnp.sum(x**2), jnp.ones(()))}, x
 
