@@ -48,6 +48,7 @@ def test_remedies_reach_the_objective(stability):
     assert made["references"].stable_target is case.references
 
 
+@pytest.mark.slow
 def test_a_network_without_attention_is_not_trained_with_qk_norm(stability):
     found = {cell[:2] for cell in stability.cells(stability.Config())}
     assert ("digits", "QK-norm") in found and ("MeanFlow", "QK-norm") not in found
