@@ -114,6 +114,7 @@ def test_objective_adds_the_terms_of_all_rows_to_its_loss():
     np.testing.assert_allclose(losses["both"] - losses["first"], losses["second"] - losses["none"], rtol=1e-10)
 
 
+@pytest.mark.slow
 def test_objective_gives_terms_the_data_also_with_guidance():
     field, batch = Labelled(Images(jnp.array([0.7, -0.3]))), mfx.Batch(jnp.ones((4, *SHAPE)), jnp.zeros(4, int))
     watched = Watched([])

@@ -129,6 +129,7 @@ def trained(steps, objective, state=None):
     return state, metrics
 
 
+@pytest.mark.slow
 def test_training_brings_samples_to_the_moments_of_the_data():
     state, metrics = trained(300, frechet())
     x = jax.vmap(lambda eps: mfx.sample(state.field, eps))(jr.normal(jr.key(3), (4000, 2)))

@@ -139,6 +139,7 @@ def test_commands_of_the_paper_give_test_images(pixels):
 # What trains what
 
 
+@pytest.mark.slow
 def test_muon_trains_the_matrices_of_each_block_by_themselves_and_adam_trains_patches_and_positions(pixels):
     config = dataclasses.replace(
         pixels.PRESETS["tiny"][1], depth=3, head_depth=1, width=8, heads=2, bottleneck=4, learning_rate=0.1

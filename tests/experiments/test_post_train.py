@@ -285,6 +285,7 @@ def test_populations_are_filled_with_images_of_the_start_under_labels_of_the_dat
     np.testing.assert_allclose(state[0].features[0], made - loss.losses[0].mean, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_training_begins_with_a_full_population(finished, post_train):
     """The first distance is near that of the population before, and far from that of a batch alone."""
     with pytest.MonkeyPatch.context() as patch:
