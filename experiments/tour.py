@@ -1,7 +1,7 @@
 # %% [markdown]
 # # A tour of mf_eqx
 #
-#     python experiments/tour.py          100 seconds on 2 CPU cores; pictures are saved in runs/tour/
+#     python experiments/tour.py          200 seconds of CPU time; pictures are saved in runs/tour/
 #
 # This file is a script and a notebook: editors such as VS Code, PyCharm and Spyder run its cells one by one, and
 # `jupytext --to notebook experiments/tour.py` makes a notebook of it. `TOUR_STEPS=400` in the environment trains for
