@@ -5,7 +5,7 @@
 
 A run that was stopped, or killed, continues by the same command.
 
-Both cases have a plain squared error, no clipping, targets of single rows and a learning rate that is too high. A spike
+All cases have a plain squared error, no clipping, targets of single rows and a learning rate that is too high. A spike
 is a line of the log (a mean over 25 steps) whose raw error of rows with r = t is more than three times the median of
 the twenty lines before it.
 
@@ -44,8 +44,8 @@ class Remedy(NamedTuple):
     """Factor of the learning rate."""
     warmup: float = 0.02
     """Part of the training over which the learning rate rises."""
-    clip: float = math.inf
-    """Largest norm of a gradient."""
+    clip: float | None = None
+    """Largest norm of a gradient, None for any."""
     weight: mfx.AbstractWeight = mfx.ConstantWeight()
     short_gaps_first: bool = False
     """Over the first half of the training (`GapCurriculum`)."""
@@ -213,7 +213,9 @@ def train_step(config: Config, cell: Cell) -> mfx.TrainStep:
     case, remedy, steps = CASES[cell.case](), REMEDIES[cell.remedy], steps_of(config, cell)
     rate, warmup = case.learning_rate * remedy.rate, round(remedy.warmup * steps)
     schedule = optax.warmup_cosine_decay_schedule(0, rate, warmup, max(steps, warmup + 1), rate / 100)
-    optimizer = optax.chain(optax.clip_by_global_norm(remedy.clip), optax.adam(schedule))
+    optimizer = optax.adam(schedule)
+    if remedy.clip is not None:
+        optimizer = optax.chain(optax.clip_by_global_norm(remedy.clip), optimizer)
     return mfx.TrainStep(objective(case, remedy, steps), optimizer, [mfx.ExponentialAverage(0.99)], unroll=True)
 
 
