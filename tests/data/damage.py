@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 pytest.importorskip("hypothesis")
-from hypothesis import given as given, HealthCheck, settings, strategies as st
+from hypothesis import example as example, given as given, HealthCheck, settings, strategies as st
 
 # Small files, many of them; the machine may be slow, and fixtures are shared on purpose.
 QUICK = settings(max_examples=60, deadline=None, database=None, suppress_health_check=list(HealthCheck))

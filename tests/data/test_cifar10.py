@@ -10,7 +10,7 @@ import tracemalloc
 
 import numpy as np
 import pytest
-from damage import flipped, flips, given, opens_or_is_refused, QUICK, read_all, st
+from damage import example, flipped, flips, given, opens_or_is_refused, QUICK, read_all, st
 
 from mf_eqx import _plain_pickle
 from mf_eqx.data import _cifar10
@@ -502,12 +502,15 @@ def test_flipped_header_of_an_archive_gives_rows_or_is_refused(flip, tmp_path_fa
 
 
 @QUICK
+@example(flip=(144, 16))  # another code for the same bytes
 @given(flip=flips(len(packed(ARCHIVE)) - 10))
-def test_flipped_byte_of_a_gzipped_archive_is_refused(flip, tmp_path_factory):
+def test_flipped_byte_of_a_gzipped_archive_changes_nothing_or_is_refused(flip, tmp_path_factory):
     path = tmp_path_factory.getbasetemp() / "flipped.tar.gz"
     position, bits = flip
     path.write_bytes(flipped(packed(ARCHIVE), (position + 10, bits)))  # the header's time and flags are for people
-    assert not opens_or_is_refused(lambda: read_cifar10(path, train=False))
+    # Some flips change nothing: two codes of a compressor may stand for the same bytes.
+    opened = opens_or_is_refused(lambda: read_cifar10(path, train=False))
+    assert not opened or gzip.decompress(path.read_bytes()) == ARCHIVE
 
 
 @QUICK

@@ -39,6 +39,13 @@ def save(path="base.safetensors", field=None, about=None, **notes):
     checkpoint.save_weights(path, network() if field is None else field, about, checkpoint.Notes(**notes))
 
 
+def save_inputs():
+    """Images with labels, and weights to start from, in the working directory."""
+    save_idx("idx", X[:, 0])
+    save_idx("labels", LABEL)
+    save()
+
+
 @pytest.fixture(scope="module")
 def post_train(experiment):
     for package in ("safetensors", "PIL"):
@@ -49,9 +56,7 @@ def post_train(experiment):
 @pytest.fixture
 def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    save_idx("idx", X[:, 0])
-    save_idx("labels", LABEL)
-    save()
+    save_inputs()
     return tmp_path
 
 
@@ -76,9 +81,7 @@ def finished(post_train, room, tmp_path_factory):
     root = tmp_path_factory.mktemp("post_train")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
-        save_idx("idx", X[:, 0])
-        save_idx("labels", LABEL)
-        save()
+        save_inputs()
         run.main(post_train.main, post_train.PRESETS, argv=f"{LEARNS} --features pixels".split())
     return only("runs/*/*/config.json", root).parent
 
@@ -333,14 +336,12 @@ def test_digits_are_divided_as_they_were_for_the_weights(post_train):
 
 
 @pytest.fixture(scope="module")
-def full(post_train, tmp_path_factory):
+def refused(post_train, tmp_path_factory):
     """A directory with data and weights of every kind that post-training refuses."""
-    root = tmp_path_factory.mktemp("full")
+    root = tmp_path_factory.mktemp("refused")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
-        save_idx("idx", X[:, 0])
-        save_idx("labels", LABEL)
-        save()
+        save_inputs()
         save("latents.safetensors", pixels=None)
         save("guided.safetensors", network(guidance=True))
         save("unknown.safetensors", about={})
@@ -423,11 +424,11 @@ def full(post_train, tmp_path_factory):
         ("--features inception", "--features"),
     ],
 )
-def test_bad_input_ends_in_one_line_and_leaves_no_run(post_train, arguments, message, capsys, full, monkeypatch):
-    monkeypatch.chdir(full)
+def test_bad_input_ends_in_one_line_and_leaves_no_run(post_train, arguments, message, capsys, refused, monkeypatch):
+    monkeypatch.chdir(refused)
     with pytest.raises(SystemExit) as ended:
         run.main(post_train.main, post_train.PRESETS, argv=arguments.split())
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert ended.value.code == 2
     assert re.search(message, line), line
-    assert not list(full.glob("runs/*/*/config.json"))
+    assert not list(refused.glob("runs/*/*/config.json"))

@@ -32,7 +32,7 @@ def path(tensors, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def inception(path, room):
+def inception(path):
     return load_inception(path)
 
 
