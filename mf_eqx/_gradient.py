@@ -89,12 +89,26 @@ class Differentiation(eqx.Module):
         """Each device's rows are differentiated separately, and the results are summed over devices once, at the end.
         Otherwise the compiler would sum over devices wherever a gradient arises: in every iteration of a backward loop,
         and once for each kind of rows."""
-        if self.parallelism is None:
+        if self.parallelism is None or self.parallelism.shards == 1:
             return self._micro_batches(field, batch)
-        differentiate = jax.vmap(lambda rows: self._micro_batches(field, rows))
-        metrics, gradients = differentiate(_in_parts(batch, self.parallelism.shards))
-        metrics = jax.tree.map(lambda m: jnp.sum(m, axis=0), metrics)
-        return metrics, self.parallelism.spread(jax.tree.map(lambda g: jnp.mean(g, axis=0), gradients))
+        shards = self.parallelism.shards
+        arrays, static = eqx.partition((field, self), eqx.is_array)
+
+        # Not a vmap over the devices' parts: it makes a grouped convolution of the gradient of a convolution's weight,
+        # which XLA's partitioner gets wrong for some kernels of one pixel.
+        def differentiate(arrays: Any, rows: Batch) -> tuple[Metrics, PyTree[Any]]:
+            field, alone = eqx.combine(arrays, static)
+            metrics, gradients = alone._micro_batches(field, rows)
+            return jax.lax.psum((metrics, jax.tree.map(lambda g: g / shards, gradients)), ("data", "fsdp"))
+
+        everywhere = PartitionSpec()
+        return jax.shard_map(
+            differentiate,
+            mesh=self.parallelism.mesh,
+            in_specs=(everywhere, self.parallelism.rows.spec),
+            out_specs=everywhere,
+            check_vma=False,
+        )(arrays, batch)
 
     def _micro_batches(self, field: AbstractField, batch: Batch) -> tuple[Metrics, PyTree[Any]]:
         """The rows of a device are differentiated one micro-batch after the other."""

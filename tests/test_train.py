@@ -832,6 +832,11 @@ def test_features_of_a_perceptual_term_train_the_field_alike_on_any_devices_and_
     assert all(layout["difference"] <= 1e-6 and layout["unchanged"] for layout in found.values()), found
 
 
+@pytest.mark.parametrize("devices", ["2", "8"])
+def test_convolutions_have_the_gradients_of_one_device(on_devices, devices):
+    assert on_devices["convolved"][devices] <= 1e-6
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_new_state_takes_the_place_of_the_old_one_wherever_it_lies(in_layout):
     assert in_layout["kept"] == 0

@@ -181,6 +181,36 @@ def perceptual():
     return result
 
 
+class Pointwise(mfx.AbstractField):
+    """A field of images whose channels are mixed by convolutions of one pixel."""
+
+    wide: eqx.nn.Conv2d
+    narrow: eqx.nn.Conv2d
+
+    def __init__(self, channels, *, key):
+        wide_key, narrow_key = jr.split(key)
+        self.wide = eqx.nn.Conv2d(channels, 2 * channels, 1, key=wide_key)
+        self.narrow = eqx.nn.Conv2d(2 * channels, channels, 1, key=narrow_key)
+
+    def __call__(self, z, r, t, condition=None, *, key=None):
+        return self.narrow(jnp.tanh(self.wide(z) * jnp.cos(t + r)))
+
+
+def convolved(devices):
+    """How the parameters of a field with convolutions differ from those of one device after three steps."""
+    trained = []
+    for number in (1, devices):
+        parallelism = mfx.Parallelism(number, devices=jax.devices()[:number])
+        field = Pointwise(devices, key=jr.key(7))
+        state = parallelism.make(lambda field=field: mfx.init_state(field, OPTIMIZER, key=jr.key(1)))
+        step = mfx.TrainStep(mfx.Objective(), OPTIMIZER, parallelism=parallelism)
+        x = np.random.default_rng(4).standard_normal((ROWS, devices, 6, 6)).astype(np.float32)
+        for _ in range(3):
+            state, _ = step(state, parallelism.place(mfx.Batch(x)))
+        trained.append([np.asarray(leaf) for _, leaf in arrays(state.field)])
+    return difference(*trained)
+
+
 def refusal(number):
     """What is said about a batch of so many rows."""
     step, state, spread = make_small(Layout(8, fsdp=4), jnp.float32)
@@ -208,6 +238,7 @@ def main(names):
         "shared": collectives(make_dit(Layout(8, fsdp=4)), (1, 4, 4)),
         "layouts": layouts(QUICK),
         "perceptual": perceptual(),
+        "convolved": {devices: convolved(devices) for devices in (2, 8)},
         "refused": {number: refusal(number) for number in (40, 20)},
     }
     with jax.enable_x64(True):
