@@ -61,14 +61,15 @@ class Faults(eqx.Module):
 class TrainState(eqx.Module):
     """Everything that training changes.
 
-    **Arguments:** `field` to be learnt; `opt_state` of the optimiser; `averages` of the field, each a complete field;
+    **Arguments:** `field` to be learnt, an `AbstractField` or another network of the kind that the objective `learns`;
+    `opt_state` of the optimiser; `averages` of the field, each a complete field;
     `step` number of finished steps; `key` of the whole run, never changed; `faults` so far; `objective` the state of
     an objective that has one, see `AbstractObjective.init`.
     """
 
-    field: AbstractField
+    field: Any
     opt_state: PyTree[Any]
-    averages: tuple[AbstractField, ...]
+    averages: tuple[Any, ...]
     step: Int[Array, ""]
     key: Key[Array, ""]
     faults: Faults
@@ -76,7 +77,7 @@ class TrainState(eqx.Module):
 
 
 def init_state(
-    field: AbstractField,
+    field: Any,
     optimizer: optax.GradientTransformation,
     averages: Sequence[ExponentialAverage] = (),
     objective: AbstractObjective | None = None,
@@ -86,14 +87,18 @@ def init_state(
     """The state before the first step.
 
     **Arguments:** `field` freshly made or trained before; `optimizer` and `averages` the same as the `TrainStep`'s;
-    `objective` also the same if it has a state; `key` of the run. All arrays are copied, including those of the
-    optimiser's state, because steps donate the state.
+    `objective` also the same if it has a state, or learns another network than a field; `key` of the run. All arrays
+    are copied, including those of the optimiser's state, because steps donate the state.
 
-    **Raises:** `ValueError` if the field cannot be called as an `AbstractField` is, if it holds one parameter twice,
+    **Raises:** `ValueError` if the field cannot be called as an `AbstractField` is, or is not of the kind that the
+    objective learns, if it holds one parameter twice,
     since training would change the two copies separately, if `averages` is not a list, or if a step does not support
     the optimiser, see `TrainStep`.
     """
-    check_field(field)
+    if objective is None or objective.learns is AbstractField:
+        check_field(field)
+    else:
+        check_kind("field", field, objective.learns)
     check_key(key)
     _check_untied(field)
     field = jax.tree.map(copy, field)
@@ -104,7 +109,7 @@ def init_state(
     return TrainState(field, opt_state, averaged, jnp.zeros((), jnp.int32), copy(key), no_faults, objective_state)
 
 
-def _check_untied(field: AbstractField) -> None:
+def _check_untied(field: eqx.Module) -> None:
     """Refuses one array in two places: its two copies would be trained separately, though the field ties them."""
     names: dict[int, str] = {}
     for path, leaf in jax.tree.leaves_with_path(eqx.filter(field, eqx.is_inexact_array)):

@@ -9,15 +9,16 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from .._guidance import GuidanceRange, Trained
-from ..vae import AutoencoderSize
+from ..vae import AutoencoderSize, LatentStatistics
 
 
 class Tokenizer(NamedTuple):
-    """The tokenizer of which a field's data are latents: its `size`, and its `digest` (`vae.Autoencoder.digest`), or
-    None if only the size is known."""
+    """The tokenizer of which a field's data are latents: its `size`; its `digest` (`vae.Autoencoder.digest`), or None
+    if only the size is known; and the `statistics` by which latents were standardised."""
 
     size: AutoencoderSize
     digest: str | None = None
+    statistics: LatentStatistics = LatentStatistics()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Notes:
     **Arguments:**
 
     - `pixels`: for images, and for latents of images: the values of black and of full brightness, such as (-1, 1).
-    - `tokenizer`: for latents: what decodes them to pixels, after a division by `mf_eqx.vae.SCALE`.
+    - `tokenizer`: for latents: what decodes them to pixels, after `tokenizer.statistics.restore`.
     - `class_names`: the name of each label.
     - `trained`: which values of the field were trained: `Objective.trained`.
     - `steps`: training steps.
@@ -83,7 +84,8 @@ class Notes:
         """All that is known, as values that JSON can hold."""
         known = {name: value for name, value in vars(self).items() if value is not None}
         if self.tokenizer is not None:
-            known["tokenizer"] = {"size": self.tokenizer.size._asdict(), "digest": self.tokenizer.digest}
+            size, digest, statistics = self.tokenizer
+            known["tokenizer"] = {"size": size._asdict(), "digest": digest, "statistics": statistics.as_json()}
         if self.trained is not None:
             known["trained"] = {name: value for name, value in self.trained._asdict().items() if value is not None}
         if self.trained is not None and self.trained.guidance is not None:
@@ -121,9 +123,11 @@ def notes_of_json(values: Mapping[str, Any]) -> Notes:
     known: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     try:
         if "tokenizer" in known:
-            size = dict(known["tokenizer"]["size"])
-            size["widths"] = tuple(size["widths"])
-            known["tokenizer"] = Tokenizer(AutoencoderSize(**size), known["tokenizer"]["digest"])
+            tokenizer = dict(known["tokenizer"])
+            size = {**tokenizer["size"], "widths": tuple(tokenizer["size"]["widths"])}
+            # Files from before there were statistics have latents of Stable Diffusion.
+            statistics = LatentStatistics(**{name: tuple(v) for name, v in tokenizer.get("statistics", {}).items()})
+            known["tokenizer"] = Tokenizer(AutoencoderSize(**size), tokenizer["digest"], statistics)
         if "trained" in known:
             trained = dict(known["trained"])
             if "guidance" in trained:

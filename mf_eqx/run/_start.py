@@ -24,7 +24,6 @@ import jax
 import jax.random as jr
 import optax
 
-from .._field import AbstractField
 from .._leaves import leaves, shapes
 from .._model import describe, make_network
 from .._optimizer import copy
@@ -105,15 +104,15 @@ def _newest_record(checkpoints: Checkpoints) -> tuple[dict[str, Any], dict[str, 
     return checkpoints.saved(oldest)
 
 
-def description_of(field: AbstractField) -> dict[str, Any] | None:
-    """That of `mf_eqx.describe`, None for a field that has none."""
+def description_of(field: eqx.Module) -> dict[str, Any] | None:
+    """That of `mf_eqx.describe`, None for a network that has none."""
     try:
         return describe(field)
     except ValueError:
         return None
 
 
-def _check_network(found: Mapping[str, Any] | None, field: AbstractField, path: Path) -> None:
+def _check_network(found: Mapping[str, Any] | None, field: eqx.Module, path: Path) -> None:
     """Refuses another network: one with other attention heads, say, has arrays of the same shapes. A network without a
     description is compared by its arrays alone."""
     wanted = description_of(field)

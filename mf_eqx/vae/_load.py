@@ -1,4 +1,4 @@
-"""Reading of weights in diffusers' layout."""
+"""Reading of weights in diffusers' layout, and writing of them."""
 
 import errno
 import json
@@ -7,16 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Shaped
 
+from .._files import write_whole
 from .._foreign import fill, Origin, read_safetensors
 from .._json import read_json_object
-from .._leaves import leaves, listed
+from .._leaves import leaves, listed, on_host
+from .._optional import optional
 from ._autoencoder import Autoencoder, AutoencoderSize, SD_VAE
+from ._moments import LatentStatistics, SCALE
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 _PICKLED = "diffusion_pytorch_model.bin"
@@ -42,16 +46,17 @@ _OLD_NAMES = {"qkv": ("query", "key", "value"), "out": ("proj_attn",)}
 
 
 def load_autoencoder(
-    path: str | Path, size: AutoencoderSize = SD_VAE, *, dtype: DTypeLike = jnp.float32
+    path: str | Path, size: AutoencoderSize | None = None, *, dtype: DTypeLike = jnp.float32
 ) -> Autoencoder:
     """The tokenizer in a file or folder of diffusers' `AutoencoderKL`. Requires safetensors (extra `export`).
 
     **Arguments:**
 
-    - `path`: a .safetensors file; or a folder that holds `diffusion_pytorch_model.safetensors`, directly or in `vae/`.
-      If a folder has a config.json, it must agree with `size`. (Its `scaling_factor` is ignored, since a tokenizer
-      applies no scale factor.) Names and shapes of the attention may be those of any version of diffusers.
-    - `size`: of the network in the file.
+    - `path`: a .safetensors file; or a folder that holds `diffusion_pytorch_model.safetensors`, directly or in `vae/`,
+      such as `save_autoencoder` writes. Names and shapes of the attention may be those of any version of diffusers.
+    - `size`: of the network in the file. None for the size that the folder's config.json says, and for `SD_VAE` where
+      there is none; a config.json must agree with a size that is given. (What it says of the scale of latents is for
+      `read_latent_statistics`: a tokenizer applies no scale.)
     - `dtype`: compute precision, see `Autoencoder`. Parameters are float32 for every dtype in the file.
 
     **Raises:** `FileNotFoundError` if `path` does not exist; `ValueError` that names the file if it is not a complete
@@ -62,11 +67,59 @@ def load_autoencoder(
     file = _file(path)
     config = file.with_name("config.json")
     if path.is_dir() and config.exists():
+        size = size or _size_in(config)
         _check_config(config, size)
+    size = size or SD_VAE
     network = eqx.filter_eval_shape(lambda key: Autoencoder(size, dtype=dtype, key=key), jr.key(0))
     tensors = read_safetensors(file)
     origins = {name: _origin(name, leaf.shape, tensors) for name, leaf in leaves(network).items()}
     return fill(network, origins, tensors, file)
+
+
+def read_latent_statistics(path: str | Path) -> LatentStatistics:
+    """What the config.json of a folder says of latents: `latents_mean` (or `shift_factor`), and `latents_std` over
+    `scaling_factor`; 0 and 1 / `SCALE` for what is not there, and for a file or a folder without config.json.
+
+    **Arguments:** `path` as for `load_autoencoder`.
+
+    **Raises:** as `load_autoencoder`; `ValueError` that names the file for values that are no statistics.
+    """
+    path = Path(path)
+    config = _file(path).with_name("config.json")
+    if not path.is_dir() or not config.exists():
+        return LatentStatistics()
+    found = {name: value for name, value in read_json_object(config).items() if value is not None}
+    try:
+        mean = found.get("latents_mean", [found.get("shift_factor", 0.0)])
+        std = [value / found.get("scaling_factor", SCALE) for value in found.get("latents_std", [1.0])]
+        return LatentStatistics(tuple(map(float, mean)), tuple(map(float, std)))
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        raise ValueError(f"{config}: must say how latents are scaled, but cannot be read: {error}") from error
+
+
+def save_autoencoder(folder: str | Path, tokenizer: Autoencoder, statistics: LatentStatistics) -> None:
+    """Write a tokenizer as diffusers' `AutoencoderKL` keeps it, so that `load_autoencoder` and diffusers read it:
+    `diffusion_pytorch_model.safetensors`, and `config.json` with size and statistics. Equal arguments always give the
+    same bytes. One process writes, but all must call this function. Requires safetensors (extra `export`).
+
+    **Arguments:** `folder`, made if it is not there; `tokenizer` with arrays in float32; `statistics` of its latents.
+
+    **Raises:** `ValueError` for statistics of another number of channels; `OSError` if files cannot be written.
+    """
+    with optional("safetensors", extra=None):
+        import safetensors.numpy
+    statistics.check_channels(tokenizer.size.latent)
+    tensors = {}
+    for name, leaf in leaves(tokenizer).items():
+        origin, array = _origin(name, leaf.shape, {}), on_host(leaf)
+        for tensor, part in zip(origin.names, np.split(array, len(origin.names), axis=-1), strict=True):
+            tensors[tensor] = np.ascontiguousarray(part.T if part.ndim == 2 else part.reshape(origin.shape))
+    if jax.process_index() == 0:
+        of_latents = {"latents_mean": [*statistics.mean], "latents_std": [*statistics.std], "scaling_factor": 1.0}
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        write_whole(Path(folder, WEIGHTS), safetensors.numpy.save(tensors, {"format": "pt"}))
+        text = json.dumps(_config(tokenizer.size) | of_latents, indent=2) + "\n"
+        write_whole(Path(folder, "config.json"), text.encode())
 
 
 def _file(path: Path) -> Path:
@@ -84,6 +137,30 @@ def _file(path: Path) -> Path:
     pickled = any((folder / _PICKLED).is_file() for folder in (path, path / "vae"))
     found = f"only {_PICKLED}, which is pickled and not read" if pickled else "no such file in it or in vae/"
     raise ValueError(f"{path}: must be a folder with {WEIGHTS}, got {found}")
+
+
+_KEYS = {
+    "widths": "block_out_channels",
+    "blocks": "layers_per_block",
+    "latent": "latent_channels",
+    "groups": "norm_num_groups",
+    "channels": "in_channels",
+}
+"""The fields of an `AutoencoderSize` in config.json."""
+
+
+def _size_in(path: Path) -> AutoencoderSize:
+    """The size that a config.json says; of `SD_VAE` what it does not say."""
+    config = read_json_object(path)
+    found = {name: config[key] for name, key in _KEYS.items() if key in config}
+    is_whole = [
+        all(type(number) is int and number >= 1 for number in (value if isinstance(value, list) else [value]))
+        and isinstance(value, list) == (name == "widths")
+        for name, value in found.items()
+    ]
+    if not all(is_whole):
+        raise ValueError(f"{path}: must have integers >= 1 for {', '.join(_KEYS.values())}, got {found}")
+    return SD_VAE._replace(**found)._replace(widths=tuple(found.get("widths", SD_VAE.widths)))
 
 
 def _check_config(path: Path, size: AutoencoderSize) -> None:
@@ -104,12 +181,8 @@ def _config(size: AutoencoderSize) -> dict[str, Any]:
     levels = len(size.widths)
     return {
         "_class_name": "AutoencoderKL",
-        "in_channels": 3,
-        "out_channels": 3,
-        "latent_channels": size.latent,
-        "block_out_channels": [*size.widths],
-        "layers_per_block": size.blocks,
-        "norm_num_groups": size.groups,
+        **{key: [*value] if isinstance(value := getattr(size, name), tuple) else value for name, key in _KEYS.items()},
+        "out_channels": size.channels,
         "act_fn": "silu",
         "down_block_types": levels * ["DownEncoderBlock2D"],
         "up_block_types": levels * ["UpDecoderBlock2D"],
