@@ -126,6 +126,7 @@ class Field(mfx.AbstractField):
         return self.weight * z
 
 
+@pytest.mark.usefixtures("unchecked")
 def test_states_hold_what_the_objective_learns_and_nothing_else():
     objective, field = vae.AutoencoderObjective(), Field(jnp.ones(()))
     with pytest.raises(ValueError, match=r"field must be .*Autoencoder, got Field"):

@@ -343,7 +343,7 @@ def test_statistics_are_those_of_the_config(changes, expected, tmp_path):
     [{"scaling_factor": 0}, {"latents_std": [-1]}, {"latents_mean": "x"}, {"latents_std": 3}, {"scaling_factor": "1"}],
 )
 def test_statistics_that_cannot_be_are_refused(changes, tmp_path):
-    with pytest.raises(ValueError, match="config.json: must say how latents are scaled, but cannot be read: "):
+    with pytest.raises(ValueError, match=r"config\.json: must say how latents are scaled, but cannot be read: "):
         vae.read_latent_statistics(write_folder(tmp_path, **changes))
 
 
