@@ -13,11 +13,11 @@ in-context networks of improved MeanFlow, whose guidance is chosen at sampling.
 A run that was stopped, or killed, continues by the same command, on any number of devices and processes that divides
 the batch. The average ends as .safetensors beside the checkpoints; generate.py samples from it, evaluate.py judges it.
 With --vae the previews are images, else there are none; with --images, too, samples are held against test images at
-the end, as by images.py. Weights of improved MeanFlow are saved without the velocity
-head, which sampling does not use; to continue training, --start takes the directory of the run. The paper chooses scale
-and interval of guidance after training, as `evaluate.py --guidance-scale 4 6 8 --guidance-interval 0.4 0.65 0.4 0.6`
-does. Previews have those of its tables, but for iMF-M/2 and iMF-L/2: the paper samples them at 10.5, above every scale
-of the training, previews are at 8.
+the end, as by images.py. Weights of improved MeanFlow are saved without the velocity head, which sampling does not use;
+to continue training, --start takes the directory of the run. The paper chooses scale and interval of guidance after
+training, as `evaluate.py --guidance-scale 4 6 8 --guidance-interval 0.4 0.65 0.4 0.6` does. Previews have those of its
+tables, but for iMF-M/2 and iMF-L/2: the paper samples them at 10.5, above every scale of the training, previews are at
+8.
 
 The paper's FID at one evaluation (50,000 samples): B/4 without guidance after 80 epochs 61.06; B/2 6.17, M/2 5.01, L/2
 3.84, XL/2 3.43 after 240 epochs; XL/2+ after 1000 epochs with two evaluations 2.20. That of improved MeanFlow: iMF-B/2
@@ -310,11 +310,11 @@ def open_images(config: Config, latents: prepare_latents.Notes) -> image_sources
     if not config.test and not image_sources.has_test_images(Path(config.images)):
         raise ValueError(f"test must be given, as {config.images} has no test images of its own, got none")
     parts = image_sources.open_parts((config.images,), config.test, size=(latents.size,), holdout=0.1)
-    if (len(parts.train), parts.train.labels) != (latents.rows, latents.labels) or parts.test.labels is None:
-        rule = (
-            f"be the {latents.rows:,} images with {latents.labels} labels of {config.data}, and test images with labels"
-        )
-        raise ValueError(f"images must {rule}, got {len(parts.train):,} with {parts.train.labels}")
+    train, wanted = parts.train, (latents.rows, latents.size, latents.labels)
+    if (len(train), train.row_shape[1], train.labels) != wanted or parts.test.labels is None:
+        rule = "be the {:,} of {}, {} pixels high, with {} labels, and test images with labels"
+        found = f"{len(train):,} of shape {train.row_shape} with {train.labels}"
+        raise ValueError(f"images must {rule.format(latents.rows, config.data, *wanted[1:])}, got {found}")
     return parts
 
 
@@ -364,10 +364,11 @@ def main(config: Config) -> None:
         shown = preview if decoder is not None else None
         state = run.train(config, step, make_state, stream, directory, steps=steps, preview=shown, start=config.start)
         save(config, directory, state, source, decoder)
+        field = run.local(for_sampling(state.averages[0]))
         if real and decoder and run.is_first():
-            field, most = run.local(for_sampling(state.averages[0])), 10 if config.test_run else config.samples
-            samplers, test_run = [make_sampler(config, real, decoder)], config.test_run
-            images.finish(samplers, field, spaces, real.train, real.test, directory, most=most, test_run=test_run)
+            how: dict[str, Any] = {"most": 10 if config.test_run else config.samples, "test_run": config.test_run}
+            samplers = [make_sampler(config, real, decoder)]
+            images.finish(samplers, field, spaces, real.train, real.test, directory, **how)
         run.tell(f"the average is in {directory.root}")
 
 

@@ -111,7 +111,7 @@ def test_a_network_with_a_part_of_your_own_is_made_by_your_function_alone(tmp_pa
 
 NOTES = checkpoint.Notes(
     pixels=(-1, 1),
-    tokenizer=checkpoint.Tokenizer(vae.SD_VAE, "0" * 64),
+    tokenizer=checkpoint.Tokenizer(vae.SD_VAE, "0" * 64, vae.LatentStatistics((0.5, 0.0, 1.0, -3.0), (2.0,))),
     class_names=("a", "b", "c"),
     trained=mfx.Trained(True, null_velocity=True, null_average=False, guidance=mfx.GuidanceRange(1.0, 8.0, 0.5)),
     steps=7,
@@ -132,6 +132,12 @@ def test_notes_come_back(notes, field, tmp_path):
 def test_older_notes_say_of_fewer_values_whether_they_were_trained():
     trained = {"average": True, "null_velocity": True, "null_average": False}
     assert notes_of_json({"trained": trained}).trained == mfx.Trained(True, True, False, True, False, None)
+
+
+def test_older_notes_on_a_tokenizer_are_of_colours_and_of_the_scale_of_stable_diffusion():
+    size = {"widths": [4, 8], "blocks": 1, "latent": 4, "groups": 2}
+    found = notes_of_json({"tokenizer": {"size": size, "digest": None}}).tokenizer
+    assert found == checkpoint.Tokenizer(vae.AutoencoderSize((4, 8), 1, 4, 2, 3), None, vae.LatentStatistics())
 
 
 @pytest.mark.parametrize(

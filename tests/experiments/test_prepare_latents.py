@@ -152,6 +152,27 @@ def test_larger_images_are_resized_before_they_are_cropped(convert, prepare_late
     np.testing.assert_allclose(found.astype(np.float32), expected(files)[0][:1], rtol=2.0**-11 + 1e-5, atol=1e-5)
 
 
+def test_training_images_of_idx_files_are_encoded_in_grey_and_test_images_are_left_out(convert, prepare_latents):
+    os.mkdir("mnist")
+    x = np.random.default_rng(1).integers(0, 256, (9, 8, 12), np.uint8)
+    for part, rows in (("train", x), ("t10k", x[:2])):
+        sizes = b"".join(size.to_bytes(4, "big") for size in rows.shape)
+        pathlib.Path(f"mnist/{part}-images-idx3-ubyte").write_bytes(bytes([0, 0, 8, 3]) + sizes + rows.tobytes())
+        label = bytes(range(len(rows)))
+        pathlib.Path(f"mnist/{part}-labels-idx1-ubyte").write_bytes(bytes([0, 0, 8, 1]) + sizes[:4] + label)
+    tokenizer = vae.Autoencoder(TINY._replace(channels=1), key=jr.key(0, impl="rbg"))
+    statistics = vae.LatentStatistics((1.0, 2.0, 3.0), (4.0, 5.0, 6.0))
+    vae.save_autoencoder("grey", tokenizer, statistics)
+    convert("--images mnist --vae grey --to latents --parts 2")
+    source, notes = prepare_latents.open_latents("latents"), prepare_latents.read_notes("latents")
+    rows = source.take(np.arange(9))
+    moments = jax.jit(jax.vmap(tokenizer.encode))(x[:, None].astype(np.float32) / 127.5 - 1)
+    expected = np.concatenate([moments.mean, moments.std], axis=1)
+    assert rows.x.shape == (9, 6, 4, 6) and [*rows.label] == [*range(9)]
+    np.testing.assert_allclose(rows.x.astype(np.float32), expected, rtol=2.0**-11 + 1e-5, atol=1e-5)
+    assert notes.of_tokenizer() == checkpoint.Tokenizer(tokenizer.size, tokenizer.digest(), statistics)
+
+
 def test_folder_tells_what_it_was_made_of(convert, capsys):
     convert("--to latents --parts 2")
     notes = json.loads(pathlib.Path("latents/latents.json").read_text())
@@ -337,6 +358,10 @@ def test_broken_image_is_named_and_its_part_is_not_there(convert, capsys):
         ("", "to must be given, got none"),
         ("--to x --images missing", "--images: No such file or directory: 'missing'"),
         ("--to x --images vae", "vae: must hold images"),
+        (
+            "--to x --parts 1 --vae images",
+            "images: must be a folder with diffusion_pytorch_model.safetensors, got no such",
+        ),
         ("--to x --parts 1 --vae missing", "missing"),
         ("--to x --parts 12", "parts must be at most the 11 images of images, got 12"),
         ("--to x --parts 0", "--parts must be >= 1, got 0"),

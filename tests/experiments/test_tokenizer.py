@@ -229,7 +229,10 @@ def test_another_tokenizer_and_other_images_are_refused(latents, command, capsys
         save_files(root / "others", side=12)
     for flags, message in (
         ("--vae other", "--vae must hold the tokenizer of latents, "),
-        ("--vae vae --images others", "images must be the 200 images of latents with 10 labels"),
+        (
+            "--vae vae --images others",
+            "images must be the 200 of latents, 8 pixels high, with 10 labels, ",
+        ),
         ("--images files", "--images must be left out without vae, which decodes samples, got files"),
     ):
         with pytest.raises(SystemExit):
