@@ -39,6 +39,7 @@ from mf_eqx.vae import (
     Autoencoder,
     AutoencoderSize,
     download_autoencoder,
+    latent_statistics_origin,
     LatentStatistics,
     load_autoencoder,
     read_latent_statistics,
@@ -58,8 +59,8 @@ class Config:
     """Folder with a folder of images for each class; CIFAR-10, its folder or archive; a folder with IDX files as of
     MNIST, or one of shards. Of data with test images only the others are taken."""
     vae: str = ""
-    """Weights of the tokenizer: a folder as diffusers and tokenizer.py have it, a .safetensors file of Stable
-    Diffusion's size, or "hub" to download the paper's."""
+    """Weights of the tokenizer: a folder as diffusers and tokenizer.py have it; a .safetensors file, with config.json
+    beside it unless it is of Stable Diffusion; or "hub" to download the paper's."""
     to: str = ""
     """Folder of the latents, new or begun by the same command."""
     size: int = 256
@@ -205,9 +206,11 @@ def read_notes(folder: str | Path) -> Notes:
         for name, most in {"rows": 1 << 40, "size": 1 << 16, "parts": 1 << 16}.items():
             if type(value := getattr(notes, name)) is not int or not 1 <= value <= most:
                 raise ValueError(f"{name} must be an integer in [1, {most}], got {value!r:.40}")
-        size = notes.of_tokenizer().size  # with what older folders do not say
+        tokenizer = notes.of_tokenizer()
+        checkpoint.Notes(tokenizer=tokenizer)  # refuses what cannot be
+        size = tokenizer.size  # with what older folders do not say
         return notes._replace(tokenizer={**size._asdict(), "widths": [*size.widths]})
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path}: must be the notes of prepare_latents.py, but cannot be read: {error}") from error
 
 
@@ -270,7 +273,10 @@ def main(config: Config) -> None:
     images = image_sources.open_images((config.images,), size=(config.size,))
     if config.parts > len(images):
         raise ValueError(f"parts must be at most the {len(images)} images of {config.images}, got {config.parts}")
-    tokenizer, statistics = open_tokenizer(config.vae, dtype=dtype), read_latent_statistics(tokenizer_path(config.vae))
+    path = tokenizer_path(config.vae)
+    tokenizer, statistics = load_autoencoder(path, dtype=dtype), read_latent_statistics(path)
+    shown = [f"{name} {' '.join(f'{v:.4g}' for v in values)}" for name, values in statistics.as_json().items()]
+    print(f"latents: {', '.join(shown)}, by {latent_statistics_origin(path)}")
     rows = np.array_split(np.arange(len(images)), config.parts)
     last = config.last_part if config.last_part >= 0 else config.parts - 1
     how: dict[str, Any] = {"batch": config.batch, "threads": config.threads}

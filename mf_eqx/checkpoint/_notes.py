@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from .._guidance import GuidanceRange, Trained
+from .._validate import check_kind, check_sizes
 from ..vae import AutoencoderSize, LatentStatistics
 
 
@@ -36,7 +37,8 @@ class Notes:
     - `mean`, `std`: of data that were standardised: the field's data are (data - mean) / std, with a mean for each
       entry of a row's first axis, or one for all, and one std > 0. `in_unit_of_data` goes back.
 
-    **Raises:** `ValueError` for values of other types or ranges.
+    **Raises:** `ValueError` for values of other types or ranges, or for statistics of other channels than the
+    tokenizer's latents have.
     """
 
     pixels: tuple[float, float] | None = None
@@ -56,8 +58,8 @@ class Notes:
             raise ValueError(f"class_names must be at least one text, got {names!r:.80}")
         if self.trained is not None:
             _check_trained(self.trained)
-        if self.tokenizer is not None and not isinstance(self.tokenizer.digest, str | None):
-            raise ValueError(f"digest must be a text or None, got {self.tokenizer.digest!r:.80}")
+        if self.tokenizer is not None:
+            _check_tokenizer(self.tokenizer)
         if self.steps is not None and not (_are(int, (self.steps,)) and self.steps >= 0):
             raise ValueError(f"steps must be an integer >= 0, got {self.steps!r:.80}")
         if self.decay is not None and not (_are(float, (self.decay,)) and 0 <= self.decay < 1):
@@ -91,6 +93,17 @@ class Notes:
         if self.trained is not None and self.trained.guidance is not None:
             known["trained"]["guidance"] = self.trained.guidance._asdict()
         return known
+
+
+def _check_tokenizer(tokenizer: Tokenizer) -> None:
+    """Raises a `ValueError` for a tokenizer that cannot be, and for statistics of other channels than its latents."""
+    size, digest, statistics = tokenizer
+    check_kind("size", size, AutoencoderSize)
+    check_sizes(**size._asdict())
+    if not isinstance(digest, str | None):
+        raise ValueError(f"digest must be a text or None, got {digest!r:.80}")
+    check_kind("statistics", statistics, LatentStatistics)
+    statistics.check_channels(size.latent)
 
 
 def _check_trained(trained: Trained) -> None:

@@ -1,8 +1,8 @@
 r"""The tokenizer of latent diffusion: it encodes images as small latents, the data of a field, and decodes latents.
 
-    folder = vae.download_autoencoder()                     once; or use a folder or .safetensors file of your own
+    folder = vae.download_autoencoder()                     once; or use a folder of your own
     tokenizer = vae.load_autoencoder(folder)
-    statistics = vae.read_latent_statistics(folder)
+    statistics = vae.read_latent_statistics(folder)         of its config.json
 
     moments = tokenizer.encode(x)                           x (3, height, width) in [-1, 1]
     z = statistics.standardise(moments.sample(key=key))     (4, height / 8, width / 8), standard deviation about 1
@@ -24,10 +24,10 @@ from ._autoencoder import (
     SD_VAE as SD_VAE,
 )
 from ._download import download_autoencoder as download_autoencoder
-from ._load import (
-    load_autoencoder as load_autoencoder,
+from ._layout import (
+    latent_statistics_origin as latent_statistics_origin,
     read_latent_statistics as read_latent_statistics,
-    save_autoencoder as save_autoencoder,
 )
+from ._load import load_autoencoder as load_autoencoder, save_autoencoder as save_autoencoder
 from ._moments import LatentStatistics as LatentStatistics, Moments as Moments, SCALE as SCALE
 from ._objective import AutoencoderObjective as AutoencoderObjective

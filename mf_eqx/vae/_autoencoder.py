@@ -110,8 +110,8 @@ class Autoencoder(eqx.Module):
     270 GFLOP). So process large batches in pieces:
 
         @eqx.filter_jit
-        def decode(tokenizer, z):
-            return jax.lax.map(tokenizer.decode, statistics.restore(z), batch_size=16)
+        def decode(tokenizer, statistics, z):  # of a `LatentStatistics`
+            return jax.lax.map(lambda z: tokenizer.decode(statistics.restore(z)), z, batch_size=16)
 
     On GPUs float32 convolutions run in TF32 unless `jax.default_matmul_precision("highest")` is set, as they do in
     torch.

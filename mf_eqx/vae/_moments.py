@@ -9,7 +9,7 @@ applies these numbers.
 """
 
 import dataclasses
-import math
+import numbers
 from typing import Any
 
 import equinox as eqx
@@ -19,11 +19,14 @@ import numpy as np
 from jaxtyping import Array, Float, Key
 
 from .._custom_types import Scalar
+from .._validate import as_tuple
 
 SCALE = 0.18215
 """The factor by which latents of `SD_VAE` are multiplied, so that their standard deviation is about 1 (Rombach et al.
-2022, App. G): 1 / `LatentStatistics().std`. Other weights of the same size may require another factor, which is
-`scaling_factor` in their config.json."""
+2022, App. G): `LatentStatistics()` divides by 1 / `SCALE`. Other weights of the same size may require another factor,
+which is `scaling_factor` in their config.json."""
+
+_SMALLEST, _LARGEST = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
 
 
 class Moments(eqx.Module):
@@ -51,19 +54,20 @@ class LatentStatistics:
 
     `LatentStatistics()` are those that Stable Diffusion 1 and 2 assume of their latents: 0 and 1 / `SCALE`.
 
-    **Arguments:** `mean` m; `std` s > 0.
+    **Arguments:** `mean` m; `std` s > 0; each a tuple or a list of numbers, kept as a tuple of floats.
 
-    **Raises:** `ValueError` for numbers out of range, or as many of one as neither 1 nor of the other.
+    **Raises:** `ValueError` for what is no tuple or list of numbers, for numbers out of the range of float32, or if
+    `mean` and `std` are both of several channels, but not of the same number.
     """
 
     mean: tuple[float, ...] = (0.0,)
     std: tuple[float, ...] = (1 / SCALE,)
 
     def __post_init__(self):
-        if not self.mean or not all(map(math.isfinite, self.mean)):
-            raise ValueError(f"mean must be finite numbers, at least one, got {self.mean!r:.80}")
-        if not self.std or not all(0 < std < math.inf for std in self.std):
-            raise ValueError(f"std must be finite numbers > 0, at least one, got {self.std!r:.80}")
+        for name in ("mean", "std"):
+            object.__setattr__(self, name, as_floats(name, getattr(self, name)))
+        if min(self.std) < _SMALLEST:
+            raise ValueError(f"std must be > 0 in float32, got {self.std!r:.80}")
         if len({len(self.mean), len(self.std)} - {1}) > 1:
             raise ValueError(f"mean must have as many numbers as std, got {len(self.mean)} and {len(self.std)}")
 
@@ -78,18 +82,25 @@ class LatentStatistics:
 
         **Arguments:** `mean` $\mu$ and `std` $\sigma$ of each image, of the same shape.
 
-        **Raises:** `ValueError` if they are not finite, or if a channel is the same in all images and places.
+        **Raises:** `ValueError` if their shapes differ or have another number of axes, if there are no values, if they
+        are not finite, or if a channel is the same in all images and places.
         """
         mu, sigma = (np.asarray(values, np.float64) for values in (mean, std))
+        if mu.shape != sigma.shape or mu.ndim != 4 or not mu.size:
+            rule = "have the same shape (images, latent, height, width), without a 0"
+            raise ValueError(f"mean and std must {rule}, got {mu.shape} and {sigma.shape}")
         variance = mu.var(axis=(0, 2, 3)) + (sigma**2).mean(axis=(0, 2, 3))
         return cls(tuple(mu.mean(axis=(0, 2, 3)).tolist()), tuple(np.sqrt(variance).tolist()))
 
     def standardise(self, latent: Float[Array, "latent height width"]) -> Float[Array, "latent height width"]:
-        """What a field learns: (latent - m) / s."""
+        """What a field learns: (latent - m) / s, of one latent.
+
+        **Raises:** `ValueError` if `latent` is not (channels, height, width), with the channels of these statistics.
+        """
         return (latent - self._each(self.mean, latent)) / self._each(self.std, latent)
 
     def restore(self, z: Float[Array, "latent height width"]) -> Float[Array, "latent height width"]:
-        """The latent that a tokenizer decodes: s z + m."""
+        """The latent that a tokenizer decodes: s z + m. **Raises:** as `standardise`."""
         return self._each(self.std, z) * z + self._each(self.mean, z)
 
     def check_channels(self, channels: int) -> None:
@@ -102,5 +113,20 @@ class LatentStatistics:
         return {"mean": [*self.mean], "std": [*self.std]}
 
     def _each(self, values: tuple[float, ...], latent: Float[Array, "latent height width"]) -> Float[Array, "_ 1 1"]:
+        if latent.ndim != 3:
+            raise ValueError(f"latent must be (channels, height, width), without a batch axis, got {latent.shape}")
         self.check_channels(latent.shape[0])
         return jnp.asarray(values, latent.dtype).reshape(-1, 1, 1)
+
+
+def as_floats(name: str, values: Any) -> tuple[float, ...]:
+    """`values` as a tuple of floats. **Raises:** `ValueError` unless they are a tuple or a list of real numbers, at
+    least one, and none too large for float32."""
+    values = as_tuple(name, values, (0.0,))
+    if not values or not all(_is_number(value) and abs(value) <= _LARGEST for value in values):
+        raise ValueError(f"{name} must be at least one number, finite in float32, got {values!r:.80}")
+    return tuple(map(float, values))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)

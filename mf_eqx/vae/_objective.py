@@ -42,7 +42,7 @@ class AutoencoderObjective(AbstractMeanObjective):
     **Arguments:**
 
     - `kl`: $\beta$, >= 0. The paper's 1e-6 leaves latents of a large deviation, which only `LatentStatistics` bring to
-      1; larger ones cost detail.
+      1.
     - `perceptual`: None, or a term in the features of a network. For it, a decoded image is a state at t = 0.
 
     **Metrics**, each a `Mean` over images: `loss`; `absolute_error` and `squared_error` per value of an image; `kl` in

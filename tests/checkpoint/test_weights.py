@@ -151,13 +151,26 @@ def test_older_notes_on_a_tokenizer_are_of_colours_and_of_the_scale_of_stable_di
         ({"trained": mfx.Trained(*[True] * 5, mfx.GuidanceRange(2.0, 1.0))}, "guidance must satisfy 0 < smallest <="),
         ({"trained": mfx.Trained(*[True] * 5, mfx.GuidanceRange(1.0, 8.0, 2.0))}, "guidance must satisfy .* a middle"),
         ({"tokenizer": checkpoint.Tokenizer(vae.SD_VAE, 7)}, "digest must be a text or None, got 7"),
+        ({"tokenizer": checkpoint.Tokenizer((8,))}, r"size must be an instance of AutoencoderSize, got \(8,\)"),
+        (
+            {"tokenizer": checkpoint.Tokenizer(vae.SD_VAE._replace(latent=0))},
+            "latent must be an integer >= 1, got 0",
+        ),
+        (
+            {"tokenizer": checkpoint.Tokenizer(vae.SD_VAE, None, 0.18215)},
+            "statistics must be an instance of LatentStatistics, got 0.18215",
+        ),
+        (
+            {"tokenizer": checkpoint.Tokenizer(vae.SD_VAE, None, vae.LatentStatistics((1.0, 2.0, 3.0)))},
+            "statistics must be of 4 channels, or one number for all, got 3",
+        ),
         ({"steps": True}, "steps must be an integer >= 0, got True"),
         ({"decay": 1.0}, r"decay must lie in \[0, 1\), got 1.0"),
         ({"mean": ()}, r"mean must be finite numbers, at least one, got \(\)"),
         ({"mean": (0.0, np.nan)}, "mean must be finite numbers"),
         ({"std": 0.0}, "std must be > 0 and finite, got 0.0"),
     ],
-    ids=range(13),
+    ids=range(17),
 )
 def test_notes_that_say_nothing_are_refused(notes, message):
     with pytest.raises(ValueError, match=message):

@@ -199,8 +199,15 @@ def test_statistics_are_those_of_the_config_and_no_others(convert, prepare_laten
     convert("--to latents --parts 2 --last-part 0")
     found = prepare_latents.read_notes("latents").of_tokenizer().statistics
     assert found == vae.LatentStatistics((1.0, 2.0, 3.0), (2.0,))
+    shown = "latents: mean 1 2 3, std 2, by latents_mean of vae/config.json, scaling_factor of vae/config.json\n"
+    assert shown in capsys.readouterr().out
+    file = "vae/diffusion_pytorch_model.safetensors"
+    convert(f"--to latents --parts 2 --last-part 0 --vae {file}")  # a file is what its folder is
     path.write_text(json.dumps({**json.loads(path.read_text()), "scaling_factor": 1.0}))
     assert "latents.json statistics is " in refused(convert, capsys, "--to latents --parts 2")
+    path.unlink()
+    rule = "taken for one of Stable Diffusion's size, since no config.json is beside it"
+    assert rule in refused(convert, capsys, f"--to latents --parts 2 --vae {file}")
 
 
 # Parts
@@ -329,7 +336,12 @@ def test_notes_that_cannot_be_read_are_refused(convert, prepare_latents, capsys)
         {"size": 0},
         {"tokenizer": 3},
         {"tokenizer": {}},
+        {"tokenizer": TINY._replace(latent="3")._asdict()},
         {"statistics": {"std": [0.0]}},
+        {"statistics": {"mean": [1.0, 2.0]}},
+        {"statistics": {"mean": "123"}},
+        {"statistics": 3},
+        {"vae": 7},
     ],
     ids=str,
 )

@@ -1,5 +1,7 @@
 """Latents of one image and of a whole data set: their divergence, and the numbers that bring them to one unit."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -52,13 +54,28 @@ def test_default_is_the_scale_of_stable_diffusion():
     np.testing.assert_allclose(z, 2 * vae.SCALE, rtol=1e-6)
 
 
+@pytest.mark.usefixtures("unchecked")
+def test_lists_become_tuples_so_that_programs_can_depend_on_them():
+    found = vae.LatentStatistics([0, 1], [np.float32(0.5)])
+    assert found == vae.LatentStatistics((0.0, 1.0), (0.5,)) and hash(found) == hash(dataclasses.replace(found))
+    assert {type(number) for number in (*found.mean, *found.std)} == {float}
+
+
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
     ("numbers", "message"),
     [
-        ({"mean": (np.nan,)}, "mean must be finite numbers, at least one"),
-        ({"mean": ()}, r"mean must be finite numbers, at least one, got \(\)"),
-        ({"std": (1.0, 0.0)}, r"std must be finite numbers > 0, at least one, got \(1.0, 0.0\)"),
-        ({"std": (np.inf,)}, "std must be finite numbers > 0"),
+        ({"mean": (np.nan,)}, r"mean must be at least one number, finite in float32, got \(nan,\)"),
+        ({"mean": ()}, r"mean must be at least one number, finite in float32, got \(\)"),
+        ({"mean": (10**400,)}, "mean must be at least one number, finite in float32"),
+        ({"mean": ("1",)}, r"mean must be at least one number, finite in float32, got \('1',\)"),
+        ({"mean": (True,)}, r"mean must be at least one number, finite in float32, got \(True,\)"),
+        ({"mean": 1.0}, r"mean must be a tuple or a list, such as \(0.0,\), got 1.0"),
+        ({"mean": "12"}, r"mean must be a tuple or a list, such as \(0.0,\), got '12'"),
+        ({"std": np.ones(2)}, r"std must be a tuple or a list, such as \(0.0,\), got array"),
+        ({"std": (1.0, 0.0)}, r"std must be > 0 in float32, got \(1.0, 0.0\)"),
+        ({"std": (1e-50,)}, r"std must be > 0 in float32, got \(1e-50,\)"),
+        ({"std": (np.inf,)}, "std must be at least one number, finite in float32"),
         ({"mean": (1.0, 2.0), "std": (1.0, 2.0, 3.0)}, "mean must have as many numbers as std, got 2 and 3"),
     ],
 )
@@ -68,8 +85,23 @@ def test_numbers_that_cannot_be_are_refused(numbers, message):
 
 
 def test_channels_that_never_change_are_refused():
-    with pytest.raises(ValueError, match="std must be finite numbers > 0"):
+    with pytest.raises(ValueError, match="std must be > 0 in float32"):
         vae.LatentStatistics.of(np.zeros((3, 2, 1, 1)), np.zeros((3, 2, 1, 1)))
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(("of_mean", "of_std"), [((3, 2, 1, 1), (4, 2, 1, 1)), ((2, 1, 1),) * 2, ((0, 2, 1, 1),) * 2])
+def test_moments_that_do_not_belong_together_are_refused(of_mean, of_std):
+    with pytest.raises(ValueError, match=r"mean and std must have the same shape \(images, latent, height, width\)"):
+        vae.LatentStatistics.of(np.ones(of_mean), np.ones(of_std))
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("statistics", [vae.LatentStatistics(), vae.LatentStatistics((0.0,), (1.0, 2.0))])
+@pytest.mark.parametrize("method", ["standardise", "restore"])
+def test_a_batch_is_refused_even_if_it_has_as_many_latents_as_channels(method, statistics):
+    with pytest.raises(ValueError, match=r"latent must be \(channels, height, width\), .* got \(2, 2, 1, 1\)"):
+        getattr(statistics, method)(jnp.zeros((2, 2, 1, 1)))
 
 
 @pytest.mark.parametrize("method", ["standardise", "restore"])
