@@ -47,7 +47,7 @@ with install_import_hook("mf_eqx", "beartype.beartype(conf=beartype.BeartypeConf
     import mf_eqx as mfx
     from mf_eqx import data, metrics, picture, run, vae
 
-AT_ONCE = 25
+AT_ONCE = 10
 """Images that are encoded, or decoded, in one call."""
 MEASURED, MEASURED_FOR_PREVIEWS = 10_000, 500
 """Training images, at most, of which the statistics of latents are taken."""
