@@ -351,7 +351,7 @@ def main(config: Config) -> None:
 PRESETS = {
     "default": ("Fashion-MNIST, or other small images: 8,000 steps; not run yet", Config()),
     "quick": (
-        "a smaller network, 2,000 steps: about five minutes of CPU time",
+        "a smaller network, 2,000 steps: about seven minutes of CPU time",
         Config(widths=(16, 32, 32), steps=2000, decay=0.99, samples=2000, save_every=500, preview_every=500),
     ),
     "gpu": (

@@ -91,9 +91,8 @@ def init_state(
     are copied, including those of the optimiser's state, because steps donate the state.
 
     **Raises:** `ValueError` if the field cannot be called as an `AbstractField` is, or is not of the kind that the
-    objective learns, if it holds one parameter twice,
-    since training would change the two copies separately, if `averages` is not a list, or if a step does not support
-    the optimiser, see `TrainStep`.
+    objective learns, if it holds one parameter twice, since training would change the two copies separately, if
+    `averages` is not a list, or if a step does not support the optimiser, see `TrainStep`.
     """
     if objective is None or objective.learns is AbstractField:
         check_field(field)

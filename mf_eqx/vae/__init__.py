@@ -24,10 +24,7 @@ from ._autoencoder import (
     SD_VAE as SD_VAE,
 )
 from ._download import download_autoencoder as download_autoencoder
-from ._load import (
-    load_autoencoder as load_autoencoder,
-    read_latent_statistics as read_latent_statistics,
-    save_autoencoder as save_autoencoder,
-)
+from ._load import load_autoencoder as load_autoencoder, read_latent_statistics as read_latent_statistics
 from ._moments import LatentStatistics as LatentStatistics, Moments as Moments, SCALE as SCALE
 from ._objective import AutoencoderObjective as AutoencoderObjective
+from ._save import save_autoencoder as save_autoencoder

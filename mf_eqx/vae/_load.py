@@ -1,4 +1,4 @@
-"""Reading of weights in diffusers' layout, and writing of them."""
+"""Reading of weights in diffusers' layout."""
 
 import errno
 import json
@@ -7,18 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Shaped
 
-from .._files import write_whole
 from .._foreign import fill, Origin, read_safetensors
 from .._json import read_json_object
-from .._leaves import leaves, listed, on_host
-from .._optional import optional
+from .._leaves import leaves, listed
 from ._autoencoder import Autoencoder, AutoencoderSize, SD_VAE
 from ._moments import LatentStatistics, SCALE
 
@@ -72,7 +69,7 @@ def load_autoencoder(
     size = size or SD_VAE
     network = eqx.filter_eval_shape(lambda key: Autoencoder(size, dtype=dtype, key=key), jr.key(0))
     tensors = read_safetensors(file)
-    origins = {name: _origin(name, leaf.shape, tensors) for name, leaf in leaves(network).items()}
+    origins = {name: origin_of(name, leaf.shape, tensors) for name, leaf in leaves(network).items()}
     return fill(network, origins, tensors, file)
 
 
@@ -95,31 +92,6 @@ def read_latent_statistics(path: str | Path) -> LatentStatistics:
         return LatentStatistics(tuple(map(float, mean)), tuple(map(float, std)))
     except (TypeError, ValueError, ZeroDivisionError) as error:
         raise ValueError(f"{config}: must say how latents are scaled, but cannot be read: {error}") from error
-
-
-def save_autoencoder(folder: str | Path, tokenizer: Autoencoder, statistics: LatentStatistics) -> None:
-    """Write a tokenizer as diffusers' `AutoencoderKL` keeps it, so that `load_autoencoder` and diffusers read it:
-    `diffusion_pytorch_model.safetensors`, and `config.json` with size and statistics. Equal arguments always give the
-    same bytes. One process writes, but all must call this function. Requires safetensors (extra `export`).
-
-    **Arguments:** `folder`, made if it is not there; `tokenizer` with arrays in float32; `statistics` of its latents.
-
-    **Raises:** `ValueError` for statistics of another number of channels; `OSError` if files cannot be written.
-    """
-    with optional("safetensors", extra=None):
-        import safetensors.numpy
-    statistics.check_channels(tokenizer.size.latent)
-    tensors = {}
-    for name, leaf in leaves(tokenizer).items():
-        origin, array = _origin(name, leaf.shape, {}), on_host(leaf)
-        for tensor, part in zip(origin.names, np.split(array, len(origin.names), axis=-1), strict=True):
-            tensors[tensor] = np.ascontiguousarray(part.T if part.ndim == 2 else part.reshape(origin.shape))
-    if jax.process_index() == 0:
-        of_latents = {"latents_mean": [*statistics.mean], "latents_std": [*statistics.std], "scaling_factor": 1.0}
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        write_whole(Path(folder, WEIGHTS), safetensors.numpy.save(tensors, {"format": "pt"}))
-        text = json.dumps(_config(tokenizer.size) | of_latents, indent=2) + "\n"
-        write_whole(Path(folder, "config.json"), text.encode())
 
 
 def _file(path: Path) -> Path:
@@ -169,14 +141,14 @@ def _check_config(path: Path, size: AutoencoderSize) -> None:
     config = {"norm_num_groups": 32} | read_json_object(path)
     differing = [
         f"{key} is {json.dumps(config[key])}, not {json.dumps(value)}"
-        for key, value in _config(size).items()
+        for key, value in config_of(size).items()
         if key in config and config[key] != value
     ]
     if differing:
         raise ValueError(f"{path}: must describe a network of the given size, but {listed(differing)}")
 
 
-def _config(size: AutoencoderSize) -> dict[str, Any]:
+def config_of(size: AutoencoderSize) -> dict[str, Any]:
     """The config.json that diffusers would write for a network of this size."""
     levels = len(size.widths)
     return {
@@ -192,7 +164,7 @@ def _config(size: AutoencoderSize) -> dict[str, Any]:
     }
 
 
-def _origin(name: str, shape: tuple[int, ...], tensors: Mapping[str, Shaped[np.ndarray, "..."]]) -> Origin:
+def origin_of(name: str, shape: tuple[int, ...], tensors: Mapping[str, Shaped[np.ndarray, "..."]]) -> Origin:
     """The origin of the array with a path such as .encoder.down[0].blocks[1].norm1.weight."""
     words = name.removeprefix(".").replace("[", ".").replace("]", "").split(".")
     tensor = ".".join(_WORDS.get(word, word) for word in words)
