@@ -47,7 +47,7 @@ with install_import_hook("mf_eqx", "beartype.beartype(conf=beartype.BeartypeConf
     import mf_eqx as mfx
     from mf_eqx import data, metrics, picture, run, vae
 
-AT_ONCE = 25
+AT_ONCE = 10
 """Images that are encoded, or decoded, in one call."""
 MEASURED, MEASURED_FOR_PREVIEWS = 10_000, 500
 """Training images, at most, of which the statistics of latents are taken."""
@@ -351,7 +351,7 @@ def main(config: Config) -> None:
 PRESETS = {
     "default": ("Fashion-MNIST, or other small images: 8,000 steps; not run yet", Config()),
     "quick": (
-        "a smaller network, 2,000 steps: about five minutes of CPU time",
+        "a smaller network, 2,000 steps: about seven minutes of CPU time",
         Config(widths=(16, 32, 32), steps=2000, decay=0.99, samples=2000, save_every=500, preview_every=500),
     ),
     "gpu": (

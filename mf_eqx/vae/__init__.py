@@ -28,6 +28,7 @@ from ._layout import (
     latent_statistics_origin as latent_statistics_origin,
     read_latent_statistics as read_latent_statistics,
 )
-from ._load import load_autoencoder as load_autoencoder, save_autoencoder as save_autoencoder
+from ._load import load_autoencoder as load_autoencoder
 from ._moments import LatentStatistics as LatentStatistics, Moments as Moments, SCALE as SCALE
 from ._objective import AutoencoderObjective as AutoencoderObjective
+from ._save import save_autoencoder as save_autoencoder

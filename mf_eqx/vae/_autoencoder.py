@@ -157,17 +157,10 @@ class Autoencoder(eqx.Module):
 
         **Raises:** `ValueError` if `x` has another shape, or is an array of integers.
         """
-        if (
-            x.ndim != 3
-            or x.shape[0] != self.size.channels
-            or x.shape[1] % self.factor
-            or x.shape[2] % self.factor
-            or not x.size
-        ):
-            rule = f"positive multiples of {self.factor}"
-            raise ValueError(
-                f"x must be ({self.size.channels}, height, width) with height and width {rule}, got {x.shape}"
-            )
+        channels, factor = self.size.channels, self.factor
+        if x.ndim != 3 or x.shape[0] != channels or x.shape[1] % factor or x.shape[2] % factor or not x.size:
+            rule = f"positive multiples of {factor}"
+            raise ValueError(f"x must be ({channels}, height, width) with height and width {rule}, got {x.shape}")
         if not jnp.issubdtype(x.dtype, jnp.floating):
             raise ValueError(f"x must be floating point, in [-1, 1], got {x.dtype}")
         encoded = cast(self.encoder, self.dtype)(x.astype(self.dtype))

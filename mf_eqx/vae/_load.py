@@ -1,24 +1,19 @@
-"""Reading of weights in diffusers' layout, and writing of them."""
+"""Reading of weights in diffusers' layout."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Shaped
 
-from .._files import write_whole
 from .._foreign import fill, Origin, read_safetensors
-from .._leaves import leaves, on_host
-from .._optional import optional
+from .._leaves import leaves
 from ._autoencoder import Autoencoder, AutoencoderSize, SD_VAE
-from ._layout import CONFIG, config_of, read_size, WEIGHTS, weights_file
-from ._moments import LatentStatistics
+from ._layout import CONFIG, read_size, weights_file
 
 # From names in `Autoencoder` to names in diffusers, for each word of a dotted name. Words that do not change are not
 # listed.
@@ -62,37 +57,12 @@ def load_autoencoder(
     known = read_size(file, size)
     network = eqx.filter_eval_shape(lambda key: Autoencoder(known or SD_VAE, dtype=dtype, key=key), jr.key(0))
     tensors = read_safetensors(file)
-    origins = {path: _origin(path, leaf.shape, tensors) for path, leaf in leaves(network).items()}
+    origins = {path: origin_of(path, leaf.shape, tensors) for path, leaf in leaves(network).items()}
     assumed = f" (taken for one of Stable Diffusion's size, since no {CONFIG} is beside it)"
     return fill(network, origins, tensors, f"{file}{assumed if known is None else ''}")
 
 
-def save_autoencoder(folder: str | Path, tokenizer: Autoencoder, statistics: LatentStatistics) -> None:
-    """Write a tokenizer as diffusers' `AutoencoderKL` keeps it, so that `load_autoencoder` and diffusers read it:
-    `diffusion_pytorch_model.safetensors`, and `config.json` with size and statistics. Equal arguments always give the
-    same bytes. One process writes, but all must call this function. Requires safetensors (extra `export`).
-
-    **Arguments:** `folder`, made if it is not there; `tokenizer` with arrays in float32; `statistics` of its latents.
-
-    **Raises:** `ValueError` for statistics of another number of channels; `OSError` if files cannot be written.
-    """
-    with optional("safetensors", extra=None):
-        import safetensors.numpy
-    statistics.check_channels(tokenizer.size.latent)
-    tensors = {}
-    for name, leaf in leaves(tokenizer).items():
-        origin, array = _origin(name, leaf.shape, {}), on_host(leaf)
-        for tensor, part in zip(origin.names, np.split(array, len(origin.names), axis=-1), strict=True):
-            tensors[tensor] = np.ascontiguousarray(part.T if part.ndim == 2 else part.reshape(origin.shape))
-    if jax.process_index() == 0:
-        of_latents = {"latents_mean": [*statistics.mean], "latents_std": [*statistics.std], "scaling_factor": 1.0}
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        write_whole(Path(folder, WEIGHTS), safetensors.numpy.save(tensors, {"format": "pt"}))
-        text = json.dumps(config_of(tokenizer.size) | of_latents, indent=2) + "\n"
-        write_whole(Path(folder, CONFIG), text.encode())
-
-
-def _origin(name: str, shape: tuple[int, ...], tensors: Mapping[str, Shaped[np.ndarray, "..."]]) -> Origin:
+def origin_of(name: str, shape: tuple[int, ...], tensors: Mapping[str, Shaped[np.ndarray, "..."]]) -> Origin:
     """The origin of the array with a path such as .encoder.down[0].blocks[1].norm1.weight."""
     words = name.removeprefix(".").replace("[", ".").replace("]", "").split(".")
     tensor = ".".join(_WORDS.get(word, word) for word in words)

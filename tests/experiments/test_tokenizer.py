@@ -76,6 +76,7 @@ def finished(command, tmp_path_factory):
     return command(root, "tokenizer", f"{SMALL} {SHORT}")
 
 
+@pytest.mark.slow  # with the next three tests 50 s or more, nearly all of it compiling
 def test_a_run_leaves_a_tokenizer_with_statistics_a_picture_and_tables(finished, tokenizer):
     names = {"reconstructions.png", "curves.png", "results.json", "vae"}
     assert names <= {path.name for path in finished.iterdir()}
@@ -89,6 +90,7 @@ def test_a_run_leaves_a_tokenizer_with_statistics_a_picture_and_tables(finished,
     assert 0 < mean["absolute_error"] < drawn["absolute_error"] < 1  # of so short a training; noise never helps here
 
 
+@pytest.mark.slow
 def test_latents_of_training_images_have_unit_variance_by_the_statistics(finished, tokenizer):
     network, statistics = (read(finished / "vae") for read in (vae.load_autoencoder, vae.read_latent_statistics))
     train = data.read_idx(*tokenizer.image_sources.mnist_files(finished.parents[2] / "files", "train"))
@@ -98,6 +100,7 @@ def test_latents_of_training_images_have_unit_variance_by_the_statistics(finishe
     np.testing.assert_allclose(z.std(axis=(0, 2, 3)), 1, atol=0.05)
 
 
+@pytest.mark.slow
 def test_test_images_change_neither_tokenizer_nor_statistics(finished, command, tmp_path):
     (tmp_path / "files").mkdir()
     for path in (finished.parents[2] / "files").iterdir():
@@ -110,6 +113,7 @@ def test_test_images_change_neither_tokenizer_nor_statistics(finished, command, 
     assert (again / "results.json").read_bytes() != (finished / "results.json").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_ends_with_the_same_bits(finished, tokenizer, command, tmp_path, monkeypatch):
     (tmp_path / "files").symlink_to(finished.parents[2] / "files")
 
