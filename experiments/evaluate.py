@@ -327,7 +327,7 @@ class Evaluation:
     def images(self, batches: Iterable[Array]) -> Iterator[Array]:
         """Samples as images, with pixels in [-1, 1] as protocols expect them."""
         low, high = self.subject.pixels
-        images = saved.decoded(batches, self.subject.tokenizer, self.config.at_once, self.devices)
+        images = saved.decoded(batches, self.subject, self.config.at_once, self.devices)
         return images if (low, high) == (-1, 1) else ((2 * x - low - high) / (high - low) for x in images)
 
     def made_with(self) -> dict[str, Any]:

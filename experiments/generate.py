@@ -128,7 +128,7 @@ class Job:
         left, work = self.number, run.Work(self.batch)
         with run.Progress(-(-self.number // self.batch), work=work, doing="compiling the sampler") as progress:
             for number, z in enumerate(batches, 1):
-                for x in decoded([z], self.subject.tokenizer, share * self.devices.shards, self.devices):
+                for x in decoded([z], self.subject, share * self.devices.shards, self.devices):
                     rows = self.subject.notes.in_unit_of_data(np.asarray(x)[:left])
                     left -= len(rows)
                     if len(rows):

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Array, Float, Int
 
 import mf_eqx as mfx
 from mf_eqx import data, picture
@@ -31,6 +31,8 @@ class Sampler(NamedTuple):
     class_names: Sequence[str] | None = None
     guidance: tuple[float, tuple[float, float]] | None = None
     """Scale and interval, for a network that takes guidance as an input."""
+    decode: Callable[[Float[Array, "rows *data"]], Float[Array, "rows channels height width"]] | None = None
+    """From what the field generates to images, for a field of latents."""
 
     @property
     def all_names(self) -> Sequence[str]:
@@ -51,7 +53,8 @@ class Sampler(NamedTuple):
             keys = jax.vmap(jr.fold_in, in_axes=(None, 0))(key, start + np.arange(rows))
             eps = jax.vmap(lambda key: jr.normal(key, shape))(keys)
             wanted = jnp.asarray(np.resize(label[start:], rows))  # the last part is filled up
-            made.append(np.asarray(generator.from_noise(eps, None if self.labels is None else wanted)))
+            x = generator.from_noise(eps, None if self.labels is None else wanted)
+            made.append(np.asarray(x if self.decode is None else self.decode(x)))
         return np.concatenate(made)[: len(label)]
 
     def columns(self) -> tuple[Int[np.ndarray, " columns"], list[str] | None]:

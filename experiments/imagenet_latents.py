@@ -7,14 +7,17 @@ in-context networks of improved MeanFlow, whose guidance is chosen at sampling.
     python experiments/imagenet_latents.py --preset iMF-B/2 --data data/imagenet256 --bfloat16    improved MeanFlow
     python experiments/imagenet_latents.py --preset XL/2 --start sit.safetensors         from SiT (import_weights.py)
     python experiments/imagenet_latents.py --preset XL/2 --bfloat16 --dry-run            what it takes
+    python experiments/imagenet_latents.py --preset quick --data data/fashion_latents \\
+        --vae runs/tokenizer/1a2b3c4d/vae --images /usr/share/datasets/fashion-mnist      by a tokenizer of one's own
 
 A run that was stopped, or killed, continues by the same command, on any number of devices and processes that divides
 the batch. The average ends as .safetensors beside the checkpoints; generate.py samples from it, evaluate.py judges it.
-With --vae the previews are images, else there are none. Weights of improved MeanFlow are saved without the velocity
-head, which sampling does not use; to continue training, --start takes the directory of the run. The paper chooses scale
-and interval of guidance after training, as `evaluate.py --guidance-scale 4 6 8 --guidance-interval 0.4 0.65 0.4 0.6`
-does. Previews have those of its tables, but for iMF-M/2 and iMF-L/2: the paper samples them at 10.5, above every scale
-of the training, previews are at 8.
+With --vae the previews are images, else there are none; with --images, too, samples are held against test images at
+the end, as by images.py. Weights of improved MeanFlow are saved without the velocity head, which sampling does not use;
+to continue training, --start takes the directory of the run. The paper chooses scale and interval of guidance after
+training, as `evaluate.py --guidance-scale 4 6 8 --guidance-interval 0.4 0.65 0.4 0.6` does. Previews have those of its
+tables, but for iMF-M/2 and iMF-L/2: the paper samples them at 10.5, above every scale of the training, previews are at
+8.
 
 The paper's FID at one evaluation (50,000 samples): B/4 without guidance after 80 epochs 61.06; B/2 6.17, M/2 5.01, L/2
 3.84, XL/2 3.43 after 240 epochs; XL/2+ after 1000 epochs with two evaluations 2.20. That of improved MeanFlow: iMF-B/2
@@ -29,7 +32,7 @@ their authors where it says more.
 import dataclasses
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -42,7 +45,12 @@ from jaxtyping import Array, Float, install_import_hook, Key
 # Shapes and types are checked while the step is traced. JAXTYPING_DISABLE=1 turns this off.
 with install_import_hook("mf_eqx", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"):
     import guidance_flags
+    import image_judge
+    import image_samples
+    import image_sources
+    import images
     import prepare_latents
+    import saved
 
     import mf_eqx as mfx
     from mf_eqx import checkpoint, data, picture, run, vae
@@ -60,6 +68,14 @@ class Config(run.Settings):
     vae: str = run.setting("")
     """Weights of the tokenizer, for pictures: a folder as diffusers has it, a .safetensors file, or "hub" to download
     the paper's."""
+    images: str = run.setting("")
+    """The images of which data are latents, as for prepare_latents.py, so that samples are judged at the end; with
+    vae."""
+    test: tuple[str, ...] = run.setting(())
+    """With images: test images to hold samples against, given like the data of images.py; by default those of CIFAR-10
+    or MNIST."""
+    samples: int = run.setting(10_000)
+    """With images: samples that are judged, at most as many as there are test images."""
     start: str = ""
     """Weights or checkpoints of the same network to start from: a .safetensors file by import_weights.py or of another
     run, or that run's directory."""
@@ -123,8 +139,12 @@ class Config(run.Settings):
     """Seed of everything random."""
 
     def __post_init__(self):
-        self.check()
-        run.check_sizes(self, batch=1 << 20, depth=1000, width=1 << 14, patch=1 << 10)
+        self.check(samples=2)
+        run.check_sizes(self, batch=1 << 20, depth=1000, width=1 << 14, patch=1 << 10, samples=1 << 20)
+        if self.images and not self.vae:
+            raise ValueError(f"images must be left out without vae, which decodes samples, got {self.images}")
+        if self.test and not self.images:
+            raise ValueError(f"test must be left out without images, got {' '.join(self.test)}")
         if not 0 < self.epochs < math.inf:
             raise ValueError(f"epochs must be > 0 and finite, got {self.epochs}")
         if self.seed < 0:
@@ -241,52 +261,88 @@ def open_source(config: Config) -> data.AbstractSource:
     return source
 
 
-def open_tokenizer(config: Config) -> vae.Autoencoder | None:
+class Decoder(NamedTuple):
+    """What turns latents into images: the tokenizer of the data, and the statistics that they were standardised by."""
+
+    tokenizer: vae.Autoencoder
+    statistics: vae.LatentStatistics
+
+    def __call__(self, z: Float[Array, "rows latent height width"]) -> Float[Array, "rows colours _ _"]:
+        return saved.decode(self.tokenizer, self.statistics, z)
+
+
+def open_decoder(config: Config, wanted: checkpoint.Tokenizer) -> Decoder | None:
     """What turns latents into pictures, if it is given: that of the data."""
     if not config.vae:
         return None
-    notes = prepare_latents.read_notes(config.data)
-    tokenizer = prepare_latents.open_tokenizer(config.vae, notes.tokenizer_size)
-    if (found := tokenizer.digest()) != notes.vae:
-        raise ValueError(f"vae must hold the tokenizer of {config.data}, {notes.vae[:16]}, got {found[:16]}")
-    return tokenizer
+    tokenizer = prepare_latents.open_tokenizer(config.vae, wanted.size)
+    if (found := tokenizer.digest()) != wanted.digest:
+        raise ValueError(f"vae must hold the tokenizer of {config.data}, {wanted.digest:.16}, got {found[:16]}")
+    return Decoder(tokenizer, wanted.statistics)
 
 
 @eqx.filter_jit
 def generate(
-    sampled: mfx.AbstractField, network: mfx.DiT | mfx.InContextDiT, tokenizer: vae.Autoencoder, number: int
-) -> Float[Array, "rows 3 height width"]:
+    sampled: mfx.AbstractField, network: mfx.DiT | mfx.InContextDiT, decoder: Decoder, number: int
+) -> Float[Array, "rows colours height width"]:
     """Images of evenly spaced labels in one evaluation each, from the noise of all pictures. `sampled` is the network,
     or the network at a scale of guidance."""
     eps = jr.normal(jr.key(PREVIEW_SEED), (number, *network.data_shape))
     label = jnp.arange(number) * network.null_label // number
 
     def one(row: tuple[Array, Array]) -> Array:
-        return tokenizer.decode(mfx.sample(sampled, *row) / vae.SCALE)
+        return decoder(mfx.sample(sampled, *row)[None])[0]
 
     return jax.lax.map(one, (eps, label), batch_size=min(number, 16))
 
 
-def save_samples(config: Config, field: mfx.AbstractField, tokenizer: vae.Autoencoder, path: Path) -> None:
+def save_samples(config: Config, field: mfx.AbstractField, decoder: Decoder, path: Path) -> None:
     """A square of sixteen generated images."""
     network = sampled = for_sampling(field)
     if config.improved:
         sampled = mfx.WithGuidance(network, config.sample_scale, config.sample_interval)
-    x = np.asarray(generate(sampled, network, tokenizer, 16))
+    x = np.asarray(generate(sampled, network, decoder, 16))
     picture.save_image_grid(path, x.reshape(4, 4, *x.shape[1:]), -1, 1)
+
+
+def open_images(config: Config, latents: prepare_latents.Notes) -> image_sources.Parts:
+    """The images of which the latents are, and test images."""
+    if not config.test and not image_sources.has_test_images(Path(config.images)):
+        raise ValueError(f"test must be given, as {config.images} has no test images of its own, got none")
+    parts = image_sources.open_parts((config.images,), config.test, size=(latents.size,), holdout=0.1)
+    train, wanted = parts.train, (latents.rows, latents.size, latents.labels)
+    if (len(train), train.row_shape[1], train.labels) != wanted or parts.test.labels is None:
+        rule = "be the {:,} of {}, {} pixels high, with {} labels, and test images with labels"
+        found = f"{len(train):,} of shape {train.row_shape} with {train.labels}"
+        raise ValueError(f"images must {rule.format(latents.rows, config.data, *wanted[1:])}, got {found}")
+    return parts
+
+
+def make_sampler(config: Config, real: image_sources.Parts, decoder: Decoder) -> image_samples.Sampler:
+    """How judged images are made."""
+    how: dict[str, Any] = {"labels": real.train.labels, "class_names": real.class_names, "decode": decoder}
+    if config.improved:
+        how["guidance"] = config.sample_scale, config.sample_interval
+    if not config.identity_share:
+        steps = images.EULER_STEPS
+        return image_samples.Sampler("Flow Matching on latents", mfx.sample_euler, steps, steps[-1], **how)
+    return image_samples.Sampler("MeanFlow on latents", mfx.sample, images.EVALUATIONS, images.EVALUATIONS[0], **how)
 
 
 def main(config: Config) -> None:
     """Train on the latents of ImageNet, or of any folder of images, and save what was learnt."""
     run.require("matplotlib", "safetensors")
-    source, tokenizer = open_source(config), open_tokenizer(config)
+    source = open_source(config)
+    latents = prepare_latents.read_notes(config.data)
+    decoder = open_decoder(config, latents.of_tokenizer())
+    real = open_images(config, latents) if config.images else None
     field_key, run_key = jr.split(jr.key(config.seed))
     parallelism = run.parallelism(config)
     step = mfx.TrainStep(
         objective(config, source.labels or 0),
         optimizer(config, len(source)),
         [mfx.ExponentialAverage(config.decay)],
-        data.SamplePosterior(vae.SCALE),
+        data.SamplePosterior(latents.of_tokenizer().statistics),
         accumulation=config.accumulation,
         parallelism=parallelism,
     )
@@ -297,16 +353,22 @@ def main(config: Config) -> None:
         return mfx.init_state(make_field(config, source, field_key), step.optimizer, step.averages, key=run_key)
 
     def preview(state: mfx.TrainState, path: Path) -> None:
-        assert tokenizer is not None
-        save_samples(config, run.local(state.averages[0]), tokenizer, path)
+        assert decoder is not None
+        save_samples(config, run.local(state.averages[0]), decoder, path)
 
     with run.opened(config) as directory:
         scale = f"effective guidance scale {mfx.Guidance(config.scale, config.mix).effective_scale:g}"
         found = f"guidance scales from 1 to {config.largest_scale:g}" if config.improved else scale
         run.tell(f"{steps:,} steps, {found}")
-        shown = preview if tokenizer is not None else None
+        spaces = image_judge.feature_spaces() if real and run.is_first() else []
+        shown = preview if decoder is not None else None
         state = run.train(config, step, make_state, stream, directory, steps=steps, preview=shown, start=config.start)
-        save(config, directory, state, source, tokenizer)
+        save(config, directory, state, source, decoder)
+        field = run.local(for_sampling(state.averages[0]))
+        if real and decoder and run.is_first():
+            how: dict[str, Any] = {"most": 10 if config.test_run else config.samples, "test_run": config.test_run}
+            samplers = [make_sampler(config, real, decoder)]
+            images.finish(samplers, field, spaces, real.train, real.test, directory, **how)
         run.tell(f"the average is in {directory.root}")
 
 
@@ -315,13 +377,13 @@ def save(
     directory: run.RunDirectory,
     state: mfx.TrainState,
     source: data.AbstractSource,
-    tokenizer: vae.Autoencoder | None,
+    decoder: Decoder | None,
 ) -> None:
     """The average as weights, and pictures of it."""
     latents = prepare_latents.read_notes(config.data)
     notes = checkpoint.Notes(
         pixels=(-1, 1),
-        tokenizer=checkpoint.Tokenizer(latents.tokenizer_size, latents.vae),
+        tokenizer=latents.of_tokenizer(),
         class_names=tuple(latents.class_names) if latents.class_names else None,
         trained=objective(config, source.labels or 0).trained,
         steps=int(state.step),
@@ -334,8 +396,8 @@ def save(
     checkpoint.save_weights(directory.path(f"ema_{config.decay}.safetensors"), average, learnt, notes)
     field = run.local(average)
     if run.is_first():
-        if tokenizer is not None:
-            save_samples(config, field, tokenizer, directory.path("samples.png"))
+        if decoder is not None:
+            save_samples(config, field, decoder, directory.path("samples.png"))
         if records := directory.records():
             picture.save_curves(directory.path("curves.png"), records)
 
@@ -355,6 +417,28 @@ TWO: dict[str, Any] = {"scale": 1.0, "mix": 0.5}
 """Effective guidance scale 2."""
 TWO_AND_A_HALF: dict[str, Any] = {"scale": 0.2, "mix": 0.92}
 """Effective guidance scale 2.5."""
+
+QUICK = Config(
+    data="data/fashion_latents",
+    epochs=64 / 60,
+    batch=64,
+    depth=4,
+    width=96,
+    heads=4,
+    patch=1,
+    learning_rate=2e-3,
+    betas=(0.9, 0.999),
+    warmup_epochs=64 / 600,
+    decay=0.99,
+    identity_share=0.5,
+    times=(0.0, 2.0),
+    power=0.5,
+    samples=2000,
+    save_every=250,
+    preview_every=250,
+)
+"""The quick preset of images.py on latents: the same network, with patches of one place of 7 x 7 in the place of four
+pixels of 28 x 28."""
 
 PRESETS = {
     "B/4": ("the network of the paper's ablations, 80 epochs without guidance", of_size(mfx.DIT_B4, epochs=80.0)),
@@ -381,6 +465,7 @@ PRESETS = {
             save_every=200,
         ),
     ),
+    "quick": ("as the quick preset of images.py: 1,000 steps on latents of Fashion-MNIST", QUICK),
     "tiny": (
         "a small network, on latents of your own",
         Config(

@@ -3,10 +3,13 @@
     python experiments/prepare_latents.py --images imagenet/train --vae sd-vae-ft-mse --to data/imagenet256
     python experiments/prepare_latents.py --images imagenet/train --vae sd-vae-ft-mse --to data/imagenet256 \\
         --first-part 0 --last-part 31                       one of several processes, each with parts of its own
+    python experiments/prepare_latents.py --images /usr/share/datasets/fashion-mnist \\
+        --vae runs/tokenizer/1a2b3c4d/vae --to data/fashion_latents        by a tokenizer of one's own (tokenizer.py)
 
-Images are folders of one class each. Each is cropped as ADM does (256 x 256 pixels, no flip), encoded by the tokenizer
-of latent diffusion, and kept as float16: mean, then standard deviation, (8, 32, 32) for 256 pixels. Training samples
-the posterior at every read.
+Images are those of images.py: folders of one class each, the training images of MNIST or CIFAR-10, shards. Those of
+folders are cropped as ADM does (256 x 256 pixels, no flip). All are encoded by the tokenizer of latent diffusion, whose
+size its config.json says, and kept as float16: mean, then standard deviation, (8, 32, 32) for 256 pixels. Training
+samples the posterior at every read, and standardises it by the statistics of the tokenizer's config.json.
 
 The folder has one folder of shards per part. A part is whole or not there: the same command again does what is
 missing. ImageNet's 1,281,167 images take 21 GB.
@@ -24,14 +27,23 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import equinox as eqx
+import image_sources
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, UInt8
 
-from mf_eqx import data, run
-from mf_eqx.vae import Autoencoder, AutoencoderSize, download_autoencoder, load_autoencoder, SD_VAE
+from mf_eqx import checkpoint, data, run
+from mf_eqx.vae import (
+    Autoencoder,
+    AutoencoderSize,
+    download_autoencoder,
+    latent_statistics_origin,
+    LatentStatistics,
+    load_autoencoder,
+    read_latent_statistics,
+)
 
 NOTES = "latents.json"
 """What all parts were made of."""
@@ -44,13 +56,15 @@ class Config:
     """A conversion of images to latents."""
 
     images: str = ""
-    """Folder with a folder of images for each class."""
+    """Folder with a folder of images for each class; CIFAR-10, its folder or archive; a folder with IDX files as of
+    MNIST, or one of shards. Of data with test images only the others are taken."""
     vae: str = ""
-    """Weights of the tokenizer: a folder as diffusers has it, a .safetensors file, or "hub" to download the paper's."""
+    """Weights of the tokenizer: a folder as diffusers and tokenizer.py have it; a .safetensors file, with config.json
+    beside it unless it is of Stable Diffusion; or "hub" to download the paper's."""
     to: str = ""
     """Folder of the latents, new or begun by the same command."""
     size: int = 256
-    """Side of the cropped images in pixels; a multiple of the tokenizer's factor (8)."""
+    """Side in pixels to which images in folders are cropped; a multiple of the tokenizer's factor (8)."""
     parts: int = 64
     """Into how many parts the images are divided."""
     first_part: int = 0
@@ -63,18 +77,9 @@ class Config:
     """Threads that decode images."""
     bfloat16: bool = False
     """Compute in bfloat16: faster, and moments off by about 1%."""
-    widths: tuple[int, ...] = SD_VAE.widths
-    """Channels of the tokenizer's levels; like the next three only for other tokenizers than Stable Diffusion's."""
-    blocks: int = SD_VAE.blocks
-    """Its residual blocks per level."""
-    latent: int = SD_VAE.latent
-    """Its channels of a latent."""
-    groups: int = SD_VAE.groups
-    """Groups of its normalisations."""
 
     def __post_init__(self):
         run.check_sizes(self, size=1 << 16, parts=1 << 16, batch=1 << 20, threads=1024)
-        run.check_sizes(self, widths=1 << 14, blocks=100, latent=1 << 14, groups=1 << 14)
         for name, bound in {"size": 1, "parts": 1, "first_part": 0, "last_part": -1, "batch": 1, "threads": 1}.items():
             if getattr(self, name) < bound:
                 raise ValueError(f"{name} must be >= {bound}, got {getattr(self, name)}")
@@ -83,10 +88,6 @@ class Config:
                 f"first_part must be at most last_part, and both below {self.parts}, got {self.first_part} and "
                 f"{self.last_part}"
             )
-        if not self.widths or min(*self.widths, self.blocks, self.latent, self.groups) < 1:
-            raise ValueError(f"widths, blocks, latent and groups must be >= 1, got {size_of(self)}")
-        if self.size % (factor := 2 ** (len(self.widths) - 1)):
-            raise ValueError(f"size must be a multiple of the tokenizer's factor {factor}, got {self.size}")
         if self.batch % (devices := jax.device_count()):
             raise ValueError(f"batch must be a multiple of the {devices} devices, got {self.batch}")
 
@@ -97,7 +98,7 @@ class LatentSource(data.AbstractSource):
     **Arguments:** `images`, bytes; `rows` which of them; `tokenizer`; `batch` how many are encoded at once, on all
     devices; `threads` that decode.
 
-    **Raises:** `ValueError` if `images` are not uint8 with three channels.
+    **Raises:** `ValueError` if `images` are not uint8 of the tokenizer's channels, with sides that its factor divides.
     """
 
     def __init__(
@@ -110,11 +111,12 @@ class LatentSource(data.AbstractSource):
         threads: int,
     ):
         channels, *sides = images.row_shape
-        if images.dtype != np.uint8 or (channels, len(sides)) != (3, 2):
-            found = f"{images.dtype} of shape {images.row_shape}"
-            raise ValueError(f"{images.name}: images must be uint8 of shape (3, height, width), got {found}")
+        wanted, factor = tokenizer.size.channels, tokenizer.factor
+        if images.dtype != np.uint8 or (channels, len(sides)) != (wanted, 2) or any(side % factor for side in sides):
+            rule = f"uint8 of shape ({wanted}, height, width), with multiples of the tokenizer's factor {factor}"
+            raise ValueError(f"{images.name}: images must be {rule}, got {images.dtype} of shape {images.row_shape}")
         self._images, self._rows, self._tokenizer, self._batch, self._threads = images, rows, tokenizer, batch, threads
-        self.row_shape = (2 * tokenizer.size.latent, *(side // tokenizer.factor for side in sides))
+        self.row_shape = (2 * tokenizer.size.latent, *(side // factor for side in sides))
         self.name, self.dtype, self.labels = images.name, np.dtype(np.float16), images.labels
 
     def __len__(self) -> int:
@@ -149,7 +151,7 @@ class LatentSource(data.AbstractSource):
             pool.shutdown(cancel_futures=True)
 
 
-def on_devices(x: UInt8[np.ndarray, "rows 3 height width"]) -> UInt8[Array, "rows 3 height width"]:
+def on_devices(x: UInt8[np.ndarray, "rows colours height width"]) -> UInt8[Array, "rows colours height width"]:
     """Images, spread over this process's devices."""
     mesh = jax.make_mesh((jax.local_device_count(),), ("data",), (jax.sharding.AxisType.Auto,))
     return jax.device_put(x, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data")))
@@ -157,7 +159,7 @@ def on_devices(x: UInt8[np.ndarray, "rows 3 height width"]) -> UInt8[Array, "row
 
 @eqx.filter_jit
 def encode(
-    tokenizer: Autoencoder, x: UInt8[Array, "rows 3 height width"]
+    tokenizer: Autoencoder, x: UInt8[Array, "rows colours height width"]
 ) -> Float[Array, "rows channels lower narrower"]:
     """Mean and standard deviation of each image's posterior, float16."""
     moments = jax.vmap(tokenizer.encode)(x.astype(jnp.float32) / 127.5 - 1)
@@ -166,10 +168,6 @@ def encode(
 
 def part_folder(to: str, number: int) -> Path:
     return Path(to) / f"part_{number:04}"
-
-
-def size_of(config: Config) -> AutoencoderSize:
-    return AutoencoderSize(config.widths, config.blocks, config.latent, config.groups)
 
 
 class Notes(NamedTuple):
@@ -187,10 +185,14 @@ class Notes(NamedTuple):
     bfloat16: bool
     class_names: list[str] | None = None
     """Of the labels; None also in folders from before they were noted."""
+    statistics: dict[str, Any] = LatentStatistics().as_json()
+    """By which training standardises latents; those of Stable Diffusion in folders from before they were noted."""
 
-    @property
-    def tokenizer_size(self) -> AutoencoderSize:
-        return AutoencoderSize(**{**self.tokenizer, "widths": tuple(self.tokenizer["widths"])})
+    def of_tokenizer(self) -> checkpoint.Tokenizer:
+        """What weights that are trained on these latents say of the tokenizer."""
+        size = AutoencoderSize(**{**self.tokenizer, "widths": tuple(self.tokenizer["widths"])})
+        statistics = LatentStatistics(**{name: tuple(values) for name, values in self.statistics.items()})
+        return checkpoint.Tokenizer(size, self.vae, statistics)
 
 
 def read_notes(folder: str | Path) -> Notes:
@@ -204,9 +206,11 @@ def read_notes(folder: str | Path) -> Notes:
         for name, most in {"rows": 1 << 40, "size": 1 << 16, "parts": 1 << 16}.items():
             if type(value := getattr(notes, name)) is not int or not 1 <= value <= most:
                 raise ValueError(f"{name} must be an integer in [1, {most}], got {value!r:.40}")
-        _ = notes.tokenizer_size
-        return notes
-    except (ValueError, TypeError, KeyError) as error:
+        tokenizer = notes.of_tokenizer()
+        checkpoint.Notes(tokenizer=tokenizer)  # refuses what cannot be
+        size = tokenizer.size  # with what older folders do not say
+        return notes._replace(tokenizer={**size._asdict(), "widths": [*size.widths]})
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path}: must be the notes of prepare_latents.py, but cannot be read: {error}") from error
 
 
@@ -232,9 +236,31 @@ def begin(config: Config, made_of: Notes) -> None:
             )
 
 
-def open_tokenizer(path: str, size: AutoencoderSize, dtype: DTypeLike = jnp.float32) -> Autoencoder:
-    """The tokenizer in a folder or file; "hub" downloads that of the paper, once."""
-    return load_autoencoder(download_autoencoder() if path == HUB else path, size, dtype=dtype)
+def tokenizer_path(path: str) -> str | Path:
+    """Where a tokenizer lies; "hub" downloads that of the paper, once."""
+    return download_autoencoder() if path == HUB else path
+
+
+def open_tokenizer(path: str, size: AutoencoderSize | None = None, dtype: DTypeLike = jnp.float32) -> Autoencoder:
+    """The tokenizer in a folder or file; without a size that of its config.json, or of Stable Diffusion."""
+    return load_autoencoder(tokenizer_path(path), size, dtype=dtype)
+
+
+def notes_on(
+    config: Config, images: data.AbstractSource, tokenizer: Autoencoder, statistics: LatentStatistics
+) -> Notes:
+    return Notes(
+        images=str(Path(config.images).resolve()),
+        rows=len(images),
+        labels=images.labels,
+        size=images.row_shape[1],
+        parts=config.parts,
+        vae=tokenizer.digest(),
+        tokenizer=tokenizer.size._asdict(),
+        bfloat16=config.bfloat16,
+        class_names=getattr(images, "class_names", None),
+        statistics=statistics.as_json(),
+    )
 
 
 def main(config: Config) -> None:
@@ -243,24 +269,26 @@ def main(config: Config) -> None:
     for name in ("images", "vae", "to"):
         if not getattr(config, name):
             raise ValueError(f"{name} must be given, got none")
-    size = size_of(config)
     dtype = jnp.bfloat16 if config.bfloat16 else jnp.float32
-    images = data.ImageFolderSource(config.images, size=config.size)
-    print(f"{images.name}: {len(images):,} images; passed over: {images.passed_over_as_text()}")
+    images = image_sources.open_images((config.images,), size=(config.size,))
     if config.parts > len(images):
         raise ValueError(f"parts must be at most the {len(images)} images of {config.images}, got {config.parts}")
-    tokenizer = open_tokenizer(config.vae, size, dtype)
-    where, description = str(Path(config.images).resolve()), size._asdict()
-    digest = tokenizer.digest()
-    made_of = (where, len(images), images.labels, config.size, config.parts, digest, description, config.bfloat16)
-    begin(config, Notes(*made_of, images.class_names))
+    path = tokenizer_path(config.vae)
+    tokenizer, statistics = load_autoencoder(path, dtype=dtype), read_latent_statistics(path)
+    shown = [f"{name} {' '.join(f'{v:.4g}' for v in values)}" for name, values in statistics.as_json().items()]
+    print(f"latents: {', '.join(shown)}, by {latent_statistics_origin(path)}")
     rows = np.array_split(np.arange(len(images)), config.parts)
     last = config.last_part if config.last_part >= 0 else config.parts - 1
-    left = [number for number in range(config.first_part, last + 1) if not part_folder(config.to, number).exists()]
-    total, done = sum(len(rows[number]) for number in left), 0
+    how: dict[str, Any] = {"batch": config.batch, "threads": config.threads}
+    left = {
+        number: LatentSource(images, rows[number], tokenizer, **how)
+        for number in range(config.first_part, last + 1)
+        if not part_folder(config.to, number).exists()
+    }
+    begin(config, notes_on(config, images, tokenizer, statistics))
+    total, done = sum(map(len, left.values())), 0
     with run.Progress(total, work=run.Work(rows=1), doing="compiling the encoder") as progress:
-        for number in left:
-            source = LatentSource(images, rows[number], tokenizer, batch=config.batch, threads=config.threads)
+        for number, source in left.items():
 
             def update(written: int, done: int = done) -> None:
                 progress.update(done + written, {})

@@ -48,7 +48,8 @@ class Subject(NamedTuple):
         """Of a sample, decoded if that is possible."""
         if self.tokenizer is None:
             return self.field.data_shape
-        return 3, *(self.tokenizer.factor * side for side in self.field.data_shape[1:])
+        sides = (self.tokenizer.factor * side for side in self.field.data_shape[1:])
+        return self.tokenizer.size.channels, *sides
 
     @property
     def is_image(self) -> bool:
@@ -222,20 +223,23 @@ def make_generator(
 
 
 @eqx.filter_jit
-def decode(tokenizer: vae.Autoencoder, z: Float[Array, "rows latent height width"]) -> Float[Array, "rows 3 _ _"]:
-    """Images of latents whose standard deviation is about 1."""
-    return jax.vmap(tokenizer.decode)(z / vae.SCALE)
+def decode(
+    tokenizer: vae.Autoencoder, statistics: vae.LatentStatistics, z: Float[Array, "rows latent height width"]
+) -> Float[Array, "rows colours _ _"]:
+    """Images of latents as a field makes them."""
+    return jax.vmap(lambda z: tokenizer.decode(statistics.restore(z)))(z)
 
 
 def decoded(
-    batches: Iterable[Float[Array, "_ *data"]], tokenizer: vae.Autoencoder | None, size: int, devices: mfx.Parallelism
+    batches: Iterable[Float[Array, "_ *data"]], subject: Subject, size: int, devices: mfx.Parallelism
 ) -> Iterator[Float[Array, "_ *image"]]:
     """Latents decoded, `size` at once, which divides their number or is above it (the last is repeated then); pixels,
     without a tokenizer, as they are."""
+    tokenizer, notes = subject.tokenizer, subject.notes.tokenizer
     for x in batches:
-        if tokenizer is None:
+        if tokenizer is None or notes is None:
             yield x
             continue
         for start in range(0, len(x), size):
             rows = np.minimum(np.arange(start, start + size), len(x) - 1)
-            yield decode(tokenizer, jax.device_put(x[rows], devices.rows))
+            yield decode(tokenizer, notes.statistics, jax.device_put(x[rows], devices.rows))

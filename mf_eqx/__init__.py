@@ -47,7 +47,7 @@ second line are imported explicitly, so that a training job does not load what i
     checkpoint/        states on disk with digests; exported weights and samplers (loads orbax)
     exact/             toy data sets, exact fields and their average velocity (loads diffrax)
     metrics/           errors of fields, distances of samples, coverage; FID and relatives, with their networks
-    vae/               the tokenizer of latent diffusion
+    vae/               the tokenizer of latent diffusion, read from files or trained
     released/          weights that authors of papers released, in the layouts of their code
     run/               what every script needs: command line, run directory, the training loop, progress
     picture/           what is drawn: grids of images and points, flows, curves (loads matplotlib)

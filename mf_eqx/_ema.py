@@ -5,7 +5,7 @@ two places of a donated state is an error.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import equinox as eqx
 import jax
@@ -14,8 +14,9 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from ._custom_types import Scalar
-from ._field import AbstractField
 from ._validate import check_positive, check_sizes
+
+_Network = TypeVar("_Network", bound=eqx.Module)
 
 
 class HalfLife(eqx.Module):
@@ -66,11 +67,11 @@ class ExponentialAverage(eqx.Module):
         if self.interval < 1:
             raise ValueError(f"interval must be >= 1, got {self.interval}")
 
-    def init(self, field: AbstractField) -> AbstractField:
+    def init(self, field: _Network) -> _Network:
         """The average before any step: a copy."""
         return jax.tree.map(_copy, field)
 
-    def update(self, average: AbstractField, field: AbstractField, step: Int[Array, ""]) -> AbstractField:
+    def update(self, average: _Network, field: _Network, step: Int[Array, ""]) -> _Network:
         """The average after `step` finished steps (counted from 1), where `field` holds the parameters at that step."""
         decay = self.decay(step) if isinstance(self.decay, HalfLife) else self.decay
         share = jnp.where(step % self.interval == 0, 1 - decay**self.interval, 0.0)

@@ -20,7 +20,6 @@ from jaxtyping import Array, Key, PyTree
 
 from ._batch import Batch
 from ._custom_types import Scalar
-from ._field import AbstractField
 from ._fsdp import gathered_in_turn, summed
 from ._mean import Metrics
 from ._objective import AbstractObjective
@@ -41,13 +40,13 @@ class Differentiation(eqx.Module):
     key: Key[Array, ""]
     context: Context
 
-    def __call__(self, field: AbstractField, batch: Batch, state: Any) -> tuple[Metrics, PyTree[Any], Any]:
+    def __call__(self, field: eqx.Module, batch: Batch, state: Any) -> tuple[Metrics, PyTree[Any], Any]:
         """Metrics, gradients, and the objective's state after the step."""
         if self.objective.divisor is not None and self.parallelism is not None and self.parallelism.divides:
             return *self._blocks_in_turn(field, batch, self.parallelism), state
         return self._whole(field, batch, state)
 
-    def _whole(self, field: AbstractField, batch: Batch, state: Any) -> tuple[Metrics, PyTree[Any], Any]:
+    def _whole(self, field: eqx.Module, batch: Batch, state: Any) -> tuple[Metrics, PyTree[Any], Any]:
         """Every device has whole parameters, before anything is computed from them."""
         if self.parallelism is not None:
             field, context, state = self.parallelism.gather((field, self.context, state))
@@ -56,9 +55,7 @@ class Differentiation(eqx.Module):
             return self._part(self.objective, field, batch, state, 1.0)
         return *self._devices(field, batch), state
 
-    def _blocks_in_turn(
-        self, field: AbstractField, batch: Batch, parallelism: Parallelism
-    ) -> tuple[Metrics, PyTree[Any]]:
+    def _blocks_in_turn(self, field: eqx.Module, batch: Batch, parallelism: Parallelism) -> tuple[Metrics, PyTree[Any]]:
         """Each device differentiates its own rows, and has a part of each large parameter: see `_fsdp`."""
         divided, static = eqx.partition((field, self.context), eqx.is_array)
         whole, other = eqx.partition((self.objective, self.key), eqx.is_array)
@@ -85,7 +82,7 @@ class Differentiation(eqx.Module):
             check_vma=False,
         )(divided, whole, batch)
 
-    def _devices(self, field: AbstractField, batch: Batch) -> tuple[Metrics, PyTree[Any]]:
+    def _devices(self, field: eqx.Module, batch: Batch) -> tuple[Metrics, PyTree[Any]]:
         """Each device's rows are differentiated separately, and the results are summed over devices once, at the end.
         Otherwise the compiler would sum over devices wherever a gradient arises: in every iteration of a backward loop,
         and once for each kind of rows."""
@@ -110,7 +107,7 @@ class Differentiation(eqx.Module):
             check_vma=False,
         )(arrays, batch)
 
-    def _micro_batches(self, field: AbstractField, batch: Batch) -> tuple[Metrics, PyTree[Any]]:
+    def _micro_batches(self, field: eqx.Module, batch: Batch) -> tuple[Metrics, PyTree[Any]]:
         """The rows of a device are differentiated one micro-batch after the other."""
         if self.accumulation == 1:
             return self._kinds(field, batch)
@@ -121,7 +118,7 @@ class Differentiation(eqx.Module):
 
         return _sum_over(differentiate, _in_parts(batch, self.accumulation))
 
-    def _kinds(self, field: AbstractField, batch: Batch) -> tuple[Metrics, PyTree[Any]]:
+    def _kinds(self, field: eqx.Module, batch: Batch) -> tuple[Metrics, PyTree[Any]]:
         """One kind of rows is differentiated after the other, in a loop: of a plain sum, the compiler would run both
         forward passes before either backward pass."""
 
@@ -137,12 +134,12 @@ class Differentiation(eqx.Module):
         return _sum_over(lambda kind: jax.lax.switch(kind, kinds), jnp.arange(len(kinds)))
 
     def _part(
-        self, part: AbstractObjective, field: AbstractField, rows: Batch, state: Any, share: float
+        self, part: AbstractObjective, field: eqx.Module, rows: Batch, state: Any, share: float
     ) -> tuple[Metrics, PyTree[Any], Any]:
         """Metrics, gradients of `share` times the loss, and the objective's state after the step."""
 
         @functools.partial(eqx.filter_grad, has_aux=True)
-        def gradient(field: AbstractField) -> tuple[Scalar, tuple[Metrics, Any]]:
+        def gradient(field: eqx.Module) -> tuple[Scalar, tuple[Metrics, Any]]:
             loss, metrics_and_state = part.evaluate(field, rows, state, key=self.key, context=self.context)
             return share * loss, metrics_and_state
 

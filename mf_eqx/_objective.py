@@ -20,7 +20,7 @@ Perceptual terms are added to the loss of a row.
 import abc
 from collections.abc import Callable, Sequence
 from fractions import Fraction
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import equinox as eqx
 import jax
@@ -70,6 +70,10 @@ from ._weight import AbstractWeight, AdaptiveWeight
 class AbstractObjective(eqx.Module):
     """A loss over a batch, and what a `TrainStep` must know to differentiate it."""
 
+    learns: ClassVar[type[eqx.Module]] = AbstractField
+    """The kind of network that is trained; another one, such as `mf_eqx.vae.Autoencoder`, takes the field's place in
+    states and steps, if `init_state` is given the objective."""
+
     @property
     @abc.abstractmethod
     def divisor(self) -> int | None:
@@ -97,11 +101,12 @@ class AbstractObjective(eqx.Module):
 
     @abc.abstractmethod
     def evaluate(
-        self, field: AbstractField, batch: Batch, state: Any, *, key: Key[Array, ""], context: Context | None = None
+        self, field: Any, batch: Batch, state: Any, *, key: Key[Array, ""], context: Context | None = None
     ) -> tuple[Scalar, tuple[Metrics, Any]]:
         """The loss, and as auxiliary output the metrics and the objective's state after the step.
 
-        **Arguments:** `field`; `batch`; `state` from `init` or the step before; `key` of the step; `context`.
+        **Arguments:** `field`, of the kind that the objective `learns`; `batch`; `state` from `init` or the step
+        before; `key` of the step; `context`.
         """
 
 
@@ -110,7 +115,7 @@ class AbstractMeanObjective(AbstractObjective):
 
     @abc.abstractmethod
     def __call__(
-        self, field: AbstractField, batch: Batch, *, key: Key[Array, ""], context: Context | None = None
+        self, field: Any, batch: Batch, *, key: Key[Array, ""], context: Context | None = None
     ) -> tuple[Scalar, Metrics]:
         """The pair `(loss, metrics)`."""
 
@@ -129,7 +134,7 @@ class AbstractMeanObjective(AbstractObjective):
         return None
 
     def evaluate(
-        self, field: AbstractField, batch: Batch, state: None, *, key: Key[Array, ""], context: Context | None = None
+        self, field: Any, batch: Batch, state: None, *, key: Key[Array, ""], context: Context | None = None
     ) -> tuple[Scalar, tuple[Metrics, None]]:
         loss, metrics = self(field, batch, key=key, context=context)
         return loss, (metrics, None)

@@ -8,7 +8,7 @@ nothing had happened.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import equinox as eqx
 import jax
@@ -33,6 +33,7 @@ from ._times import check_divisible
 from ._validate import check_key, check_kind
 
 _Tree = TypeVar("_Tree")
+_Network = TypeVar("_Network", bound=eqx.Module)
 
 _DRAW = 0x44524157  # folded into the key of a step's data, to differ from the keys that the step itself uses
 
@@ -58,17 +59,18 @@ class Faults(eqx.Module):
         return Faults(total, in_row, most, jnp.where(finite, self.last, step))
 
 
-class TrainState(eqx.Module):
+class TrainState(eqx.Module, Generic[_Network]):
     """Everything that training changes.
 
-    **Arguments:** `field` to be learnt; `opt_state` of the optimiser; `averages` of the field, each a complete field;
+    **Arguments:** `field` to be learnt, an `AbstractField` or another network of the kind that the objective `learns`;
+    `opt_state` of the optimiser; `averages` of the field, each a complete field;
     `step` number of finished steps; `key` of the whole run, never changed; `faults` so far; `objective` the state of
     an objective that has one, see `AbstractObjective.init`.
     """
 
-    field: AbstractField
+    field: _Network
     opt_state: PyTree[Any]
-    averages: tuple[AbstractField, ...]
+    averages: tuple[_Network, ...]
     step: Int[Array, ""]
     key: Key[Array, ""]
     faults: Faults
@@ -76,24 +78,24 @@ class TrainState(eqx.Module):
 
 
 def init_state(
-    field: AbstractField,
+    field: _Network,
     optimizer: optax.GradientTransformation,
     averages: Sequence[ExponentialAverage] = (),
     objective: AbstractObjective | None = None,
     *,
     key: Key[Array, ""],
-) -> TrainState:
+) -> TrainState[_Network]:
     """The state before the first step.
 
     **Arguments:** `field` freshly made or trained before; `optimizer` and `averages` the same as the `TrainStep`'s;
-    `objective` also the same if it has a state; `key` of the run. All arrays are copied, including those of the
-    optimiser's state, because steps donate the state.
+    `objective` also the same if it has a state, or learns another network than a field; `key` of the run. All arrays
+    are copied, including those of the optimiser's state, because steps donate the state.
 
-    **Raises:** `ValueError` if the field cannot be called as an `AbstractField` is, if it holds one parameter twice,
-    since training would change the two copies separately, if `averages` is not a list, or if a step does not support
-    the optimiser, see `TrainStep`.
+    **Raises:** `ValueError` if the field cannot be called as an `AbstractField` is, or is not of the kind that the
+    objective learns, if it holds one parameter twice, since training would change the two copies separately, if
+    `averages` is not a list, or if a step does not support the optimiser, see `TrainStep`.
     """
-    check_field(field)
+    _check_learnable(field, AbstractField if objective is None else objective.learns)
     check_key(key)
     _check_untied(field)
     field = jax.tree.map(copy, field)
@@ -104,7 +106,15 @@ def init_state(
     return TrainState(field, opt_state, averaged, jnp.zeros((), jnp.int32), copy(key), no_faults, objective_state)
 
 
-def _check_untied(field: AbstractField) -> None:
+def _check_learnable(field: eqx.Module, kind: type[eqx.Module]) -> None:
+    """Refuses a network that is not of the kind that an objective learns."""
+    if kind is not AbstractField:
+        check_kind("field", field, kind)
+    if issubclass(kind, AbstractField):
+        check_field(field)
+
+
+def _check_untied(field: eqx.Module) -> None:
     """Refuses one array in two places: its two copies would be trained separately, though the field ties them."""
     names: dict[int, str] = {}
     for path, leaf in jax.tree.leaves_with_path(eqx.filter(field, eqx.is_inexact_array)):
@@ -128,7 +138,8 @@ class TrainStep(eqx.Module):
       whole array must know the axis along which a `mf_eqx.nn.Stack` stacks its blocks: see `mf_eqx.nn.per_block`.
     - `averages`: of the parameters, updated after each step.
     - `teacher`: None, or the `teacher` of the objective's context: the number of one of the averages, or a frozen
-      field, which is neither trained nor averaged nor part of the state.
+      field, which is neither trained nor averaged nor part of the state. It must be None if the objective learns
+      another network than a field.
     - `prepare`: None, or a function `(row, key) -> row` applied to each row of the batch on the device, before the
       objective: augmentation, dequantisation, posterior sampling. `row` is a `Batch` without its leading axis.
     - `accumulation`: number of equal parts into which the rows of each device are divided. The parts are differentiated
@@ -149,8 +160,8 @@ class TrainStep(eqx.Module):
     `gradient_norm`. The old state is donated; using it again raises an error.
 
     **Raises:** `ValueError` if the number of rows that are differentiated at once is not a multiple of the objective's
-    `divisor`, if the objective needs a teacher and there is none, or if the optimiser changes the structure or a dtype
-    of its state.
+    `divisor`, if the state's field is not of the kind that the objective learns, if the objective needs a teacher and
+    there is none, or if the optimiser changes the structure or a dtype of its state.
     """
 
     objective: AbstractObjective
@@ -173,12 +184,15 @@ class TrainStep(eqx.Module):
             raise ValueError("objective must have divisor None if it has a state, which parts of a batch cannot share")
         if self.objective.needs_teacher and self.teacher is None:
             raise ValueError("teacher must be one of the averages or a frozen field for this objective, got None")
+        if self.teacher is not None and not issubclass(self.objective.learns, AbstractField):
+            name = type(self.objective).__name__
+            raise ValueError(f"teacher must be None for {name}, which learns no field, got {self.teacher!r:.100}")
         if isinstance(self.teacher, int | np.integer) and not 0 <= self.teacher < len(self.averages):
             raise ValueError(f"teacher must be the number of one of {len(self.averages)} averages, got {self.teacher}")
         if self.teacher is not None and not isinstance(self.teacher, int | np.integer):
             check_field(self.teacher)
 
-    def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    def __call__(self, state: TrainState[_Network], batch: Batch) -> tuple[TrainState[_Network], Metrics]:
         check_kind("state", state, TrainState)
         check_kind("batch", batch, Batch)
         if len(state.averages) != len(self.averages):
@@ -218,8 +232,9 @@ def scan_steps(
 
 
 @eqx.filter_jit(donate="all-except-first")
-def _train_step(constant: tuple[TrainStep, Batch], state: TrainState) -> tuple[TrainState, Metrics]:
+def _train_step(constant: tuple[TrainStep, Batch], state: TrainState[_Network]) -> tuple[TrainState[_Network], Metrics]:
     train_step, batch = constant
+    _check_learnable(state.field, train_step.objective.learns)
     _check_numbers(state)
     if jax.tree.structure(state.objective) != jax.tree.structure(jax.eval_shape(train_step.objective.init)):
         name = type(train_step.objective).__name__

@@ -239,6 +239,25 @@ def test_a_teacher_that_is_none_of_the_averages_is_refused(number):
         mfx.TrainStep(Probe(), OPTIMIZER, AVERAGES, teacher=number)
 
 
+@pytest.mark.usefixtures("unchecked")
+def test_an_objective_that_learns_one_kind_of_field_is_given_that_kind_and_a_field():
+    class Odd(mfx.AbstractField):
+        weight: jax.Array
+
+        def __call__(self, z):
+            return self.weight * z
+
+    class OfOdd(Probe):
+        learns = Odd
+
+    with pytest.raises(ValueError, match="field must be an instance of Odd, got Affine"):
+        mfx.init_state(field(), OPTIMIZER, objective=OfOdd(), key=jr.key(1))
+    with pytest.raises(
+        ValueError, match=r"field must be callable as field\(z, r, t, condition, key=key\), got Odd, which"
+    ):
+        mfx.init_state(Odd(jnp.ones(())), OPTIMIZER, objective=OfOdd(), key=jr.key(1))
+
+
 def test_a_method_that_wants_a_teacher_is_refused_without_one():
     objective = mfx.Objective(mfx.TerminalVelocityMatching())
     with pytest.raises(ValueError, match="teacher must be one of the averages or a frozen field"):

@@ -12,7 +12,7 @@ import pytest
 from methods import guidance, METHODS, trainer
 
 import mf_eqx as mfx
-from mf_eqx import checkpoint, data, exact, metrics, nn
+from mf_eqx import checkpoint, data, exact, metrics, nn, vae
 from mf_eqx._validate import check_finite, check_positive, check_sizes, described
 
 KEY = jr.key(0)
@@ -245,6 +245,7 @@ class AtTheEnds(mfx.AbstractTimes):
 # was 2e-44, and a training with NaN for times had a finite loss.
 
 FLOATS = {
+    "AutoencoderObjective.kl": vae.AutoencoderObjective,
     "AdaptiveWeight.offset": lambda value: mfx.AdaptiveWeight(offset=value),
     "AlignYourFlow.offset": lambda value: mfx.AlignYourFlow(offset=value),
     "AlphaFlow.clip": lambda value: mfx.AlphaFlow(0.5, clip=value),
@@ -285,7 +286,6 @@ FLOATS = {
     "PerceptualTerm.smallest_crop": lambda value: mfx.PerceptualTerm(jnp.tanh, (4, 4), smallest_crop=value),
     "Protocol.centre": lambda value: dataclasses.replace(metrics.LITE0, centre=value),
     "RandomFlip.probability": data.RandomFlip,
-    "SamplePosterior.scale": data.SamplePosterior,
     "PowerLawScales.largest": lambda value: mfx.PowerLawScales(largest=value),
     "PowerLawScales.power": mfx.PowerLawScales,
     "PowerLawScales.smallest": lambda value: mfx.PowerLawScales(smallest=value),

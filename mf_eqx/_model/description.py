@@ -18,7 +18,6 @@ import jax.random as jr
 from jax.typing import DTypeLike
 from jaxtyping import Array, Key
 
-from .._field import AbstractField
 from .._leaves import leaves, listed, shapes
 from ..nn import (
     AbstractAttention,
@@ -54,7 +53,7 @@ _NOT_DESCRIBED = {"dtype", "attention", "remat", "unroll", "fourier_scale", "key
 _X_PREDICTION = "x_prediction"
 
 
-def describe(field: AbstractField) -> dict[str, Any]:
+def describe(field: eqx.Module) -> dict[str, Any]:
     """The description of an `MLP`, a `DiT`, an `InContextDiT` or a `UNet`, or of the `XPrediction` of one, as values
     that JSON can hold: the name of the class as "network", and its `arguments`. The parameters are no part of it.
 

@@ -9,15 +9,17 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from .._guidance import GuidanceRange, Trained
-from ..vae import AutoencoderSize
+from .._validate import check_kind, check_sizes
+from ..vae import AutoencoderSize, LatentStatistics
 
 
 class Tokenizer(NamedTuple):
-    """The tokenizer of which a field's data are latents: its `size`, and its `digest` (`vae.Autoencoder.digest`), or
-    None if only the size is known."""
+    """The tokenizer of which a field's data are latents: its `size`; its `digest` (`vae.Autoencoder.digest`), or None
+    if only the size is known; and the `statistics` by which latents were standardised."""
 
     size: AutoencoderSize
     digest: str | None = None
+    statistics: LatentStatistics = LatentStatistics()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +29,7 @@ class Notes:
     **Arguments:**
 
     - `pixels`: for images, and for latents of images: the values of black and of full brightness, such as (-1, 1).
-    - `tokenizer`: for latents: what decodes them to pixels, after a division by `mf_eqx.vae.SCALE`.
+    - `tokenizer`: for latents: what decodes them to pixels, after `tokenizer.statistics.restore`.
     - `class_names`: the name of each label.
     - `trained`: which values of the field were trained: `Objective.trained`.
     - `steps`: training steps.
@@ -35,7 +37,8 @@ class Notes:
     - `mean`, `std`: of data that were standardised: the field's data are (data - mean) / std, with a mean for each
       entry of a row's first axis, or one for all, and one std > 0. `in_unit_of_data` goes back.
 
-    **Raises:** `ValueError` for values of other types or ranges.
+    **Raises:** `ValueError` for values of other types or ranges, or for statistics of other channels than the
+    tokenizer's latents have.
     """
 
     pixels: tuple[float, float] | None = None
@@ -55,8 +58,8 @@ class Notes:
             raise ValueError(f"class_names must be at least one text, got {names!r:.80}")
         if self.trained is not None:
             _check_trained(self.trained)
-        if self.tokenizer is not None and not isinstance(self.tokenizer.digest, str | None):
-            raise ValueError(f"digest must be a text or None, got {self.tokenizer.digest!r:.80}")
+        if self.tokenizer is not None:
+            _check_tokenizer(self.tokenizer)
         if self.steps is not None and not (_are(int, (self.steps,)) and self.steps >= 0):
             raise ValueError(f"steps must be an integer >= 0, got {self.steps!r:.80}")
         if self.decay is not None and not (_are(float, (self.decay,)) and 0 <= self.decay < 1):
@@ -83,12 +86,24 @@ class Notes:
         """All that is known, as values that JSON can hold."""
         known = {name: value for name, value in vars(self).items() if value is not None}
         if self.tokenizer is not None:
-            known["tokenizer"] = {"size": self.tokenizer.size._asdict(), "digest": self.tokenizer.digest}
+            size, digest, statistics = self.tokenizer
+            known["tokenizer"] = {"size": size._asdict(), "digest": digest, "statistics": statistics.as_json()}
         if self.trained is not None:
             known["trained"] = {name: value for name, value in self.trained._asdict().items() if value is not None}
         if self.trained is not None and self.trained.guidance is not None:
             known["trained"]["guidance"] = self.trained.guidance._asdict()
         return known
+
+
+def _check_tokenizer(tokenizer: Tokenizer) -> None:
+    """Raises a `ValueError` for a tokenizer that cannot be, and for statistics of other channels than its latents."""
+    size, digest, statistics = tokenizer
+    check_kind("size", size, AutoencoderSize)
+    check_sizes(**size._asdict())
+    if not isinstance(digest, str | None):
+        raise ValueError(f"digest must be a text or None, got {digest!r:.80}")
+    check_kind("statistics", statistics, LatentStatistics)
+    statistics.check_channels(size.latent)
 
 
 def _check_trained(trained: Trained) -> None:
@@ -121,9 +136,11 @@ def notes_of_json(values: Mapping[str, Any]) -> Notes:
     known: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     try:
         if "tokenizer" in known:
-            size = dict(known["tokenizer"]["size"])
-            size["widths"] = tuple(size["widths"])
-            known["tokenizer"] = Tokenizer(AutoencoderSize(**size), known["tokenizer"]["digest"])
+            tokenizer = dict(known["tokenizer"])
+            size = {**tokenizer["size"], "widths": tuple(tokenizer["size"]["widths"])}
+            # Files from before there were statistics have latents of Stable Diffusion.
+            statistics = LatentStatistics(**{name: tuple(v) for name, v in tokenizer.get("statistics", {}).items()})
+            known["tokenizer"] = Tokenizer(AutoencoderSize(**size), tokenizer["digest"], statistics)
         if "trained" in known:
             trained = dict(known["trained"])
             if "guidance" in trained:

@@ -19,7 +19,8 @@ from jaxtyping import Key
 
 from .._batch import Batch
 from .._custom_types import at_least_float32
-from .._validate import as_tuple, check_positive
+from .._validate import as_tuple, check_kind
+from ..vae import LatentStatistics, Moments
 
 
 def _as_parts(parts: Any) -> tuple[Any, ...]:
@@ -80,26 +81,27 @@ class RandomFlip(eqx.Module):
 
 
 class SamplePosterior(eqx.Module):
-    r"""A latent $s (\mu + \sigma \epsilon)$, drawn anew in every step, from rows of moments: the channels of the mean
-    $\mu$, then those of the standard deviation $\sigma$, as `experiments/prepare_latents.py` writes them.
+    r"""A standardised latent $(\mu + \sigma \epsilon - m) / s$, drawn anew in every step, from rows of moments: the
+    channels of the mean $\mu$, then those of the standard deviation $\sigma$, as `experiments/prepare_latents.py`
+    writes them.
 
-    **Arguments:** `scale` s, > 0 and finite: `mf_eqx.vae.SCALE` for the tokenizer of Stable Diffusion.
+    **Arguments:** `statistics` m and s of all latents; by default those of the tokenizer of Stable Diffusion.
 
-    **Raises:** `ValueError` for another `scale`; when called, if x is not floating point or has an odd number of
-    channels.
+    **Raises:** `ValueError`, when called, if x is not floating point, is no image, or has an odd number of channels or
+    not those of the statistics.
     """
 
-    scale: float
+    statistics: LatentStatistics = LatentStatistics()
 
     def __check_init__(self):
-        check_positive("scale", self.scale)
+        check_kind("statistics", self.statistics, LatentStatistics)
 
     def __call__(self, row: Batch, key: Key[jax.Array, ""]) -> Batch:
         x = jnp.asarray(row.x)
         if not jnp.issubdtype(x.dtype, jnp.floating):
             raise ValueError(f"x must be floating point for SamplePosterior, means and deviations, got {x.dtype}")
-        if x.ndim < 1 or x.shape[0] % 2:
-            raise ValueError(f"x must have an even number of channels for SamplePosterior, got shape {x.shape}")
-        mean, std = jnp.split(at_least_float32(x), 2)
-        eps = jr.normal(key, mean.shape, mean.dtype)
-        return Batch(self.scale * (mean + std * eps), row.condition, row.index)
+        if x.ndim != 3 or x.shape[0] % 2:
+            rule = "be (channels, height, width) with an even number of channels"
+            raise ValueError(f"x must {rule} for SamplePosterior, got shape {x.shape}")
+        latent = Moments(*jnp.split(at_least_float32(x), 2)).sample(key=key)
+        return Batch(self.statistics.standardise(latent), row.condition, row.index)

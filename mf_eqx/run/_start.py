@@ -15,6 +15,7 @@
 
 import contextlib
 import dataclasses
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,13 +25,13 @@ import jax
 import jax.random as jr
 import optax
 
-from .._field import AbstractField
 from .._leaves import leaves, shapes
 from .._model import describe, make_network
 from .._optimizer import copy
 from .._sharding import Parallelism
 from .._train import init_state, TrainState, TrainStep
 from ..checkpoint import CheckpointError, Checkpoints, read_weights
+from ..vae import Autoencoder
 from ._processes import tell
 
 _PARTS = {".field": "network", ".averages": "averages", ".opt_state": "state of the optimiser"}
@@ -105,21 +106,25 @@ def _newest_record(checkpoints: Checkpoints) -> tuple[dict[str, Any], dict[str, 
     return checkpoints.saved(oldest)
 
 
-def description_of(field: AbstractField) -> dict[str, Any] | None:
-    """That of `mf_eqx.describe`, None for a field that has none."""
+def description_of(field: eqx.Module) -> dict[str, Any] | None:
+    """Class and size of a tokenizer, for comparison alone; otherwise that of `mf_eqx.describe`, None for a network that
+    has none."""
+    if isinstance(field, Autoencoder):
+        return json.loads(json.dumps({"network": "Autoencoder", **field.size._asdict()}, default=int))
     try:
         return describe(field)
     except ValueError:
         return None
 
 
-def _check_network(found: Mapping[str, Any] | None, field: AbstractField, path: Path) -> None:
-    """Refuses another network: one with other attention heads, say, has arrays of the same shapes. A network without a
-    description is compared by its arrays alone."""
+def _check_network(found: Mapping[str, Any] | None, field: eqx.Module, path: Path) -> None:
+    """Refuses another network: one with other attention heads, say, or other groups, has arrays of the same shapes. A
+    network without a description is compared by its arrays alone."""
     wanted = description_of(field)
     if found is None or wanted is None:
         return
-    found = describe(eqx.filter_eval_shape(eqx.Partial(make_network, found, key=jr.key(0))))  # with all arguments
+    if found.get("network") == wanted["network"] and not isinstance(field, Autoencoder):
+        found = describe(eqx.filter_eval_shape(eqx.Partial(make_network, found, key=jr.key(0))))  # with all arguments
     for name in wanted:
         if name != "dropout" and found.get(name) != wanted[name]:
             raise ValueError(f"start must be of {name} {wanted[name]}, got {found.get(name)} in {path}")

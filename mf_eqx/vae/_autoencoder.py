@@ -13,43 +13,25 @@ from .._custom_types import at_least_float32
 from .._leaves import digest, leaves
 from ..nn import cast
 from ._blocks import conv, DownLevel, Middle, norm, UpLevel
+from ._moments import Moments
 
-SCALE = 0.18215
-"""The factor by which latents of `SD_VAE` are multiplied, so that their standard deviation is about 1 (Rombach et al.
-2022, App. G). No method of the tokenizer applies it. Other weights of the same size may require another factor, which
-is `scaling_factor` in their config.json."""
-
-_COLOURS = 3
 _MIN_LOG_VARIANCE, _MAX_LOG_VARIANCE = -30.0, 20.0
 
 
 class AutoencoderSize(NamedTuple):
     """The size of a tokenizer: `widths` the channels of its levels, each of half the resolution of the one before;
     `blocks` residual blocks per level in the encoder (the decoder has one more); `latent` channels of a latent;
-    `groups` of the group normalisations."""
+    `groups` of the group normalisations; `channels` of an image: 3 in colour, 1 in grey."""
 
     widths: tuple[int, ...]
     blocks: int
     latent: int
     groups: int
+    channels: int = 3
 
 
 SD_VAE = AutoencoderSize(widths=(128, 256, 512, 512), blocks=2, latent=4, groups=32)
 """The tokenizer of Stable Diffusion 1 and 2, such as sd-vae-ft-mse: 83,653,863 parameters."""
-
-
-class Moments(eqx.Module):
-    r"""The posterior of an image, $q(z | x) = N(\mu, \operatorname{diag} \sigma^2)$, without a scale factor.
-
-    **Arguments:** `mean` $\mu$ and `std` $\sigma$, each (latent, height, width).
-    """
-
-    mean: Float[Array, "latent height width"]
-    std: Float[Array, "latent height width"]
-
-    def sample(self, *, key: Key[Array, ""]) -> Float[Array, "latent height width"]:
-        r"""A latent, $\mu + \sigma \epsilon$ with $\epsilon$ standard normal."""
-        return self.mean + self.std * jr.normal(key, self.mean.shape, self.mean.dtype)
 
 
 class Encoder(eqx.Module):
@@ -65,7 +47,7 @@ class Encoder(eqx.Module):
         in_key, down_key, middle_key, out_key = jr.split(key, 4)
         first, last = size.widths[0], size.widths[-1]
         keys = jr.split(down_key, len(size.widths))
-        self.conv_in = conv(_COLOURS, first, key=in_key)
+        self.conv_in = conv(size.channels, first, key=in_key)
         self.down = tuple(
             DownLevel(before, width, size.blocks, size.groups, shrink=i + 1 < len(keys), key=keys[i])
             for i, (before, width) in enumerate(zip((first, *size.widths), size.widths, strict=False))
@@ -74,7 +56,7 @@ class Encoder(eqx.Module):
         self.norm = norm(last, size.groups)
         self.conv_out = conv(last, 2 * size.latent, key=out_key)
 
-    def __call__(self, x: Float[Array, "3 height width"]) -> Float[Array, "moments lower narrower"]:
+    def __call__(self, x: Float[Array, "colours height width"]) -> Float[Array, "moments lower narrower"]:
         x = self.conv_in(x)
         for level in self.down:
             x = level(x)
@@ -101,9 +83,9 @@ class Decoder(eqx.Module):
             for i, (before, width) in enumerate(zip((widths[0], *widths), widths, strict=False))
         )
         self.norm = norm(widths[-1], size.groups)
-        self.conv_out = conv(widths[-1], _COLOURS, key=out_key)
+        self.conv_out = conv(widths[-1], size.channels, key=out_key)
 
-    def __call__(self, latent: Float[Array, "latent height width"]) -> Float[Array, "3 higher wider"]:
+    def __call__(self, latent: Float[Array, "latent height width"]) -> Float[Array, "colours higher wider"]:
         x = self.middle(self.conv_in(latent))
         for level in self.up:
             x = level(x)
@@ -112,23 +94,24 @@ class Decoder(eqx.Module):
 
 class Autoencoder(eqx.Module):
     r"""The tokenizer of latent diffusion: from an image (3, height, width) in [-1, 1] to the moments of its latent
-    (latent, height / 8, width / 8), and from a latent to an image. (For other sizes, 2^(levels - 1) replaces 8.)
+    (latent, height / 8, width / 8), and from a latent to an image. (For other sizes, `channels` replaces 3, and
+    2^(levels - 1) replaces 8.)
 
     **Arguments:**
 
     - `size`: an `AutoencoderSize`, such as `SD_VAE`, or one of your own.
     - `dtype`: compute precision, float32 or bfloat16 (float64 for tests). Parameters, the statistics of norms, moments
       and images stay float32 or better.
-    - `key`: for random weights, which are only useful for tests; `load_autoencoder` reads trained ones. (Drawing random
-      weights takes a few seconds of compilation, less than half of that with a key of `impl="rbg"`.)
+    - `key`: for random weights, which `AutoencoderObjective` trains; `load_autoencoder` reads trained ones. (Drawing
+      random weights takes a few seconds of compilation, less than half of that with a key of `impl="rbg"`.)
 
     For a batch use `jax.vmap`. Its memory is proportional to the number of images: with `SD_VAE` and 256 x 256 pixels
     in float32, each image takes about 225 MiB while decoding and 130 to 250 MiB while encoding (XLA on the CPU; 620 and
     270 GFLOP). So process large batches in pieces:
 
         @eqx.filter_jit
-        def decode(tokenizer, latents):
-            return jax.lax.map(tokenizer.decode, latents / vae.SCALE, batch_size=16)
+        def decode(tokenizer, statistics, z):  # of a `LatentStatistics`
+            return jax.lax.map(lambda z: tokenizer.decode(statistics.restore(z)), z, batch_size=16)
 
     On GPUs float32 convolutions run in TF32 unless `jax.default_matmul_precision("highest")` is set, as they do in
     torch.
@@ -142,7 +125,7 @@ class Autoencoder(eqx.Module):
     dtype: DTypeLike = eqx.field(static=True)
 
     def __init__(self, size: AutoencoderSize, *, dtype: DTypeLike = jnp.float32, key: Key[Array, ""]):
-        if not size.widths or min(*size.widths, size.blocks, size.latent, size.groups) < 1:
+        if not size.widths or min(*size.widths, *size[1:]) < 1:
             raise ValueError(f"size must be positive throughout, got {size}")
         if any(width % size.groups for width in size.widths):
             raise ValueError(f"widths must be multiples of the {size.groups} groups, got {size.widths}")
@@ -168,15 +151,16 @@ class Autoencoder(eqx.Module):
     def encode(self, x: Float[Array, "colours height width"]) -> Moments:
         r"""The posterior of an image: $\mu$ and $\sigma$, where $\log \sigma^2$ is clipped to [-30, 20].
 
-        **Arguments:** `x` (3, height, width) in [-1, 1], with height and width that are multiples of `factor`.
+        **Arguments:** `x` (channels, height, width) in [-1, 1], with height and width that are multiples of `factor`.
 
         The range is not checked, since values are known only on the device.
 
         **Raises:** `ValueError` if `x` has another shape, or is an array of integers.
         """
-        if x.ndim != 3 or x.shape[0] != _COLOURS or x.shape[1] % self.factor or x.shape[2] % self.factor or not x.size:
-            rule = f"positive multiples of {self.factor}"
-            raise ValueError(f"x must be ({_COLOURS}, height, width) with height and width {rule}, got {x.shape}")
+        channels, factor = self.size.channels, self.factor
+        if x.ndim != 3 or x.shape[0] != channels or x.shape[1] % factor or x.shape[2] % factor or not x.size:
+            rule = f"positive multiples of {factor}"
+            raise ValueError(f"x must be ({channels}, height, width) with height and width {rule}, got {x.shape}")
         if not jnp.issubdtype(x.dtype, jnp.floating):
             raise ValueError(f"x must be floating point, in [-1, 1], got {x.dtype}")
         encoded = cast(self.encoder, self.dtype)(x.astype(self.dtype))
@@ -184,11 +168,11 @@ class Autoencoder(eqx.Module):
         mean, log_variance = jnp.split(moments.astype(at_least_float32(x).dtype), 2)
         return Moments(mean, jnp.exp(0.5 * jnp.clip(log_variance, _MIN_LOG_VARIANCE, _MAX_LOG_VARIANCE)))
 
-    def decode(self, latent: Float[Array, "latent height width"]) -> Float[Array, "3 higher wider"]:
+    def decode(self, latent: Float[Array, "latent height width"]) -> Float[Array, "colours higher wider"]:
         """The image of a latent, approximately in [-1, 1] but not clipped.
 
-        **Arguments:** `latent` of any height and width, without a scale factor: divide by `SCALE` any latent that was
-        multiplied by it.
+        **Arguments:** `latent` of any height and width, as the encoder makes them: what a field generates is first
+        brought back by `LatentStatistics.restore`.
 
         **Raises:** `ValueError` if `latent` has another number of channels, or is an array of integers.
         """

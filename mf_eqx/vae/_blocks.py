@@ -1,7 +1,6 @@
 """Parts of the encoder and decoder: residual blocks, attention over all positions, levels of one resolution.
 
-Convolutions are initialized as Equinox does it by default, which is also the default of torch; tokenizers are loaded,
-not trained here.
+Convolutions are initialized as Equinox does it by default, which is also the default of torch and of the paper's code.
 """
 
 import equinox as eqx

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from .._optional import optional
-from ._load import WEIGHTS
+from ._layout import WEIGHTS
 
 # On the main branch of sd-vae-ft-mse. A commit is used because the content of a branch can change.
 _COMMIT = "31f26fdeee1355a5c34592e401dd41e45d25a493"

@@ -1,10 +1,7 @@
 """Reading of weights in diffusers' layout."""
 
-import errno
-import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -14,12 +11,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Shaped
 
 from .._foreign import fill, Origin, read_safetensors
-from .._json import read_json_object
-from .._leaves import leaves, listed
+from .._leaves import leaves
 from ._autoencoder import Autoencoder, AutoencoderSize, SD_VAE
-
-WEIGHTS = "diffusion_pytorch_model.safetensors"
-_PICKLED = "diffusion_pytorch_model.bin"
+from ._layout import CONFIG, read_size, weights_file
 
 # From names in `Autoencoder` to names in diffusers, for each word of a dotted name. Words that do not change are not
 # listed.
@@ -42,84 +36,33 @@ _OLD_NAMES = {"qkv": ("query", "key", "value"), "out": ("proj_attn",)}
 
 
 def load_autoencoder(
-    path: str | Path, size: AutoencoderSize = SD_VAE, *, dtype: DTypeLike = jnp.float32
+    path: str | Path, size: AutoencoderSize | None = None, *, dtype: DTypeLike = jnp.float32
 ) -> Autoencoder:
     """The tokenizer in a file or folder of diffusers' `AutoencoderKL`. Requires safetensors (extra `export`).
 
     **Arguments:**
 
-    - `path`: a .safetensors file; or a folder that holds `diffusion_pytorch_model.safetensors`, directly or in `vae/`.
-      If a folder has a config.json, it must agree with `size`. (Its `scaling_factor` is ignored, since a tokenizer
-      applies no scale factor.) Names and shapes of the attention may be those of any version of diffusers.
-    - `size`: of the network in the file.
+    - `path`: a .safetensors file; or a folder that holds `diffusion_pytorch_model.safetensors`, directly or in `vae/`,
+      such as `save_autoencoder` writes. Names and shapes of the attention may be those of any version of diffusers.
+    - `size`: of the network in the file. None for the size that the config.json beside it says, and for `SD_VAE` where
+      there is none; a config.json must agree with a size that is given. (What it says of the scale of latents is for
+      `read_latent_statistics`: a tokenizer applies no scale.)
     - `dtype`: compute precision, see `Autoencoder`. Parameters are float32 for every dtype in the file.
 
     **Raises:** `FileNotFoundError` if `path` does not exist; `ValueError` that names the file if it is not a complete
     safetensors file, if a folder has only pickled weights, if config.json is that of another network (with its keys),
     or if tensors are missing, unexpected, of another shape or not finite (with their names).
     """
-    path = Path(path)
-    file = _file(path)
-    config = file.with_name("config.json")
-    if path.is_dir() and config.exists():
-        _check_config(config, size)
-    network = eqx.filter_eval_shape(lambda key: Autoencoder(size, dtype=dtype, key=key), jr.key(0))
+    file = weights_file(Path(path))
+    known = read_size(file, size)
+    network = eqx.filter_eval_shape(lambda key: Autoencoder(known or SD_VAE, dtype=dtype, key=key), jr.key(0))
     tensors = read_safetensors(file)
-    origins = {name: _origin(name, leaf.shape, tensors) for name, leaf in leaves(network).items()}
-    return fill(network, origins, tensors, file)
+    origins = {path: origin_of(path, leaf.shape, tensors) for path, leaf in leaves(network).items()}
+    assumed = f" (taken for one of Stable Diffusion's size, since no {CONFIG} is beside it)"
+    return fill(network, origins, tensors, f"{file}{assumed if known is None else ''}")
 
 
-def _file(path: Path) -> Path:
-    """The file with the weights."""
-    if path.exists() and not path.is_dir():
-        if path.suffix != ".safetensors":
-            raise ValueError(f"{path}: must be a .safetensors file (nothing pickled is read), got {path.name}")
-        return path
-    if not path.is_dir():
-        rule = f"must be a .safetensors file or a folder with {WEIGHTS}, but does not exist"
-        raise FileNotFoundError(errno.ENOENT, rule, str(path))
-    for folder in (path, path / "vae"):
-        if (folder / WEIGHTS).exists():
-            return folder / WEIGHTS
-    pickled = any((folder / _PICKLED).is_file() for folder in (path, path / "vae"))
-    found = f"only {_PICKLED}, which is pickled and not read" if pickled else "no such file in it or in vae/"
-    raise ValueError(f"{path}: must be a folder with {WEIGHTS}, got {found}")
-
-
-def _check_config(path: Path, size: AutoencoderSize) -> None:
-    # A key may be missing: the check of the tensors' names and shapes replaces it, except for the number of groups, on
-    # which no shape depends.
-    config = {"norm_num_groups": 32} | read_json_object(path)
-    differing = [
-        f"{key} is {json.dumps(config[key])}, not {json.dumps(value)}"
-        for key, value in _config(size).items()
-        if key in config and config[key] != value
-    ]
-    if differing:
-        raise ValueError(f"{path}: must describe a network of the given size, but {listed(differing)}")
-
-
-def _config(size: AutoencoderSize) -> dict[str, Any]:
-    """The config.json that diffusers would write for a network of this size."""
-    levels = len(size.widths)
-    return {
-        "_class_name": "AutoencoderKL",
-        "in_channels": 3,
-        "out_channels": 3,
-        "latent_channels": size.latent,
-        "block_out_channels": [*size.widths],
-        "layers_per_block": size.blocks,
-        "norm_num_groups": size.groups,
-        "act_fn": "silu",
-        "down_block_types": levels * ["DownEncoderBlock2D"],
-        "up_block_types": levels * ["UpDecoderBlock2D"],
-        "mid_block_add_attention": True,
-        "use_quant_conv": True,
-        "use_post_quant_conv": True,
-    }
-
-
-def _origin(name: str, shape: tuple[int, ...], tensors: Mapping[str, Shaped[np.ndarray, "..."]]) -> Origin:
+def origin_of(name: str, shape: tuple[int, ...], tensors: Mapping[str, Shaped[np.ndarray, "..."]]) -> Origin:
     """The origin of the array with a path such as .encoder.down[0].blocks[1].norm1.weight."""
     words = name.removeprefix(".").replace("[", ".").replace("]", "").split(".")
     tensor = ".".join(_WORDS.get(word, word) for word in words)

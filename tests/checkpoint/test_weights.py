@@ -111,7 +111,7 @@ def test_a_network_with_a_part_of_your_own_is_made_by_your_function_alone(tmp_pa
 
 NOTES = checkpoint.Notes(
     pixels=(-1, 1),
-    tokenizer=checkpoint.Tokenizer(vae.SD_VAE, "0" * 64),
+    tokenizer=checkpoint.Tokenizer(vae.SD_VAE, "0" * 64, vae.LatentStatistics((0.5, 0.0, 1.0, -3.0), (2.0,))),
     class_names=("a", "b", "c"),
     trained=mfx.Trained(True, null_velocity=True, null_average=False, guidance=mfx.GuidanceRange(1.0, 8.0, 0.5)),
     steps=7,
@@ -134,6 +134,12 @@ def test_older_notes_say_of_fewer_values_whether_they_were_trained():
     assert notes_of_json({"trained": trained}).trained == mfx.Trained(True, True, False, True, False, None)
 
 
+def test_older_notes_on_a_tokenizer_are_of_colours_and_of_the_scale_of_stable_diffusion():
+    size = {"widths": [4, 8], "blocks": 1, "latent": 4, "groups": 2}
+    found = notes_of_json({"tokenizer": {"size": size, "digest": None}}).tokenizer
+    assert found == checkpoint.Tokenizer(vae.AutoencoderSize((4, 8), 1, 4, 2, 3), None, vae.LatentStatistics())
+
+
 @pytest.mark.parametrize(
     ("notes", "message"),
     [
@@ -145,13 +151,26 @@ def test_older_notes_say_of_fewer_values_whether_they_were_trained():
         ({"trained": mfx.Trained(*[True] * 5, mfx.GuidanceRange(2.0, 1.0))}, "guidance must satisfy 0 < smallest <="),
         ({"trained": mfx.Trained(*[True] * 5, mfx.GuidanceRange(1.0, 8.0, 2.0))}, "guidance must satisfy .* a middle"),
         ({"tokenizer": checkpoint.Tokenizer(vae.SD_VAE, 7)}, "digest must be a text or None, got 7"),
+        ({"tokenizer": checkpoint.Tokenizer((8,))}, r"size must be an instance of AutoencoderSize, got \(8,\)"),
+        (
+            {"tokenizer": checkpoint.Tokenizer(vae.SD_VAE._replace(latent=0))},
+            "latent must be an integer >= 1, got 0",
+        ),
+        (
+            {"tokenizer": checkpoint.Tokenizer(vae.SD_VAE, None, 0.18215)},
+            "statistics must be an instance of LatentStatistics, got 0.18215",
+        ),
+        (
+            {"tokenizer": checkpoint.Tokenizer(vae.SD_VAE, None, vae.LatentStatistics((1.0, 2.0, 3.0)))},
+            "statistics must be of 4 channels, or one number for all, got 3",
+        ),
         ({"steps": True}, "steps must be an integer >= 0, got True"),
         ({"decay": 1.0}, r"decay must lie in \[0, 1\), got 1.0"),
         ({"mean": ()}, r"mean must be finite numbers, at least one, got \(\)"),
         ({"mean": (0.0, np.nan)}, "mean must be finite numbers"),
         ({"std": 0.0}, "std must be > 0 and finite, got 0.0"),
     ],
-    ids=range(13),
+    ids=range(17),
 )
 def test_notes_that_say_nothing_are_refused(notes, message):
     with pytest.raises(ValueError, match=message):

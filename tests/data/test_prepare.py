@@ -10,6 +10,7 @@ import pytest
 
 import mf_eqx as mfx
 from mf_eqx.data import EDMAugmentation, FromPixels, InTurn, RandomFlip, SamplePosterior, WithoutLabel
+from mf_eqx.vae import LatentStatistics
 
 KEY = jr.key(0)
 
@@ -108,51 +109,67 @@ MEAN, STD = np.random.default_rng(0).uniform(0.5, 2, (2, 3, 2, 4)).astype(np.flo
 MOMENTS = np.concatenate([MEAN, STD])
 
 
-def latents(keys, scale):
-    return jax.jit(jax.vmap(lambda key: SamplePosterior(scale)(row(jnp.asarray(MOMENTS)), key).x))(keys)
+ONE = LatentStatistics((0.0,), (1.0,))
 
 
-@pytest.mark.parametrize("scale", [1.0, 0.18215])
-def test_latents_have_the_mean_and_the_deviation_of_the_posterior_times_the_scale(scale):
+def latents(keys, statistics):
+    return jax.jit(jax.vmap(lambda key: SamplePosterior(statistics)(row(jnp.asarray(MOMENTS)), key).x))(keys)
+
+
+@pytest.mark.parametrize("statistics", [ONE, LatentStatistics(), LatentStatistics((1.0, 2.0, -3.0), (0.1, 1.0, 10.0))])
+def test_latents_have_the_mean_and_the_deviation_of_the_posterior_standardised(statistics):
     count = 5000
-    found = np.asarray(latents(jr.split(KEY, count), scale), np.float64) / scale
+    mean, std = (np.reshape(values, (-1, 1, 1)) for values in (statistics.mean, statistics.std))
+    found = np.asarray(latents(jr.split(KEY, count), statistics), np.float64) * std + mean
     # Five standard errors, for each of 24 places.
     assert (np.abs(found.mean(axis=0) - MEAN) < 5 * STD / np.sqrt(count)).all()
     assert (np.abs(found.std(axis=0) / STD - 1) < 5 / np.sqrt(2 * count)).all()
 
 
 def test_places_of_a_latent_are_independent():
-    found = latents(jr.split(KEY, 5000), 1.0).reshape(-1, MEAN.size)
+    found = latents(jr.split(KEY, 5000), ONE).reshape(-1, MEAN.size)
     correlation = np.corrcoef(np.asarray(found), rowvar=False) - np.eye(MEAN.size)
     assert np.abs(correlation).max() < 5 / np.sqrt(5000)
 
 
-def test_latent_without_deviation_is_the_mean_times_the_scale():
+def test_latent_without_deviation_is_the_mean_standardised_channel_by_channel():
     certain = np.concatenate([MEAN, np.zeros_like(STD)])
-    found = SamplePosterior(0.5)(row(certain), KEY).x
+    found = SamplePosterior(LatentStatistics((0.0, 1.0, 0.0), (2.0, 2.0, 4.0)))(row(certain), KEY).x
     assert found.dtype == jnp.float32
-    np.testing.assert_array_equal(found, 0.5 * MEAN.astype(np.float32))
+    mean = MEAN.astype(np.float32)
+    np.testing.assert_array_equal(found, np.stack([0.5 * mean[0], 0.5 * (mean[1] - 1), 0.25 * mean[2]]))
 
 
 def test_latent_keeps_label_and_index():
-    found = SamplePosterior(1.0)(row(MOMENTS, jnp.asarray(3), 5), KEY)
+    found = SamplePosterior()(row(MOMENTS, jnp.asarray(3), 5), KEY)
     assert (found.condition, found.index) == (3, 5)
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.int32, bool])
 def test_moments_that_are_no_floating_point_numbers_are_refused(dtype):
     with pytest.raises(ValueError, match=r"x must be floating point for SamplePosterior, .* got"):
-        jax.jit(SamplePosterior(1.0))(row(MOMENTS.astype(dtype)), KEY)
+        jax.jit(SamplePosterior())(row(MOMENTS.astype(dtype)), KEY)
 
 
 def test_moments_of_an_odd_number_of_channels_are_refused():
     with pytest.raises(ValueError, match=r"an even number of channels for SamplePosterior, got shape \(5, 2, 4\)"):
-        SamplePosterior(1.0)(row(MOMENTS[:5]), KEY)
+        SamplePosterior()(row(MOMENTS[:5]), KEY)
+
+
+def test_moments_of_other_channels_than_the_statistics_are_refused():
+    with pytest.raises(ValueError, match="statistics must be of 3 channels, or one number for all, got 2"):
+        SamplePosterior(LatentStatistics((0.0,), (1.0, 2.0)))(row(MOMENTS), KEY)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_a_number_in_the_place_of_statistics_is_refused():
+    with pytest.raises(ValueError, match=r"statistics must be .*LatentStatistics, got 0\.18215"):
+        SamplePosterior(0.18215)
 
 
 def test_latent_of_float64_moments_is_float64_where_jax_keeps_it(x64):
     certain = np.concatenate([np.full_like(MEAN, 1e300, np.float64), np.zeros_like(STD, np.float64)])
-    assert (SamplePosterior(1.0)(row(jnp.asarray(certain)), KEY).x == 1e300).all()
+    assert (SamplePosterior(ONE)(row(jnp.asarray(certain)), KEY).x == 1e300).all()
 
 
 # Parts

@@ -32,12 +32,13 @@ NETWORKS = {
     "ends": eqx.Partial(mfx.DiT, (1, 4, 4), SIZE, labels=2, key=jr.key(0)),
 }
 NAMES = tuple("abcdefghijkl")
+STATISTICS = vae.LatentStatistics((1.0, 0.0, -2.0, 0.5), (3.0, 0.5, 1.0, 2.0))
 NOTES = {
     "plain": checkpoint.Notes(pixels=(-1, 1), steps=7, decay=0.9),
     "digits": checkpoint.Notes(pixels=(0, 2), class_names=NAMES, trained=mfx.Trained(True, True, False)),
     "flow": checkpoint.Notes(trained=mfx.Trained(False, True, False)),
     "robot": checkpoint.Notes(trained=mfx.Trained(True, False, False)),
-    "latent": checkpoint.Notes(pixels=(-1, 1), tokenizer=checkpoint.Tokenizer(TINY_VAE)),
+    "latent": checkpoint.Notes(pixels=(-1, 1), tokenizer=checkpoint.Tokenizer(TINY_VAE, statistics=STATISTICS)),
     "guided": None,
     "drawn": checkpoint.Notes(
         pixels=(-1, 1), trained=mfx.Trained(True, True, False, guidance=mfx.GuidanceRange(1.0, 8.0, 0.5))
@@ -160,7 +161,7 @@ def test_latents_are_an_array_without_a_tokenizer_and_pictures_with_one(command)
     assert "latent.npy" in command("latent.safetensors --number 2")
     command("latent.safetensors --number 2 --vae vae.safetensors --to some/")
     tokenizer = vae.load_autoencoder("vae.safetensors", TINY_VAE)
-    decode = jax.jit(lambda z: tokenizer.decode(z / vae.SCALE))
+    decode = jax.jit(lambda z: tokenizer.decode(STATISTICS.restore(z)))
     for i, z in enumerate(np.load("latent.npy")):
         expected = np.moveaxis(np.asarray(decode(z)), 0, -1)
         np.testing.assert_allclose(colours(f"some/00000{i}.png"), bytes_of(expected, -1, 1), atol=1)

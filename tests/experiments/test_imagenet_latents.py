@@ -71,6 +71,10 @@ COMMON_OF_IMPROVED = COMMON | {
 }
 
 
+JUDGED = {"images", "test", "samples"}
+"""What is not trained but judged."""
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_are_the_numbers_of_the_paper(latents, name):
     config = run.main(lambda config: config, latents.PRESETS, argv=["--preset", name])
@@ -83,7 +87,7 @@ def test_presets_are_the_numbers_of_the_paper(latents, name):
 def test_no_number_of_the_recipe_was_left_out_above(latents):
     ours, common = ({field.name for field in dataclasses.fields(kind)} for kind in (latents.Config, run.Settings))
     seen = {*COMMON_OF_IMPROVED, "depth", "width", "heads", "patch", "head_depth", "sample_interval"}
-    assert ours - common - seen == {"data", "start", "vae", "bfloat16", "cudnn", "remat", "seed"}
+    assert ours - common - seen == {"data", "start", "vae", "bfloat16", "cudnn", "remat", "seed", *JUDGED}
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -244,6 +248,8 @@ def save_weights(path):
         ("--preset iMF-tiny --largest-scale 0.5", r"--largest-scale must lie in \[1, 100\], got 0.5"),
         ("--preset iMF-tiny --scale-power 1000", r"--scale-power must satisfy \|1 - scale_power\| .*, got 1000.0"),
         ("--interval 0 0.5", r"--interval must be left out without guidance, got \(0.0, 0.5\)"),
+        ("--images images", "--images must be left out without vae, which decodes samples, got images"),
+        ("--test images", "--test must be left out without images, got images"),
         ("--cudnn", "--cudnn must be given with bfloat16, got float32"),
         ("--preset B/3", "--preset must be one of B/4, B/2, M/2, L/2, XL/2, XL/2"),
     ],

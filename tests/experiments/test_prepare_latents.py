@@ -13,12 +13,12 @@ import jax.random as jr
 import numpy as np
 import pytest
 
-from mf_eqx import data, run, vae
+from mf_eqx import checkpoint, data, run, vae
 
 TESTS = pathlib.Path(__file__).parents[1]
 TINY = vae.AutoencoderSize(widths=(4, 8), blocks=1, latent=3, groups=2)
 SIZE = 16
-FLAGS = f"--images images --vae vae --size {SIZE} --batch 4 --widths 4 8 --blocks 1 --latent 3 --groups 2"
+FLAGS = f"--images images --vae vae --size {SIZE} --batch 4"
 SIDES = [(16, 24), (20, 16), (16, 16), (17, 16), (16, 19), (24, 16), (16, 16), (16, 30), (18, 16), (16, 22), (16, 16)]
 """Height and width of each image: the smaller side is that of the latents' images, so that cropping is all."""
 CLASSES = ["bird", "cat", "dog"]
@@ -112,15 +112,24 @@ def test_latents_are_the_moments_of_the_cropped_images_in_half_precision(convert
     np.testing.assert_array_equal(rows.label, label)
     out = capsys.readouterr().out
     assert re.search(r"latents: 3 of 3 parts, 11 images encoded now, \d+\.\d s, \d+\.\d img/s\n", out), out
-    assert "images: 11 images; passed over: nothing\n" in out
+    assert "images: 11 images, resized and cropped to 16 x 16; passed over: nothing\n" in out
 
 
 @pytest.mark.parametrize(
-    "x", [np.zeros((2, 3, SIZE, SIZE), np.float32), np.zeros((2, 1, SIZE, SIZE), np.uint8), np.zeros((2, 3), np.uint8)]
+    "x",
+    [
+        np.zeros((2, 3, SIZE, SIZE), np.float32),
+        np.zeros((2, 1, SIZE, SIZE), np.uint8),
+        np.zeros((2, 3), np.uint8),
+        np.zeros((2, 3, 8, 7), np.uint8),
+    ],
 )
 def test_source_of_what_is_no_images_is_refused(x, prepare_latents):
     tokenizer = eqx.filter_eval_shape(vae.Autoencoder, TINY, key=jr.key(0))
-    with pytest.raises(ValueError, match=r"arrays: images must be uint8 of shape \(3, height, width\), got "):
+    rule = (
+        r"arrays: images must be uint8 of shape \(3, height, width\), with multiples of the tokenizer's factor 2, got "
+    )
+    with pytest.raises(ValueError, match=rule):
         prepare_latents.LatentSource(data.ArraySource(x), np.arange(2), tokenizer, batch=2, threads=1)
 
 
@@ -143,12 +152,62 @@ def test_larger_images_are_resized_before_they_are_cropped(convert, prepare_late
     np.testing.assert_allclose(found.astype(np.float32), expected(files)[0][:1], rtol=2.0**-11 + 1e-5, atol=1e-5)
 
 
+def test_training_images_of_idx_files_are_encoded_in_grey_and_test_images_are_left_out(convert, prepare_latents):
+    os.mkdir("mnist")
+    x = np.random.default_rng(1).integers(0, 256, (9, 8, 12), np.uint8)
+    for part, rows in (("train", x), ("t10k", x[:2])):
+        sizes = b"".join(size.to_bytes(4, "big") for size in rows.shape)
+        pathlib.Path(f"mnist/{part}-images-idx3-ubyte").write_bytes(bytes([0, 0, 8, 3]) + sizes + rows.tobytes())
+        label = bytes(range(len(rows)))
+        pathlib.Path(f"mnist/{part}-labels-idx1-ubyte").write_bytes(bytes([0, 0, 8, 1]) + sizes[:4] + label)
+    tokenizer = vae.Autoencoder(TINY._replace(channels=1), key=jr.key(0, impl="rbg"))
+    statistics = vae.LatentStatistics((1.0, 2.0, 3.0), (4.0, 5.0, 6.0))
+    vae.save_autoencoder("grey", tokenizer, statistics)
+    convert("--images mnist --vae grey --to latents --parts 2")
+    source, notes = prepare_latents.open_latents("latents"), prepare_latents.read_notes("latents")
+    rows = source.take(np.arange(9))
+    moments = jax.jit(jax.vmap(tokenizer.encode))(x[:, None].astype(np.float32) / 127.5 - 1)
+    expected = np.concatenate([moments.mean, moments.std], axis=1)
+    assert rows.x.shape == (9, 6, 4, 6) and [*rows.label] == [*range(9)]
+    np.testing.assert_allclose(rows.x.astype(np.float32), expected, rtol=2.0**-11 + 1e-5, atol=1e-5)
+    assert notes.of_tokenizer() == checkpoint.Tokenizer(tokenizer.size, tokenizer.digest(), statistics)
+
+
 def test_folder_tells_what_it_was_made_of(convert, capsys):
     convert("--to latents --parts 2")
     notes = json.loads(pathlib.Path("latents/latents.json").read_text())
     assert (notes["rows"], notes["labels"], notes["size"], notes["parts"]) == (11, 3, SIZE, 2)
     assert notes["images"] == os.path.realpath("images") and len(notes["vae"]) == 64
-    assert notes["tokenizer"] == {"widths": [4, 8], "blocks": 1, "latent": 3, "groups": 2}
+    assert notes["tokenizer"] == {"widths": [4, 8], "blocks": 1, "latent": 3, "groups": 2, "channels": 3}
+    assert notes["statistics"] == {"mean": [0.0], "std": [1 / vae.SCALE]}
+
+
+def test_folders_from_before_there_were_statistics_are_those_of_stable_diffusion(convert, prepare_latents):
+    convert("--to latents --parts 2 --last-part 0")
+    path = pathlib.Path("latents/latents.json")
+    notes = json.loads(path.read_text())
+    del notes["statistics"], notes["tokenizer"]["channels"]
+    path.write_text(json.dumps(notes))
+    assert prepare_latents.read_notes("latents").of_tokenizer().statistics == vae.LatentStatistics()
+    convert("--to latents --parts 2")
+    assert len(prepare_latents.open_latents("latents")) == 11
+
+
+def test_statistics_are_those_of_the_config_and_no_others(convert, prepare_latents, capsys):
+    path = pathlib.Path("vae/config.json")
+    path.write_text(json.dumps({**json.loads(path.read_text()), "latents_mean": [1, 2, 3], "scaling_factor": 0.5}))
+    convert("--to latents --parts 2 --last-part 0")
+    found = prepare_latents.read_notes("latents").of_tokenizer().statistics
+    assert found == vae.LatentStatistics((1.0, 2.0, 3.0), (2.0,))
+    shown = "latents: mean 1 2 3, std 2, by latents_mean of vae/config.json, scaling_factor of vae/config.json\n"
+    assert shown in capsys.readouterr().out
+    file = "vae/diffusion_pytorch_model.safetensors"
+    convert(f"--to latents --parts 2 --last-part 0 --vae {file}")  # a file is what its folder is
+    path.write_text(json.dumps({**json.loads(path.read_text()), "scaling_factor": 1.0}))
+    assert "latents.json statistics is " in refused(convert, capsys, "--to latents --parts 2")
+    path.unlink()
+    rule = "taken for one of Stable Diffusion's size, since no config.json is beside it"
+    assert rule in refused(convert, capsys, f"--to latents --parts 2 --vae {file}")
 
 
 # Parts
@@ -270,13 +329,26 @@ def test_notes_that_cannot_be_read_are_refused(convert, prepare_latents, capsys)
 
 @pytest.mark.parametrize(
     "changed",
-    [{"parts": "1"}, {"parts": 10**12}, {"rows": None}, {"size": 0}, {"tokenizer": 3}, {"tokenizer": {}}],
+    [
+        {"parts": "1"},
+        {"parts": 10**12},
+        {"rows": None},
+        {"size": 0},
+        {"tokenizer": 3},
+        {"tokenizer": {}},
+        {"tokenizer": TINY._replace(latent="3")._asdict()},
+        {"statistics": {"std": [0.0]}},
+        {"statistics": {"mean": [1.0, 2.0]}},
+        {"statistics": {"mean": "123"}},
+        {"statistics": 3},
+        {"vae": 7},
+    ],
     ids=str,
 )
 def test_notes_of_wrong_types_are_refused(changed, prepare_latents, tmp_path):
     notes = prepare_latents.Notes("images", 1, None, 8, 1, "0", TINY._asdict(), False)
     (tmp_path / "latents.json").write_text(json.dumps(notes._asdict()))
-    assert prepare_latents.read_notes(tmp_path).tokenizer_size == TINY
+    assert prepare_latents.read_notes(tmp_path).of_tokenizer() == checkpoint.Tokenizer(TINY, "0")
     (tmp_path / "latents.json").write_text(json.dumps(notes._asdict() | changed))
     with pytest.raises(ValueError, match=r"latents\.json: must be the notes of prepare_latents\.py, but"):
         prepare_latents.read_notes(tmp_path)
@@ -298,15 +370,20 @@ def test_broken_image_is_named_and_its_part_is_not_there(convert, capsys):
         ("", "to must be given, got none"),
         ("--to x --images missing", "--images: No such file or directory: 'missing'"),
         ("--to x --images vae", "vae: must hold images"),
+        (
+            "--to x --parts 1 --vae images",
+            "images: must be a folder with diffusion_pytorch_model.safetensors, got no such",
+        ),
         ("--to x --parts 1 --vae missing", "missing"),
-        ("--to x --parts 1 --latent 4", "vae"),
         ("--to x --parts 12", "parts must be at most the 11 images of images, got 12"),
         ("--to x --parts 0", "--parts must be >= 1, got 0"),
         ("--to x --parts 3 --first-part 3", "--first-part must be at most last_part, and both below 3, got 3 and -1"),
         ("--to x --parts 3 --last-part 3", "--first-part must be at most last_part, and both below 3, got 0 and 3"),
         ("--to x --parts 3 --first-part 2 --last-part 1", "both below 3, got 2 and 1"),
-        ("--to x --groups 0", "widths, blocks, latent and groups must be >= 1, got"),
-        ("--to x --size 15", "--size must be a multiple of the tokenizer's factor 2, got 15"),
+        (
+            "--to x --parts 1 --size 15",
+            r"images must be uint8 of .* with multiples of the tokenizer's factor 2, got uint8 of shape \(3, 15, 15\)",
+        ),
         ("--to x --batch 0", "--batch must be >= 1, got 0"),
         ("--to x --threads 0", "--threads must be >= 1, got 0"),
     ],

@@ -165,7 +165,7 @@ def test_cifar10_weights_are_judged(trained_on_cifar10, command, monkeypatch):
 # ImageNet
 
 TINY_VAE = vae.AutoencoderSize(widths=(4, 8, 8), blocks=1, latent=4, groups=2)
-TOKENIZER = "--vae vae --size 16 --widths 4 8 8 --blocks 1 --latent 4 --groups 2"
+TOKENIZER = "--vae vae --size 16"
 DIT = (
     "--preset B/2 --data latents --vae vae --depth 1 --width 16 --heads 2 --batch 8 --epochs 2.6 "
     "--decay 0.9 --learning-rate 1e-2 --save-every 4 --preview-every 4 --log-every 2"

@@ -29,6 +29,7 @@ TRAINING = {
     "fashion": f"{DIT} --data mnist --steps 2 --batch 8",
     "imagenet_latents": f"{DIT} --preset tiny --epochs 1.3 --batch 8",
     "pixels": f"{DIT} --preset tiny --depth 2 --data mnist --epochs 0.4 --batch 8",
+    "tokenizer": "--log-every 1 --data mnist --widths 4 --latent 2 --groups 2 --steps 2 --batch 8 --test-run",
     "post_train": "--log-every 1 --start base.safetensors --data mnist --steps 2 --batch 16 --warmup 0 --test-run",
 }
 

@@ -22,7 +22,7 @@ from hypothesis import given, HealthCheck, settings, strategies as st  # noqa: E
 EXPERIMENTS, BENCHMARKS = (pathlib.Path(__file__).parents[2] / name for name in ("experiments", "benchmarks"))
 SCRIPTS = ("toy_2d", "digits", "ablations", "weight_bias", "tangent_study", "prepare_data")
 ALL_SCRIPTS = (*SCRIPTS, "images", "cifar10", "imagenet_latents", "evaluate", "generate", "prepare_latents")
-ALL_SCRIPTS += ("import_weights", "pixels", "post_train")
+ALL_SCRIPTS += ("import_weights", "pixels", "post_train", "tokenizer")
 TIMED = ("checkpoint_blocking", "compile_time", "device_scaling", "jvp_accuracy", "jvp_overhead", "loader_throughput")
 TIMED += ("one_step_vs_ode", "sampling_throughput")
 LONGEST = 60  # seconds for one command line; usual are 0.02 to 0.2

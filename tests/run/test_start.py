@@ -1,6 +1,7 @@
 """What a training begins from: weights or checkpoints of another run. With no steps, the state is that at the start."""
 
 import dataclasses
+import functools
 import shutil
 
 import equinox as eqx
@@ -12,8 +13,8 @@ import pytest
 import trainer
 
 import mf_eqx as mfx
-from mf_eqx import checkpoint, data, run
-from mf_eqx.run._start import _check_network, started
+from mf_eqx import checkpoint, data, run, vae
+from mf_eqx.run._start import _check_network, description_of, started
 
 for package in ("grain", "orbax.checkpoint", "safetensors"):
     pytest.importorskip(package)
@@ -160,6 +161,25 @@ def test_another_network_is_refused_by_its_description(tmp_path):
     checkpoint.save_weights(tmp_path / "ema.safetensors", make_state(heads=2).field)
     with pytest.raises(ValueError, match=r"start must be of size .*'heads': 4.*, got .*'heads': 2.* in "):
         started(str(tmp_path / "ema.safetensors"), make_state, step)
+
+
+def tokenizer_state(step, groups):
+    size = vae.AutoencoderSize(widths=(4,), blocks=1, latent=1, groups=groups, channels=1)
+    tokenizer = vae.Autoencoder(size, key=jr.key(0, impl="rbg"))
+    return mfx.init_state(tokenizer, step.optimizer, step.averages, step.objective, key=jr.key(1))
+
+
+def test_another_tokenizer_is_refused_by_its_size(tmp_path):
+    step = mfx.TrainStep(vae.AutoencoderObjective(), optax.sgd(1.0))
+    checkpoints, saved = checkpoint.Checkpoints(tmp_path / "checkpoints"), tokenizer_state(step, 2)
+    checkpoints.save(1, saved, {"network": description_of(saved.field)})
+    checkpoints.wait()
+    found = started(str(tmp_path), functools.partial(tokenizer_state, step, 2), step)()
+    assert same(found.field, saved.field)
+    with pytest.raises(ValueError, match="start must be of groups 4, got 2 in "):
+        started(str(tmp_path), functools.partial(tokenizer_state, step, 4), step)
+    with pytest.raises(ValueError, match="start must be of network MLP, got Autoencoder in "):
+        started(str(tmp_path), trainer.parts(16, False, False, 0.5, 1, None)[1], step)
 
 
 def test_arguments_that_an_older_description_lacks_have_their_defaults(tmp_path):

@@ -147,6 +147,7 @@ def test_the_full_size_makes_latents_of_four_channels_an_eighth_as_large():
     ("change", "message"),
     [
         ({"widths": ()}, r"size must be positive throughout, got AutoencoderSize\(widths=\(\)"),
+        ({"channels": 0}, r"size must be positive throughout, got .*channels=0"),
         ({"blocks": 0}, r"size must be positive throughout, got .*blocks=0"),
         ({"widths": (4, 7)}, r"widths must be multiples of the 2 groups, got \(4, 7\)"),
     ],
@@ -168,6 +169,16 @@ def test_a_fresh_tokenizer_tells_images_apart():
     other = all_outputs(network, -image((3, 4, 6)), jnp.zeros((2, 2, 3)))
     assert found["mean"].shape == (2, 2, 3) and found["image"].shape == (3, 4, 6)
     assert all(0.001 < np.abs(found[name] - other[name]).max() < 100 for name in found)
+
+
+def test_a_tokenizer_of_grey_images_has_one_channel_on_both_sides():
+    network = structure(TINY._replace(channels=1))
+    moments = eqx.filter_eval_shape(lambda network, x: network.encode(x), network, jnp.zeros((1, 12, 20)))
+    assert moments.mean.shape == moments.std.shape == (3, 3, 5)
+    decoded = eqx.filter_eval_shape(lambda network, z: network.decode(z), network, moments.mean)
+    assert decoded.shape == (1, 12, 20)
+    with pytest.raises(ValueError, match=r"x must be \(1, height, width\) .* got \(3, 12, 20\)"):
+        network.encode(jnp.zeros((3, 12, 20)))
 
 
 # Inputs

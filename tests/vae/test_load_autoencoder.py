@@ -79,6 +79,37 @@ def test_a_folder_is_read_at_its_top_or_in_vae(place, tmp_path):
     assert_equal(found, load_changed(tmp_path, lambda held: None))
 
 
+def test_the_size_is_that_of_the_config_if_none_is_given(tmp_path):
+    found = vae.load_autoencoder(write_folder(tmp_path))
+    assert found.size == TINY
+    assert_equal(found, load_changed(tmp_path, lambda held: None))
+
+
+def test_without_config_and_size_it_is_that_of_stable_diffusion(tmp_path):
+    (write_folder(tmp_path) / "config.json").unlink()
+    rule = r"\(taken for one of Stable Diffusion's size, since no config.json is beside it\): must hold the tensors of"
+    for path in (tmp_path, tmp_path / WEIGHTS):
+        with pytest.raises(ValueError, match=rf"{WEIGHTS} {rule} .*lacks .* and \d+ more"):
+            vae.load_autoencoder(path)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [*({"latent_channels": value} for value in ("8", 0, [4, 8], True)), {"block_out_channels": []}],
+    ids=str,
+)
+def test_a_size_in_the_config_that_cannot_be_is_refused(changes, tmp_path):
+    write_folder(tmp_path, **changes)
+    with pytest.raises(ValueError, match=r"config.json: must have integers >= 1 for block_out_channels, "):
+        vae.load_autoencoder(tmp_path)
+
+
+def test_widths_in_the_config_that_its_groups_do_not_divide_are_refused(tmp_path):
+    write_folder(tmp_path, norm_num_groups=3)
+    with pytest.raises(ValueError, match=r"config.json: block_out_channels must be multiples of .* 3, got \[4, 8, 8\]"):
+        vae.load_autoencoder(tmp_path)
+
+
 def test_a_folder_without_config_is_read(tmp_path):
     (write_folder(tmp_path) / "config.json").unlink()
     assert eqx.is_array(vae.load_autoencoder(tmp_path, TINY).to_moments.weight)
@@ -89,9 +120,12 @@ def test_the_scale_of_a_config_is_not_looked_at(tmp_path):
     assert eqx.is_array(vae.load_autoencoder(tmp_path, TINY).to_moments.weight)
 
 
-def test_the_config_beside_a_file_is_not_read(tmp_path):
-    file = write_folder(tmp_path, latent_channels=7) / WEIGHTS
-    assert eqx.is_array(vae.load_autoencoder(file, TINY).to_moments.weight)
+def test_the_config_beside_a_file_is_read_as_that_of_its_folder(tmp_path):
+    file = write_folder(tmp_path) / WEIGHTS
+    assert vae.load_autoencoder(file).size == TINY
+    write_folder(tmp_path, latent_channels=7)
+    with pytest.raises(ValueError, match=r"config.json: must describe .* given size, but latent_channels is 7, not 3"):
+        vae.load_autoencoder(file, TINY)
 
 
 @pytest.mark.parity
@@ -173,8 +207,8 @@ def test_a_missing_tensor_with_an_old_name_is_named_as_the_file_would(tmp_path):
 
 
 def test_a_file_of_another_size_is_refused(tmp_path):
-    file = write_folder(tmp_path) / WEIGHTS
-    with pytest.raises(ValueError, match=r"differs: .* is \(8,\), not \(12,\)"):
+    file = write_file(tmp_path / "alone.safetensors", tensors(TINY))
+    with pytest.raises(ValueError, match=r"alone.safetensors: .* differs: .* is \(8,\), not \(12,\)"):
         vae.load_autoencoder(file, TINY._replace(widths=(4, 8, 12)))
 
 
@@ -242,6 +276,12 @@ def test_a_config_of_another_network_is_refused_by_its_keys(changes, message, tm
         vae.load_autoencoder(tmp_path, TINY)
 
 
+def test_a_config_of_other_layers_is_refused_without_a_size_too(tmp_path):
+    write_folder(tmp_path, act_fn="relu")
+    with pytest.raises(ValueError, match='must describe a network that can be read, but act_fn is "relu", not "silu"'):
+        vae.load_autoencoder(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("content", "message"), [(b"{", "must be JSON"), (b"\xff\xfe\xff", "must be JSON"), (b"[]", "must be an object")]
 )
@@ -249,6 +289,54 @@ def test_a_damaged_config_is_refused(content, message, tmp_path):
     (write_folder(tmp_path) / "config.json").write_bytes(content)
     with pytest.raises(ValueError, match=f"config.json: {message}"):
         vae.load_autoencoder(tmp_path, TINY)
+
+
+# The statistics of latents
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected", "origin"),
+    [
+        ({}, vae.LatentStatistics(), "scaling_factor of Stable Diffusion, since CONFIG lacks it"),
+        ({"scaling_factor": 0.5}, vae.LatentStatistics((0.0,), (2.0,)), "scaling_factor of CONFIG"),
+        (
+            {"shift_factor": 0.1},
+            vae.LatentStatistics((0.1,), (1 / vae.SCALE,)),
+            "shift_factor of CONFIG, scaling_factor of Stable Diffusion, since CONFIG lacks it",
+        ),
+        (
+            {"scaling_factor": 0.5, "latents_mean": [1, 2, 3], "latents_std": [4, 5, 6]},
+            vae.LatentStatistics((1.0, 2.0, 3.0), (8.0, 10.0, 12.0)),
+            "latents_mean of CONFIG, latents_std of CONFIG, scaling_factor of CONFIG",
+        ),
+    ],
+)
+def test_statistics_are_those_of_the_config(changes, expected, origin, tmp_path):
+    for path in (write_folder(tmp_path, **changes), tmp_path / WEIGHTS):
+        assert vae.read_latent_statistics(path) == expected
+        assert vae.latent_statistics_origin(path) == origin.replace("CONFIG", str(tmp_path / "config.json"))
+
+
+def test_without_config_statistics_are_those_of_stable_diffusion(tmp_path):
+    (write_folder(tmp_path) / "config.json").unlink()
+    assert vae.read_latent_statistics(tmp_path / WEIGHTS) == vae.LatentStatistics()
+    found = vae.latent_statistics_origin(tmp_path / WEIGHTS)
+    assert found == f"scaling_factor of Stable Diffusion, since there is no {tmp_path / 'config.json'}"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({"scaling_factor": value} for value in (0, "1", True, [1.0], -1, 10**400)),
+        *({"latents_std": value} for value in ([-1], 3, [True], ["1"])),
+        *({"latents_mean": value} for value in ("x", "123", ["1", "2", "3"], [], [1.0, 2.0])),
+        {"shift_factor": "1"},
+    ],
+    ids=lambda changes: str(changes)[:40],
+)
+def test_statistics_that_cannot_be_are_refused(changes, tmp_path):
+    with pytest.raises(ValueError, match=r"config\.json: must say how latents are scaled, but cannot be read: "):
+        vae.read_latent_statistics(write_folder(tmp_path, **changes))
 
 
 # Optional packages
