@@ -83,12 +83,14 @@ def test_a_test_run_is_short_and_keeps_away_from_the_results(ablations, tmp_path
 
 def test_tables_share_the_cell_in_the_centre(ablations):
     for name in ("1a", "1b", "1c", "1d", "1e", "1f"):
-        assert ablations.Setting() in [setting for setting, _ in ablations.TABLES[name].cells.values()], name
+        assert ablations.Setting() in [
+            setting for setting, _ in ablations.paper_tables(ablations.Setting())[name].cells.values()
+        ], name
 
 
 def test_settings_that_are_equal_are_one_key(ablations):
     texts = {}
-    for table in ablations.TABLES.values():
+    for table in ablations.paper_tables(ablations.Setting()).values():
         for setting, _ in table.cells.values():
             text = json.dumps(dataclasses.asdict(setting))  # 0 and 0.0 are equal but not the same key
             assert texts.setdefault(setting, text) == text
@@ -96,7 +98,9 @@ def test_settings_that_are_equal_are_one_key(ablations):
 
 def test_another_recipe_is_another_key(ablations):
     keys = [
-        ablations.key_of(ablations.Config(), ablations.eight_gaussians(steps), ablations.Cell(ablations.Setting(), 0))
+        ablations.key_of(
+            ablations.Config(), ablations.RECIPES["eight_gaussians"](steps), ablations.Cell(ablations.Setting(), 0)
+        )
         for steps in (1, 2)
     ]
     assert keys[0] != keys[1]
@@ -115,7 +119,7 @@ def own(tmp_path_factory):
 
 def key_in_centre(ablations, **config):
     cell = ablations.Cell(ablations.Setting(), 0)
-    return ablations.key_of(ablations.Config(**config), ablations.eight_gaussians(), cell)
+    return ablations.key_of(ablations.Config(**config), ablations.RECIPES["eight_gaussians"](), cell)
 
 
 def test_key_of_mean_flow_finds_cells_from_before_there_were_other_methods(ablations):
@@ -146,12 +150,12 @@ def test_the_method_is_what_is_trained(ablations, own):
 
 def test_a_method_with_a_teacher_is_taught_by_the_average_that_is_judged(ablations):
     for method, teacher in (("TerminalVelocityMatching", 0), ("Shortcut", None)):
-        config, recipe = ablations.Config(method=method), ablations.eight_gaussians()
+        config, recipe = ablations.Config(method=method), ablations.RECIPES["eight_gaussians"]()
         assert ablations.train_step(config, ablations.Setting(), recipe.labels, recipe.numbers).teacher == teacher
 
 
 def test_tables_are_those_that_the_objective_of_the_method_allows(ablations):
-    every = set(ablations.TABLES)
+    every = set(ablations.NAMES)
     rows = {"MeanFlow": 4, "SoFlow": 4, "Shortcut": 3, "TerminalVelocityMatching": 3, "InductiveMomentMatching": 4}
     without = {"MeanFlow": set(), "InductiveMomentMatching": {"1b", "1f", "5"}}
     for method, number in rows.items():
@@ -162,7 +166,7 @@ def test_tables_are_those_that_the_objective_of_the_method_allows(ablations):
 
 @pytest.mark.slow
 def test_a_test_run_of_another_method_is_complete_and_has_a_directory_of_its_own(ablations, tmp_path, monkeypatch):
-    monkeypatch.setattr(ablations, "ROWS", 80)
+    monkeypatch.setattr("ablation_recipes.ROWS", 80)
     start(ablations, tmp_path, "--method Shortcut --only 1a --seeds 1 --test-run")
     assert files(tmp_path).name == "eight_gaussians_Shortcut-test"
     assert [cell["settings"]["method"] for cell in cells(tmp_path)] == 3 * ["Shortcut"]
@@ -192,8 +196,8 @@ def test_exact_guided_field_is_judged_right(ablations):
     mixture = exact.GaussianMixture(mixture.mean, mixture.std, label=jnp.arange(8) % 4)
     velocity = exact.GuidedVelocity(exact.MarginalVelocity(mixture), 2.0)
     field = exact.AverageVelocity(velocity, rtol=1e-5, atol=1e-5)
-    judge = ablations.eight_gaussians().judge
-    right, wrong = judge(field, ablations.guided(0.5)), judge(field, ablations.Setting())
+    judge = ablations.RECIPES["eight_gaussians"]().open_judge(None).score
+    right, wrong = judge(field, ablations.Setting(scale=1.0, mix=0.5)), judge(field, ablations.Setting())
     assert right["error of u"] < 1e-6
     # Finite samples: 500 per class from other noise, and data that are not guided.
     assert right["distance to the guided truth"] < 0.01 < wrong["distance to the guided truth"]
@@ -203,7 +207,7 @@ def test_exact_guided_field_is_judged_right(ablations):
 def test_table_5_keeps_the_effective_scale(ablations):
     import mf_eqx as mfx
 
-    for setting, _ in ablations.TABLES["5"].cells.values():
+    for setting, _ in ablations.paper_tables(ablations.Setting())["5"].cells.values():
         np.testing.assert_allclose(mfx.Guidance(setting.scale, setting.mix).effective_scale, 2, rtol=1e-5)
 
 
@@ -220,12 +224,14 @@ def test_rows_that_diverged_are_counted_apart(ablations):
 
 @pytest.mark.slow
 def test_digits_have_a_recipe_of_the_same_kind(ablations):
-    recipe = ablations.handwritten_digits()
+    recipe = ablations.RECIPES["digits"]()
     import jax.random as jr
 
     batch = recipe.draw(jr.key(0))
     assert batch.x.shape[1:] == (1, 8, 8) and batch.x.shape[0] == batch.condition.shape[0]
-    figures = recipe.judge(recipe.make_field(ablations.EMBEDDINGS["(t, r)"], jr.key(1)), ablations.Setting())
+    figures = recipe.open_judge(None).score(
+        recipe.make_field(ablations.EMBEDDINGS["(t, r)"], jr.key(1)), ablations.Setting()
+    )
     assert np.isfinite(list(figures.values())).all()
 
 
