@@ -1,29 +1,33 @@
 """What `ablations.py` trains on each data set, and how samples of one evaluation are judged.
 
 A recipe is made when a run needs it, since it reads data; where its tables have their centre is known before
-(`CENTRES`). On points and digits that is p = 0 and uniform times, since the paper's p = 1 biases small and noisy data.
+(`CENTRES`): Fashion-MNIST has the paper's, p = 1 and lognorm(-0.4, 1.0), points and digits have p = 0 and uniform
+times. Targets are those of the paper everywhere: the velocity of a row's own image and noise, without references.
 """
 
 import functools
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import digits
 import equinox as eqx
+import fashion
+import image_classifier
+import image_judge
+import image_samples
 import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
-from ablation_tables import Setting
+from ablation_tables import PAPER, Setting
 from jaxtyping import Array, Float, install_import_hook, Int, Key
 
 # Shapes and types are checked while the step is traced. JAXTYPING_DISABLE=1 turns this off.
 with install_import_hook("mf_eqx", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"):
     import mf_eqx as mfx
-    from mf_eqx import exact, metrics
-    from mf_eqx.data import DrawRows
+    from mf_eqx import data, exact, metrics, run
 
 LABEL_DROPOUT = 0.1
 
@@ -36,7 +40,7 @@ class Numbers(NamedTuple):
     width: int
     learning_rate: float
     decay: float
-    clip: float = 1.0
+    clip: float | None = 1.0
     label_dropout: float = LABEL_DROPOUT
 
 
@@ -51,9 +55,23 @@ class Judge(NamedTuple):
     floor: Mapping[str, float] = {}
 
 
+class Cost(NamedTuple):
+    """Seconds of CPU time on one core of the machine that RESULTS.md tells of.
+
+    **Arguments:** `step` of the setting in the centre; `cell` to compile and to judge.
+    """
+
+    step: float
+    cell: float
+
+
 class Recipe(NamedTuple):
-    """What is trained on a data set, and how a field is judged. `open_judge` is given a folder for what later runs can
-    use as well."""
+    """What is trained on a data set, and how a field is judged.
+
+    **Arguments:** `labels` how many; `make_field`, `draw`, `prepare` as for `run.Training` and `mf_eqx.TrainStep`;
+    `open_judge` from a folder, for what later runs can use as well; `distance` in words; `numbers`; `cost`; `details`
+    what else a result depends on; `sampler` of the images in pictures, or None.
+    """
 
     labels: int
     make_field: Callable[[mfx.nn.TimeVariables, Key[Array, ""]], mfx.AbstractField]
@@ -61,6 +79,22 @@ class Recipe(NamedTuple):
     open_judge: Callable[[Path], Judge]
     distance: str
     numbers: Numbers
+    cost: Cost
+    details: Mapping[str, Any] = {}
+    prepare: Callable[[mfx.Batch, Key[Array, ""]], mfx.Batch] | None = None
+    sampler: image_samples.Sampler | None = None
+
+    def seconds(self, setting: Setting, centre: Setting) -> float:
+        """About how much CPU time a cell takes."""
+        return self.cost.step * self.numbers.steps * passes(setting) / passes(centre) + self.cost.cell
+
+
+def passes(setting: Setting) -> float:
+    """Forward passes of a batch that a step of MeanFlow costs: three of Flow Matching, a tangent for each row with r <
+    t, and those of guidance for rows that keep their label, of the label too for rows with r < t and kappa > 0."""
+    if (setting.scale, setting.mix) == (1, 0):
+        return 3 + setting.share
+    return 3 + setting.share + 1 - LABEL_DROPOUT + (setting.share if setting.mix else 0)
 
 
 CLASSES, ROWS, PATH = 4, 2000, mfx.LinearInterpolant()
@@ -103,7 +137,7 @@ def eight_gaussians(steps: int = 4000) -> Recipe:
         return known, known.one_step.z - known.one_step.u
 
     keys = jr.split(judged_keys().data, ROWS)
-    data = jax.vmap(lambda key, label: mixture.sample(key=key, condition=label))(keys, condition)
+    real = jax.vmap(lambda key, label: mixture.sample(key=key, condition=label))(keys, condition)
 
     def by_class(x: Float[Array, "rows 2"], y: Float[Array, "rows 2"]) -> float:
         """Energy distance to the samples of the same class, its mean over classes; NaN if x is not finite."""
@@ -117,7 +151,7 @@ def eight_gaussians(steps: int = 4000) -> Recipe:
         errors = metrics.field_errors(field, known)
         x = one_step(field, jr.normal(judged_keys().noise, (ROWS, 2)), condition)
         return {
-            "distance": by_class(x, data),
+            "distance": by_class(x, real),
             "distance to the guided truth": by_class(x, exact_samples),
             "error of u": float(errors.overall.value),
             "error of u at (0, 1)": float(errors.one_step.value),
@@ -128,25 +162,25 @@ def eight_gaussians(steps: int = 4000) -> Recipe:
 
     draw = exact.DrawLabelled(mixture, numbers.batch)
     distance = "energy distance of one-step samples to the data, per class"
-    return Recipe(CLASSES, make_field, draw, lambda folder: Judge(score), distance, numbers)
+    return Recipe(CLASSES, make_field, draw, lambda folder: Judge(score), distance, numbers, Cost(0.006, 5))
 
 
 def handwritten_digits(steps: int = 1500) -> Recipe:
     """scikit-learn's digits, and the network of `digits.py`; the Frechet distance is that of pixels."""
     config = digits.Config()
     numbers = Numbers(steps, config.batch, config.width, config.learning_rate, config.decay)
-    data = digits.load(config)
-    label = jnp.asarray(data.every.label)
+    parts = digits.load(config)
+    label = jnp.asarray(parts.every.label)
 
     def open_judge(folder: Path) -> Judge:
-        judge = digits.Judge(data)
-        halves, _, unseen = digits.references(data, judge, config.seed)
+        judge = digits.Judge(parts)
+        halves, _, unseen = digits.references(parts, judge, config.seed)
         assert halves.frechet is not None and unseen.read is not None
 
         def score(field: mfx.AbstractField, setting: Setting) -> dict[str, float]:
             eps = jr.normal(judged_keys().noise, (len(label), 1, 8, 8))
             x = digits.pixels(np.asarray(one_step(field, eps, label)))
-            read = float(np.mean(judge.read(x, digits.label_of(data.every))))
+            read = float(np.mean(judge.read(x, digits.label_of(parts.every))))
             return {"distance": judge.frechet(x), "read correctly": read}
 
         return Judge(score, {"distance": halves.frechet, "read correctly": float(np.mean(unseen.read))})
@@ -155,11 +189,64 @@ def handwritten_digits(steps: int = 1500) -> Recipe:
         size = mfx.DiTSize(config.depth, config.width, config.heads, config.patch)
         return mfx.DiT((1, 8, 8), size, labels=digits.CLASSES, time_variables=variables, unroll=True, key=key)
 
-    draw = DrawRows(jnp.asarray(data.train.x), jnp.asarray(data.train.label), numbers.batch)
+    draw = data.DrawRows(jnp.asarray(parts.train.x), jnp.asarray(parts.train.label), numbers.batch)
     distance = "Frechet distance of one-step samples, grey values squared"
-    return Recipe(digits.CLASSES, make_field, draw, open_judge, distance, numbers)
+    return Recipe(digits.CLASSES, make_field, draw, open_judge, distance, numbers, Cost(0.11, 15))
 
 
-CENTRES = {"eight_gaussians": Setting(), "digits": Setting()}
-RECIPES: dict[str, Callable[..., Recipe]] = {"eight_gaussians": eight_gaussians, "digits": handwritten_digits}
-"""By the name of the data set, as a function of the number of steps."""
+SIZE, JUDGED = mfx.DiTSize(depth=4, width=96, heads=4, patch=4), 2000
+
+
+def fashion_mnist(steps: int = 1000, files: str = fashion.PLACE) -> Recipe:
+    """Fashion-MNIST; the Frechet distance is that of features of EfficientNet-Lite0, which never saw such images.
+
+    **Raises:** `ValueError` if `files` is not a folder with the four files.
+    """
+    fashion.check_files((files,), "files")
+    numbers = Numbers(steps, batch=64, width=SIZE.width, learning_rate=2e-3, decay=0.99, clip=None)
+    parts = fashion.images.open_data(fashion.Config(data=(files,)), fashion.CLASSES)
+    rows = parts.train.take(np.arange(len(parts.train)))
+    count = min(JUDGED, len(parts.test), len(parts.train))
+    sampler = image_samples.Sampler("", mfx.sample, (1,), 1, len(fashion.CLASSES), fashion.CLASSES)
+
+    def open_judge(folder: Path) -> Judge:
+        space = image_judge.lite0_space()
+        classifier = image_classifier.trained(parts.train, folder)
+        judge = image_judge.Judge([space], classifier, parts.train, parts.test, count)
+        assert judge.label is not None
+        label = judge.label
+
+        def score(field: mfx.AbstractField, setting: Setting) -> dict[str, float]:
+            x = sampler(field, label, 1, image_samples.JUDGED_SEED)
+            return figures(*judge.samples("", [(1, x)], search=False))
+
+        return Judge(score, figures(*judge.real_images()))
+
+    def make_field(variables: mfx.nn.TimeVariables, key: Key[Array, ""]) -> mfx.AbstractField:
+        shape = parts.train.row_shape
+        return mfx.DiT(shape, SIZE, labels=len(fashion.CLASSES), time_variables=variables, key=key)
+
+    draw = data.DrawRows(jnp.asarray(rows.x), jnp.asarray(rows.label), numbers.batch)
+    distance = "Frechet distance of one-step samples in features of EfficientNet-Lite0"
+    images = run.digest(data.Stream(parts.train, numbers.batch).fingerprint())
+    details = {**SIZE._asdict(), "judged": count, "images": images}
+    options = {"details": details, "prepare": data.FromPixels(), "sampler": sampler}
+    return Recipe(len(fashion.CLASSES), make_field, draw, open_judge, distance, numbers, Cost(0.25, 40), **options)
+
+
+def figures(found: image_judge.Result, read: image_judge.Result | None = None) -> dict[str, float]:
+    """Distances and coverage of one result, and what the classifier reads in that or in another one."""
+    read = found if read is None else read
+    distances, covered = found.frechet or {}, found.coverage or {}
+    space = next(iter(distances))
+    values = {
+        "distance": distances[space],
+        "distance to the classifier": distances.get(image_judge.CLASSIFIER),
+        "covered": covered.get(space),
+        "right class": read.agreement,
+        "lowest class": image_judge.least(read.agreement_by_class),
+    }
+    return {name: math.nan if value is None else value for name, value in values.items()}
+
+
+CENTRES = {"eight_gaussians": Setting(), "digits": Setting(), "fashion": PAPER}

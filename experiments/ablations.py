@@ -18,15 +18,28 @@ orders agree and where they do not.
 
 import dataclasses
 import functools
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import fashion
+import image_samples
 import jax.random as jr
+import numpy as np
 import optax
 import toy_2d
-from ablation_recipes import CENTRES, CLASSES, Judge, LABEL_DROPOUT, Numbers, Recipe, RECIPES
+from ablation_recipes import (
+    CENTRES,
+    CLASSES,
+    eight_gaussians,
+    fashion_mnist,
+    handwritten_digits,
+    LABEL_DROPOUT,
+    Numbers,
+    Recipe,
+)
 from ablation_report import agreement, Column, draw, spread
 from ablation_tables import Cell, EMBEDDINGS, paper_tables, Setting, Table
 from jaxtyping import install_import_hook
@@ -34,7 +47,7 @@ from jaxtyping import install_import_hook
 # Shapes and types are checked while the step is traced. JAXTYPING_DISABLE=1 turns this off.
 with install_import_hook("mf_eqx", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"):
     import mf_eqx as mfx
-    from mf_eqx import run
+    from mf_eqx import data, picture, run
 
 
 NAMES = tuple(paper_tables(Setting()))
@@ -45,9 +58,12 @@ NAMES = tuple(paper_tables(Setting()))
 class Config(run.CellSettings):
     """A run of ablations."""
 
-    data: Literal["eight_gaussians", "digits"] = "eight_gaussians"
+    data: Literal["eight_gaussians", "digits", "fashion"] = "eight_gaussians"
     """eight_gaussians: four classes of two opposite Gaussians each, an MLP, distance to the truth known. digits: a DiT,
-    Frechet distance."""
+    Frechet distance in pixels. fashion: Fashion-MNIST, a DiT, Frechet distance in features of EfficientNet-Lite0 and of
+    a classifier, classes that are read."""
+    files: str = fashion.PLACE
+    """With --data fashion: the folder with its four IDX files."""
     method: str = "MeanFlow"
     """The identity of mf_eqx that is trained, by name."""
     identity: str | None = None
@@ -61,7 +77,7 @@ class Config(run.CellSettings):
     seeds: int = 2
     """Trainings of each cell, from seeds 0, 1, ..."""
     steps: int | None = None
-    """Training steps of a cell, by default 4000 for eight_gaussians, 1500 for digits."""
+    """Training steps of a cell, by default 4000 for eight_gaussians, 1500 for digits, 1000 for fashion."""
     name: str = ""
     """Directory below runs/ablations where cells, tables and pictures are kept, by default that of the data set and
     the method."""
@@ -75,6 +91,8 @@ class Config(run.CellSettings):
             raise ValueError(f"method must be among {', '.join(known)}; got {self.method}")
         if not tables(self):
             raise ValueError(f"method must be one that a table can have, got {self.method}, which no table can")
+        if self.files != fashion.PLACE and self.data != "fashion":
+            raise ValueError(f"files must be left out with --data {self.data}, got {self.files}")
         if self.only is None:
             return
         if unknown := [name for name in self.only if name not in NAMES]:
@@ -146,19 +164,22 @@ def objective(config: Config, setting: Setting, labels: int, label_dropout: floa
 
 
 @functools.cache
-def train_step(config: Config, setting: Setting, labels: int, numbers: Numbers) -> mfx.TrainStep:
+def train_step(
+    config: Config, setting: Setting, labels: int, numbers: Numbers, prepare: data.FromPixels | None = None
+) -> mfx.TrainStep:
     rate, warmup = numbers.learning_rate, 100
     schedule = optax.warmup_cosine_decay_schedule(0, rate, warmup, max(numbers.steps, warmup + 1), rate / 100)
     # Single steps ruin trainings with a large p or kappa otherwise.
-    optimizer = optax.chain(optax.clip_by_global_norm(numbers.clip), optax.adam(schedule))
+    clipped = [] if numbers.clip is None else [optax.clip_by_global_norm(numbers.clip)]
+    optimizer = optax.chain(*clipped, optax.adam(schedule))
     averages = [mfx.ExponentialAverage(numbers.decay)]
     loss = objective(config, setting, labels, numbers.label_dropout, steps=numbers.steps)
-    return mfx.TrainStep(loss, optimizer, averages, teacher=0 if loss.needs_teacher else None)
+    return mfx.TrainStep(loss, optimizer, averages, prepare, teacher=0 if loss.needs_teacher else None)
 
 
 def training(config: Config, recipe: Recipe, cell: Cell, name: str, settings: dict[str, Any]) -> run.Training:
     field_key, run_key = jr.split(jr.key(cell.seed))
-    step = train_step(config, cell.setting, recipe.labels, recipe.numbers)
+    step = train_step(config, cell.setting, recipe.labels, recipe.numbers, recipe.prepare)
     step.check_batch_size(recipe.numbers.batch)
     make_field = functools.partial(recipe.make_field, EMBEDDINGS[cell.setting.embedding], field_key)
     return run.Training(name, step, make_field, recipe.draw, recipe.numbers.steps, run_key, settings)
@@ -176,6 +197,8 @@ def report(config: Config, recipe: Recipe, ledger: run.Ledger, names: Sequence[s
             columns = tuple(results[0])
             rows.append((value, fid, *(spread([result[column] for result in results]) for column in columns)))
             distances.append([result["distance"] for result in results])
+        if (key := floor_key(config, recipe)) in ledger:
+            rows.append(("real data", None, *(format(ledger[key].get(column, math.nan), ".3g") for column in columns)))
         order = "the order of MeanFlow's paper" if method_key(config) else "the paper's order"
         orders = agreement(distances, [fid for _, fid in table.cells.values()], order)
         headers = (table.title, fid_label(config), *columns)
@@ -217,18 +240,30 @@ def describe(config: Config, cell: Cell) -> str:
 def key_of(config: Config, recipe: Recipe, cell: Cell) -> dict[str, Any]:
     """What a finished cell is found by: everything that its result depends on but the code."""
     key = {"data": config.data, "setting": cell.setting, **recipe.numbers._asdict(), "seed": cell.seed}
-    return key | method_key(config)
+    return {**key, **recipe.details, **method_key(config)}
+
+
+def floor_key(config: Config, recipe: Recipe) -> dict[str, Any]:
+    """What the figures of real data are found by."""
+    return {"data": config.data, "real": True, **recipe.details}
 
 
 def cells_of(config: Config, name: str) -> list[Cell]:
     return [Cell(setting, seed) for seed in range(config.seeds) for setting, _ in tables(config)[name].cells.values()]
 
 
+def make_recipe(config: Config) -> Recipe:
+    steps = 2 if config.test_run else config.steps
+    given = {} if steps is None else {"steps": steps}
+    if config.data == "eight_gaussians":
+        return eight_gaussians(**given)
+    return handwritten_digits(**given) if config.data == "digits" else fashion_mnist(files=config.files, **given)
+
+
 def main(config: Config) -> None:
     """Train the cells that are missing, then write tables and a figure."""
     run.require("matplotlib")
-    steps = 2 if config.test_run else config.steps
-    recipe = RECIPES[config.data]() if steps is None else RECIPES[config.data](steps)
+    recipe = make_recipe(config)
     shared = f"{config.data}_{config.method}" if method_key(config) else config.data
     with run.opened(config, shared=shared) as directory:
         run_cells(config, recipe, directory)
@@ -241,31 +276,76 @@ def run_cells(config: Config, recipe: Recipe, directory: run.RunDirectory) -> No
     wanted = dict.fromkeys(cell for name in names for cell in cells_of(config, name))
     # Seeds outside: those of one setting compile the same program.
     missing = sorted((cell for cell in wanted if key(cell) not in ledger), key=lambda cell: cell.seed)
+    seconds = {cell: recipe.seconds(cell.setting, CENTRES[config.data]) for cell in missing}
     steps, kept = recipe.numbers.steps, len(wanted) - len(missing)
-    print(f"{len(wanted)} cells of {steps} steps, {kept} of them finished before (see {directory.root})", flush=True)
-
-    def note(cell: Cell, result: dict[str, float]) -> str:
-        ledger.put(key(cell), result)
-        return f"{describe(config, cell)}: distance {result['distance']:.4g}"
-
-    def judged(cell: Cell, state: mfx.TrainState | None) -> dict[str, float]:
-        assert state is not None
-        return judge.score(state.averages[0], cell.setting)
-
-    trainings = {
-        cell: training(config, recipe, cell, f"{describe(config, cell)} {run.digest(key(cell))}", key(cell))
-        for cell in missing
-    }
-    run.announce(config, trainings, directory)
-    judge = recipe.open_judge(directory.root) if missing else Judge(lambda field, setting: {})
-    run.train_cells(config, trainings, judged, directory, note=note)
+    time_needed = f"; the others take about {sum(seconds.values()) / 60:.0f} minutes of CPU time" if missing else ""
+    finished = f"{kept} of them finished before (see {directory.root})"
+    print(f"{len(wanted)} cells of {steps} steps, {finished}{time_needed}", flush=True)
+    train_missing(config, recipe, directory, ledger, seconds)
     # The files have every table that is complete, also from earlier calls; what is printed is what was asked for.
     complete = [name for name in tables(config) if all(key(cell) in ledger for cell in cells_of(config, name))]
     everything = report(config, recipe, ledger, complete)
     directory.path("results.md").write_text(everything + "\n", encoding="utf-8")
     save_figure(directory.path("ablations.png"), config, recipe, ledger, complete)
-    text, seconds = report(config, recipe, ledger, names), time.perf_counter() - directory.opened
-    print(f"{text}\n\n{seconds:.0f} seconds. results.md and ablations.png are in {directory.root}.")
+    pictures = ["ablations.png", *save_pictures(config, recipe, directory, complete)]
+    text, wall = report(config, recipe, ledger, names), time.perf_counter() - directory.opened
+    print(f"{text}\n\n{wall:.0f} seconds. results.md, {', '.join(pictures)} are in {directory.root}.")
+
+
+def train_missing(
+    config: Config, recipe: Recipe, directory: run.RunDirectory, ledger: run.Ledger, seconds: dict[Cell, float]
+) -> None:
+    """Train and judge the cells that are not in the ledger, of which it is estimated how many seconds each takes."""
+    key = functools.partial(key_of, config, recipe)
+    trainings = {
+        cell: training(config, recipe, cell, f"{describe(config, cell)} {run.digest(key(cell))}", key(cell))
+        for cell in seconds
+    }
+    run.announce(config, trainings, directory)
+    if not trainings:
+        return
+    judge = recipe.open_judge(directory.root)
+    if judge.floor and floor_key(config, recipe) not in ledger:
+        ledger.put(floor_key(config, recipe), judge.floor)
+    began, done = time.perf_counter(), 0.0
+
+    def judged(cell: Cell, state: mfx.TrainState | None) -> dict[str, float]:
+        assert state is not None
+        if recipe.sampler is not None:
+            label, _ = recipe.sampler.columns()
+            x = recipe.sampler(state.averages[0], label, 1, image_samples.PICTURE_SEED)
+            np.save(directory.path(samples_name(key(cell))), x)
+        return judge.score(state.averages[0], cell.setting)
+
+    def note(cell: Cell, result: dict[str, float]) -> str:
+        nonlocal done
+        ledger.put(key(cell), result)
+        done += seconds[cell]
+        left = (time.perf_counter() - began) / done * (sum(seconds.values()) - done) / 60
+        return f"{describe(config, cell)}: distance {result['distance']:.4g}; about {left:.0f} minutes left"
+
+    run.train_cells(config, trainings, judged, directory, note=note)
+
+
+def samples_name(key: dict[str, Any]) -> str:
+    """Of the file with the images of a cell that pictures show."""
+    return f"samples/{run.digest(key)}.npy"
+
+
+def save_pictures(config: Config, recipe: Recipe, directory: run.RunDirectory, names: Sequence[str]) -> list[str]:
+    """For each table of images a row of them for each value, from the same noise, of the first seed."""
+    if recipe.sampler is None:
+        return []
+    (_, columns), saved = recipe.sampler.columns(), []
+    for name in names:
+        rows = {value: Cell(setting, 0) for value, (setting, _) in tables(config)[name].cells.items()}
+        paths = {value: directory.path(samples_name(key_of(config, recipe, cell))) for value, cell in rows.items()}
+        images = {value: np.load(path) for value, path in paths.items() if path.exists()}
+        if images:
+            saved.append(f"samples_{name}.png")
+            labels = {"row_labels": [*images], "column_labels": columns}
+            picture.save_image_grid(directory.path(saved[-1]), np.stack([*images.values()]), -1, 1, **labels)
+    return saved
 
 
 if __name__ == "__main__":

@@ -98,9 +98,7 @@ def test_settings_that_are_equal_are_one_key(ablations):
 
 def test_another_recipe_is_another_key(ablations):
     keys = [
-        ablations.key_of(
-            ablations.Config(), ablations.RECIPES["eight_gaussians"](steps), ablations.Cell(ablations.Setting(), 0)
-        )
+        ablations.key_of(ablations.Config(), ablations.eight_gaussians(steps), ablations.Cell(ablations.Setting(), 0))
         for steps in (1, 2)
     ]
     assert keys[0] != keys[1]
@@ -119,7 +117,7 @@ def own(tmp_path_factory):
 
 def key_in_centre(ablations, **config):
     cell = ablations.Cell(ablations.Setting(), 0)
-    return ablations.key_of(ablations.Config(**config), ablations.RECIPES["eight_gaussians"](), cell)
+    return ablations.key_of(ablations.Config(**config), ablations.eight_gaussians(), cell)
 
 
 def test_key_of_mean_flow_finds_cells_from_before_there_were_other_methods(ablations):
@@ -150,7 +148,7 @@ def test_the_method_is_what_is_trained(ablations, own):
 
 def test_a_method_with_a_teacher_is_taught_by_the_average_that_is_judged(ablations):
     for method, teacher in (("TerminalVelocityMatching", 0), ("Shortcut", None)):
-        config, recipe = ablations.Config(method=method), ablations.RECIPES["eight_gaussians"]()
+        config, recipe = ablations.Config(method=method), ablations.eight_gaussians()
         assert ablations.train_step(config, ablations.Setting(), recipe.labels, recipe.numbers).teacher == teacher
 
 
@@ -196,7 +194,7 @@ def test_exact_guided_field_is_judged_right(ablations):
     mixture = exact.GaussianMixture(mixture.mean, mixture.std, label=jnp.arange(8) % 4)
     velocity = exact.GuidedVelocity(exact.MarginalVelocity(mixture), 2.0)
     field = exact.AverageVelocity(velocity, rtol=1e-5, atol=1e-5)
-    judge = ablations.RECIPES["eight_gaussians"]().open_judge(None).score
+    judge = ablations.eight_gaussians().open_judge(None).score
     right, wrong = judge(field, ablations.Setting(scale=1.0, mix=0.5)), judge(field, ablations.Setting())
     assert right["error of u"] < 1e-6
     # Finite samples: 500 per class from other noise, and data that are not guided.
@@ -224,7 +222,7 @@ def test_rows_that_diverged_are_counted_apart(ablations):
 
 @pytest.mark.slow
 def test_digits_have_a_recipe_of_the_same_kind(ablations):
-    recipe = ablations.RECIPES["digits"]()
+    recipe = ablations.handwritten_digits()
     import jax.random as jr
 
     batch = recipe.draw(jr.key(0))

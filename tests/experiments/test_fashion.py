@@ -5,10 +5,10 @@ import pathlib
 
 import numpy as np
 import pytest
+from idx_files import save_files
 
 from mf_eqx import checkpoint, run
 
-DRAWS = np.random.default_rng(9)
 SMALL = "--data files --preset quick --depth 1 --heads 2 --width 8 --batch 8 --samples 20"
 SHORT = "--steps 5 --warmup 1 --decay 0.5 --save-every 2 --log-every 1 --preview-every 3"
 PLACE = pathlib.Path("/usr/share/datasets/fashion-mnist")
@@ -34,17 +34,6 @@ def few(fashion):
         patch.setattr(fashion.images.image_classifier, "STEPS", 3)
         patch.setattr(judging, "feature_spaces", lambda: [judging.FeatureSpace("pixels", judging.pixels)])
         yield
-
-
-def save_files(folder):
-    """The four files: 300 training images, and 100 others."""
-    folder.mkdir()
-    for part, count in (("train", 300), ("t10k", 100)):
-        x = DRAWS.integers(0, 256, (count, 8, 8), np.uint8)
-        sizes = b"".join(size.to_bytes(4, "big") for size in x.shape)
-        (folder / f"{part}-images-idx3-ubyte").write_bytes(bytes([0, 0, 8, 3]) + sizes + x.tobytes())
-        label = (np.arange(count) % 10).astype(np.uint8)
-        (folder / f"{part}-labels-idx1-ubyte").write_bytes(bytes([0, 0, 8, 1]) + sizes[:4] + label.tobytes())
 
 
 @pytest.fixture(scope="module")
