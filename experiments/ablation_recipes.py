@@ -197,7 +197,7 @@ def handwritten_digits(steps: int = 1500) -> Recipe:
 SIZE, JUDGED = mfx.DiTSize(depth=4, width=96, heads=4, patch=4), 2000
 
 
-def fashion_mnist(steps: int = 1000, files: str = fashion.PLACE) -> Recipe:
+def fashion_mnist(steps: int = 1200, files: str = fashion.PLACE) -> Recipe:
     """Fashion-MNIST; the Frechet distance is that of features of EfficientNet-Lite0, which never saw such images.
 
     **Raises:** `ValueError` if `files` is not a folder with the four files.
@@ -231,7 +231,7 @@ def fashion_mnist(steps: int = 1000, files: str = fashion.PLACE) -> Recipe:
     images = run.digest(data.Stream(parts.train, numbers.batch).fingerprint())
     details = {**SIZE._asdict(), "judged": count, "images": images}
     options = {"details": details, "prepare": data.FromPixels(), "sampler": sampler}
-    return Recipe(len(fashion.CLASSES), make_field, draw, open_judge, distance, numbers, Cost(0.25, 40), **options)
+    return Recipe(len(fashion.CLASSES), make_field, draw, open_judge, distance, numbers, Cost(0.19, 46), **options)
 
 
 def figures(found: image_judge.Result, read: image_judge.Result | None = None) -> dict[str, float]:
