@@ -66,6 +66,17 @@ def test_a_run_on_four_files_ends_with_tables_by_class_and_pictures(finished):
 
 
 @pytest.mark.slow
+def test_classes_are_generated_by_name_from_the_file_of_weights_alone(finished, experiment, tmp_path, monkeypatch):
+    generate, file = experiment("generate"), "ema.safetensors"
+    (tmp_path / file).write_bytes((finished / file).read_bytes())
+    monkeypatch.chdir(tmp_path)
+    flags = f"--weights {file} --label sneaker bag --number 4 --to x.npy"
+    run.main(generate.main, generate.Config(), argv=flags.split())
+    x = np.load("x.npy")
+    assert x.shape == (4, 1, 8, 8) and np.isfinite(x).all()
+
+
+@pytest.mark.slow
 def test_a_run_that_was_killed_ends_with_the_same_bits(finished, fashion, command, tmp_path, monkeypatch):
     (tmp_path / "files").symlink_to(finished.parents[2] / "files")
 
