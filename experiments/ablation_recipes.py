@@ -1,4 +1,5 @@
-"""What `ablations.py` trains on each data set, and how samples of one evaluation are judged.
+"""What `ablations.py` trains on points and digits, and how samples of one evaluation are judged. The recipe for images
+is in `ablation_images.py`.
 
 A recipe is made when a run needs it, since it reads data; where its tables have their centre is known before
 (`CENTRES`): Fashion-MNIST has the paper's, p = 1 and lognorm(-0.4, 1.0), points and digits have p = 0 and uniform
@@ -13,9 +14,6 @@ from typing import Any, NamedTuple
 
 import digits
 import equinox as eqx
-import fashion
-import image_classifier
-import image_judge
 import image_samples
 import jax
 import jax.numpy as jnp
@@ -27,9 +25,11 @@ from jaxtyping import Array, Float, install_import_hook, Int, Key
 # Shapes and types are checked while the step is traced. JAXTYPING_DISABLE=1 turns this off.
 with install_import_hook("mf_eqx", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"):
     import mf_eqx as mfx
-    from mf_eqx import data, exact, metrics, run
+    from mf_eqx import data, exact, metrics
 
 LABEL_DROPOUT = 0.1
+CENTRES = {"eight_gaussians": Setting(), "digits": Setting(), "fashion": PAPER}
+"""From which tables vary one thing each, by the name of the data set."""
 
 
 class Numbers(NamedTuple):
@@ -192,61 +192,3 @@ def handwritten_digits(steps: int = 1500) -> Recipe:
     draw = data.DrawRows(jnp.asarray(parts.train.x), jnp.asarray(parts.train.label), numbers.batch)
     distance = "Frechet distance of one-step samples, grey values squared"
     return Recipe(digits.CLASSES, make_field, draw, open_judge, distance, numbers, Cost(0.11, 15))
-
-
-SIZE, JUDGED = mfx.DiTSize(depth=4, width=96, heads=4, patch=4), 2000
-
-
-def fashion_mnist(steps: int = 1200, files: str = fashion.PLACE) -> Recipe:
-    """Fashion-MNIST; the Frechet distance is that of features of EfficientNet-Lite0, which never saw such images.
-
-    **Raises:** `ValueError` if `files` is not a folder with the four files.
-    """
-    fashion.check_files((files,), "files")
-    numbers = Numbers(steps, batch=64, width=SIZE.width, learning_rate=2e-3, decay=0.99, clip=None)
-    parts = fashion.images.open_data(fashion.Config(data=(files,)), fashion.CLASSES)
-    rows = parts.train.take(np.arange(len(parts.train)))
-    count = min(JUDGED, len(parts.test), len(parts.train))
-    sampler = image_samples.Sampler("", mfx.sample, (1,), 1, len(fashion.CLASSES), fashion.CLASSES)
-
-    def open_judge(folder: Path) -> Judge:
-        space = image_judge.lite0_space()
-        classifier = image_classifier.trained(parts.train, folder)
-        judge = image_judge.Judge([space], classifier, parts.train, parts.test, count)
-        assert judge.label is not None
-        label = judge.label
-
-        def score(field: mfx.AbstractField, setting: Setting) -> dict[str, float]:
-            x = sampler(field, label, 1, image_samples.JUDGED_SEED)
-            return figures(*judge.samples("", [(1, x)], search=False))
-
-        return Judge(score, figures(*judge.real_images()))
-
-    def make_field(variables: mfx.nn.TimeVariables, key: Key[Array, ""]) -> mfx.AbstractField:
-        shape = parts.train.row_shape
-        return mfx.DiT(shape, SIZE, labels=len(fashion.CLASSES), time_variables=variables, key=key)
-
-    draw = data.DrawRows(jnp.asarray(rows.x), jnp.asarray(rows.label), numbers.batch)
-    distance = "Frechet distance of one-step samples in features of EfficientNet-Lite0"
-    images = run.digest(data.Stream(parts.train, numbers.batch).fingerprint())
-    details = {**SIZE._asdict(), "judged": count, "images": images}
-    options = {"details": details, "prepare": data.FromPixels(), "sampler": sampler}
-    return Recipe(len(fashion.CLASSES), make_field, draw, open_judge, distance, numbers, Cost(0.19, 46), **options)
-
-
-def figures(found: image_judge.Result, read: image_judge.Result | None = None) -> dict[str, float]:
-    """Distances and coverage of one result, and what the classifier reads in that or in another one."""
-    read = found if read is None else read
-    distances, covered = found.frechet or {}, found.coverage or {}
-    space = next(iter(distances))
-    values = {
-        "distance": distances[space],
-        "distance to the classifier": distances.get(image_judge.CLASSIFIER),
-        "covered": covered.get(space),
-        "right class": read.agreement,
-        "lowest class": image_judge.least(read.agreement_by_class),
-    }
-    return {name: math.nan if value is None else value for name, value in values.items()}
-
-
-CENTRES = {"eight_gaussians": Setting(), "digits": Setting(), "fashion": PAPER}

@@ -24,17 +24,17 @@ def ablations(experiment):
 
 
 @pytest.fixture(scope="module")
-def recipes(experiment, ablations):
-    return experiment("ablation_recipes")
+def images(experiment, ablations):
+    return experiment("ablation_images")
 
 
 @pytest.fixture(scope="module")
-def small(recipes):
+def small(images):
     """A minuscule network, judged in pixels and by a classifier that has hardly learnt."""
-    judging = recipes.image_judge
+    judging = images.image_judge
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(recipes, "SIZE", mfx.DiTSize(depth=1, width=8, heads=2, patch=4))
-        patch.setattr(recipes.image_classifier, "STEPS", 3)
+        patch.setattr(images, "SIZE", mfx.DiTSize(depth=1, width=8, heads=2, patch=4))
+        patch.setattr(images.image_classifier, "STEPS", 3)
         patch.setattr(judging, "lite0_space", lambda: judging.FeatureSpace("lite0", judging.pixels))
         yield
 
@@ -66,46 +66,48 @@ def test_images_have_the_papers_centre_and_share_its_cells(ablations):
     assert len({setting for name in FIRST for setting, _ in tables[name].cells.values()}) == 19
 
 
-def test_key_of_a_cell_on_images_holds_all_that_is_trained_and_judged(ablations, recipes, small, files, tmp_path):
+def test_key_of_a_cell_on_images_holds_all_that_is_trained_and_judged(ablations, images, small, files, tmp_path):
     config, cell = ablations.Config(data="fashion", files=files), ablations.Cell(ablations.CENTRES["fashion"], 0)
-    key = ablations.key_of(config, recipes.fashion_mnist(7, files), cell)
+    key = ablations.key_of(config, images.fashion_mnist(7, files), cell)
     assert {"steps": 7, "depth": 1, "heads": 2, "patch": 4, "judged": 100, "clip": None}.items() <= key.items()
     save_files(tmp_path / "others", seed=3)
-    others = ablations.key_of(config, recipes.fashion_mnist(7, str(tmp_path / "others")), cell)
+    others = ablations.key_of(config, images.fashion_mnist(7, str(tmp_path / "others")), cell)
     assert [name for name in key if key[name] != others[name]] == ["images"]
 
 
-def test_rows_are_drawn_as_bytes_and_trained_on_as_the_network_sees_them(recipes, small, files):
+def test_rows_are_drawn_as_bytes_and_trained_on_as_the_network_sees_them(images, small, files):
     import jax
     import jax.random as jr
 
-    recipe = recipes.fashion_mnist(7, files)
+    recipe = images.fashion_mnist(7, files)
     batch = recipe.draw(jr.key(0))
     assert batch.x.shape == (64, 1, 8, 8) and batch.x.dtype == np.uint8
     x = jax.vmap(lambda row: recipe.prepare(row, jr.key(1)).x)(batch)
     np.testing.assert_allclose(x, batch.x / 127.5 - 1, atol=1e-6)
 
 
-def test_figures_are_of_the_samples_and_nan_where_they_have_none(recipes):
-    Result = recipes.image_judge.Result
+def test_figures_are_of_the_samples_and_nan_where_they_have_none(images):
+    Result = images.image_judge.Result
     found = Result("", 1, {"lite0": 5.0, "classifier": 3.0}, {}, {"lite0": 0.5}, None, 0.7, [0.9, None, 0.2])
-    names = ("distance", "distance to the classifier", "covered", "right class", "lowest class")
-    assert recipes.figures(found) == dict(zip(names, (5, 3, 0.5, 0.7, 0.2), strict=True))
-    diverged = recipes.figures(Result("", 1, {"lite0": math.nan, "classifier": math.nan}))
+    names = ("distance", "distance, classifier", "covered", "right class", "lowest class")
+    assert images.figures(found) == dict(zip(names, (5, 3, 0.5, 0.7, 0.2), strict=True))
+    diverged = images.figures(Result("", 1, {"lite0": math.nan, "classifier": math.nan}))
     assert list(diverged) == list(names) and all(map(math.isnan, diverged.values()))
 
 
-def test_a_step_costs_the_passes_of_the_cost_model(ablations, recipes):
+def test_a_step_costs_the_passes_of_the_cost_model(ablations, experiment):
     """Ratios to Flow Matching with a tangent of one pass: 3.25 at a share of 1/4, 4.15 guided, 4.4 with kappa."""
     expected = {(0.0, 1.0, 0.0): 3, (0.25, 1.0, 0.0): 3.25, (0.25, 2.0, 0.0): 4.15, (0.25, 1.0, 0.5): 4.4}
     for (share, scale, mix), wanted in expected.items():
-        assert recipes.passes(ablations.Setting(share=share, scale=scale, mix=mix)) == pytest.approx(wanted)
+        assert experiment("ablation_recipes").passes(
+            ablations.Setting(share=share, scale=scale, mix=mix)
+        ) == pytest.approx(wanted)
 
 
-def test_five_tables_on_images_take_two_hours_of_two_cores_at_most(ablations, recipes, small, files):
+def test_five_tables_on_images_take_two_hours_of_two_cores_at_most(ablations, images, small, files):
     tables = ablations.tables(ablations.Config(data="fashion"))
     settings = {setting for name in FIRST for setting, _ in tables[name].cells.values()}
-    recipe = recipes.fashion_mnist(files=files)
+    recipe = images.fashion_mnist(files=files)
     assert 2 * sum(recipe.seconds(setting, ablations.CENTRES["fashion"]) for setting in settings) <= 2 * 2 * 3600
 
 
@@ -125,11 +127,11 @@ def test_missing_files_end_in_one_line(ablations, arguments, message, tmp_path, 
 
 
 @pytest.mark.slow
-def test_without_features_nothing_is_trained(ablations, recipes, files, tmp_path, monkeypatch, capsys):
+def test_without_features_nothing_is_trained(ablations, images, files, tmp_path, monkeypatch, capsys):
     def missing():
         raise run.MissingDependency("weights are not installed: pip install weights")
 
-    monkeypatch.setattr(recipes.image_judge, "lite0_space", missing)
+    monkeypatch.setattr(images.image_judge, "lite0_space", missing)
     with pytest.raises(SystemExit) as ended:
         start(ablations, tmp_path, f"--data fashion --files {files} --only 1a --seeds 1 --steps 2")
     assert ended.value.code == 2 and "pip install weights" in capsys.readouterr().err
@@ -161,9 +163,9 @@ def test_a_run_on_drawn_files_ends_with_tables_floor_and_pictures_and_goes_on(
 
 @pytest.mark.slow
 @pytest.mark.skipif(not PLACE.exists(), reason="apt install dataset-fashion-mnist")
-def test_a_test_run_on_fashion_mnist_is_complete(ablations, recipes, tmp_path, monkeypatch):
-    monkeypatch.setattr(recipes, "JUDGED", 50)
-    monkeypatch.setattr(recipes.image_classifier, "STEPS", 3)
+def test_a_test_run_on_fashion_mnist_is_complete(ablations, images, tmp_path, monkeypatch):
+    monkeypatch.setattr(images, "JUDGED", 50)
+    monkeypatch.setattr(images.image_classifier, "STEPS", 3)
     start(ablations, tmp_path, "--data fashion --only 1a --seeds 1 --test-run")
     floor, *trained = cells(tmp_path / "runs" / "ablations" / "fashion-test")
     assert len(trained) == 4 and 0 < floor["result"]["distance"] < min(cell["result"]["distance"] for cell in trained)
