@@ -119,7 +119,7 @@ class Config(run.CellSettings):
     whose paper's are known."""
     seeds: int = 1
     """Trainings of each, from seeds 0, 1, ..."""
-    steps: int = 5000
+    steps: int = 3000
     """Training steps."""
     shorter: tuple[float, ...] = (0.25,)
     """Lengths of shorter trainings with the common settings, as parts of `steps`; may be empty."""
@@ -609,8 +609,9 @@ PLAIN = Config(
     data=("eight_gaussians", "checkerboard"),
     methods=("FlowMatching", "ImprovedMeanFlow", "MeanFlow", "Shortcut", "SplitMeanFlow", "Exact"),
     settings=("common",),
-    shorter=(),
     seeds=2,
+    steps=5000,
+    shorter=(),
     width=128,
     depth=3,
     condition_width=128,
@@ -625,8 +626,8 @@ PLAIN = Config(
 PRESETS = {
     "default": ("all methods on the checkerboard", Config()),
     "full": (
-        "all methods on four data sets, three seeds, 3000 steps each",
-        Config(data=("eight_gaussians", "checkerboard", "two_spirals", STACKED), seeds=3, steps=3000),
+        "all methods on four data sets, three seeds",
+        Config(data=("eight_gaussians", "checkerboard", "two_spirals", STACKED), seeds=3),
     ),
     "plain": ("conditional velocity as target, no Fourier features", PLAIN),
     "long": (

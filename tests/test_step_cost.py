@@ -15,6 +15,8 @@ import pytest
 import mf_eqx as mfx
 from mf_eqx import measure
 
+pytestmark = pytest.mark.usefixtures("room")
+
 SHAPE, LABELS = (4, 32, 32), 1000
 DROPOUT = mfx.LabelDropout(0.1, LABELS)
 OBJECTIVES = {

@@ -332,6 +332,27 @@ def test_digits_are_divided_as_they_were_for_the_weights(post_train):
 # Bad input
 
 
+@pytest.fixture(scope="module")
+def full(post_train, tmp_path_factory):
+    """A directory with data and weights of every kind that post-training refuses."""
+    root = tmp_path_factory.mktemp("full")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        save_idx("idx", X[:, 0])
+        save_idx("labels", LABEL)
+        save()
+        save("latents.safetensors", pixels=None)
+        save("guided.safetensors", network(guidance=True))
+        save("unknown.safetensors", about={})
+        save("flow.safetensors", trained=mfx.Trained(False, True, False))
+        save("large.safetensors", mfx.DiT((1, 16, 16), mfx.DiTSize(1, 16, 2, 4), labels=3, key=jr.key(0)))
+        save("two.safetensors", network(2))
+        save("plain.safetensors", network(None))
+        save("old.safetensors", about={"data": ["idx", "labels"]})
+        save("digits.safetensors", about={"data": "digits", "holdout": 0.3, "seed": 1})
+    return root
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -402,19 +423,11 @@ def test_digits_are_divided_as_they_were_for_the_weights(post_train):
         ("--features inception", "--features"),
     ],
 )
-def test_bad_input_ends_in_one_line_and_leaves_no_run(post_train, arguments, message, capsys, here):
-    save("latents.safetensors", pixels=None)
-    save("guided.safetensors", network(guidance=True))
-    save("unknown.safetensors", about={})
-    save("flow.safetensors", trained=mfx.Trained(False, True, False))
-    save("large.safetensors", mfx.DiT((1, 16, 16), mfx.DiTSize(1, 16, 2, 4), labels=3, key=jr.key(0)))
-    save("two.safetensors", network(2))
-    save("plain.safetensors", network(None))
-    save("old.safetensors", about={"data": ["idx", "labels"]})
-    save("digits.safetensors", about={"data": "digits", "holdout": 0.3, "seed": 1})
+def test_bad_input_ends_in_one_line_and_leaves_no_run(post_train, arguments, message, capsys, full, monkeypatch):
+    monkeypatch.chdir(full)
     with pytest.raises(SystemExit) as ended:
         run.main(post_train.main, post_train.PRESETS, argv=arguments.split())
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert ended.value.code == 2
     assert re.search(message, line), line
-    assert not list(here.glob("runs/*/*/config.json"))
+    assert not list(full.glob("runs/*/*/config.json"))

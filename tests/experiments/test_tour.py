@@ -20,7 +20,7 @@ CELLS = re.split(r"^# %%(?: \[markdown\])?\n", SCRIPT.read_text(encoding="utf-8"
 KINDS = ("boundary", "identity")
 
 
-def test_points_become_samples_and_methods_have_costs(tmp_path, monkeypatch):
+def test_points_become_samples_and_methods_have_costs(room, tmp_path, monkeypatch):
     """Cells up to the error, and those of a new method and of costs; without training, most of the time."""
     monkeypatch.chdir(tmp_path)
     mean = mfx.Mean(jnp.ones(()), jnp.ones(()))

@@ -32,7 +32,7 @@ def path(tensors, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def inception(path):
+def inception(path, room):
     return load_inception(path)
 
 
