@@ -1,6 +1,7 @@
 """What `ablations.py` makes of the figures of all cells: how they spread, whose order they have, and pictures."""
 
 import itertools
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -11,8 +12,13 @@ from mf_eqx import run
 
 
 def spread(values: Sequence[float]) -> str:
-    half_range = f" ± {np.ptp(values) / 2:.1g}" if len(values) > 1 else ""
-    return f"{np.mean(values):.3g}{half_range}"
+    half_range = f" ± {rounded(np.ptp(values) / 2, 1)}" if len(values) > 1 else ""
+    return rounded(np.mean(values), 3) + half_range
+
+
+def rounded(value: float | np.floating, digits: int) -> str:
+    """A number with so many digits, and all that it has before the point."""
+    return f"{value:.{digits}g}" if not abs(value) >= 10**digits else f"{value:,.0f}"
 
 
 def agreement(ours: Sequence[Sequence[float]], papers: Sequence[float], order: str = "the paper's order") -> str:
@@ -60,5 +66,6 @@ def draw(path: Path, columns: Sequence[Column], ours: str, papers: str) -> None:
         above.set_title(column.title, fontsize=9)
     for panel in panels.T.reshape(width, height, 2).transpose(1, 0, 2).reshape(-1, 2)[len(columns) :].flat:
         panel.remove()
-    figure.suptitle(f"circles: {ours}, and their mean; squares: {papers}")
+    title = f"circles: {ours}, and their mean; squares: {papers}"
+    figure.suptitle(textwrap.fill(title, 40 * width), fontsize=10)
     figure.savefig(path, format="png")

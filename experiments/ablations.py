@@ -44,7 +44,7 @@ from ablation_recipes import (
     Numbers,
     Recipe,
 )
-from ablation_report import agreement, Column, draw, spread
+from ablation_report import agreement, Column, draw, rounded, spread
 from ablation_tables import Cell, EMBEDDINGS, paper_tables, Setting, Table
 from jaxtyping import install_import_hook
 
@@ -202,7 +202,7 @@ def report(config: Config, recipe: Recipe, ledger: run.Ledger, names: Sequence[s
             rows.append((value, fid, *(spread([result[column] for result in results]) for column in columns)))
             distances.append([result["distance"] for result in results])
         if (key := floor_key(config, recipe)) in ledger:
-            rows.append(("real data", None, *(format(ledger[key].get(column, math.nan), ".3g") for column in columns)))
+            rows.append(("real data", None, *(rounded(ledger[key].get(column, math.nan), 3) for column in columns)))
         order = "the order of MeanFlow's paper" if method_key(config) else "the paper's order"
         orders = agreement(distances, [fid for _, fid in table.cells.values()], order)
         headers = (table.title, fid_label(config), *columns)

@@ -215,6 +215,12 @@ def test_agreement_counts_pairs_whose_seeds_do_not_overlap(ablations):
     assert "1 in the opposite one" in ablations.agreement([[1.0], [2.0]], [20.0, 10.0])
 
 
+def test_numbers_keep_all_digits_before_the_point(ablations):
+    assert ablations.spread([1000.0, 1478.8]) == "1,239 ± 239"
+    assert ablations.spread([0.0116, 0.0126]) == "0.0121 ± 0.0005"
+    assert ablations.spread([81.817]) == "81.8" and ablations.spread([float("nan"), 1.0]) == "nan ± nan"
+
+
 def test_rows_that_diverged_are_counted_apart(ablations):
     text = ablations.agreement([[1.0], [float("nan")], [3.0]], [10.0, 20.0, 30.0])
     assert text.startswith("Of 1 pairs of rows, 1 are in the paper's order") and text.endswith("diverged: 1.")
