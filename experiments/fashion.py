@@ -29,13 +29,13 @@ CLASSES = ("T-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt"
 Config = images.Config
 
 
-def check_files(paths: tuple[str, ...]) -> None:
+def check_files(paths: tuple[str, ...], flag: str = "data") -> None:
     """Refuses all but a folder with the four files."""
     found = [images.image_sources.mnist_files(Path(paths[0]), part) for part in ("train", "t10k")] if paths else []
     if len(paths) != 1 or [*map(len, found)] != [2, 2]:
         rule = "must be a folder with the four IDX files of Fashion-MNIST (train-images-idx3-ubyte and so on, or .gz)"
         hint = f"apt install dataset-fashion-mnist brings them to {PLACE}"
-        raise ValueError(f"--data {rule}, got {' '.join(paths) or 'none'}: {hint}")
+        raise ValueError(f"--{flag} {rule}, got {' '.join(paths) or 'none'}: {hint}")
 
 
 def main(config: Config) -> None:

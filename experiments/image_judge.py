@@ -60,16 +60,24 @@ def feature_spaces() -> list[FeatureSpace]:
     """All that no training is needed for. Without the weights of EfficientNet-Lite0 a line says how to install them."""
     spaces = [FeatureSpace("pixels", pixels)]
     try:
-        extractor = metrics.FeatureExtractor(metrics.load_efficientnet_lite0(), metrics.LITE0)
+        return [*spaces, lite0_space()]
     except run.MissingDependency as error:
         run.tell(f"the features of EfficientNet-Lite0 will be missing among the distances: {error}")
         return spaces
+
+
+def lite0_space() -> FeatureSpace:
+    """That of EfficientNet-Lite0.
+
+    **Raises:** `MissingDependency` if its weights are not installed.
+    """
+    extractor = metrics.FeatureExtractor(metrics.load_efficientnet_lite0(), metrics.LITE0)
 
     def lite0(x: Images) -> Points:
         parts = image_sources.in_parts(x, COMPUTED_AT_ONCE)
         return metrics.collect_features(extractor, parts, len(x)).pooled
 
-    return [*spaces, FeatureSpace("lite0", lite0)]
+    return FeatureSpace("lite0", lite0)
 
 
 class Result(NamedTuple):
@@ -129,9 +137,14 @@ class Judge:
         return [floor] if self.label is None else [floor, Result("test images", **self._agreement(self.real))]
 
     def samples(
-        self, what: str, made: Iterable[tuple[int, Float[np.ndarray, "rows channels height width"]]]
+        self,
+        what: str,
+        made: Iterable[tuple[int, Float[np.ndarray, "rows channels height width"]]],
+        *,
+        search: bool = True,
     ) -> list[Result]:
-        """Samples in [-1, 1], by their number of evaluations; for each test image one of the same label."""
+        """Samples in [-1, 1], by their number of evaluations; for each test image one of the same label. `search` says
+        whether their nearest images are looked for, which takes longest where all images are many."""
         results, searched = [], {}
         for evaluations, x in made:
             if not np.isfinite(x).all():
@@ -140,7 +153,8 @@ class Judge:
             found = self.describe(np.rint(127.5 * (x.clip(-1, 1) + 1)).astype(np.uint8))
             scores = {**self._distances(found), **self._coverage(found, self.label), **self._agreement(found)}
             results.append(Result(what, evaluations, **scores))
-            searched[len(results) - 1] = found.x[image_sources.spread(len(x), min(len(x), MOST_SEARCHED))]
+            if search:
+                searched[len(results) - 1] = found.x[image_sources.spread(len(x), min(len(x), MOST_SEARCHED))]
         for index, share in zip(searched, self._nearer_to_training([*searched.values()]), strict=True):
             results[index] = results[index]._replace(nearer_to_training=share)
         return results

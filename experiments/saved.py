@@ -4,6 +4,7 @@ import itertools
 import math
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 import equinox as eqx
@@ -68,6 +69,10 @@ class Subject(NamedTuple):
 
 def open_subject(path: str, tokenizer_path: str, devices: mfx.Parallelism, *, bfloat16: bool) -> Subject:
     """**Raises:** `OSError`, `ValueError` for files that hold something else, or that do not belong together."""
+    if Path(path).is_dir():  # of a run: digits.py has its files one folder further down
+        found = sorted(str(file) for place in ("*", "*/*") for file in Path(path).glob(f"{place}.safetensors"))
+        hint = f", which has {', '.join(found[:5])}" if found else ""
+        raise ValueError(f"--weights must be a file of weights, got the folder {path}{hint}")
     weights = checkpoint.read_weights(path)
     how = {"dtype": jnp.bfloat16} if bfloat16 else {}
     field: Any = weights.fill(lambda: weights.make_network(**how), devices)

@@ -21,7 +21,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import ablations
+import ablation_recipes
+import ablation_tables
 import digits
 import jax.numpy as jnp
 import jax.random as jr
@@ -108,8 +109,8 @@ def checkerboard(identity: mfx.AbstractIdentity) -> Case:
 
 @functools.cache
 def handwritten_digits() -> Case:
-    config, recipe = digits.Config(), ablations.handwritten_digits()
-    train = digits.load(config).train
+    config, recipe = digits.Config(), ablation_recipes.handwritten_digits()
+    train, judge = digits.load(config).train, recipe.open_judge(Path())
     x, label = jnp.asarray(train.x), jnp.asarray(train.label)
 
     def make_field(qk_norm: bool, key: Key[Array, ""]) -> mfx.AbstractField:
@@ -124,7 +125,7 @@ def handwritten_digits() -> Case:
         references=mfx.StableTarget(x, label),
         make_field=make_field,
         draw=DrawRows(x, label, config.batch),
-        judge=lambda field: recipe.judge(field, ablations.Setting())["distance"],
+        judge=lambda field: judge.score(field, ablation_tables.Setting())["distance"],
         judged="Frechet distance",
         steps=600,
         learning_rate=2e-2,

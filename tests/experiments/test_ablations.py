@@ -83,12 +83,14 @@ def test_a_test_run_is_short_and_keeps_away_from_the_results(ablations, tmp_path
 
 def test_tables_share_the_cell_in_the_centre(ablations):
     for name in ("1a", "1b", "1c", "1d", "1e", "1f"):
-        assert ablations.Setting() in [setting for setting, _ in ablations.TABLES[name].cells.values()], name
+        assert ablations.Setting() in [
+            setting for setting, _ in ablations.paper_tables(ablations.Setting())[name].cells.values()
+        ], name
 
 
 def test_settings_that_are_equal_are_one_key(ablations):
     texts = {}
-    for table in ablations.TABLES.values():
+    for table in ablations.paper_tables(ablations.Setting()).values():
         for setting, _ in table.cells.values():
             text = json.dumps(dataclasses.asdict(setting))  # 0 and 0.0 are equal but not the same key
             assert texts.setdefault(setting, text) == text
@@ -151,7 +153,7 @@ def test_a_method_with_a_teacher_is_taught_by_the_average_that_is_judged(ablatio
 
 
 def test_tables_are_those_that_the_objective_of_the_method_allows(ablations):
-    every = set(ablations.TABLES)
+    every = set(ablations.NAMES)
     rows = {"MeanFlow": 4, "SoFlow": 4, "Shortcut": 3, "TerminalVelocityMatching": 3, "InductiveMomentMatching": 4}
     without = {"MeanFlow": set(), "InductiveMomentMatching": {"1b", "1f", "5"}}
     for method, number in rows.items():
@@ -162,7 +164,7 @@ def test_tables_are_those_that_the_objective_of_the_method_allows(ablations):
 
 @pytest.mark.slow
 def test_a_test_run_of_another_method_is_complete_and_has_a_directory_of_its_own(ablations, tmp_path, monkeypatch):
-    monkeypatch.setattr(ablations, "ROWS", 80)
+    monkeypatch.setattr("ablation_recipes.ROWS", 80)
     start(ablations, tmp_path, "--method Shortcut --only 1a --seeds 1 --test-run")
     assert files(tmp_path).name == "eight_gaussians_Shortcut-test"
     assert [cell["settings"]["method"] for cell in cells(tmp_path)] == 3 * ["Shortcut"]
@@ -192,8 +194,8 @@ def test_exact_guided_field_is_judged_right(ablations):
     mixture = exact.GaussianMixture(mixture.mean, mixture.std, label=jnp.arange(8) % 4)
     velocity = exact.GuidedVelocity(exact.MarginalVelocity(mixture), 2.0)
     field = exact.AverageVelocity(velocity, rtol=1e-5, atol=1e-5)
-    judge = ablations.eight_gaussians().judge
-    right, wrong = judge(field, ablations.guided(0.5)), judge(field, ablations.Setting())
+    judge = ablations.eight_gaussians().open_judge(None).score
+    right, wrong = judge(field, ablations.Setting(scale=1.0, mix=0.5)), judge(field, ablations.Setting())
     assert right["error of u"] < 1e-6
     # Finite samples: 500 per class from other noise, and data that are not guided.
     assert right["distance to the guided truth"] < 0.01 < wrong["distance to the guided truth"]
@@ -203,7 +205,7 @@ def test_exact_guided_field_is_judged_right(ablations):
 def test_table_5_keeps_the_effective_scale(ablations):
     import mf_eqx as mfx
 
-    for setting, _ in ablations.TABLES["5"].cells.values():
+    for setting, _ in ablations.paper_tables(ablations.Setting())["5"].cells.values():
         np.testing.assert_allclose(mfx.Guidance(setting.scale, setting.mix).effective_scale, 2, rtol=1e-5)
 
 
@@ -211,6 +213,12 @@ def test_agreement_counts_pairs_whose_seeds_do_not_overlap(ablations):
     text = ablations.agreement([[1.0, 1.1], [2.0, 2.1], [2.05, 3.0]], [10.0, 30.0, 20.0])
     assert text == "Of 3 pairs of rows, 2 are in the paper's order, 0 in the opposite one; in 1 the seeds overlap."
     assert "1 in the opposite one" in ablations.agreement([[1.0], [2.0]], [20.0, 10.0])
+
+
+def test_numbers_keep_all_digits_before_the_point(ablations):
+    assert ablations.spread([1000.0, 1478.8]) == "1,239 ± 239"
+    assert ablations.spread([0.0116, 0.0126]) == "0.0121 ± 0.0005"
+    assert ablations.spread([81.817]) == "81.8" and ablations.spread([float("nan"), 1.0]) == "nan ± nan"
 
 
 def test_rows_that_diverged_are_counted_apart(ablations):
@@ -225,7 +233,9 @@ def test_digits_have_a_recipe_of_the_same_kind(ablations):
 
     batch = recipe.draw(jr.key(0))
     assert batch.x.shape[1:] == (1, 8, 8) and batch.x.shape[0] == batch.condition.shape[0]
-    figures = recipe.judge(recipe.make_field(ablations.EMBEDDINGS["(t, r)"], jr.key(1)), ablations.Setting())
+    figures = recipe.open_judge(None).score(
+        recipe.make_field(ablations.EMBEDDINGS["(t, r)"], jr.key(1)), ablations.Setting()
+    )
     assert np.isfinite(list(figures.values())).all()
 
 

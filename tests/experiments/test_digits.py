@@ -58,6 +58,15 @@ def test_each_method_leaves_weights_that_say_what_they_are(finished):
         assert (notes.steps, notes.decay, field.data_shape, field.null_label) == (6, 0.997, (1, 8, 8), 10)
 
 
+def test_a_class_is_generated_from_the_file_of_weights_alone(finished, experiment, tmp_path, monkeypatch):
+    generate, file = experiment("generate"), "ema_0.997.safetensors"
+    (tmp_path / file).write_bytes((finished / "meanflow" / file).read_bytes())
+    monkeypatch.chdir(tmp_path)
+    run.main(generate.main, generate.Config(), argv=f"--weights {file} --label 3 --number 2 --to x.npy".split())
+    x = np.load("x.npy")
+    assert x.shape == (2, 1, 8, 8) and np.isfinite(x).all()
+
+
 @pytest.mark.slow
 def test_the_same_command_again_judges_the_same_networks_and_trains_nothing(finished, digits, capsys, monkeypatch):
     def results():

@@ -5,10 +5,10 @@ import pathlib
 
 import numpy as np
 import pytest
+from idx_files import save_files
 
 from mf_eqx import checkpoint, run
 
-DRAWS = np.random.default_rng(9)
 SMALL = "--data files --preset quick --depth 1 --heads 2 --width 8 --batch 8 --samples 20"
 SHORT = "--steps 5 --warmup 1 --decay 0.5 --save-every 2 --log-every 1 --preview-every 3"
 PLACE = pathlib.Path("/usr/share/datasets/fashion-mnist")
@@ -34,17 +34,6 @@ def few(fashion):
         patch.setattr(fashion.images.image_classifier, "STEPS", 3)
         patch.setattr(judging, "feature_spaces", lambda: [judging.FeatureSpace("pixels", judging.pixels)])
         yield
-
-
-def save_files(folder):
-    """The four files: 300 training images, and 100 others."""
-    folder.mkdir()
-    for part, count in (("train", 300), ("t10k", 100)):
-        x = DRAWS.integers(0, 256, (count, 8, 8), np.uint8)
-        sizes = b"".join(size.to_bytes(4, "big") for size in x.shape)
-        (folder / f"{part}-images-idx3-ubyte").write_bytes(bytes([0, 0, 8, 3]) + sizes + x.tobytes())
-        label = (np.arange(count) % 10).astype(np.uint8)
-        (folder / f"{part}-labels-idx1-ubyte").write_bytes(bytes([0, 0, 8, 1]) + sizes[:4] + label.tobytes())
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +63,17 @@ def test_a_run_on_four_files_ends_with_tables_by_class_and_pictures(finished):
     table = (finished / "results.md").read_text()
     assert "20 images each" in table and "The wanted class read, by class:" in table and "sneaker" in table
     assert checkpoint.read_weights(finished / "ema.safetensors").notes.class_names[9] == "boot"
+
+
+@pytest.mark.slow
+def test_classes_are_generated_by_name_from_the_file_of_weights_alone(finished, experiment, tmp_path, monkeypatch):
+    generate, file = experiment("generate"), "ema.safetensors"
+    (tmp_path / file).write_bytes((finished / file).read_bytes())
+    monkeypatch.chdir(tmp_path)
+    flags = f"--weights {file} --label sneaker bag --number 4 --to x.npy"
+    run.main(generate.main, generate.Config(), argv=flags.split())
+    x = np.load("x.npy")
+    assert x.shape == (4, 1, 8, 8) and np.isfinite(x).all()
 
 
 @pytest.mark.slow

@@ -245,6 +245,7 @@ def test_several_scales_are_rows_of_one_picture_of_the_same_noise(command, files
     ("arguments", "message"),
     [
         ("missing", "No such file or directory: 'missing'"),
+        (".", r"--weights must be a file of weights, got the folder \., which has digits.safetensors, "),
         ("vectors.npy", "vectors.npy: must be a file of save_weights"),
         ("guided.safetensors --to x.npy --guidance-scale 0", "--guidance-scale must be > 0 for guided.*, got 0"),
         (

