@@ -120,6 +120,19 @@ def test_pixel_mean_flow_is_imported_as_a_field_that_predicts_data(convert, file
     assert weights.config["source"]["weights"] == "ema_params/500"
 
 
+def test_imported_pixel_mean_flow_is_sampled_by_its_labels(convert, experiment, files):
+    write_pmf(files)
+    convert(f"--pmf pmf {IN_CONTEXT} --weights ema_params/500")
+    generate = experiment("generate")
+    flags = "--weights imf.safetensors --to made.npy --label 0 4 --number 6 --guidance-scale 2 --seed 3"
+    run.main(generate.main, generate.Config(), argv=flags.split())
+    field = checkpoint.load_weights("imf.safetensors")
+    labels = np.array([0, 4] * 3)
+    guided = mfx.WithGuidance(field, 2.0, (0.0, 1.0))
+    expected = mfx.Generator(guided, jr.key(3), field.data_shape, condition=labels)(np.arange(6))
+    np.testing.assert_allclose(np.load("made.npy"), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_folder_of_orbax_is_imported_as_the_file_is(convert, files):
     orbax = pytest.importorskip("orbax.checkpoint")
     tree = files.nested(files.in_context_tensors("e"))

@@ -20,7 +20,7 @@ import pytest
 import mf_eqx as mfx
 from mf_eqx import checkpoint, data, metrics, run, vae
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.rehearsal]
 
 TESTS = pathlib.Path(__file__).parents[1]
 DRAWS = np.random.default_rng(3)
