@@ -8,7 +8,7 @@ import io
 import itertools
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -112,14 +112,21 @@ def name_flag(message: str, config: Any) -> str:
     return message
 
 
-def flag_of_path(path: Any, config: Any) -> str | None:
-    """The flag that gives a path, or a folder that contains it; None if none does."""
+def flag_of_path(path: Any, config: Any, arguments: Sequence[str]) -> str | None:
+    """The flag that gives a path, or a folder that contains it; None if none does. The arguments are looked at, too,
+    since a configuration that could not be built has none of their values."""
     places = (Path(str(path)), *Path(str(path)).parents[:-1])  # without "." or "/"
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         for given in value if isinstance(value, tuple) else (value,):
             if isinstance(given, str) and given and Path(given) in places:
                 return "--" + field.name.replace("_", "-")
+    flag = None
+    for argument in arguments:
+        if argument.startswith("--"):
+            flag, _, argument = argument.partition("=")
+        if argument and Path(argument) in places:
+            return flag
     return None
 
 

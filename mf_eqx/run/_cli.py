@@ -103,7 +103,7 @@ def main(
         with together():
             return function(config)
     except (Exception, KeyboardInterrupt) as error:
-        code, message = _exit_code_and_message(error, function.__module__, config)
+        code, message = _exit_code_and_message(error, function.__module__, config, arguments)
         if code == 2:
             remove_unused(CREATED[created:])
         if code == 1 or _keeps_traceback():
@@ -121,7 +121,7 @@ def _keeps_traceback() -> bool:
     return os.environ.get(_TRACEBACK, "0") not in ("", "0")
 
 
-def _exit_code_and_message(error: BaseException, script: str, config: Any) -> tuple[int, str]:
+def _exit_code_and_message(error: BaseException, script: str, config: Any, arguments: Sequence[str]) -> tuple[int, str]:
     """Exit code and message for an error; 1 for a bug."""
     if isinstance(error, KeyboardInterrupt):
         return 130, "interrupted"
@@ -135,7 +135,7 @@ def _exit_code_and_message(error: BaseException, script: str, config: Any) -> tu
         return 2, f"error: out of memory: {text} ({_TRACEBACK}=1 shows where)"
     unreadable = isinstance(error, OSError) and (error.filename is not None or error.errno in _DISK_ERRORS)
     by_script = _is_raised_by_script(error, script)
-    if isinstance(error, OSError) and error.strerror and (flag := flag_of_path(error.filename, config)):
+    if isinstance(error, OSError) and error.strerror and (flag := flag_of_path(error.filename, config, arguments)):
         return 2, f"error: {flag}: {error.strerror}: {error.filename!r} ({_TRACEBACK}=1 shows where)"
     if unreadable or (isinstance(error, ValueError) and (by_script or _module_of(error) == _PACKAGE)):
         message = name_flag(str(error), config) if by_script else str(error)

@@ -1,3 +1,4 @@
+import dataclasses
 import os
 import signal
 import subprocess
@@ -198,6 +199,26 @@ def test_a_file_that_cannot_be_read_is_refused_with_the_flag_that_names_it_or_it
         run.main(lambda config: Path(path).read_bytes(), Files(), argv=["--data", "a/b", "--others", "no", "c"])
     ending = f"No such file or directory: '{path}' (MF_EQX_TRACEBACK=1 shows where)"
     assert capsys.readouterr().err.strip() == f"script.py: error: {start}{ending}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """A configuration that reads its files."""
+
+    data: tuple[str, ...] = ()
+    """Files."""
+
+    def __post_init__(self):
+        for path in self.data:
+            Path(path).read_bytes()
+
+
+@pytest.mark.parametrize("argv", [["--data", "gone.npy"], ["--data=gone.npy"]])
+def test_a_file_that_the_configuration_itself_cannot_read_is_refused_with_its_flag(argv, capsys):
+    with pytest.raises(SystemExit):
+        run.main(lambda config: None, Opened(), argv=argv)
+    line = "script.py: error: --data: No such file or directory: 'gone.npy' (MF_EQX_TRACEBACK=1 shows where)"
+    assert capsys.readouterr().err.strip() == line
 
 
 def test_value_error_of_the_script_is_one_line_with_a_hint(capsys):
