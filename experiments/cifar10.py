@@ -125,9 +125,11 @@ def make_field(config: Config, key: Key[Array, ""]) -> mfx.UNet:
 
 def objective(config: Config) -> mfx.Objective:
     r_times = None if config.r_times is None else mfx.LogitNormalTimes(*config.r_times)
+    times = mfx.LogitNormalTimes(*config.times)
     return mfx.Objective(
         mfx.MeanFlow() if config.identity_share else None,
-        time_pairs=mfx.TimePairs(mfx.LogitNormalTimes(*config.times), r_times),
+        time_pairs=mfx.TimePairs(times, r_times),
+        boundary_times=None if config.identity_share else times,  # else the larger time of a pair
         identity_share=config.identity_share,
         weight=mfx.AdaptiveWeight(config.power, config.offset),
     )

@@ -55,6 +55,8 @@ with install_import_hook("mf_eqx", "beartype.beartype(conf=beartype.BeartypeConf
     import mf_eqx as mfx
     from mf_eqx import checkpoint, data, picture, run, vae
 
+DECODED_AT_ONCE = 10
+"""Latents in one call: those of ImageNet take 0.2 GB each."""
 PREVIEW_SEED = 2**31 - 1
 """Of the noise of all pictures."""
 
@@ -73,7 +75,7 @@ class Config(run.Settings):
     vae."""
     test: tuple[str, ...] = run.setting(())
     """With images: test images to hold samples against, given like the data of images.py; by default those of CIFAR-10
-    or MNIST."""
+    or MNIST, or what `prepare_latents.py --holdout` left out."""
     samples: int = run.setting(10_000)
     """With images: samples that are judged, at most as many as there are test images."""
     start: str = ""
@@ -206,9 +208,11 @@ def identity(config: Config) -> mfx.AbstractIdentity | None:
 
 
 def objective(config: Config, labels: int) -> mfx.Objective:
+    times = mfx.LogitNormalTimes(*config.times)
     return mfx.Objective(
         identity(config),
-        time_pairs=mfx.TimePairs(mfx.LogitNormalTimes(*config.times)),
+        time_pairs=mfx.TimePairs(times),
+        boundary_times=None if config.identity_share else times,  # else the larger time of a pair
         identity_share=config.identity_share,
         weight=mfx.AdaptiveWeight(config.power, config.offset),
         guidance=guidance(config),
@@ -268,7 +272,8 @@ class Decoder(NamedTuple):
     statistics: vae.LatentStatistics
 
     def __call__(self, z: Float[Array, "rows latent height width"]) -> Float[Array, "rows colours _ _"]:
-        return saved.decode(self.tokenizer, self.statistics, z)
+        parts = (z[start : start + DECODED_AT_ONCE] for start in range(0, len(z), DECODED_AT_ONCE))
+        return jnp.concatenate([saved.decode(self.tokenizer, self.statistics, part) for part in parts])
 
 
 def open_decoder(config: Config, wanted: checkpoint.Tokenizer) -> Decoder | None:
@@ -305,17 +310,36 @@ def save_samples(config: Config, field: mfx.AbstractField, decoder: Decoder, pat
     picture.save_image_grid(path, x.reshape(4, 4, *x.shape[1:]), -1, 1)
 
 
-def open_images(config: Config, latents: prepare_latents.Notes) -> image_sources.Parts:
+def open_images(
+    config: Config, latents: data.AbstractSource, notes: prepare_latents.Notes, tokenizer: vae.Autoencoder
+) -> image_sources.Parts:
     """The images of which the latents are, and test images."""
-    if not config.test and not image_sources.has_test_images(Path(config.images)):
-        raise ValueError(f"test must be given, as {config.images} has no test images of its own, got none")
-    parts = image_sources.open_parts((config.images,), config.test, size=(latents.size,), holdout=0.1)
-    train, wanted = parts.train, (latents.rows, latents.size, latents.labels)
-    if (len(train), train.row_shape[1], train.labels) != wanted or parts.test.labels is None:
-        rule = "be the {:,} of {}, {} pixels high, with {} labels, and test images with labels"
+    if not (config.test or notes.holdout or image_sources.has_test_images(Path(config.images))):
+        rule = f"{config.images} has no test images of its own and {config.data} none that were held out"
+        raise ValueError(f"test must be given, as {rule}, got none")
+    paths, where = (config.images,), {"size": notes.size, "grey": notes.grey}
+    parts = image_sources.open_parts(paths, config.test, **where, holdout=notes.holdout)
+    train, wanted = parts.train, (notes.rows, *notes.size, notes.labels)
+    if (len(train), *train.row_shape[1:], train.labels) != wanted or parts.test.labels is None:
+        rule = "be the {:,} of {}, {} x {} pixels, with {} labels, and test images with labels"
         found = f"{len(train):,} of shape {train.row_shape} with {train.labels}"
-        raise ValueError(f"images must {rule.format(latents.rows, config.data, *wanted[1:])}, got {found}")
+        raise ValueError(f"images must {rule.format(notes.rows, config.data, *wanted[1:])}, got {found}")
+    if not are_latents(latents, train, tokenizer):
+        raise ValueError(f"images must be those that {config.data} was made of, got other ones in {config.images}")
     return parts
+
+
+def are_latents(latents: data.AbstractSource, images: data.AbstractSource, tokenizer: vae.Autoencoder) -> bool:
+    """Whether a few of the latents are what the tokenizer makes of the same images. Half precision moves a mean by
+    about a hundredth of its size, other images by about its size."""
+    rows = image_sources.spread(len(images), min(len(images), 8))
+    x, stored = images.take(rows), latents.take(rows)
+    if not np.array_equal(x.label, stored.label):  # pyright: ignore[reportArgumentType]
+        return False
+    half = len(stored.x[0]) // 2
+    wanted = stored.x[:, :half].astype(np.float32)
+    found = np.asarray(prepare_latents.encode(tokenizer, jnp.asarray(x.x)))[:, :half].astype(np.float32)
+    return bool(np.abs(found - wanted).mean() < 0.1 * np.abs(wanted - wanted.mean()).mean())
 
 
 def make_sampler(config: Config, real: image_sources.Parts, decoder: Decoder) -> image_samples.Sampler:
@@ -326,7 +350,8 @@ def make_sampler(config: Config, real: image_sources.Parts, decoder: Decoder) ->
     if not config.identity_share:
         steps = images.EULER_STEPS
         return image_samples.Sampler("Flow Matching on latents", mfx.sample_euler, steps, steps[-1], **how)
-    return image_samples.Sampler("MeanFlow on latents", mfx.sample, images.EVALUATIONS, images.EVALUATIONS[0], **how)
+    name = "improved MeanFlow on latents" if config.improved else "MeanFlow on latents"
+    return image_samples.Sampler(name, mfx.sample, images.EVALUATIONS, images.EVALUATIONS[0], **how)
 
 
 def main(config: Config) -> None:
@@ -335,7 +360,7 @@ def main(config: Config) -> None:
     source = open_source(config)
     latents = prepare_latents.read_notes(config.data)
     decoder = open_decoder(config, latents.of_tokenizer())
-    real = open_images(config, latents) if config.images else None
+    real = open_images(config, source, latents, decoder.tokenizer) if config.images and decoder else None
     field_key, run_key = jr.split(jr.key(config.seed))
     parallelism = run.parallelism(config)
     step = mfx.TrainStep(
@@ -437,8 +462,8 @@ QUICK = Config(
     save_every=250,
     preview_every=250,
 )
-"""The quick preset of images.py on latents: the same network, with patches of one place of 7 x 7 in the place of four
-pixels of 28 x 28."""
+"""The quick preset of images.py on latents: the same network. Its patches are single places of a latent of 7 x 7; those
+of images.py are squares of 4 x 4 pixels of 28 x 28."""
 
 PRESETS = {
     "B/4": ("the network of the paper's ablations, 80 epochs without guidance", of_size(mfx.DIT_B4, epochs=80.0)),

@@ -206,12 +206,13 @@ class Lite0Features(eqx.Module):
         return self.network((127.5 * colours + 0.5)[None] / 128).pooled[0]  # (pixel - 127) / 128
 
 
-def perceptual(config: Config, parallelism: mfx.Parallelism | None) -> list[mfx.PerceptualTerm]:
-    if not config.perceptual:
+def perceptual(coefficient: float, parallelism: mfx.Parallelism | None) -> list[mfx.PerceptualTerm]:
+    """The loss in features of EfficientNet-Lite0, none if its coefficient is 0."""
+    if not coefficient:
         return []
     network = metrics.load_efficientnet_lite0()
     features = Lite0Features(network if parallelism is None else parallelism.replicate(network))
-    return [mfx.PerceptualTerm(features, (LITE0_SIDE, LITE0_SIDE), config.perceptual)]
+    return [mfx.PerceptualTerm(features, (LITE0_SIDE, LITE0_SIDE), coefficient)]
 
 
 def objective(config: Config, labels: int | None, terms: Sequence[mfx.PerceptualTerm] = ()) -> mfx.Objective:
@@ -273,7 +274,7 @@ def main(config: Config) -> None:
     field_key, run_key = jr.split(jr.key(config.seed))
     parallelism = run.parallelism(config)
     step = mfx.TrainStep(
-        objective(config, labels, perceptual(config, parallelism)),
+        objective(config, labels, perceptual(config.perceptual, parallelism)),
         optimizer(config),
         averages(config),
         prepare(config, labels),

@@ -7,7 +7,8 @@
         --vae runs/tokenizer/1a2b3c4d/vae --to data/fashion_latents        by a tokenizer of one's own (tokenizer.py)
 
 Images are those of images.py: folders of one class each, the training images of MNIST or CIFAR-10, shards. Those of
-folders are cropped as ADM does (256 x 256 pixels, no flip). All are encoded by the tokenizer of latent diffusion, whose
+folders are cropped as ADM does (256 x 256 pixels, no flip). With --holdout the images that tokenizer.py and images.py
+hold out of a folder are left out here, too. All others are encoded by the tokenizer of latent diffusion, whose
 size its config.json says, and kept as float16: mean, then standard deviation, (8, 32, 32) for 256 pixels. Training
 samples the posterior at every read, and standardises it by the statistics of the tokenizer's config.json.
 
@@ -22,7 +23,7 @@ import dataclasses
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -63,8 +64,14 @@ class Config:
     beside it unless it is of Stable Diffusion; or "hub" to download the paper's."""
     to: str = ""
     """Folder of the latents, new or begun by the same command."""
-    size: int = 256
-    """Side in pixels to which images in folders are cropped; a multiple of the tokenizer's factor (8)."""
+    size: tuple[int, ...] = (256,)
+    """Side in pixels, or height and width, to which images in folders are cropped; multiples of the tokenizer's factor
+    (8)."""
+    grey: bool = False
+    """Images in grey, as of tokenizer.py: the mean over the colours."""
+    holdout: float = 0.0
+    """Share of the images that is left out if there are no test images, in [0, 1): give that of tokenizer.py, which is
+    0.1 by default, for test images that nothing was trained on."""
     parts: int = 64
     """Into how many parts the images are divided."""
     first_part: int = 0
@@ -80,9 +87,15 @@ class Config:
 
     def __post_init__(self):
         run.check_sizes(self, size=1 << 16, parts=1 << 16, batch=1 << 20, threads=1024)
-        for name, bound in {"size": 1, "parts": 1, "first_part": 0, "last_part": -1, "batch": 1, "threads": 1}.items():
+        for name, bound in {"parts": 1, "first_part": 0, "last_part": -1, "batch": 1, "threads": 1}.items():
             if getattr(self, name) < bound:
                 raise ValueError(f"{name} must be >= {bound}, got {getattr(self, name)}")
+        if not 1 <= len(self.size) <= 2:
+            raise ValueError(f"size must be a side, or height and width, got {len(self.size)} numbers")
+        if min(self.size) < 1:
+            raise ValueError(f"size must be >= 1, got {min(self.size)}")
+        if not 0 <= self.holdout < 1:
+            raise ValueError(f"holdout must lie in [0, 1), got {self.holdout}")
         if not self.first_part <= (self.parts - 1 if self.last_part < 0 else self.last_part) < self.parts:
             raise ValueError(
                 f"first_part must be at most last_part, and both below {self.parts}, got {self.first_part} and "
@@ -176,7 +189,8 @@ class Notes(NamedTuple):
     images: str
     rows: int
     labels: int | None
-    size: int
+    size: list[int]
+    """Height and width."""
     parts: int
     vae: str
     """SHA-256 of the tokenizer."""
@@ -187,6 +201,9 @@ class Notes(NamedTuple):
     """Of the labels; None also in folders from before they were noted."""
     statistics: dict[str, Any] = LatentStatistics().as_json()
     """By which training standardises latents; those of Stable Diffusion in folders from before they were noted."""
+    grey: bool = False
+    holdout: float = 0.0
+    """Share of the images that was left out."""
 
     def of_tokenizer(self) -> checkpoint.Tokenizer:
         """What weights that are trained on these latents say of the tokenizer."""
@@ -203,9 +220,17 @@ def read_notes(folder: str | Path) -> Notes:
     path = Path(folder) / NOTES
     try:
         notes = Notes(**run.read_json_object(path))
+        if type(notes.size) is int:  # in folders from before there were other images than squares
+            notes = notes._replace(size=[notes.size] * 2)
+        if type(notes.size) is not list or len(notes.size) != 2:
+            raise ValueError(f"size must be height and width, got {notes.size!r:.40}")
         for name, most in {"rows": 1 << 40, "size": 1 << 16, "parts": 1 << 16}.items():
-            if type(value := getattr(notes, name)) is not int or not 1 <= value <= most:
-                raise ValueError(f"{name} must be an integer in [1, {most}], got {value!r:.40}")
+            values = notes.size if name == "size" else [getattr(notes, name)]
+            if bad := [value for value in values if type(value) is not int or not 1 <= value <= most]:
+                raise ValueError(f"{name} must be an integer in [1, {most}], got {bad[0]!r:.40}")
+        if type(notes.grey) is not bool or type(notes.holdout) not in (int, float) or not 0 <= notes.holdout < 1:
+            rule = "grey must be true or false, and holdout a number in [0, 1)"
+            raise ValueError(f"{rule}, got {notes.grey!r:.40} and {notes.holdout!r:.40}")
         tokenizer = notes.of_tokenizer()
         checkpoint.Notes(tokenizer=tokenizer)  # refuses what cannot be
         size = tokenizer.size  # with what older folders do not say
@@ -246,20 +271,38 @@ def open_tokenizer(path: str, size: AutoencoderSize | None = None, dtype: DTypeL
     return load_autoencoder(tokenizer_path(path), size, dtype=dtype)
 
 
+def open_images(config: Config) -> tuple[data.AbstractSource, Sequence[str] | None]:
+    """The images that are encoded, and the names of their classes if they have any."""
+    paths, where = (config.images,), {"size": config.size}
+    if config.holdout and not image_sources.has_test_images(Path(config.images)):
+        train, _, names = image_sources.open_parts(paths, (), **where, holdout=config.holdout, grey=config.grey)
+        return train, names
+    source = image_sources.open_images(paths, **where)
+    names = getattr(source, "class_names", None)
+    every = np.arange(len(source))
+    return (image_sources.Part(source, every, source.name, grey=True) if config.grey else source), names
+
+
 def notes_on(
-    config: Config, images: data.AbstractSource, tokenizer: Autoencoder, statistics: LatentStatistics
+    config: Config,
+    images: data.AbstractSource,
+    names: Sequence[str] | None,
+    tokenizer: Autoencoder,
+    statistics: LatentStatistics,
 ) -> Notes:
     return Notes(
         images=str(Path(config.images).resolve()),
         rows=len(images),
         labels=images.labels,
-        size=images.row_shape[1],
+        size=[*images.row_shape[1:]],
         parts=config.parts,
         vae=tokenizer.digest(),
         tokenizer=tokenizer.size._asdict(),
         bfloat16=config.bfloat16,
-        class_names=getattr(images, "class_names", None),
+        class_names=None if names is None else [*names],
         statistics=statistics.as_json(),
+        grey=config.grey,
+        holdout=config.holdout,
     )
 
 
@@ -270,7 +313,7 @@ def main(config: Config) -> None:
         if not getattr(config, name):
             raise ValueError(f"{name} must be given, got none")
     dtype = jnp.bfloat16 if config.bfloat16 else jnp.float32
-    images = image_sources.open_images((config.images,), size=(config.size,))
+    images, names = open_images(config)
     if config.parts > len(images):
         raise ValueError(f"parts must be at most the {len(images)} images of {config.images}, got {config.parts}")
     path = tokenizer_path(config.vae)
@@ -285,7 +328,7 @@ def main(config: Config) -> None:
         for number in range(config.first_part, last + 1)
         if not part_folder(config.to, number).exists()
     }
-    begin(config, notes_on(config, images, tokenizer, statistics))
+    begin(config, notes_on(config, images, names, tokenizer, statistics))
     total, done = sum(map(len, left.values())), 0
     with run.Progress(total, work=run.Work(rows=1), doing="compiling the encoder") as progress:
         for number, source in left.items():

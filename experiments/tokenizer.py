@@ -1,6 +1,6 @@
 """A tokenizer of one's own: a small autoencoder of images, so that fields can learn latents in place of pixels.
 
-    python experiments/tokenizer.py --preset quick                              Fashion-MNIST, a few minutes on a CPU
+    python experiments/tokenizer.py --preset quick                              Fashion-MNIST, 7 to 8 minutes of CPU time
     python experiments/tokenizer.py                                             the same for longer
     python experiments/tokenizer.py --preset quick --data photos --size 64      images as of images.py
     python experiments/tokenizer.py --perceptual 0.1                            and a loss in features of a network
@@ -45,7 +45,7 @@ with install_import_hook("mf_eqx", "beartype.beartype(conf=beartype.BeartypeConf
     import pixels
 
     import mf_eqx as mfx
-    from mf_eqx import data, metrics, picture, run, vae
+    from mf_eqx import data, picture, run, vae
 
 AT_ONCE = 10
 """Images that are encoded, or decoded, in one call."""
@@ -53,6 +53,8 @@ MEASURED, MEASURED_FOR_PREVIEWS = 10_000, 500
 """Training images, at most, of which the statistics of latents are taken."""
 COLUMNS = 10
 """Of a picture."""
+PERCEIVED = "It was trained by features of EfficientNet-Lite0, so that distances in these say little: read the others."
+"""What is told of distances to those who trained with --perceptual."""
 PICTURE_SEED = 2**31 - 1
 """Of the noise in all pictures and tables."""
 
@@ -131,23 +133,24 @@ def make_tokenizer(config: Config, channels: int, key: Key[Array, ""]) -> vae.Au
 
 
 def objective(config: Config, parallelism: mfx.Parallelism | None) -> vae.AutoencoderObjective:
-    if not config.perceptual:
-        return vae.AutoencoderObjective(config.kl)
-    network = metrics.load_efficientnet_lite0()
-    features = pixels.Lite0Features(network if parallelism is None else parallelism.replicate(network))
-    side = pixels.LITE0_SIDE
-    return vae.AutoencoderObjective(config.kl, mfx.PerceptualTerm(features, (side, side), config.perceptual))
+    return vae.AutoencoderObjective(config.kl, *pixels.perceptual(config.perceptual, parallelism))
 
 
 def optimizer(config: Config) -> optax.GradientTransformation:
-    steps = max(config.steps, 1)
-    warmup = min(config.warmup, steps - 1)
-    return optax.adam(optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, warmup, steps))
+    steps = max(config.steps, config.warmup + 1)
+    return optax.adam(optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, config.warmup, steps))
 
 
 def prepare(config: Config) -> data.InTurn:
     """From bytes to what the network sees."""
     return data.InTurn((data.WithoutLabel(), data.FromPixels(), data.RandomFlip(0.5 if config.flips else 0.0)))
+
+
+def in_float32(config: Config, channels: int, tokenizer: vae.Autoencoder) -> vae.Autoencoder:
+    """The tokenizer as prepare_latents.py and all others compute it, whatever the precision of its training."""
+    config = dataclasses.replace(config, bfloat16=False)
+    skeleton = eqx.filter_eval_shape(lambda: make_tokenizer(config, channels, jr.key(0)))
+    return jax.tree.unflatten(jax.tree.structure(skeleton), jax.tree.leaves(tokenizer))
 
 
 # What is known of a tokenizer
@@ -294,10 +297,24 @@ def finish(
     lost, divergence, results = judge(tokenizer, train, test, classifier, count)
     labels = [*map(str, names or range(train.labels or 0))] if classifier is not None else None
     text = report(lost, divergence, of_latents, results, labels, len(train) / (len(train) + len(test)))
-    text = f"{count:,} images each.\n\n{text}"
+    seen = f" {PERCEIVED}" if config.perceptual else ""
+    text = f"{count:,} images each.{seen}\n\n{text}"
     rows: list[Any] = [*(row._asdict() for row in (*lost, *results)), {"kl": divergence, **of_latents.as_json()}]
     directory.save_results(text, rows)
-    print(f"{text}\n\nJudged in {time.perf_counter() - began:.0f} s. The tokenizer is {directory.root / 'vae'}.")
+    print(f"{text}\n\nJudged in {time.perf_counter() - began:.0f} s. For latents of the training images:")
+    print(next_command(config, directory))
+
+
+def next_command(config: Config, directory: run.RunDirectory) -> str:
+    """What encodes the images that the tokenizer was trained on."""
+    parts = [f"prepare_latents.py --images {config.data[0]} --vae {directory.root / 'vae'} --to data/latents"]
+    if config.size:
+        parts.append(f"--size {' '.join(map(str, config.size))}")
+    if config.grey:
+        parts.append("--grey")
+    if not config.test and not image_sources.has_test_images(Path(config.data[0])):
+        parts.append(f"--holdout {config.holdout}")
+    return " ".join(parts)
 
 
 def main(config: Config) -> None:
@@ -341,7 +358,7 @@ def main(config: Config) -> None:
         shown = "loss", "absolute_error", "kl"
         options: dict[str, Any] = {"preview": preview, "shown": shown, "start": config.start}
         state = run.train(config, step, make_state, stream, directory, steps=config.steps, **options)
-        tokenizer = run.local(state.averages[0])
+        tokenizer = in_float32(config, channels, run.local(state.averages[0]))
         of_latents = statistics(tokenizer, train)
         vae.save_autoencoder(directory.path("vae"), tokenizer, of_latents)
         if run.is_first():
@@ -351,7 +368,7 @@ def main(config: Config) -> None:
 PRESETS = {
     "default": ("Fashion-MNIST, or other small images: 8,000 steps; not run yet", Config()),
     "quick": (
-        "a smaller network, 2,000 steps: about seven minutes of CPU time",
+        "a smaller network, 2,000 steps: 7 to 8 minutes of CPU time",
         Config(widths=(16, 32, 32), steps=2000, decay=0.99, samples=2000, save_every=500, preview_every=500),
     ),
     "gpu": (

@@ -73,6 +73,8 @@ def test_parts_are_made_of_the_presets_numbers(cifar10):
     assert float(objective.identity_share) == 0.75 and objective.boundary_times is None
     assert objective.time_pairs == mfx.TimePairs(mfx.LogitNormalTimes(-0.6, 1.6), mfx.LogitNormalTimes(-4.0, 1.6))
     assert objective.weight == mfx.AdaptiveWeight(0.75, 1e-3)
+    flow_matching = cifar10.objective(dataclasses.replace(cifar10.V1, identity_share=0.0))
+    assert flow_matching.boundary_times == mfx.LogitNormalTimes(-0.6, 1.6)
     assert cifar10.objective(cifar10.PAPER).time_pairs == mfx.TimePairs(mfx.LogitNormalTimes(-2.0, 2.0))
     averages = [mfx.ExponentialAverage(decay, 16) for decay in (0.99995, 0.9999, 0.9996)]
     assert cifar10.averages(cifar10.PAPER) == averages

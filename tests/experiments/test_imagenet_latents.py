@@ -9,13 +9,14 @@ import re
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
 from fields import filled
 
 import mf_eqx as mfx
-from mf_eqx import checkpoint, data, run
+from mf_eqx import checkpoint, data, run, vae
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +104,56 @@ def test_objectives_are_those_of_the_paper(latents, name):
     else:
         assert objective.guidance == mfx.Guidance(scale, mix, interval)
         assert objective.guidance.effective_scale == pytest.approx(EFFECTIVE[name])
+
+
+def test_flow_matching_draws_the_times_of_all_rows_from_the_distribution_itself(latents):
+    objective = latents.objective(latents.Config(identity_share=0.0), 1000)
+    assert objective.identity is None and objective.boundary_times == mfx.LogitNormalTimes(-0.4, 1.0)
+
+
+# Images of latents
+
+
+class Blocks(eqx.Module):
+    """A tokenizer whose latents have two channels: means over blocks of 2 x 2 pixels, and their negatives."""
+
+    def encode(self, x):
+        mean = x.reshape(-1, x.shape[1] // 2, 2, x.shape[2] // 2, 2).mean(axis=(0, 2, 4))
+        mean = jnp.stack([mean, -mean])
+        return vae.Moments(mean, jnp.full_like(mean, 0.1))
+
+
+def of_images(x, label):
+    """Sources of images, and of their latents."""
+    moments = [Blocks().encode(row / 127.5 - 1) for row in x]
+    stored = np.stack([np.concatenate([row.mean, row.std]) for row in moments]).astype(np.float16)
+    return data.ArraySource(x, label, labels=3), data.ArraySource(stored, label, labels=3)
+
+
+def test_latents_are_those_of_the_same_images_in_the_same_order_and_of_no_others(latents):
+    draws = np.random.default_rng(1)
+    x, label = draws.integers(0, 256, (12, 1, 8, 8), np.uint8), np.arange(12) % 3
+    images, stored = of_images(x, label)
+    assert latents.are_latents(stored, images, Blocks())
+    other, _ = of_images(draws.integers(0, 256, (12, 1, 8, 8), np.uint8), label)
+    moved, _ = of_images(np.roll(x, 3, axis=0), label)
+    labelled, _ = of_images(x, (label + 1) % 3)
+    assert not any(latents.are_latents(stored, each, Blocks()) for each in (other, moved, labelled))
+
+
+def test_decoded_samples_are_latents_restored_by_the_statistics_of_the_data(latents):
+    size = vae.AutoencoderSize(widths=(4, 8), blocks=1, latent=2, groups=2, channels=1)
+    network = vae.Autoencoder(size, key=jr.key(0))
+    statistics = vae.LatentStatistics((1.0, -2.0), (3.0, 0.5))
+    z = jr.normal(jr.key(1), (3, 2, 4, 4))
+    restored = z * np.array([3.0, 0.5])[:, None, None] + np.array([1.0, -2.0])[:, None, None]
+    expected = jax.vmap(network.decode)(restored)
+    found = latents.Decoder(network, statistics)(z)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    assert np.abs(found - jax.vmap(network.decode)(z)).max() > 0.01
+
+
+# Parameters
 
 
 MOMENTS = data.ArraySource(np.zeros((1, 8, 32, 32), np.float16), np.zeros(1, int), labels=1000)

@@ -173,10 +173,32 @@ def test_training_images_of_idx_files_are_encoded_in_grey_and_test_images_are_le
     assert notes.of_tokenizer() == checkpoint.Tokenizer(tokenizer.size, tokenizer.digest(), statistics)
 
 
+def test_images_that_are_held_out_of_a_folder_are_not_encoded(convert, prepare_latents, capsys):
+    convert("--to latents --parts 1 --holdout 0.3")
+    train, test, names = prepare_latents.image_sources.open_parts(("images",), (), size=(SIZE,), holdout=0.3)
+    source, notes = prepare_latents.open_latents("latents"), prepare_latents.read_notes("latents")
+    assert (len(source), len(test), notes.holdout, notes.class_names) == (8, 3, 0.3, [*names])
+    network = vae.load_autoencoder("vae")
+    encode = eqx.filter_jit(eqx.filter_vmap(network.encode))
+    mean = encode(train.take(np.arange(8)).x.astype(np.float32) / 127.5 - 1).mean
+    np.testing.assert_allclose(source.take(np.arange(8)).x[:, :3], mean, atol=2e-3)
+    assert "rows is 8, not 11" in refused(convert, capsys, "--to latents --parts 1")
+
+
+def test_grey_images_of_any_sides_are_encoded(convert, prepare_latents):
+    vae.save_autoencoder("grey", vae.Autoencoder(TINY._replace(channels=1), key=jr.key(0)), vae.LatentStatistics())
+    convert("--to latents --parts 1 --grey --vae grey --size 12 16")
+    notes = prepare_latents.read_notes("latents")
+    assert prepare_latents.open_latents("latents").row_shape == (6, 6, 8) and (notes.size, notes.grey) == (
+        [12, 16],
+        True,
+    )
+
+
 def test_folder_tells_what_it_was_made_of(convert, capsys):
     convert("--to latents --parts 2")
     notes = json.loads(pathlib.Path("latents/latents.json").read_text())
-    assert (notes["rows"], notes["labels"], notes["size"], notes["parts"]) == (11, 3, SIZE, 2)
+    assert (notes["rows"], notes["labels"], notes["size"], notes["parts"]) == (11, 3, [SIZE] * 2, 2)
     assert notes["images"] == os.path.realpath("images") and len(notes["vae"]) == 64
     assert notes["tokenizer"] == {"widths": [4, 8], "blocks": 1, "latent": 3, "groups": 2, "channels": 3}
     assert notes["statistics"] == {"mean": [0.0], "std": [1 / vae.SCALE]}
@@ -186,7 +208,8 @@ def test_folders_from_before_there_were_statistics_are_those_of_stable_diffusion
     convert("--to latents --parts 2 --last-part 0")
     path = pathlib.Path("latents/latents.json")
     notes = json.loads(path.read_text())
-    del notes["statistics"], notes["tokenizer"]["channels"]
+    del notes["statistics"], notes["tokenizer"]["channels"], notes["grey"], notes["holdout"]
+    notes["size"] = SIZE
     path.write_text(json.dumps(notes))
     assert prepare_latents.read_notes("latents").of_tokenizer().statistics == vae.LatentStatistics()
     convert("--to latents --parts 2")
@@ -291,7 +314,7 @@ def test_missing_parts_are_named(convert, prepare_latents):
     ("flags", "name"),
     [
         ("--parts 3", "parts is 2, not 3"),
-        ("--parts 2 --size 8", "size is 16, not 8"),
+        ("--parts 2 --size 8", "size is [16, 16], not [8, 8]"),
         ("--parts 2 --bfloat16", "bfloat16 is False, not True"),
     ],
 )
@@ -334,6 +357,10 @@ def test_notes_that_cannot_be_read_are_refused(convert, prepare_latents, capsys)
         {"parts": 10**12},
         {"rows": None},
         {"size": 0},
+        {"size": [8]},
+        {"size": "88"},
+        {"grey": 1},
+        {"holdout": 1},
         {"tokenizer": 3},
         {"tokenizer": {}},
         {"tokenizer": TINY._replace(latent="3")._asdict()},
@@ -346,7 +373,7 @@ def test_notes_that_cannot_be_read_are_refused(convert, prepare_latents, capsys)
     ids=str,
 )
 def test_notes_of_wrong_types_are_refused(changed, prepare_latents, tmp_path):
-    notes = prepare_latents.Notes("images", 1, None, 8, 1, "0", TINY._asdict(), False)
+    notes = prepare_latents.Notes("images", 1, None, [8, 8], 1, "0", TINY._asdict(), False)
     (tmp_path / "latents.json").write_text(json.dumps(notes._asdict()))
     assert prepare_latents.read_notes(tmp_path).of_tokenizer() == checkpoint.Tokenizer(TINY, "0")
     (tmp_path / "latents.json").write_text(json.dumps(notes._asdict() | changed))
@@ -384,6 +411,9 @@ def test_broken_image_is_named_and_its_part_is_not_there(convert, capsys):
             "--to x --parts 1 --size 15",
             r"images must be uint8 of .* with multiples of the tokenizer's factor 2, got uint8 of shape \(3, 15, 15\)",
         ),
+        ("--to x --holdout 1", r"--holdout must lie in \[0, 1\), got 1.0"),
+        ("--to x --size 8 8 8", "--size must be a side, or height and width, got 3 numbers"),
+        ("--to x --size 0", "--size must be >= 1, got 0"),
         ("--to x --batch 0", "--batch must be >= 1, got 0"),
         ("--to x --threads 0", "--threads must be >= 1, got 0"),
     ],

@@ -190,7 +190,7 @@ def test_latents_are_of_training_images_alone(latents, experiment):
     root, _ = latents
     prepare_latents = experiment("prepare_latents")
     source, notes = prepare_latents.open_latents(str(root / "latents")), prepare_latents.read_notes(root / "latents")
-    assert (len(source), source.labels, source.row_shape, notes.size) == (200, 10, (4, 4, 4), 8)
+    assert (len(source), source.labels, source.row_shape, notes.size) == (200, 10, (4, 4, 4), [8, 8])
     network = vae.load_autoencoder(root / "vae")
     assert notes.of_tokenizer() == checkpoint.Tokenizer(
         network.size, network.digest(), vae.read_latent_statistics(root / "vae")
@@ -238,7 +238,7 @@ def test_another_tokenizer_and_other_images_are_refused(latents, command, capsys
         ("--vae other", "--vae must hold the tokenizer of latents, "),
         (
             "--vae vae --images others",
-            "images must be the 200 of latents, 8 pixels high, with 10 labels, ",
+            "images must be the 200 of latents, 8 x 8 pixels, with 10 labels, ",
         ),
         ("--images files", "--images must be left out without vae, which decodes samples, got files"),
     ):
