@@ -317,8 +317,8 @@ def open_images(
     if not (config.test or notes.holdout or image_sources.has_test_images(Path(config.images))):
         rule = f"{config.images} has no test images of its own and {config.data} none that were held out"
         raise ValueError(f"test must be given, as {rule}, got none")
-    paths, where = (config.images,), {"size": notes.size, "grey": notes.grey}
-    parts = image_sources.open_parts(paths, config.test, **where, holdout=notes.holdout)
+    how: dict[str, Any] = {"size": notes.size, "holdout": notes.holdout, "grey": notes.grey}
+    parts = image_sources.open_parts((config.images,), config.test, **how)
     train, wanted = parts.train, (notes.rows, *notes.size, notes.labels)
     if (len(train), *train.row_shape[1:], train.labels) != wanted or parts.test.labels is None:
         rule = "be the {:,} of {}, {} x {} pixels, with {} labels, and test images with labels"

@@ -273,11 +273,11 @@ def open_tokenizer(path: str, size: AutoencoderSize | None = None, dtype: DTypeL
 
 def open_images(config: Config) -> tuple[data.AbstractSource, Sequence[str] | None]:
     """The images that are encoded, and the names of their classes if they have any."""
-    paths, where = (config.images,), {"size": config.size}
+    paths, size = (config.images,), config.size
     if config.holdout and not image_sources.has_test_images(Path(config.images)):
-        train, _, names = image_sources.open_parts(paths, (), **where, holdout=config.holdout, grey=config.grey)
+        train, _, names = image_sources.open_parts(paths, (), size=size, holdout=config.holdout, grey=config.grey)
         return train, names
-    source = image_sources.open_images(paths, **where)
+    source = image_sources.open_images(paths, size=size)
     names = getattr(source, "class_names", None)
     every = np.arange(len(source))
     return (image_sources.Part(source, every, source.name, grey=True) if config.grey else source), names

@@ -1,9 +1,9 @@
 """A tokenizer of one's own: a small autoencoder of images, so that fields can learn latents in place of pixels.
 
-    python experiments/tokenizer.py --preset quick                              Fashion-MNIST, 7 to 8 minutes of CPU time
-    python experiments/tokenizer.py                                             the same for longer
-    python experiments/tokenizer.py --preset quick --data photos --size 64      images as of images.py
-    python experiments/tokenizer.py --perceptual 0.1                            and a loss in features of a network
+    python experiments/tokenizer.py --preset quick                           Fashion-MNIST, 7 to 8 minutes of CPU time
+    python experiments/tokenizer.py                                          the same for longer
+    python experiments/tokenizer.py --preset quick --data photos --size 64   images as of images.py
+    python experiments/tokenizer.py --perceptual 0.1                         and a loss in features of a network
 
     python experiments/prepare_latents.py --images /usr/share/datasets/fashion-mnist \\
         --vae runs/tokenizer/1a2b3c4d/vae --to data/fashion_latents
