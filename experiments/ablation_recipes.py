@@ -7,6 +7,7 @@ times. Targets are those of the paper everywhere: the velocity of a row's own im
 """
 
 import functools
+import hashlib
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -101,6 +102,17 @@ CLASSES, ROWS, PATH = 4, 2000, mfx.LinearInterpolant()
 PAIRS = mfx.TimePairs(mfx.UniformTimes())
 
 
+def digest_of(*sources: data.AbstractSource) -> str:
+    """SHA-256 of all rows and labels, in their order."""
+    digest = hashlib.sha256()
+    for source in sources:
+        rows = source.take(np.arange(len(source)))
+        digest.update(f"{rows.x.dtype} {rows.x.shape}".encode())
+        digest.update(np.ascontiguousarray(rows.x).tobytes())
+        digest.update(b"" if rows.label is None else rows.label.astype("<i8").tobytes())
+    return digest.hexdigest()
+
+
 class JudgedKeys(NamedTuple):
     """Of everything that is judged: the same for all cells."""
 
@@ -191,4 +203,6 @@ def handwritten_digits(steps: int = 1500) -> Recipe:
 
     draw = data.DrawRows(jnp.asarray(parts.train.x), jnp.asarray(parts.train.label), numbers.batch)
     distance = "Frechet distance of one-step samples, grey values squared"
-    return Recipe(digits.CLASSES, make_field, draw, open_judge, distance, numbers, Cost(0.11, 15))
+    details = {name: getattr(config, name) for name in ("depth", "heads", "patch", "holdout")}
+    details |= {"split_seed": config.seed, "images": digest_of(parts.train, parts.holdout)}
+    return Recipe(digits.CLASSES, make_field, draw, open_judge, distance, numbers, Cost(0.11, 15), details)

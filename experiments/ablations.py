@@ -24,7 +24,7 @@ import dataclasses
 import functools
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -243,13 +243,24 @@ def describe(config: Config, cell: Cell) -> str:
 
 def key_of(config: Config, recipe: Recipe, cell: Cell) -> dict[str, Any]:
     """What a finished cell is found by: everything that its result depends on but the code."""
-    key = {"data": config.data, "setting": cell.setting, **recipe.numbers._asdict(), "seed": cell.seed}
-    return {**key, **recipe.details, **method_key(config)}
+    parts = [recipe.numbers._asdict(), recipe.details, method_key(config)]
+    return joined({"data": config.data, "setting": cell.setting, "seed": cell.seed}, *parts)
+
+
+def joined(*parts: Mapping[str, Any]) -> dict[str, Any]:
+    """All parts of a key in one.
+
+    **Raises:** `ValueError` if two of them have the same name, of which one would be lost.
+    """
+    names = [name for part in parts for name in part]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"parts of a key must have different names, got {', '.join(twice)} twice")
+    return {name: value for part in parts for name, value in part.items()}
 
 
 def floor_key(config: Config, recipe: Recipe) -> dict[str, Any]:
     """What the figures of real data are found by."""
-    return {"data": config.data, "real": True, **recipe.details}
+    return joined({"data": config.data, "real": True}, recipe.details)
 
 
 def cells_of(config: Config, name: str) -> list[Cell]:
@@ -261,7 +272,10 @@ def make_recipe(config: Config) -> Recipe:
     given = {} if steps is None else {"steps": steps}
     if config.data == "eight_gaussians":
         return eight_gaussians(**given)
-    return handwritten_digits(**given) if config.data == "digits" else fashion_mnist(files=config.files, **given)
+    if config.data == "digits":
+        return handwritten_digits(**given)
+    given |= {"judged": 100, "classifier_steps": 2} if config.test_run else {}
+    return fashion_mnist(files=config.files, **given)
 
 
 def main(config: Config) -> None:

@@ -1,6 +1,7 @@
 """The ablations on images: Fashion-MNIST's recipe, on a few images that are drawn here and on its files where they
 are."""
 
+import functools
 import json
 import math
 import pathlib
@@ -29,12 +30,12 @@ def images(experiment, ablations):
 
 
 @pytest.fixture(scope="module")
-def small(images):
+def small(ablations, images):
     """A minuscule network, judged in pixels and by a classifier that has hardly learnt."""
     judging = images.image_judge
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(images, "SIZE", mfx.DiTSize(depth=1, width=8, heads=2, patch=4))
-        patch.setattr(images.image_classifier, "STEPS", 3)
+        patch.setattr(ablations, "fashion_mnist", functools.partial(images.fashion_mnist, classifier_steps=3))
         patch.setattr(judging, "lite0_space", lambda: judging.FeatureSpace("lite0", judging.pixels))
         yield
 
@@ -69,10 +70,44 @@ def test_images_have_the_papers_centre_and_share_its_cells(ablations):
 def test_key_of_a_cell_on_images_holds_all_that_is_trained_and_judged(ablations, images, small, files, tmp_path):
     config, cell = ablations.Config(data="fashion", files=files), ablations.Cell(ablations.CENTRES["fashion"], 0)
     key = ablations.key_of(config, images.fashion_mnist(7, files), cell)
-    assert {"steps": 7, "depth": 1, "heads": 2, "patch": 4, "judged": 100, "clip": None}.items() <= key.items()
-    save_files(tmp_path / "others", seed=3)
-    others = ablations.key_of(config, images.fashion_mnist(7, str(tmp_path / "others")), cell)
-    assert [name for name in key if key[name] != others[name]] == ["images"]
+    trained = {"steps": 7, "seed": 0, "width": 8, "depth": 1, "heads": 2, "patch": 4, "clip": None}
+    assert (trained | {"judged": 100, "classifier_steps": 2000}).items() <= key.items()
+
+
+def change_a_byte(path):
+    values = bytearray(path.read_bytes())
+    values[-70] ^= 1  # of the last image but one, which a sample of 64 of 300 rows leaves out
+    path.write_bytes(values)
+
+
+@pytest.mark.parametrize("part", ["train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1"])
+def test_one_other_byte_of_any_file_is_another_key(ablations, images, small, part, tmp_path):
+    save_files(tmp_path / "files")
+    config, cell = ablations.Config(data="fashion"), ablations.Cell(ablations.CENTRES["fashion"], 0)
+    keys = []
+    for _ in range(2):
+        keys.append(ablations.key_of(config, images.fashion_mnist(7, str(tmp_path / "files")), cell))
+        change_a_byte(tmp_path / "files" / f"{part}-ubyte")
+    assert [name for name in keys[0] if keys[0][name] != keys[1][name]] == ["images"]
+
+
+def test_other_training_images_have_a_classifier_of_their_own(images, small, tmp_path):
+    save_files(tmp_path / "files")
+
+    def classifiers():
+        images.fashion_mnist(7, str(tmp_path / "files"), classifier_steps=1, judged=10).open_judge(tmp_path)
+        return len([*tmp_path.glob("classifier_*.eqx")])
+
+    assert classifiers() == 1 and classifiers() == 1
+    change_a_byte(tmp_path / "files" / "train-images-idx3-ubyte")
+    assert classifiers() == 2
+
+
+def test_a_test_run_judges_few_images_by_a_classifier_of_two_steps(ablations, small, files):
+    details = ablations.make_recipe(ablations.Config(data="fashion", files=files, test_run=True)).details
+    assert details["judged"] == 100 and details["classifier_steps"] == 2
+    details = ablations.make_recipe(ablations.Config(data="fashion", files=files)).details
+    assert details["classifier_steps"] == 3
 
 
 def test_rows_are_drawn_as_bytes_and_trained_on_as_the_network_sees_them(images, small, files):
@@ -163,9 +198,7 @@ def test_a_run_on_drawn_files_ends_with_tables_floor_and_pictures_and_goes_on(
 
 @pytest.mark.slow
 @pytest.mark.skipif(not PLACE.exists(), reason="apt install dataset-fashion-mnist")
-def test_a_test_run_on_fashion_mnist_is_complete(ablations, images, tmp_path, monkeypatch):
-    monkeypatch.setattr(images, "JUDGED", 50)
-    monkeypatch.setattr(images.image_classifier, "STEPS", 3)
+def test_a_test_run_on_fashion_mnist_is_complete(ablations, tmp_path):
     start(ablations, tmp_path, "--data fashion --only 1a --seeds 1 --test-run")
     floor, *trained = cells(tmp_path / "runs" / "ablations" / "fashion-test")
     assert len(trained) == 4 and 0 < floor["result"]["distance"] < min(cell["result"]["distance"] for cell in trained)

@@ -105,6 +105,19 @@ def test_another_recipe_is_another_key(ablations):
     assert {"batch", "width", "learning_rate", "decay", "clip", "label_dropout"} <= set(keys[0])
 
 
+def test_key_of_digits_holds_the_network_and_what_is_held_out(ablations):
+    recipe = ablations.handwritten_digits(7)
+    key = ablations.key_of(ablations.Config(data="digits"), recipe, ablations.Cell(ablations.Setting(), 5))
+    wanted = {"seed": 5, "depth": 4, "heads": 4, "patch": 2, "holdout": 0.2, "split_seed": 0}
+    assert wanted.items() <= key.items() and len(key["images"]) == 64
+
+
+def test_parts_of_a_key_with_the_same_name_are_refused(ablations):
+    recipe = ablations.eight_gaussians()._replace(details={"seed": 1})
+    with pytest.raises(ValueError, match="different names, got seed twice"):
+        ablations.key_of(ablations.Config(), recipe, ablations.Cell(ablations.Setting(), 0))
+
+
 # Other methods
 
 
