@@ -61,10 +61,15 @@ def fashion_mnist(
 
     draw = data.DrawRows(jnp.asarray(rows.x), jnp.asarray(rows.label), numbers.batch)
     distance = "Frechet distance of one-step samples in features of EfficientNet-Lite0"
+    beside = (
+        "FD classifier: the same in the classifier's features; W2: sliced Wasserstein distances; lite0: EfficientNet-"
+        "Lite0; covered: share of test images that are; right class: share of samples in which it is read."
+    )
     size = {"depth": SIZE.depth, "heads": SIZE.heads, "patch": SIZE.patch}  # the width is among the numbers
     judging = {"judged": count, "classifier_steps": classifier_steps}
     details = {**size, **judging, "images": digest_of(parts.train, parts.test)}
-    options = {"details": details, "prepare": data.FromPixels(), "sampler": sampler}
+    options = {"details": details, "prepare": data.FromPixels(), "sampler": sampler, "beside": beside}
+    options |= {"ordered": ("distance", "FD classifier", "W2 lite0", "W2 classifier"), "has_floor": True}
     return Recipe(len(fashion.CLASSES), make_field, draw, open_judge, distance, numbers, Cost(0.1, 41), **options)
 
 
@@ -91,13 +96,15 @@ def make_judge(
 def figures(found: image_judge.Result, read: image_judge.Result | None = None) -> dict[str, float]:
     """Distances and coverage of one result, and what the classifier reads in that or in another one."""
     read = found if read is None else read
-    distances, covered = found.frechet or {}, found.coverage or {}
-    space = next(iter(distances))
+    distances, sliced, covered = found.frechet or {}, found.sliced_wasserstein or {}, found.coverage or {}
+    first, *others = distances
     values = {
-        "distance": distances[space],
-        "distance, classifier": distances.get(image_judge.CLASSIFIER),
-        "covered": covered.get(space),
+        "distance": distances[first],
+        **{f"FD {space}": distances[space] for space in others},
+        **{f"W2 {space}": sliced.get(space) for space in distances},
+        **{f"covered {space}": covered.get(space) for space in distances},
+        f"covered {first}, lowest class": image_judge.least(found.coverage_by_class),
         "right class": read.agreement,
-        "lowest class": image_judge.least(read.agreement_by_class),
+        "right class, lowest class": image_judge.least(read.agreement_by_class),
     }
     return {name: math.nan if value is None else value for name, value in values.items()}

@@ -29,6 +29,8 @@ with install_import_hook("mf_eqx", "beartype.beartype(conf=beartype.BeartypeConf
     from mf_eqx import data, exact, metrics
 
 LABEL_DROPOUT = 0.1
+DIVERGED = 10
+"""Steps in a row without a finite loss and gradient with which a training counts as diverged: it is not judged."""
 CENTRES = {"eight_gaussians": Setting(), "digits": Setting(), "fashion": PAPER}
 """From which tables vary one thing each, by the name of the data set."""
 
@@ -46,7 +48,7 @@ class Numbers(NamedTuple):
 
 
 class Judge(NamedTuple):
-    """What is computed of samples: figures by name, of which the first is "distance".
+    """What is computed of samples: figures by name, of which the first is "distance", NaN if samples are not finite.
 
     **Arguments:** `score` from a field, and the setting that it was trained in, to the figures of its samples of one
     evaluation; `floor` the figures that real data have, as far as there are such.
@@ -71,7 +73,8 @@ class Recipe(NamedTuple):
 
     **Arguments:** `labels` how many; `make_field`, `draw`, `prepare` as for `run.Training` and `mf_eqx.TrainStep`;
     `open_judge` from a folder, for what later runs can use as well; `distance` in words; `numbers`; `cost`; `details`
-    what else a result depends on; `sampler` of the images in pictures, or None.
+    what else a result depends on; `sampler` of the images in pictures, or None; `ordered` the figures whose order is
+    held against the paper's; `beside` what other figures mean; `has_floor` whether real data have figures.
     """
 
     labels: int
@@ -84,6 +87,9 @@ class Recipe(NamedTuple):
     details: Mapping[str, Any] = {}
     prepare: Callable[[mfx.Batch, Key[Array, ""]], mfx.Batch] | None = None
     sampler: image_samples.Sampler | None = None
+    ordered: tuple[str, ...] = ("distance",)
+    beside: str = ""
+    has_floor: bool = False
 
     def seconds(self, setting: Setting, centre: Setting) -> float:
         """About how much CPU time a cell takes."""
@@ -174,7 +180,9 @@ def eight_gaussians(steps: int = 4000) -> Recipe:
 
     draw = exact.DrawLabelled(mixture, numbers.batch)
     distance = "energy distance of one-step samples to the data, per class"
-    return Recipe(CLASSES, make_field, draw, lambda folder: Judge(score), distance, numbers, Cost(0.006, 5))
+    ordered = ("distance", "distance to the guided truth")
+    cost = Cost(0.006, 5)
+    return Recipe(CLASSES, make_field, draw, lambda folder: Judge(score), distance, numbers, cost, ordered=ordered)
 
 
 def handwritten_digits(steps: int = 1500) -> Recipe:
@@ -205,4 +213,5 @@ def handwritten_digits(steps: int = 1500) -> Recipe:
     distance = "Frechet distance of one-step samples, grey values squared"
     details = {name: getattr(config, name) for name in ("depth", "heads", "patch", "holdout")}
     details |= {"split_seed": config.seed, "images": digest_of(parts.train, parts.holdout)}
-    return Recipe(digits.CLASSES, make_field, draw, open_judge, distance, numbers, Cost(0.11, 15), details)
+    cost = Cost(0.11, 15)
+    return Recipe(digits.CLASSES, make_field, draw, open_judge, distance, numbers, cost, details, has_floor=True)

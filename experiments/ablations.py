@@ -38,8 +38,10 @@ from ablation_images import fashion_mnist
 from ablation_recipes import (
     CENTRES,
     CLASSES,
+    DIVERGED,
     eight_gaussians,
     handwritten_digits,
+    Judge,
     LABEL_DROPOUT,
     Numbers,
     Recipe,
@@ -82,6 +84,14 @@ class Config(run.CellSettings):
     """Trainings of each cell, from seeds 0, 1, ..."""
     steps: int | None = None
     """Training steps of a cell, by default 4000 for eight_gaussians, 1500 for digits, 2000 for fashion."""
+    save_every: int = 200
+    """Steps between checkpoints of a cell; its last step is always saved."""
+    log_every: int = 100
+    """Steps between lines of each cell's metrics.jsonl, or slightly fewer, to make the parts equal; each line is the
+    mean over these steps. A cell can be stopped after each line."""
+    most_faults: int = 10**6
+    """Steps in a row without a finite loss and gradient after which the whole run stops. Such a step leaves the state
+    unchanged. By default the run goes on, and a cell with ten such steps in a row is recorded as diverged."""
     name: str = ""
     """Directory below runs/ablations where cells, tables and pictures are kept, by default that of the data set and
     the method."""
@@ -193,26 +203,38 @@ def report(config: Config, recipe: Recipe, ledger: run.Ledger, names: Sequence[s
     """Tables as text."""
     parts, commits = [], set()
     for name in names:
-        table, rows, columns, distances = tables(config)[name], [], (), []
-        for value, (setting, fid) in table.cells.items():
+        table, found = tables(config)[name], {}
+        for value, (setting, _) in table.cells.items():
             keys = [key_of(config, recipe, Cell(setting, seed)) for seed in range(config.seeds)]
             commits |= {ledger.commit(key) for key in keys}
-            results = [ledger[key] for key in keys]
-            columns = tuple(results[0])
-            rows.append((value, fid, *(spread([result[column] for result in results]) for column in columns)))
-            distances.append([result["distance"] for result in results])
+            found[value] = [ledger[key] for key in keys]
+        # A cell that diverged has a distance alone.
+        columns = tuple(dict.fromkeys(column for results in found.values() for result in results for column in result))
+        values = {column: [of_seeds(results, column) for results in found.values()] for column in columns}
+        rows = [
+            (value, fid, *(spread(values[column][i]) for column in columns))
+            for i, (value, (_, fid)) in enumerate(table.cells.items())
+        ]
         if (key := floor_key(config, recipe)) in ledger:
             rows.append(("real data", None, *(rounded(ledger[key].get(column, math.nan), 3) for column in columns)))
         order = "the order of MeanFlow's paper" if method_key(config) else "the paper's order"
-        orders = agreement(distances, [fid for _, fid in table.cells.values()], order)
+        fids = [fid for _, fid in table.cells.values()]
+        orders = "\n".join(
+            f"By {column}: {agreement(values[column], fids, order)}" for column in recipe.ordered if column in values
+        )
         headers = (table.title, fid_label(config), *columns)
         parts.append(f"## Tab. {name}: {table.title}\n\n{run.table(rows, headers)}\n\n{orders}")
         parts += [f"Without {value}: {reason}." for value, reason in refused(config, name).items()]
     about = (
-        f"{config.method}, distance: {recipe.distance}. Mean ± half the range of seeds 0 to {config.seeds - 1}; "
+        f"{config.method}, distance: {recipe.distance}. {recipe.beside} Mean ± half the range of seeds 0 to {config.seeds - 1}; "
         f"{recipe.numbers.steps} steps. Commits: {', '.join(sorted(map(str, commits)))}."
     )
     return "\n\n".join([about, *parts])
+
+
+def of_seeds(results: Sequence[Mapping[str, float]], column: str) -> list[float]:
+    """One figure of all seeds; NaN for a seed whose training diverged."""
+    return [result.get(column, math.nan) for result in results]
 
 
 def fid_label(config: Config) -> str:
@@ -320,29 +342,39 @@ def train_missing(
         for cell in seconds
     }
     run.announce(config, trainings, directory)
-    if not trainings:
+    has_all_floors = not recipe.has_floor or floor_key(config, recipe) in ledger
+    if not trainings and has_all_floors:
         return
     judge = recipe.open_judge(directory.root)
-    if judge.floor and floor_key(config, recipe) not in ledger:
+    if not has_all_floors:
         ledger.put(floor_key(config, recipe), judge.floor)
     began, done = time.perf_counter(), 0.0
 
     def judged(cell: Cell, state: mfx.TrainState | None) -> dict[str, float]:
         assert state is not None
-        if recipe.sampler is not None:
-            label, _ = recipe.sampler.columns()
-            x = recipe.sampler(state.averages[0], label, 1, image_samples.PICTURE_SEED)
-            np.save(directory.path(samples_name(key(cell))), x)
-        return judge.score(state.averages[0], cell.setting)
+        return figures_of(recipe, judge, cell, state, directory.path(samples_name(key(cell))))
 
     def note(cell: Cell, result: dict[str, float]) -> str:
         nonlocal done
         ledger.put(key(cell), result)
         done += seconds[cell]
         left = (time.perf_counter() - began) / done * (sum(seconds.values()) - done) / 60
-        return f"{describe(config, cell)}: distance {result['distance']:.4g}; about {left:.0f} minutes left"
+        distance = result["distance"]
+        outcome = f"distance {distance:.4g}" if math.isfinite(distance) else "diverged"
+        return f"{describe(config, cell)}: {outcome}; about {left:.0f} minutes left"
 
     run.train_cells(config, trainings, judged, directory, note=note)
+
+
+def figures_of(recipe: Recipe, judge: Judge, cell: Cell, state: mfx.TrainState, samples: Path) -> dict[str, float]:
+    """What the last state of a cell scores, after its pictures are in the file `samples`; of a training that diverged a
+    distance of NaN, and no picture."""
+    if int(state.faults.most_in_row) >= DIVERGED:
+        return {"distance": math.nan}
+    if recipe.sampler is not None:
+        label, _ = recipe.sampler.columns()
+        np.save(samples, recipe.sampler(state.averages[0], label, 1, image_samples.PICTURE_SEED))
+    return judge.score(state.averages[0], cell.setting)
 
 
 def samples_name(key: dict[str, Any]) -> str:

@@ -123,9 +123,16 @@ def test_rows_are_drawn_as_bytes_and_trained_on_as_the_network_sees_them(images,
 
 def test_figures_are_of_the_samples_and_nan_where_they_have_none(images):
     Result = images.image_judge.Result
-    found = Result("", 1, {"lite0": 5.0, "classifier": 3.0}, {}, {"lite0": 0.5}, None, 0.7, [0.9, None, 0.2])
-    names = ("distance", "distance, classifier", "covered", "right class", "lowest class")
-    assert images.figures(found) == dict(zip(names, (5, 3, 0.5, 0.7, 0.2), strict=True))
+    pairs = [{"lite0": float(i), "classifier": float(i + 1)} for i in (1, 3, 5)]
+    found = Result("", 1, *pairs, [0.4, None], 0.7, [0.9, None, 0.2])
+    expected = {
+        **{"distance": 1, "FD classifier": 2, "W2 lite0": 3, "W2 classifier": 4},
+        **{"covered lite0": 5, "covered classifier": 6, "covered lite0, lowest class": 0.4},
+        **{"right class": 0.7, "right class, lowest class": 0.2},
+    }
+    names = tuple(expected)
+    assert images.figures(found) == expected
+    assert [*images.figures(found, Result("", agreement=0.5)).values()][-2] == 0.5
     diverged = images.figures(Result("", 1, {"lite0": math.nan, "classifier": math.nan}))
     assert list(diverged) == list(names) and all(map(math.isnan, diverged.values()))
 
@@ -187,6 +194,8 @@ def test_a_run_on_drawn_files_ends_with_tables_floor_and_pictures_and_goes_on(
     assert np.isfinite([*floor["result"].values(), *(cell["result"]["distance"] for cell in trained)]).all()
     table = (directory / "results.md").read_text()
     assert "real data" in table and "329" in table and "lowest class" in table
+    for column in ("distance", "FD classifier", "W2 lite0", "W2 classifier"):
+        assert f"By {column}: Of 6 pairs" in table, column
     assert (directory / "samples_1b.png").stat().st_size > 0 and (directory / "ablations.png").stat().st_size > 0
 
     kept = (directory / "cells.jsonl").read_text()
@@ -194,6 +203,12 @@ def test_a_run_on_drawn_files_ends_with_tables_floor_and_pictures_and_goes_on(
     start(ablations, tmp_path, arguments)
     assert (directory / "cells.jsonl").read_text() == kept
     assert "the classifier of an earlier run" in capsys.readouterr().out
+
+    first, *others = kept.splitlines(keepends=True)
+    (directory / "cells.jsonl").write_text("".join(others))
+    start(ablations, tmp_path, arguments)
+    assert (directory / "cells.jsonl").read_text() == "".join([*others, first])
+    assert (directory / "results.md").read_text() == table
 
 
 @pytest.mark.slow

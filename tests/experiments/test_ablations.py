@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 
+import equinox as eqx
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -231,12 +232,57 @@ def test_agreement_counts_pairs_whose_seeds_do_not_overlap(ablations):
 def test_numbers_keep_all_digits_before_the_point(ablations):
     assert ablations.spread([1000.0, 1478.8]) == "1,239 ± 239"
     assert ablations.spread([0.0116, 0.0126]) == "0.0121 ± 0.0005"
-    assert ablations.spread([81.817]) == "81.8" and ablations.spread([float("nan"), 1.0]) == "nan ± nan"
+    assert ablations.spread([81.817]) == "81.8"
+
+
+def test_a_seed_that_diverged_does_not_hide_the_others(ablations):
+    nan = float("nan")
+    assert ablations.spread([nan, 0.1]) == "0.1, 1 of 2 diverged"
+    assert ablations.spread([1.0, nan, 2.0]) == "1.5 ± 0.5, 1 of 3 diverged"
+    assert ablations.spread([nan, nan]) == ablations.spread([nan]) == "diverged"
 
 
 def test_rows_that_diverged_are_counted_apart(ablations):
     text = ablations.agreement([[1.0], [float("nan")], [3.0]], [10.0, 20.0, 30.0])
     assert text.startswith("Of 1 pairs of rows, 1 are in the paper's order") and text.endswith("diverged: 1.")
+
+
+def test_ten_steps_in_a_row_that_are_not_finite_are_recorded_as_diverged(ablations):
+    import jax.random as jr
+
+    config, cell = ablations.Config(), ablations.Cell(ablations.Setting(), 0)
+    training = ablations.training(config, ablations.eight_gaussians(), cell, "a", {})
+    judge = ablations.Judge(lambda field, setting: {"distance": 2.0, "error of u": 3.0})
+    for faults, wanted in ((9, {"distance": 2.0, "error of u": 3.0}), (10, {"distance": None})):
+        state = training.make_state()
+        state = eqx.tree_at(lambda state: state.faults.most_in_row, state, jnp.asarray(faults))
+        found = ablations.figures_of(ablations.eight_gaussians(), judge, cell, state, None)
+        assert {name: None if np.isnan(value) else value for name, value in found.items()} == wanted
+
+
+DIVERGES = """
+import jax.numpy as jnp
+import mf_eqx as mfx
+
+class Diverges(mfx.AbstractIdentity):
+    facts = mfx.Facts()
+
+    def residual(self, field, row):
+        return jnp.nan * row.x
+"""
+
+
+@pytest.mark.slow
+def test_cells_that_diverge_are_shown_so_and_the_others_are_judged(ablations, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("ablation_recipes.ROWS", 80)
+    (tmp_path / "mine.py").write_text(DIVERGES)
+    start(ablations, tmp_path, "--method Diverges --identity mine.py --only 1a --seeds 1 --steps 12")
+    finite = [cell["settings"]["setting"]["share"] for cell in cells(tmp_path) if cell["result"]["distance"] > 0]
+    assert finite == [0.0] and len(cells(tmp_path)) > 2
+    out, err = capsys.readouterr()
+    assert "diverged; about" in err and re.search(r"\| 25% .*\| diverged", out)
+    assert "Rows left out because a training diverged" in out
+    assert (files(tmp_path) / "ablations.png").stat().st_size > 0
 
 
 @pytest.mark.slow
