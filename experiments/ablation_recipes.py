@@ -98,10 +98,11 @@ class Recipe(NamedTuple):
 
 def passes(setting: Setting) -> float:
     """Forward passes of a batch that a step of MeanFlow costs: three of Flow Matching, a tangent for each row with r <
-    t, and those of guidance for rows that keep their label, of the label too for rows with r < t and kappa > 0."""
+    t, and with guidance one without label for every row (also for those whose label is dropped) and, for rows with r <
+    t and kappa > 0, one with label."""
     if (setting.scale, setting.mix) == (1, 0):
         return 3 + setting.share
-    return 3 + setting.share + 1 - LABEL_DROPOUT + (setting.share if setting.mix else 0)
+    return 3 + setting.share + 1 + (setting.share if setting.mix else 0)
 
 
 CLASSES, ROWS, PATH = 4, 2000, mfx.LinearInterpolant()
