@@ -2,7 +2,7 @@
 is in `ablation_images.py`.
 
 A recipe is made when a run needs it, since it reads data; where its tables have their centre is known before
-(`CENTRES`): Fashion-MNIST has the paper's, p = 1 and lognorm(-0.4, 1.0), points and digits have p = 0 and uniform
+(`CENTRES`): Fashion-MNIST has the paper's p = 1 and lognorm(-0.4, 1.0), points and digits have p = 0 and uniform
 times. Targets are those of the paper everywhere: the velocity of a row's own image and noise, without references.
 """
 
@@ -36,7 +36,7 @@ CENTRES = {"eight_gaussians": Setting(), "digits": Setting(), "fashion": PAPER}
 
 
 class Numbers(NamedTuple):
-    """What a recipe fixes for all cells."""
+    """What a recipe fixes for all cells. `clip` is the largest norm of a gradient, or None."""
 
     steps: int
     batch: int

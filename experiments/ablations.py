@@ -10,14 +10,23 @@ Every cell is one training from one seed. Finished cells are kept in runs/ablati
 methods than MeanFlow in runs/ablations/<data>_<method>, and a cell that is there is not trained again: tables share
 their cells, and more seeds add to those that exist. A command that was stopped, or killed, goes on where it was.
 
-The paper's column is FID on ImageNet, of 400,000 steps of batch 256 around p = 1 and lognorm(-0.4, 1.0). Fashion-MNIST
-has the same centre here, points and digits have p = 0 and uniform times: what can agree is the order. The column is
-MeanFlow's beside other methods, too. Guidance moves samples away from the data: in Tab. 1f and 5 of points read the
-distance to the guided truth. Share 0 is judged like all others, at u(z, 0, 1), which Flow Matching never trained;
-toy_2d.py has Flow Matching as it is meant to be used. Images are judged by features of EfficientNet-Lite0 (extra
-`features`), by those of a classifier and by what it reads; `real data` are as many training images beside the test
-images, and the classifier's accuracy on these. RESULTS.md beside this file says where orders agree and where they do
-not.
+The paper's column is FID on ImageNet, of 400,000 steps of batch 256 around p = 1 and lognorm(-0.4, 1.0), by Adam with
+betas 0.9 and 0.95, a constant rate of 1e-4 and an average of decay 0.9999. Fashion-MNIST has the same p and times here,
+points and digits have p = 0 and uniform times. Adam's betas (0.9 and 0.999), the rate with its warm-up and decay and the
+average differ from the paper's everywhere, the batch on images (64), and far smaller networks take far fewer steps.
+What can agree is the order. The column is MeanFlow's beside other methods, too.
+
+Gradients are clipped to norm 1 on points and digits, whose p = 0 lets a single row pull without bound: without it
+single steps ruined trainings with a large p or kappa. On Fashion-MNIST they are not, since the paper tells of no
+clipping. A cell with ten steps in a row whose loss or gradient is not finite is shown as diverged.
+
+Guidance moves samples away from the data: in Tab. 1f and 5 of points read the distance to the guided truth. Share 0 is
+judged like all others, at u(z, 0, 1), which Flow Matching never trained; toy_2d.py has Flow Matching as it is meant to
+be used. Images of Fashion-MNIST are judged by features of EfficientNet-Lite0 (extra `features`), by those of a
+classifier and by what it reads; their row `real data` has as many training images beside the test images, and the
+classifier's accuracy on the test images. That of digits has one random half of the data beside the other, and the
+classifier's accuracy on digits that are held out. RESULTS.md beside this file has the tables that were run, and says
+where their orders agree.
 """
 
 import dataclasses
@@ -183,7 +192,6 @@ def train_step(
 ) -> mfx.TrainStep:
     rate, warmup = numbers.learning_rate, 100
     schedule = optax.warmup_cosine_decay_schedule(0, rate, warmup, max(numbers.steps, warmup + 1), rate / 100)
-    # Single steps ruin trainings with a large p or kappa otherwise.
     clipped = [] if numbers.clip is None else [optax.clip_by_global_norm(numbers.clip)]
     optimizer = optax.chain(*clipped, optax.adam(schedule))
     averages = [mfx.ExponentialAverage(numbers.decay)]
@@ -211,7 +219,7 @@ def report(config: Config, recipe: Recipe, ledger: run.Ledger, names: Sequence[s
         # A cell that diverged has a distance alone.
         columns = tuple(dict.fromkeys(column for results in found.values() for result in results for column in result))
         values = {column: [of_seeds(results, column) for results in found.values()] for column in columns}
-        rows = [
+        rows: list[tuple[object, ...]] = [
             (value, fid, *(spread(values[column][i]) for column in columns))
             for i, (value, (_, fid)) in enumerate(table.cells.items())
         ]
@@ -226,8 +234,9 @@ def report(config: Config, recipe: Recipe, ledger: run.Ledger, names: Sequence[s
         parts.append(f"## Tab. {name}: {table.title}\n\n{run.table(rows, headers)}\n\n{orders}")
         parts += [f"Without {value}: {reason}." for value, reason in refused(config, name).items()]
     about = (
-        f"{config.method}, distance: {recipe.distance}. {recipe.beside} Mean ± half the range of seeds 0 to {config.seeds - 1}; "
-        f"{recipe.numbers.steps} steps. Commits: {', '.join(sorted(map(str, commits)))}."
+        f"{config.method}, distance: {recipe.distance}. {recipe.beside}{' ' if recipe.beside else ''}"
+        f"Mean ± half the range of seeds 0 to {config.seeds - 1}; {recipe.numbers.steps} steps. "
+        f"Commits: {', '.join(sorted(map(str, commits)))}."
     )
     return "\n\n".join([about, *parts])
 
@@ -383,10 +392,13 @@ def samples_name(key: dict[str, Any]) -> str:
 
 
 def save_pictures(config: Config, recipe: Recipe, directory: run.RunDirectory, names: Sequence[str]) -> list[str]:
-    """For each table of images a row of them for each value, from the same noise, of the first seed."""
+    """For each table of images a row of them for each value, from the same noise, of the first seed; a training that
+    diverged has none."""
     if recipe.sampler is None:
         return []
     (_, columns), saved = recipe.sampler.columns(), []
+    for path in directory.root.glob("samples_*.png"):  # of tables that were complete with other steps or seeds
+        path.unlink()
     for name in names:
         rows = {value: Cell(setting, 0) for value, (setting, _) in tables(config)[name].cells.items()}
         paths = {value: directory.path(samples_name(key_of(config, recipe, cell))) for value, cell in rows.items()}

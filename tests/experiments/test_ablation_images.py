@@ -188,11 +188,13 @@ def test_a_run_on_drawn_files_ends_with_tables_floor_and_pictures_and_goes_on(
     assert (directory / "cells.jsonl").read_text() == kept
     assert "the classifier of an earlier run" in capsys.readouterr().out
 
+    (directory / "samples_1a.png").touch()  # of a table that is not complete now
     first, *others = kept.splitlines(keepends=True)
     (directory / "cells.jsonl").write_text("".join(others))
     start(ablations, tmp_path, arguments)
     assert (directory / "cells.jsonl").read_text() == "".join([*others, first])
     assert (directory / "results.md").read_text() == table
+    assert [path.name for path in directory.glob("samples_*.png")] == ["samples_1b.png"]
 
 
 @pytest.mark.slow
