@@ -12,8 +12,8 @@ their cells, and more seeds add to those that exist. A command that was stopped,
 
 The paper's column is FID on ImageNet, of 400,000 steps of batch 256 around p = 1 and lognorm(-0.4, 1.0), by Adam with
 betas 0.9 and 0.95, a constant rate of 1e-4 and an average of decay 0.9999. Fashion-MNIST has the same p and times here,
-points and digits have p = 0 and uniform times. Adam's betas (0.9 and 0.999), the rate with its warm-up and decay and the
-average differ from the paper's everywhere, the batch on images (64), and far smaller networks take far fewer steps.
+points and digits have p = 0 and uniform times. Adam's betas (0.9 and 0.999), the rate with its warm-up and decay and
+the average differ from the paper's everywhere, the batch on images (64), and far smaller networks take far fewer steps.
 What can agree is the order. The column is MeanFlow's beside other methods, too.
 
 Gradients are clipped to norm 1 on points and digits, whose p = 0 lets a single row pull without bound: without it
