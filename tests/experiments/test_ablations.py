@@ -297,7 +297,7 @@ def test_cells_that_diverge_are_shown_so_and_the_others_are_judged(ablations, tm
     finite = [cell["settings"]["setting"]["share"] for cell in cells(tmp_path) if cell["result"]["distance"] > 0]
     assert finite == [0.0] and len(cells(tmp_path)) > 2
     out, err = capsys.readouterr()
-    assert "diverged; about" in err and re.search(r"\| 25% .*\| diverged", out)
+    assert "diverged; about" in err and re.search(r"\| +25% \| +61\.06 \| diverged", out)
     assert "Rows left out because a training diverged" in out
     assert (files(tmp_path) / "ablations.png").stat().st_size > 0
 
