@@ -15,14 +15,14 @@ import image_samples
 import image_sources
 import jax.numpy as jnp
 import numpy as np
-from ablation_recipes import Cost, Judge, Numbers, Recipe
+from ablation_recipes import Cost, digest_of, Judge, Numbers, Recipe
 from ablation_tables import Setting
 from jaxtyping import Array, install_import_hook, Key
 
 # Shapes and types are checked while the step is traced. JAXTYPING_DISABLE=1 turns this off.
 with install_import_hook("mf_eqx", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"):
     import mf_eqx as mfx
-    from mf_eqx import data, run
+    from mf_eqx import data
 
 SIZE = mfx.DiTSize(depth=4, width=128, heads=4, patch=7)
 """Large patches, so that more steps fit into the time (RESULTS.md has the comparison)."""
@@ -30,8 +30,17 @@ JUDGED = 2000
 """Samples, and real images beside them."""
 
 
-def fashion_mnist(steps: int = 2000, files: str = fashion.PLACE) -> Recipe:
+def fashion_mnist(
+    steps: int = 2000,
+    files: str = fashion.PLACE,
+    *,
+    judged: int = JUDGED,
+    classifier_steps: int = image_classifier.STEPS,
+) -> Recipe:
     """Fashion-MNIST; the Frechet distance is that of features of EfficientNet-Lite0, which never saw such images.
+
+    **Arguments:** `steps` of a cell; `files` a folder with the four files; `judged` how many samples are judged, and
+    real images beside them; `classifier_steps` of the classifier that judges.
 
     **Raises:** `ValueError` if `files` is not a folder with the four files.
     """
@@ -39,11 +48,12 @@ def fashion_mnist(steps: int = 2000, files: str = fashion.PLACE) -> Recipe:
     numbers = Numbers(steps, batch=64, width=SIZE.width, learning_rate=2e-3, decay=0.99, clip=None)
     parts = fashion.images.open_data(fashion.Config(data=(files,)), fashion.CLASSES)
     rows = parts.train.take(np.arange(len(parts.train)))
-    count = min(JUDGED, len(parts.test), len(parts.train))
+    parts.train.digest = digest_of(parts.train)  # by which a classifier of these images is found again
+    count = min(judged, len(parts.test), len(parts.train))
     sampler = image_samples.Sampler("", mfx.sample, (1,), 1, len(fashion.CLASSES), fashion.CLASSES)
 
     def open_judge(folder: Path) -> Judge:
-        return make_judge(parts, sampler, count, folder)
+        return make_judge(parts, sampler, count, classifier_steps, folder)
 
     def make_field(variables: mfx.nn.TimeVariables, key: Key[Array, ""]) -> mfx.AbstractField:
         shape = parts.train.row_shape
@@ -51,19 +61,27 @@ def fashion_mnist(steps: int = 2000, files: str = fashion.PLACE) -> Recipe:
 
     draw = data.DrawRows(jnp.asarray(rows.x), jnp.asarray(rows.label), numbers.batch)
     distance = "Frechet distance of one-step samples in features of EfficientNet-Lite0"
-    images = run.digest(data.Stream(parts.train, numbers.batch).fingerprint())
-    details = {**SIZE._asdict(), "judged": count, "images": images}
-    options = {"details": details, "prepare": data.FromPixels(), "sampler": sampler}
+    beside = (
+        "FD classifier: the same in the classifier's features; W2: sliced Wasserstein distances; lite0: EfficientNet-"
+        "Lite0; covered: share of test images that are; right class: share of samples in which it is read."
+    )
+    size = {"depth": SIZE.depth, "heads": SIZE.heads, "patch": SIZE.patch}  # the width is among the numbers
+    judging = {"judged": count, "classifier_steps": classifier_steps}
+    details = {**size, **judging, "images": digest_of(parts.train, parts.test)}
+    options = {"details": details, "prepare": data.FromPixels(), "sampler": sampler, "beside": beside}
+    options |= {"ordered": ("distance", "FD classifier", "W2 lite0", "W2 classifier"), "has_floor": True}
     return Recipe(len(fashion.CLASSES), make_field, draw, open_judge, distance, numbers, Cost(0.1, 41), **options)
 
 
-def make_judge(parts: image_sources.Parts, sampler: image_samples.Sampler, count: int, folder: Path) -> Judge:
+def make_judge(
+    parts: image_sources.Parts, sampler: image_samples.Sampler, count: int, classifier_steps: int, folder: Path
+) -> Judge:
     """Of so many samples, with the labels of test images. The classifier is one that `folder` has, or stays there.
 
     **Raises:** `MissingDependency` without the weights of EfficientNet-Lite0, before the classifier is trained.
     """
     space = image_judge.lite0_space()
-    classifier = image_classifier.trained(parts.train, folder)
+    classifier = image_classifier.trained(parts.train, folder, steps=classifier_steps)
     judge = image_judge.Judge([space], classifier, parts.train, parts.test, count)
     assert judge.label is not None
     label = judge.label
@@ -78,13 +96,15 @@ def make_judge(parts: image_sources.Parts, sampler: image_samples.Sampler, count
 def figures(found: image_judge.Result, read: image_judge.Result | None = None) -> dict[str, float]:
     """Distances and coverage of one result, and what the classifier reads in that or in another one."""
     read = found if read is None else read
-    distances, covered = found.frechet or {}, found.coverage or {}
-    space = next(iter(distances))
+    distances, sliced, covered = found.frechet or {}, found.sliced_wasserstein or {}, found.coverage or {}
+    first, *others = distances
     values = {
-        "distance": distances[space],
-        "distance, classifier": distances.get(image_judge.CLASSIFIER),
-        "covered": covered.get(space),
+        "distance": distances[first],
+        **{f"FD {space}": distances[space] for space in others},
+        **{f"W2 {space}": sliced.get(space) for space in distances},
+        **{f"covered {space}": covered.get(space) for space in distances},
+        f"covered {first}, lowest class": image_judge.least(found.coverage_by_class),
         "right class": read.agreement,
-        "lowest class": image_judge.least(read.agreement_by_class),
+        "right class, lowest class": image_judge.least(read.agreement_by_class),
     }
     return {name: math.nan if value is None else value for name, value in values.items()}

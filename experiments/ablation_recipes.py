@@ -2,11 +2,12 @@
 is in `ablation_images.py`.
 
 A recipe is made when a run needs it, since it reads data; where its tables have their centre is known before
-(`CENTRES`): Fashion-MNIST has the paper's, p = 1 and lognorm(-0.4, 1.0), points and digits have p = 0 and uniform
+(`CENTRES`): Fashion-MNIST has the paper's p = 1 and lognorm(-0.4, 1.0), points and digits have p = 0 and uniform
 times. Targets are those of the paper everywhere: the velocity of a row's own image and noise, without references.
 """
 
 import functools
+import hashlib
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -28,12 +29,14 @@ with install_import_hook("mf_eqx", "beartype.beartype(conf=beartype.BeartypeConf
     from mf_eqx import data, exact, metrics
 
 LABEL_DROPOUT = 0.1
+DIVERGED = 10
+"""Steps in a row without a finite loss and gradient with which a training counts as diverged: it is not judged."""
 CENTRES = {"eight_gaussians": Setting(), "digits": Setting(), "fashion": PAPER}
 """From which tables vary one thing each, by the name of the data set."""
 
 
 class Numbers(NamedTuple):
-    """What a recipe fixes for all cells."""
+    """What a recipe fixes for all cells. `clip` is the largest norm of a gradient, or None."""
 
     steps: int
     batch: int
@@ -45,7 +48,7 @@ class Numbers(NamedTuple):
 
 
 class Judge(NamedTuple):
-    """What is computed of samples: figures by name, of which the first is "distance".
+    """What is computed of samples: figures by name, of which the first is "distance", NaN if samples are not finite.
 
     **Arguments:** `score` from a field, and the setting that it was trained in, to the figures of its samples of one
     evaluation; `floor` the figures that real data have, as far as there are such.
@@ -70,7 +73,8 @@ class Recipe(NamedTuple):
 
     **Arguments:** `labels` how many; `make_field`, `draw`, `prepare` as for `run.Training` and `mf_eqx.TrainStep`;
     `open_judge` from a folder, for what later runs can use as well; `distance` in words; `numbers`; `cost`; `details`
-    what else a result depends on; `sampler` of the images in pictures, or None.
+    what else a result depends on; `sampler` of the images in pictures, or None; `ordered` the figures whose order is
+    held against the paper's; `beside` what other figures mean; `has_floor` whether real data have figures.
     """
 
     labels: int
@@ -83,6 +87,9 @@ class Recipe(NamedTuple):
     details: Mapping[str, Any] = {}
     prepare: Callable[[mfx.Batch, Key[Array, ""]], mfx.Batch] | None = None
     sampler: image_samples.Sampler | None = None
+    ordered: tuple[str, ...] = ("distance",)
+    beside: str = ""
+    has_floor: bool = False
 
     def seconds(self, setting: Setting, centre: Setting) -> float:
         """About how much CPU time a cell takes."""
@@ -91,14 +98,26 @@ class Recipe(NamedTuple):
 
 def passes(setting: Setting) -> float:
     """Forward passes of a batch that a step of MeanFlow costs: three of Flow Matching, a tangent for each row with r <
-    t, and those of guidance for rows that keep their label, of the label too for rows with r < t and kappa > 0."""
+    t, and with guidance one without label for every row (also for those whose label is dropped) and, for rows with r <
+    t and kappa > 0, one with label."""
     if (setting.scale, setting.mix) == (1, 0):
         return 3 + setting.share
-    return 3 + setting.share + 1 - LABEL_DROPOUT + (setting.share if setting.mix else 0)
+    return 3 + setting.share + 1 + (setting.share if setting.mix else 0)
 
 
 CLASSES, ROWS, PATH = 4, 2000, mfx.LinearInterpolant()
 PAIRS = mfx.TimePairs(mfx.UniformTimes())
+
+
+def digest_of(*sources: data.AbstractSource) -> str:
+    """SHA-256 of all rows and labels, in their order."""
+    digest = hashlib.sha256()
+    for source in sources:
+        rows = source.take(np.arange(len(source)))
+        digest.update(f"{rows.x.dtype} {rows.x.shape}".encode())
+        digest.update(np.ascontiguousarray(rows.x).tobytes())
+        digest.update(b"" if rows.label is None else rows.label.astype("<i8").tobytes())
+    return digest.hexdigest()
 
 
 class JudgedKeys(NamedTuple):
@@ -162,7 +181,9 @@ def eight_gaussians(steps: int = 4000) -> Recipe:
 
     draw = exact.DrawLabelled(mixture, numbers.batch)
     distance = "energy distance of one-step samples to the data, per class"
-    return Recipe(CLASSES, make_field, draw, lambda folder: Judge(score), distance, numbers, Cost(0.006, 5))
+    ordered = ("distance", "distance to the guided truth")
+    cost = Cost(0.006, 5)
+    return Recipe(CLASSES, make_field, draw, lambda folder: Judge(score), distance, numbers, cost, ordered=ordered)
 
 
 def handwritten_digits(steps: int = 1500) -> Recipe:
@@ -191,4 +212,7 @@ def handwritten_digits(steps: int = 1500) -> Recipe:
 
     draw = data.DrawRows(jnp.asarray(parts.train.x), jnp.asarray(parts.train.label), numbers.batch)
     distance = "Frechet distance of one-step samples, grey values squared"
-    return Recipe(digits.CLASSES, make_field, draw, open_judge, distance, numbers, Cost(0.11, 15))
+    details = {name: getattr(config, name) for name in ("depth", "heads", "patch", "holdout")}
+    details |= {"split_seed": config.seed, "images": digest_of(parts.train, parts.holdout)}
+    cost = Cost(0.11, 15)
+    return Recipe(digits.CLASSES, make_field, draw, open_judge, distance, numbers, cost, details, has_floor=True)

@@ -12,8 +12,13 @@ from mf_eqx import run
 
 
 def spread(values: Sequence[float]) -> str:
-    half_range = f" ± {rounded(np.ptp(values) / 2, 1)}" if len(values) > 1 else ""
-    return rounded(np.mean(values), 3) + half_range
+    """Mean and half the range of all values that are finite, and how many are not."""
+    finite = [value for value in values if np.isfinite(value)]
+    if not finite:
+        return "diverged"
+    half_range = f" ± {rounded(np.ptp(finite) / 2, 1)}" if len(finite) > 1 else ""
+    lost = len(values) - len(finite)
+    return rounded(np.mean(finite), 3) + half_range + (f", {lost} of {len(values)} diverged" if lost else "")
 
 
 def rounded(value: float | np.floating, digits: int) -> str:
@@ -53,11 +58,16 @@ def draw(path: Path, columns: Sequence[Column], ours: str, papers: str) -> None:
     for i, column in enumerate(columns):
         above, below = panels[2 * (i // width), i % width], panels[2 * (i // width) + 1, i % width]
         for place, values in enumerate(column.distances.values()):
-            above.plot([place] * len(values), values, "o", color="C0", markersize=4, alpha=0.6)
-            above.plot(place, np.mean(values), "_", color="C0", markersize=16)
+            finite = [value for value in values if np.isfinite(value)]
+            above.plot([place] * len(finite), finite, "o", color="C0", markersize=4, alpha=0.6)
+            if finite:
+                above.plot(place, np.mean(finite), "_", color="C0", markersize=16)
+            if len(finite) < len(values):
+                above.plot(place, 0.97, "x", color="C3", markersize=6, transform=above.get_xaxis_transform())
         below.plot(column.fids, "s", color="C1", markersize=5)
         for panel, values in ((above, [*itertools.chain(*column.distances.values())]), (below, column.fids)):
-            panel.set_yscale("log" if max(values) > 3 * min(values) else "linear")
+            finite = [value for value in values if np.isfinite(value)]
+            panel.set_yscale("log" if finite and max(finite) > 3 * min(finite) else "linear")
             panel.tick_params(axis="y", which="both", labelsize=7)
             panel.set_xlim(-0.5, len(column.fids) - 0.5)
             panel.grid(axis="y", alpha=0.3)
@@ -66,6 +76,6 @@ def draw(path: Path, columns: Sequence[Column], ours: str, papers: str) -> None:
         above.set_title(column.title, fontsize=9)
     for panel in panels.T.reshape(width, height, 2).transpose(1, 0, 2).reshape(-1, 2)[len(columns) :].flat:
         panel.remove()
-    title = f"circles: {ours}, and their mean; squares: {papers}"
+    title = f"circles: {ours}, and their mean; crosses: a training diverged; squares: {papers}"
     figure.suptitle(textwrap.fill(title, 40 * width), fontsize=10)
     figure.savefig(path, format="png")

@@ -3,8 +3,8 @@
     tables = paper_tables(Setting())
     for value, (setting, fid) in tables["1b"].cells.items(): ...
 
-The paper's centre is p = 1 and times from lognorm(-0.4, 1.0), `PAPER`; other data may need another one. All else is the
-paper's: a share of 1/4, the tangent (v, 0, 1), an embedding of (t, t - r), no guidance.
+The paper's centre is p = 1 and times from lognorm(-0.4, 1.0), `PAPER`; other data may need another one. Everything else
+in a `Setting` is the paper's: a share of 1/4, the tangent (v, 0, 1), an embedding of (t, t - r), no guidance.
 
 Mean Flows for One-step Generative Modeling, Geng, Deng, Bai, Kolter, He, 2025, arXiv 2505.13447: Tab. 1a to 1f and 5.
 """
@@ -40,7 +40,7 @@ class Setting:
 
 
 PAPER = Setting(times=(-0.4, 1.0), power=1.0)
-"""The paper's centre."""
+"""The paper's centre, as far as a setting goes: optimiser, batch and average are the recipe's."""
 
 
 class Cell(NamedTuple):

@@ -10,21 +10,30 @@ Every cell is one training from one seed. Finished cells are kept in runs/ablati
 methods than MeanFlow in runs/ablations/<data>_<method>, and a cell that is there is not trained again: tables share
 their cells, and more seeds add to those that exist. A command that was stopped, or killed, goes on where it was.
 
-The paper's column is FID on ImageNet, of 400,000 steps of batch 256 around p = 1 and lognorm(-0.4, 1.0). Fashion-MNIST
-has the same centre here, points and digits have p = 0 and uniform times: what can agree is the order. The column is
-MeanFlow's beside other methods, too. Guidance moves samples away from the data: in Tab. 1f and 5 of points read the
-distance to the guided truth. Share 0 is judged like all others, at u(z, 0, 1), which Flow Matching never trained;
-toy_2d.py has Flow Matching as it is meant to be used. Images are judged by features of EfficientNet-Lite0 (extra
-`features`), by those of a classifier and by what it reads; `real data` are as many training images beside the test
-images, and the classifier's accuracy on these. RESULTS.md beside this file says where orders agree and where they do
-not.
+The paper's column is FID on ImageNet, of 400,000 steps of batch 256 around p = 1 and lognorm(-0.4, 1.0), by Adam with
+betas 0.9 and 0.95, a constant rate of 1e-4 and an average of decay 0.9999. Fashion-MNIST has the same p and times here,
+points and digits have p = 0 and uniform times. Adam's betas (0.9 and 0.999), the rate with its warm-up and decay and
+the average differ from the paper's everywhere, the batch on images (64), and far smaller networks take far fewer steps.
+What can agree is the order. The column is MeanFlow's beside other methods, too.
+
+Gradients are clipped to norm 1 on points and digits, whose p = 0 lets a single row pull without bound: without it
+single steps ruined trainings with a large p or kappa. On Fashion-MNIST they are not, since the paper tells of no
+clipping. A cell with ten steps in a row whose loss or gradient is not finite is shown as diverged.
+
+Guidance moves samples away from the data: in Tab. 1f and 5 of points read the distance to the guided truth. Share 0 is
+judged like all others, at u(z, 0, 1), which Flow Matching never trained; toy_2d.py has Flow Matching as it is meant to
+be used. Images of Fashion-MNIST are judged by features of EfficientNet-Lite0 (extra `features`), by those of a
+classifier and by what it reads; their row `real data` has as many training images beside the test images, and the
+classifier's accuracy on the test images. That of digits has one random half of the data beside the other, and the
+classifier's accuracy on digits that are held out. RESULTS.md beside this file has the tables that were run, and says
+where their orders agree.
 """
 
 import dataclasses
 import functools
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,8 +47,10 @@ from ablation_images import fashion_mnist
 from ablation_recipes import (
     CENTRES,
     CLASSES,
+    DIVERGED,
     eight_gaussians,
     handwritten_digits,
+    Judge,
     LABEL_DROPOUT,
     Numbers,
     Recipe,
@@ -82,6 +93,14 @@ class Config(run.CellSettings):
     """Trainings of each cell, from seeds 0, 1, ..."""
     steps: int | None = None
     """Training steps of a cell, by default 4000 for eight_gaussians, 1500 for digits, 2000 for fashion."""
+    save_every: int = 200
+    """Steps between checkpoints of a cell; its last step is always saved."""
+    log_every: int = 100
+    """Steps between lines of each cell's metrics.jsonl, or slightly fewer, to make the parts equal; each line is the
+    mean over these steps. A cell can be stopped after each line."""
+    most_faults: int = 10**6
+    """Steps in a row without a finite loss and gradient after which the whole run stops. Such a step leaves the state
+    unchanged. By default the run goes on, and a cell with ten such steps in a row is recorded as diverged."""
     name: str = ""
     """Directory below runs/ablations where cells, tables and pictures are kept, by default that of the data set and
     the method."""
@@ -173,7 +192,6 @@ def train_step(
 ) -> mfx.TrainStep:
     rate, warmup = numbers.learning_rate, 100
     schedule = optax.warmup_cosine_decay_schedule(0, rate, warmup, max(numbers.steps, warmup + 1), rate / 100)
-    # Single steps ruin trainings with a large p or kappa otherwise.
     clipped = [] if numbers.clip is None else [optax.clip_by_global_norm(numbers.clip)]
     optimizer = optax.chain(*clipped, optax.adam(schedule))
     averages = [mfx.ExponentialAverage(numbers.decay)]
@@ -193,26 +211,39 @@ def report(config: Config, recipe: Recipe, ledger: run.Ledger, names: Sequence[s
     """Tables as text."""
     parts, commits = [], set()
     for name in names:
-        table, rows, columns, distances = tables(config)[name], [], (), []
-        for value, (setting, fid) in table.cells.items():
+        table, found = tables(config)[name], {}
+        for value, (setting, _) in table.cells.items():
             keys = [key_of(config, recipe, Cell(setting, seed)) for seed in range(config.seeds)]
             commits |= {ledger.commit(key) for key in keys}
-            results = [ledger[key] for key in keys]
-            columns = tuple(results[0])
-            rows.append((value, fid, *(spread([result[column] for result in results]) for column in columns)))
-            distances.append([result["distance"] for result in results])
+            found[value] = [ledger[key] for key in keys]
+        # A cell that diverged has a distance alone.
+        columns = tuple(dict.fromkeys(column for results in found.values() for result in results for column in result))
+        values = {column: [of_seeds(results, column) for results in found.values()] for column in columns}
+        rows: list[tuple[object, ...]] = [
+            (value, fid, *(spread(values[column][i]) for column in columns))
+            for i, (value, (_, fid)) in enumerate(table.cells.items())
+        ]
         if (key := floor_key(config, recipe)) in ledger:
             rows.append(("real data", None, *(rounded(ledger[key].get(column, math.nan), 3) for column in columns)))
         order = "the order of MeanFlow's paper" if method_key(config) else "the paper's order"
-        orders = agreement(distances, [fid for _, fid in table.cells.values()], order)
+        fids = [fid for _, fid in table.cells.values()]
+        orders = "\n".join(
+            f"By {column}: {agreement(values[column], fids, order)}" for column in recipe.ordered if column in values
+        )
         headers = (table.title, fid_label(config), *columns)
         parts.append(f"## Tab. {name}: {table.title}\n\n{run.table(rows, headers)}\n\n{orders}")
         parts += [f"Without {value}: {reason}." for value, reason in refused(config, name).items()]
     about = (
-        f"{config.method}, distance: {recipe.distance}. Mean ± half the range of seeds 0 to {config.seeds - 1}; "
-        f"{recipe.numbers.steps} steps. Commits: {', '.join(sorted(map(str, commits)))}."
+        f"{config.method}, distance: {recipe.distance}. {recipe.beside}{' ' if recipe.beside else ''}"
+        f"Mean ± half the range of seeds 0 to {config.seeds - 1}; {recipe.numbers.steps} steps. "
+        f"Commits: {', '.join(sorted(map(str, commits)))}."
     )
     return "\n\n".join([about, *parts])
+
+
+def of_seeds(results: Sequence[Mapping[str, float]], column: str) -> list[float]:
+    """One figure of all seeds; NaN for a seed whose training diverged."""
+    return [result.get(column, math.nan) for result in results]
 
 
 def fid_label(config: Config) -> str:
@@ -243,13 +274,24 @@ def describe(config: Config, cell: Cell) -> str:
 
 def key_of(config: Config, recipe: Recipe, cell: Cell) -> dict[str, Any]:
     """What a finished cell is found by: everything that its result depends on but the code."""
-    key = {"data": config.data, "setting": cell.setting, **recipe.numbers._asdict(), "seed": cell.seed}
-    return {**key, **recipe.details, **method_key(config)}
+    parts = [recipe.numbers._asdict(), recipe.details, method_key(config)]
+    return joined({"data": config.data, "setting": cell.setting, "seed": cell.seed}, *parts)
+
+
+def joined(*parts: Mapping[str, Any]) -> dict[str, Any]:
+    """All parts of a key in one.
+
+    **Raises:** `ValueError` if two of them have the same name, of which one would be lost.
+    """
+    names = [name for part in parts for name in part]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"parts of a key must have different names, got {', '.join(twice)} twice")
+    return {name: value for part in parts for name, value in part.items()}
 
 
 def floor_key(config: Config, recipe: Recipe) -> dict[str, Any]:
     """What the figures of real data are found by."""
-    return {"data": config.data, "real": True, **recipe.details}
+    return joined({"data": config.data, "real": True}, recipe.details)
 
 
 def cells_of(config: Config, name: str) -> list[Cell]:
@@ -261,7 +303,10 @@ def make_recipe(config: Config) -> Recipe:
     given = {} if steps is None else {"steps": steps}
     if config.data == "eight_gaussians":
         return eight_gaussians(**given)
-    return handwritten_digits(**given) if config.data == "digits" else fashion_mnist(files=config.files, **given)
+    if config.data == "digits":
+        return handwritten_digits(**given)
+    given |= {"judged": 100, "classifier_steps": 2} if config.test_run else {}
+    return fashion_mnist(files=config.files, **given)
 
 
 def main(config: Config) -> None:
@@ -306,29 +351,39 @@ def train_missing(
         for cell in seconds
     }
     run.announce(config, trainings, directory)
-    if not trainings:
+    has_all_floors = not recipe.has_floor or floor_key(config, recipe) in ledger
+    if not trainings and has_all_floors:
         return
     judge = recipe.open_judge(directory.root)
-    if judge.floor and floor_key(config, recipe) not in ledger:
+    if not has_all_floors:
         ledger.put(floor_key(config, recipe), judge.floor)
     began, done = time.perf_counter(), 0.0
 
     def judged(cell: Cell, state: mfx.TrainState | None) -> dict[str, float]:
         assert state is not None
-        if recipe.sampler is not None:
-            label, _ = recipe.sampler.columns()
-            x = recipe.sampler(state.averages[0], label, 1, image_samples.PICTURE_SEED)
-            np.save(directory.path(samples_name(key(cell))), x)
-        return judge.score(state.averages[0], cell.setting)
+        return figures_of(recipe, judge, cell, state, directory.path(samples_name(key(cell))))
 
     def note(cell: Cell, result: dict[str, float]) -> str:
         nonlocal done
         ledger.put(key(cell), result)
         done += seconds[cell]
         left = (time.perf_counter() - began) / done * (sum(seconds.values()) - done) / 60
-        return f"{describe(config, cell)}: distance {result['distance']:.4g}; about {left:.0f} minutes left"
+        distance = result["distance"]
+        outcome = f"distance {distance:.4g}" if math.isfinite(distance) else "diverged"
+        return f"{describe(config, cell)}: {outcome}; about {left:.0f} minutes left"
 
     run.train_cells(config, trainings, judged, directory, note=note)
+
+
+def figures_of(recipe: Recipe, judge: Judge, cell: Cell, state: mfx.TrainState, samples: Path) -> dict[str, float]:
+    """What the last state of a cell scores, after its pictures are in the file `samples`; of a training that diverged a
+    distance of NaN, and no picture."""
+    if int(state.faults.most_in_row) >= DIVERGED:
+        return {"distance": math.nan}
+    if recipe.sampler is not None:
+        label, _ = recipe.sampler.columns()
+        np.save(samples, recipe.sampler(state.averages[0], label, 1, image_samples.PICTURE_SEED))
+    return judge.score(state.averages[0], cell.setting)
 
 
 def samples_name(key: dict[str, Any]) -> str:
@@ -337,10 +392,13 @@ def samples_name(key: dict[str, Any]) -> str:
 
 
 def save_pictures(config: Config, recipe: Recipe, directory: run.RunDirectory, names: Sequence[str]) -> list[str]:
-    """For each table of images a row of them for each value, from the same noise, of the first seed."""
+    """For each table of images a row of them for each value, from the same noise, of the first seed; a training that
+    diverged has none."""
     if recipe.sampler is None:
         return []
     (_, columns), saved = recipe.sampler.columns(), []
+    for path in directory.root.glob("samples_*.png"):  # of tables that were complete with other steps or seeds
+        path.unlink()
     for name in names:
         rows = {value: Cell(setting, 0) for value, (setting, _) in tables(config)[name].cells.items()}
         paths = {value: directory.path(samples_name(key_of(config, recipe, cell))) for value, cell in rows.items()}
