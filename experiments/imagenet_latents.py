@@ -477,7 +477,7 @@ PRESETS = {
     "iMF-L/2": ("improved MeanFlow; sampled at guidance 8 in [0.4, 0.6] (the paper: at 10.5)", improved(mfx.IMF_L2)),
     "iMF-XL/2": ("improved MeanFlow; sampled at guidance 8 in [0.42, 0.62]", improved(mfx.IMF_XL2, (0.42, 0.62))),
     "iMF-tiny": (
-        "a small network of improved MeanFlow, on latents of your own",
+        "a small network of improved MeanFlow, on latents of your own; with --patch 1 on those of tokenizer.py",
         dataclasses.replace(
             improved(mfx.InContextDiTSize(3, 64, 4, 2, head_depth=1)),
             epochs=20.0,
