@@ -11,6 +11,7 @@ What a path means is seen in what it holds:
     a folder of shards by prepare_data.py
 """
 
+import dataclasses
 import gzip
 import math
 import zlib
@@ -50,6 +51,37 @@ class Parts(NamedTuple):
     train: data.AbstractSource
     test: data.AbstractSource
     class_names: Sequence[str] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings(run.Settings):
+    """The base of the configuration of a script that trains on images: which ones."""
+
+    data: tuple[str, ...] = ("images",)
+    """A folder of images, or with a folder of them for each class; CIFAR-10, its folder or archive; a folder with IDX
+    files as of MNIST; an IDX file of images and one of labels; a folder of shards."""
+    test: tuple[str, ...] = ()
+    """Images to judge by, which are never trained on, given like data. By default those of CIFAR-10 or MNIST, else a
+    part of data."""
+    holdout: float = 0.1
+    """Share of the data that is held out if there are no test images, in (0, 1); the same images whatever the seed."""
+    size: tuple[int, ...] = ()
+    """Side in pixels, or height and width, to which images in folders are resized and cropped."""
+    grey: bool = False
+    """Images in grey: the mean over the colours."""
+
+    def check_images(self) -> None:
+        """Refuses fields of this class that are out of range."""
+        self.check(size=1)
+        run.check_sizes(self, size=1 << 14)
+        if len(self.size) > 2:
+            raise ValueError(f"size must be a side, or height and width, got {len(self.size)} numbers")
+        if not 0 < self.holdout < 1:
+            raise ValueError(f"holdout must lie in (0, 1), got {self.holdout}")
+
+    def open_parts(self) -> Parts:
+        """Images to train on and images that are held out. **Raises:** as the function of this name."""
+        return open_parts(self.data, self.test, size=self.size, holdout=self.holdout, grey=self.grey)
 
 
 def open_parts(

@@ -66,20 +66,9 @@ Shape: TypeAlias = tuple[int, int, int]
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(run.Settings):
+class Config(image_sources.Settings):
     """A run on images. Times in [0, 1]; pixels in [-1, 1]."""
 
-    data: tuple[str, ...] = ("images",)
-    """A folder of images, or with a folder of them for each class; CIFAR-10, its folder or archive; a folder with IDX
-    files as of MNIST; an IDX file of images and one of labels; a folder of shards."""
-    test: tuple[str, ...] = ()
-    """Images to hold samples against, given like data. By default those of CIFAR-10 or MNIST, else a part of data."""
-    holdout: float = 0.1
-    """Share of the data that is held out if there are no test images, in (0, 1); the same images whatever the seed."""
-    size: tuple[int, ...] = ()
-    """Side in pixels, or height and width, to which images in folders are resized and cropped."""
-    grey: bool = False
-    """Images in grey: the mean over the colours."""
     labels: bool = True
     """Use the labels of the data, if there are any."""
     network: Literal["dit", "unet"] = "dit"
@@ -155,14 +144,11 @@ class Config(run.Settings):
     """Seed of everything random."""
 
     def __post_init__(self):
-        self.check(steps=0, warmup=0, seed=0, size=1, references=0, samples=2)
+        self.check_images()
+        self.check(steps=0, warmup=0, seed=0, references=0, samples=2)
         self.check(width=0, depth=0, heads=0, patch=0, blocks=0)
-        run.check_sizes(self, batch=1 << 20, width=1 << 14, depth=1000, multipliers=1 << 10, blocks=32, size=1 << 14)
+        run.check_sizes(self, batch=1 << 20, width=1 << 14, depth=1000, multipliers=1 << 10, blocks=32)
         run.check_sizes(self, samples=1 << 20)
-        if len(self.size) > 2:
-            raise ValueError(f"size must be a side, or height and width, got {len(self.size)} numbers")
-        if not 0 < self.holdout < 1:
-            raise ValueError(f"holdout must lie in (0, 1), got {self.holdout}")
         if not 0 < self.learning_rate < 1:
             raise ValueError(f"learning_rate must lie in (0, 1), got {self.learning_rate}")
         for name in UNUSED[self.network]:
@@ -306,8 +292,7 @@ def optimizer(config: Config) -> optax.GradientTransformation:
 
 def open_data(config: Config, class_names: Sequence[str] | None) -> image_sources.Parts:
     """Training and test images that agree with the configuration, and the names of the classes if they have any."""
-    where = {"size": config.size, "holdout": config.holdout, "grey": config.grey}
-    parts = image_sources.open_parts(config.data, config.test, **where)
+    parts = config.open_parts()
     parts = parts if class_names is None else parts._replace(class_names=class_names)
     labels, name = parts.train.labels if config.labels else None, parts.train.name
     check_guidance(config, labels is not None)

@@ -56,18 +56,9 @@ LITE0_SIDE = 96
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(run.Settings):
+class Config(image_sources.Settings):
     """A run of pixel MeanFlow. Times in [0, 1]; pixels in [-1, 1]."""
 
-    data: tuple[str, ...] = ("images",)
-    """A folder of images, or with a folder of them for each class; CIFAR-10, its folder or archive; a folder with IDX
-    files as of MNIST; an IDX file of images and one of labels; a folder of shards."""
-    test: tuple[str, ...] = ()
-    """Images to hold samples against, given like data. By default those of CIFAR-10 or MNIST, else a part of data."""
-    holdout: float = 0.1
-    """Share of the data that is held out if there are no test images, in (0, 1); the same images whatever the seed."""
-    size: tuple[int, ...] = ()
-    """Side in pixels, or height and width, to which images in folders are resized and cropped."""
     labels: bool = True
     """Use the labels of the data, if there are any. Without labels there is no guidance."""
     flips: bool = True
@@ -129,12 +120,11 @@ class Config(run.Settings):
     """Seed of everything random."""
 
     def __post_init__(self):
-        self.check(seed=0, size=1, samples=2)
+        self.check_images()
+        self.check(seed=0, samples=2)
         run.check_sizes(self, batch=1 << 20, depth=1000, width=1 << 14, patch=1 << 10, bottleneck=1 << 14)
-        run.check_sizes(self, size=1 << 14, samples=1 << 20)
-        if len(self.size) > 2:
-            raise ValueError(f"size must be a side, or height and width, got {len(self.size)} numbers")
-        for name in ("holdout", "learning_rate", "identity_share", "smallest_time"):
+        run.check_sizes(self, samples=1 << 20)
+        for name in ("learning_rate", "identity_share", "smallest_time"):
             if not 0 < (value := getattr(self, name)) < 1:
                 raise ValueError(f"{name} must lie in (0, 1), got {value}")
         if not 0 < self.epochs < math.inf:
@@ -266,7 +256,7 @@ def prepare(config: Config, labels: int | None) -> data.InTurn:
 def main(config: Config) -> None:
     """Train on images, then judge what the network generates in one evaluation."""
     run.require("matplotlib", "safetensors")
-    train, test, names = image_sources.open_parts(config.data, config.test, size=config.size, holdout=config.holdout)
+    train, test, names = config.open_parts()
     labels = train.labels if config.labels else None
     check_guidance(config, labels is not None)
     if labels is not None and test.labels is None:

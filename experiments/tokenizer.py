@@ -47,6 +47,8 @@ with install_import_hook("mf_eqx", "beartype.beartype(conf=beartype.BeartypeConf
     import mf_eqx as mfx
     from mf_eqx import data, picture, run, vae
 
+FASHION = (fashion.PLACE,)
+"""Where Fashion-MNIST lies."""
 AT_ONCE = 10
 """Images that are encoded, or decoded, in one call."""
 MEASURED, MEASURED_FOR_PREVIEWS = 10_000, 500
@@ -60,20 +62,9 @@ PICTURE_SEED = 2**31 - 1
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(run.Settings):
+class Config(image_sources.Settings):
     """A run of a tokenizer. Pixels in [-1, 1]."""
 
-    data: tuple[str, ...] = (fashion.PLACE,)
-    """A folder of images, or with a folder of them for each class; CIFAR-10, its folder or archive; a folder with IDX
-    files as of MNIST; an IDX file of images and one of labels; a folder of shards."""
-    test: tuple[str, ...] = ()
-    """Images that are never trained on, given like data. By default those of CIFAR-10 or MNIST, else a part of data."""
-    holdout: float = 0.1
-    """Share of the data that is held out if there are no test images, in (0, 1); the same images whatever the seed."""
-    size: tuple[int, ...] = ()
-    """Side in pixels, or height and width, to which images in folders are resized and cropped."""
-    grey: bool = False
-    """Images in grey: the mean over the colours."""
     widths: tuple[int, ...] = (32, 64, 64)
     """Channels at each resolution, each half of the one before, multiples of groups; three of them make a latent of a
     quarter of the image's sides."""
@@ -109,16 +100,14 @@ class Config(run.Settings):
     """Seed of everything random."""
 
     def __post_init__(self):
-        self.check(steps=0, warmup=0, seed=0, size=1, samples=2, widths=1, blocks=1, latent=1, groups=1)
+        self.check_images()
+        self.check(steps=0, warmup=0, seed=0, samples=2, widths=1, blocks=1, latent=1, groups=1)
         run.check_sizes(self, batch=1 << 20, widths=1 << 14, blocks=100, latent=1 << 14, groups=1 << 14)
-        run.check_sizes(self, size=1 << 14, samples=1 << 20)
-        if len(self.size) > 2:
-            raise ValueError(f"size must be a side, or height and width, got {len(self.size)} numbers")
+        run.check_sizes(self, samples=1 << 20)
         if not 1 <= len(self.widths) <= 8:
             raise ValueError(f"widths must be 1 to 8 numbers, got {len(self.widths)}")
-        for name in ("holdout", "learning_rate"):
-            if not 0 < (value := getattr(self, name)) < 1:
-                raise ValueError(f"{name} must lie in (0, 1), got {value}")
+        if not 0 < self.learning_rate < 1:
+            raise ValueError(f"learning_rate must lie in (0, 1), got {self.learning_rate}")
         for name in ("kl", "perceptual"):
             if not 0 <= (value := getattr(self, name)) < math.inf:
                 raise ValueError(f"{name} must be >= 0 and finite, got {value}")
@@ -320,11 +309,10 @@ def next_command(config: Config, directory: run.RunDirectory) -> str:
 def main(config: Config) -> None:
     """Train a tokenizer on images, then say what they lose."""
     run.require("matplotlib", "safetensors")
-    if config.data == (fashion.PLACE,):
+    if config.data == FASHION:
         fashion.check_files(config.data)
-    where: dict[str, Any] = {"size": config.size, "holdout": config.holdout, "grey": config.grey}
-    images = image_sources.open_parts(config.data, config.test, **where)
-    if config.data == (fashion.PLACE,):
+    images = config.open_parts()
+    if config.data == FASHION:
         images = images._replace(class_names=fashion.CLASSES)
     train, test, _ = images
     network_key, run_key = jr.split(jr.key(config.seed))
@@ -366,14 +354,17 @@ def main(config: Config) -> None:
 
 
 PRESETS = {
-    "default": ("Fashion-MNIST, or other small images: 8,000 steps; not run yet", Config()),
+    "default": ("Fashion-MNIST, or other small images: 8,000 steps; not run yet", Config(data=FASHION)),
     "quick": (
         "a smaller network, 2,000 steps: 7 to 8 minutes of CPU time",
-        Config(widths=(16, 32, 32), steps=2000, decay=0.99, samples=2000, save_every=500, preview_every=500),
+        Config(
+            data=FASHION, widths=(16, 32, 32), steps=2000, decay=0.99, samples=2000, save_every=500, preview_every=500
+        ),
     ),
     "gpu": (
         "a large network with a loss in features, for a GPU; not run yet",
         Config(
+            data=FASHION,
             widths=(64, 128, 128),
             blocks=2,
             steps=20_000,

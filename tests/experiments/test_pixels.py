@@ -124,7 +124,7 @@ def test_averages_that_a_start_brings_outlive_the_first_step(pixels):
 
 def test_no_number_of_the_recipe_was_left_out_above(pixels):
     ours, common = ({field.name for field in dataclasses.fields(kind)} for kind in (pixels.Config, run.Settings))
-    of_data = {"data", "test", "holdout", "labels", "flips"}
+    of_data = {"data", "test", "grey", "holdout", "labels", "flips"}
     of_run = {"start", "bfloat16", "remat", "samples", "sample_scale", "sample_interval", "seed", "perceptual"}
     assert ours - common - {*COMMON, "depth", "width", "heads", "bottleneck"} == of_data | of_run
 
