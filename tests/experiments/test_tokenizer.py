@@ -144,6 +144,7 @@ def test_signal_to_noise_is_that_of_its_definition(tokenizer):
         ("--widths", "--widths must be 1 to 8 numbers, got 0"),
         ("--kl -1", "--kl must be >= 0 and finite, got -1"),
         ("--learning-rate 0", r"--learning-rate must lie in \(0, 1\), got 0.0"),
+        ("--steps 20 --warmup 20", "--warmup must be below the 20 steps, got 20"),
         ("--decay 1", r"--decay must lie in \[0, 1\), got 1.0"),
         ("--batch 0", "--batch must be a positive"),
     ],
