@@ -24,6 +24,7 @@ High-Resolution Image Synthesis with Latent Diffusion Models, Rombach, Blattmann
 
 import dataclasses
 import math
+import shlex
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -299,14 +300,14 @@ def finish(
 
 def next_command(config: Config, directory: run.RunDirectory) -> str:
     """What encodes the images that the tokenizer was trained on."""
-    parts = [f"prepare_latents.py --images {config.data[0]} --vae {directory.root / 'vae'} --to data/latents"]
+    parts = ["--images", config.data[0], "--vae", str(directory.root / "vae"), "--to", "data/latents"]
     if config.size:
-        parts.append(f"--size {' '.join(map(str, config.size))}")
+        parts += ["--size", *map(str, config.size)]
     if config.grey:
         parts.append("--grey")
     if not config.test and not image_sources.has_test_images(Path(config.data[0])):
-        parts.append(f"--holdout {config.holdout}")
-    return " ".join(parts)
+        parts += ["--holdout", str(config.holdout)]
+    return shlex.join(["python", str(Path(__file__).with_name("prepare_latents.py")), *parts])
 
 
 def main(config: Config) -> None:
