@@ -54,7 +54,7 @@ def imported_with(path):
             if isinstance(statement, ast.With):
                 statements.append(statement)
             names = [each.name for each in statement.names] if isinstance(statement, ast.Import) else []
-            names += [statement.module] if isinstance(statement, ast.ImportFrom) else []
+            names += [statement.module or ""] if isinstance(statement, ast.ImportFrom) else []
             for name in {name.partition(".")[0] for name in names} - found:
                 found.add(name)
                 if (beside := path.with_name(f"{name}.py")).exists():
