@@ -20,8 +20,6 @@ import image_sources
 import jax.random as jr
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
-from sklearn.metrics import pairwise_distances_argmin_min
-from sklearn.neighbors import NearestNeighbors
 
 from mf_eqx import data, metrics, run
 
@@ -205,6 +203,8 @@ class Judge:
 
 def radii(real: Points) -> Float[np.ndarray, " rows"]:
     """The distance of each point to its fifth nearest one, or to the last where there are fewer."""
+    from sklearn.neighbors import NearestNeighbors  # here and below, so that whoever judges nothing can do without
+
     neighbours = NearestNeighbors(n_neighbors=min(NEIGHBOURS, len(real) - 1), algorithm="brute").fit(real)
     return neighbours.kneighbors()[0][:, -1]
 
@@ -213,11 +213,15 @@ def covered(
     real: Points, radius: Float[np.ndarray, " rows"], made: Float[np.ndarray, "samples features"]
 ) -> Bool[np.ndarray, " rows"]:
     """Whether there is a sample in the ball of each real point."""
+    from sklearn.metrics import pairwise_distances_argmin_min
+
     return pairwise_distances_argmin_min(real, made)[1] <= radius
 
 
 def distance_to(source: data.AbstractSource, x: Images) -> Float[np.ndarray, " rows"]:
     """That of the pixels of each image to the nearest ones of a source, all of which is searched."""
+    from sklearn.metrics import pairwise_distances_argmin_min
+
     wanted, parts = pixels(x), math.ceil(len(source) / SEARCHED_AT_ONCE)
     found = (pixels(source.take(rows).x) for rows in np.array_split(np.arange(len(source)), parts))
     return np.min([pairwise_distances_argmin_min(wanted, part)[1] for part in found], axis=0)

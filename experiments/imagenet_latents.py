@@ -357,6 +357,8 @@ def make_sampler(config: Config, real: image_sources.Parts, decoder: Decoder) ->
 def main(config: Config) -> None:
     """Train on the latents of ImageNet, or of any folder of images, and save what was learnt."""
     run.require("matplotlib", "safetensors")
+    if config.images:
+        run.require("sklearn")
     source = open_source(config)
     latents = prepare_latents.read_notes(config.data)
     decoder = open_decoder(config, latents.of_tokenizer())

@@ -306,7 +306,7 @@ def open_data(config: Config, class_names: Sequence[str] | None) -> image_source
 
 def main(config: Config, class_names: Sequence[str] | None = None) -> None:
     """Train on images, then judge what the network generates in one evaluation."""
-    run.require("matplotlib", "safetensors")
+    run.require("matplotlib", "safetensors", "sklearn")
     train, test, names = open_data(config, class_names)
     labels = train.labels if config.labels else None
     field_key, run_key = jr.split(jr.key(config.seed))

@@ -255,7 +255,7 @@ def prepare(config: Config, labels: int | None) -> data.InTurn:
 
 def main(config: Config) -> None:
     """Train on images, then judge what the network generates in one evaluation."""
-    run.require("matplotlib", "safetensors")
+    run.require("matplotlib", "safetensors", "sklearn")
     train, test, names = config.open_parts()
     labels = train.labels if config.labels else None
     check_guidance(config, labels is not None)

@@ -282,7 +282,7 @@ def optimizer(config: Config) -> optax.GradientTransformation:
 
 def main(config: Config) -> None:
     """Post-train saved weights, then judge them beside those they started from."""
-    run.require("matplotlib", "safetensors")
+    run.require("matplotlib", "safetensors", "sklearn")
     weights = open_weights(config.start)
     start: Any = weights.fill(weights.make_network)
     train, test, names = open_data(config, weights, start.data_shape)

@@ -24,6 +24,7 @@ High-Resolution Image Synthesis with Latent Diffusion Models, Rombach, Blattmann
 
 import dataclasses
 import math
+import shlex
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -87,13 +88,14 @@ class Config(image_sources.Settings):
     learning_rate: float = 2e-3
     """Adam's learning rate after the warm-up."""
     warmup: int = 100
-    """Steps of linear warm-up."""
+    """Steps of linear warm-up, fewer than steps."""
     decay: float = 0.998
     """Decay per step of the parameter average that is kept."""
     flips: bool = False
     """Mirror half of the images, left to right."""
     bfloat16: bool = False
-    """Compute in bfloat16; parameters, losses and averages stay in float32."""
+    """Compute in bfloat16; parameters, losses and averages stay in float32. The tokenizer is judged in float32, as it
+    is used by the other scripts."""
     samples: int = run.setting(10_000)
     """Test images that are judged, at most as many as there are."""
     seed: int = 0
@@ -108,6 +110,8 @@ class Config(image_sources.Settings):
             raise ValueError(f"widths must be 1 to 8 numbers, got {len(self.widths)}")
         if not 0 < self.learning_rate < 1:
             raise ValueError(f"learning_rate must lie in (0, 1), got {self.learning_rate}")
+        if 0 < self.steps <= self.warmup and not self.test_run:
+            raise ValueError(f"warmup must be below the {self.steps} steps, got {self.warmup}")
         for name in ("kl", "perceptual"):
             if not 0 <= (value := getattr(self, name)) < math.inf:
                 raise ValueError(f"{name} must be >= 0 and finite, got {value}")
@@ -126,7 +130,7 @@ def objective(config: Config, parallelism: mfx.Parallelism | None) -> vae.Autoen
 
 
 def optimizer(config: Config) -> optax.GradientTransformation:
-    steps = max(config.steps, config.warmup + 1)
+    steps = max(config.steps, config.warmup + 1)  # of two steps or none, which a test run may have
     return optax.adam(optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, config.warmup, steps))
 
 
@@ -296,19 +300,19 @@ def finish(
 
 def next_command(config: Config, directory: run.RunDirectory) -> str:
     """What encodes the images that the tokenizer was trained on."""
-    parts = [f"prepare_latents.py --images {config.data[0]} --vae {directory.root / 'vae'} --to data/latents"]
+    parts = ["--images", config.data[0], "--vae", str(directory.root / "vae"), "--to", "data/latents"]
     if config.size:
-        parts.append(f"--size {' '.join(map(str, config.size))}")
+        parts += ["--size", *map(str, config.size)]
     if config.grey:
         parts.append("--grey")
     if not config.test and not image_sources.has_test_images(Path(config.data[0])):
-        parts.append(f"--holdout {config.holdout}")
-    return " ".join(parts)
+        parts += ["--holdout", str(config.holdout)]
+    return shlex.join(["python", str(Path(__file__).with_name("prepare_latents.py")), *parts])
 
 
 def main(config: Config) -> None:
     """Train a tokenizer on images, then say what they lose."""
-    run.require("matplotlib", "safetensors")
+    run.require("matplotlib", "safetensors", "sklearn")
     if config.data == FASHION:
         fashion.check_files(config.data)
     images = config.open_parts()

@@ -153,6 +153,20 @@ def test_decoded_samples_are_latents_restored_by_the_statistics_of_the_data(late
     assert np.abs(found - jax.vmap(network.decode)(z)).max() > 0.01
 
 
+def test_samples_are_decoded_few_at_once(latents, monkeypatch):
+    sizes = []
+
+    def decode(tokenizer, statistics, z):
+        sizes.append(len(z))
+        return z
+
+    monkeypatch.setattr(latents.saved, "decode", decode)
+    z = jnp.arange(50.0).reshape(50, 1, 1, 1)
+    found = latents.Decoder(None, vae.LatentStatistics())(z)  # pyright: ignore[reportArgumentType]
+    np.testing.assert_array_equal(found, z)
+    assert max(sizes) <= 10 and sum(sizes) == 50
+
+
 # Parameters
 
 

@@ -1,6 +1,7 @@
 """What all scripts have in common: packages that they need at their end are asked for at their start, and recipes take
 --start."""
 
+import ast
 import pathlib
 import re
 
@@ -11,6 +12,7 @@ SCRIPTS = [path for folder in ("experiments", "benchmarks") for path in sorted((
 NEEDED = {
     "matplotlib": r"picture\.save_|matplotlib|toy_report\.",
     "safetensors": r"checkpoint\.save_weights\(",
+    "sklearn": r"image_judge\.",
     "flatbuffers": r"checkpoint\.export_sampler\(",
 }
 BEGINS = r"run\.opened\(|RunDirectory\.create\(|checkpoint\.save_weights\("
@@ -41,3 +43,26 @@ def test_every_recipe_that_trains_one_network_may_start_from_another_run(path):
     text = path.read_text()
     assert '    start: str = ""\n' in text
     assert re.search(r'start=config\.start|"start": config\.start', text)
+
+
+def imported_with(path):
+    """The names of all that is imported with a script: by its own lines and by those of the files beside it, but for
+    what their functions import when they are called."""
+    statements, found = [ast.parse(path.read_text())], set()
+    while statements:
+        for statement in statements.pop().body:
+            if isinstance(statement, ast.With):
+                statements.append(statement)
+            names = [each.name for each in statement.names] if isinstance(statement, ast.Import) else []
+            names += [statement.module or ""] if isinstance(statement, ast.ImportFrom) else []
+            for name in {name.partition(".")[0] for name in names} - found:
+                found.add(name)
+                if (beside := path.with_name(f"{name}.py")).exists():
+                    statements.append(ast.parse(beside.read_text()))
+    return found
+
+
+@pytest.mark.parametrize("name", ["imagenet_latents", "prepare_latents", "generate", "evaluate"])
+def test_scikit_learn_is_not_imported_by_what_may_judge_nothing(name):
+    found = imported_with(ROOT / "experiments" / f"{name}.py")
+    assert "prepare_latents" in found | {name} and "numpy" in found and "sklearn" not in found

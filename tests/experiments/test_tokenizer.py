@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import re
+import shlex
 
 import equinox as eqx
 import jax
@@ -144,6 +145,7 @@ def test_signal_to_noise_is_that_of_its_definition(tokenizer):
         ("--widths", "--widths must be 1 to 8 numbers, got 0"),
         ("--kl -1", "--kl must be >= 0 and finite, got -1"),
         ("--learning-rate 0", r"--learning-rate must lie in \(0, 1\), got 0.0"),
+        ("--steps 20 --warmup 20", "--warmup must be below the 20 steps, got 20"),
         ("--decay 1", r"--decay must lie in \[0, 1\), got 1.0"),
         ("--batch 0", "--batch must be a positive"),
     ],
@@ -157,6 +159,20 @@ def test_bad_input_ends_in_one_line_and_leaves_no_run(arguments, message, tokeni
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert ended.value.code == 2 and not list(tmp_path.glob("runs/*/*"))
     assert re.search(message, line), line
+
+
+def test_command_that_is_printed_takes_the_same_images_as_the_tokenizer(tokenizer, experiment, tmp_path, monkeypatch):
+    (tmp_path / "my photos").mkdir()
+    monkeypatch.chdir(tmp_path)
+    how = {"size": (16, 8), "grey": True, "holdout": 0.25}
+    directory = run.RunDirectory(pathlib.Path("runs/a run"))
+    shown = tokenizer.next_command(tokenizer.Config(data=("my photos",), **how), directory)
+    _, script, *flags = shlex.split(shown)
+    assert pathlib.Path(script).exists()
+    found, prepare_latents = [], experiment("prepare_latents")
+    run.main(found.append, prepare_latents.Config(), argv=flags)
+    wanted = {"images": "my photos", "vae": "runs/a run/vae", "to": "data/latents", **how}
+    assert found == [prepare_latents.Config(**wanted)]
 
 
 # The whole path
