@@ -7,7 +7,8 @@
         --vae runs/tokenizer/1a2b3c4d/vae --to data/fashion_latents        by a tokenizer of one's own (tokenizer.py)
 
 Images are those of images.py: folders of one class each, the training images of MNIST or CIFAR-10, shards. Those of
-folders are cropped as ADM does (256 x 256 pixels, no flip). With --holdout the images that tokenizer.py and images.py
+folders are cropped as ADM does, without flips: to 256 x 256 pixels, or to --size, which a tokenizer of one's own needs.
+With --holdout the images that tokenizer.py and images.py
 hold out of a folder are left out here, too. All others are encoded by the tokenizer of latent diffusion, whose
 size its config.json says, and kept as float16: mean, then standard deviation, (8, 32, 32) for 256 pixels. Training
 samples the posterior at every read, and standardises it by the statistics of the tokenizer's config.json.
@@ -44,10 +45,13 @@ from mf_eqx.vae import (
     LatentStatistics,
     load_autoencoder,
     read_latent_statistics,
+    SD_VAE,
 )
 
 NOTES = "latents.json"
 """What all parts were made of."""
+PAPER_SIDE = 256
+"""Of the paper's images, in pixels."""
 HUB = "hub"
 """The name of the paper's tokenizer where it is published."""
 
@@ -64,9 +68,9 @@ class Config:
     beside it unless it is of Stable Diffusion; or "hub" to download the paper's."""
     to: str = ""
     """Folder of the latents, new or begun by the same command."""
-    size: tuple[int, ...] = (256,)
+    size: tuple[int, ...] = ()
     """Side in pixels, or height and width, to which images in folders are cropped; multiples of the tokenizer's factor
-    (8)."""
+    (8). By default 256 for a tokenizer of Stable Diffusion's size; for any other one that of its training."""
     grey: bool = False
     """Images in grey, as of tokenizer.py: the mean over the colours."""
     holdout: float = 0.0
@@ -90,9 +94,9 @@ class Config:
         for name, bound in {"parts": 1, "first_part": 0, "last_part": -1, "batch": 1, "threads": 1}.items():
             if getattr(self, name) < bound:
                 raise ValueError(f"{name} must be >= {bound}, got {getattr(self, name)}")
-        if not 1 <= len(self.size) <= 2:
+        if len(self.size) > 2:
             raise ValueError(f"size must be a side, or height and width, got {len(self.size)} numbers")
-        if min(self.size) < 1:
+        if min(self.size, default=1) < 1:
             raise ValueError(f"size must be >= 1, got {min(self.size)}")
         if not 0 <= self.holdout < 1:
             raise ValueError(f"holdout must lie in [0, 1), got {self.holdout}")
@@ -127,7 +131,9 @@ class LatentSource(data.AbstractSource):
         wanted, factor = tokenizer.size.channels, tokenizer.factor
         if images.dtype != np.uint8 or (channels, len(sides)) != (wanted, 2) or any(side % factor for side in sides):
             rule = f"uint8 of shape ({wanted}, height, width), with multiples of the tokenizer's factor {factor}"
-            raise ValueError(f"{images.name}: images must be {rule}, got {images.dtype} of shape {images.row_shape}")
+            found = f"{images.dtype} of shape {images.row_shape}"
+            hint = "; --grey makes images grey" if (wanted, channels) == (1, 3) else ""
+            raise ValueError(f"{images.name}: images must be {rule}, got {found}{hint}")
         self._images, self._rows, self._tokenizer, self._batch, self._threads = images, rows, tokenizer, batch, threads
         self.row_shape = (2 * tokenizer.size.latent, *(side // factor for side in sides))
         self.name, self.dtype, self.labels = images.name, np.dtype(np.float16), images.labels
@@ -251,11 +257,11 @@ def begin(config: Config, made_of: Notes) -> None:
         with contextlib.suppress(FileExistsError):  # another process was faster
             os.link(beside, path)
         beside.unlink()
-    saved = read_notes(config.to)
-    for name, found in saved._asdict().items():
-        if name == "class_names":  # they follow from the images, and older folders lack them
-            continue
-        if found != (wanted := json.loads(json.dumps(getattr(made_of, name)))):
+    saved = read_notes(config.to)._asdict()
+    del saved["class_names"]  # they follow from the images, and older folders lack them
+    flags = [name for name in saved if name in Config.__dataclass_fields__]
+    for name in dict.fromkeys([*flags, *saved]):  # what a flag says before what follows from it
+        if (found := saved[name]) != (wanted := json.loads(json.dumps(getattr(made_of, name)))):
             raise ValueError(
                 f"to must be new or of the same latents, but in {path} {name} is {found!r}, not {wanted!r}"
             )
@@ -271,9 +277,9 @@ def open_tokenizer(path: str, size: AutoencoderSize | None = None, dtype: DTypeL
     return load_autoencoder(tokenizer_path(path), size, dtype=dtype)
 
 
-def open_images(config: Config) -> tuple[data.AbstractSource, Sequence[str] | None]:
-    """The images that are encoded, and the names of their classes if they have any."""
-    paths, size = (config.images,), config.size
+def open_images(config: Config, of: AutoencoderSize) -> tuple[data.AbstractSource, Sequence[str] | None]:
+    """The images that are encoded by a tokenizer of this size, and the names of their classes if they have any."""
+    paths, size = (config.images,), config.size or ((PAPER_SIDE,) if of == SD_VAE else ())
     if config.holdout and not image_sources.has_test_images(Path(config.images)):
         train, _, names = image_sources.open_parts(paths, (), size=size, holdout=config.holdout, grey=config.grey)
         return train, names
@@ -313,11 +319,12 @@ def main(config: Config) -> None:
         if not getattr(config, name):
             raise ValueError(f"{name} must be given, got none")
     dtype = jnp.bfloat16 if config.bfloat16 else jnp.float32
-    images, names = open_images(config)
-    if config.parts > len(images):
-        raise ValueError(f"parts must be at most the {len(images)} images of {config.images}, got {config.parts}")
+    os.stat(config.images)  # before anything is downloaded
     path = tokenizer_path(config.vae)
     tokenizer, statistics = load_autoencoder(path, dtype=dtype), read_latent_statistics(path)
+    images, names = open_images(config, tokenizer.size)
+    if config.parts > len(images):
+        raise ValueError(f"parts must be at most the {len(images)} images of {config.images}, got {config.parts}")
     shown = [f"{name} {' '.join(f'{v:.4g}' for v in values)}" for name, values in statistics.as_json().items()]
     print(f"latents: {', '.join(shown)}, by {latent_statistics_origin(path)}")
     rows = np.array_split(np.arange(len(images)), config.parts)

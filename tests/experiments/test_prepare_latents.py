@@ -182,11 +182,12 @@ def test_images_that_are_held_out_of_a_folder_are_not_encoded(convert, prepare_l
     encode = eqx.filter_jit(eqx.filter_vmap(network.encode))
     mean = encode(train.take(np.arange(8)).x.astype(np.float32) / 127.5 - 1).mean
     np.testing.assert_allclose(source.take(np.arange(8)).x[:, :3], mean, atol=2e-3)
-    assert "rows is 8, not 11" in refused(convert, capsys, "--to latents --parts 1")
+    assert "holdout is 0.3, not 0.0" in refused(convert, capsys, "--to latents --parts 1")
 
 
-def test_grey_images_of_any_sides_are_encoded(convert, prepare_latents):
+def test_grey_images_of_any_sides_are_encoded(convert, prepare_latents, capsys):
     vae.save_autoencoder("grey", vae.Autoencoder(TINY._replace(channels=1), key=jr.key(0)), vae.LatentStatistics())
+    assert refused(convert, capsys, "--to x --parts 1 --vae grey").split("; ")[1].startswith("--grey makes images grey")
     convert("--to latents --parts 1 --grey --vae grey --size 12 16")
     notes = prepare_latents.read_notes("latents")
     assert prepare_latents.open_latents("latents").row_shape == (6, 6, 8) and (notes.size, notes.grey) == (
@@ -412,6 +413,7 @@ def test_broken_image_is_named_and_its_part_is_not_there(convert, capsys):
             r"images must be uint8 of .* with multiples of the tokenizer's factor 2, got uint8 of shape \(3, 15, 15\)",
         ),
         ("--to x --holdout 1", r"--holdout must lie in \[0, 1\), got 1.0"),
+        ("--to x --parts 1 --size", "--size must be given for a folder of images, in pixels, got none for images"),
         ("--to x --size 8 8 8", "--size must be a side, or height and width, got 3 numbers"),
         ("--to x --size 0", "--size must be >= 1, got 0"),
         ("--to x --batch 0", "--batch must be >= 1, got 0"),
