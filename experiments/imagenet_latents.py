@@ -70,7 +70,7 @@ class Config(run.Settings):
     vae: str = run.setting("")
     """Weights of the tokenizer, for pictures: a folder as diffusers has it, a .safetensors file, or "hub" to download
     the paper's."""
-    images: str = run.setting("")
+    images: tuple[str, ...] = run.setting(())
     """The images of which data are latents, as for prepare_latents.py, so that samples are judged at the end; with
     vae."""
     test: tuple[str, ...] = run.setting(())
@@ -144,7 +144,7 @@ class Config(run.Settings):
         self.check(samples=2)
         run.check_sizes(self, batch=1 << 20, depth=1000, width=1 << 14, patch=1 << 10, samples=1 << 20)
         if self.images and not self.vae:
-            raise ValueError(f"images must be left out without vae, which decodes samples, got {self.images}")
+            raise ValueError(f"images must be left out without vae, which decodes samples, got {' '.join(self.images)}")
         if self.test and not self.images:
             raise ValueError(f"test must be left out without images, got {' '.join(self.test)}")
         if not 0 < self.epochs < math.inf:
@@ -314,18 +314,19 @@ def open_images(
     config: Config, latents: data.AbstractSource, notes: prepare_latents.Notes, tokenizer: vae.Autoencoder
 ) -> image_sources.Parts:
     """The images of which the latents are, and test images."""
-    if not (config.test or notes.holdout or image_sources.has_test_images(Path(config.images))):
-        rule = f"{config.images} has no test images of its own and {config.data} none that were held out"
+    if not (config.test or notes.holdout or image_sources.has_test_images(Path(config.images[0]))):
+        rule = f"{config.images[0]} has no test images of its own and {config.data} none that `prepare_latents.py --holdout` left out"
         raise ValueError(f"test must be given, as {rule}, got none")
     how: dict[str, Any] = {"size": notes.size, "holdout": notes.holdout, "grey": notes.grey}
-    parts = image_sources.open_parts((config.images,), config.test, **how)
+    parts = image_sources.open_parts(config.images, config.test, **how)
     train, wanted = parts.train, (notes.rows, *notes.size, notes.labels)
     if (len(train), *train.row_shape[1:], train.labels) != wanted or parts.test.labels is None:
         rule = "be the {:,} of {}, {} x {} pixels, with {} labels, and test images with labels"
         found = f"{len(train):,} of shape {train.row_shape} with {train.labels}"
         raise ValueError(f"images must {rule.format(notes.rows, config.data, *wanted[1:])}, got {found}")
     if not are_latents(latents, train, tokenizer):
-        raise ValueError(f"images must be those that {config.data} was made of, got other ones in {config.images}")
+        found = " ".join(config.images)
+        raise ValueError(f"images must be those that {config.data} was made of, got other ones in {found}")
     return parts
 
 

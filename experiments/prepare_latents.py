@@ -8,10 +8,10 @@
 
 Images are those of images.py: folders of one class each, the training images of MNIST or CIFAR-10, shards. Those of
 folders are cropped as ADM does, without flips: to 256 x 256 pixels, or to --size, which a tokenizer of one's own needs.
-With --holdout the images that tokenizer.py and images.py
-hold out of a folder are left out here, too. All others are encoded by the tokenizer of latent diffusion, whose
-size its config.json says, and kept as float16: mean, then standard deviation, (8, 32, 32) for 256 pixels. Training
-samples the posterior at every read, and standardises it by the statistics of the tokenizer's config.json.
+With --holdout the images that tokenizer.py and images.py hold out of a folder are left out here, too. All others are
+encoded by the tokenizer of latent diffusion, whose size its config.json says, and kept as float16: mean, then standard
+deviation, (8, 32, 32) for 256 pixels. Training samples the posterior at every read, and standardises it by the
+statistics of the tokenizer's config.json.
 
 The folder has one folder of shards per part. A part is whole or not there: the same command again does what is
 missing. ImageNet's 1,281,167 images take 21 GB.
@@ -60,9 +60,10 @@ HUB = "hub"
 class Config:
     """A conversion of images to latents."""
 
-    images: str = ""
+    images: tuple[str, ...] = ()
     """Folder with a folder of images for each class; CIFAR-10, its folder or archive; a folder with IDX files as of
-    MNIST, or one of shards. Of data with test images only the others are taken."""
+    MNIST; an IDX file of images and one of labels; a folder of shards. Of data with test images only the others are
+    taken."""
     vae: str = ""
     """Weights of the tokenizer: a folder as diffusers and tokenizer.py have it; a .safetensors file, with config.json
     beside it unless it is of Stable Diffusion; or "hub" to download the paper's."""
@@ -279,8 +280,8 @@ def open_tokenizer(path: str, size: AutoencoderSize | None = None, dtype: DTypeL
 
 def open_images(config: Config, of: AutoencoderSize) -> tuple[data.AbstractSource, Sequence[str] | None]:
     """The images that are encoded by a tokenizer of this size, and the names of their classes if they have any."""
-    paths, size = (config.images,), config.size or ((PAPER_SIDE,) if of == SD_VAE else ())
-    if config.holdout and not image_sources.has_test_images(Path(config.images)):
+    paths, size = config.images, config.size or ((PAPER_SIDE,) if of == SD_VAE else ())
+    if config.holdout and not image_sources.has_test_images(Path(paths[0])):
         train, _, names = image_sources.open_parts(paths, (), size=size, holdout=config.holdout, grey=config.grey)
         return train, names
     source = image_sources.open_images(paths, size=size)
@@ -297,7 +298,7 @@ def notes_on(
     statistics: LatentStatistics,
 ) -> Notes:
     return Notes(
-        images=str(Path(config.images).resolve()),
+        images=" ".join(str(Path(path).resolve()) for path in config.images),
         rows=len(images),
         labels=images.labels,
         size=[*images.row_shape[1:]],
@@ -319,12 +320,13 @@ def main(config: Config) -> None:
         if not getattr(config, name):
             raise ValueError(f"{name} must be given, got none")
     dtype = jnp.bfloat16 if config.bfloat16 else jnp.float32
-    os.stat(config.images)  # before anything is downloaded
+    for path in config.images:
+        os.stat(path)  # before anything is downloaded
     path = tokenizer_path(config.vae)
     tokenizer, statistics = load_autoencoder(path, dtype=dtype), read_latent_statistics(path)
     images, names = open_images(config, tokenizer.size)
     if config.parts > len(images):
-        raise ValueError(f"parts must be at most the {len(images)} images of {config.images}, got {config.parts}")
+        raise ValueError(f"parts must be at most the {len(images)} images of {images.name}, got {config.parts}")
     shown = [f"{name} {' '.join(f'{v:.4g}' for v in values)}" for name, values in statistics.as_json().items()]
     print(f"latents: {', '.join(shown)}, by {latent_statistics_origin(path)}")
     rows = np.array_split(np.arange(len(images)), config.parts)

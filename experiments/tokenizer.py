@@ -25,6 +25,7 @@ High-Resolution Image Synthesis with Latent Diffusion Models, Rombach, Blattmann
 import dataclasses
 import math
 import shlex
+import sys
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -54,6 +55,8 @@ AT_ONCE = 10
 """Images that are encoded, or decoded, in one call."""
 MEASURED, MEASURED_FOR_PREVIEWS = 10_000, 500
 """Training images, at most, of which the statistics of latents are taken."""
+PART, SEEN = 1000, 64_000
+"""Images of a part of latents, where there are few, and how many latents the training of a field should see."""
 COLUMNS = 10
 """Of a picture."""
 PERCEIVED = "It was trained by features of EfficientNet-Lite0, so that distances in these say little: read the others."
@@ -294,20 +297,31 @@ def finish(
     text = f"{count:,} images each.{seen}\n\n{text}"
     rows: list[Any] = [*(row._asdict() for row in (*lost, *results)), {"kl": divergence, **of_latents.as_json()}]
     directory.save_results(text, rows)
-    print(f"{text}\n\nJudged in {time.perf_counter() - began:.0f} s. For latents of the training images:")
-    print(next_command(config, directory))
+    commands = "\n".join(next_commands(config, directory, len(train)))
+    print(f"{text}\n\nJudged in {time.perf_counter() - began:.0f} s. For latents of the training images, and a field:")
+    print(commands)
 
 
-def next_command(config: Config, directory: run.RunDirectory) -> str:
-    """What encodes the images that the tokenizer was trained on."""
-    parts = ["--images", config.data[0], "--vae", str(directory.root / "vae"), "--to", "data/latents"]
+def next_commands(config: Config, directory: run.RunDirectory, rows: int) -> list[str]:
+    """What encodes the images, so many, that the tokenizer was trained on, and what trains a field of their latents."""
+    latents = f"data/latents_{directory.root.name}"
+    common = ["--images", *config.data, "--vae", str(directory.root / "vae")]
+    encoding, training = [*common, "--to", latents], ["--preset", "quick", "--data", latents, *common]
+    if rows < 60_000:  # parts of few images would be filled up; the preset counts on those of Fashion-MNIST
+        encoding += ["--parts", str(1 + rows // PART)]
+        training += ["--epochs", f"{SEEN / rows:.4g}", "--warmup-epochs", f"{SEEN / 10 / rows:.4g}"]
     if config.size:
-        parts += ["--size", *map(str, config.size)]
+        encoding += ["--size", *map(str, config.size)]
     if config.grey:
-        parts.append("--grey")
-    if not config.test and not image_sources.has_test_images(Path(config.data[0])):
-        parts += ["--holdout", str(config.holdout)]
-    return shlex.join(["python", str(Path(__file__).with_name("prepare_latents.py")), *parts])
+        encoding.append("--grey")
+    if config.test:
+        training += ["--test", *config.test]
+    elif not image_sources.has_test_images(Path(config.data[0])):
+        encoding += ["--holdout", str(config.holdout)]
+    scripts = {"prepare_latents.py": encoding, "imagenet_latents.py": training}
+    return [
+        shlex.join([sys.executable, str(Path(__file__).with_name(name)), *parts]) for name, parts in scripts.items()
+    ]
 
 
 def main(config: Config) -> None:
@@ -332,7 +346,7 @@ def main(config: Config) -> None:
     if height % (factor := 2 ** (len(config.widths) - 1)) or width % factor:
         raise ValueError(
             f"widths must be {len(config.widths)} numbers for images with sides that are multiples of "
-            f"{factor}, got {height} x {width} pixels in {train.name}"
+            f"{factor}, got {height} x {width} pixels in {train.name}: give fewer widths, or another --size"
         )
 
     def make_state() -> mfx.TrainState:

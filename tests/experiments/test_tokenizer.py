@@ -161,18 +161,39 @@ def test_bad_input_ends_in_one_line_and_leaves_no_run(arguments, message, tokeni
     assert re.search(message, line), line
 
 
-def test_command_that_is_printed_takes_the_same_images_as_the_tokenizer(tokenizer, experiment, tmp_path, monkeypatch):
+@pytest.fixture
+def printed(tokenizer, experiment, tmp_path, monkeypatch):
+    """What the commands that are printed after a run with these settings mean to the two scripts."""
     (tmp_path / "my photos").mkdir()
     monkeypatch.chdir(tmp_path)
-    how = {"size": (16, 8), "grey": True, "holdout": 0.25}
-    directory = run.RunDirectory(pathlib.Path("runs/a run"))
-    shown = tokenizer.next_command(tokenizer.Config(data=("my photos",), **how), directory)
-    _, script, *flags = shlex.split(shown)
-    assert pathlib.Path(script).exists()
-    found, prepare_latents = [], experiment("prepare_latents")
-    run.main(found.append, prepare_latents.Config(), argv=flags)
-    wanted = {"images": "my photos", "vae": "runs/a run/vae", "to": "data/latents", **how}
-    assert found == [prepare_latents.Config(**wanted)]
+
+    def printed(**how):
+        found, directory = [], run.RunDirectory(pathlib.Path("runs/a run"))
+        for command in tokenizer.next_commands(tokenizer.Config(**how), directory, 200):
+            python, path, *flags = shlex.split(command)
+            assert pathlib.Path(python).exists() and pathlib.Path(path).exists()
+            script = experiment(pathlib.Path(path).stem)
+            run.main(found.append, getattr(script, "PRESETS", None) or script.Config(), argv=flags)
+        return found
+
+    return printed
+
+
+def test_commands_that_are_printed_take_the_same_images_as_the_tokenizer(printed):
+    how = {"size": (16, 8), "grey": True}
+    encoding, training = printed(data=("my photos",), holdout=0.25, **how)
+    wanted = {"images": ("my photos",), "vae": "runs/a run/vae"}
+    found = {name: getattr(encoding, name) for name in ("images", "vae", "size", "grey", "holdout", "parts")}
+    assert found == {**wanted, **how, "holdout": 0.25, "parts": 1}
+    assert (training.images, training.vae, training.data) == (("my photos",), encoding.vae, encoding.to)
+    assert (training.patch, training.test) == (1, ())
+    assert training.epochs * 200 == training.batch * 1000 == 10 * 200 * training.warmup_epochs  # steps of the preset
+
+
+def test_commands_that_are_printed_take_files_of_labels_and_test_images_along(printed):
+    encoding, training = printed(data=("images", "labels"), test=("more images", "more labels"))
+    assert encoding.images == training.images == ("images", "labels") and encoding.holdout == 0
+    assert training.test == ("more images", "more labels")
 
 
 # The whole path
