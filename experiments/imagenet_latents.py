@@ -315,7 +315,7 @@ def open_images(
 ) -> image_sources.Parts:
     """The images of which the latents are, and test images."""
     if not (config.test or notes.holdout or image_sources.has_test_images(Path(config.images[0]))):
-        rule = f"{config.images[0]} has no test images of its own and {config.data} none that `prepare_latents.py --holdout` left out"
+        rule = f"{config.images[0]} has no test images of its own and {config.data} was made without --holdout"
         raise ValueError(f"test must be given, as {rule}, got none")
     how: dict[str, Any] = {"size": notes.size, "holdout": notes.holdout, "grey": notes.grey}
     parts = image_sources.open_parts(config.images, config.test, **how)
