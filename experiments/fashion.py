@@ -23,9 +23,8 @@ import images
 
 from mf_eqx import run
 
-PLACE = "/usr/share/datasets/fashion-mnist"
-"""Where the package of Debian and Ubuntu has the files."""
-CLASSES = ("T-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot")
+PLACE, CLASSES = images.image_sources.FASHION_MNIST, images.image_sources.FASHION_CLASSES
+"""Where the package has the files, and what the labels mean."""
 Config = images.Config
 
 

@@ -25,6 +25,10 @@ from jaxtyping import Float, Int, UInt8
 from mf_eqx import data, run
 
 CIFAR10 = ("data_batch_1.bin", "data_batch_1", "test_batch.bin", "test_batch")
+FASHION_MNIST = "/usr/share/datasets/fashion-mnist"
+"""Where the package dataset-fashion-mnist of Debian and Ubuntu has the files."""
+FASHION_CLASSES = ("T-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot")
+"""What its labels mean: IDX files hold no names."""
 
 
 class Part(data.AbstractSource):
@@ -97,7 +101,7 @@ def open_parts(
             raise ValueError(f"{name} must be files or folders that exist, got {missing[0]}")
     source = open_images(paths, size=size)
     _check(source)
-    names = getattr(source, "class_names", None)
+    names = class_names(source, paths)
     every = np.arange(len(source))
     if test or has_test_images(Path(paths[0])):
         held_out = open_images(test or paths, size=size, train=False)
@@ -138,6 +142,15 @@ def open_images(paths: Sequence[str], *, size: Sequence[int] = (), train: bool =
     passed_over = source.passed_over_as_text()
     run.tell(f"{path}: {len(source):,} images, resized and cropped to {height} x {width}; passed over: {passed_over}")
     return source
+
+
+def class_names(source: data.AbstractSource, paths: Sequence[str]) -> Sequence[str] | None:
+    """The names of the classes of the images at `paths`, if any are known: those of the source, or of Fashion-MNIST
+    where its package has it."""
+    path = Path(paths[0])
+    if source.labels == len(FASHION_CLASSES) and Path(FASHION_MNIST) in (path, path.parent):
+        return FASHION_CLASSES
+    return getattr(source, "class_names", None)
 
 
 def spread(number: int, count: int) -> Int[np.ndarray, " count"]:

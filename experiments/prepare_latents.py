@@ -278,7 +278,7 @@ def open_images(config: Config) -> tuple[data.AbstractSource, Sequence[str] | No
         train, _, names = image_sources.open_parts(paths, (), size=size, holdout=config.holdout, grey=config.grey)
         return train, names
     source = image_sources.open_images(paths, size=size)
-    names = getattr(source, "class_names", None)
+    names = image_sources.class_names(source, paths)
     every = np.arange(len(source))
     return (image_sources.Part(source, every, source.name, grey=True) if config.grey else source), names
 

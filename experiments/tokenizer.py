@@ -316,8 +316,6 @@ def main(config: Config) -> None:
     if config.data == FASHION:
         fashion.check_files(config.data)
     images = config.open_parts()
-    if config.data == FASHION:
-        images = images._replace(class_names=fashion.CLASSES)
     train, test, _ = images
     network_key, run_key = jr.split(jr.key(config.seed))
     parallelism = run.parallelism(config)

@@ -164,10 +164,18 @@ def test_every_kind_of_network_and_target_trains(flags, images, here):
 @pytest.mark.parametrize("suffix", ["", ".gz"])
 def test_a_folder_of_mnist_has_its_own_test_images(suffix, sources, here):
     save_mnist("mnist", suffix)
-    train, test, _ = sources.open_parts(["mnist"], [], size=(), holdout=0.1)
+    train, test, names = sources.open_parts(["mnist"], [], size=(), holdout=0.1)
     np.testing.assert_array_equal(train.take(np.arange(40)).x, X)
     np.testing.assert_array_equal(test.take(np.arange(6)).x, 255 - X[:6])
-    assert (train.labels, test.labels) == (3, 3)
+    assert (train.labels, test.labels, names) == (3, 3, None)
+
+
+def test_fashion_mnist_is_known_by_its_place_and_has_names_of_its_classes(sources):
+    ten = data.ArraySource(X[:10], np.arange(10), labels=10)
+    place = sources.FASHION_MNIST
+    for path in (place, f"{place}/", f"{place}/train-images-idx3-ubyte.gz"):
+        assert sources.class_names(ten, [path])[9] == "boot"
+    assert sources.class_names(ten, ["mnist"]) is sources.class_names(data.ArraySource(X), [place]) is None
 
 
 def test_cifar10_has_its_own_test_images(sources, here):
