@@ -114,6 +114,7 @@ def test_key_of_digits_holds_the_network_and_what_is_held_out(ablations):
     assert wanted.items() <= key.items() and len(key["images"]) == 64
 
 
+@pytest.mark.slow
 def test_the_cost_of_a_step_is_that_of_the_program(ablations, experiment):
     """Floating-point operations of loss and gradient, three passes being those of Flow Matching."""
     recipe, passes = ablations.eight_gaussians(), experiment("ablation_recipes").passes

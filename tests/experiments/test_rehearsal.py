@@ -20,7 +20,7 @@ import pytest
 import mf_eqx as mfx
 from mf_eqx import checkpoint, data, metrics, run, vae
 
-pytestmark = [pytest.mark.slow, pytest.mark.rehearsal]
+pytestmark = pytest.mark.slow
 
 TESTS = pathlib.Path(__file__).parents[1]
 DRAWS = np.random.default_rng(3)
@@ -251,6 +251,7 @@ def improved(encoded, command, experiment):
     return encoded, command(encoded, "imagenet_latents", IMPROVED, save=save), states[0]
 
 
+@pytest.mark.rehearsal
 def test_improved_mean_flow_trains_on_latents(improved):
     _, directory, state = improved
     check_training(directory, state, 4)
@@ -258,6 +259,7 @@ def test_improved_mean_flow_trains_on_latents(improved):
     assert size_of(directory / "samples.png") == (square(4, 16 * round(48 / 16)),) * 2
 
 
+@pytest.mark.rehearsal
 def test_weights_of_improved_mean_flow_have_no_velocity_head_and_know_the_scales_of_their_training(improved):
     _, directory, state = improved
     field, weights = load(directory / "ema_0.9.safetensors")
@@ -267,6 +269,7 @@ def test_weights_of_improved_mean_flow_have_no_velocity_head_and_know_the_scales
     assert (weights.network["network"], weights.network["guidance"]) == ("InContextDiT", True)
 
 
+@pytest.mark.rehearsal
 def test_improved_mean_flow_is_shown_over_scales_and_intervals(improved, command):
     root, directory, _ = improved
     weights = (directory / "ema_0.9.safetensors").relative_to(root)
@@ -276,6 +279,7 @@ def test_improved_mean_flow_is_shown_over_scales_and_intervals(improved, command
     assert sorted(path.name for path in judged.glob("*.png")) == sorted([*names, "samples_1_in_0.4_0.65.png"])
 
 
+@pytest.mark.rehearsal
 def test_pictures_of_improved_mean_flow_show_one_noise_over_the_scales(improved, command, experiment, monkeypatch):
     (root, directory, _), grids = improved, []
     picture = experiment("generate").picture
@@ -289,6 +293,7 @@ def test_pictures_of_improved_mean_flow_show_one_noise_over_the_scales(improved,
     assert along > 10 * apart  # after four steps scales differ by little, noises by much
 
 
+@pytest.mark.rehearsal
 def test_improved_mean_flow_goes_on_from_the_directory_of_its_run(improved, command, experiment):
     root, directory, _ = improved
     states, save = kept_states(experiment("imagenet_latents"))

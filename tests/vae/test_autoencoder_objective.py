@@ -100,6 +100,7 @@ def test_a_large_weight_takes_the_image_out_of_the_latent():
     assert held[-1]["absolute_error"] > free[-1]["absolute_error"]
 
 
+@pytest.mark.slow
 def test_parts_of_a_batch_in_turn_have_the_gradient_and_metrics_of_all_together():
     sgd = optax.sgd(1.0)
 
@@ -120,6 +121,7 @@ def test_parts_of_a_batch_in_turn_have_the_gradient_and_metrics_of_all_together(
         np.testing.assert_allclose(in_turn[name].value, together[name].value, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_bfloat16_gives_nearly_the_loss_and_gradient_of_float32_in_float32():
     @eqx.filter_jit
     @eqx.filter_value_and_grad
