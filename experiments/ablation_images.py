@@ -1,8 +1,8 @@
-"""What `ablations.py` trains on Fashion-MNIST, and how samples of one evaluation are judged: by two spaces of features,
-one of which, EfficientNet-Lite0, never saw such images, and by a classifier.
+"""What `ablations.py` trains on Fashion-MNIST, and how one-step samples are judged: in two spaces of features, that of
+EfficientNet-Lite0, which never saw such images, and that of a classifier trained on them, and by what this reads.
 
-All images lie on the device as bytes, where rows are drawn and become what the network sees. What is known of real
-images is computed once, before the first cell.
+All images are on the device as bytes; only rows that are drawn are turned into floats. The features of real images are
+computed once, before the first cell.
 """
 
 import math
@@ -27,7 +27,7 @@ with install_import_hook("mf_eqx", "beartype.beartype(conf=beartype.BeartypeConf
 SIZE = mfx.DiTSize(depth=4, width=128, heads=4, patch=7)
 """Large patches, so that more steps fit into the time (RESULTS.md has the comparison)."""
 JUDGED = 2000
-"""Samples, and real images beside them."""
+"""Samples that are judged, and test images that they are compared with."""
 
 
 def fashion_mnist(
@@ -37,18 +37,18 @@ def fashion_mnist(
     judged: int = JUDGED,
     classifier_steps: int = image_classifier.STEPS,
 ) -> Recipe:
-    """Fashion-MNIST; the Frechet distance is that of features of EfficientNet-Lite0, which never saw such images.
+    """Fashion-MNIST, judged by the Frechet distance in features of EfficientNet-Lite0.
 
-    **Arguments:** `steps` of a cell; `files` a folder with the four files; `judged` how many samples are judged, and
-    real images beside them; `classifier_steps` of the classifier that judges.
+    **Arguments:** `steps` of a cell; `files` a folder with the four IDX files; `judged` the number of samples, and of
+    test images that they are compared with; `classifier_steps` of the classifier that judges.
 
-    **Raises:** `ValueError` if `files` is not a folder with the four files.
+    **Raises:** `ValueError` if `files` is not such a folder.
     """
     fashion.check_files((files,), "files")
     numbers = Numbers(steps, batch=64, width=SIZE.width, learning_rate=2e-3, decay=0.99, clip=None)
     parts = fashion.images.open_data(fashion.Config(data=(files,)), fashion.CLASSES)
     rows = parts.train.take(np.arange(len(parts.train)))
-    parts.train.digest = digest_of(parts.train)  # by which a classifier of these images is found again
+    parts.train.digest = digest_of(parts.train)  # part of the name of their classifier's file
     count = min(judged, len(parts.test), len(parts.train))
     sampler = image_samples.Sampler("", mfx.sample, (1,), 1, len(fashion.CLASSES), fashion.CLASSES)
 
@@ -62,8 +62,9 @@ def fashion_mnist(
     draw = data.DrawRows(jnp.asarray(rows.x), jnp.asarray(rows.label), numbers.batch)
     distance = "Frechet distance of one-step samples in features of EfficientNet-Lite0"
     beside = (
-        "FD classifier: the same in the classifier's features; W2: sliced Wasserstein distances; lite0: EfficientNet-"
-        "Lite0; covered: share of test images that are; right class: share of samples in which it is read."
+        "FD classifier: the same in the classifier's features; W2: sliced Wasserstein distance; lite0: EfficientNet-"
+        "Lite0; covered: share of test images with a sample near them; right class: share of samples in which the "
+        "classifier reads the class that was asked for."
     )
     size = {"depth": SIZE.depth, "heads": SIZE.heads, "patch": SIZE.patch}  # the width is among the numbers
     judging = {"judged": count, "classifier_steps": classifier_steps}
@@ -76,7 +77,8 @@ def fashion_mnist(
 def make_judge(
     parts: image_sources.Parts, sampler: image_samples.Sampler, count: int, classifier_steps: int, folder: Path
 ) -> Judge:
-    """Of so many samples, with the labels of test images. The classifier is one that `folder` has, or stays there.
+    """The judge of `count` samples with the labels of test images. Its classifier is read from `folder`, or trained and
+    saved there.
 
     **Raises:** `MissingDependency` without the weights of EfficientNet-Lite0, before the classifier is trained.
     """
@@ -94,7 +96,7 @@ def make_judge(
 
 
 def figures(found: image_judge.Result, read: image_judge.Result | None = None) -> dict[str, float]:
-    """Distances and coverage of one result, and what the classifier reads in that or in another one."""
+    """Distances and coverage of a result, and what the classifier reads in it, or in `read` if given."""
     read = found if read is None else read
     distances, sliced, covered = found.frechet or {}, found.sliced_wasserstein or {}, found.coverage or {}
     first, *others = distances

@@ -1,9 +1,7 @@
-"""What `ablations.py` trains on points and digits, and how samples of one evaluation are judged. The recipe for images
-is in `ablation_images.py`.
+"""What a recipe of `ablations.py` is, and those for points and digits; `ablation_images.py` has that for Fashion-MNIST.
 
-A recipe is made when a run needs it, since it reads data; where its tables have their centre is known before
-(`CENTRES`): Fashion-MNIST has the paper's p = 1 and lognorm(-0.4, 1.0), points and digits have p = 0 and uniform
-times. Targets are those of the paper everywhere: the velocity of a row's own image and noise, without references.
+A recipe says what is trained, and how one-step samples are judged. It reads data, so it is made when a run needs it.
+Targets are those of the paper: the velocity of a row's own data and noise, without references.
 """
 
 import functools
@@ -20,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
-from ablation_tables import PAPER, Setting
+from ablation_tables import Setting
 from jaxtyping import Array, Float, install_import_hook, Int, Key
 
 # Shapes and types are checked while the step is traced. JAXTYPING_DISABLE=1 turns this off.
@@ -28,11 +26,11 @@ with install_import_hook("mf_eqx", "beartype.beartype(conf=beartype.BeartypeConf
     import mf_eqx as mfx
     from mf_eqx import data, exact, metrics
 
+CLASSES, ROWS, PATH = 4, 2000, mfx.LinearInterpolant()
+"""Of points: labels, how many samples are judged, and the path from data to noise."""
 LABEL_DROPOUT = 0.1
 DIVERGED = 10
-"""Steps in a row without a finite loss and gradient with which a training counts as diverged: it is not judged."""
-CENTRES = {"eight_gaussians": Setting(), "digits": Setting(), "fashion": PAPER}
-"""From which tables vary one thing each, by the name of the data set."""
+"""A training with so many steps in a row without a finite loss and gradient has diverged, and is not judged."""
 
 
 class Numbers(NamedTuple):
@@ -48,10 +46,10 @@ class Numbers(NamedTuple):
 
 
 class Judge(NamedTuple):
-    """What is computed of samples: figures by name, of which the first is "distance", NaN if samples are not finite.
+    """How one-step samples of a field are judged.
 
-    **Arguments:** `score` from a field, and the setting that it was trained in, to the figures of its samples of one
-    evaluation; `floor` the figures that real data have, as far as there are such.
+    **Arguments:** `score` a function from a field, and the setting that it was trained in, to figures by name, of which
+    the first is "distance"; they are NaN if samples are not finite. `floor` the figures of real data, if they have any.
     """
 
     score: Callable[[mfx.AbstractField, Setting], dict[str, float]]
@@ -59,9 +57,9 @@ class Judge(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """Seconds of CPU time on one core of the machine that RESULTS.md tells of.
+    """Seconds of CPU time, on the machine of RESULTS.md.
 
-    **Arguments:** `step` of the setting in the centre; `cell` to compile and to judge.
+    **Arguments:** `step` of a step in the centre; `cell` for compiling and judging a cell.
     """
 
     step: float
@@ -71,10 +69,12 @@ class Cost(NamedTuple):
 class Recipe(NamedTuple):
     """What is trained on a data set, and how a field is judged.
 
-    **Arguments:** `labels` how many; `make_field`, `draw`, `prepare` as for `run.Training` and `mf_eqx.TrainStep`;
-    `open_judge` from a folder, for what later runs can use as well; `distance` in words; `numbers`; `cost`; `details`
-    what else a result depends on; `sampler` of the images in pictures, or None; `ordered` the figures whose order is
-    held against the paper's; `beside` what other figures mean; `has_floor` whether real data have figures.
+    **Arguments:** `labels` their number; `make_field` a function from embedded times and a key to a network; `draw` and
+    `prepare` as for `run.Training` and `mf_eqx.TrainStep`; `open_judge` a function from a folder, in which it may save
+    what later runs need, to the judge; `distance` what the figure "distance" is, in words; `numbers`; `cost`; `details`
+    everything else that a result depends on; `sampler` of the images in pictures, or None; `ordered` the figures whose
+    order is compared with the paper's; `beside` sentences about the other figures; `has_floor` whether real data have
+    figures.
     """
 
     labels: int
@@ -92,21 +92,16 @@ class Recipe(NamedTuple):
     has_floor: bool = False
 
     def seconds(self, setting: Setting, centre: Setting) -> float:
-        """About how much CPU time a cell takes."""
+        """An estimate of a cell's CPU time."""
         return self.cost.step * self.numbers.steps * passes(setting) / passes(centre) + self.cost.cell
 
 
 def passes(setting: Setting) -> float:
-    """Forward passes of a batch that a step of MeanFlow costs: three of Flow Matching, a tangent for each row with r <
-    t, and with guidance one without label for every row (also for those whose label is dropped) and, for rows with r <
-    t and kappa > 0, one with label."""
+    """The cost of a step of MeanFlow, in forward passes of a batch: 3 for Flow Matching, and 1 for the tangents of rows
+    with r < t. Guidance adds 1 without label for all rows, and, if kappa > 0, 1 with label for rows with r < t."""
     if (setting.scale, setting.mix) == (1, 0):
         return 3 + setting.share
     return 3 + setting.share + 1 + (setting.share if setting.mix else 0)
-
-
-CLASSES, ROWS, PATH = 4, 2000, mfx.LinearInterpolant()
-PAIRS = mfx.TimePairs(mfx.UniformTimes())
 
 
 def digest_of(*sources: data.AbstractSource) -> str:
@@ -121,7 +116,7 @@ def digest_of(*sources: data.AbstractSource) -> str:
 
 
 class JudgedKeys(NamedTuple):
-    """Of everything that is judged: the same for all cells."""
+    """The keys of all random numbers of a judge, the same for all cells."""
 
     truth: Key[Array, ""]
     data: Key[Array, ""]
@@ -129,7 +124,7 @@ class JudgedKeys(NamedTuple):
 
 
 def judged_keys() -> JudgedKeys:
-    """Made when they are needed: a script that is imported must not touch a device."""
+    """A function, since a script must not touch a device while it is imported."""
     return JudgedKeys(*jr.split(jr.key(2**31 - 1), 3))
 
 
@@ -141,40 +136,10 @@ def one_step(
 
 
 def eight_gaussians(steps: int = 4000) -> Recipe:
-    """Four classes of two opposite Gaussians each, and an MLP: the truth is known, also that of guided fields."""
+    """Four classes of two opposite Gaussians each, and an MLP. The exact field is known, with guidance as well."""
     numbers = Numbers(steps, batch=256, width=96, learning_rate=2e-3, decay=0.995)
     mixture = exact.eight_gaussians()
     mixture = exact.GaussianMixture(mixture.mean, mixture.std, label=jnp.arange(8) % CLASSES)
-    condition = jnp.arange(CLASSES).repeat(ROWS // CLASSES)
-
-    @functools.cache
-    def truth(scale: float) -> tuple[metrics.FieldTruth, Float[Array, "rows 2"]]:
-        """Of the guided field, and one-step samples of it."""
-        velocity = exact.GuidedVelocity(exact.MarginalVelocity(mixture, PATH), scale)
-        field = exact.AverageVelocity(velocity, rtol=1e-5, atol=1e-5)
-        known = metrics.field_truth(field, mixture.sample, PATH, PAIRS, ROWS, condition, key=judged_keys().truth)
-        return known, known.one_step.z - known.one_step.u
-
-    keys = jr.split(judged_keys().data, ROWS)
-    real = jax.vmap(lambda key, label: mixture.sample(key=key, condition=label))(keys, condition)
-
-    def by_class(x: Float[Array, "rows 2"], y: Float[Array, "rows 2"]) -> float:
-        """Energy distance to the samples of the same class, its mean over classes; NaN if x is not finite."""
-        if not np.isfinite(x).all():
-            return math.nan
-        pairs = [(x[condition == label], y[condition == label]) for label in range(CLASSES)]
-        return float(np.mean([metrics.energy_distance(*pair) for pair in pairs]))
-
-    def score(field: mfx.AbstractField, setting: Setting) -> dict[str, float]:
-        known, exact_samples = truth(round(setting.scale / (1 - setting.mix), 6))
-        errors = metrics.field_errors(field, known)
-        x = one_step(field, jr.normal(judged_keys().noise, (ROWS, 2)), condition)
-        return {
-            "distance": by_class(x, real),
-            "distance to the guided truth": by_class(x, exact_samples),
-            "error of u": float(errors.overall.value),
-            "error of u at (0, 1)": float(errors.one_step.value),
-        }
 
     def make_field(variables: mfx.nn.TimeVariables, key: Key[Array, ""]) -> mfx.AbstractField:
         return mfx.MLP(2, width=numbers.width, depth=3, labels=CLASSES, time_variables=variables, key=key)
@@ -182,12 +147,48 @@ def eight_gaussians(steps: int = 4000) -> Recipe:
     draw = exact.DrawLabelled(mixture, numbers.batch)
     distance = "energy distance of one-step samples to the data, per class"
     ordered = ("distance", "distance to the guided truth")
-    cost = Cost(0.006, 5)
-    return Recipe(CLASSES, make_field, draw, lambda folder: Judge(score), distance, numbers, cost, ordered=ordered)
+    open_judge, cost = lambda folder: judge_points(mixture), Cost(0.006, 5)
+    return Recipe(CLASSES, make_field, draw, open_judge, distance, numbers, cost, ordered=ordered)
+
+
+def judge_points(mixture: exact.GaussianMixture) -> Judge:
+    """Judges by the distances of samples to data and to samples of the exact guided field, and by the errors of u."""
+    label = jnp.arange(CLASSES).repeat(ROWS // CLASSES)
+    keys = jr.split(judged_keys().data, ROWS)
+    real = jax.vmap(lambda key, label: mixture.sample(key=key, condition=label))(keys, label)
+
+    @functools.cache
+    def truth(scale: float) -> tuple[metrics.FieldTruth, Float[Array, "rows 2"]]:
+        """The exact field with guidance of a scale, and its one-step samples."""
+        velocity = exact.GuidedVelocity(exact.MarginalVelocity(mixture, PATH), scale)
+        field = exact.AverageVelocity(velocity, rtol=1e-5, atol=1e-5)
+        pairs = mfx.TimePairs(mfx.UniformTimes())
+        known = metrics.field_truth(field, mixture.sample, PATH, pairs, ROWS, label, key=judged_keys().truth)
+        return known, known.one_step.z - known.one_step.u
+
+    def score(field: mfx.AbstractField, setting: Setting) -> dict[str, float]:
+        known, exact_samples = truth(round(setting.scale / (1 - setting.mix), 6))
+        errors = metrics.field_errors(field, known)
+        x = one_step(field, jr.normal(judged_keys().noise, (ROWS, 2)), label)
+        return {
+            "distance": energy_by_class(x, real, label),
+            "distance to the guided truth": energy_by_class(x, exact_samples, label),
+            "error of u": float(errors.overall.value),
+            "error of u at (0, 1)": float(errors.one_step.value),
+        }
+
+    return Judge(score)
+
+
+def energy_by_class(x: Float[Array, "rows 2"], y: Float[Array, "rows 2"], label: Int[Array, " rows"]) -> float:
+    """Energy distance between samples of the same class, averaged over classes; NaN if an x is not finite."""
+    if not np.isfinite(x).all():
+        return math.nan
+    return float(np.mean([metrics.energy_distance(x[label == i], y[label == i]) for i in range(CLASSES)]))
 
 
 def handwritten_digits(steps: int = 1500) -> Recipe:
-    """scikit-learn's digits, and the network of `digits.py`; the Frechet distance is that of pixels."""
+    """scikit-learn's digits, and the network of `digits.py`, judged by the Frechet distance of grey values."""
     config = digits.Config()
     numbers = Numbers(steps, config.batch, config.width, config.learning_rate, config.decay)
     parts = digits.load(config)
@@ -214,5 +215,5 @@ def handwritten_digits(steps: int = 1500) -> Recipe:
     distance = "Frechet distance of one-step samples, grey values squared"
     details = {name: getattr(config, name) for name in ("depth", "heads", "patch", "holdout")}
     details |= {"split_seed": config.seed, "images": digest_of(parts.train, parts.holdout)}
-    cost = Cost(0.11, 15)
-    return Recipe(digits.CLASSES, make_field, draw, open_judge, distance, numbers, cost, details, has_floor=True)
+    options = {"details": details, "has_floor": True}
+    return Recipe(digits.CLASSES, make_field, draw, open_judge, distance, numbers, Cost(0.11, 15), **options)

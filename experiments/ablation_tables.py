@@ -3,8 +3,9 @@
     tables = paper_tables(Setting())
     for value, (setting, fid) in tables["1b"].cells.items(): ...
 
-The paper's centre is p = 1 and times from lognorm(-0.4, 1.0), `PAPER`; other data may need another one. Everything else
-in a `Setting` is the paper's: a share of 1/4, the tangent (v, 0, 1), an embedding of (t, t - r), no guidance.
+The paper's centre, `PAPER`, has p = 1 and times from lognorm(-0.4, 1.0); other data may need another centre. By default
+everything else in a `Setting` is as in the paper: a share of 1/4, the tangent (v, 0, 1), an embedding of (t, t - r), no
+guidance.
 
 Mean Flows for One-step Generative Modeling, Geng, Deng, Bai, Kolter, He, 2025, arXiv 2505.13447: Tab. 1a to 1f and 5.
 """
@@ -28,7 +29,8 @@ EMBEDDINGS = {
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """One cell but for its seed."""
+    """A training without its seed: share of rows with r < t, tangent (v, a, b) by (a, b), embedded times, distribution
+    of times, power p, guidance omega (scale) and kappa (mix)."""
 
     share: float = 0.25
     tangent: tuple[float, float] = (0.0, 1.0)
@@ -40,11 +42,13 @@ class Setting:
 
 
 PAPER = Setting(times=(-0.4, 1.0), power=1.0)
-"""The paper's centre, as far as a setting goes: optimiser, batch and average are the recipe's."""
+"""The paper's centre. Optimiser, batch and average are not in a setting, but in a recipe."""
+CENTRES = {"eight_gaussians": Setting(), "digits": Setting(), "fashion": PAPER}
+"""By data set."""
 
 
 class Cell(NamedTuple):
-    """What is trained and judged."""
+    """One training."""
 
     setting: Setting
     seed: int
@@ -67,7 +71,7 @@ _MIXES = {0.0: 20.15, 0.5: 19.15, 0.8: 19.10, 0.9: 18.63, 0.95: 19.17}
 
 
 def paper_tables(centre: Setting) -> dict[str, Table]:
-    """All tables around a centre, from which each varies one thing; Tab. 5 varies omega with kappa."""
+    """All tables around a centre. Each changes one thing of it; Tab. 5 changes omega with kappa."""
 
     def of(title: str, name: str, fids: dict[Any, float], text: str) -> Table:
         values = {"uniform" if value is None else text.format(value): value for value in fids}

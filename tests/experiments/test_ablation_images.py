@@ -24,6 +24,11 @@ def ablations(experiment):
 
 
 @pytest.fixture(scope="module")
+def ablation_cells(experiment, ablations):
+    return experiment("ablation_cells")
+
+
+@pytest.fixture(scope="module")
 def images(experiment, ablations):
     return experiment("ablation_images")
 
@@ -58,18 +63,18 @@ def cells(directory):
     return [json.loads(line) for line in (directory / "cells.jsonl").read_text().splitlines()]
 
 
-def test_images_have_the_papers_centre_and_share_its_cells(ablations):
-    tables = ablations.tables(ablations.Config(data="fashion"))
+def test_images_have_the_papers_centre_and_share_its_cells(ablation_cells):
+    tables = ablation_cells.tables(ablation_cells.Study(data="fashion"))
     for name in ("1a", "1b", "1c", "1d", "1e", "1f"):
-        assert ablations.CENTRES["fashion"] in [setting for setting, _ in tables[name].cells.values()], name
-    assert ablations.CENTRES["fashion"] == ablations.Setting(times=(-0.4, 1.0), power=1.0)
+        assert ablation_cells.CENTRES["fashion"] in [setting for setting, _ in tables[name].cells.values()], name
+    assert ablation_cells.CENTRES["fashion"] == ablation_cells.Setting(times=(-0.4, 1.0), power=1.0)
     first = ("1a", "1b", "1e", "1f", "5")
     assert len({setting for name in first for setting, _ in tables[name].cells.values()}) == 19
 
 
-def test_key_of_a_cell_on_images_holds_all_that_is_trained_and_judged(ablations, images, small, files, tmp_path):
-    config, cell = ablations.Config(data="fashion", files=files), ablations.Cell(ablations.CENTRES["fashion"], 0)
-    key = ablations.key_of(config, images.fashion_mnist(7, files), cell)
+def test_key_of_a_cell_on_images_holds_all_that_is_trained_and_judged(ablation_cells, images, small, files, tmp_path):
+    config, cell = ablation_cells.Study(data="fashion"), ablation_cells.Cell(ablation_cells.CENTRES["fashion"], 0)
+    key = ablation_cells.key_of(config, images.fashion_mnist(7, files), cell)
     trained = {"steps": 7, "seed": 0, "width": 8, "depth": 1, "heads": 2, "patch": 4, "clip": None}
     assert (trained | {"judged": 100, "classifier_steps": 2000}).items() <= key.items()
 
@@ -81,12 +86,12 @@ def change_a_byte(path):
 
 
 @pytest.mark.parametrize("part", ["train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1"])
-def test_one_other_byte_of_any_file_is_another_key(ablations, images, small, part, tmp_path):
+def test_one_other_byte_of_any_file_is_another_key(ablation_cells, images, small, part, tmp_path):
     save_files(tmp_path / "files")
-    config, cell = ablations.Config(data="fashion"), ablations.Cell(ablations.CENTRES["fashion"], 0)
+    config, cell = ablation_cells.Study(data="fashion"), ablation_cells.Cell(ablation_cells.CENTRES["fashion"], 0)
     keys = []
     for _ in range(2):
-        keys.append(ablations.key_of(config, images.fashion_mnist(7, str(tmp_path / "files")), cell))
+        keys.append(ablation_cells.key_of(config, images.fashion_mnist(7, str(tmp_path / "files")), cell))
         change_a_byte(tmp_path / "files" / f"{part}-ubyte")
     assert [name for name in keys[0] if keys[0][name] != keys[1][name]] == ["images"]
 
@@ -171,8 +176,8 @@ def test_a_run_on_drawn_files_ends_with_tables_floor_and_pictures_and_goes_on(
     arguments = f"--data fashion --files {files} --only 1b --seeds 1 --steps 3"
     directory = start(ablations, tmp_path, arguments)
     out, err = capsys.readouterr()
-    assert re.search(r"4 cells of 3 steps, 0 of them finished before .*; the others take about \d+ minutes", out)
-    assert err.count("minutes left") == 4
+    assert re.search(r"4 cells of 3 steps, 0 of them finished before .*; the others take about \d+ min", out)
+    assert err.count("min left") == 4
     floor, *trained = cells(directory)
     assert floor["settings"]["real"] and len(trained) == 4
     assert np.isfinite([*floor["result"].values(), *(cell["result"]["distance"] for cell in trained)]).all()
