@@ -25,9 +25,9 @@ def known_unroll(depth: int, remat: Remat = False) -> int:
     them, so that there is no loop, where a CPU is JAX's only device, there is no remat, and depth is at most 12; 1
     everywhere else, and where nobody has measured it.
 
-    Known of DiT-B/4 at batch 16 on a CPU: without the loop each block moves 0.6 of the bytes; a step takes 0.9 of the
-    time on two cores (jax 0.10) and the same time on one (jax 0.12); and it compiles for two to three times as long, 12
-    to 33 s. Compile time grows with depth (XL/2: 45 s instead of 11), and XLA:CPU does not honour remat without a loop.
+    Known of DiT-B/4 at batch 16 on a CPU (jax 0.12): without the loop each block moves 0.6 of the bytes; a step takes
+    0.93 to 0.95 of the time on two cores and the same time on one; and it compiles for two to three times as long, 7 to
+    33 s. Compile time grows with depth (XL/2: 45 s instead of 11), and XLA:CPU does not honour remat without a loop.
     Where every second of compiling counts, or for what is lowered here for another device, give the number yourself.
     """
     on_one_cpu = jax.default_backend() == "cpu" and jax.device_count() == 1
