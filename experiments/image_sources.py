@@ -14,6 +14,7 @@ What a path means is seen in what it holds:
 import dataclasses
 import gzip
 import math
+import mimetypes
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -84,8 +85,19 @@ class Settings(run.Settings):
             raise ValueError(f"holdout must lie in (0, 1), got {self.holdout}")
 
     def open_parts(self) -> Parts:
-        """Images to train on and images that are held out. **Raises:** as the function of this name."""
-        return open_parts(self.data, self.test, size=self.size, holdout=self.holdout, grey=self.grey)
+        """Images to train on and images that are held out.
+
+        **Raises:** `ValueError` as the function of this name, and for a `size` or a `holdout` that the data leave without
+        a use.
+        """
+        if (self.test or has_test_images(Path(self.data[0]))) and self.holdout != Settings.holdout:
+            raise ValueError(f"holdout must be left out where there are test images, got {self.holdout}")
+        parts = open_parts(self.data, self.test, size=self.size, holdout=self.holdout, grey=self.grey)
+        sides = parts.train.row_shape[1:]
+        if self.size and sides != (*self.size, *self.size)[:2]:
+            rule = f"left out, or {' '.join(map(str, sides))} as the images of {' '.join(self.data)} have"
+            raise ValueError(f"size must be {rule}, which are not resized, got {' '.join(map(str, self.size))}")
+        return parts
 
 
 def open_parts(
@@ -99,6 +111,8 @@ def open_parts(
     for name, given in (("data", paths), ("test", test)):
         if missing := [path for path in given if not Path(path).exists()]:
             raise ValueError(f"{name} must be files or folders that exist, got {missing[0]}")
+    if test and not has_test_images(Path(test[0])) and Path(test[0]).resolve() == Path(paths[0]).resolve():
+        raise ValueError(f"test must be other images than data, got {test[0]} for both")
     source = open_images(paths, size=size)
     _check(source)
     names = class_names(source, paths)
@@ -133,6 +147,8 @@ def open_images(paths: Sequence[str], *, size: Sequence[int] = (), train: bool =
         return data.ShardSource(path)
     if files := mnist_files(path, "train" if train else "t10k"):
         return _read_idx(files)
+    if (mimetypes.guess_type(path)[0] or "").startswith("image/"):
+        raise ValueError(f"data must be a folder, got the image {path}: give the folder that it is in")
     if path.is_file() or _is_cifar10(path):
         return data.read_cifar10(path, train=train)
     if path.is_dir() and not size:
