@@ -89,10 +89,12 @@ def shape_of(tensors: Mapping[str, np.ndarray], name: str, axes: int, path: str 
 
 
 def numbers(tensors: Mapping[str, Any], pattern: str) -> set[int]:
+    """The different numbers that the one group of `pattern` finds in the names that match all of it."""
     return {int(match[1]) for name in tensors if (match := re.fullmatch(pattern, name))}
 
 
 def count(tensors: Mapping[str, Any], pattern: str) -> int:
+    """How many `numbers` there are, but at least 1, as a depth must be: the first missing tensor is named later."""
     return max(len(numbers(tensors, pattern)), 1)
 
 
