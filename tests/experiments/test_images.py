@@ -260,7 +260,7 @@ def test_every_preset_has_a_unet(images, preset):
 
 
 def test_flow_matching_draws_one_time_and_mean_flow_the_larger_of_two(images):
-    assert images.objective(images.Config(identity_share=0.0), 3).boundary_times == mfx.LogitNormalTimes(0, 2)
+    assert images.objective(images.Config(identity_share=0.0), 3).boundary_times == mfx.LogitNormalTimes(-0.4, 1)
     assert images.objective(images.Config(), 3).boundary_times is None
 
 
