@@ -87,8 +87,8 @@ class Settings(run.Settings):
     def open_parts(self) -> Parts:
         """Images to train on and images that are held out.
 
-        **Raises:** `ValueError` as the function of this name, and for a `size` or a `holdout` that the data leave without
-        a use.
+        **Raises:** `ValueError` as the function of this name, and for a `size` or a `holdout` that these data have no
+        use for.
         """
         if (self.test or has_test_images(Path(self.data[0]))) and self.holdout != Settings.holdout:
             raise ValueError(f"holdout must be left out where there are test images, got {self.holdout}")

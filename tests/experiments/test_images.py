@@ -286,14 +286,26 @@ def test_a_share_that_leaves_no_room_for_dropped_labels_is_allowed_without_label
     [
         ("--data missing", "--data must be files or folders that exist, got missing"),
         ("--data pets", "size must be given for a folder of images, in pixels, got none for pets"),
-        ("--data pets/cat/00.png", "data must be a folder, got the image pets/cat/00.png: give the folder that it is in"),
+        (
+            "--data pets/cat/00.png",
+            "must be a folder, got the image pets/cat/00.png: give the folder that it is in",
+        ),
         ("--data pets --test pets/ --size 8", "test must be other images than data, got pets/ for both"),
-        ("--data idx --size 4", "size must be left out, or 8 8 as the images of idx have, which are not resized, got 4"),
-        ("--data idx labels --test mnist --holdout 0.2", "holdout must be left out where there are test images, got 0.2"),
+        (
+            "--data idx --size 4",
+            "size must be left out, or 8 8 as the images of idx have, which are not resized, got 4",
+        ),
+        (
+            "--data idx labels --test mnist --holdout 0.2",
+            "holdout must be left out where there are test images, got 0.2",
+        ),
         ("--data empty --size 8", "empty: must hold images, .* got none"),
         ("--data idx labels labels", "data must be one path, or IDX files of images and of labels, got 3 paths"),
         ("--data floats", r"floats: must hold images of uint8 .* got float32 of shape \(1, 8, 8\)"),
-        ("--data idx labels --test others", "test must have labels as the training images have, got none in test images"),
+        (
+            "--data idx labels --test others",
+            "test must have labels as the training images have, got none in test images",
+        ),
         ("--data idx --test pets --size 8", r"pets: row_shape must be \(1, 8, 8\) as in idx, got \(3, 8, 8\)"),
         ("--data idx --batch 48", r"batch must lie in \[1, 36\], the rows of training images of idx, got 48"),
         ("--data idx --batch 8 --mix 0.5", "scale must be 1 and mix 0 without labels, got 1.0 and 0.5"),
