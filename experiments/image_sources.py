@@ -39,7 +39,7 @@ class Part(data.AbstractSource):
         self.source, self.rows, self.grey, self.name = source, rows, grey, name
         self.row_shape = (1, *source.row_shape[1:]) if grey else source.row_shape
         self.dtype, self.labels, self.digest = source.dtype, source.labels, source.digest
-        self.row_condition = source.row_condition
+        self.row_condition, self.class_names = source.row_condition, source.class_names
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -115,7 +115,6 @@ def open_parts(
         raise ValueError(f"test must be other images than data, got {test[0]} for both")
     source = open_images(paths, size=size)
     _check(source)
-    names = class_names(source, paths)
     every = np.arange(len(source))
     if test or has_test_images(Path(paths[0])):
         held_out = open_images(test or paths, size=size, train=False)
@@ -128,7 +127,7 @@ def open_parts(
     if min(map(len, rows)) < 2:
         raise ValueError(f"{source.name}: must have two images to train on and two held out, got {[*map(len, rows)]}")
     train = Part(source, rows[0], f"training images of {source.name}", grey=grey)
-    return Parts(train, Part(held_out, rows[1], f"test images of {held_out.name}", grey=grey), names)
+    return Parts(train, Part(held_out, rows[1], f"test images of {held_out.name}", grey=grey), source.class_names)
 
 
 def open_images(paths: Sequence[str], *, size: Sequence[int] = (), train: bool = True) -> data.AbstractSource:
@@ -142,11 +141,11 @@ def open_images(paths: Sequence[str], *, size: Sequence[int] = (), train: bool =
         raise ValueError(f"data must be one path, or IDX files of images and of labels, got {len(paths)} paths")
     path = Path(paths[0])
     if len(paths) == 2 or _is_idx(path):
-        return _read_idx(paths)
+        return read_idx(paths)
     if (path / "manifest.json").exists():
         return data.ShardSource(path)
     if files := mnist_files(path, "train" if train else "t10k"):
-        return _read_idx(files)
+        return read_idx(files)
     if (mimetypes.guess_type(path)[0] or "").startswith("image/"):
         raise ValueError(f"data must be a folder, got the image {path}: give the folder that it is in")
     if path.is_file() or _is_cifar10(path):
@@ -158,15 +157,6 @@ def open_images(paths: Sequence[str], *, size: Sequence[int] = (), train: bool =
     passed_over = source.passed_over_as_text()
     run.tell(f"{path}: {len(source):,} images, resized and cropped to {height} x {width}; passed over: {passed_over}")
     return source
-
-
-def class_names(source: data.AbstractSource, paths: Sequence[str]) -> Sequence[str] | None:
-    """The names of the classes of the images at `paths`, if any are known: those of the source, or of Fashion-MNIST
-    where its package has it."""
-    path = Path(paths[0])
-    if source.labels == len(FASHION_CLASSES) and Path(FASHION_MNIST) in (path, path.parent):
-        return FASHION_CLASSES
-    return getattr(source, "class_names", None)
 
 
 def spread(number: int, count: int) -> Int[np.ndarray, " count"]:
@@ -205,8 +195,11 @@ def in_parts(
         yield x[np.minimum(np.arange(start, start + size), len(x) - 1)]
 
 
-def _read_idx(paths: Sequence[str | Path]) -> data.ArraySource:
-    return data.read_idx(paths[0], paths[1] if len(paths) == 2 else None)
+def read_idx(paths: Sequence[str | Path], labels: int | None = None) -> data.ArraySource:
+    """The images at a path, and their labels if there is a path of them. The names of the classes are known of
+    Fashion-MNIST where its package has it."""
+    has_names = len(paths) == 2 and labels in (None, 10) and Path(paths[0]).parent == Path(FASHION_MNIST)
+    return data.read_idx(*paths, labels=labels, class_names=FASHION_CLASSES if has_names else None)
 
 
 def _is_cifar10(path: Path) -> bool:
@@ -238,8 +231,10 @@ def _check(source: data.AbstractSource) -> None:
 def _check_alike(train: data.AbstractSource, test: data.AbstractSource) -> None:
     """Refuses test images of another kind than those that are trained on."""
     _check(test)
-    for name in ("row_shape", "class_names"):
-        if (found := getattr(test, name, None)) != (wanted := getattr(train, name, None)):
-            raise ValueError(f"{test.name}: {name} must be {wanted} as in {train.name}, got {found}")
+    if test.row_shape != train.row_shape:
+        raise ValueError(f"{test.name}: row_shape must be {train.row_shape} as in {train.name}, got {test.row_shape}")
+    found, wanted = test.class_names, train.class_names
+    if found and wanted and [*found] != [*wanted]:
+        raise ValueError(f"{test.name}: class_names must be {wanted} as in {train.name}, got {found}")
     if (test.labels or 0) > (train.labels or 0):
         raise ValueError(f"{test.name}: labels must be at most {train.labels}, as in {train.name}, got {test.labels}")

@@ -83,6 +83,8 @@ NEEDED_BY = {
     "to": KINDS[:-1],
 }
 """For which kinds a field may be given."""
+MOST_NAMES = 10
+"""Of classes that are printed."""
 
 
 def flag(name: str) -> str:
@@ -119,7 +121,7 @@ def open_source(config: Config) -> data.AbstractSource:
     if config.cifar10:
         return data.read_cifar10(config.cifar10, train=config.split == "train")
     if config.idx:
-        return data.read_idx(*idx_files(config), labels=config.labels)
+        return image_sources.read_idx(idx_files(config), config.labels)
     if config.images:
         height, width = (*config.size, *config.size)[:2]
         return data.ImageFolderSource(config.images, size=(height, width))
@@ -135,6 +137,8 @@ def report(source: data.AbstractSource) -> str:
     numbers = [(source.row_shape, source.dtype), *((leaf.shape, leaf.dtype) for _, leaf in arrays)]
     size = len(source) * sum(math.prod(shape) * dtype.itemsize for shape, dtype in numbers)
     labels = "no labels" if source.labels is None else f"{source.labels} labels"
+    if names := source.class_names:
+        labels += f" ({', '.join(names[:MOST_NAMES])}{', ...' if len(names) > MOST_NAMES else ''})"
     found = [f"condition{jax.tree_util.keystr(path)} {leaf.dtype} of shape {leaf.shape}" for path, leaf in arrays]
     conditions = ", ".join(found) or labels
     return f"{len(source):,} rows of shape {source.row_shape}, {source.dtype}, {conditions}, {size:,} bytes"

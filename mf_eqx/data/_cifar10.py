@@ -20,7 +20,8 @@ from ._file import open_unpacked, PathLike
 from ._source import ArraySource, check_labels
 from ._tar import TarReader
 
-_LABELS = 10
+_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+_LABELS = len(_CLASSES)
 _PIXELS = 3 * 32 * 32
 _LARGEST_FILE = 1 << 26
 """In bytes; the largest file of CIFAR-10 has 31,035,704."""
@@ -37,7 +38,7 @@ class _Part(NamedTuple):
 
 
 def read_cifar10(path: PathLike, *, train: bool = True) -> ArraySource:
-    """CIFAR-10, bytes of shape (3, 32, 32) in the order red, green, blue, with ten labels.
+    """CIFAR-10, bytes of shape (3, 32, 32) in the order red, green, blue, with ten labels and their names.
 
     **Arguments:**
 
@@ -63,7 +64,7 @@ def read_cifar10(path: PathLike, *, train: bool = True) -> ArraySource:
         raise ValueError(f"{root}: must hold {_span(wanted)} of CIFAR-10, got no {', '.join(missing)}")
     parts = [decode(str(root / name), contents[name]) for name in wanted]
     x, label = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
-    return ArraySource(x, label, labels=_LABELS, name=str(root))
+    return ArraySource(x, label, class_names=_CLASSES, name=str(root))
 
 
 def _span(names: Sequence[str]) -> str:

@@ -7,6 +7,7 @@ Reference: Yann LeCun, Corinna Cortes and Christopher Burges, "The MNIST databas
 """
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,12 @@ _MOST_AXES = 8
 
 
 def read_idx(
-    images: PathLike, label: PathLike | None = None, *, labels: Count | None = None, most_bytes: Count = 1 << 33
+    images: PathLike,
+    label: PathLike | None = None,
+    *,
+    labels: Count | None = None,
+    class_names: Sequence[str] | None = None,
+    most_bytes: Count = 1 << 33,
 ) -> ArraySource:
     """The rows of IDX files, gzipped or not, read into memory.
 
@@ -32,7 +38,8 @@ def read_idx(
       leading row axis are not changed. Neither are the values: bytes from 0 to 255 for MNIST. (Among the dtypes of the
       format, uint8 and floating point can be trained on.)
     - `label`: path of a file with an integer for each row, or None.
-    - `labels`: how many different labels there are, by default the largest one plus 1.
+    - `labels`: how many different labels there are, by default as many as `class_names`, or the largest one plus 1.
+    - `class_names`: what the labels mean, which the files do not say, or None.
     - `most_bytes`: the largest number of bytes that the values of a file may have when unpacked, 8 GiB by default.
 
     **Raises:** `OSError` if a file cannot be opened; `ValueError` that names the file, what was expected and what was
@@ -45,9 +52,11 @@ def read_idx(
         raise ValueError(f"{images}: must have a row axis and others, got shape {x.shape}")
     x = x[:, None] if x.ndim == 3 else x
     if label is None:
-        return ArraySource(x, labels=labels, name=str(images))
+        return ArraySource(x, labels=labels, class_names=class_names, name=str(images))
     values = _read(Path(label), most_bytes)
-    return ArraySource(x, values, labels=check_labels(str(label), values, len(x), labels), name=str(images))
+    labels = len(class_names) if class_names is not None and labels is None else labels
+    labels = check_labels(str(label), values, len(x), labels)
+    return ArraySource(x, values, labels=labels, class_names=class_names, name=str(images))
 
 
 def _read(path: Path, most_bytes: int) -> Shaped[np.ndarray, "rows ..."]:

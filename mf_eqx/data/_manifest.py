@@ -32,9 +32,9 @@ class File(NamedTuple):
 
 
 class Manifest(NamedTuple):
-    """The fields of the manifest, in the order in which they are written; `label` is None without labels. The last two
-    are written only if there are conditions that are no labels: `row_condition` as in `_structure`, and the files of
-    each of its arrays."""
+    """The fields of the manifest, in the order in which they are written; `label` is None without labels. The last
+    three are written only if there is something to write: conditions that are no labels, `row_condition` as in
+    `_structure` and the files of each of its arrays; the names of the classes."""
 
     version: int
     rows: int
@@ -47,6 +47,7 @@ class Manifest(NamedTuple):
     digest: str
     row_condition: dict[str, Any] | None = None
     condition: list[list[File]] | None = None
+    class_names: list[str] | None = None
 
 
 _CONDITION = ("row_condition", "condition")
@@ -69,6 +70,8 @@ def _plain(manifest: Manifest) -> dict[str, Any]:
     plain = manifest._asdict() | {
         kind: None if several is None else [file._asdict() for file in several] for kind, several in files.items()
     }
+    if manifest.class_names is None:
+        del plain["class_names"]
     if manifest.condition is None:
         return {field: value for field, value in plain.items() if field not in _CONDITION}
     return plain | {"condition": [[file._asdict() for file in several] for several in manifest.condition]}
@@ -88,7 +91,8 @@ def read_manifest(path: Path) -> Manifest:
         rule = f"{VERSION} or {VERSION_WITH_CONDITION}"
         raise ValueError(f"{path}: version must be {rule}, got {_short(version)}: the data must be converted again")
     with_condition = version == VERSION_WITH_CONDITION
-    wanted = [field for field in Manifest._fields if with_condition or field not in _CONDITION]
+    left_out = {*(() if with_condition else _CONDITION), *(() if "class_names" in values else ("class_names",))}
+    wanted = [field for field in Manifest._fields if field not in left_out]
     manifest = Manifest(**_fields(str(path), values, wanted))
     _check_values(path, manifest)
     manifest = manifest._replace(
@@ -127,6 +131,7 @@ def _check_values(path: Path, manifest: Manifest) -> None:
         ("label", manifest.label is None or isinstance(manifest.label, list), "a list of files or null"),
         ("label", (manifest.label is None) == (manifest.labels is None), "given if and only if labels is"),
         ("crc", isinstance(manifest.crc, list), "a list of files"),
+        ("class_names", _are_names(manifest.class_names, manifest.labels), "a list of a text for each label"),
     ):
         if not fits:
             raise ValueError(f"{path}: {name} must be {rule}, got {_short(getattr(manifest, name))}")
@@ -172,6 +177,13 @@ def _read_file(where: str, name: str, values: Any) -> File:
 
 def _is_count(value: Any) -> bool:
     return type(value) is int and value >= 1
+
+
+def _are_names(value: Any, labels: Any) -> bool:
+    """Whether the names of classes are left out, or a text for each label."""
+    if value is None:
+        return True
+    return isinstance(value, list) and len(value) == labels and all(isinstance(name, str) for name in value)
 
 
 def _short(value: Any) -> str:

@@ -262,7 +262,8 @@ def _write_manifest(
     x, crc = [shard.x for shard in written], [shard.crc for shard in written]
     label = [shard.label for shard in written if shard.label is not None] or None
     shape, dtype = list(source.row_shape), source.dtype.newbyteorder("=").name
-    manifest = Manifest(VERSION, len(source), shape, dtype, source.labels, x, label, crc, "")
+    names = None if source.class_names is None else list(source.class_names)
+    manifest = Manifest(VERSION, len(source), shape, dtype, source.labels, x, label, crc, "", class_names=names)
     if structure is not None:
         condition = [list(files) for files in zip(*(shard.condition for shard in written), strict=True)]
         manifest = manifest._replace(version=VERSION_WITH_CONDITION, row_condition=structure, condition=condition)
@@ -303,7 +304,7 @@ class ShardSource(AbstractSource):
         self._source = NpySource(x, label or None, condition=self._condition_paths(), labels=manifest.labels)
         self.name, self.digest = str(self._folder), manifest.digest
         self.row_shape, self.dtype, self.labels = self._source.row_shape, self._source.dtype, self._source.labels
-        self.row_condition = self._source.row_condition
+        self.row_condition, self.class_names = self._source.row_condition, manifest.class_names
         self._check_counts()
         checksums = [_read_checksums(path, file.rows) for path, file in zip(crc, manifest.x, strict=True)]
         self._crc = np.concatenate(checksums)

@@ -31,8 +31,8 @@ class AbstractSource(abc.ABC):
     """A data set whose rows are read by number. Several threads may use one source at the same time.
 
     **Attributes:** `name` in error messages; `row_shape` and `dtype` of one row's data; `labels` how many different
-    labels there are, numbered from 0, at most 2^31, or None without labels; `digest` of all data if it is known without
-    reading them, or None.
+    labels there are, numbered from 0, at most 2^31, or None without labels; `class_names`, one for each label, or None
+    where they are not known; `digest` of all data if it is known without reading them, or None.
     """
 
     name: str
@@ -40,6 +40,7 @@ class AbstractSource(abc.ABC):
     dtype: np.dtype
     labels: int | None
     row_condition: RowCondition = None
+    class_names: Sequence[str] | None = None
     digest: str | None = None
 
     @abc.abstractmethod
@@ -61,11 +62,13 @@ class ArraySource(AbstractSource):
     - `condition`: what a field is conditioned on if it is no label: a PyTree of arrays with the same leading axis, such
       as one vector for each row, or a dictionary of arrays. Labels may be among them; they are then integers like
       others, whose range is not checked. None for data with labels, or without conditions.
-    - `labels`: how many different labels there are, by default the largest one plus 1.
+    - `labels`: how many different labels there are, by default as many as `class_names`, or the largest one plus 1.
+    - `class_names`: what the labels mean, or None.
     - `name`: of the source in error messages.
 
     **Raises:** `ValueError` if there are no rows or empty ones, if `label` has another length or dtype than required,
-    or values outside of [0, labels) or of int32, or if an array of `condition` has another length or is not of numbers.
+    or values outside of [0, labels) or of int32, if there are not as many `class_names` as labels, or if an array of
+    `condition` has another length or is not of numbers.
     """
 
     def __init__(
@@ -75,6 +78,7 @@ class ArraySource(AbstractSource):
         *,
         condition: PyTree[Any] = None,
         labels: Count | None = None,
+        class_names: Sequence[str] | None = None,
         name: str = "arrays",
     ):
         if x.ndim < 1 or 0 in x.shape:
@@ -82,9 +86,11 @@ class ArraySource(AbstractSource):
         if label is None and labels is not None:
             raise ValueError(f"{name}: label must be given with labels = {labels}, got None")
         _check_kind(name, label, condition)
+        labels = len(class_names) if class_names is not None and labels is None and label is not None else labels
         self.name, self.x, self.row_shape, self.dtype = name, x, x.shape[1:], x.dtype.newbyteorder("=")
         self.label, self.labels = label, None if label is None else check_labels(name, label, len(x), labels)
         with name_in_errors(name):
+            self.class_names = check_class_names(class_names, self.labels)
             self.condition = None if condition is None else _condition.as_arrays(condition, len(x))
         self.row_condition = _condition.row_of(self.condition)
 
@@ -123,6 +129,13 @@ def check_labels(name: str, label: Shaped[np.ndarray, "..."], rows: int, labels:
         return _check.check_labels(label, rows, labels)
 
 
+def check_class_names(class_names: Sequence[str] | None, labels: int | None) -> Sequence[str] | None:
+    """The names. Refuses anything but one for each label."""
+    if class_names is not None and len(class_names) != (labels or 0):
+        raise ValueError(f"class_names must be {labels or 0}, one for each label, got {len(class_names)}")
+    return class_names
+
+
 @contextlib.contextmanager
 def name_in_errors(name: str) -> Iterator[None]:
     """A context that puts `name` in front of the message of a `ValueError`."""
@@ -141,6 +154,7 @@ def check_source(source: AbstractSource) -> None:
         _check.check_dtype(source.dtype)
         if source.labels is not None:
             _check.as_labels(source.labels)
+        check_class_names(source.class_names, source.labels)
         if source.labels is not None and source.row_condition is not None:
             raise ValueError(f"labels must be None with a row_condition, got {source.labels}")
         _condition.check_row_condition(source.row_condition)
@@ -199,6 +213,8 @@ class JoinedSource(AbstractSource):
         self._parts, self._ends = list(parts), np.cumsum([len(part) for part in parts])
         self.name, self.row_shape, self.dtype, self.labels = name, first.row_shape, first.dtype, first.labels
         self.row_condition = first.row_condition
+        if all(part.class_names == first.class_names for part in parts):
+            self.class_names = first.class_names
         digests = [part.digest for part in parts if part.digest is not None]
         if len(digests) == len(parts):
             self.digest = hashlib.sha256("".join(digests).encode()).hexdigest()

@@ -112,6 +112,7 @@ def packed(content):
 def check(source, names):
     rows = read_all(source)
     assert (source.row_shape, source.dtype, source.labels) == ((3, 32, 32), np.uint8, 10)
+    assert source.class_names[0] == "airplane" and source.class_names[9] == "truck"
     np.testing.assert_array_equal(rows.x, np.concatenate([X[name] for name in names]))
     np.testing.assert_array_equal(rows.label, np.concatenate([LABEL[name] for name in names]))
 

@@ -97,6 +97,15 @@ def test_number_of_labels_is_kept(tmp_path):
     assert ShardSource(write(tmp_path / "s", labels=9)).labels == 9
 
 
+def test_names_of_classes_are_kept_and_are_part_of_the_digest(folder, tmp_path):
+    write_shards(ArraySource(X, LABEL, class_names=("ant", "bee", "ca\u00f1a", "d")), tmp_path / "s")
+    source = ShardSource(tmp_path / "s", verify=True)
+    assert (source.labels, source.class_names) == (4, ["ant", "bee", "ca\u00f1a", "d"])
+    assert ShardSource(folder).class_names is None
+    changed_manifest(folder, lambda m: m.update(class_names=["ant", "bee", "cat", "d"]))
+    assert ShardSource(folder).class_names == ["ant", "bee", "cat", "d"]
+
+
 def test_files_are_plain_npy(folder):
     np.testing.assert_array_equal(np.load(folder / "x_00001.npy"), X[4:8])
     np.testing.assert_array_equal(np.load(folder / "label_00002.npy"), LABEL[8:])
@@ -401,6 +410,9 @@ def test_manifest_that_is_none_is_refused(content, message, folder):
         (lambda m: m.update(labels=3), r"label_00000.npy: label must lie in \[0, 2\], got 3"),
         (lambda m: m.update(labels=None), "label must be given if and only if labels is, got list of 3"),
         (lambda m: m.update(labels="4"), "labels must be an integer >= 1 or null, got '4'"),
+        (lambda m: m.update(class_names=["a"]), "class_names must be a list of a text for each label, got list of 1"),
+        (lambda m: m.update(class_names=[1, 2, 3, 4]), "class_names must be a list of a text for each label, got list"),
+        (lambda m: m.update(class_names="abcd"), "class_names must be a list of a text for each label, got 'abcd'"),
         (lambda m: m.update(x=[]), "x must be a list of files, got list of 0"),
         (lambda m: m["label"].pop(), "label must have 3 files as x has, got 2"),
         (lambda m: m["crc"].pop(), "crc must have 3 files as x has, got 2"),

@@ -112,6 +112,19 @@ def test_joined_source_tells_name_shape_dtype_labels_and_length():
     assert (source.dtype, source.labels) == (np.float32, 3)
 
 
+def test_names_of_classes_are_as_many_as_labels():
+    assert ArraySource(X, LABEL, class_names=("a", "b", "c", "d")).labels == 4
+    for label, labels in ((LABEL, 4), (None, None)):
+        with pytest.raises(ValueError, match=rf"arrays: class_names must be {labels or 0}, one for each label, got 3"):
+            ArraySource(X, label, labels=labels, class_names="abc")
+
+
+def test_joined_source_has_the_names_of_classes_that_all_its_parts_have():
+    parts = [ArraySource(X, LABEL, class_names=names) for names in ("abc", "abc", "abd")]
+    assert JoinedSource(parts[:2], name="all").class_names == "abc"
+    assert JoinedSource(parts, name="all").class_names is None
+
+
 def test_joined_source_without_labels_has_none():
     source = joined(3, 1, labelled=False)
     assert source.labels is None and source.take(np.array([3, 0])).label is None

@@ -170,12 +170,22 @@ def test_a_folder_of_mnist_has_its_own_test_images(suffix, sources, here):
     assert (train.labels, test.labels, names) == (3, 3, None)
 
 
-def test_fashion_mnist_is_known_by_its_place_and_has_names_of_its_classes(sources):
-    ten = data.ArraySource(X[:10], np.arange(10), labels=10)
-    place = sources.FASHION_MNIST
-    for path in (place, f"{place}/", f"{place}/train-images-idx3-ubyte.gz"):
-        assert sources.class_names(ten, [path])[9] == "boot"
-    assert sources.class_names(ten, ["mnist"]) is sources.class_names(data.ArraySource(X), [place]) is None
+def test_fashion_mnist_is_known_by_its_place_and_has_names_of_its_classes(sources, here, monkeypatch):
+    save_mnist("mnist")
+    assert sources.open_images(["mnist"]).class_names is None
+    monkeypatch.setattr(sources, "FASHION_MNIST", "mnist")
+    images, labels = sources.mnist_files(here / "mnist", "train")
+    for paths in (["mnist"], ["mnist/"], [f"mnist/{images.name}", f"mnist/{labels.name}"]):
+        assert sources.open_images(paths).class_names[9] == "boot"
+    assert sources.open_images([f"mnist/{images.name}"]).class_names is None
+
+
+def test_shards_keep_the_names_of_classes_and_test_images_must_not_have_others(sources, here):
+    for folder, names in (("named", ("a", "b", "c")), ("other", ("a", "c", "b")), ("unnamed", None)):
+        data.write_shards(data.ArraySource(X, LABEL, class_names=names), folder)
+    assert sources.open_parts(["named"], ["unnamed"], size=(), holdout=0.1).class_names == ["a", "b", "c"]
+    with pytest.raises(ValueError, match=r"other: class_names must be \['a', 'b', 'c'\] as in named, got"):
+        sources.open_parts(["named"], ["other"], size=(), holdout=0.1)
 
 
 def test_cifar10_has_its_own_test_images(sources, here):

@@ -59,7 +59,8 @@ def test_cifar10_becomes_shards(convert, capsys):
     save_cifar10("cifar")
     convert("--cifar10 cifar --to shards --rows-per-shard 4")
     check("shards", X, LABEL)
-    line = r"shards: 10 rows of shape \(3, 32, 32\), uint8, 10 labels, 30,720 bytes, \d+\.\d s\n"
+    names = "airplane, automobile, bird, cat, deer, dog, frog, horse, ship, truck"
+    line = rf"shards: 10 rows of shape \(3, 32, 32\), uint8, 10 labels \({names}\), 30,720 bytes, \d+\.\d s\n"
     assert re.fullmatch(line, capsys.readouterr().out)
 
 
@@ -118,6 +119,7 @@ def test_images_become_shards(convert):
         image.fromarray(x.transpose(1, 2, 0)).save(f"images/{name}/x.png")
     convert("--images images --size 32 --to shards")
     check("shards", X[:2], [0, 1])
+    assert data.ShardSource("shards").class_names == ["a", "b"]
 
 
 def test_files_in_a_folder_of_images_that_are_no_images_are_told(convert, capsys):
