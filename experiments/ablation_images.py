@@ -31,7 +31,7 @@ JUDGED = 2000
 
 
 def fashion_mnist(
-    steps: int = 2000,
+    steps: int = 4000,
     files: str = fashion.PLACE,
     *,
     judged: int = JUDGED,
@@ -45,7 +45,7 @@ def fashion_mnist(
     **Raises:** `ValueError` if `files` is not such a folder.
     """
     fashion.check_files((files,), "files")
-    numbers = Numbers(steps, batch=64, width=SIZE.width, learning_rate=2e-3, decay=0.99, clip=None)
+    numbers = Numbers(steps, batch=16, width=SIZE.width, learning_rate=2e-3, decay=0.997, clip=None)
     parts = fashion.images.open_data(fashion.Config(data=(files,)), fashion.CLASSES)
     rows = parts.train.take(np.arange(len(parts.train)))
     parts.train.digest = digest_of(parts.train)  # part of the name of their classifier's file
@@ -71,7 +71,7 @@ def fashion_mnist(
     details = {**size, **judging, "images": digest_of(parts.train, parts.test)}
     options = {"details": details, "prepare": data.FromPixels(), "sampler": sampler, "beside": beside}
     options |= {"ordered": ("distance", "FD classifier", "W2 lite0", "W2 classifier"), "has_floor": True}
-    return Recipe(len(fashion.CLASSES), make_field, draw, open_judge, distance, numbers, Cost(0.1, 41), **options)
+    return Recipe(len(fashion.CLASSES), make_field, draw, open_judge, distance, numbers, Cost(0.042, 41), **options)
 
 
 def make_judge(

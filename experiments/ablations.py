@@ -61,7 +61,7 @@ class Config(Study):
     that need rows with r = t (see the README's table of methods) have no row 100% in 1a. If a method has a loss of its
     own, 1e changes the weight of rows with r = t only."""
     steps: int | None = None
-    """Training steps of a cell, by default 4000 for eight_gaussians, 1500 for digits, 2000 for fashion."""
+    """Training steps of a cell, by default 4000 for eight_gaussians and for fashion, 1500 for digits."""
     save_every: int = 200
     """Steps between checkpoints of a cell; its last step is always saved."""
     log_every: int = 100
