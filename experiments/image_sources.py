@@ -14,7 +14,6 @@ What a path means is seen in what it holds:
 import dataclasses
 import gzip
 import math
-import mimetypes
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -30,6 +29,8 @@ FASHION_MNIST = "/usr/share/datasets/fashion-mnist"
 """Where the package dataset-fashion-mnist of Debian and Ubuntu has the files."""
 FASHION_CLASSES = ("T-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot")
 """What its labels mean: IDX files hold no names."""
+IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
+"""Of the files that a folder of images may hold."""
 
 
 class Part(data.AbstractSource):
@@ -69,9 +70,11 @@ class Settings(run.Settings):
     """Images to judge by, which are never trained on, given like data. By default those of CIFAR-10 or MNIST, else a
     part of data."""
     holdout: float = 0.1
-    """Share of the data that is held out if there are no test images, in (0, 1); the same images whatever the seed."""
+    """Share of the data that is held out if there are no test images, in (0, 1); the same images whatever the seed.
+    Refused where there are test images."""
     size: tuple[int, ...] = ()
-    """Side in pixels, or height and width, to which images in folders are resized and cropped."""
+    """Side in pixels, or height and width, to which images in folders are resized and cropped. Other images keep their
+    size, and another one is refused."""
     grey: bool = False
     """Images in grey: the mean over the colours."""
 
@@ -90,13 +93,10 @@ class Settings(run.Settings):
         **Raises:** `ValueError` as the function of this name, and for a `size` or a `holdout` that these data have no
         use for.
         """
-        if (self.test or has_test_images(Path(self.data[0]))) and self.holdout != Settings.holdout:
-            raise ValueError(f"holdout must be left out where there are test images, got {self.holdout}")
         parts = open_parts(self.data, self.test, size=self.size, holdout=self.holdout, grey=self.grey)
-        sides = parts.train.row_shape[1:]
-        if self.size and sides != (*self.size, *self.size)[:2]:
-            rule = f"left out, or {' '.join(map(str, sides))} as the images of {' '.join(self.data)} have"
-            raise ValueError(f"size must be {rule}, which are not resized, got {' '.join(map(str, self.size))}")
+        if self.holdout != Settings.holdout:
+            check_holdout(self.data, self.test, self.holdout)
+        check_size(parts.train, self.size)
         return parts
 
 
@@ -108,11 +108,12 @@ def open_parts(
 
     **Raises:** `ValueError` if there are none, too few, or some that a network of pixels cannot take.
     """
+    _check_number(paths)
     for name, given in (("data", paths), ("test", test)):
         if missing := [path for path in given if not Path(path).exists()]:
             raise ValueError(f"{name} must be files or folders that exist, got {missing[0]}")
-    if test and not has_test_images(Path(test[0])) and Path(test[0]).resolve() == Path(paths[0]).resolve():
-        raise ValueError(f"test must be other images than data, got {test[0]} for both")
+    if test and not has_test_images(Path(test[0])) and _first_file(paths, "train") == _first_file(test, "t10k"):
+        raise ValueError(f"test must be other images than those that are trained on, got {test[0]} for both")
     source = open_images(paths, size=size)
     _check(source)
     every = np.arange(len(source))
@@ -137,8 +138,7 @@ def open_images(paths: Sequence[str], *, size: Sequence[int] = (), train: bool =
     **Arguments:** `paths`; `size` for folders of images, of both sides or height and width; `train` False for the test
     images of CIFAR-10 or MNIST.
     """
-    if not 1 <= len(paths) <= 2:
-        raise ValueError(f"data must be one path, or IDX files of images and of labels, got {len(paths)} paths")
+    _check_number(paths)
     path = Path(paths[0])
     if len(paths) == 2 or _is_idx(path):
         return read_idx(paths)
@@ -146,8 +146,8 @@ def open_images(paths: Sequence[str], *, size: Sequence[int] = (), train: bool =
         return data.ShardSource(path)
     if files := mnist_files(path, "train" if train else "t10k"):
         return read_idx(files)
-    if (mimetypes.guess_type(path)[0] or "").startswith("image/"):
-        raise ValueError(f"data must be a folder, got the image {path}: give the folder that it is in")
+    if path.is_file() and path.suffix.lower() in IMAGE_SUFFIXES:
+        raise ValueError(f"{path}: must be a folder of images, got one image: give the folder that it is in")
     if path.is_file() or _is_cifar10(path):
         return data.read_cifar10(path, train=train)
     if path.is_dir() and not size:
@@ -159,6 +159,20 @@ def open_images(paths: Sequence[str], *, size: Sequence[int] = (), train: bool =
     return source
 
 
+def check_size(source: data.AbstractSource, size: Sequence[int]) -> None:
+    """Refuses a size that is given for images which are not resized, and have another one."""
+    sides = source.row_shape[1:]
+    if size and sides != (*size, *size)[:2]:
+        rule = f"{' '.join(map(str, sides))} for {source.name}, which are not resized"
+        raise ValueError(f"size must be left out, or {rule}, got {' '.join(map(str, size))}")
+
+
+def check_holdout(paths: Sequence[str], test: Sequence[str], holdout: float) -> None:
+    """Refuses a share to hold out that is given where there are test images."""
+    if test or has_test_images(Path(paths[0])):
+        raise ValueError(f"holdout must be left out where there are test images, got {holdout}")
+
+
 def spread(number: int, count: int) -> Int[np.ndarray, " count"]:
     """So many of the numbers below `number`, in equal distances."""
     return np.arange(count) * number // count
@@ -167,6 +181,16 @@ def spread(number: int, count: int) -> Int[np.ndarray, " count"]:
 def has_test_images(path: Path) -> bool:
     """Whether a data set has test images of its own."""
     return bool(mnist_files(path, "t10k")) or _is_cifar10(path) or (path.is_file() and not _is_idx(path))
+
+
+def _check_number(paths: Sequence[str]) -> None:
+    if not 1 <= len(paths) <= 2:
+        raise ValueError(f"data must be one path, or IDX files of images and of labels, got {len(paths)} paths")
+
+
+def _first_file(paths: Sequence[str], part: str) -> Path:
+    """What a part of the data is read from: a file of images, or a folder."""
+    return (mnist_files(Path(paths[0]), part) or [Path(paths[0])])[0].resolve()
 
 
 def mnist_files(folder: Path, part: str) -> list[Path]:
@@ -198,7 +222,8 @@ def in_parts(
 def read_idx(paths: Sequence[str | Path], labels: int | None = None) -> data.ArraySource:
     """The images at a path, and their labels if there is a path of them. The names of the classes are known of
     Fashion-MNIST where its package has it."""
-    has_names = len(paths) == 2 and labels in (None, 10) and Path(paths[0]).parent == Path(FASHION_MNIST)
+    is_fashion = all(Path(path).parent == Path(FASHION_MNIST) for path in paths)
+    has_names = is_fashion and len(paths) == 2 and labels in (None, len(FASHION_CLASSES))
     return data.read_idx(*paths, labels=labels, class_names=FASHION_CLASSES if has_names else None)
 
 

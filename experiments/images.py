@@ -2,7 +2,7 @@
 
     python experiments/images.py --data photos --size 64                        a folder, or a folder for each class
     python experiments/images.py --data /usr/share/datasets/fashion-mnist       IDX files; CIFAR-10; shards
-    python experiments/images.py --data photos --size 64 --preset quick         480 s of CPU time for 28 x 28 in grey
+    python experiments/images.py --data photos --size 64 --preset quick         a small network, minutes on a CPU
     python experiments/images.py --data photos --size 64 --preset guided        guidance inside the target; needs labels
     python experiments/images.py --data photos --size 64 --preset any-guidance  one network, guided at sampling
     python experiments/images.py --data photos --size 48 64 --network unet --flips        48 rows of 64 pixels

@@ -285,6 +285,9 @@ def open_images(config: Config, of: AutoencoderSize) -> tuple[data.AbstractSourc
         train, _, names = image_sources.open_parts(paths, (), size=size, holdout=config.holdout, grey=config.grey)
         return train, names
     source = image_sources.open_images(paths, size=size)
+    if config.holdout:
+        image_sources.check_holdout(paths, (), config.holdout)
+    image_sources.check_size(source, config.size)
     every = np.arange(len(source))
     return (image_sources.Part(source, every, source.name, grey=True) if config.grey else source), source.class_names
 

@@ -309,7 +309,7 @@ def next_commands(config: Config, directory: run.RunDirectory, rows: int) -> lis
     encoding, training = [*common, "--to", latents], ["--preset", "quick", "--data", latents, *common]
     if rows < 60_000:  # parts of few images would be filled up; the preset counts on those of Fashion-MNIST
         encoding += ["--parts", str(1 + rows // PART)]
-        training += ["--epochs", f"{SEEN / rows:.4g}", "--warmup-epochs", f"{SEEN / 10 / rows:.4g}"]
+        training += ["--epochs", f"{SEEN / rows:.4g}", "--warmup-epochs", f"{SEEN / 20 / rows:.4g}"]
     if config.size:
         encoding += ["--size", *map(str, config.size)]
     if config.grey:

@@ -1,7 +1,7 @@
 """Shards, one format for data sets of any origin: .npy files with a fixed number of rows each, and a manifest.
 
-    folder/manifest.json      rows, shape, dtype, labels, structure of other conditions with shapes and dtypes;
-                              name, length and SHA-256 of each file; its own digest
+    folder/manifest.json      rows, shape, dtype, labels, names of classes, structure of other conditions with shapes
+                              and dtypes; name, length and SHA-256 of each file; its own digest
     folder/x_00000.npy ...    the data
     folder/label_00000.npy    the labels of these data, if there are any
     folder/condition_0_00000.npy, condition_1_00000.npy, ...        the arrays of another condition, if there is one

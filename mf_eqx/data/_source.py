@@ -86,7 +86,8 @@ class ArraySource(AbstractSource):
         if label is None and labels is not None:
             raise ValueError(f"{name}: label must be given with labels = {labels}, got None")
         _check_kind(name, label, condition)
-        labels = len(class_names) if class_names is not None and labels is None and label is not None else labels
+        if label is not None and labels is None and class_names is not None:
+            labels = len(class_names)
         self.name, self.x, self.row_shape, self.dtype = name, x, x.shape[1:], x.dtype.newbyteorder("=")
         self.label, self.labels = label, None if label is None else check_labels(name, label, len(x), labels)
         with name_in_errors(name):
@@ -129,11 +130,17 @@ def check_labels(name: str, label: Shaped[np.ndarray, "..."], rows: int, labels:
         return _check.check_labels(label, rows, labels)
 
 
-def check_class_names(class_names: Sequence[str] | None, labels: int | None) -> Sequence[str] | None:
-    """The names. Refuses anything but one for each label."""
-    if class_names is not None and len(class_names) != (labels or 0):
-        raise ValueError(f"class_names must be {labels or 0}, one for each label, got {len(class_names)}")
-    return class_names
+def check_class_names(class_names: Sequence[str] | None, labels: int | None) -> tuple[str, ...] | None:
+    """The names as a tuple. Refuses anything but a text for each label."""
+    if class_names is None:
+        return None
+    if labels is None:
+        raise ValueError(f"class_names must be None without labels, got {len(class_names)}")
+    if isinstance(class_names, str) or not all(isinstance(name, str) for name in class_names):
+        raise ValueError(f"class_names must be a text for each label, got {class_names!r:.80}")
+    if len(class_names) != labels:
+        raise ValueError(f"class_names must be {labels}, one for each label, got {len(class_names)}")
+    return tuple(class_names)
 
 
 @contextlib.contextmanager
@@ -196,7 +203,7 @@ class JoinedSource(AbstractSource):
     """All rows of several sources, one source after the other.
 
     **Arguments:** `parts` the sources, at least one, of the same row shape, dtype, number of labels and kind of
-    condition; `name` of the joined source in error messages.
+    condition; `name` of the joined source in error messages. Names of classes are those that all parts have.
 
     **Raises:** `ValueError` if the parts differ, with the names of two that do; from `take`, if a part returns rows of
     another shape or dtype than it declares, or labels that do not fit.
@@ -213,8 +220,8 @@ class JoinedSource(AbstractSource):
         self._parts, self._ends = list(parts), np.cumsum([len(part) for part in parts])
         self.name, self.row_shape, self.dtype, self.labels = name, first.row_shape, first.dtype, first.labels
         self.row_condition = first.row_condition
-        if all(part.class_names == first.class_names for part in parts):
-            self.class_names = first.class_names
+        names = {None if part.class_names is None else tuple(part.class_names) for part in parts}
+        self.class_names = names.pop() if len(names) == 1 else None
         digests = [part.digest for part in parts if part.digest is not None]
         if len(digests) == len(parts):
             self.digest = hashlib.sha256("".join(digests).encode()).hexdigest()

@@ -114,14 +114,21 @@ def test_joined_source_tells_name_shape_dtype_labels_and_length():
 
 def test_names_of_classes_are_as_many_as_labels():
     assert ArraySource(X, LABEL, class_names=("a", "b", "c", "d")).labels == 4
-    for label, labels in ((LABEL, 4), (None, None)):
-        with pytest.raises(ValueError, match=rf"arrays: class_names must be {labels or 0}, one for each label, got 3"):
-            ArraySource(X, label, labels=labels, class_names="abc")
+    with pytest.raises(ValueError, match="arrays: class_names must be 4, one for each label, got 3"):
+        ArraySource(X, LABEL, labels=4, class_names=[*"abc"])
+    with pytest.raises(ValueError, match="arrays: class_names must be None without labels, got 3"):
+        ArraySource(X, class_names=[*"abc"])
+
+
+@pytest.mark.parametrize("names", ["abcd", [1, 2, 3, 4], [b"a", b"b", b"c", b"d"]])
+def test_names_of_classes_that_are_no_texts_are_refused(unchecked, names):
+    with pytest.raises(ValueError, match="arrays: class_names must be a text for each label, got"):
+        ArraySource(X, LABEL, class_names=names)
 
 
 def test_joined_source_has_the_names_of_classes_that_all_its_parts_have():
-    parts = [ArraySource(X, LABEL, class_names=names) for names in ("abc", "abc", "abd")]
-    assert JoinedSource(parts[:2], name="all").class_names == "abc"
+    parts = [ArraySource(X, LABEL, class_names=names) for names in ([*"abc"], (*"abc",), [*"abd"])]
+    assert JoinedSource(parts[:2], name="all").class_names == ("a", "b", "c")
     assert JoinedSource(parts, name="all").class_names is None
 
 

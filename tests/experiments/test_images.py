@@ -178,6 +178,7 @@ def test_fashion_mnist_is_known_by_its_place_and_has_names_of_its_classes(source
     for paths in (["mnist"], ["mnist/"], [f"mnist/{images.name}", f"mnist/{labels.name}"]):
         assert sources.open_images(paths).class_names[9] == "boot"
     assert sources.open_images([f"mnist/{images.name}"]).class_names is None
+    assert sources.open_images([f"mnist/{images.name}", "labels"]).class_names is None
 
 
 def test_shards_keep_the_names_of_classes_and_test_images_must_not_have_others(sources, here):
@@ -294,16 +295,25 @@ def test_a_share_that_leaves_no_room_for_dropped_labels_is_allowed_without_label
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ("--data", "--data must be one path, or IDX files of images and of labels, got 0 paths"),
+        (
+            "--data mnist --test mnist/train-images-idx3-ubyte",
+            "test must be other images than those that are trained on",
+        ),
+        ("--test missing --data pets --holdout 0.2", "--test must be files or folders that exist, got missing"),
         ("--data missing", "--data must be files or folders that exist, got missing"),
         ("--data pets", "size must be given for a folder of images, in pixels, got none for pets"),
         (
             "--data pets/cat/00.png",
-            "must be a folder, got the image pets/cat/00.png: give the folder that it is in",
+            "error: pets/cat/00.png: must be a folder of images, got one image: give the folder that it is in",
         ),
-        ("--data pets --test pets/ --size 8", "test must be other images than data, got pets/ for both"),
+        (
+            "--data pets --test pets/ --size 8",
+            "test must be other images than those that are trained on, got pets/ for both",
+        ),
         (
             "--data idx --size 4",
-            "size must be left out, or 8 8 as the images of idx have, which are not resized, got 4",
+            "size must be left out, or 8 8 for training images of idx, which are not resized, got 4",
         ),
         (
             "--data idx labels --test mnist --holdout 0.2",
@@ -368,6 +378,7 @@ def test_a_share_that_leaves_no_room_for_dropped_labels_is_allowed_without_label
 )
 def test_bad_input_ends_in_one_line_and_leaves_no_run(images, arguments, message, capsys, here):
     save_folder("pets")
+    save_mnist("mnist")
     save_idx("others", X[:, 0])
     os.makedirs("empty")
     data.write_shards(data.ArraySource(X.astype(np.float32)), "floats")

@@ -187,7 +187,7 @@ def test_commands_that_are_printed_take_the_same_images_as_the_tokenizer(printed
     assert found == {**wanted, **how, "holdout": 0.25, "parts": 1}
     assert (training.images, training.vae, training.data) == (("my photos",), encoding.vae, encoding.to)
     assert (training.patch, training.test) == (1, ())
-    assert training.epochs * 200 == training.batch * 4000 == 10 * 200 * training.warmup_epochs  # steps of the preset
+    assert training.epochs * 200 == training.batch * 4000 == 20 * 200 * training.warmup_epochs  # steps of the preset
 
 
 def test_commands_that_are_printed_take_files_of_labels_and_test_images_along(printed):
