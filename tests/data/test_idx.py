@@ -72,7 +72,7 @@ def test_number_of_labels_is_the_largest_and_one_more(write):
 
 def test_names_of_classes_give_the_number_of_labels(write):
     source = read_idx(write("images", idx(IMAGES)), write("labels", idx(LABEL)), class_names=[*"abcdefghijkl"])
-    assert (source.labels, source.class_names) == (12, [*"abcdefghijkl"])
+    assert (source.labels, source.class_names) == (12, (*"abcdefghijkl",))
 
 
 def test_missing_file_is_named(tmp_path):
