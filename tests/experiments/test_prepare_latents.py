@@ -152,7 +152,9 @@ def test_larger_images_are_resized_before_they_are_cropped(convert, prepare_late
     np.testing.assert_allclose(found.astype(np.float32), expected(files)[0][:1], rtol=2.0**-11 + 1e-5, atol=1e-5)
 
 
-def test_training_images_of_idx_files_are_encoded_in_grey_and_test_images_are_left_out(convert, prepare_latents):
+def test_training_images_of_idx_files_are_encoded_in_grey_and_test_images_are_left_out(
+    convert, prepare_latents, capsys
+):
     os.mkdir("mnist")
     x = np.random.default_rng(1).integers(0, 256, (9, 8, 12), np.uint8)
     for part, rows in (("train", x), ("t10k", x[:2])):
@@ -163,7 +165,14 @@ def test_training_images_of_idx_files_are_encoded_in_grey_and_test_images_are_le
     tokenizer = vae.Autoencoder(TINY._replace(channels=1), key=jr.key(0, impl="rbg"))
     statistics = vae.LatentStatistics((1.0, 2.0, 3.0), (4.0, 5.0, 6.0))
     vae.save_autoencoder("grey", tokenizer, statistics)
-    convert("--images mnist --vae grey --to latents --parts 2")
+    for flags, message in (
+        ("--size 16", "--size must be left out, or 8 12 for"),
+        ("--size 8 12 --holdout 0.1", "--holdout"),
+    ):
+        with pytest.raises(SystemExit):
+            convert(f"--images mnist --vae grey --to latents {flags}")
+        assert message in capsys.readouterr().err
+    convert("--images mnist --vae grey --to latents --parts 2 --size")
     source, notes = prepare_latents.open_latents("latents"), prepare_latents.read_notes("latents")
     rows = source.take(np.arange(9))
     moments = jax.jit(jax.vmap(tokenizer.encode))(x[:, None].astype(np.float32) / 127.5 - 1)
