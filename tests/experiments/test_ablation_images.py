@@ -121,7 +121,7 @@ def test_rows_are_drawn_as_bytes_and_trained_on_as_the_network_sees_them(images,
 
     recipe = images.fashion_mnist(7, files)
     batch = recipe.draw(jr.key(0))
-    assert batch.x.shape == (64, 1, 8, 8) and batch.x.dtype == np.uint8
+    assert batch.x.shape == (16, 1, 8, 8) and batch.x.dtype == np.uint8
     x = jax.vmap(lambda row: recipe.prepare(row, jr.key(1)).x)(batch)
     np.testing.assert_allclose(x, batch.x / 127.5 - 1, atol=1e-6)
 

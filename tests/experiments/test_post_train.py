@@ -319,7 +319,8 @@ def test_what_was_held_out_for_the_weights_is_held_out_again(post_train, here):
     found = parts(holdout=0.4)
     np.testing.assert_array_equal(found.test.rows, known.test.rows)
     assert len(parts(0.1, holdout=0.4).test) == 20
-    assert len(parts(test=["idx", "labels"], holdout=0.4).test) == 200
+    shutil.copy("idx", "others")
+    assert len(parts(test=["others", "labels"], holdout=0.4).test) == 200
 
 
 def test_digits_are_divided_as_they_were_for_the_weights(post_train):
