@@ -1,8 +1,8 @@
 """Fashion-MNIST in one evaluation: 70,000 real images that Debian brings by the name of a package.
 
     apt install dataset-fashion-mnist                          30 MB, to /usr/share/datasets/fashion-mnist
-    python experiments/fashion.py --preset quick               about five minutes on 2 cores
-    python experiments/fashion.py                              about an hour
+    python experiments/fashion.py --preset quick               seven minutes on one CPU core
+    python experiments/fashion.py                              73 minutes on one CPU core
     python experiments/fashion.py --preset guided              with guidance inside the target
     python experiments/fashion.py --preset gpu                 a large network, for a GPU, not run yet
     python experiments/fashion.py --preset quick --network unet
