@@ -5,7 +5,7 @@
 
 The profiler records each operation of the device. On a GPU that is each kernel, whose name says what it does; on a TPU
 XLA states the kind; on a CPU it is each call of XLA, on whatever thread, so that the sum may exceed the time. Time is
-that of an operation itself, without the operations inside of it. "idle" is the time of a step in which the device did
+that of an operation itself, without those that began while it ran. "idle" is the time of a step in which the device did
 nothing: it waited for the host, or for the memory of the next kernel. The profiler itself takes time, so that the same
 steps are also timed without it. If memory is too small, the next remat that keeps less is taken.
 
@@ -149,21 +149,27 @@ def kind_of(name: str) -> str:
 
 
 def own_times(found: Iterable[Operation]) -> Iterator[tuple[Operation, float]]:
-    """Each operation with its time in nanoseconds, without that of operations inside of it on the same line."""
-    lines: dict[str, list[tuple[Operation, list[float]]]] = defaultdict(list)
-    for operation in sorted(found, key=lambda o: (o.line, o.start, -o.end)):
-        open_ones = lines[operation.line]
-        while open_ones and open_ones[-1][0].end <= operation.start:
-            yield _closed(*open_ones.pop())
-        if open_ones:
-            open_ones[-1][1].append(operation.end - operation.start)
-        open_ones.append((operation, []))
-    for open_ones in lines.values():
-        yield from (_closed(*one) for one in open_ones)
+    """Each operation with its time in nanoseconds, without that of operations of its line that began while it ran.
 
-
-def _closed(operation: Operation, inside: list[float]) -> tuple[Operation, float]:
-    return operation, max(operation.end - operation.start - sum(inside), 0.0)
+    On a CPU those are inside of it. On a GPU kernels overlap, since a stream may run a graph of them. So the times of a
+    line add up to the time in which something ran there.
+    """
+    lines: dict[str, list[Operation]] = defaultdict(list)
+    for operation in sorted(found, key=lambda o: (o.start, -o.end)):
+        lines[operation.line].append(operation)
+    for line in lines.values():
+        own, open_ones, now = [0.0] * len(line), list[int](), 0.0
+        for number, start in enumerate([*(operation.start for operation in line), float("inf")]):
+            while open_ones and now < start:
+                last = open_ones[-1]  # to begin: the time is its
+                until = min(max(line[last].end, now), start)
+                own[last] += until - now
+                now = until
+                if line[last].end <= now:
+                    open_ones.pop()
+            now = start
+            open_ones.append(number)
+        yield from zip(line, own, strict=True)
 
 
 def busy(found: Iterable[Operation]) -> float:

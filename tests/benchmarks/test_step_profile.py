@@ -79,6 +79,15 @@ def test_time_of_operations_inside_of_another_is_not_counted_twice(step_profile)
     assert step_profile.busy(operations) == 105
 
 
+def test_where_kernels_of_a_stream_overlap_the_time_is_that_of_the_one_that_began_last(step_profile):
+    rows = [("gemm", 0, 10), ("copy", 5, 10), ("add", 8, 12), ("reduce", 30, 2)]
+    operations = found(step_profile, plane("/device:GPU:0", **{"Stream #13": rows}))
+    assert dict(step_profile.sums(operations, 1, "name")) == pytest.approx(
+        {"gemm": 5e-6, "copy": 3e-6, "add": 12e-6, "reduce": 2e-6}
+    )
+    assert step_profile.busy(operations) == 22
+
+
 @pytest.mark.slow
 def test_profile_of_a_step_finds_its_products(finished):
     directory = finished("step_profile", steps=1, batch=4)
