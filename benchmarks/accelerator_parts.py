@@ -182,7 +182,7 @@ def _full(machine: Machine, data: str) -> list[Part]:
             "forms XL/2",
             "Do loops and branches cost time?",
             forms,
-            {**large, "form": ["loops", "kinds of rows unrolled"]},
+            {**large, "form": ["loop", "unrolled"]},
             300,
             (),
         ),
@@ -215,7 +215,7 @@ def _full(machine: Machine, data: str) -> list[Part]:
 def _tiny(data: str) -> list[Part]:
     step = {"model": ["MLP"], "batch": [4], "variant": ["MeanFlow"], "count": False, "rounds": 1}
     peaks = {"size": 256, "megabytes": 1, "rounds": 2}
-    forms = {"model": "tiny", "batch": 4, "rounds": 1, "form": ["loops", "plain"]}
+    forms = {"model": "tiny", "batch": 4, "rounds": 1, "form": ["loop", "plain"]}
     made = {"model": ["tiny"], "form": ["scan"], "variant": ["MeanFlow"], "batch": 4, "repeats": 1, "warm": True}
     images = {"preset": "quick", "data": [data], "test_run": True}
     rates = {"model": ["MLP"], "batch": [1, 4], "rounds": 1}

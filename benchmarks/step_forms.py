@@ -1,17 +1,15 @@
-"""Does the form of a step matter? Loops against unrolled programs, and the checked step against a plain one.
+"""Does the form of a step matter? A loop over blocks against an unrolled program, the checked step against a plain one.
 
     python benchmarks/step_forms.py                                          a small DiT
     python benchmarks/step_forms.py --model B/4 --batch 256 --dtype bfloat16
-    python benchmarks/step_forms.py --model XL/2 --batch 256 --dtype bfloat16 --form loops "kinds of rows unrolled"
+    python benchmarks/step_forms.py --model XL/2 --batch 256 --dtype bfloat16 --form loop unrolled
 
-    loops                     over blocks and over the kinds of rows, the update in a branch
-    kinds of rows unrolled    rows with r < t and rows with r = t in one piece of program (`TrainStep.unroll`)
-    blocks unrolled           no loop over the network's blocks
-    unrolled                  neither loop
-    plain                     one gradient of the whole loss, one update, no check that anything is finite
+    loop        over the network's blocks
+    unrolled    no loop over blocks
+    plain       a loop over blocks; one gradient of the whole loss, one update, no check that anything is finite
 
-A branch in a loop may wait for the host of a GPU, a loop may hide operations from the compiler; an unrolled program
-takes longer to compile and may take more memory. All forms are timed in rounds of changing order, on one state. If
+A loop copies what the backward pass needs of each block into arrays for all blocks, and back; an unrolled program takes
+longer to compile and may take more memory. All forms are timed in rounds of changing order, on one state. If
 memory is too small for the first form, the next remat that keeps less is taken for all; any other form is left out.
 
 README.md beside this file has figures.
@@ -43,7 +41,7 @@ from steps import (
 import mf_eqx as mfx
 from mf_eqx import measure, run
 
-FORMS = ("loops", "plain", "kinds of rows unrolled", "blocks unrolled", "unrolled")
+FORMS = ("loop", "plain", "unrolled")
 """Those that compile soonest first."""
 
 
@@ -107,8 +105,8 @@ def plain(step: mfx.TrainStep) -> Any:
 
 def make_form(form: str, setting: Setting, variant: str) -> tuple[Any, Any]:
     """The step in a form, and the shapes of its state."""
-    setting = setting._replace(form="unroll" if form in ("blocks unrolled", "unrolled") else "scan")
-    step = dataclasses.replace(make_step(setting, variant), unroll=form in ("kinds of rows unrolled", "unrolled"))
+    setting = setting._replace(form="unroll" if form == "unrolled" else "scan")
+    step = make_step(setting, variant)
     shapes = eqx.filter_eval_shape(lambda key: make_state(setting, key=key), jr.key(0))
     return plain(step) if form == "plain" else step, shapes
 

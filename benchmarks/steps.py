@@ -238,12 +238,9 @@ def shapes_of(setting: Setting, depth: int | None = None) -> mfx.AbstractField:
 
 def make_step(setting: Setting, name: str) -> mfx.TrainStep:
     """A variant's step."""
-    # Convolutions in loops are slow on CPUs.
-    may_convolve = isinstance(setting.model, OwnNetwork) or setting.model in UNETS
-    unroll = may_convolve and setting.form != "scan" and jax.default_backend() == "cpu"
     objective, average = variant_of(name, setting.share).objective, mfx.ExponentialAverage(0.9999)
     teacher = 0 if objective.needs_teacher else None
-    return mfx.TrainStep(objective, optax.adam(1e-4, b2=0.95), [average], teacher=teacher, unroll=unroll)
+    return mfx.TrainStep(objective, optax.adam(1e-4, b2=0.95), [average], teacher=teacher)
 
 
 def make_state(setting: Setting, *, key: jax.Array) -> mfx.TrainState:

@@ -173,15 +173,11 @@ def draw_shapes(number: int, *, seed: int) -> UInt8[np.ndarray, "rows 3 32 32"]:
     return np.rint(ground + cover * (colour - ground)).astype(np.uint8)
 
 
-def loops_are_slow() -> bool:
-    """Whether to do without them: XLA:CPU runs convolutions in loops without its fast kernels."""
-    return jax.default_backend() == "cpu"
-
-
 def save_samples(field: mfx.AbstractField, path: Path, *, evaluations: int, side: int) -> None:
     """A square of generated images."""
     key, times = jr.key(PREVIEW_SEED), mfx.uniform_times(evaluations)
-    generator = mfx.Generator(field, key, (3, 32, 32), times, unroll=loops_are_slow())
+    loops_are_slow = jax.default_backend() == "cpu"  # those of convolutions
+    generator = mfx.Generator(field, key, (3, 32, 32), times, unroll=loops_are_slow)
     x = np.asarray(generator.from_noise(jr.normal(key, (side**2, 3, 32, 32))))
     picture.save_image_grid(path, x.reshape(side, side, 3, 32, 32), -1, 1)
 
@@ -198,7 +194,6 @@ def main(config: Config) -> None:
         prepare(config),
         accumulation=config.accumulation,
         parallelism=parallelism,
-        unroll=loops_are_slow(),
     )
     source = open_source(config.data)
     stream = data.Stream(source, config.batch, seed=config.seed, parallelism=parallelism)

@@ -319,7 +319,6 @@ def main(config: Config, class_names: Sequence[str] | None = None) -> None:
         prepare(config, labels),
         accumulation=config.accumulation,
         parallelism=parallelism,
-        unroll=config.network == "unet" and jax.default_backend() == "cpu",
     )
     stream = data.Stream(train, config.batch, seed=config.seed, parallelism=parallelism)
     samplers = make_samplers(config, labels, names)

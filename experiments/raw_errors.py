@@ -70,7 +70,7 @@ def of_digits(config: Config, seed: int) -> digits.Config:
 def training(config: Config, seed: int, data: digits.Digits) -> run.Training:
     recipe, (field_key, run_key) = of_digits(config, seed), jr.split(jr.key(seed))
     average = mfx.ExponentialAverage(recipe.decay)
-    step = mfx.TrainStep(digits.objective(recipe), digits.optimizer(recipe), [average], unroll=True)
+    step = mfx.TrainStep(digits.objective(recipe), digits.optimizer(recipe), [average])
     draw = DrawRows(jnp.asarray(data.train.x), jnp.asarray(digits.label_of(data.train)), recipe.batch)
     make_field = functools.partial(digits.make_field, recipe, field_key)
     return run.Training(str(seed), step, make_field, draw, config.steps, run_key, [config.steps, seed])

@@ -217,7 +217,7 @@ def train_step(config: Config, cell: Cell) -> mfx.TrainStep:
     optimizer = optax.adam(schedule)
     if remedy.clip is not None:
         optimizer = optax.chain(optax.clip_by_global_norm(remedy.clip), optimizer)
-    return mfx.TrainStep(objective(case, remedy, steps), optimizer, [mfx.ExponentialAverage(0.99)], unroll=True)
+    return mfx.TrainStep(objective(case, remedy, steps), optimizer, [mfx.ExponentialAverage(0.99)])
 
 
 def name_of(cell: Cell) -> str:

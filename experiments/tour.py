@@ -101,7 +101,7 @@ def train(name, field, loss, draw):
     """Train in ten parts, print the mean squared errors of both kinds of rows, return the averaged network."""
     rate = optax.warmup_cosine_decay_schedule(0, 2e-3, 100, max(STEPS, 101), 2e-5)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate))
-    step = mfx.TrainStep(loss, optimizer, [mfx.ExponentialAverage(0.995)], unroll=True)
+    step = mfx.TrainStep(loss, optimizer, [mfx.ExponentialAverage(0.995)])
     state = mfx.init_state(field, step.optimizer, step.averages, key=jr.key(3))
     for part in range(10):
         state, found = mfx.scan_steps(step, state, draw, STEPS // 10)

@@ -355,7 +355,7 @@ def _train_step(config: Config, cell: Cell) -> mfx.TrainStep:
     schedule = optax.warmup_cosine_decay_schedule(0, rate, warmup, max(steps_of(config, cell), warmup + 1), rate / 100)
     optimizer = optax.chain(optax.clip_by_global_norm(config.clip), optax.adam(schedule))
     average, loss = mfx.ExponentialAverage(config.decay), objective(config, cell)
-    return mfx.TrainStep(loss, optimizer, [average], teacher=0 if loss.needs_teacher else None, unroll=True)
+    return mfx.TrainStep(loss, optimizer, [average], teacher=0 if loss.needs_teacher else None)
 
 
 def train_step(config: Config, cell: Cell) -> mfx.TrainStep:

@@ -36,7 +36,6 @@ class Differentiation(eqx.Module):
     objective: AbstractObjective
     accumulation: int
     parallelism: Parallelism | None
-    unroll: bool
     key: Key[Array, ""]
     context: Context
 
@@ -68,7 +67,7 @@ class Differentiation(eqx.Module):
             objective, key = eqx.combine(whole, other)
             context = gathered_in_turn(context, specs[1])
             field, transpose = eqx.filter_vjp(lambda parts: gathered_in_turn(parts, specs[0]), parts)
-            alone = Differentiation(objective, self.accumulation, None, self.unroll, key, context)
+            alone = Differentiation(objective, self.accumulation, None, key, context)
             metrics, gradients = alone._micro_batches(field, rows)
             (gradients,) = transpose(jax.tree.map(lambda g: g / parallelism.shards, gradients))
             return jax.lax.psum(metrics, ("data", "fsdp")), summed(gradients, trained_specs)
@@ -119,19 +118,19 @@ class Differentiation(eqx.Module):
         return _sum_over(differentiate, _in_parts(batch, self.accumulation))
 
     def _kinds(self, field: eqx.Module, batch: Batch) -> tuple[Metrics, PyTree[Any]]:
-        """One kind of rows is differentiated after the other, in a loop: of a plain sum, the compiler would run both
-        forward passes before either backward pass."""
-
-        def differentiate(part: AbstractObjective, rows: Batch) -> tuple[Metrics, PyTree[Any]]:
+        """One kind of rows is differentiated after the other: each begins with parameters that a barrier makes wait for
+        the sums of those before. Of a plain sum, the compiler would run both forward passes before either backward
+        pass. (XLA:CPU may do so all the same.)"""
+        arrays, static = eqx.partition(field, eqx.is_array)
+        sums = None
+        for part, rows in self.objective.parts(batch):
             share = rows.index.shape[0] / batch.index.shape[0]
-            return self._part(part, field, rows, None, share)[:2]
-
-        kinds = [functools.partial(differentiate, *part) for part in self.objective.parts(batch)]
-        if len(kinds) == 1:
-            return kinds[0]()
-        if self.unroll:
-            return functools.reduce(functools.partial(jax.tree.map, jnp.add), (kind() for kind in kinds))
-        return _sum_over(lambda kind: jax.lax.switch(kind, kinds), jnp.arange(len(kinds)))
+            if sums is not None:
+                arrays, sums = jax.lax.optimization_barrier((arrays, sums))
+            found = self._part(part, eqx.combine(arrays, static), rows, None, share)[:2]
+            sums = found if sums is None else jax.tree.map(jnp.add, sums, found)
+        assert sums is not None  # a batch has rows
+        return sums
 
     def _part(
         self, part: AbstractObjective, field: eqx.Module, rows: Batch, state: Any, share: float

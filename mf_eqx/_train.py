@@ -147,9 +147,6 @@ class TrainStep(eqx.Module):
     - `parallelism`: None for one device, or how state and batch are spread. The rows of each device are differentiated
       separately, and the results are summed in one all-reduce; with `fsdp`, blocks of parameters are gathered in turn
       and the sums of their gradients divided in turn, see `Parallelism`.
-    - `unroll`: False to differentiate one kind of rows (r < t, r = t) after the other in a loop, with the intermediate
-      results of only one kind in memory. True for no loop. This is for convolutions on CPUs, because XLA runs them
-      without its fast kernels inside of loops (jax-ml/jax, issue 12868).
 
     A step whose loss, gradient or update is not finite leaves field, optimiser state and averages unchanged. The step
     number still increases, so that the next step gets other rows, and `TrainState.faults` counts the step. To check the
@@ -170,7 +167,6 @@ class TrainStep(eqx.Module):
     prepare: Callable[[Batch, Key[Array, ""]], Batch] | None = None
     accumulation: int = 1
     parallelism: Parallelism | None = None
-    unroll: bool = False
     teacher: int | np.integer | AbstractField | None = None
 
     def __check_init__(self):
@@ -247,7 +243,6 @@ def _train_step(constant: tuple[TrainStep, Batch], state: TrainState[_Network]) 
         train_step.objective,
         train_step.accumulation,
         train_step.parallelism,
-        train_step.unroll,
         objective_key,
         train_step.context(state),
     )

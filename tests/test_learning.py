@@ -52,7 +52,7 @@ def trained_on_sequences():
     """The averaged U-Net after 800 steps of batch 64."""
     size = mfx.UNetSize(width=16, multipliers=(1, 2), blocks=1, attention=(8,))
     objective = mfx.Objective(time_pairs=PAIRS, weight=mfx.ConstantWeight())
-    step = mfx.TrainStep(objective, optax.adam(2e-3), [mfx.ExponentialAverage(0.99)], unroll=True)
+    step = mfx.TrainStep(objective, optax.adam(2e-3), [mfx.ExponentialAverage(0.99)])
     field = mfx.UNet((1, 16), size, key=jr.key(0))
     state, mixture = mfx.init_state(field, step.optimizer, step.averages, key=jr.key(1)), sinusoids()
     draw = jax.jit(jax.vmap(lambda key: mixture.sample(key=key)))

@@ -245,7 +245,7 @@ def test_objective_learns_from_it_and_meets_less_error():
 
     def mean_error(stable_target):
         objective = mfx.Objective(None, identity_share=0, weight=mfx.ConstantWeight(), stable_target=stable_target)
-        step = mfx.TrainStep(objective, optax.adam(3e-3), unroll=True)
+        step = mfx.TrainStep(objective, optax.adam(3e-3))
         field = mfx.MLP(2, width=16, depth=1, key=jr.key(1))
         state = mfx.init_state(field, step.optimizer, key=jr.key(2))
         state, metrics = mfx.scan_steps(step, state, exact.Draw(mixture, 128), 200)

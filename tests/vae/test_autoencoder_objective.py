@@ -73,7 +73,7 @@ def test_noise_of_an_image_does_not_depend_on_the_rows_beside_it():
 def trained(kl, steps=60):
     """The last state, and all metrics, of a training on the same four images."""
     objective = vae.AutoencoderObjective(kl)
-    step = mfx.TrainStep(objective, OPTIMIZER, [mfx.ExponentialAverage(0.9)], data.FromPixels(), unroll=True)
+    step = mfx.TrainStep(objective, OPTIMIZER, [mfx.ExponentialAverage(0.9)], data.FromPixels())
     state = mfx.init_state(tokenizer(), OPTIMIZER, step.averages, objective, key=KEY)
     records = []
     for _ in range(steps):
