@@ -61,7 +61,10 @@ if sys.platform == "linux":
 os.execv(sys.argv[1], sys.argv[1:])
 """
 """Turns into another program, which Linux ends when this process dies, however it dies."""
-OUTCOME = re.compile(r"^(\S+::.+?) (PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)\b", re.MULTILINE)
+STATES = "PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS"
+OUTCOME = re.compile(rf"^(?P<test>\S+::.+?) (?P<outcome>{STATES})\b", re.MULTILINE)
+OF_WORKER = re.compile(rf"^\[gw\d+\] \[ *\d+%\] (?P<outcome>{STATES}) (?P<test>\S+::.+?) *$", re.MULTILINE)
+"""How pytest, alone and in several processes, prints what became of a test."""
 
 
 def parsed(arguments: list[str] | None) -> argparse.Namespace:
@@ -247,7 +250,8 @@ def collected(part: Part, folder: Path) -> tuple[str, list[dict[str, Any]]]:
     """What a part has left so far: text and records."""
     log = (folder / "log.txt").read_text(errors="replace").rpartition(NEW_ATTEMPT)[2]
     if part.script == PYTEST:
-        outcomes = [{"test": test.partition("tests/")[2], "outcome": o} for test, o in OUTCOME.findall(log)]
+        found = [match for pattern in (OUTCOME, OF_WORKER) for match in pattern.finditer(log)]
+        outcomes = [{"test": m["test"].partition("tests/")[2], "outcome": m["outcome"]} for m in found]
         return (describe_tests(outcomes) if outcomes else last_lines(log)), outcomes
     files = sorted(folder.glob("runs/*/*/results.json"), key=lambda path: path.stat().st_mtime)
     texts = [(path.parent / "results.md").read_text().strip() for path in files[-1:]]

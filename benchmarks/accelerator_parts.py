@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import os
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +51,8 @@ class Part:
     environment: dict[str, str] = dataclasses.field(default_factory=dict)
     lacks: str = ""
     """Why it cannot be run on this machine, if so."""
+    processes: int = 1
+    """In which pytest runs tests, where pytest-xdist is installed."""
 
     @property
     def command(self) -> list[str]:
@@ -56,6 +60,8 @@ class Part:
         if self.script == PYTEST:
             options = ["-p", "no:cacheprovider", "-o", "addopts=", "-m", "not slow", "-v", "--tb=short"]
             options.append("--continue-on-collection-errors")
+            if self.processes > 1 and find_spec("xdist") is not None:
+                options += ["-n", str(self.processes), "--dist", "worksteal"]
             paths = [str(ROOT / path) for path in self.config["paths"]]
             return [sys.executable, "-m", "pytest", "--rootdir", str(ROOT), *options, *paths]
         caller = str(ROOT / "benchmarks" / "call_script.py")
@@ -64,10 +70,15 @@ class Part:
 
 def parts(machine: Machine, tiny: bool, data: str) -> list[Part]:
     """All of them, the most valuable first. `data` is the folder of Fashion-MNIST."""
-    made = _tiny(data) if tiny else _full(machine, data)
-    if tiny and machine.platform == "cpu":  # nothing is learnt from what the compiler makes of it
-        return [dataclasses.replace(p, environment={"XLA_FLAGS": "--xla_backend_optimization_level=0"}) for p in made]
-    return made
+    if not tiny:
+        return [part if part.script == PYTEST else _with(part, COMPILED_ONCE) for part in _full(machine, data)]
+    if machine.platform == "cpu":  # nothing is learnt from what the compiler makes of it
+        return [_with(part, {"XLA_FLAGS": "--xla_backend_optimization_level=0"}) for part in _tiny(data)]
+    return _tiny(data)
+
+
+def _with(part: Part, environment: dict[str, str]) -> Part:
+    return dataclasses.replace(part, environment={**environment, **part.environment})
 
 
 def _remat(machine: Machine) -> str:
@@ -104,17 +115,24 @@ ENOUGH = 170e9
 """Bytes that a step of XL/2 without remat does not need: its activations alone are about 100e9."""
 EXACT = {"JAX_DEFAULT_MATMUL_PRECISION": "highest"}
 """Products of float32 in float32, which tests expect."""
+SHARED = {**EXACT, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+"""The same, for several processes on one device."""
+COMPILED_ONCE = {"JAX_COMPILATION_CACHE_DIR": "../../programs", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "2"}
+"""A program that several parts run is compiled by the first of them; a part runs in DIRECTORY/parts/NAME."""
+TESTERS = min(8, max(1, (os.cpu_count() or 1) // 2))
+"""Processes of tests, most of whose time is compiling."""
 TRAINING = ("matplotlib", "grain", "beartype", "sklearn", "safetensors")
 
 
 def _full(machine: Machine, data: str) -> list[Part]:
-    step = {"batch": [256], "dtype": ["bfloat16"], "count": False, "rounds": 15}
-    step["variant"] = ["MeanFlow on every row", "MeanFlow", "guided"]
-    one = {"batch": 256, "dtype": "bfloat16"}
-    xl = {**step, "model": ["XL/2"], "remat": [_remat(machine)], "variant": ["MeanFlow", "guided"]}
-    large = {**one, "model": "XL/2", "remat": _remat(machine)}
     no_cudnn = "" if machine.has_cudnn else "cuDNN's attention needs an NVIDIA GPU"
-    kernels = ["xla", "cudnn"] if machine.has_cudnn else ["xla"]
+    kernels = ["cudnn", "xla"] if machine.has_cudnn else ["xla"]
+    step = {"batch": [256], "dtype": ["bfloat16"], "form": ["scan"], "count": False, "rounds": 15}
+    step["variant"] = ["MeanFlow on every row", "MeanFlow", "guided"]
+    one = {"batch": 256, "dtype": "bfloat16", "attention": kernels[0]}
+    xl = {**step, "model": ["XL/2"], "attention": kernels[:1], "remat": [_remat(machine)]}
+    xl["variant"] = ["MeanFlow", "guided"]
+    large, unets = {**one, "model": "XL/2", "remat": _remat(machine)}, {**one, "attention": "xla"}
     jvp, forms, sampling = map(_benchmark, ("jvp_overhead", "step_forms", "sampling_throughput"))
     rates = {"model": ["B/4", "XL/2"], "batch": [1, 256, 1024], "dtype": "bfloat16"}
     unet = {**step, "model": ["U-Net"], "batch": [512, 1024], "share": [0.75], "variant": ["MeanFlow"], "rounds": 7}
@@ -122,9 +140,16 @@ def _full(machine: Machine, data: str) -> list[Part]:
     spread = {"real": True, "devices": [1, machine.count], "model": "B/4", "batch": 64 * machine.count}
     return [
         Part("machine", "What do products and copies reach?", _benchmark("device_peaks"), {}, 120, ()),
-        Part("checks", "Is it right here?", PYTEST, {"paths": CHECKS}, 200, ("pytest",), EXACT),
+        Part("checks", "Is it right here?", PYTEST, {"paths": CHECKS}, 300, ("pytest",), SHARED, processes=TESTERS),
         Part("steps XL/2", "What does the JVP cost?", jvp, xl, 330),
         Part("steps B/4", "What does the JVP cost?", jvp, {**step, "model": ["B/4"], "attention": kernels}, 240),
+        Part(
+            "steps B/4, unrolled",
+            "What does the JVP cost without a loop?",
+            jvp,
+            {**step, "model": ["B/4"], "attention": kernels[:1], "form": ["unroll"], "variant": ["MeanFlow", "guided"]},
+            420,
+        ),
         Part("profile", "Where do the milliseconds go?", _benchmark("step_profile"), large, 180, ()),
         Part("digits", "Does it learn here?", "experiments/digits.py", {"name": "digits"}, 180, TRAINING),
         Part(
@@ -142,12 +167,12 @@ def _full(machine: Machine, data: str) -> list[Part]:
             240,
             lacks="" if machine.has_cudnn else "attention in Pallas needs an NVIDIA GPU",
         ),
-        Part("forms B/4", "Do loops and branches cost time?", forms, {**one, "model": "B/4"}, 240, ()),
+        Part("forms B/4", "Do loops and branches cost time?", forms, {**one, "model": "B/4"}, 300, ()),
         Part(
-            "steps XL/2, cuDNN",
+            "steps XL/2, XLA's attention",
             "What does cuDNN's attention save?",
             jvp,
-            {**xl, "attention": ["cudnn"]},
+            {**xl, "attention": ["xla"]},
             330,
             lacks=no_cudnn,
         ),
@@ -160,7 +185,7 @@ def _full(machine: Machine, data: str) -> list[Part]:
             TRAINING,
             lacks=_lacks(data),
         ),
-        Part("sampling", "How fast does it generate?", sampling, rates, 150),
+        Part("sampling", "How fast does it generate?", sampling, rates, 240),
         Part("steps XL/2, no remat", "What does remat cost?", jvp, {**xl, "remat": ["none"]}, 330, lacks=plenty),
         Part(
             "steps XL/2, every row", "What does the split save?", jvp, {**xl, "variant": ["MeanFlow on every row"]}, 240
@@ -186,8 +211,10 @@ def _full(machine: Machine, data: str) -> list[Part]:
             300,
             (),
         ),
-        Part("forms U-Net", "Does unrolling help the U-Net?", forms, {**one, "model": "U-Net", "batch": 512}, 300, ()),
-        Part("sampling, cuDNN", "How fast with cuDNN?", sampling, {**rates, "attention": "cudnn"}, 150, lacks=no_cudnn),
+        Part(
+            "forms U-Net", "Does unrolling help the U-Net?", forms, {**unets, "model": "U-Net", "batch": 512}, 300, ()
+        ),
+        Part("sampling, cuDNN", "How fast with cuDNN?", sampling, {**rates, "attention": "cudnn"}, 240, lacks=no_cudnn),
         Part(
             "devices",
             "What does spreading a step cost?",
@@ -203,9 +230,10 @@ def _full(machine: Machine, data: str) -> list[Part]:
                 "Do the usual tests pass with exact products?",
                 PYTEST,
                 {"paths": [f"tests/{file}" for file in files]},
-                300,
+                400,
                 ("pytest", "hypothesis"),
-                EXACT,
+                SHARED,
+                processes=TESTERS,
             )
             for name, files in TESTS.items()
         ),

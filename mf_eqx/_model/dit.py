@@ -126,9 +126,9 @@ class DiT(AbstractField):
       `mf_eqx.nn.SelfAttention`.
     - `dtype`: compute precision of the blocks, float32 or bfloat16 (float64 for tests). Parameters, times and their
       embedding, and the result stay float32 or better.
-    - `attention`: `mf_eqx.nn.XLAAttention` by default, `mf_eqx.nn.CudnnAttention` on NVIDIA GPUs with dtype bfloat16,
-      `mf_eqx.nn.ChunkedAttention()` for many tokens (memory linear in their number, in all modes),
-      `mf_eqx.nn.PallasAttention()` where it was measured to be faster, or a kernel of your own.
+    - `attention`: `mf_eqx.nn.XLAAttention` by default; `mf_eqx.nn.CudnnAttention` on NVIDIA GPUs with dtype bfloat16 is
+      faster from 256 tokens on; `mf_eqx.nn.ChunkedAttention()` for many tokens (memory linear in their number, in all
+      modes); `mf_eqx.nn.PallasAttention()` where it was measured to be faster, or a kernel of your own.
     - `early_blocks`: None, or how many blocks are modulated by t alone. The others, and the last layer, are then
       modulated by r alone (Decoupled MeanFlow; two thirds of the blocks in the paper). At r = t the field is the same
       as without this option, so a field trained by Flow Matching can be given it and trained on.

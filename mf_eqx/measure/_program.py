@@ -111,9 +111,8 @@ def compile_program(
 def product_flops(function: Callable[..., Any], *inputs: PyTree[Any]) -> int:
     """Floating-point operations of all matrix products and convolutions of a function, two per multiply-add.
 
-    The body of a loop is counted once per iteration; of several branches, the most expensive one is counted. (So the
-    count is too large for a `TrainStep`, a loop over branches: count the gradient of its objective.) Operations that a
-    compiler would remove as unused are counted, too.
+    The body of a loop is counted once per iteration; of several branches, the most expensive one is counted.
+    Operations that a compiler would remove as unused are counted, too.
 
     **Arguments:** as for `compile_program`. **Raises:** `ValueError` for a loop without a fixed number of iterations.
     """

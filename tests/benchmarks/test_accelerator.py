@@ -231,6 +231,15 @@ def test_log_of_tests_is_counted_with_the_names_of_those_that_failed(accelerator
     assert [r["outcome"] for r in records] == ["PASSED", "FAILED"]
 
 
+def test_log_of_tests_in_several_processes_is_counted_likewise(accelerator, parts, tmp_path):
+    lines = ["tests/nn/test_a.py::test_x[a b] ", "[gw1] [  5%] PASSED tests/nn/test_a.py::test_x[a b] "]
+    lines += ["tests/nn/test_a.py::test_y ", "[gw0] [100%] FAILED tests/nn/test_a.py::test_y "]
+    (tmp_path / "log.txt").write_text("\n".join([*lines, "FAILED tests/nn/test_a.py::test_y - no"]))
+    text, records = accelerator.collected(parts.Part("checks", "?", "pytest", {"paths": []}, 1), tmp_path)
+    assert text == "1 passed, 1 failed\n- FAILED nn/test_a.py::test_y"
+    assert records[0] == {"test": "nn/test_a.py::test_x[a b]", "outcome": "PASSED"}
+
+
 @pytest.mark.parametrize("tiny", [False, True])
 @pytest.mark.parametrize("kind", ["NVIDIA H200", "TPU v4"])
 def test_every_part_has_a_configuration_that_its_script_takes(benchmark_script, parts, kind, tiny, tmp_path):

@@ -28,7 +28,7 @@ def test_all_forms_take_the_same_step(step_forms, resized):
             after, _ = program(jax.tree.unflatten(jax.tree.structure(shapes), jax.tree.leaves(state)), batch)
             found[form] = [np.asarray(leaf) for leaf in jax.tree.leaves(after.opt_state)]
     for form in step_forms.FORMS[1:]:
-        for one, other in zip(found[form], found["loops"], strict=True):
+        for one, other in zip(found[form], found["loop"], strict=True):
             np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-6)
 
 
@@ -58,7 +58,7 @@ def small_memory(step_forms, monkeypatch):
 
 
 def test_the_first_form_is_tried_with_the_next_remat_and_others_are_left_out(step_forms, small_memory):
-    steps = step_forms.fitting(step_forms.Setting("tiny", 4), "guided", "loops")
+    steps = step_forms.fitting(step_forms.Setting("tiny", 4), "guided", "loop")
     assert steps.setting.remat == "products"
     assert [steps.add(form) for form in ("plain", "unrolled")] == [False, True]
     assert list(steps.programs) == ["loop", "unrolled"]
@@ -70,10 +70,10 @@ def test_a_step_that_never_fits_is_refused(step_forms, small_memory):
 
 
 def test_costs_are_shown_before_any_time_is_known(step_forms, small_memory):
-    steps = step_forms.fitting(step_forms.Setting("tiny", 4), "guided", "loops")
+    steps = step_forms.fitting(step_forms.Setting("tiny", 4), "guided", "loop")
     cost = measure.Cost(1, 1, 2.5, 1, 1, 1, 1, 3_000_000, 1, 1)
-    steps.programs["loops"] = SimpleNamespace(cost=cost)
-    text, records = step_forms.described(steps, ("loops", "plain"), {})
+    steps.programs["loop"] = SimpleNamespace(cost=cost)
+    text, records = step_forms.described(steps, ("loop", "plain"), {})
     assert [(r["wall_seconds"], r["cost"] and r["cost"]["compile_seconds"]) for r in records] == [
         (None, 2.5),
         (None, None),
@@ -85,8 +85,8 @@ def test_costs_are_shown_before_any_time_is_known(step_forms, small_memory):
     ("values", "message"),
     [
         ({"model": "MLP"}, "model must be among tiny, .*; got MLP"),
-        ({"form": ()}, "form must be one or more of loops, .*; got none"),
-        ({"form": ("loops", "no")}, "form must be one or more of loops, .*; got loops, no"),
+        ({"form": ()}, "form must be one or more of loop, .*; got none"),
+        ({"form": ("loop", "no")}, "form must be one or more of loop, .*; got loop, no"),
         ({"batch": 6}, "batch must be a positive multiple of 4, got 6"),
         ({"rounds": 0}, "rounds must be >= 1, got 0"),
     ],

@@ -190,11 +190,15 @@ def test_stack_of_one_may_change_the_shape(form):
         ("cpu", 1, 16, False, 1),  # M/2 and larger, whose programs would compile for a minute
         ("cpu", 1, 12, True, 1),  # of which XLA:CPU would keep everything without a loop
         ("cpu", 8, 12, False, 1),
-        ("gpu", 1, 12, False, 1),
+        ("gpu", 1, 12, False, 12),
+        ("gpu", 1, 12, True, 1),
+        ("gpu", 4, 12, False, 1),
         ("tpu", 1, 12, False, 1),
     ],
 )
-def test_known_form_has_no_loop_on_one_cpu_up_to_the_depth_of_b(monkeypatch, backend, devices, depth, remat, expected):
+def test_known_form_is_no_loop_on_one_device_up_to_the_depth_of_b(
+    monkeypatch, backend, devices, depth, remat, expected
+):
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
     monkeypatch.setattr(jax, "device_count", lambda: devices)
 
