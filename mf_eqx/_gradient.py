@@ -1,6 +1,7 @@
 """Gradients of an objective, computed for one kind of rows after the other, for one micro-batch after the other, and
-separately for each device. So only the intermediate results of one kind of rows in one micro-batch are in memory at a
-time, and devices that have whole parameters communicate only once.
+separately for each device. So only the intermediate results of one kind of rows in one micro-batch are needed at a
+time, and devices that have whole parameters communicate only once. (For a GPU XLA gives all kinds of rows the same
+memory, for a CPU each its own.)
 
 This requires only that the loss is a mean over rows: it is then the mean over parts of equal size, and the sum over
 kinds of rows of their mean loss times their share. An objective that is not such a mean (`AbstractObjective.divisor` is
@@ -120,7 +121,7 @@ class Differentiation(eqx.Module):
     def _kinds(self, field: eqx.Module, batch: Batch) -> tuple[Metrics, PyTree[Any]]:
         """One kind of rows is differentiated after the other: each begins with parameters that a barrier makes wait for
         the sums of those before. Of a plain sum, the compiler would run both forward passes before either backward
-        pass. (XLA:CPU may do so all the same.)"""
+        pass. A loop over a branch for each kind would make a GPU wait for the host."""
         arrays, static = eqx.partition(field, eqx.is_array)
         sums = None
         for part, rows in self.objective.parts(batch):
