@@ -13,8 +13,8 @@ larger --seeds trains the new seeds only. A run that was stopped, or killed, con
 What can agree with the paper is the order of rows. Its FIDs are of ImageNet after 400,000 steps of batch 256, with
 p = 1, lognorm(-0.4, 1.0), Adam's betas (0.9, 0.95), a constant rate of 1e-4 and an average of decay 0.9999. Here
 Fashion-MNIST has the same p and times, points and digits have p = 0 and uniform times. Networks are smaller,
-steps far fewer, the batch on images is 64, Adam's betas are (0.9, 0.999), the rate warms up and decays, and the average
-is shorter. With another --method, too, the FIDs are those of MeanFlow.
+steps far fewer, the batch is 64 on digits and 16 on Fashion-MNIST, Adam's betas are (0.9, 0.999), the rate warms up and
+decays, and the average is shorter. With another --method, too, the FIDs are those of MeanFlow.
 
 On points and digits gradients are clipped to norm 1: with p = 0 the pull of a row has no bound, and without clipping
 single steps ruined trainings with a large p or kappa. On Fashion-MNIST they are not clipped, since the paper mentions
