@@ -41,7 +41,6 @@ from steps import (
     make_step,
     own_network,
     OwnNetwork,
-    REMATS,
     Setting,
     UNETS,
     variant_of,
@@ -49,7 +48,7 @@ from steps import (
 )
 
 import mf_eqx as mfx
-from mf_eqx import measure, run
+from mf_eqx import measure, nn, run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +88,7 @@ class Config:
     def __post_init__(self):
         run.check_sizes(self, batch=1 << 20, repeats=1000, shape=1 << 14)
         own_network(self.network, self.shape)
-        known = {"model": (*DITS, *UNETS), "form": FORMS, "remat": REMATS, "variant": VARIANTS}
+        known = {"model": (*DITS, *UNETS), "form": FORMS, "remat": nn.REMATS, "variant": VARIANTS}
         for name, allowed in known.items():
             if not (values := getattr(self, name)):
                 raise ValueError(f"{name} must be at least one of {', '.join(allowed)}; got none")

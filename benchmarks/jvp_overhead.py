@@ -50,7 +50,6 @@ from steps import (
     MODELS,
     out_of_memory,
     own_network,
-    REMATS,
     Setting,
     UNETS,
     variant_of,
@@ -59,7 +58,7 @@ from steps import (
 )
 
 import mf_eqx as mfx
-from mf_eqx import measure, run
+from mf_eqx import measure, nn, run
 
 # What is asked for
 
@@ -114,7 +113,7 @@ class Config:
             "model": MODELS,
             "dtype": DTYPES,
             "form": FORMS,
-            "remat": REMATS,
+            "remat": nn.REMATS,
             "attention": ATTENTIONS,
             "variant": VARIANTS,
         }

@@ -32,14 +32,13 @@ from steps import (
     make_step,
     MODELS,
     out_of_memory,
-    REMATS,
     Setting,
     VARIANTS,
     with_less_memory,
 )
 
 import mf_eqx as mfx
-from mf_eqx import measure, run
+from mf_eqx import measure, nn, run
 
 FORMS = ("loop", "plain", "unrolled")
 """Those that compile soonest first."""
@@ -70,7 +69,7 @@ class Config:
 
     def __post_init__(self):
         run.check_sizes(self, batch=1 << 20)
-        known = {"dtype": DTYPES, "remat": REMATS, "attention": ATTENTIONS, "variant": VARIANTS}
+        known = {"dtype": DTYPES, "remat": nn.REMATS, "attention": ATTENTIONS, "variant": VARIANTS}
         for name, allowed in {"model": MODELS[1:], **known}.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be among {', '.join(allowed)}; got {getattr(self, name)}")

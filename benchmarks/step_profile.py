@@ -32,13 +32,12 @@ from steps import (
     make_step,
     MODELS,
     out_of_memory,
-    REMATS,
     Setting,
     VARIANTS,
     with_less_memory,
 )
 
-from mf_eqx import measure, run
+from mf_eqx import measure, nn, run
 
 KINDS = {
     "layout changes": r"nchwto|nhwcto",
@@ -82,7 +81,7 @@ class Config:
 
     def __post_init__(self):
         run.check_sizes(self, batch=1 << 20, steps=100)
-        known = {"model": MODELS, "dtype": DTYPES, "remat": REMATS, "attention": ATTENTIONS, "variant": VARIANTS}
+        known = {"model": MODELS, "dtype": DTYPES, "remat": nn.REMATS, "attention": ATTENTIONS, "variant": VARIANTS}
         for name, allowed in known.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be among {', '.join(allowed)}; got {getattr(self, name)}")

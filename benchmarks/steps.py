@@ -37,16 +37,6 @@ UNETS = {
 MODELS = ("MLP", *DITS, *UNETS)
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 FORMS = {"default": None, "scan": 1, "unroll": True}
-REMATS: dict[str, nn.Remat] = {
-    "none": False,
-    # Products and convolutions with weights are kept; attention is done again.
-    "products": jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        lambda primitive, *_, **__: primitive.name == "conv_general_dilated",
-    ),
-    "full": True,
-}
-"""By name, each of which keeps less in memory than the one before."""
 ATTENTIONS: dict[str, nn.AbstractAttention] = {
     "xla": nn.XLAAttention(),
     "cudnn": nn.CudnnAttention(),
@@ -110,7 +100,7 @@ class Setting(NamedTuple):
 
 def with_less_memory(setting: Setting) -> list[Setting]:
     """The setting, and the same with each remat that keeps less."""
-    names = list(REMATS)
+    names = list(nn.REMATS)
     return [setting._replace(remat=name) for name in names[names.index(setting.remat) :]]
 
 
@@ -221,7 +211,7 @@ def make_field(setting: Setting, *, depth: int | None = None, key: jax.Array) ->
         return run.own_network("network", *setting.model)(key=key)
     if setting.model == "MLP":
         return mfx.MLP(*PLANE, labels=LABELS, dtype=dtype, key=key)
-    options: dict[str, Any] = {"remat": REMATS[setting.remat], "attention": ATTENTIONS[setting.attention]}
+    options: dict[str, Any] = {"remat": nn.REMATS[setting.remat], "attention": ATTENTIONS[setting.attention]}
     if (unroll := FORMS[setting.form]) is not None:
         options["unroll"] = unroll
     if setting.model in UNETS:

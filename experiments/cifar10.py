@@ -18,6 +18,7 @@ Sources of every number: the MeanFlow paper (arXiv 2505.13447), App. A, and the 
 
 import dataclasses
 from pathlib import Path
+from typing import Literal
 
 import equinox as eqx
 import jax
@@ -87,8 +88,9 @@ class Config(run.Settings):
     """Probability of each of scaling, stretching and shifting (EDM); 0 for no augmentation but flips."""
     bfloat16: bool = False
     """Compute in bfloat16; parameters, times, losses and averages stay in float32."""
-    remat: bool = run.setting(False)
-    """Keep less for the backward pass, and compute it again."""
+    remat: Literal["none", "products", "full"] = run.setting("none")
+    """What the backward pass computes again, to save memory: nothing; all but products with weights and convolutions;
+    all but each block's input."""
     seed: int = 0
     """Seed of everything random."""
 
@@ -118,7 +120,7 @@ def make_field(config: Config, key: Key[Array, ""]) -> mfx.UNet:
         augmentation=6,
         dropout=config.dropout,
         dtype=jnp.bfloat16 if config.bfloat16 else jnp.float32,
-        remat=config.remat,
+        remat=mfx.nn.REMATS[config.remat],
         key=key,
     )
 

@@ -32,7 +32,7 @@ their authors where it says more.
 import dataclasses
 import math
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import equinox as eqx
 import jax
@@ -135,8 +135,9 @@ class Config(run.Settings):
     """Compute in bfloat16; parameters, times, losses and averages stay in float32."""
     cudnn: bool = run.setting(False)
     """Attention by cuDNN where no JVP passes; needs an NVIDIA GPU and bfloat16."""
-    remat: bool = run.setting(False)
-    """Keep only each block's input for the backward pass, and compute the rest again."""
+    remat: Literal["none", "products", "full"] = run.setting("none")
+    """What the backward pass computes again, to save memory: nothing; all but products with weights and convolutions;
+    all but each block's input."""
     seed: int = 0
     """Seed of everything random."""
 
@@ -233,7 +234,7 @@ def make_network(
         "labels": labels,
         "dtype": jnp.bfloat16 if config.bfloat16 else jnp.float32,
         "attention": mfx.nn.CudnnAttention() if config.cudnn else mfx.nn.XLAAttention(),
-        "remat": config.remat,
+        "remat": mfx.nn.REMATS[config.remat],
         "key": key,
     }
     if not config.improved:

@@ -136,8 +136,9 @@ class Config(image_sources.Settings):
     """Probability in [0, 1] of each of EDM's scaling, stretching and shifting, of which the U-Net is told."""
     bfloat16: bool = False
     """Compute in bfloat16; parameters, times, losses and averages stay in float32."""
-    remat: bool = run.setting(False)
-    """Keep less for the backward pass, and compute it again."""
+    remat: Literal["none", "products", "full"] = run.setting("none")
+    """What the backward pass computes again, to save memory: nothing; all but products with weights and convolutions;
+    all but each block's input."""
     samples: int = run.setting(10_000)
     """Images that are judged, at most as many as are held out."""
     seed: int = 0
@@ -212,7 +213,11 @@ def size_of(config: Config) -> Any:
 
 
 def make_field(config: Config, shape: Shape, labels: int | None, key: Key[Array, ""]) -> mfx.DiT | mfx.UNet:
-    how: dict[str, Any] = {"dtype": jnp.bfloat16 if config.bfloat16 else jnp.float32, "remat": config.remat, "key": key}
+    how: dict[str, Any] = {
+        "dtype": jnp.bfloat16 if config.bfloat16 else jnp.float32,
+        "remat": mfx.nn.REMATS[config.remat],
+        "key": key,
+    }
     how["guidance"] = config.guidance_input
     if config.network == "dit":
         return mfx.DiT(shape, size_of(config), labels=labels, **how)

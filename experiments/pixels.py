@@ -32,7 +32,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -112,8 +112,9 @@ class Config(image_sources.Settings):
     """The first and the last time at which these scales hold, in all samples."""
     bfloat16: bool = False
     """Compute in bfloat16; parameters, times, losses and averages stay in float32."""
-    remat: bool = run.setting(False)
-    """Keep only each block's input for the backward pass, and compute the rest again."""
+    remat: Literal["none", "products", "full"] = run.setting("none")
+    """What the backward pass computes again, to save memory: nothing; all but products with weights and convolutions;
+    all but each block's input."""
     samples: int = run.setting(10_000)
     """Images that are judged, at most as many as are held out."""
     seed: int = 0
@@ -174,7 +175,7 @@ def make_field(config: Config, shape: images.Shape, labels: int | None, key: Key
         guidance=labels is not None,
         velocity_head=True,
         dtype=jnp.bfloat16 if config.bfloat16 else jnp.float32,
-        remat=config.remat,
+        remat=mfx.nn.REMATS[config.remat],
         key=key,
     )
     return mfx.XPrediction(network, config.smallest_time)

@@ -45,7 +45,13 @@ from ._rotary import (
     RotarySelfAttention as RotarySelfAttention,
     rotate as rotate,
 )
-from ._stack import known_unroll as known_unroll, Remat as Remat, Stack as Stack
+from ._stack import (
+    known_unroll as known_unroll,
+    products_saveable as products_saveable,
+    Remat as Remat,
+    REMATS as REMATS,
+    Stack as Stack,
+)
 from ._tokens import (
     AbstractConditionTokens as AbstractConditionTokens,
     ConditionTokens as ConditionTokens,

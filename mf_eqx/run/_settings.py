@@ -159,7 +159,7 @@ def setting(default: Any) -> Any:
     """A script's own field that does not change what is learnt, except for rounding, like the fields of `Settings`; or
     a number of steps on which nothing else depends, so that a larger number continues the same run.
 
-        remat: bool = run.setting(False)
+        remat: Literal["none", "products", "full"] = run.setting("none")
 
     **Arguments:** `default` of the field.
     """

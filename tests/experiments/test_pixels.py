@@ -257,7 +257,7 @@ def test_saved_weights_make_pictures_over_scales(finished, experiment, tmp_path,
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "flags",
-    ["--no-labels --uniform 0.1 --half-lives 2", "--bfloat16 --remat --no-flips", "--no-labels --perceptual 0.1"],
+    ["--no-labels --uniform 0.1 --half-lives 2", "--bfloat16 --remat full --no-flips", "--no-labels --perceptual 0.1"],
 )
 def test_other_options_train(flags, pixels, here, monkeypatch):
     if "--perceptual" in flags:

@@ -212,3 +212,22 @@ def test_known_form_is_no_loop_on_one_device_up_to_the_depth_of_b(
     assert called(unroll=None, remat=remat) == nn.known_unroll(DEPTH, remat)
     assert called(lambda block: block, unroll=None, remat=remat) == 1
     assert [called(unroll=n, remat=remat) for n in (1, 2, True)] == [1, 2, DEPTH]  # a choice of one's own
+
+
+def test_names_of_remat_keep_less_and_less():
+    def kept(remat):
+        """Numbers that a backward pass needs."""
+        stack = nn.Stack(lambda key: Block(nn.Linear(6, 6, key=key)), DEPTH, remat=remat, key=jr.key(0))
+
+        def backward(stack, x):
+            def apply(block, x):
+                return jnp.sin(jnp.exp(jnp.tanh(block.linear(x))))
+
+            return eqx.filter_vjp(lambda stack: stack(apply, x), stack)[1]
+
+        found = eqx.filter_eval_shape(backward, stack, jnp.ones((100, 6)))
+        return sum(leaf.size for leaf in jax.tree.leaves(found) if hasattr(leaf, "size"))
+
+    none, products, full = (kept(remat) for remat in nn.REMATS.values())
+    assert list(nn.REMATS) == ["none", "products", "full"]
+    assert none > products > full
