@@ -65,6 +65,8 @@ STATES = "PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS"
 OUTCOME = re.compile(rf"^(?P<test>\S+::.+?) (?P<outcome>{STATES})\b", re.MULTILINE)
 OF_WORKER = re.compile(rf"^\[gw\d+\] \[ *\d+%\] (?P<outcome>{STATES}) (?P<test>\S+::.+?) *$", re.MULTILINE)
 """How pytest, alone and in several processes, prints what became of a test."""
+NOT_IMPORTED = re.compile(r"^(?P<outcome>ERROR) (?P<test>\S+\.py)(?: - |$)", re.MULTILINE)
+"""How it lists a file that it could not import."""
 
 
 def parsed(arguments: list[str] | None) -> argparse.Namespace:
@@ -250,7 +252,7 @@ def collected(part: Part, folder: Path) -> tuple[str, list[dict[str, Any]]]:
     """What a part has left so far: text and records."""
     log = (folder / "log.txt").read_text(errors="replace").rpartition(NEW_ATTEMPT)[2]
     if part.script == PYTEST:
-        found = [match for pattern in (OUTCOME, OF_WORKER) for match in pattern.finditer(log)]
+        found = [match for pattern in (OUTCOME, OF_WORKER, NOT_IMPORTED) for match in pattern.finditer(log)]
         outcomes = [{"test": m["test"].partition("tests/")[2], "outcome": m["outcome"]} for m in found]
         return (describe_tests(outcomes) if outcomes else last_lines(log)), outcomes
     files = sorted(folder.glob("runs/*/*/results.json"), key=lambda path: path.stat().st_mtime)

@@ -23,8 +23,9 @@ def chosen(records: Records, **values: Any) -> Records:
 
 
 def how(record: dict[str, Any]) -> str:
-    """Attention and remat of a step."""
-    return record["attention"] + ("" if record["remat"] == "none" else f", remat {record['remat']}")
+    """Attention, remat and form of a step."""
+    remat = "" if record["remat"] == "none" else f", remat {record['remat']}"
+    return f"{record['attention']}{remat}, {record['form']}"
 
 
 def step(model: str, variant: str, wanted: str) -> Goal:

@@ -160,7 +160,7 @@ def own_times(found: Iterable[Operation]) -> Iterator[tuple[Operation, float]]:
         own, open_ones, now = [0.0] * len(line), list[int](), 0.0
         for number, start in enumerate([*(operation.start for operation in line), float("inf")]):
             while open_ones and now < start:
-                last = open_ones[-1]  # to begin: the time is its
+                last = open_ones[-1]  # the one that began last: the time belongs to it
                 until = min(max(line[last].end, now), start)
                 own[last] += until - now
                 now = until

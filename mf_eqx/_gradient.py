@@ -121,16 +121,18 @@ class Differentiation(eqx.Module):
     def _kinds(self, field: eqx.Module, batch: Batch) -> tuple[Metrics, PyTree[Any]]:
         """One kind of rows is differentiated after the other: each begins with parameters that a barrier makes wait for
         the sums of those before. Of a plain sum, the compiler would run both forward passes before either backward
-        pass. A loop over a branch for each kind would make a GPU wait for the host."""
+        pass. A loop with a branch for each kind would keep a GPU's host busy, and compile for longer."""
         arrays, static = eqx.partition(field, eqx.is_array)
-        sums = None
-        for part, rows in self.objective.parts(batch):
+
+        def differentiate(arrays: Any, part: AbstractObjective, rows: Batch) -> tuple[Metrics, PyTree[Any]]:
             share = rows.index.shape[0] / batch.index.shape[0]
-            if sums is not None:
-                arrays, sums = jax.lax.optimization_barrier((arrays, sums))
-            found = self._part(part, eqx.combine(arrays, static), rows, None, share)[:2]
-            sums = found if sums is None else jax.tree.map(jnp.add, sums, found)
-        assert sums is not None  # a batch has rows
+            return self._part(part, eqx.combine(arrays, static), rows, None, share)[:2]
+
+        first, *others = self.objective.parts(batch)
+        sums = differentiate(arrays, *first)
+        for part_and_rows in others:
+            arrays, sums = jax.lax.optimization_barrier((arrays, sums))
+            sums = jax.tree.map(jnp.add, sums, differentiate(arrays, *part_and_rows))
         return sums
 
     def _part(

@@ -129,7 +129,7 @@ def test_rows_in_turn_have_the_gradient_and_metrics_of_all_together(x64, share):
 
 
 def test_step_does_not_choose_between_kinds_of_rows_while_it_runs():
-    # What it chooses while it runs is whether the state is updated. A choice in a loop makes a GPU wait for the host.
+    # What it chooses while it runs is whether the state is updated. A choice in a loop keeps a GPU's host busy.
     program = jax.jit(mfx.TrainStep(mfx.Objective(), OPTIMIZER, AVERAGES)).lower(state(), batch()).as_text()
     assert program.count("stablehlo.case") == 1
     assert program.count("optimization_barrier") == 1

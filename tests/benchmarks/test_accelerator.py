@@ -189,9 +189,11 @@ def test_every_goal_is_read_from_records_of_its_benchmark(benchmark_script):
     records += [{"part": "checks", "test": "a", "outcome": "PASSED"}]
     found = {goal.what: goal.found(records) for goal in goals.GOALS}
     assert [what for what, value in found.items() if value is None] == []
-    assert found["XL/2, MeanFlow: time over Flow Matching's"] == "+100.0% (xla)"
+    assert found["XL/2, MeanFlow: time over Flow Matching's"] == "+100.0% (xla, default)"
     assert found["state whose memory is reused"] == "at least 100.0%"
-    assert found["B/4, MeanFlow: ms per step"] == "200.0 (xla; 25% of peak, 1.0 GB temporary, 2.0 GB allocated)"
+    assert (
+        found["B/4, MeanFlow: ms per step"] == "200.0 (xla, default; 25% of peak, 1.0 GB temporary, 2.0 GB allocated)"
+    )
     assert found["U-Net: images per second, float32"] == "1,024"
     assert {goal.found([]) for goal in goals.GOALS} == {None}
 
@@ -202,7 +204,7 @@ def test_a_step_is_compared_with_flow_matching_of_its_own_part_and_round(benchma
     step |= {"attention": "xla", "remat": "products"}
     times = {("a", "Flow Matching"): [1.0, 2.0, 4.0], ("a", "MeanFlow"): [1.1, 2.2, 8.0], ("b", "Flow Matching"): [0.5]}
     records = [{**step, "part": p, "variant": v, "wall_seconds": wall} for (p, v), wall in times.items()]
-    assert goal.found(records) == "+10.0% (xla, remat products)"
+    assert goal.found(records) == "+10.0% (xla, remat products, default)"
 
 
 def test_every_goal_stands_in_the_readme(benchmark_script):
@@ -238,6 +240,34 @@ def test_log_of_tests_in_several_processes_is_counted_likewise(accelerator, part
     text, records = accelerator.collected(parts.Part("checks", "?", "pytest", {"paths": []}, 1), tmp_path)
     assert text == "1 passed, 1 failed\n- FAILED nn/test_a.py::test_y"
     assert records[0] == {"test": "nn/test_a.py::test_x[a b]", "outcome": "PASSED"}
+
+
+def test_a_file_of_tests_that_cannot_be_imported_is_counted(accelerator, parts, tmp_path):
+    lines = ["tests/nn/test_a.py::test_x PASSED [100%]", "ERROR tests/nn/test_b.py - ModuleNotFoundError: No module"]
+    (tmp_path / "log.txt").write_text("\n".join(lines))
+    text, _ = accelerator.collected(parts.Part("checks", "?", "pytest", {"paths": []}, 1), tmp_path)
+    assert text == "1 passed, 1 error\n- ERROR nn/test_b.py"
+
+
+@pytest.mark.parametrize("is_there", [False, True])
+def test_checks_run_in_several_processes_where_that_is_installed(parts, is_there, monkeypatch):
+    monkeypatch.setattr(parts, "find_spec", lambda name: is_there or None)
+    monkeypatch.setattr(parts, "TESTERS", 4)
+    found = parts.parts(parts.Machine("gpu", "NVIDIA H200", 1, 140e9, {}), False, "")
+    (checks,) = [part.command for part in found if part.name == "checks"]
+    assert ("-n" in checks) is is_there
+
+
+def test_parts_share_the_programs_that_they_compile_and_tests_do_not(accelerator, parts, tmp_path, monkeypatch):
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    machine = parts.Machine("gpu", "NVIDIA H200", 1, 140e9, {})
+    found = accelerator.Runner(machine, parts.parts(machine, False, ""), tmp_path)
+    for part in found.parts:
+        place = accelerator.environment(part).get("JAX_COMPILATION_CACHE_DIR")
+        if part.script == parts.PYTEST:
+            assert place is None
+        else:
+            assert (found.folder(part) / place).resolve() == (found.directory / "programs").resolve()
 
 
 @pytest.mark.parametrize("tiny", [False, True])
