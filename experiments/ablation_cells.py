@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -177,7 +177,8 @@ def train_missing(
 
     def judged(cell: Cell, state: mfx.TrainState | None) -> dict[str, float]:
         assert state is not None
-        return figures_of(recipe, judge, cell, state, directory.path(samples_name(key(cell))))
+        place = functools.partial(directory.path, samples_name(key(cell)))  # which makes a folder
+        return figures_of(recipe, judge, cell, state, place)
 
     def note(cell: Cell, result: dict[str, float]) -> str:
         nonlocal done
@@ -191,14 +192,16 @@ def train_missing(
     run.train_cells(config, trainings, judged, directory, note=note)
 
 
-def figures_of(recipe: Recipe, judge: Judge, cell: Cell, state: mfx.TrainState, samples: Path) -> dict[str, float]:
-    """The figures of a cell's last state, whose pictures are saved as `samples` before. A training that diverged has a
-    distance of NaN, no other figures and no picture."""
+def figures_of(
+    recipe: Recipe, judge: Judge, cell: Cell, state: mfx.TrainState, samples: Callable[[], Path]
+) -> dict[str, float]:
+    """The figures of a cell's last state, whose pictures are saved as `samples()` before, if there are any. A training
+    that diverged has a distance of NaN, no other figures and no picture."""
     if int(state.faults.most_in_row) >= DIVERGED:
         return {"distance": math.nan}
     if recipe.sampler is not None:
         label, _ = recipe.sampler.columns()
-        np.save(samples, recipe.sampler(state.averages[0], label, 1, image_samples.PICTURE_SEED))
+        np.save(samples(), recipe.sampler(state.averages[0], label, 1, image_samples.PICTURE_SEED))
     return judge.score(state.averages[0], cell.setting)
 
 
