@@ -137,7 +137,7 @@ def latent_statistics_origin(path: str | Path) -> str:
     **Arguments:** `path` as for `load_autoencoder`.
     """
     config, found = _said_of_latents(Path(path))
-    origins = [f"{name} of {config}" for name in found]
+    origins = [f"{', '.join(found)} of {config}"] if found else []
     if "scaling_factor" not in found:
         reason = f"{config} lacks it" if config.exists() else f"there is no {config}"
         origins.append(f"scaling_factor of Stable Diffusion, since {reason}")

@@ -307,7 +307,7 @@ def test_a_damaged_config_is_refused(content, message, tmp_path):
         (
             {"scaling_factor": 0.5, "latents_mean": [1, 2, 3], "latents_std": [4, 5, 6]},
             vae.LatentStatistics((1.0, 2.0, 3.0), (8.0, 10.0, 12.0)),
-            "latents_mean of CONFIG, latents_std of CONFIG, scaling_factor of CONFIG",
+            "latents_mean, latents_std, scaling_factor of CONFIG",
         ),
     ],
 )
