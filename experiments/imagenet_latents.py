@@ -55,7 +55,7 @@ with install_import_hook("mf_eqx", "beartype.beartype(conf=beartype.BeartypeConf
     import mf_eqx as mfx
     from mf_eqx import checkpoint, data, picture, run, vae
 
-DECODED_AT_ONCE = 10
+DECODED_AT_ONCE = 8
 """Latents in one call: those of ImageNet take 0.2 GB each."""
 PREVIEW_SEED = 2**31 - 1
 """Of the noise of all pictures."""
@@ -299,7 +299,7 @@ def generate(
     def one(row: tuple[Array, Array]) -> Array:
         return decoder(mfx.sample(sampled, *row)[None])[0]
 
-    return jax.lax.map(one, (eps, label), batch_size=min(number, 16))
+    return jax.lax.map(one, (eps, label), batch_size=min(number, DECODED_AT_ONCE))
 
 
 def save_samples(config: Config, field: mfx.AbstractField, decoder: Decoder, path: Path) -> None:
