@@ -232,7 +232,7 @@ def test_statistics_are_those_of_the_config_and_no_others(convert, prepare_laten
     convert("--to latents --parts 2 --last-part 0")
     found = prepare_latents.read_notes("latents").of_tokenizer().statistics
     assert found == vae.LatentStatistics((1.0, 2.0, 3.0), (2.0,))
-    shown = "latents: mean 1 2 3, std 2, by latents_mean of vae/config.json, scaling_factor of vae/config.json\n"
+    shown = "latents: mean 1 2 3, std 2, by latents_mean, scaling_factor of vae/config.json\n"
     assert shown in capsys.readouterr().out
     file = "vae/diffusion_pytorch_model.safetensors"
     convert(f"--to latents --parts 2 --last-part 0 --vae {file}")  # a file is what its folder is
