@@ -6,7 +6,7 @@ in-context networks of improved MeanFlow, whose guidance is chosen at sampling.
     python experiments/imagenet_latents.py --preset B/4 --data data/imagenet256          the ablation's network
     python experiments/imagenet_latents.py --preset iMF-B/2 --data data/imagenet256 --bfloat16    improved MeanFlow
     python experiments/imagenet_latents.py --preset XL/2 --start sit.safetensors         from SiT (import_weights.py)
-    python experiments/imagenet_latents.py --preset XL/2 --bfloat16 --cudnn --remat products --dry-run    what it takes
+    python experiments/imagenet_latents.py --preset XL/2 --bfloat16 --remat products --dry-run    what it takes
     python experiments/imagenet_latents.py --preset quick --data data/fashion_latents \\
         --vae runs/tokenizer/1a2b3c4d/vae --images /usr/share/datasets/fashion-mnist      by a tokenizer of one's own
 
