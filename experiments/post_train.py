@@ -1,7 +1,7 @@
 """Post-training of saved weights by losses on whole batches of generated images: the Frechet distance, or drifting.
 
     python experiments/post_train.py --start runs/digits/1a2b3c4d/meanflow/ema_0.997.safetensors
-    python experiments/post_train.py --start runs/fashion/1a2b3c4d/ema.safetensors                  not run yet
+    python experiments/post_train.py --start runs/fashion/1a2b3c4d/ema.safetensors
     python experiments/post_train.py --start ema.safetensors --features lite0
     python experiments/post_train.py --start ema.safetensors --preset drifting
     python experiments/post_train.py --start ema.safetensors --evaluations 2 --queue 5000
@@ -15,7 +15,7 @@ generate.py and evaluate.py read. A run that was stopped, or killed, continues b
 
 At the end images of both weights are judged as by images.py. A distance in a space that was trained in says little of
 quality: what counts is printed last, what is found in the other spaces. RESULTS.md has figures of digits, where it
-was hardly a gain.
+was hardly a gain, and of Fashion-MNIST.
 """
 
 import dataclasses
