@@ -23,7 +23,7 @@ from ._field import AbstractField, check_field
 from ._guidance import GuidedField
 from ._leaves import by_name
 from ._model import check_labels
-from ._sample import check_times, sample, Times
+from ._sample import as_grid, check_times, sample, Times
 from ._sharding import Parallelism
 from ._validate import check_key, check_sizes, described, on_host_if_known
 
@@ -31,10 +31,6 @@ from ._validate import check_key, check_sizes, described, on_host_if_known
 def _as_arrays(condition: PyTree[Any]) -> PyTree[Array]:
     """The same PyTree of arrays of JAX."""
     return jax.tree.map(jnp.asarray, condition)
-
-
-def _as_times(times: Times) -> tuple[float, ...]:
-    return tuple(map(float, np.atleast_1d(times)))
 
 
 class Generator(eqx.Module):
@@ -62,7 +58,7 @@ class Generator(eqx.Module):
     field: AbstractField
     key: Key[Array, ""]
     data_shape: tuple[int, ...] = eqx.field(static=True)
-    times: tuple[float, ...] = eqx.field(static=True, default=(1.0, 0.0), converter=_as_times)
+    times: tuple[float, ...] = eqx.field(static=True, default=(1.0, 0.0), converter=as_grid)
     labels: int | None = eqx.field(static=True, default=None)
     balanced: bool = eqx.field(static=True, default=False)
     method: Callable[..., Float[Array, "*data"]] = eqx.field(static=True, default=sample)

@@ -234,7 +234,7 @@ def _train_step(constant: tuple[TrainStep, Batch], state: TrainState[_Network]) 
     _check_numbers(state)
     if jax.tree.structure(state.objective) != jax.tree.structure(jax.eval_shape(train_step.objective.init)):
         name = type(train_step.objective).__name__
-        raise ValueError(f"init_state must be given the objective, {name}, which has a state; got another or none")
+        raise ValueError(f"init_state must be given the objective of the step, {name}; got another one, or none")
     prepare_key, objective_key = jr.split(jr.fold_in(state.key, state.step))
     if (prepare := train_step.prepare) is not None:
         batch = jax.vmap(lambda row: prepare(row, jr.fold_in(prepare_key, row.index)))(batch)

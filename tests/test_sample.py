@@ -191,6 +191,12 @@ def test_program_does_not_grow_with_the_number_of_steps():
     assert lines(50) == lines(2)
 
 
+def test_noise_of_integers_is_sampled_in_float32():
+    with jax.enable_x64(False):
+        x = mfx.sample(GaussianField(jnp.zeros(2), 0.5), [0, 1])
+    assert x.dtype == jnp.float32
+
+
 def test_noise_below_float32_is_sampled_in_float32():
     eps = jnp.ones(2, jnp.bfloat16)
     field = GaussianField(jnp.zeros(2), 0.5)

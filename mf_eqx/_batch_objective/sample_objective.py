@@ -33,7 +33,7 @@ from .._guidance import Trained
 from .._mean import Mean, Metrics
 from .._objective import AbstractObjective
 from .._row import Context
-from .._sample import check_times, sample, Times
+from .._sample import as_grid, check_times, sample
 from .._validate import check_kind, check_positive
 
 
@@ -72,8 +72,8 @@ class SampleObjective(AbstractObjective):
     - `losses`: one `AbstractSampleLoss`, or several, for example one for each space of features.
     - `weights`: a number for each loss, > 0; None for 1.
     - `times`: the grid of times of the samples, one step by default. All its steps are differentiated.
-    - `method`: `sample`, or another function with its arguments, such as `sample_euler`, by which one step of a field
-      that knows u(z, t, t) alone becomes a generator.
+    - `method`: `sample`, or another function with its arguments: with `sample_euler`, a field of Flow Matching becomes a
+      generator in one step.
     - `unroll`: as in `sample`.
 
     **Metrics:** `loss`; those of the losses, with the number of the loss at the end of the name if there are several.
@@ -84,7 +84,7 @@ class SampleObjective(AbstractObjective):
 
     losses: tuple[AbstractSampleLoss, ...] = eqx.field(converter=_as_losses)
     weights: tuple[float, ...] | None = None
-    times: Times = (1.0, 0.0)
+    times: tuple[float, ...] = eqx.field(converter=as_grid, default=(1.0, 0.0))
     method: Callable[..., Float[Array, "*data"]] = sample
     unroll: bool = False
 
@@ -110,8 +110,9 @@ class SampleObjective(AbstractObjective):
     @property
     def trained(self) -> Trained:
         """Which values of a field it trains, for those who sample later: u at the times of its grid alone."""
-        is_average, is_single = self.method is sample, len(self.times) == 2
-        return Trained(is_average, False, False, velocity=not is_average, ends_at_data=is_average and is_single)
+        is_average = self.method is sample
+        only_data = is_average and len(self.times) == 2 and self.times[-1] == 0
+        return Trained(is_average, False, False, velocity=not is_average, ends_at_data=only_data)
 
     def parts(self, batch: Batch) -> list[tuple[AbstractObjective, Batch]]:
         return [(self, batch)]
@@ -124,8 +125,9 @@ class SampleObjective(AbstractObjective):
         return max(loss.batches_to_fill(rows) for loss in self.losses)
 
     def fill(self, field: AbstractField, batches: Iterable[Batch], *, key: Key[Array, ""]) -> PyTree[Array]:
-        """The state after samples of a field for all these batches, without training it. An empty population gives the
-        first batches a gradient as many times too large as a full one has batches, which Adam remembers for long.
+        """The state after samples of a field for all these batches, without training it. From an empty population the
+        first gradients would be too large, by a factor of as many batches as fill it, and Adam's moments would keep this
+        for many steps.
 
         **Arguments:** `field`; `batches`, as many as `batches_to_fill` says, as for `evaluate`; `key` of the noise.
         """

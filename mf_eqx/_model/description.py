@@ -60,7 +60,7 @@ def describe(field: eqx.Module) -> dict[str, Any]:
     **Raises:** `ValueError` for another field, and for a network with parts that have no description: a condition
     embedding or time variables of your own, or arrays that its arguments do not explain.
     """
-    if isinstance(field, XPrediction):
+    if type(field) is XPrediction:
         return {**describe(field.field), _X_PREDICTION: field.smallest_time}
     if not isinstance(field, MLP | DiT | InContextDiT | UNet):
         rule = "an MLP, a DiT, an InContextDiT or a UNet to be described"

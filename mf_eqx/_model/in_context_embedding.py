@@ -101,7 +101,7 @@ class InContextEmbedding(eqx.Module):
     def label(self) -> LabelEmbedding | None:
         """The embedding of labels, if the condition is a label."""
         embedding = self.condition.embedding if isinstance(self.condition, ConditionTokens) else None
-        return embedding if isinstance(embedding, LabelEmbedding) else None
+        return embedding if type(embedding) is LabelEmbedding else None
 
     @property
     def length(self) -> int:

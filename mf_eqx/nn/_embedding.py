@@ -240,8 +240,8 @@ def as_embedding(
 
 
 def as_argument(embedding: AbstractConditionEmbedding | None) -> int | AbstractConditionEmbedding | None:
-    """The argument `condition` of a network that `as_embedding` makes this embedding of."""
-    return embedding.hidden.weight.shape[0] if isinstance(embedding, VectorEmbedding) else embedding
+    """The inverse of `as_embedding`: the argument `condition` that it makes this embedding of."""
+    return embedding.hidden.weight.shape[0] if type(embedding) is VectorEmbedding else embedding
 
 
 def embedded_condition(
@@ -250,10 +250,10 @@ def embedded_condition(
     other: AbstractConditionEmbedding | None,
     width: int,
 ) -> Float[Array, " width"] | None:
-    """The embedding of a condition by the only one of two embeddings that there is, or None where there is neither.
+    """The condition embedded by `label` or by `other`, whichever is given; None if neither is.
 
-    **Raises:** `ValueError` if the condition is None though there is one, or not None though there is none, or if the
-    result is no vector of `width`.
+    **Raises:** `ValueError` if there is an embedding but no condition, or a condition but no embedding, or if the result
+    is not a vector of `width`.
     """
     embedding = label if other is None else other
     if embedding is None:
@@ -267,7 +267,7 @@ def embedded_condition(
     vector = embedding(condition)
     if vector.shape != (width,):
         raise ValueError(
-            f"condition must be embedded as shape ({width},), got {vector.shape} of {type(other).__name__}"
+            f"condition must be embedded as shape ({width},), got {vector.shape} of {type(embedding).__name__}"
         )
     return vector
 

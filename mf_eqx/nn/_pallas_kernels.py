@@ -264,9 +264,10 @@ def _call(
 
 
 def rows_at_a_time(most: int, columns: int, item_bytes: int) -> int:
-    """Of keys, values and their tangents: as many as shared memory has room for in all stages, from 16 to `most`."""
+    """The number of rows of keys, values and their tangents that are loaded at a time: as many as shared memory has room
+    for in all stages, from 16 to `most`."""
     bytes_of_a_row = 4 * STAGES * columns * item_bytes
-    return min(most, max(16, 2 ** int(np.log2(SHARED_BYTES // bytes_of_a_row))))
+    return min(most, max(16, 2 ** int(np.log2(max(1, SHARED_BYTES // bytes_of_a_row)))))
 
 
 def _filled(number: int, rows: int) -> int:

@@ -79,11 +79,17 @@ def test_populations_are_filled_with_samples_of_the_field_as_it_is():
     np.testing.assert_allclose(last, parts[-1], rtol=1e-5)
 
 
+def test_times_may_be_an_array():
+    state, _ = trained(1, mfx.SampleObjective(mfx.FrechetLoss(MEAN, COVARIANCE), times=jnp.asarray([1.0, 0.5, 0.0])))
+    assert state.faults.total == 0
+
+
 @pytest.mark.parametrize(
     ("times", "method", "trained"),
     [
         ((1.0, 0.0), mfx.sample, mfx.Trained(True, False, False, velocity=False, ends_at_data=True)),
         ((1.0, 0.5, 0.0), mfx.sample, mfx.Trained(True, False, False, velocity=False)),
+        ((1.0, 0.5), mfx.sample, mfx.Trained(True, False, False, velocity=False)),
         ((1.0, 0.0), mfx.sample_euler, mfx.Trained(False, False, False)),
     ],
 )
@@ -168,7 +174,7 @@ def test_a_step_that_is_not_finite_leaves_the_moments_as_they_were():
 def test_a_state_without_moments_is_refused():
     step = mfx.TrainStep(frechet(), optax.sgd(0.1))
     state = mfx.init_state(affine(), step.optimizer, key=jr.key(0))
-    with pytest.raises(ValueError, match="init_state must be given the objective, SampleObjective, which has a state"):
+    with pytest.raises(ValueError, match="init_state must be given the objective of the step, SampleObjective"):
         step(state, BATCH)
 
 

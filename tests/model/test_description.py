@@ -107,6 +107,13 @@ class Sum(nn.AbstractConditionEmbedding):
         return self.table[condition["words"]].sum(axis=0)
 
 
+class Squared(nn.VectorEmbedding):
+    """One of the package's with another function."""
+
+    def __call__(self, condition):
+        return nn.VectorEmbedding.__call__(self, condition**2)
+
+
 def own_times(r, t):
     return (t * r,)
 
@@ -117,6 +124,9 @@ OTHERS = {
     ),
     r"condition must be a vector or None for a network to be described, got the embedding Sum": lambda: shapes(
         lambda key: mfx.DiT((1, 8), SIZE, condition=Sum(jnp.ones((4, 8))), key=key)
+    ),
+    r"condition must be a vector or None for a network to be described, got the embedding Squared": lambda: shapes(
+        lambda key: mfx.MLP(2, width=8, condition=Squared(3, 8, key=key), key=key)
     ),
     r"time_variables must be among end_duration, .* to be described, got own_times": lambda: shapes(
         lambda key: mfx.MLP(2, time_variables=own_times, key=key)

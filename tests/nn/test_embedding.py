@@ -406,6 +406,12 @@ def test_embedding_of_another_width_is_refused(make):
         field(z, 0.0, 1.0, {"joints": VECTOR, "words": jnp.asarray([3, 3, 19])})
 
 
+def test_label_embedding_of_another_width_is_refused_by_its_name():
+    embedding = nn.ConditionEmbedding(nn.TimePairEmbedding(8, key=jr.key(0)), nn.LabelEmbedding(3, 4, key=jr.key(1)))
+    with pytest.raises(ValueError, match=r"condition must be embedded as shape \(8,\), got \(4,\) of LabelEmbedding"):
+        embedding(0.0, 1.0, 1)
+
+
 # Positions
 
 

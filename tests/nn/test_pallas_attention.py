@@ -12,6 +12,7 @@ from attentions import distance, distances, every_mode, IDENTITIES, losses, low_
 
 import mf_eqx as mfx
 from mf_eqx import nn
+from mf_eqx.nn._pallas_kernels import rows_at_a_time
 
 INTERPRETED = nn.PallasAttention(16, interpret=True)
 
@@ -146,6 +147,10 @@ def test_a_gradient_that_stops_at_the_tangent_computes_nothing_for_it(stopped):
 def test_its_form_for_forward_mode_is_its_own():
     attention = nn.PallasAttention().forward_mode()
     assert attention.forward_mode() is attention
+
+
+def test_a_row_that_fills_shared_memory_is_loaded_with_fifteen_others():
+    assert rows_at_a_time(128, 4096, 4) == 16
 
 
 # What is refused
