@@ -3,8 +3,8 @@
     import mf_eqx as mfx
     from mf_eqx import checkpoint, data, exact, measure, metrics, picture, released, run, vae
 
-The first line has all public names of the files below that begin with an underscore, and `mfx.nn`. The rooms of the
-second line are imported explicitly, so that a training job does not load what it does not use. What is where:
+The first line has all public names of the files below that begin with an underscore, and `mfx.nn`. The subpackages in
+the second line must be imported explicitly, so that a training job does not load what it does not use. What is where:
 
     _custom_types.py   the symbols, and types made of them
     _validate.py       checks of arguments that several parts share
@@ -53,8 +53,8 @@ second line are imported explicitly, so that a training job does not load what i
     picture/           what is drawn: grids of images and points, flows, curves (loads matplotlib)
     measure/           what a program costs: time, operations, memory
 
-Shapes and types of all of it are checked while it is traced if `jaxtyping.install_import_hook("mf_eqx",
-"beartype.beartype")` runs before the import. Experiments and tests do that; `JAXTYPING_DISABLE=1` turns it off.
+If `jaxtyping.install_import_hook("mf_eqx", "beartype.beartype")` runs before the import, shapes and types in the whole
+package are checked during tracing. Experiments and tests do that; `JAXTYPING_DISABLE=1` turns the checks off.
 """
 
 from . import nn as nn

@@ -15,7 +15,8 @@ Time runs from data (t = 0) to noise (t = 1); always r <= t. Everything is per e
 | `scale`, `mix` | $\omega$, $\kappa$ | guidance |
 | `power`, `offset` | $p$, $c$ | adaptive weight |
 
-Source: Mean Flows for One-step Generative Modeling, Geng, Deng, Bai, Kolter, He, 2025, arXiv 2505.13447.
+Source: Mean Flows for One-step Generative Modeling, Geng, Deng, Bai, Kolter, He, 2025, arXiv 2505.13447. In the whole
+package, numbers of equations, tables and sections without a source are those of this paper.
 """
 
 from typing import Any, TypeAlias

@@ -72,7 +72,8 @@ class AbstractDerivative(eqx.Module):
 class FusedJVP(AbstractDerivative):
     """One `eqx.filter_jvp`: its primal output is the loss's own forward pass, so u is never computed twice.
 
-    du/dt carries a gradient, unless the field's attention is a fused kernel.
+    du/dt carries a gradient, unless the field's attention becomes a `StoppedTangent` in forward mode, as
+    `CudnnAttention` does.
 
     **Raises** (when called): `ValueError` if u is computed from (z, r, t) by a `jax.custom_vjp` function.
     """

@@ -24,7 +24,7 @@ class HalfLife(eqx.Module):
 
     $$d_n = 2^{-B / H_n}, \qquad H_n = \min(H, \rho\, (n - 1) B)$$
 
-    at step n, counted from 1. At n = 1 the average becomes the parameters.
+    at step n, counted from 1. At n = 1 the average becomes the parameters, unless `rampup` is None: then H_n = H.
 
     **Arguments:** `images` H, > 0: 500, 1000 and 2000 thousand for pixel MeanFlow. `batch` images per step B, >= 1.
     `rampup` $\rho$, > 0: the half-life is at most this share of the images seen before; None for H throughout.

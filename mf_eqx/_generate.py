@@ -23,7 +23,7 @@ from ._field import AbstractField, check_field
 from ._guidance import GuidedField
 from ._leaves import by_name
 from ._model import check_labels
-from ._sample import as_grid, check_times, sample, Times
+from ._sample import as_grid, check_times, sample
 from ._sharding import Parallelism
 from ._validate import check_key, check_sizes, described, on_host_if_known
 
@@ -172,5 +172,6 @@ def _as_labels(labels: Any, rows: int, count: int) -> Int[Array, " rows"]:
         raise ValueError(f"condition must be one integer label for each of {rows} samples, got {described(labels)}")
     known = on_host_if_known(labels)
     if known is not None and (wrong := (known < 0) | (known > count)).any():
-        raise ValueError(f"condition must be labels in [0, {count}], {count} being no label, got {known[wrong][0]}")
+        rule = f"labels in [0, {count}], where {count} means no label"
+        raise ValueError(f"condition must be {rule}, got {known[wrong][0]}")
     return jnp.asarray(labels, jnp.int32)

@@ -1,7 +1,7 @@
 """Gradients of an objective, computed for one kind of rows after the other, for one micro-batch after the other, and
 separately for each device. So only the intermediate results of one kind of rows in one micro-batch are needed at a
-time, and devices that have whole parameters communicate only once. (For a GPU XLA gives all kinds of rows the same
-memory, for a CPU each its own.)
+time, and devices that have whole parameters communicate only once. (On a GPU XLA uses the same memory for all kinds of
+rows, on a CPU each kind has its own.)
 
 This requires only that the loss is a mean over rows: it is then the mean over parts of equal size, and the sum over
 kinds of rows of their mean loss times their share. An objective that is not such a mean (`AbstractObjective.divisor` is
@@ -47,7 +47,7 @@ class Differentiation(eqx.Module):
         return self._whole(field, batch, state)
 
     def _whole(self, field: eqx.Module, batch: Batch, state: Any) -> tuple[Metrics, PyTree[Any], Any]:
-        """Every device has whole parameters, before anything is computed from them."""
+        """All parameters are gathered on every device before the computation starts."""
         if self.parallelism is not None:
             field, context, state = self.parallelism.gather((field, self.context, state))
             self = dataclasses.replace(self, context=context)
@@ -119,9 +119,9 @@ class Differentiation(eqx.Module):
         return _sum_over(differentiate, _in_parts(batch, self.accumulation))
 
     def _kinds(self, field: eqx.Module, batch: Batch) -> tuple[Metrics, PyTree[Any]]:
-        """One kind of rows is differentiated after the other: each begins with parameters that a barrier makes wait for
-        the sums of those before. Of a plain sum, the compiler would run both forward passes before either backward
-        pass. A loop with a branch for each kind would keep a GPU's host busy, and compile for longer."""
+        """One kind of rows is differentiated after the other: a barrier makes the parameters for each kind wait for the
+        sums of the kinds before. Without it, the compiler would run both forward passes before either backward pass. A
+        loop with a branch for each kind would keep a GPU's host busy, and compile for longer."""
         arrays, static = eqx.partition(field, eqx.is_array)
 
         def differentiate(arrays: Any, part: AbstractObjective, rows: Batch) -> tuple[Metrics, PyTree[Any]]:

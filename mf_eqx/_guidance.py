@@ -1,5 +1,5 @@
 r"""Classifier-free guidance inside the target (Sec. 4.2, App. B.1): guided samples at one function evaluation.
-`GuidedField` applies guidance when sampling, at two evaluations. `DrawnGuidance` is in the file beside this one.
+`GuidedField` applies guidance when sampling, at two evaluations. `DrawnGuidance` is in `_drawn_guidance.py`.
 
 The velocity $v_t$, both in the target and as the tangent of the JVP, is replaced by
 
@@ -62,11 +62,11 @@ class AbstractGuidance(eqx.Module):
 
     @abc.abstractmethod
     def condition(self, condition: Condition, r: Time, t: Time, *, key: Key[Array, ""]) -> Condition:
-        """What the field gets as its condition in a row with these times."""
+        """The condition that the field gets in a row with times r and t."""
 
     @abc.abstractmethod
     def null(self, condition: Condition, t: Time, dropout: "LabelDropout") -> Condition:
-        """What the field gets as its condition in the pass without one, in a row where it gets `condition`."""
+        """The condition of the unconditional pass, for a row whose conditional pass gets `condition`."""
 
     @abc.abstractmethod
     def velocity(
@@ -93,7 +93,8 @@ class AbstractGuidance(eqx.Module):
         condition: Condition = None,
     ) -> Float[Array, "*data"]:
         r"""The velocity that a field learns, $v_{cfg} = \omega' v(z_t, t \mid c) + (1 - \omega') v(z_t, t)$ (13), where
-        both marginal velocities are known. `velocity` of v and of this as the field's own value returns it.
+        both marginal velocities are known. It is a fixed point: `velocity`, given the marginal v and this velocity as
+        `conditional`, returns this velocity.
 
         **Arguments:** `conditional` and `unconditional` marginal velocity; `t` time; `condition` of the row.
         """
@@ -266,10 +267,10 @@ class LabelDropout(eqx.Module):
 
     - `rate`: share of all rows of the batch, 0.1 in the paper.
     - `null`: the condition that means "none": for a field with labels `field.null_label`, otherwise a PyTree with the
-      structure of one example's condition, such as a vector of zeros. All its arrays take the place of the condition's
-      together. Each is broadcast to the shape of the condition's, so that a number is enough, and cast to its dtype; an
-      `Objective` refuses other shapes, and a value that the cast would change, such as 300 for uint8 labels. Where
-      null may occur in the data, add a flag to the condition: `{"x": x, "given": True}` and `{"x": 0.0, "given":
+      structure of one example's condition, such as a vector of zeros. In a dropped row all arrays of the condition are
+      replaced together. Each is broadcast to the shape of the condition's, so that a number is enough, and cast to its
+      dtype; an `Objective` refuses other shapes, and a value that the cast would change, such as 300 for uint8 labels.
+      Where null may occur in the data, add a flag to the condition: `{"x": x, "given": True}` and `{"x": 0.0, "given":
       False}`.
     - `boundary_only`: whether only r = t rows are dropped, with probability `rate` / (1 - identity share), so that the
       null condition is never trained at r < t. True agrees in expectation with the authors' ImageNet code, which drops
@@ -296,7 +297,7 @@ class LabelDropout(eqx.Module):
 
 def _broadcast(null: Condition, condition: Condition) -> Condition:
     """The null condition with the shapes of the condition, if it has the same structure."""
-    if jax.tree.structure(null) != jax.tree.structure(condition):  # a field may take several
+    if jax.tree.structure(null) != jax.tree.structure(condition):  # a field may accept several structures
         return null
     conditions = by_name("", condition)
     for name, leaf in by_name("", null).items():

@@ -7,7 +7,8 @@ carries the identity, the others regress u(z, t, t) on the velocity and never pa
 
 Guidance costs no more passes than necessary. On r = t rows the conditional value is the loss's own output, so only the
 unconditional pass is extra. On identity rows both values come from a copy of the field behind stop-gradient; the
-conditional one is computed only if `Guidance.mix` is not 0, and an identity along the predicted velocity takes it, too.
+conditional one is computed only if `Guidance.mix` is not 0, and an identity along the predicted velocity, such as
+`ImprovedMeanFlow`, reuses it.
 
 A velocity head, if the field has one, learns the same (guided) velocity v as u(z, t, t), with the same weight:
 
@@ -181,19 +182,19 @@ class Objective(AbstractObjective):
     - `label_dropout`: None, or how the condition is dropped.
     - `velocity`: None, or a function v(z, t, condition) whose value replaces the conditional velocity $v_t$, as target
       and as tangent: a trained Flow Matching field (distillation), or the marginal velocity itself
-      (`mf_eqx.exact.MarginalVelocity`), to measure the effect of the variance of $v_t$. No gradient passes through
-      it. It is that of the path: one that is bounded already, as that of an `XPrediction` is, would be bounded twice by
-      a `smallest_time`. For rows whose condition was dropped it gets the null condition, for which a mixture returns
-      NaN: wrap it.
+      (`mf_eqx.exact.MarginalVelocity`), to measure the effect of the variance of $v_t$. No gradient passes through it.
+      It must be the velocity of the path, without the factor of `smallest_time`: an `XPrediction` has that factor
+      already and would get it twice. For rows whose condition was dropped, the function gets the null condition; an
+      exact mixture returns NaN for a label that it does not have, so wrap it.
     - `stable_target`: None, or reference data from which $v_t$ is estimated with less variance than from the row's own
       x alone.
     - `exact_guidance`: whether `guidance` takes the velocities of `stable_target` with and without the label, in place
       of the field's own: the target is then the fixed point of guidance. It costs no evaluation of the field, and does
       not multiply the field's errors by scale - 1. Needs a `stable_target` of all references, with labels.
-    - `smallest_time`: $t_0$ in [0, 1): rows learn the velocity $\min(1, t / t_0)\, v_t = (z_t - x) / \max(t, t_0)$ of
-      the straight path, as an `XPrediction` with the same $t_0$ needs it; 0.05 in its paper, 0 for $v_t$. What is
-      learnt is exact for the flow of that velocity, which is slower below $t_0$: for $t \ge t_0$ the equations are
-      those of $v_t$, and averages that end below $t_0$ leave a part of the noise, $t_0 / e$ of it for data at a point.
+    - `smallest_time`: $t_0$ in [0, 1): rows learn the velocity $\min(1, t / t_0)\, v_t$, on the straight path $(z_t -
+      x) / \max(t, t_0)$, the target that an `XPrediction` with the same $t_0$ needs. 0.05 in its paper; 0 for $v_t$
+      itself. The field learns the exact average of this velocity. For $t \ge t_0$ it is $v_t$; below, the flow is
+      slower, so that a sample at r = 0 keeps a part of the noise: $t_0 / e$ of it for data at one point.
     - `perceptual`: `PerceptualTerm`s, none by default. They need an identity that gives its u, an
       `AbstractIdentityWithVelocity`, or none.
 

@@ -46,17 +46,17 @@ class Row(eqx.Module):
     - `z`: state at time `t`.
     - `v`: velocity at `z`: in training the conditional one, guided if the objective has guidance, or the value of the
       objective's `velocity` or `stable_target`; times min(1, t / t_0) if the objective has a `smallest_time` t_0; in
-      proofs the marginal one.
+      tests with exact fields the marginal one.
     - `r`, `t`: times, r <= t.
     - `condition`: the condition of the row, or the null condition if it was dropped; with `DrawnGuidance` a
       `GuidanceCondition` of it.
     - `key`: one per row and step. Pass it unchanged to every evaluation of the field, as `evaluate` does, so that all
       use the same dropout mask. For your own random draws, fold it with a large number: `fold_in(key, i)` with a small
       i is `split(key, n)[i]`, which the field may use. None if there is neither dropout nor such a draw.
-    - `context`: training step and teacher. None outside of training, as in proofs and metrics.
-    - `x`, `eps`, `path`: data, noise and interpolant from which z was made. None if z was made otherwise; x and eps
-      are also None if the objective has guidance, a `velocity` or a `stable_target`, on which they do not depend. An
-      objective with perceptual terms always gives x.
+    - `context`: training step and teacher. None outside of training, as in metrics.
+    - `x`, `eps`, `path`: data, noise and interpolant from which z was made. None if z was made otherwise; x and eps are
+      also None if the objective has guidance, a `velocity` or a `stable_target`: a method that learns from x and eps
+      would ignore these. An objective with perceptual terms always gives x.
     - `dropped`: whether the condition was dropped.
     - `predicted`: the field's own v(z, t) as the objective evaluated it for guidance, behind stop-gradient; None if it
       did not. `own_velocity` returns it.
@@ -110,7 +110,7 @@ class Row(eqx.Module):
         return self.path.state_and_velocity(self.x, self.eps, time)[0]
 
     def evaluate(self, field: AbstractField, z: Float[Array, "*data"], r: Time, t: Time) -> Float[Array, "..."]:
-        """A field at (z, r, t), with the row's dropout mask and condition; a `GuidanceCondition` as it is at (r, t)."""
+        """`field` at (z, r, t), with the row's key and condition (of a `GuidanceCondition`, with that at (r, t))."""
         return field(z, r, t, condition_at(self.condition, r, t), key=self.key)
 
     def own_velocity(self, field: AbstractField) -> Float[Array, "..."]:

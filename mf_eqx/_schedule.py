@@ -55,8 +55,8 @@ def as_schedule(name: str, minimum: float, maximum: float) -> Callable[[Any], An
 def at_step(schedule: Schedule, context: Context | None) -> Scalar:
     """The value of a schedule at a training step.
 
-    Outside of training (`context` is None, as in proofs and metrics) it is the schedule's final value, evaluated at the
-    largest step number in int32.
+    Outside of training (`context` is None, as in metrics) it is the schedule's final value, evaluated at the largest
+    step number in int32.
     """
     step = jnp.asarray(jnp.iinfo(jnp.int32).max, jnp.int32) if context is None else context.step
     return jnp.asarray(schedule(step) if callable(schedule) else schedule, float)

@@ -15,11 +15,10 @@ forward and again backward, and the gradient of a block is summed over devices a
 
     (parameters + optimiser + averages + gradients) / fsdp + two whole blocks + what its own rows need
 
-where gradients count twice if several kinds of rows or micro-batches are differentiated in turn, or if several copies
-of the parameters sum them. What is gathered for the whole step: parameters outside of stacks, stacked leaves of which
-`fsdp` divides no axis but the first, and all parameters for an objective that is no mean over rows
-(`AbstractObjective.divisor`). No GPU and no TPU has run this; on forced CPU devices, and by XLA's analysis of XL/2, it
-holds.
+where gradients count twice if they are summed over kinds of rows, over micro-batches, or over several copies of the
+parameters. Gathered for the whole step are parameters outside of stacks, stacked leaves of which `fsdp` divides no axis
+but the first, and all parameters for an objective that is no mean over rows (`AbstractObjective.divisor`). This was
+checked on forced CPU devices and by XLA's memory analysis of XL/2, not yet on GPUs or TPUs.
 
 No result depends on the mesh, up to the order of sums: every random number depends on the row's index in the global
 batch.

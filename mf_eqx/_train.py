@@ -39,7 +39,8 @@ _DRAW = 0x44524157  # folded into the key of a step's data, to differ from the k
 
 
 class Faults(eqx.Module):
-    """Counts of faults: steps whose loss, gradient or update was not finite, and which therefore changed nothing.
+    """Counts of faults: steps whose loss, gradient, update or objective state was not finite. Such a step changes the
+    step number and these counts alone.
 
     **Arguments:** `total` number of faults; `in_row` number of consecutive faults up to the last step, 0 after a finite
     step; `most_in_row` largest value of `in_row` so far; `last` step number of the last fault, counted from 1, or 0 if
@@ -137,8 +138,8 @@ class TrainStep(eqx.Module):
       need the loss as a function of the parameters (line searches, estimates of the Hessian). Rules that depend on a
       whole array must know the axis along which a `mf_eqx.nn.Stack` stacks its blocks: see `mf_eqx.nn.per_block`.
     - `averages`: of the parameters, updated after each step.
-    - `teacher`: None, or the `teacher` of the objective's context: the number of one of the averages, or a frozen
-      field, which is neither trained nor averaged nor part of the state. It must be None if the objective learns
+    - `teacher`: None, or what the objective gets as `Context.teacher`: one of the averages, given by its number, or a
+      frozen field, which is neither trained nor averaged nor part of the state. It must be None if the objective learns
       another network than a field.
     - `prepare`: None, or a function `(row, key) -> row` applied to each row of the batch on the device, before the
       objective: augmentation, dequantisation, posterior sampling. `row` is a `Batch` without its leading axis.
@@ -148,10 +149,10 @@ class TrainStep(eqx.Module):
       separately, and the results are summed in one all-reduce; with `fsdp`, blocks of parameters are gathered in turn
       and the sums of their gradients divided in turn, see `Parallelism`.
 
-    A step whose loss, gradient or update is not finite leaves field, optimiser state and averages unchanged. The step
-    number still increases, so that the next step gets other rows, and `TrainState.faults` counts the step. To check the
-    update, the optimiser's update is computed twice: with Adam this costs 2 to 3% of a step at batch 16 on a CPU; with
-    Muon its matrix products are computed twice.
+    A step whose loss, gradient, update or new objective state is not finite leaves field, optimiser state, averages and
+    the objective's state unchanged. The step number still increases, so that the next step gets other rows, and
+    `TrainState.faults` counts the step. To check the update, the optimiser's update is computed twice: with Adam this
+    costs 2 to 3% of a step at batch 16 on a CPU; with Muon its matrix products are computed twice.
 
     **Returns** (when called with a state and a batch): the new state and the metrics, those of the objective and
     `gradient_norm`. The old state is donated; using it again raises an error.
@@ -263,7 +264,7 @@ def _update_if_finite(
     finite: Bool[Array, ""],
 ) -> TrainState:
     """The state after the step. Field, optimiser state, averages and the objective's state are updated if loss and
-    gradient are `finite` and the update is finite, too.
+    gradient are `finite`, and the update and the new objective state are finite too.
 
     A branch (`lax.cond`) updates them in place; a selection leaf by leaf would keep both states in memory and read
     both. So the update is computed once before the branch, to check it, and again in the branch.

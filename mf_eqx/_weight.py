@@ -46,7 +46,7 @@ class AdaptiveWeight(AbstractWeight):
 
     **Arguments:** `power` the paper's p, >= 0; `offset` its c, > 0; both finite. Values in use: p = 1, c = 0.01
     (ImageNet, the defaults); p = 0.75, c = 1e-3 (CIFAR-10); p = 0.5 resembles Pseudo-Huber. With p = 1 the weighted
-    loss stays at about 1 throughout training: monitor the raw errors instead. It also biases the field wherever the
+    loss stays at about 1 throughout training: monitor the raw errors instead. Any p > 0 biases the field wherever the
     conditional variance dominates the error.
     """
 
@@ -66,8 +66,9 @@ class GapCurriculum(AbstractWeight):
 
     $$w = w_0 \, \big(p + (1 - p)\, (1 - (t - r))^k\big), \qquad p: 0 \to 1.$$
 
-    Rows with r = t keep the weight $w_0$ from the start; with p = 1 all do. u(z, r, t) over a long gap is learnt from
-    the field's own derivative along shorter ones, so that errors there are amplified while those are not learnt yet.
+    Rows with r = t keep the weight $w_0$ from the start; with p = 1 all do. The target of u over a long gap depends,
+    through the field's own derivative, on the field over shorter gaps: until these are learnt, it amplifies their
+    errors.
 
     **Arguments:** `weight` $w_0$; `done` p in [0, 1], the part of the curriculum that is done, or a schedule of it,
     such as `optax.linear_schedule(0.0, 1.0, steps)`; `power` k, > 0.

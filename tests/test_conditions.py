@@ -291,8 +291,8 @@ def generator(**options):
             r"condition\['joints'\] must have a leading axis of 2 rows, got shape \(3, 5",
         ),
         ({}, [2, 0], r"condition\[0\] must have a leading axis of 2 rows, got shape \(\)"),
-        ({"labels": 3}, [0, 4], r"condition must be labels in \[0, 3\], 3 being no label, got 4"),
-        ({"labels": 3}, [-1, 0], r"condition must be labels in \[0, 3\], 3 being no label, got -1"),
+        ({"labels": 3}, [0, 4], r"condition must be labels in \[0, 3\], where 3 means no label, got 4"),
+        ({"labels": 3}, [-1, 0], r"condition must be labels in \[0, 3\], where 3 means no label, got -1"),
         (
             {"labels": 3},
             np.zeros(2),

@@ -5,13 +5,14 @@ V_i = \sum_{j, k} a^+_{ij}\, a^-_{ik}\, (y^+_j - y^-_k),$$
 
 with features $y^+$ of data and $y^-$ of the other generated samples. The affinities $a$ come from one matrix over all
 of these, from the kernel $\exp(-|\phi(x_i) - y_j| / \tau)$: the geometric mean of its softmax over j, the samples that
-act on i, and over i, the samples that j acts on. As $V$ changes its sign where data and generated samples are
-exchanged, its mean is zero where both have the same distribution, up to terms of order 1 / rows, since a sample does
-not act on itself.
+act on i, and over i, the samples that j acts on. As $V$ changes its sign when data and generated samples are exchanged,
+its mean is zero when both have the same distribution, up to terms of order 1 / rows, since a sample does not act on
+itself.
 
 Distances are divided by their mean, so that $\tau$ has no unit and features no scale, and the force of each $\tau$ by
-its root mean square, before the forces are added. So the loss does not fall; `drift`, the size of the forces before
-that division, does. Neither does the noise of a finite batch fall: let the learning rate do so.
+its root mean square, before the forces are added. So the loss does not fall during training; watch `drift`, the size of
+the forces before that division, which does. The noise of a finite batch does not fall either: let the learning rate
+decay.
 
 Source: Generative Modeling via Drifting, Deng, Li, Li, Du, He, 2026, arXiv 2602.04770 (Alg. 2, App. A.6).
 """
@@ -109,7 +110,7 @@ def drift(
 
 
 def distances(a: Float[Array, "n features"], b: Float[Array, "m features"]) -> Float[Array, "n m"]:
-    """Euclidean ones, of features that are centred to lose no digits."""
+    """The Euclidean distances of all pairs, of features that are centred to lose no digits."""
     centre = jnp.mean(b, axis=0)
     a, b = a - centre, b - centre
     squares = jnp.sum(a**2, axis=1)[:, None] - 2 * product(a, b.T) + jnp.sum(b**2, axis=1)
@@ -119,9 +120,9 @@ def distances(a: Float[Array, "n features"], b: Float[Array, "m features"]) -> F
 def _normalised(
     features: tuple[Float[Array, "rows features"], Float[Array, "rows features"]], condition: Condition
 ) -> tuple[Float[Array, "rows features"], Float[Array, "rows features"], Float[Array, ""]]:
-    r"""Features of data and of samples, divided by a unit in which those that act on each other have the mean distance
-    $\sqrt{D}$ for D features; and that unit, which is infinite where they do not differ by more than rounding, so that
-    nothing moves."""
+    r"""Features of data and of samples, both divided by one unit, and the unit. It gives those that act on each other
+    the mean distance $\sqrt{D}$ for D features. If these differ by no more than rounding, it is infinite, and nothing
+    moves."""
     data, own = features
     acts = jnp.concatenate(acting_on(condition, len(own)), axis=1)
     found = distances(own, jnp.concatenate([data, own]))
@@ -132,7 +133,7 @@ def _normalised(
 
 
 def _softmax(logits: Float[Array, "n m"], counts: Bool[Array, "n m"], axis: int) -> Float[Array, "n m"]:
-    """Over the entries that count; 0 elsewhere, also where none counts."""
+    """The softmax along `axis` over the entries that `counts`; 0 elsewhere, also where none counts."""
     highest = jnp.max(jnp.where(counts, logits, -jnp.inf), axis=axis, keepdims=True)
     powers = jnp.where(counts, jnp.exp(logits - jnp.where(jnp.isfinite(highest), highest, 0)), 0)
     return powers / jnp.maximum(jnp.sum(powers, axis=axis, keepdims=True), jnp.finfo(logits.dtype).tiny)

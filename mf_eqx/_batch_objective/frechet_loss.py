@@ -38,10 +38,10 @@ class FrechetLoss(AbstractSampleLoss):
     - `mean`, `covariance`: of the features of the data, for example those of `mf_eqx.metrics.stream_moments`. The
       loss is computed in their dtype, eigenvalues in float64 on all devices but TPUs.
     - `features`: the function from one sample to a vector, by default the flattened sample.
-    - `population`: of the generated samples, of more of them than there are features. Fill it before the first step
-      by `SampleObjective.fill`: the first gradients would be too large otherwise.
-    - `relative`: whether the loss is the distance divided by its value, of which no derivative is taken. It is then 1,
-      and its gradient is that of the logarithm.
+    - `population`: the generated samples that moments are taken of; it must hold more samples than there are features.
+      Fill it before the first step by `SampleObjective.fill`: the first gradients would be too large otherwise.
+    - `relative`: whether the loss is the distance divided by its own value behind stop-gradient. It is then 1, and its
+      gradient is that of the logarithm.
 
     **Metrics:** `frechet_distance`, the distance.
 
@@ -83,7 +83,7 @@ class FrechetLoss(AbstractSampleLoss):
         return self.population.batches_to_fill(rows)
 
     def __call__(self, x: Float[Array, "rows *data"], batch: Batch, state: Any) -> tuple[Scalar, Metrics, Any]:
-        # Near the mean of the data, a mean outer product minus that of the mean loses no digits.
+        # Features are centred at the mean of the data, so that E[y y^T] - E[y] E[y]^T loses no digits.
         y = jax.vmap(self.features)(x).astype(self.mean.dtype) - self.mean
         moments, state = self.population.add(state, y)
         covariance = moments.product - jnp.outer(moments.mean, moments.mean)

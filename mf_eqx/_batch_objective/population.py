@@ -33,7 +33,8 @@ class AbstractPopulation(eqx.Module):
 
     @abc.abstractmethod
     def batches_to_fill(self, rows: int) -> int:
-        """How many batches of so many rows fill it, so that one more has the weight that it will always have."""
+        """The number of batches of `rows` rows that fill the population: after them, a new batch has the weight that it
+        keeps for the rest of the training."""
 
     @abc.abstractmethod
     def add(self, state: Any, y: Float[Array, "rows features"]) -> tuple[PopulationMoments, Any]:
@@ -50,8 +51,8 @@ class RunningMoments(eqx.Module):
 
 
 class RunningPopulation(AbstractPopulation):
-    r"""The weighted mean of the moments of all batches, in which a batch of k steps ago has the weight $d^k$: about as
-    many samples count as 1 / (1 - d) batches have.
+    r"""The weighted mean of the moments of all batches, in which a batch of k steps ago has the weight $d^k$: the
+    effective number of samples is about that of 1 / (1 - d) batches.
 
     **Arguments:** `decay` d in [0, 1).
 
@@ -69,7 +70,7 @@ class RunningPopulation(AbstractPopulation):
         return RunningMoments(jnp.zeros((), example.dtype), zeros, jnp.outer(zeros, zeros))
 
     def batches_to_fill(self, rows: int) -> int:
-        return round(3 / (1 - self.decay)) if self.decay else 0  # of the weights of endless training, 95% are there
+        return round(3 / (1 - self.decay)) if self.decay else 0  # then the weights add up to 95% of their limit
 
     def add(self, state: RunningMoments, y: Float[Array, "rows features"]) -> tuple[PopulationMoments, RunningMoments]:
         new = RunningMoments(jnp.ones((), y.dtype), jnp.mean(y, axis=0), product(y.T, y) / len(y))

@@ -72,8 +72,8 @@ class SampleObjective(AbstractObjective):
     - `losses`: one `AbstractSampleLoss`, or several, for example one for each space of features.
     - `weights`: a number for each loss, > 0; None for 1.
     - `times`: the grid of times of the samples, one step by default. All its steps are differentiated.
-    - `method`: `sample`, or another function with its arguments: with `sample_euler`, a field of Flow Matching becomes a
-      generator in one step.
+    - `method`: `sample`, or another function with its arguments: with `sample_euler`, a field of Flow Matching becomes
+      a generator in one step.
     - `unroll`: as in `sample`.
 
     **Metrics:** `loss`; those of the losses, with the number of the loss at the end of the name if there are several.
@@ -126,8 +126,8 @@ class SampleObjective(AbstractObjective):
 
     def fill(self, field: AbstractField, batches: Iterable[Batch], *, key: Key[Array, ""]) -> PyTree[Array]:
         """The state after samples of a field for all these batches, without training it. From an empty population the
-        first gradients would be too large, by a factor of as many batches as fill it, and Adam's moments would keep this
-        for many steps.
+        first gradients would be too large, by a factor of as many batches as fill it, and Adam's moments would keep
+        this for many steps.
 
         **Arguments:** `field`; `batches`, as many as `batches_to_fill` says, as for `evaluate`; `key` of the noise.
         """

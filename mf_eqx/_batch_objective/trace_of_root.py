@@ -5,8 +5,8 @@ With a factor $\Sigma_* = F F^T$,
 $$\mathrm{tr}\,(\Sigma \Sigma_*)^{1/2} = \sum_k \sqrt{\lambda_k}, \qquad
 \frac{d}{d\Sigma} = \tfrac12 F\, V \lambda^{-1/2} V^T F^T, \qquad F^T \Sigma F = V \lambda V^T.$$
 
-The eigenvalues are those of a product of two covariances, so that small ones need twice the digits. Their computation
-leaves float32 even where all else stays in it.
+The eigenvalues are those of a product of two covariances, so that small ones need twice the digits: they are computed
+in float64 even where all else is in float32.
 """
 
 import contextlib

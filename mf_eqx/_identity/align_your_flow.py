@@ -3,8 +3,8 @@ r"""Align Your Flow: the MeanFlow identity with a regularised tangent, and steps
 $$g = (v_t - u) - \rho\, (t - r)\, \frac{d}{dt} u(z_t, r, t), \qquad \rho: 0 \to 0.99,$$
 
 and u is moved along $g / (|g| + c)$. With $\rho = 1$ and g = 0 this is MeanFlow; the paper stops at 0.99, so that 1% of
-Flow Matching's direction remains. Moving u along a vector of that length is the gradient of the loss
-$\mathrm{sg}(1 / (|g| + c))\, |g|^2$, where the target inside of g is behind stop-gradient.
+Flow Matching's direction remains. This direction is, up to a factor 2, the negative gradient of the loss $\mathrm{sg}(1
+/ (|g| + c))\, |g|^2$, where the target inside of g is behind stop-gradient.
 
 The paper distils: v_t is then the velocity of a frozen, guided field (`Objective.velocity`). Its $\rho$ rises over
 10,000 steps; it draws the length of [r, t] first, as a logit-normal number of (-0.8, 1), then r uniformly. Sorted
@@ -36,7 +36,7 @@ LARGEST_RHO = 0.99
 class AlignYourFlow(AbstractIdentityWithLoss, AbstractScheduledIdentity):
     r"""The residual $-g = u - \mathrm{sg}(v - \rho\, (t - r)\, du/dt)$, with steps of length $|g| / (|g| + c)$.
 
-    An exact field leaves $1 - \rho$ of u - v.
+    The residual of an exact field is $(1 - \rho)\, (u - v)$.
 
     **Arguments:** `rho` in [0, 1] or a schedule of it: 0.99 at last in the paper; `offset` c, > 0: 0.1 in the paper;
     `derivative` the engine that computes du/dt.

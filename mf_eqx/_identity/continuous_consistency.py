@@ -6,9 +6,9 @@ zero. u is moved along
 $$\frac{g}{|g| + c}, \qquad g = \frac{\alpha_t}{\sqrt{\alpha_t^2 + \sigma_t^2}}
 \left(v_t - u - \rho\, t\, \frac{d}{dt} u(z_t, 0, t)\right), \qquad \rho: 0 \to 1 \text{ (tangent warm-up)}.$$
 
-The paper has the circular path, where the first factor is its cos(t), and a network F with $X = \cos(t)\, z -
-\sin(t)\, F$; here u is the average velocity on any path. Its learnt weight of t is left out: with g normalised, its
-optimum hardly depends on t. |g| is the root of the mean square over dimensions, as in NVIDIA's FastGen; the paper
+The paper has the circular path, where the first factor is its cos(t), and a network F with $X = \cos(t)\, z - \sin(t)\,
+F$; here u is the average velocity on any path. The paper's learnt weight of t is left out: since g is normalised, the
+best weight hardly depends on t. |g| is the root of the mean square over dimensions, as in NVIDIA's FastGen; the paper
 writes a norm. The warm-up takes 10,000 steps there.
 
 Consistency training (sCT) takes the conditional velocity. Distillation (sCD) takes that of a frozen Flow Matching
@@ -42,7 +42,8 @@ _TIMES = LogitNormalTimes(-1.0, 1.6)
 class ContinuousConsistency(AbstractIdentityWithLoss, AbstractScheduledIdentity):
     r"""The residual $u - \mathrm{sg}(v - \rho\, t\, du/dt)$ on rows with r = 0, with sCM's loss.
 
-    u(z, r, t) for 0 < r < t is not learnt: sample with one evaluation, or with new noise in between.
+    u(z, r, t) for 0 < r < t is not learnt: sample with one evaluation, or with several and new noise before each
+    further one.
 
     **Arguments:** `warm_up` the part $\rho$ of the derivative, in [0, 1], or a schedule of it; `offset` c, > 0: 0.1 in
     the paper; `derivative` the engine that computes du/dt.

@@ -1,4 +1,4 @@
-r"""The earlier of two times, chosen by noise levels $\tau = t / (1 - t)$: those of t and s differ by a rule."""
+r"""Rules for the earlier time s of two, given t and a gap, in terms of noise levels $\tau = t / (1 - t)$."""
 
 from collections.abc import Callable
 

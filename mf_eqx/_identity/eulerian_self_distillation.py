@@ -7,12 +7,12 @@ $$u + (t - r)\, (\partial_t u + \partial_z u\, \hat v) = \hat v,$$
 
 which is MeanFlow along the network's own velocity, but learns through the derivative, too.
 
-The authors' experiments with this equation put $\partial_z u\, \hat v$ behind stop-gradient, and they report that it
-is unstable. It is on toys, too, and the stop-gradient makes it so. With $h = t - r$, an error of u in the form of a
-wave, $e^{i (\omega t + k z)}$, leaves a residual of $1 + i h (\omega + k v)$ times the wave, and the update multiplies
-this by the transpose of what learns. If all of it learns, the wave shrinks at the rate $1 + h^2 (\omega + k v)^2$. If
-only $u + h\, \partial_t u$ learns, the rate is $1 + h^2 \omega (\omega + k v)$, and where this is negative the wave
-grows. So everything learns by default here.
+The authors' experiments with this equation put $\partial_z u\, \hat v$ behind stop-gradient, and they report that
+training is unstable. On toy data it is, too, and the stop-gradient is the cause. With $h = t - r$, let the error of u
+be a wave $e^{i (\omega t + k z)}$. Its residual is $1 + i h (\omega + k v)$ times the wave, and a gradient step
+multiplies this by the adjoint of the terms that receive a gradient. If all do, the wave decays at the rate $1 + h^2
+(\omega + k v)^2$. If only $u + h\, \partial_t u$ does, the real part of the rate is $1 + h^2 \omega (\omega + k v)$;
+where it is negative, the wave grows. So by default all terms receive a gradient here.
 
 Source: How to build a consistency model: Learning flow maps via self-distillation, Boffi, Albergo, Vanden-Eijnden,
 2025, arXiv 2505.18825, and the authors' code. The remark on waves is ours.
@@ -35,8 +35,8 @@ from .lagrangian_self_distillation import SELF_DISTILLATION
 class EulerianSelfDistillation(AbstractIdentity):
     r"""The residual $u + (t - r)\, (\partial_t u + \partial_z u\, \mathrm{sg}(\hat v)) - \mathrm{sg}(\hat v)$.
 
-    Needs boundary rows, from which v is learnt; no v on its own rows. Fused attention, whose derivative has no
-    gradient, is refused.
+    It needs boundary rows, from which v is learnt, and does not use v on its own rows. Attention whose derivative has
+    no gradient, such as `CudnnAttention`, is refused.
 
     **Arguments:** `stop_advection` puts $\partial_z u\, \hat v$ behind stop-gradient, as in the authors' experiments,
     which costs one more tangent pass.

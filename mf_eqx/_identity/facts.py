@@ -14,30 +14,30 @@ def and_forward(passes: Passes | None, number: int) -> Passes | None:
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
-    """Properties of a method. They decide which objectives are refused, and how proofs and scripts treat the method.
+    """Properties of a method. They decide which objectives are refused, and how tests with exact fields and scripts
+    treat the method.
 
     **Arguments:**
 
     - `degenerate`: whether rows with r < t alone do not determine the average velocity: another field, such as u = 0,
       solves the equation too. Then an identity share of 1 is refused.
-    - `trains_velocity`: whether rows with r < t also train u(z, t, t), as a limit. If not, v, and so sampling by Euler
-      steps, is trained by the boundary rows alone.
+    - `trains_velocity`: whether rows with r < t also train u(z, t, t), as a limit. If not, only boundary rows train v,
+      along which Euler steps sample.
     - `uses_velocity`: whether the residual uses `Row.v`. If not, guidance passes are made for boundary rows only.
     - `uses_pair`: whether the residual uses x and eps, by `Row.at`. They do not depend on guidance, a given velocity or
       a stable target, so these are refused.
     - `ends_at_data`: whether the equation is for r = 0 alone. Its rows are then drawn with r = 0. With
       `TimePairs(times, times)`, t is one draw of `times`; with `TimePairs(times)` it is the larger of two.
-    - `learns_through_derivative`: whether the gradient goes through a derivative of the field. Fused attention is then
-      refused.
+    - `learns_through_derivative`: whether the gradient goes through a derivative of the field. Attention whose
+      derivative has no gradient, such as `CudnnAttention`, is then refused.
     - `needs_teacher`: whether the method evaluates `Context.teacher`. `TrainStep` then needs a teacher.
-    - `needs_velocity_head`: whether the method evaluates the velocity head of every field. Fields without one are then
-      refused.
+    - `needs_velocity_head`: whether the method needs a velocity head. Fields without one are then refused.
     - `group`: the number of rows that the loss compares. They share r and t, and are consecutive among the identity
       rows.
     - `exact`: whether the residual is zero for the true average velocity, with the marginal v and without guidance. If
       not, it is zero only in a limit of the method's parameters.
-    - `passes`: what one of its rows costs beyond a gradient step of Flow Matching, whose 3 forward passes are one pass
-      and its gradient; without guidance. None if it changes in training, or is not known.
+    - `passes`: the cost of an identity row beyond that of a row of Flow Matching (3 forward passes: one, and two for
+      its gradient), without guidance. None if it changes during training or is not known.
     - `paper_settings`: arguments of `Objective` with which the method's paper trains on images, where they differ from
       the defaults of `Objective`: `Objective(method, **method.facts.paper_settings)`. None if they are not known.
 
@@ -63,4 +63,4 @@ class Facts:
 
 
 PAIRS = Facts(uses_velocity=False, uses_pair=True, exact=False, passes=Passes(forward=1))
-"""What holds of methods that compare the ends of two states of one pair (x, eps)."""
+"""Facts of all methods that compare the ends of two states of one pair (x, eps)."""

@@ -1,16 +1,16 @@
-r"""Flow-anchored consistency models (FACM): continuous consistency on rows with r = 0, held by Flow Matching.
+r"""Flow-anchored consistency models (FACM): continuous consistency on rows with r = 0, anchored by Flow Matching.
 
 $$g = u(z_t, 0, t) - \left(v_t - t\, \frac{d}{dt} u(z_t, 0, t)\right), \qquad
 \text{target} = \mathrm{sg}\left(u - \alpha(t)\, \mathrm{clip}(g, -1, 1)\right), \qquad \alpha(t) = 1 - (1 - t)^p.$$
 
-Clipping and $\alpha$ shorten the way to the target and leave the solution g = 0, MeanFlow's at r = 0. With e the mean
-squared error to the target over dimensions, the loss is $\sin(\pi t / 2)\, e / \sqrt{\mathrm{sg}(e) + 0.001}$.
+Clipping and $\alpha$ only move the target closer to u. The solution is still g = 0, that of MeanFlow at r = 0. With e
+the mean squared error to the target over dimensions, the loss is $\sin(\pi t / 2)\, e / \sqrt{\mathrm{sg}(e) + 0.001}$.
 
-The boundary rows of the objective are the anchor. The paper adds both losses on the same rows, and one minus the cosine
-similarity of u(z, t, t) and v to the anchor's, which is a mean over dimensions: in d of them, `ConstantWeight(1 / d)`,
-where `paper_settings` has `ConstantWeight(1)`.
-Its network has no r, and sees the time -t on anchor rows (the "expanded interval"). Times are $t = \frac{2}{\pi}
-\arctan e^n$ with n normal, mean -0.8 and deviation 1.6; `paper_settings` has the nearest logit-normal times.
+The boundary rows of the objective are the anchor. The paper adds both losses on the same rows. Its anchor loss is a
+mean over the d dimensions (`ConstantWeight(1 / d)`; `paper_settings` has `ConstantWeight(1)`), plus one minus the
+cosine similarity of u(z, t, t) and v. Its network has no r, and sees the time -t on anchor rows (the "expanded
+interval"). Times are $t = \frac{2}{\pi} \arctan e^n$ with n normal, mean -0.8 and deviation 1.6; `paper_settings` has
+the nearest logit-normal times.
 
 Source: FACM: Flow-Anchored Consistency Models, 2025, arXiv 2507.03738, and the authors' code.
 """
@@ -37,7 +37,8 @@ _TIMES = LogitNormalTimes(-0.93, 1.85)
 class FlowAnchoredConsistency(AbstractIdentityWithLoss):
     r"""The residual g, on rows with r = 0, with FACM's loss.
 
-    u(z, r, t) for 0 < r < t is not learnt: sample with one evaluation, or with new noise in between.
+    u(z, r, t) for 0 < r < t is not learnt: sample with one evaluation, or with several and new noise before each
+    further one.
 
     **Arguments:** `power` p of $\alpha$, > 0: 0.5 in the authors' code; `derivative` the engine that computes du/dt.
     """

@@ -33,7 +33,8 @@ class ImprovedMeanFlow(AbstractIdentityWithVelocity):
     pass as u. This is the paper's method, with `DrawnGuidance` as the objective's guidance.
 
     It costs one forward pass more than `MeanFlow` on its rows, for v(z, t); guidance takes its conditional value from
-    the same pass. It needs boundary rows, because otherwise u(z, t, t) of a network without a head is never trained.
+    the same pass. It needs boundary rows, on which alone u(z, t, t) is trained: an identity share of 1 is refused for
+    every network.
 
     **Arguments:** `conditional` the part $\beta$ of the given velocity in the tangent, in [0, 1), or a schedule of it;
     0 in the paper. `derivative` the engine that computes du/dt.

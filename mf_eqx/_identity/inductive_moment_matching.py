@@ -10,7 +10,7 @@ by the Laplace kernel $k(y, y') = e^{-|y - y'| / (n (t - r))}$ in n dimensions, 
 $$w = \frac{\alpha_t^a}{2 (\alpha_t^2 + \sigma_t^2)}\, \frac{-\dot\lambda_t}{1 + e^{\lambda_t - b}}, \qquad
 \lambda = \ln (\alpha^2 / \sigma^2).$$
 
-The average velocity makes both distributions one as s -> t. The paper draws t uniformly, then r uniformly below it.
+The average velocity makes both distributions equal as s -> t. The paper draws t uniformly, then r uniformly below it.
 
 Source: Inductive Moment Matching, Zhou, Ermon, Song, 2025, arXiv 2503.07565.
 """
@@ -40,7 +40,7 @@ class InductiveMomentMatching(AbstractIdentityWithLoss):
 
     **Arguments:** `gap` in (0, 1], the difference of the noise levels of t and s in units of the largest level:
     $2^{-12}$ on ImageNet; `particles` M: 4 in the paper; `power` a >= 1: 1, or 2 for more than one step; `bias` b: 4 on
-    ImageNet, 5 for CIFAR-10; `earlier_time` from t and the gap to s.
+    ImageNet, 5 for CIFAR-10; `earlier_time` the function from t and the gap to s.
     """
 
     gap: float = eqx.field(default=2**-12, converter=float)
@@ -60,7 +60,7 @@ class InductiveMomentMatching(AbstractIdentityWithLoss):
 
     @property
     def facts(self) -> Facts:
-        settings = {"identity_share": 1, "time_pairs": TimePairs(UniformTimes())}  # nearest, with more of large t
+        settings = {"identity_share": 1, "time_pairs": TimePairs(UniformTimes())}  # the nearest, with more large t
         return dataclasses.replace(PAIRS, group=self.particles, paper_settings=settings)
 
     def residual_and_loss(self, field: AbstractField, row: Row) -> tuple[Float[Array, "particles *data"], Scalar]:

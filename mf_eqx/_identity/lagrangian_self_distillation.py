@@ -33,7 +33,7 @@ SELF_DISTILLATION = Facts(
     passes=Passes(forward=1, tangent=3),  # the velocity at the end, and a JVP with its gradient
     paper_settings={"time_pairs": TimePairs(UniformTimes()), "boundary_times": UniformTimes()},
 )
-"""What holds of methods that learn v from boundary rows, and u through a derivative."""
+"""Facts of all methods that learn v from boundary rows, and u through a derivative."""
 
 
 def lagrangian_sides(field: AbstractField, row: Row) -> tuple[Float[Array, "*data"], Float[Array, "*data"]]:
@@ -53,7 +53,7 @@ class LagrangianSelfDistillation(AbstractIdentity):
 
     It needs boundary rows, from which v is learnt, and does not use v on its own rows. It costs a JVP with its gradient
     and one more pass: 3 + s (3 T + 1) forward passes of the batch, with s the share of such rows and T the cost of a
-    tangent pass. Fused attention is refused, because its derivative has no gradient.
+    tangent pass. Attention whose derivative has no gradient, such as `CudnnAttention`, is refused.
     """
 
     @property

@@ -10,7 +10,8 @@ from .base import AbstractIdentity, AbstractScheduledIdentity
 def identities_in(namespace: Mapping[str, Any], steps: int) -> dict[str, AbstractIdentity]:
     """Every method in a namespace such as `vars(mf_eqx)` or `globals()`, by name, with its paper's parameters.
 
-    Made by `for_training` if it has schedules, without arguments else; a method that needs arguments is left out.
+    A method with schedules is made by `for_training(steps)`, any other without arguments; one that needs arguments is
+    left out.
 
     **Arguments:** `namespace`; `steps` of the training.
     """

@@ -4,8 +4,8 @@ With $X_{t \to r}(z) = z - (t - r)\, u(z, r, t)$, $l = t - k (t - r)$ and $z_l =
 
 $$X_{t \to r}(z_t) = X_{l \to r}(z_l), \qquad k: 0.1 \to 0.002.$$
 
-Divided by t - l, which the paper's loss does, the difference of both sides is the residual of `AlphaFlow` with
-$\alpha = k$ and the other sign: the two methods differ in schedule and weights. There is no derivative.
+The left side minus the right side, divided by t - l as in the paper's loss, is minus the residual of `AlphaFlow` with
+$\alpha = k$: the two methods differ in schedule and weights. There is no derivative.
 
 The paper's loss weighs by $1 / (\overline{\Delta^2} + 0.01)^p$ with the *mean* over dimensions, p = 0.5 or 1: in
 `AdaptiveWeight`, which takes the sum, the offset is 0.01 times the number of dimensions. In the authors' code the
@@ -33,7 +33,8 @@ FIRST_STEP, LAST_STEP = 0.1, 0.002
 
 
 class SoFlow(AbstractScheduledIdentity):
-    r"""The residual $(X_{l \to r}(z_l) - X_{t \to r}(z_t)) / (t - l)$, with the gradient of u in place of its own.
+    r"""The residual $(X_{l \to r}(z_l) - X_{t \to r}(z_t)) / (t - l)$, whose gradient is replaced by that of u(z, r,
+    t).
 
     An exact field leaves a residual of order k. In bfloat16 the difference is mostly rounding where k is small: compute
     in float32.

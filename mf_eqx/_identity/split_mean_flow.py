@@ -1,6 +1,6 @@
 r"""SplitMeanFlow: the semigroup property of average velocities, without a derivative.
 
-Additivity of the integral in (3) gives, for r <= s <= t and z_s = z_t - (t - s) u(z_t, s, t),
+Additivity of the integral in Eq. 3 of the MeanFlow paper gives, for r <= s <= t and z_s = z_t - (t - s) u(z_t, s, t),
 
 $$(t - r)\, u(z_t, r, t) = (t - s)\, u(z_t, s, t) + (s - r)\, u(z_s, r, s).$$
 

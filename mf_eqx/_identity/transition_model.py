@@ -4,12 +4,13 @@ $$u(z_t, r, t) = v_t - (t - r)\, \frac{d}{dt} u(z_t, r, t), \qquad
 \text{loss} = \frac{1}{\sqrt{\tan t - \tan r + \sigma}} \cdot \frac{e}{\mathrm{sg}(e) + c}$$
 
 with e the mean squared residual over dimensions. The paper derives the identity for several paths, with a
-parametrisation of the transition for each; its published models use the linear path, where it is MeanFlow's, and this
-is what is here, on every path. They compute du/dt by a central difference, `CentralDifference(0.005)`.
+parametrisation of the transition for each; its published models use the linear path, on which it is MeanFlow's. This
+class uses MeanFlow's identity on every path. The published models compute du/dt by a central difference,
+`CentralDifference(0.005)`.
 
-Their boundary rows have this weight, too; in that of `paper_settings` the offset is not multiplied by the number of
-dimensions. Under guidance the authors' code leaves the derivative along the path; here it is along the guided velocity,
-as in MeanFlow.
+They weigh boundary rows in the same way. The weight of `paper_settings` comes close: it adds the same offset to the sum
+over dimensions, not to the mean. With guidance, the authors' code still takes the derivative along the unguided path;
+here it is along the guided velocity, as in MeanFlow.
 
 Source: Transition Models: Rethinking the Generative Learning Objective, 2025, arXiv 2509.04394, and the authors' code.
 """

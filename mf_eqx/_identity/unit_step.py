@@ -12,10 +12,10 @@ def unit_step_loss(
 ) -> Scalar:
     r"""The loss $\mathrm{sg}(s / (|s \Delta| + c))\, |\Delta|^2$ of a residual $\Delta$.
 
-    Its gradient is that of moving u by $-g / (|g| + c)$ with $g = s \Delta$, a step of length below 1.
+    With $g = s \Delta$, gradient descent at the learning rate 1/2 moves u by $-g / (|g| + c)$, which is shorter than 1.
 
     **Arguments:** `residual`; `offset` c; `factor` s; `root_mean_square` whether $|g|^2$ is the mean of squares over
-    dimensions rather than their sum, which makes the step one of length 1 per dimension, and the loss a mean.
+    dimensions rather than their sum. The bound then holds per dimension, and the loss is a mean over dimensions.
     """
     error = jnp.mean(residual**2) if root_mean_square else jnp.sum(residual**2)
     scale = jnp.asarray(factor, error.dtype)

@@ -113,8 +113,8 @@ class DiT(AbstractField):
     - `data_shape`: (channels, height, width) of images or (channels, length) of sequences; all sides multiples of the
       patch, not necessarily equal.
     - `size`: a `DiTSize`, such as `DIT_B4`, or one of your own.
-    - `labels`: number of labels, or None for an unconditional field. The condition is then an integer label in [0,
-      labels], `labels` itself being "no label" (`null_label`).
+    - `labels`: None, or the number of labels. With labels, the condition is an integer in [0, labels], where `labels`
+      means "no label" (`null_label`).
     - `condition`: None, or what the field is conditioned on if it is no label: the size of a vector, which
       `mf_eqx.nn.VectorEmbedding` embeds; or an `mf_eqx.nn.AbstractConditionEmbedding` of your own, for conditions of
       any structure.
@@ -129,9 +129,10 @@ class DiT(AbstractField):
     - `attention`: `mf_eqx.nn.XLAAttention` by default; `mf_eqx.nn.CudnnAttention` on NVIDIA GPUs with dtype bfloat16 is
       faster from 256 tokens on; `mf_eqx.nn.ChunkedAttention()` for many tokens (memory linear in their number, in all
       modes); `mf_eqx.nn.PallasAttention()` where it was measured to be faster, or a kernel of your own.
-    - `early_blocks`: None, or how many blocks are modulated by t alone. The others, and the last layer, are then
-      modulated by r alone (Decoupled MeanFlow; two thirds of the blocks in the paper). At r = t the field is the same
-      as without this option, so a field trained by Flow Matching can be given it and trained on.
+    - `early_blocks`: None, or the number of first blocks that get t as their only time. The others, and the last layer,
+      then get r alone (Decoupled MeanFlow; two thirds of the blocks in the paper). Condition and guidance modulate all
+      of them. At r = t the field is the same as without this option, so a field trained by Flow Matching can be given
+      it and trained on.
     - `remat`, `unroll`: the trade-off of memory, run time and compile time, see `mf_eqx.nn.Stack`. By default there is
       no loop over the blocks where that is known to be faster, see `mf_eqx.nn.known_unroll`.
     - `key`.

@@ -178,8 +178,8 @@ class InContextDiT(AbstractFieldWithVelocity):
     - `data_shape`: (channels, height, width) of images or (channels, length) of sequences; all sides multiples of the
       patch, not necessarily equal.
     - `size`: an `InContextDiTSize`, such as `IMF_B2`, or one of your own.
-    - `labels`: number of labels, or None. The condition is then an integer label in [0, labels], `labels` itself being
-      "no label" (`null_label`).
+    - `labels`: None, or the number of labels. With labels, the condition is an integer in [0, labels], where `labels`
+      means "no label" (`null_label`).
     - `condition`: None, or what the field is conditioned on if it is no label: the size of a vector; an
       `mf_eqx.nn.AbstractConditionEmbedding` of your own; or an `mf_eqx.nn.AbstractConditionTokens` of your own, for
       texts, several labels, or conditions of any other structure, which makes any number of tokens.

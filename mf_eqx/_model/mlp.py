@@ -66,8 +66,8 @@ class MLP(AbstractField):
     - `size`: dimensions of the data.
     - `width`: size of the hidden layers.
     - `depth`: number of residual blocks, of two layers each.
-    - `labels`: number of labels, or None. The condition is then an integer label in [0, labels], `labels` being "no
-      label".
+    - `labels`: None, or the number of labels. With labels, the condition is an integer in [0, labels], where `labels`
+      means "no label".
     - `condition`: None, or what the field is conditioned on if it is no label: the size of a vector, which
       `mf_eqx.nn.VectorEmbedding` embeds; or an `mf_eqx.nn.AbstractConditionEmbedding` of your own, for conditions of
       any structure.

@@ -59,9 +59,10 @@ class UNetSize(NamedTuple):
 
     The network has one resolution for each of `multipliers`, first that of the data, then each half of the one before.
     The number of channels there is `width` times the multiplier. There are `blocks` blocks per resolution on the way
-    down, and one more on the way up. `attention` lists the resolutions with attention by their number of rows (of an
-    image) or steps (of a sequence): there attention follows every block on the way down, and the last block on the way
-    up. The middle always has attention.
+    down, and one more on the way up, besides the block that resamples between two resolutions. `attention` lists the
+    resolutions with attention by their number of rows (of an image) or steps (of a sequence): there attention follows
+    every block on the way down but the resampling one, and the last block on the way up. The middle always has
+    attention.
     """
 
     width: int
@@ -89,8 +90,8 @@ def _xavier_uniform(scale: float = 1.0, *, out_axis: int = -1, in_axis: int = -2
 def _convolution(
     sides: int, inputs: int, outputs: int, kernel: int, *, scale: float = 1.0, key: Key[Array, ""]
 ) -> eqx.nn.Conv:
-    """A convolution over `sides` axes that keeps their sizes. Its fans count the kernel's positions, and its bias is
-    zero."""
+    """A convolution over `sides` axes that keeps their sizes. Fan-in and fan-out include the kernel's positions; the
+    bias is zero."""
     # Only its shapes, since the numbers that it would draw itself are not used.
     convolution = eqx.filter_eval_shape(eqx.nn.Conv, sides, inputs, outputs, kernel, padding=kernel // 2, key=key)
     weight = _xavier_uniform(scale, in_axis=1, out_axis=0)(key, (outputs, inputs, *[kernel] * sides), jnp.float32)
@@ -296,11 +297,11 @@ class UNet(AbstractField):
 
     **Arguments:**
 
-    - `data_shape`: (channels, height, width) of images or (channels, length) of sequences; all sides multiples of 2 for
-      every resolution but the first.
+    - `data_shape`: (channels, height, width) of images or (channels, length) of sequences; all sides multiples of 2^(n
+      - 1) for n resolutions.
     - `size`: a `UNetSize`, such as `UNET_CIFAR10`, or one of your own.
-    - `labels`: number of labels, or None for an unconditional field. The condition is then an integer label in
-      [0, labels], `labels` itself being "no label" (`null_label`), alone or in a `UNetCondition`.
+    - `labels`: None, or the number of labels. With labels, the condition is an integer in [0, labels], where `labels`
+      means "no label" (`null_label`), alone or in a `UNetCondition`.
     - `condition`: None, or what the field is conditioned on if it is no label: the size of a vector, which
       `mf_eqx.nn.VectorEmbedding` embeds; or an `mf_eqx.nn.AbstractConditionEmbedding` of your own (of 2 `width` per
       time variable), for conditions of any structure. They are given alone or as the `label` of a `UNetCondition`.
@@ -321,9 +322,9 @@ class UNet(AbstractField):
     - `key`.
 
     **Raises:** `ValueError` if a size is below 1 or does not fit the others, if `labels` and `condition` are both
-    given, or `guidance` without either; when called, if `z` does not have the data_shape, or if the condition does not
-    have one integer label for a field with labels, a vector of its size for a field with vectors, or neither for
-    others, or guidance for a field that takes it and none for others.
+    given, or `guidance` without either; when called, if `z` does not have the data_shape, or if the condition is not
+    what the field takes: one integer label, a vector of its size, or neither; and a `GuidanceCondition` for a field
+    with guidance, none for others.
 
     `UNet((3, 32, 32), UNET_CIFAR10, augmentation=6, dropout=0.2, key=key)` is the paper's network for CIFAR-10:
     55,932,419 parameters, 55,929,347 without `augmentation`.

@@ -6,7 +6,8 @@ holds its attention as an object, and an engine of `mf_eqx` replaces it by `atte
 differentiates:
 
     softmax attention in XLA    itself
-    a fused kernel              its value and backward pass by the kernel, its tangent by the formula
+    PallasAttention             kernels of its own for value and tangent
+    another fused kernel        its value and backward pass by the kernel, its tangent by the formula
 
 with $S = s q k^\top$, $P = \mathrm{softmax}(S)$, $o = P v$:
 
@@ -45,8 +46,8 @@ class AbstractAttention(eqx.Module):
 
     @abc.abstractmethod
     def forward_mode(self) -> "AbstractAttention":
-        """The same attention in a form that supports forward mode: itself, or a `StoppedTangent` of itself for a kernel
-        that is a `jax.custom_vjp`."""
+        """The same attention in a form that supports forward mode: itself, a form of its own (`PallasAttention`), or,
+        for any other kernel that is a `jax.custom_vjp`, a `StoppedTangent` of itself."""
 
 
 class XLAAttention(AbstractAttention):
@@ -75,11 +76,11 @@ class CudnnAttention(AbstractAttention):
     0.88 (XL/2); with 64 tokens (B/4) it takes 0.96, and a MeanFlow step as long as with `XLAAttention`. The tangent of
     this attention is XLA's, which holds the matrix of weights.
 
-    What a program is lowered for decides: a program with it lowers for CUDA, and JAX refuses to lower it for any other
-    platform.
+    The platform that a program is lowered for decides, not the device of this machine: it lowers for CUDA alone, and
+    JAX refuses others.
 
-    **Raises** (when called): `ValueError` for another precision, or where JAX finds no cuDNN, whose version it asks for
-    while it traces.
+    **Raises** (when called): `ValueError` for another dtype, or if JAX finds no cuDNN, whose version it asks for while
+    tracing.
     """
 
     def __call__(
@@ -109,8 +110,8 @@ class StoppedTangent(AbstractAttention):
     which queries, keys and values are constants.
 
     So a gradient through the tangent would be incomplete. Engines, which use this class, ensure that a gradient through
-    du/dt raises instead. (If its inputs do not depend on the variables that forward mode differentiates, its gradient
-    is the transpose of the formula.)
+    du/dt raises instead. (If queries, keys and values do not depend on the variables of the JVP, reverse mode
+    transposes the formula instead of using the kernel's backward pass. That gradient is complete.)
 
     **Arguments:** `kernel` an attention that does not support forward mode.
     """
@@ -185,7 +186,7 @@ class SelfAttention(eqx.Module):
     normalised by an `RMSNorm` each, which bounds the logits (Scaling Vision Transformers to 22 Billion Parameters,
     Dehghani et al., 2023, arXiv 2302.05442); `attention` an `AbstractAttention`; `key`.
 
-    **Raises:** `ValueError` unless both are >= 1 and `width` is a multiple of `heads`.
+    **Raises:** `ValueError` unless `width` and `heads` are >= 1 and `heads` divides `width`.
     """
 
     qkv: Linear
@@ -224,7 +225,8 @@ class SelfAttention(eqx.Module):
 
 
 def head_size(width: int, heads: int) -> int:
-    """The size of each of `heads` heads over `width`. **Raises:** `ValueError` unless both are >= 1 and it is whole."""
+    """The size of each of `heads` heads over `width`. **Raises:** `ValueError` unless `width` and `heads` are >= 1 and
+    `heads` divides `width`."""
     check_sizes(width=width)
     if heads < 1 or width % heads:
         raise ValueError(f"width must be a multiple of heads, got width {width} and heads {heads}")

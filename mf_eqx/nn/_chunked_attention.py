@@ -7,18 +7,17 @@ $$E_{ij} = e^{S_{ij} - M_i}, \qquad Z_i = \sum_j E_{ij}, \qquad N_i = \sum_j E_{
 **Value.** One pass over the blocks of keys. M is the largest logit so far; where a block has a larger one, the sums so
 far are multiplied by $e^{M_\mathrm{old} - M_\mathrm{new}}$.
 
-**Tangent.** o does not depend on M, so that M may change in any way: here as the mean logit of the query, whose tangent
-is linear in the tangents. With keys centred by their mean, $k^c = k - \bar k$, one more pass, in which M is known,
-gives
+**Tangent.** o does not depend on M, so that any tangent of M gives the same $\dot o$; here it is that of the query's
+mean logit, which is linear in the tangents. With keys centred by their mean, $k^c = k - \bar k$, one more pass, in
+which M is known, gives
 
 $$\dot S^c = s\, (\dot q\, {k^c}^\top + q\, {\dot k}^{c\top}), \qquad \dot M = s\, (\dot q \cdot \bar k + q \cdot
 \dot{\bar k}), \qquad \dot Z_i = \sum_j E_{ij} \dot S^c_{ij}, \qquad \dot N_i = \sum_j E_{ij} (\dot S^c_{ij} v_j + \dot
 v_j),$$
 
-and $\dot o = (\dot N - o \dot Z) / Z$. (With M a constant, and keys as they are, a motion that all keys have in common
-would make $\dot S$ large, although it does not change o: its digits would be lost in the last difference. Centring
-saves them in the first tangent and its gradient alone: in a second tangent, that of E is taken of S - M with keys as
-they are.)
+and $\dot o = (\dot N - o \dot Z) / Z$. (Without centring, and with a constant M, a tangent that all keys share would
+make $\dot S$ large although o does not change, and the last difference would lose digits. Centring prevents this in the
+first tangent and its gradient alone: a second tangent differentiates E through S - M with keys that are not centred.)
 
 **Reverse mode**, of the value and through the tangent. The terms of this second pass depend on q, M, one block of k and
 v, and the tangents of these. `jax.checkpoint` keeps for each term only what it depends on, of which all but the block
@@ -142,8 +141,8 @@ def _change_by_block(
     dcentred: Float[Array, "block size"],
     dvalue: Float[Array, "block size"],
 ) -> tuple[Float[Array, " queries"], Float[Array, "queries size"]]:
-    """The terms of one block in the tangents of Z and N. The weights' tangents cancel, so that they are not rounded to
-    the dtype of the values."""
+    """The terms of one block in the tangents of Z and N. The weights' tangents nearly cancel in the sums, so they are
+    not rounded to the dtype of the values."""
     scale = query.shape[-1] ** -0.5
     weights = jnp.exp(scale * _product(query, key.T) - shift[:, None])
     dweights = weights * scale * (_product(dquery, centred.T) + _product(query, dcentred.T))

@@ -252,8 +252,8 @@ def embedded_condition(
 ) -> Float[Array, " width"] | None:
     """The condition embedded by `label` or by `other`, whichever is given; None if neither is.
 
-    **Raises:** `ValueError` if there is an embedding but no condition, or a condition but no embedding, or if the result
-    is not a vector of `width`.
+    **Raises:** `ValueError` if there is an embedding but no condition, or a condition but no embedding, or if the
+    result is not a vector of `width`.
     """
     embedding = label if other is None else other
     if embedding is None:

@@ -1,5 +1,5 @@
-"""Normalisation: of tokens without parameters, modulated by a condition (adaLN), or by their root mean square with a
-learned scale; and over groups of channels."""
+"""Normalisation layers: layer norm without parameters, alone or modulated by a condition (adaLN); RMS norm with a
+learned scale; group norm."""
 
 import functools
 
@@ -52,7 +52,7 @@ class RMSNorm(eqx.Module):
     r"""Normalisation by the root mean square over the last axis, $w \odot x / \sqrt{\mathrm{mean}(x^2) + \epsilon}$, in
     float32 or better. The scale w starts at one.
 
-    It is `eqx.nn.RMSNorm` for any number of leading axes.
+    It is `eqx.nn.RMSNorm(size, eps=epsilon, use_bias=False)` for any number of leading axes.
 
     **Arguments:** `size` of the last axis; `epsilon`.
 
@@ -85,7 +85,8 @@ class GroupNorm(eqx.Module):
     r"""Group normalisation of an image or sequence, $w_c (x - \mu_g) / \sqrt{\sigma_g^2 + \epsilon} + b_c$, with mean
     and variance over all places of a group of channels; statistics in float32 or better.
 
-    It computes the same as `eqx.nn.GroupNorm`, with half of its operations and half of its compile time.
+    It computes the same as `eqx.nn.GroupNorm(groups, channels, eps=epsilon)`, with half of its operations and half of
+    its compile time.
 
     **Arguments:** `groups` number of groups; `channels` number of channels, a multiple of `groups`; `epsilon`.
 

@@ -41,8 +41,8 @@ class PallasAttention(AbstractAttention):
     faster (`benchmarks/jvp_overhead.py --attention xla cudnn chunked pallas`). It is tested in JAX's interpreter of
     kernels, lowers for CUDA, and was compiled on an H200 as a part of training steps.
 
-    Forward mode is that of the engines of `mf_eqx`, which replace it by `forward_mode()`. JAX refuses a gradient of
-    that form whose inputs do not depend on what forward mode differentiates.
+    Forward mode works only in the engines of `mf_eqx`, which replace this attention by its `forward_mode()`. JAX
+    refuses a gradient of that form if its inputs do not depend on the variables of the JVP.
 
     The kernels are in Pallas's dialect of Triton (A100 and later), of which JAX 0.12 warns that a future JAX will not
     have it. XLA does not divide them between devices: it gathers the rows of a batch that is spread over several.
@@ -51,8 +51,8 @@ class PallasAttention(AbstractAttention):
     time as there is shared memory for; `interpret` whether JAX interprets the kernels, on any device and slowly.
     Without it, a program with this attention lowers for CUDA alone.
 
-    **Raises:** `ValueError` unless block is a power of two >= 16; when called, for float64 unless interpreted, which
-    Triton does not multiply.
+    **Raises:** `ValueError` unless block is a power of two >= 16; when called, for float64, which Triton does not
+    multiply, unless `interpret` is True.
     """
 
     block: int = eqx.field(default=64, static=True)

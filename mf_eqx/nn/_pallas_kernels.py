@@ -45,12 +45,12 @@ from ._pallas_attention import Launch
 STAGES = 2
 """Tiles of the rows that a program goes through: one in use, the others on their way."""
 SHARED_BYTES = 64 * 1024
-"""Of a multiprocessor, for these tiles. With the program's own rows Triton takes up to 100 KB in bfloat16 and 116 KB in
-float32; an A100 has 163 KB, an H100 227 KB, consumer cards have 99 KB."""
+"""The shared memory of a multiprocessor that these tiles may use. With the program's own rows Triton takes up to 100 KB
+in bfloat16 and 116 KB in float32; an A100 has 163 KB, an H100 227 KB, consumer cards have 99 KB."""
 
 
 class _Extent(NamedTuple):
-    """Of the arrays as they are, while those that a kernel sees are filled up to whole tiles."""
+    """The sizes of the arrays before they are padded to whole tiles, as a kernel sees them."""
 
     queries: int
     keys: int
@@ -177,7 +177,7 @@ def _first(own: int) -> Array:
 
 
 def _logits(query: Array, key: Array, first: Array, extent: _Extent) -> Array:
-    """Of a tile of keys that begins with the key `first`; beyond the last key minus infinity."""
+    """The logits of a tile of keys that begins with the key `first`; minus infinity beyond the last key."""
     logits = extent.size**-0.5 * _product(query, key, transposed=True)
     if extent.keys % key.shape[0] == 0:
         return logits
@@ -191,7 +191,8 @@ def _weigh(shift: Array, logits: Array) -> tuple[Array, Array, Array]:
 
 
 def _product(left: Array, right: Array, *, transposed: bool = False) -> Array:
-    """Of tiles, in float32 or better, of factors in the dtype of `right`, which may have to be transposed."""
+    """The product of two tiles, in float32 or better. `left` is cast to the dtype of `right`, which is transposed if
+    `transposed`."""
     axes = (((1,), (1 if transposed else 0,)), ((), ()))
     return jax.lax.dot_general(left.astype(right.dtype), right, axes, preferred_element_type=_wide(right))
 
@@ -230,7 +231,7 @@ def _like(array: Array) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(array.shape, array.dtype)
 
 
-# Their launch
+# Launching the kernels
 
 
 def _call(
@@ -264,8 +265,8 @@ def _call(
 
 
 def rows_at_a_time(most: int, columns: int, item_bytes: int) -> int:
-    """The number of rows of keys, values and their tangents that are loaded at a time: as many as shared memory has room
-    for in all stages, from 16 to `most`."""
+    """The number of rows of keys, values and their tangents that are loaded at a time: as many as shared memory has
+    room for in all stages, from 16 to `most`."""
     bytes_of_a_row = 4 * STAGES * columns * item_bytes
     return min(most, max(16, 2 ** int(np.log2(max(1, SHARED_BYTES // bytes_of_a_row)))))
 

@@ -1,11 +1,11 @@
 r"""Rotary positions, and the self-attention that uses them.
 
-Neighbouring features of a head, (2k, 2k + 1), are a complex number, which is turned by an angle proportional to the
+Neighbouring features of a head, (2k, 2k + 1), are a complex number, which is rotated by an angle proportional to the
 position:
 
 $$x_{2k} + i\, x_{2k+1} \;\leftarrow\; e^{i p \theta_k} (x_{2k} + i\, x_{2k+1}), \qquad \theta_k = b^{-2k / d}$$
 
-with d the size of a head. The product of a query and a key turned this way depends on the difference of their
+with d the size of a head. The product of a query and a key rotated this way depends on the difference of their
 positions alone.
 
 Source: RoFormer: Enhanced Transformer with Rotary Position Embedding, Su, Lu, Pan, Murtadha, Wen, Liu, 2021, arXiv
@@ -38,7 +38,8 @@ def rotary_line_angles(length: int, size: int, *, base: float = 10_000.0) -> Flo
 def rotary_angles(height: int, width: int, size: int, *, base: float = 10_000.0) -> Float[np.ndarray, "tokens pairs"]:
     """The angles of positions in a grid, tokens row by row: a constant, not a parameter.
 
-    The first half of a head is turned by the row, the second half by the column, each as on a line with d = `size` / 2.
+    The first half of a head is rotated by the row, the second half by the column, each as on a line with d = `size` /
+    2.
 
     **Arguments:** `height`, `width` of the grid of tokens; `size` of a head, a positive multiple of 4; `base` as above.
     """
@@ -51,7 +52,7 @@ def rotary_angles(height: int, width: int, size: int, *, base: float = 10_000.0)
 def rotate(
     x: Float[Array, "tokens heads size"], angles: Float[np.ndarray, "tokens pairs"]
 ) -> Float[Array, "tokens heads size"]:
-    """Every pair of neighbouring features turned by its angle, in float32 or better.
+    """Every pair of neighbouring features, rotated by its angle, in float32 or better.
 
     **Arguments:** `x` queries or keys; `angles` by `rotary_line_angles` or `rotary_angles`, or your own: a token
     whose angles are zero stays as it is.
@@ -59,8 +60,8 @@ def rotate(
     wide = at_least_float32(x)
     real, imaginary = wide[..., 0::2], wide[..., 1::2]
     cos, sin = (jnp.asarray(part, wide.dtype)[:, None] for part in (np.cos(angles), np.sin(angles)))
-    turned = jnp.stack([real * cos - imaginary * sin, real * sin + imaginary * cos], axis=-1)
-    return turned.reshape(x.shape).astype(x.dtype)
+    rotated = jnp.stack([real * cos - imaginary * sin, real * sin + imaginary * cos], axis=-1)
+    return rotated.reshape(x.shape).astype(x.dtype)
 
 
 def _checked(size: int, multiple: int) -> int:
@@ -77,7 +78,7 @@ class RotarySelfAttention(eqx.Module):
     """Multi-head self-attention with rotary positions and normalised queries and keys. Its four matrices are separate
     and have no biases. Its output is multiplied by a `gate`, if given.
 
-    In every head, one `RMSNorm` normalises the queries and another the keys. Then both are turned.
+    In every head, one `RMSNorm` normalises the queries and another the keys. Then both are rotated.
 
     **Arguments:** `width` of the tokens, a multiple of 2 `heads`; `init` for the matrices; `attention` an
     `AbstractAttention`; `key`.

@@ -18,21 +18,20 @@ one of `jax.checkpoint_policies`, for a choice between the two."""
 
 
 DEEPEST_UNROLLED = 12
-"""The number of blocks of the presets S and B."""
+"""The largest depth that has no loop by default: that of the presets S and B."""
 
 
 def known_unroll(depth: int, remat: Remat = False) -> int:
-    """The blocks per loop iteration with which a stack of `depth` transformer blocks is known to be fastest: all of
-    them, so that there is no loop, where JAX has one device, a CPU or a GPU, there is no remat, and depth is at most
-    12; 1 everywhere else. It was measured for DiT-B/4, and is assumed for other networks up to its depth.
+    """The fastest known number of blocks per loop iteration for a stack of `depth` transformer blocks: `depth` (no
+    loop) if JAX has one device, a CPU or a GPU, without remat and up to a depth of 12; otherwise 1. It was measured for
+    DiT-B/4, and is assumed for other networks up to its depth.
 
     In a loop, what the backward pass needs of a block is copied into arrays for all blocks, and back. A MeanFlow step
-    without the loop: on an H200 (batch 256, bfloat16, jax 0.11) it takes 0.77 of the time and
-    0.75 of the temporary memory, and compiles in 77 s instead of 20; on a CPU (batch 16, float32, jax 0.12) each block
-    moves 0.6 of the bytes, and a step takes 0.93 of the time on two cores, the same time on one, and compiles for two
-    to three times as long. Compile time grows with depth (XL/2 on a CPU: 45 s instead of 11), and XLA:CPU does not
-    honour remat without a loop. Where every second of compiling counts, or for what is lowered here for another device,
-    give the number yourself.
+    without the loop: on an H200 (batch 256, bfloat16, jax 0.11) it takes 0.77 of the time and 0.75 of the temporary
+    memory, and compiles in 77 s instead of 20; on a CPU (batch 16, float32, jax 0.12) each block moves 0.6 of the
+    bytes, and a step takes 0.93 of the time on two cores, the same time on one, and compiles for two to three times as
+    long. Compile time grows with depth (XL/2 on a CPU: 45 s instead of 11), and XLA:CPU does not honour remat without a
+    loop. Give the number yourself where the time to compile matters most, or to lower for another device than this one.
     """
     on_one_device = jax.default_backend() in ("cpu", "gpu") and jax.device_count() == 1
     return depth if on_one_device and remat is False and depth <= DEEPEST_UNROLLED else 1
@@ -63,9 +62,9 @@ class Stack(eqx.Module, Generic[_Block]):
     - `make_block`: function from a key to a block; all blocks must have the same structure.
     - `depth`: number of blocks.
     - `remat`: what the backward pass recomputes, see `Remat`.
-    - `unroll`: blocks per loop iteration, True for no loop at all. None for what is known to be faster for transformer
-      blocks (`known_unroll`) when the stack is called, and a loop where `gathering` makes blocks whole in turn.
-      Compile time grows with it, and XLA's FLOP count is only right without a loop.
+    - `unroll`: blocks per loop iteration, True for no loop at all. None: `known_unroll` decides when the stack is
+      called, but a stack with `gathering` always has a loop. Compile time grows with it, and XLA's FLOP count is only
+      right without a loop.
     - `key`.
     """
 
