@@ -15,7 +15,7 @@ PYTEST = "pytest"
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """What a process of its own has seen of the devices, so that this one never takes their memory."""
+    """The devices as a separate process has found them, so that this process never takes their memory."""
 
     platform: str
     """cpu, gpu, tpu."""
@@ -112,7 +112,8 @@ TESTS = {
 }
 """The usual tests in parts that can end within their limits."""
 ENOUGH = 170e9
-"""Bytes that a step of XL/2 without remat does not need: its activations alone are about 100e9."""
+"""Bytes of memory that are certainly enough for a step of XL/2 without remat, whose activations alone take about
+100e9."""
 EXACT = {"JAX_DEFAULT_MATMUL_PRECISION": "highest"}
 """Products of float32 in float32, which tests expect."""
 SHARED = {**EXACT, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}

@@ -5,8 +5,8 @@
 
 A state here is parameters, Adam's two moments and one average, all float32: 16 bytes per parameter. "blocks" is what
 `Checkpoints.save` takes before training goes on: digests on the device, the copy to the host, the start of writing;
-"written" is when everything is on disk. "load" compares structure and digests. "digests" is the part of it that Orbax
-alone would not do.
+"written" is when everything is on disk. "load" includes comparing structure and digests. "digests" is the time of
+computing all digests once, which Orbax alone would not do; it is a part of "blocks" and of "load".
 
 README.md beside this file has figures.
 """

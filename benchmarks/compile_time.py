@@ -81,7 +81,7 @@ class Config:
     warm: bool = False
     """Compile each program once more, from JAX's persistent cache."""
     quick: bool = False
-    """Take tiny and S/4, scanned and unrolled, MeanFlow alone, once each."""
+    """Take tiny and S/4 in place of `model` and MeanFlow in place of `variant`, and compile each program once."""
     name: str | None = None
     """Name of the run below runs/compile_time/; by default the time of day."""
 

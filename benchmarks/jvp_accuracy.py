@@ -11,7 +11,7 @@ the table has the median over rows and the worst row.
 - time scale: the factor on times before the sines. 1 ("raw times") in the authors' MeanFlow code, 1000 in the style of
   DiT, where the fastest sine turns 159 times while t goes from 0 to 1.
 - bfloat16 is the precision of the blocks; times, angles and the time MLP stay float32, as in `mfx.DiT`. "bfloat16
-  times" has them in bfloat16 too, which no field of the package does: this is why.
+  times" computes these in bfloat16 too, to show why no field of the package does so.
 - the target v - (t - r) du/dt is float32 in the package. The line below the table says what rounding to bfloat16 does
   to the difference of numbers that are 5% apart (standard deviation), as u and its target may be late in training.
 

@@ -86,8 +86,8 @@ class Config:
     share: tuple[float, ...] = (0.25,)
     """Axis: share of rows with r < t, in (0, 0.9]; 0.25 for ImageNet, 0.75 for CIFAR-10."""
     variant: tuple[str, ...] = COMPARED
-    """What is compared with Flow Matching, by the names in the table, or a method by its name; of methods that cost the
-    same, one by default."""
+    """Steps that are compared with Flow Matching, by their names in the table, or methods of mf_eqx by their names. By
+    default only one of the methods that cost the same."""
     network: str | None = None
     """A network of your own in place of `model`, as mine.py:Net: a subclass of mf_eqx.AbstractField that is made as
     Net(shape, key=key), as Net(size, key=key) where the shape is one number. Its conditions are labels from 0 to 999,
@@ -102,7 +102,8 @@ class Config:
     count: bool = True
     """Have XLA count operations, on unrolled programs compiled for the CPU (of a DiT, with one and two blocks)."""
     quick: bool = False
-    """Take the small model with the default of every axis, and no other engines, whatever else is asked for."""
+    """Take the model tiny and the default of every other axis, whatever is given for them, and leave out the stopped
+    JVP and the finite difference."""
     name: str | None = None
     """Name of the run below runs/jvp_overhead/; by default the time of day."""
 

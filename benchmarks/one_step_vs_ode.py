@@ -12,9 +12,9 @@ by Flow Matching, which knows v alone. From the same noise:
 - Euler, Heun (2 evaluations per step) and diffrax's adaptive Bosh3 and Tsit5 on v of every network.
 
 Distances are those of the experiments: sliced Wasserstein-2 on the toy set, Frechet distance in raw pixels on digits.
-Evaluations are per sample; an adaptive solver's are the mean over samples, 3 (Bosh3) or 6 (Tsit5) for each step that it
-tried and 1 at the start; its first step is 0.1. Seconds are for `timed` samples in one batch, all samplers timed in
-rounds of changing order; in a batch every sample waits for the slowest, as on any accelerator.
+Evaluations are per sample. Those of an adaptive solver are the mean over samples: 1 at the start, then 3 (Bosh3) or 6
+(Tsit5) for each step that it tried, the first of size 0.1. Seconds are for `timed` samples in one batch, all samplers
+timed in rounds of changing order; in a batch every sample waits for the slowest, as on any accelerator.
 
 README.md beside this file has figures.
 """
@@ -81,7 +81,8 @@ class Config:
     seed: int = 0
     """Of the trainings."""
     quick: bool = False
-    """Train 600 steps on the toy set and 300 on digits, sample 1000, and try fewer samplers."""
+    """Train 600 steps on a toy set and 300 on digits, generate 1000 samples of a toy set, try fewer samplers, and time
+    3 rounds."""
     name: str | None = None
     """Name of the run below runs/one_step_vs_ode/; by default the time of day."""
 

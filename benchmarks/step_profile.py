@@ -4,10 +4,10 @@
     python benchmarks/step_profile.py --model XL/2 --batch 256 --dtype bfloat16 --variant guided
 
 The profiler records each operation of the device. On a GPU that is each kernel, whose name says what it does; on a TPU
-XLA states the kind; on a CPU it is each call of XLA, on whatever thread, so that the sum may exceed the time. Time is
-that of an operation itself, without those that began while it ran. "idle" is the time of a step in which the device did
-nothing: it waited for the host, or for the memory of the next kernel. The profiler itself takes time, so that the same
-steps are also timed without it. If memory is too small, the next remat that keeps less is taken.
+XLA states the kind; on a CPU it is each call of XLA, on whatever thread, so that the sum may exceed the time. The time
+of an operation does not include the operations that began while it ran. "idle" is the time of a step in which the
+device did nothing: it waited for the host, or for the memory of the next kernel. The profiler itself takes time, so
+that the same steps are also timed without it. If memory is too small, the next remat that keeps less is taken.
 
 README.md beside this file has figures.
 """

@@ -115,8 +115,8 @@ def out_of_memory(error: Exception) -> bool:
 class Variant(NamedTuple):
     """A step: its objective, and its passes in units of one forward pass F of the whole batch (a backward pass is 2).
 
-    `passes(tangent, share)`: `tangent` is the cost of a tangent pass, `share` that of the rows with r < t. None if a
-    method of one's own does not state them: its program is counted instead.
+    `passes(tangent, share)` takes the cost of a tangent pass and the share of rows with r < t. It is None if a method
+    of one's own does not state its passes; then its program is counted instead.
     """
 
     objective: mfx.Objective
@@ -305,8 +305,8 @@ def formula_flops(setting: Setting, name: str) -> float:
 def xla_flops(model: str, name: str, share: float = 0.25) -> float:
     """XLA's count for loss and gradient of 16 rows, in float32; zeros of padding are no operation to it.
 
-    XLA counts the body of a loop once, and long programs compile for long: so of a DiT it counts one and two blocks
-    without a loop, and all other blocks cost what the second costs.
+    XLA counts the body of a loop only once, and long programs without loops take long to compile. So a DiT is counted
+    with one and with two blocks, without a loop, and every further block is taken to cost as much as the second.
     """
     setting, objective = Setting(model, form="unroll"), variant_of(name, share).objective
     group = objective.divisor

@@ -195,8 +195,8 @@ def train_missing(
 def figures_of(
     recipe: Recipe, judge: Judge, cell: Cell, state: mfx.TrainState, samples: Callable[[], Path]
 ) -> dict[str, float]:
-    """The figures of a cell's last state, whose pictures are saved as `samples()` before, if there are any. A training
-    that diverged has a distance of NaN, no other figures and no picture."""
+    """The figures of a cell's last state. If the data are images, samples of that state are saved in the file
+    `samples()` first. A training that diverged has a distance of NaN, no other figures and no samples."""
     if int(state.faults.most_in_row) >= DIVERGED:
         return {"distance": math.nan}
     if recipe.sampler is not None:

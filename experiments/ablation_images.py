@@ -1,5 +1,6 @@
-"""What `ablations.py` trains on Fashion-MNIST, and how one-step samples are judged: in two spaces of features, that of
-EfficientNet-Lite0, which never saw such images, and that of a classifier trained on them, and by what this reads.
+"""What `ablations.py` trains on Fashion-MNIST, and how one-step samples are judged: by distances in two feature spaces,
+that of EfficientNet-Lite0, which never saw such images, and that of a classifier trained on them; and by the classes
+that this classifier reads.
 
 All images are on the device as bytes; only rows that are drawn are turned into floats. The features of real images are
 computed once, before the first cell.

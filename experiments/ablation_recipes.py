@@ -27,7 +27,7 @@ with install_import_hook("mf_eqx", "beartype.beartype(conf=beartype.BeartypeConf
     from mf_eqx import data, exact, metrics
 
 CLASSES, ROWS, PATH = 4, 2000, mfx.LinearInterpolant()
-"""Of points: labels, how many samples are judged, and the path from data to noise."""
+"""For points: the number of labels, the number of samples that are judged, and the path from data to noise."""
 LABEL_DROPOUT = 0.1
 DIVERGED = 10
 """A training with so many steps in a row without a finite loss and gradient has diverged, and is not judged."""

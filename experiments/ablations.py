@@ -23,9 +23,10 @@ go on.
 
 How to read the tables: guidance moves samples away from the data, so in Tab. 1f and 5 of points look at the distance to
 the guided truth. A share of 0 is Flow Matching, which never trains u(z, 0, 1), but is judged there like all others;
-toy_2d.py samples it as it is meant to be sampled. The row `real data` compares, for Fashion-MNIST, as many training
-images with the test images, for digits one random half of the data with the other; its classes read are those of real
-images that the classifier was not trained on. RESULTS.md has the tables that were run, and which orders agree.
+toy_2d.py samples it as it is meant to be sampled. The row `real data` compares real images with each other: for
+Fashion-MNIST as many training images with the test images, for digits one random half of the data with the other. Its
+share of classes that are read correctly is that of real images on which the classifier was not trained. RESULTS.md has
+the tables that were run, and which orders agree.
 """
 
 import dataclasses

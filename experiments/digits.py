@@ -9,8 +9,8 @@
 A run that was stopped, or killed, continues by the same command. The average ends as .safetensors beside the
 checkpoints; generate.py samples from it.
 
-Expect a Frechet distance of 14 to 16 at one evaluation (two random halves of the data: 17), with 98% of the digits
-read correctly; RESULTS.md beside this file has all figures.
+Expect a Frechet distance of 14 to 16 at one evaluation (between two random halves of the data: 17.5), with 98% of the
+digits read correctly; RESULTS.md beside this file has all figures.
 
 The data are scikit-learn's 1,797 real digits (8x8 pixels, grey values 0 to 16; Alpaydin and Kaynak, UCI, 1998), which
 come with the package: nothing is downloaded.

@@ -85,20 +85,22 @@ class Config:
     evaluations: tuple[int, ...] = ()
     """Numbers of equal steps from noise to data, a row for each; 1 if no times are given either."""
     times: tuple[float, ...] = ()
-    """One more row: its times, falling from 1 to 0."""
+    """The times of the steps of one more row, falling from 1 to 0."""
     euler: bool = False
     """Step along v = u(z, t, t), as Flow Matching does, instead of by average velocities."""
     guidance_scale: tuple[float, ...] = (1.0,)
-    """Scales of guidance, a row for each; 1 is none. Networks that take guidance as an input get it, at no cost. Others
-    make it of two evaluations, w u(z, r, t | label) + (1 - w) u(z, r, t | none), and must know u without labels at r <
-    t, too, or have --euler; keep 1 for those that learnt one scale in training."""
+    """Scales of guidance, a row for each; 1 is none. For networks that take guidance as an input, the scale is that
+    input and costs nothing. For others a scale other than 1 takes two evaluations, w u(z, r, t | label) + (1 - w) u(z,
+    r, t | none), and needs u without labels trained at r < t, or --euler. Keep 1 for networks that learnt one scale in
+    training."""
     guidance_interval: tuple[saved.Interval, ...] = (saved.ALWAYS,)
     """Pairs of times, the first and the last at which the scale holds, a row for each scale and pair; for networks that
     take guidance as an input."""
     untrained_guidance: bool = False
-    """Take scales and intervals that a network, which takes guidance as an input, never got in training."""
+    """Allow scales and intervals that were not drawn in training, for a network that takes guidance as an input."""
     labels: Literal["random", "balanced"] = "random"
-    """Uniformly random, as the authors', or i mod K for sample i; for networks with labels."""
+    """How labels are chosen, for networks with labels: random, uniformly as in the authors' code; or balanced, i mod K
+    for sample i."""
     batch: int = 256
     """Images generated at once, on all devices together."""
     decode_batch: int = 32
@@ -228,7 +230,8 @@ def open_images(config: Config, subject: saved.Subject) -> data.AbstractSource:
 
 
 def digest_of_images(source: data.AbstractSource) -> str:
-    """Of all images in memory; of files, also those behind links, their names, sizes and times of change."""
+    """A digest of the images themselves if they are in memory; of image files, also those behind links, a digest of
+    their names, sizes and times of change."""
     if isinstance(source, data.ArraySource):
         return hashlib.sha256(source.x.tobytes()).hexdigest()
     assert isinstance(source, data.ImageFolderSource)
@@ -267,7 +270,8 @@ class Row(NamedTuple):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What tells it from other rows. An interval that is all of [0, 1] is left out, as before there were any."""
+        """What distinguishes this row from others. The interval [0, 1] is left out, so that results from before there
+        were intervals are still found."""
         interval = {} if self.interval == saved.ALWAYS else {"guidance_interval": self.interval}
         return {"times": self.times, "guidance_scale": self.scale, **interval}
 

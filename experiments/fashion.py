@@ -1,4 +1,4 @@
-"""Fashion-MNIST in one evaluation: 70,000 real images that Debian brings by the name of a package.
+"""Fashion-MNIST in one evaluation: 70,000 real images that come as a Debian package.
 
     apt install dataset-fashion-mnist                          30 MB, to /usr/share/datasets/fashion-mnist
     python experiments/fashion.py --preset quick               seven minutes on one CPU core

@@ -30,8 +30,8 @@ import mf_eqx as mfx
 from mf_eqx import data, picture, run
 
 COLUMNS, ROWS = 10, 8
-"""Of a picture of all labels: at most so many columns, and so many rows. Other pictures have as many columns as these
-have rows."""
+"""The most columns, and the number of rows, of a picture with a column for each label. Pictures of one label or without
+labels have `ROWS` columns."""
 EULER_STEPS = 32
 """If u is known at r = t alone, or with --euler."""
 
@@ -46,21 +46,22 @@ class Config:
     """Where to: NAME.png is one picture of all samples, NAME.npy one array, and a folder (new or empty, written
     with a slash at its end) gets a PNG file for each sample. Arrays have the values that the network makes (in the
     unit of the data, if the notes know its mean and std), float32, rows first and then channels, clipped to no
-    range. An older file is replaced. By default the name of the weights in the current folder, a picture of images
-    and of points in the plane, else an array."""
+    range. An older file is replaced. By default a file in the current folder with the name of the weights: a picture
+    for images and for points in the plane, else an array."""
     label: tuple[str, ...] = ()
-    """Labels, each by its name (if the weights know names) or its number. Sample i has the one at place i mod their
-    number. By default all; for a picture ten of them, in equal distances."""
+    """Labels, each by its name (if the weights know names) or its number. Sample i has number i mod n of the n labels.
+    By default all labels; in a picture at most ten of them, evenly spaced."""
     condition: str = ""
     """For weights with vectors as conditions: a .npy file with a row for each. Sample i has row i mod their number."""
     guidance_scale: tuple[float, ...] = (1.0,)
-    """Scale of guidance; 1 is none. Networks that take guidance as an input get it, at no cost. Others make it of two
-    evaluations, w u(z, r, t | label) + (1 - w) u(z, r, t | none); keep 1 for those that learnt one scale in training.
-    Several scales make one picture with a row for each; all images of a column are of the same noise and label."""
+    """Scale of guidance; 1 is none. For networks that take guidance as an input, the scale is that input and costs
+    nothing. For others a scale other than 1 takes two evaluations, w u(z, r, t | label) + (1 - w) u(z, r, t | none).
+    Keep 1 for networks that learnt one scale in training. Several scales make one picture with a row for each; all
+    images of a column are of the same noise and label."""
     guidance_interval: tuple[float, float] = saved.ALWAYS
     """The first and the last time at which the scale holds, for networks that take guidance as an input."""
     untrained_guidance: bool = False
-    """Take a scale and an interval that a network, which takes guidance as an input, never got in training."""
+    """Allow scales and an interval that were not drawn in training, for a network that takes guidance as an input."""
     evaluations: int | None = None
     """Number of equal steps from noise to data; by default 1, or 32 with --euler."""
     times: tuple[float, ...] = ()
@@ -68,8 +69,9 @@ class Config:
     euler: bool = False
     """Step along v = u(z, t, t), as Flow Matching does, instead of by average velocities."""
     number: int | None = None
-    """Samples. By default one for each row of --condition, eight for each label in a picture of images, 1,000 points
-    or vectors, else 64."""
+    """Number of samples, of each scale if there are several. By default: in a picture of several scales one for each
+    label, or eight if there is one label or none; otherwise one for each row of --condition; eight for each label in a
+    picture of images with several labels; 1,000 points or vectors; else 64."""
     seed: int = 0
     """Seed of all samples."""
     batch: int = 256

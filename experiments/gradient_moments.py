@@ -12,8 +12,8 @@ whatever velocity v is given as target and in the tangent. So two gradients of e
                                                         of g_1 with g_0 - g_1, and of g_0 - g_1 with itself
     best b      1 - b = -C / (batch |E[g_0 - g_1]|² + D), which minimises |bias|² + V_b / batch
 
-Given z, r and t, g_b is linear in v: what is expected of it is the same with the marginal velocity v* for v, and has
-less noise there. So g* = E g_1 and the bias are measured with v*, on the same rows.
+Given z, r and t, g_b is linear in v, so its expectation is the same with the marginal velocity v* in place of v, where
+it has less noise. So g* = E g_1 and the bias are measured with v*, on the same rows.
 
     rows = draw_rows(objective, distribution, truth, number, key)
     found = moments(*gradients(field, rows))
@@ -42,7 +42,8 @@ DESCENT = np.eye(KINDS)[-1]
 GROUPS = 16
 """Groups of rows: products of different groups have no bias, and their spread says how large the errors are."""
 PER_PRODUCT = 8
-"""One row in so many has its gradient multiplied by itself, which takes ten times as long as adding it."""
+"""Products of a row's gradients with each other are computed for one row in so many, since they take ten times as long
+as the mean gradient."""
 
 
 class Rows(NamedTuple):

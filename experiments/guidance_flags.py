@@ -1,5 +1,5 @@
-"""What recipes and samplers refuse of guidance: rates of dropped labels that leave no room for it, and at sampling what
-was never drawn in training."""
+"""Checks of guidance that recipes and samplers share: they refuse rates of dropped labels that the rows with r = t
+cannot provide or that guidance cannot do with, and at sampling scales and intervals that were not drawn in training."""
 
 import math
 from collections.abc import Sequence

@@ -12,12 +12,12 @@ in-context networks of improved MeanFlow, whose guidance is chosen at sampling.
 
 A run that was stopped, or killed, continues by the same command, on any number of devices and processes that divides
 the batch. The average ends as .safetensors beside the checkpoints; generate.py samples from it, evaluate.py judges it.
-With --vae the previews are images, else there are none; with --images, too, samples are held against test images at
-the end, as by images.py. Weights of improved MeanFlow are saved without the velocity head, which sampling does not use;
-to continue training, --start takes the directory of the run. The paper chooses scale and interval of guidance after
-training, as `evaluate.py --guidance-scale 4 6 8 --guidance-interval 0.4 0.65 0.4 0.6` does. Previews have those of its
-tables, but for iMF-M/2 and iMF-L/2: the paper samples them at 10.5, above every scale of the training, previews are at
-8.
+With --vae the previews are images, else there are none; with --images, too, samples are held against test images at the
+end, as by images.py. Weights of improved MeanFlow are saved without the velocity head, which sampling does not use; to
+continue training, --start takes the directory of the run. The paper chooses scale and interval of guidance after
+training, as `evaluate.py --guidance-scale 4 6 8 --guidance-interval 0.4 0.65 0.4 0.6` does. Previews use the scale and
+interval of the paper's tables, except those of iMF-M/2 and iMF-L/2: the paper samples these at scale 10.5, which is
+above every scale of the training, so their previews use 8.
 
 The paper's FID at one evaluation (50,000 samples): B/4 without guidance after 80 epochs 61.06; B/2 6.17, M/2 5.01, L/2
 3.84, XL/2 3.43 after 240 epochs; XL/2+ after 1000 epochs with two evaluations 2.20. That of improved MeanFlow: iMF-B/2
@@ -71,8 +71,8 @@ class Config(run.Settings):
     """Weights of the tokenizer, for pictures: a folder as diffusers has it, a .safetensors file, or "hub" to download
     the paper's."""
     images: tuple[str, ...] = run.setting(())
-    """The images of which data are latents, as for prepare_latents.py, so that samples are judged at the end; with
-    vae."""
+    """The images that the latents in data were made of, given as to prepare_latents.py: then samples are judged at the
+    end. Needs vae."""
     test: tuple[str, ...] = run.setting(())
     """With images: test images to hold samples against, given like the data of images.py; by default those of CIFAR-10
     or MNIST, or what `prepare_latents.py --holdout` left out."""
@@ -128,9 +128,9 @@ class Config(run.Settings):
     scale_power: float = 1.0
     """With improved: the density of the scales is proportional to omega^-scale_power."""
     sample_scale: float = run.setting(1.0)
-    """With improved: the guidance scale of pictures."""
+    """With improved: the guidance scale of pictures and of judged samples."""
     sample_interval: tuple[float, float] = run.setting((0.0, 1.0))
-    """With improved: the interval of t in which it applies in pictures, closed at both ends."""
+    """With improved: the interval of t in which sample_scale applies, closed at both ends."""
     bfloat16: bool = False
     """Compute in bfloat16; parameters, times, losses and averages stay in float32."""
     cudnn: bool = run.setting(False)

@@ -13,9 +13,9 @@ the batch; with a larger --steps, a finished one continues, too. The parameter a
 generate.py, evaluate.py and --start read. The paper's CIFAR-10, with its U-Net and its numbers, is cifar10.py; pixel
 MeanFlow, whose networks predict images, is pixels.py.
 
-At the end images are generated, as many as `--samples` with the labels of test images, and held against these: by
-distances in several spaces of features, by a classifier, by what is covered and by what is repeated. image_judge.py
-says how, fashion.py is this recipe for Fashion-MNIST, and RESULTS.md says what was run.
+At the end at most `--samples` images are generated with the labels of test images and compared with these: by distances
+in several feature spaces, by a classifier, by how many test images are covered, and by how many samples repeat training
+images. image_judge.py says how, fashion.py is this recipe for Fashion-MNIST, and RESULTS.md says what was run.
 """
 
 import dataclasses
@@ -45,7 +45,7 @@ with install_import_hook("mf_eqx", "beartype.beartype(conf=beartype.BeartypeConf
     from mf_eqx import checkpoint, data, picture, run
 
 EVALUATIONS, EULER_STEPS = (1, 2, 4), (1, 4, 16)
-"""Per judged image: of the average velocity, and of Flow Matching."""
+"""Evaluations per judged image: along the average velocity, and in Euler steps for Flow Matching."""
 MOST_REFERENCES = 1 << 32
 """Bytes that the images of stable targets may take on each device."""
 SIZES = {
@@ -83,11 +83,11 @@ class Config(image_sources.Settings):
     patch: int = 0
     """Side of a patch of the DiT in pixels; divides the image."""
     multipliers: tuple[int, ...] = ()
-    """Of the U-Net's width at each resolution, each half of the one before."""
+    """Factors of the U-Net's width, one for each resolution; each resolution is half of the one before."""
     blocks: int = 0
-    """Of the U-Net, per resolution going down; one more going up."""
+    """Residual blocks of the U-Net per resolution going down; one more going up."""
     attention: tuple[int, ...] = ()
-    """Resolutions of the U-Net with attention, by their rows of pixels, beside the middle."""
+    """Resolutions of the U-Net with attention, given by their rows of pixels; the middle always has attention."""
     dropout: float = 0.0
     """Rate within the U-Net's blocks."""
     start: str = ""
@@ -113,8 +113,8 @@ class Config(image_sources.Settings):
     offset: float = 0.01
     """Adaptive weight's offset c (Eq. 22)."""
     references: int = 0
-    """Training images with which a step estimates the mean velocity at each state (mf_eqx.StableTarget); 0 to take that
-    of a row's own image alone."""
+    """Training images from which a step estimates the mean velocity at each state (mf_eqx.StableTarget); with 0 the
+    target is the velocity of a row's own image alone."""
     scale: float = 1.0
     """Guidance scale omega (Eq. 21). With mix 0, 1 means no guidance."""
     mix: float = 0.0
@@ -129,7 +129,7 @@ class Config(image_sources.Settings):
     sample_interval: tuple[float, float] = run.setting((0.0, 1.0))
     """With guidance_input: the first and the last time at which these scales hold, in all samples."""
     label_dropout: float = 0.1
-    """Share of rows whose label is dropped, in [0, 1 - identity_share]."""
+    """Share of rows whose label is dropped, in [0, 1 - identity_share], or in [0, 1] if identity_share is 1."""
     flips: bool = False
     """Mirror half of the images, left to right."""
     augmentation: float = 0.0

@@ -24,8 +24,8 @@ reached with two perceptual terms, in features of networks that do not come with
 of this script judge, too. The presets of the paper have not been run.
 
 Sources of every number: One-step Latent-free Image Generation with Pixel Mean Flows, 2026, arXiv 2601.22158, and the
-authors' code where it says more. What remains open: the arrays that Muon trains are here all matrices but those of the
-patches and the positions.
+authors' code where it says more. These sources do not say which arrays Muon trains: here they are all matrices except
+those of the patches and the positions.
 """
 
 import dataclasses
@@ -85,8 +85,9 @@ class Config(image_sources.Settings):
     learning_rate: float = 1e-3
     """Learning rate of Muon for matrices, and of Adam with Nesterov momentum for all else, constant."""
     half_lives: tuple[float, ...] = (500.0, 1000.0, 2000.0)
-    """Half-life of each parameter average in thousands of images, at first 5% of the images seen (with --start, which
-    may bring averages, the same from the first step on); the first one generates."""
+    """Half-life of each parameter average in thousands of images; the first average generates. Early in training a
+    half-life is at most 5% of the images seen; with --start, which may bring averages, it is the full one from the
+    first step on."""
     identity_share: float = 0.5
     """Share of rows with r < t, which carry the identity of improved MeanFlow; in (0, 1)."""
     times: tuple[float, float] = (0.8, 0.8)

@@ -9,9 +9,10 @@
 The weights are those of digits.py, images.py or fashion.py, the data those that they were trained with unless --data
 names others; what was held out then is held out again. A step generates a batch, each image under the label of a row of
 the data, and moves the distribution of its features towards that of the data: `mfx.FrechetLoss`, `mfx.Drifting`. A
-Frechet distance is divided by the variance of the data in its space, or, with --relative, by its own value. Its
-population is filled with images of the weights before the first step. The average ends as ema.safetensors, which
-generate.py and evaluate.py read. A run that was stopped, or killed, continues by the same command.
+Frechet distance is divided by the variance of the data in its feature space, or, with --relative, by its own value.
+Before the first step, the running moments or the queue of generated features are filled with images of the weights that
+training starts from. The average ends as ema.safetensors, which generate.py and evaluate.py read. A run that was
+stopped, or killed, continues by the same command.
 
 At the end images of both weights are judged as by images.py. A distance in a space that was trained in says little of
 quality: what counts is printed last, what is found in the other spaces. RESULTS.md has figures of digits, where it
@@ -71,11 +72,12 @@ class Config(run.Settings):
     population_decay: float = 0.9
     """Decay per step of the running moments of generated features: with 0.9 they are of about 10 batches."""
     queue: int = 0
-    """Moments of so many of the last generated images, in place of running averages."""
+    """Take the moments of this many of the last generated images, in place of running averages; 0 for running
+    averages."""
     reference: int = 10_000
     """Most training images whose features are the reference of Frechet distances."""
     scales: tuple[float, ...] = (0.02, 0.05, 0.2)
-    """Of drifting, in units of the mean distance of features."""
+    """Scales of drifting, in units of the mean distance of features."""
     steps: int = 300
     """Steps. The learning rate decays over all of them, so that more are another run."""
     batch: int = 128
@@ -139,7 +141,8 @@ class Config(run.Settings):
 
 UNUSED_IN_DRIFTING = ("queue", "population_decay", "reference", "relative")
 LEAST_ROWS = 4
-"""Of a label in a batch, on average, for drifting: samples and data of the same label act on each other."""
+"""For drifting, the fewest rows of each label in a batch, on average: only samples and data of the same label act on
+each other."""
 
 
 def open_weights(path: str) -> checkpoint.Weights:
@@ -371,8 +374,9 @@ def finish(
 
 
 def change(config: Config, results: list[image_judge.Result]) -> str:
-    """What counts: the scores before and after in the spaces that were not trained in. Where a classifier was trained
-    with, all that the judge's own says stands apart, since it is of the same kind."""
+    """What counts: the scores before and after in the feature spaces that were not used in training. If the features of
+    a classifier were used, the scores by the judging classifier are in a table of their own, since it is of the same
+    kind."""
     spaces = [name for name in results[0].frechet or () if name != image_judge.CLASSIFIER]
     rows = [row for name in spaces if name not in config.features for row in scores(results, name)]
     if spaces[-1] not in config.features:  # in which the judge counts classes one by one

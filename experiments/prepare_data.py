@@ -11,8 +11,8 @@
     python experiments/prepare_data.py --verify data/cifar10
 
 Nothing is downloaded, extracted to disk or unpickled. Every value is checked on the way: shapes, dtypes (uint8 or
-floating point), finite numbers, labels in range. Of a folder of images it is told which files are passed over. The
-folder appears when all of it is written. Values stay as they are, bytes for images. Each row gets a checksum, which
+floating point), finite numbers, labels in range. For a folder of images, the files that are passed over are printed.
+The folder appears when all of it is written. Values stay as they are, bytes for images. Each row gets a checksum, which
 training compares whenever it reads the row; `--verify` compares all files at once.
 """
 
@@ -53,8 +53,8 @@ class Config:
     array_record: tuple[str, ...] = ()
     """ArrayRecord files whose records are .npy, or .npz with x and label."""
     labels: int | None = None
-    """How many different labels there are; for idx and npy by default the largest and one more, 10 for
-    Fashion-MNIST where its package has it."""
+    """Number of different labels. By default, for idx and npy, the largest label plus one, and 10 for Fashion-MNIST in
+    the folder of its package; must be given for array_record if its records have labels."""
     to: str | None = None
     """New folder for the shards."""
     rows_per_shard: int = 4096

@@ -71,7 +71,8 @@ class Config:
     """Folder of the latents, new or begun by the same command."""
     size: tuple[int, ...] = ()
     """Side in pixels, or height and width, to which images in folders are cropped; multiples of the tokenizer's factor
-    (8). By default 256 for a tokenizer of Stable Diffusion's size; for any other one that of its training."""
+    (8). By default 256 for a tokenizer of Stable Diffusion's size; for images in folders and any other tokenizer it
+    must be given, best as in the tokenizer's training."""
     grey: bool = False
     """Images in grey, as of tokenizer.py: the mean over the colours."""
     holdout: float = 0.0

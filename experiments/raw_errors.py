@@ -40,7 +40,7 @@ with install_import_hook("mf_eqx", "beartype.beartype(conf=beartype.BeartypeConf
 GAPS = ("0 to 1/4", "1/4 to 1/2", "1/2 to 3/4", "3/4 to 1")
 """Of t - r, the bins of the metric `identity_error_by_gap`."""
 OWN, ALL = "own digit", "all digits"
-"""Whose velocity a residual has."""
+"""Which velocity a residual has: that of the row's own digit, or the mean of all training digits of its label."""
 
 
 @dataclasses.dataclass(frozen=True)

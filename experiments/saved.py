@@ -128,7 +128,8 @@ def check_times_and_guidance(times: Sequence[float], scales: Sequence[float], in
 
 
 def check_steps(subject: Subject, steps: int, *, euler: bool) -> None:
-    """Refuses so many steps along values of u that were never trained, if the notes say which were."""
+    """Refuses a number or kind of steps that evaluates u where it was never trained, as far as the file says where it
+    was."""
     if not euler and (wanted := post_trained_evaluations(subject.config)) not in (None, steps):
         reason = f"post-trained for samples of {wanted}"
         raise ValueError(f"--evaluations must be {wanted} for {subject.path}, {reason}, got {steps}")
@@ -155,9 +156,9 @@ def post_trained_evaluations(about: dict[str, Any]) -> int | None:
 def check_guidance(
     subject: Subject, scales: Sequence[float], intervals: Sequence[Interval], *, euler: bool, untrained: bool
 ) -> None:
-    """Refuses guidance at sampling for a network that neither takes it nor can do without a label; warns if nobody
-    knows. For a network that takes it, refuses guidance that was never drawn in training, unless `untrained`; Euler
-    steps may have any interval."""
+    """Checks guidance at sampling. If the network takes guidance as an input, refuses what was not drawn in training,
+    unless `untrained`; Euler steps may have any interval. If not, refuses every interval, and scales other than 1
+    unless u without a label was trained at the times that are sampled; warns if the notes do not say whether it was."""
     if subject.takes_guidance:
         # With Euler steps an interval decides whether a time is guided, and both are trained at all times r = t.
         _check_range(subject, scales, () if euler else intervals, untrained=untrained)

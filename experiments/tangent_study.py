@@ -10,8 +10,9 @@ beta: it finds the least squared error of the gradient near beta = 0.94 (b = 0.0
 the exact field is not known; here it is.
 
 - Gradients (`gradient_moments.py`): bias, variance and the b of least squared error at every batch, for MeanFlows of
-  toy_2d.py after several lengths of training, with the conditional v and with v from references (`StableTarget`). No
-  adaptive weight, whose bias would be added. A batch counts rows with r < t, half of those of a step.
+  toy_2d.py after several lengths of training, with the conditional v and with v from references (`StableTarget`). They
+  are measured without an adaptive weight, which would add a bias of its own. The size of a batch counts only rows with
+  r < t, which are half of the rows of a step.
 - Quality: trainings with every b and both v, held against the exact field. With references they have toy_2d.py's
   adaptive weight, without them none.
 

@@ -15,9 +15,9 @@ A run that was stopped, or killed, continues by the same command. A finished tra
 with the same settings take its result from the table `cells.jsonl`.
 
 Every method is trained with the common settings below, which suit toys, and with the shares, times and weight of its
-own paper (`Facts.paper_settings`); network, optimiser and data are the same. A shorter training with the common
-settings shows what a method has reached by then: with the CPU time of a step, measured in this run, that gives the
-quality at equal time. RESULTS.md beside this file has figures.
+own paper (`Facts.paper_settings`); network, optimiser and data are the same. Shorter trainings with the common settings
+show the quality after fewer steps; together with the CPU time of a step, which is measured in this run, they give the
+quality of every method at equal time. RESULTS.md beside this file has figures.
 """
 
 import dataclasses
@@ -97,12 +97,13 @@ class Config(run.CellSettings):
     learns in the shape 4 x 4 x 4; or .npy files of points of your own, shape (rows, 2), which are moved and scaled to
     mean 0 and root-mean-square distance 1 from it."""
     blur: float = toy_problems.BLUR
-    """Standard deviation of the Gaussian around each point of a file, where the points' own distance from their mean is
-    1. It makes a density of the points, whose exact field is the truth. With less, details are sharper and harder to
-    learn; with less than the distance between neighbouring points it is the points that are learnt, not their shape."""
+    """Standard deviation of the Gaussian around each point of a file, after the points are scaled to root-mean-square
+    distance 1 from their mean. These Gaussians are the density whose exact field is the truth. A smaller blur gives
+    sharper details, which are harder to learn; below the distance between neighbouring points the network learns the
+    single points instead of their shape."""
     points: int = toy_problems.POINTS
-    """Most points that are taken of a file, at random and always the same. The time of the exact field, which every run
-    integrates, grows as their number."""
+    """Largest number of points that are taken from a file; of more, this many are taken at random, always the same
+    ones. Every run integrates the exact field, in a time proportional to this number."""
     methods: tuple[str, ...] = ()
     """Methods: FlowMatching, the identities of mf_eqx and of --identity by name, WrongTangent (MeanFlow with the
     tangent (v, 0, 0), which is wrong), Exact (the true field, put through the same table). By default all but
@@ -156,15 +157,17 @@ class Config(run.CellSettings):
     identity_share: float = 0.5
     """Share of rows with r < t, which carry the identity; Flow Matching has none."""
     pair_times: tuple[float, float] = (0.0, 3.0)
-    """Mean and standard deviation of the logit of both times of a pair (r, t), drawn apart and sorted: much at both
-    ends, since one step reads the field at (0, 1)."""
+    """Mean and standard deviation of the logit of both times of a pair (r, t), which are drawn independently and
+    sorted. The default puts many times near both ends, since one-step sampling evaluates the field at (0, 1)."""
     at_data: float = 0.1
     """Share of pairs whose r is set to 0."""
     boundary_times: tuple[float, float] = (-0.5, 1.5)
-    """The same for t of rows with r = t: a little more near the data, where v varies most."""
+    """Mean and standard deviation of the logit of t in rows with r = t: slightly more of them near the data, where v
+    varies most."""
     power: float = 1.0
-    """Adaptive weight's power p (Eq. 22): no single row pulls hard. It biases targets that have variance (see
-    weight_bias.py): take 0 with --references 0. Methods that go without references have 0."""
+    """Adaptive weight's power p (Eq. 22); with p > 0 no single row can dominate the gradient. It biases the field if
+    targets have variance (see weight_bias.py), so take 0 with --references 0. Methods that cannot use references always
+    have 0."""
     offset: float = 0.3
     """Adaptive weight's offset c (Eq. 22)."""
     marginal: bool = False
@@ -172,7 +175,8 @@ class Config(run.CellSettings):
     samples: int = 4000
     """Generated samples that are judged, and real ones that they are held against."""
     large_samples: int = 50000
-    """The same for one more sliced W2 at one evaluation, whose noise floor is lower."""
+    """Generated samples, and as many real ones, for one more sliced W2 at one evaluation, whose noise floor is
+    lower."""
     rows: int = 2000
     """Rows (z, r, t) at which fields are held against the truth."""
     most_faults: int = 10**6
@@ -271,8 +275,9 @@ def chosen_methods(config: Config) -> list[str]:
 
 
 def cells(config: Config) -> list[Cell]:
-    """In an order in which the seeds of one method, which compile the same program, are not far apart and not
-    neighbours. Methods without settings of a paper have the common ones alone, and the exact field is judged once."""
+    """All cells, in an order in which the seeds of one method, which compile the same program, are neither far apart
+    nor neighbours. Methods whose paper's settings are not known have the common settings only, and the exact field is
+    judged once."""
     known = identities(config.identity, 1)
     of_paper = [name for name, identity in known.items() if identity.facts.paper_settings is not None]
     kinds = [(settings, 1.0) for settings in config.settings]
@@ -480,7 +485,8 @@ def measure_costs(config: Config, data: str, ledger: run.Ledger) -> dict[str, fl
 
 
 def costs_of(config: Config, data: str, ledger: run.Ledger) -> dict[str, float]:
-    """The same for the quality at equal time, if it is asked for: measured once for all data sets of one size."""
+    """The result of `measure_costs`, if the quality at equal time is asked for, else nothing; measured once for all
+    data sets of the same dimension."""
     same_size = next(name for name in chosen_data(config) if copies_of(name) == copies_of(data))
     return measure_costs(config, same_size, ledger) if config.shorter else {}
 

@@ -30,7 +30,8 @@ def title_of(name: str) -> str:
 
 class Points(NamedTuple):
     """Points that are moved and scaled so that their mean is 0 and their root-mean-square distance from it is 1, since
-    settings suit data of the size of the noise; and the `mean` and that distance, `size`, of the file's own."""
+    the settings suit data of the size of the noise; and `mean` and `size`, the mean of the points in the file and their
+    root-mean-square distance from it."""
 
     scaled: Float[np.ndarray, "points 2"]
     mean: tuple[float, float]

@@ -4,8 +4,8 @@
 
 A run that was stopped, or killed, continues by the same command.
 
-With a power p > 0 Flow Matching does not learn the mean of the conditional velocities but something nearer to their
-mode, and so do the r = t rows of every objective. Three fields for every p and offset c:
+With a power p > 0 Flow Matching, like the r = t rows of every objective, learns not the mean of the conditional
+velocities but something nearer to their mode. Three fields for every p and offset c:
 
 - the flow of the weighted velocity (`exact.WeightedVelocity`), which Flow Matching would learn from unlimited data: no
   network, no training;
