@@ -17,10 +17,14 @@ from typing import Any
 
 def configured(script: Any, values: dict[str, Any]) -> Any:
     """The script's configuration with these values."""
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    values = {name: _as_tuples(value) for name, value in values.items()}
     preset = values.pop("preset", None)
     base = script.Config() if preset is None else script.PRESETS[preset][1]
     return dataclasses.replace(base, **values)
+
+
+def _as_tuples(value: Any) -> Any:
+    return tuple(map(_as_tuples, value)) if isinstance(value, list) else value
 
 
 def main(path: str, values: str) -> None:

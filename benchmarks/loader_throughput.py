@@ -61,6 +61,8 @@ class Config:
         for name in ("rows", "images", "batch", "batches", "steps", "threads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
+        if self.quick and self.rows < 640:
+            raise ValueError(f"rows must be >= 640 with quick, which takes a tenth of them, got {self.rows}")
         if self.batch > min(self.rows, self.images):
             raise ValueError(f"batch must be at most rows and images, {min(self.rows, self.images)}, got {self.batch}")
         if self.batch % 4:
@@ -69,7 +71,8 @@ class Config:
 
 def shrunk(config: Config) -> Config:
     """What `--quick` runs."""
-    return dataclasses.replace(config, rows=config.rows // 10, images=200, batch=64, batches=40, steps=10)
+    sizes = {"rows": config.rows // 10, "images": 200, "batch": 64, "batches": 40}
+    return dataclasses.replace(config, **sizes, steps=10, quick=False)
 
 
 def make_sources(config: Config, folder: Path) -> Iterator[data.AbstractSource]:

@@ -104,8 +104,8 @@ def noise(
             return target.velocity(PATH, x, eps, jnp.asarray(t), key=jr.fold_in(jr.key(2), index))
 
         best, conditional = velocity(None), eps - x
-        squares = [jnp.sum((velocity(number) - best) ** 2) for number in numbers]
-        return jnp.sum((conditional - best) ** 2), jnp.sum(conditional**2), jnp.stack(squares)
+        squares = [jnp.sum((velocity(number) - best) ** 2) for number in numbers]  # none for a small data set
+        return jnp.sum((conditional - best) ** 2), jnp.sum(conditional**2), jnp.asarray(squares)
 
     # A few rows at a time: each draws references of its own.
     found = jax.lax.map(lambda row: of_row(*row), (x, jnp.arange(len(x))), batch_size=8)

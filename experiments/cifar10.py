@@ -175,11 +175,17 @@ def draw_shapes(number: int, *, seed: int) -> UInt8[np.ndarray, "rows 3 32 32"]:
     return np.rint(ground + cover * (colour - ground)).astype(np.uint8)
 
 
-def save_samples(field: mfx.AbstractField, path: Path, *, evaluations: int, side: int) -> None:
-    """A square of generated images."""
-    key, times = jr.key(PREVIEW_SEED), mfx.uniform_times(evaluations)
+def evaluations(config: Config) -> tuple[int, int]:
+    """Numbers of evaluations in which pictures are made; previews are made in the first."""
+    return (1, 2) if config.identity_share else (4, 16)
+
+
+def save_samples(config: Config, field: mfx.AbstractField, path: Path, *, steps: int, side: int) -> None:
+    """A square of generated images: along u, or in Euler steps for Flow Matching."""
+    key, times = jr.key(PREVIEW_SEED), mfx.uniform_times(steps)
+    method = mfx.sample if config.identity_share else mfx.sample_euler
     loops_are_slow = jax.default_backend() == "cpu"  # those of convolutions
-    generator = mfx.Generator(field, key, (3, 32, 32), times, unroll=loops_are_slow)
+    generator = mfx.Generator(field, key, (3, 32, 32), times, method=method, unroll=loops_are_slow)
     x = np.asarray(generator.from_noise(jr.normal(key, (side**2, 3, 32, 32))))
     picture.save_image_grid(path, x.reshape(side, side, 3, 32, 32), -1, 1)
 
@@ -204,7 +210,7 @@ def main(config: Config) -> None:
         return mfx.init_state(make_field(config, field_key), step.optimizer, step.averages, key=run_key)
 
     def preview(state: mfx.TrainState, path: Path) -> None:
-        save_samples(run.local(state.averages[0]), path, evaluations=1, side=4)
+        save_samples(config, run.local(state.averages[0]), path, steps=evaluations(config)[0], side=4)
 
     with run.opened(config) as directory:
         options = {"steps": config.steps, "preview": preview, "start": config.start}
@@ -215,14 +221,14 @@ def main(config: Config) -> None:
 
 def save(config: Config, directory: run.RunDirectory, state: mfx.TrainState) -> None:
     """Every average as weights, and pictures of the first."""
-    trained, steps = objective(config).trained, int(state.step)
+    trained, trained_for = objective(config).trained, int(state.step)
     for decay, field in zip(config.decays, state.averages, strict=True):
-        notes = checkpoint.Notes(pixels=(-1, 1), trained=trained, steps=steps, decay=decay)
+        notes = checkpoint.Notes(pixels=(-1, 1), trained=trained, steps=trained_for, decay=decay)
         checkpoint.save_weights(directory.path(f"ema_{decay}.safetensors"), field, {"data": config.data}, notes)
     field = run.local(state.averages[0])
     if run.is_first():
-        for evaluations in (1, 2):
-            save_samples(field, directory.path(f"samples_{evaluations}.png"), evaluations=evaluations, side=8)
+        for steps in evaluations(config):
+            save_samples(config, field, directory.path(f"samples_{steps}.png"), steps=steps, side=8)
         if records := directory.records():
             picture.save_curves(directory.path("curves.png"), records)
 

@@ -96,9 +96,9 @@ class Config(run.Settings):
     sample_interval: tuple[float, float] = run.setting((0.0, 1.0))
     """With guidance_input: the first and the last time at which these scales hold, in all samples."""
     label_dropout: float = 0.1
-    """Share of rows whose label is dropped, in [0, 1 - identity_share]."""
+    """Share of rows whose label is dropped, in [0, 1 - identity_share], or in [0, 1] if identity_share is 1."""
     holdout: float = 0.2
-    """Share of the digits that is never trained on, in [0.02, 0.5], equal for every class."""
+    """Share of the digits that is never trained on, in [0.02, 0.49], equal for every class."""
     compare: bool = False
     """Also train Flow Matching with the same network and budget."""
     seed: int = 0
@@ -111,8 +111,8 @@ class Config(run.Settings):
             if getattr(self, name) < bound:
                 raise ValueError(f"{name} must be >= {bound}, got {getattr(self, name)}")
         run.check_sizes(self, width=1 << 12, depth=100)
-        if not 0.02 <= self.holdout <= 0.5:
-            raise ValueError(f"holdout must lie in [0.02, 0.5], got {self.holdout}")
+        if not 0.02 <= self.holdout <= 0.49:
+            raise ValueError(f"holdout must lie in [0.02, 0.49], got {self.holdout}")
         if not 0 < self.learning_rate < 1:
             raise ValueError(f"learning_rate must lie in (0, 1), got {self.learning_rate}")
         if self.guidance_input and guided(self):
@@ -128,11 +128,16 @@ class Config(run.Settings):
         guidance_flags.check_dropout(self.label_dropout, self.identity_share, guided=guided_at_all)
         if self.guidance_input:
             drawn = mfx.GuidanceRange(1.0, self.largest_scale, mfx.DrawnGuidance().middle)
-            guidance_flags.check_drawn(drawn, self.sample_scale or (1.0,), [self.sample_interval])
+            guidance_flags.check_drawn(drawn, self.judged_scales, [self.sample_interval])
         # What the parts themselves refuse is refused here, where a flag can be named.
         mfx.check_batch_size(self.batch, objective(self).identity_share)
         eqx.filter_eval_shape(lambda: make_field(self, jr.key(0)))  # the key within: a real one needs a device
         mfx.ExponentialAverage(self.decay)
+
+    @property
+    def judged_scales(self) -> tuple[float, ...]:
+        """With guidance_input: the scales that are judged."""
+        return self.sample_scale or (1.0, min(2.0, self.largest_scale))
 
 
 class Digits(NamedTuple):
@@ -245,7 +250,7 @@ def sampled(config: Config, method: Method, field: mfx.AbstractField) -> list[tu
             method._replace(name=f"{method.name}, guidance {scale:g}"),
             mfx.WithGuidance(field, scale, config.sample_interval),
         )
-        for scale in config.sample_scale or (1.0, 2.0)
+        for scale in config.judged_scales
     ]
 
 

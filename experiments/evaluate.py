@@ -381,7 +381,7 @@ def judge(
 
 def fill(job: Evaluation, yardstick: Yardstick, ledger: run.Ledger, missing: Mapping[Row, dict[str, Any]]) -> None:
     """Compute the rows that are missing, each with its settings, and keep them as they come."""
-    if not missing and (not job.config.save_reference or Path(job.config.save_reference).exists()):
+    if not missing and not job.config.save_reference:
         return
     reference, size = read_reference(job, yardstick), job.config.at_once
     steps = math.ceil(job.config.samples / size)

@@ -18,7 +18,8 @@ def check_dropout(rate: float, identity_share: float, *, guided: bool) -> None:
     share = Fraction(identity_share).limit_denominator(64)
     most = 1.0 if share == 1 else float(1 - share)  # without rows with r = t, any row may be dropped
     if not 0 <= rate <= most:
-        raise ValueError(f"label_dropout must lie in [0, 1 - identity_share = {most:g}], got {rate}")
+        rule = "[0, 1]" if share == 1 else f"[0, 1 - identity_share = {most:g}]"
+        raise ValueError(f"label_dropout must lie in {rule}, got {rate}")
 
 
 def check_drawn(

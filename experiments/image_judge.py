@@ -283,8 +283,8 @@ def _shares(results: Sequence[Result], spaces: Sequence[str], chance: float) -> 
     headers = ("", "evaluations", *spaces, "lowest class", "right class", "lowest class", "nearer to training")
     text = (
         "Test images that are covered, by space of features; images in which the right class is read; images whose "
-        f"nearest one is a training image (by chance {percent(chance)}; far above it training images are repeated, near"
-        " it nothing is said of quality):"
+        f"nearest one is a training image (by chance {percent(chance)}; a share far above this means that training "
+        "images are repeated, a share near it says nothing about quality):"
     )
     return f"{text}\n\n{run.table(rows, headers)}"
 

@@ -116,7 +116,7 @@ class Config(run.Settings):
     interval: tuple[float, float] = (0.0, 1.0)
     """Interval of t in which guidance applies, closed at both ends."""
     label_dropout: float = 0.1
-    """Share of rows whose label is dropped, in [0, 1 - identity_share]."""
+    """Share of rows whose label is dropped, in [0, 1 - identity_share], or in [0, 1] if identity_share is 1."""
     improved: bool = False
     """Improved MeanFlow: a network that gets its condition as tokens and predicts v beside u, which is the tangent; and
     scales and intervals of guidance that are drawn for each row and given to the network, in place of scale, mix and
@@ -289,15 +289,19 @@ def open_decoder(config: Config, wanted: checkpoint.Tokenizer) -> Decoder | None
 
 @eqx.filter_jit
 def generate(
-    sampled: mfx.AbstractField, network: mfx.DiT | mfx.InContextDiT, decoder: Decoder, number: int
+    sampled: mfx.AbstractField, network: mfx.DiT | mfx.InContextDiT, decoder: Decoder, number: int, euler_steps: int = 0
 ) -> Float[Array, "rows colours height width"]:
-    """Images of evenly spaced labels in one evaluation each, from the noise of all pictures. `sampled` is the network,
-    or the network at a scale of guidance."""
+    """Images of evenly spaced labels, from the noise of all pictures, in one evaluation each, or in Euler steps for
+    Flow Matching. `sampled` is the network, or the network at a scale of guidance."""
     eps = jr.normal(jr.key(PREVIEW_SEED), (number, *network.data_shape))
     label = jnp.arange(number) * network.null_label // number
 
     def one(row: tuple[Array, Array]) -> Array:
-        return decoder(mfx.sample(sampled, *row)[None])[0]
+        if euler_steps:
+            x = mfx.sample_euler(sampled, *row, times=mfx.uniform_times(euler_steps))
+        else:
+            x = mfx.sample(sampled, *row)
+        return decoder(x[None])[0]
 
     return jax.lax.map(one, (eps, label), batch_size=min(number, DECODED_AT_ONCE))
 
@@ -307,7 +311,8 @@ def save_samples(config: Config, field: mfx.AbstractField, decoder: Decoder, pat
     network = sampled = for_sampling(field)
     if config.improved:
         sampled = mfx.WithGuidance(network, config.sample_scale, config.sample_interval)
-    x = np.asarray(generate(sampled, network, decoder, 16))
+    euler_steps = 0 if config.identity_share else images.EULER_STEPS[-1]
+    x = np.asarray(generate(sampled, network, decoder, 16, euler_steps))
     picture.save_image_grid(path, x.reshape(4, 4, *x.shape[1:]), -1, 1)
 
 

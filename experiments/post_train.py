@@ -199,9 +199,9 @@ def data_of(config: Config, weights: checkpoint.Weights) -> dict[str, Any]:
         return {name: about[name] for name in ("data", "holdout", "seed")}
     if not paths or not isinstance(paths, list):
         raise ValueError(f"--data must be given for {weights.path}, which does not name its data, got none")
-    if config.holdout is not None:
-        image_sources.check_holdout(paths, config.test, config.holdout)
     test, holdout = list(config.test) or about.get("test") or [], config.holdout or about.get("holdout")
+    if config.holdout is not None:
+        image_sources.check_holdout(paths, test, config.holdout)
     if holdout is None and not test and not image_sources.has_test_images(Path(paths[0])):
         raise ValueError(f"--holdout or --test must be given: nothing says what {weights.path} never saw of {paths[0]}")
     return {"data": paths, "test": test, "holdout": 0.1 if holdout is None else holdout}

@@ -102,6 +102,9 @@ def check_flags(config: Config) -> None:
     for name, kinds in NEEDED_BY.items():
         if getattr(config, name) and kind not in kinds:
             raise ValueError(f"{flag(name)} must be given with {' or '.join(map(flag, kinds))}, got {flag(kind)}")
+    has_parts = kind == "cifar10" or (kind == "idx" and Path(config.idx[0]).is_dir())
+    if config.split != "train" and not has_parts:
+        raise ValueError(f"--split must be left out but for CIFAR-10 and a folder of IDX files, got {config.split}")
     for name in ["to"] * (kind != "verify") + ["size"] * (kind == "images"):
         if not getattr(config, name):
             raise ValueError(f"{flag(name)} must be given with {flag(kind)}, got none")

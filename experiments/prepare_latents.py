@@ -102,11 +102,10 @@ class Config:
             raise ValueError(f"size must be >= 1, got {min(self.size)}")
         if not 0 <= self.holdout < 1:
             raise ValueError(f"holdout must lie in [0, 1), got {self.holdout}")
-        if not self.first_part <= (self.parts - 1 if self.last_part < 0 else self.last_part) < self.parts:
-            raise ValueError(
-                f"first_part must be at most last_part, and both below {self.parts}, got {self.first_part} and "
-                f"{self.last_part}"
-            )
+        last = self.parts - 1 if self.last_part < 0 else self.last_part
+        if not self.first_part <= last < self.parts:
+            rule = f"at most last_part, and both below {self.parts}"
+            raise ValueError(f"first_part must be {rule}, got {self.first_part} and {last}")
         if self.batch % (devices := jax.device_count()):
             raise ValueError(f"batch must be a multiple of the {devices} devices, got {self.batch}")
 

@@ -169,6 +169,9 @@ class Config(run.CellSettings):
                 raise ValueError(f"{name} must differ from each other, got {', '.join(getattr(self, name))}")
         if not 0 < self.parts <= 100:
             raise ValueError(f"parts must lie in (0, 100], got {self.parts}")
+        if not cells(self):
+            found = f"{', '.join(self.remedies) or 'none'} for {', '.join(self.cases) or 'none'}"
+            raise ValueError(f"remedies must hold one that fits a case (QK-norm fits digits alone), got {found}")
 
 
 class Cell(NamedTuple):

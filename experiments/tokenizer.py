@@ -297,9 +297,10 @@ def finish(
     text = f"{count:,} images each.{seen}\n\n{text}"
     rows: list[Any] = [*(row._asdict() for row in (*lost, *results)), {"kl": divergence, **of_latents.as_json()}]
     directory.save_results(text, rows)
-    commands = "\n".join(next_commands(config, directory, len(train)))
     print(f"{text}\n\nJudged in {time.perf_counter() - began:.0f} s. For latents of the training images, and a field:")
-    print(commands)
+    encoding, training = next_commands(config, directory, len(train))
+    without = [name for name, part in (("training", train), ("test", test)) if part.labels is None]
+    print(encoding, f"(a field needs labels, which the {without[0]} images lack)" if without else training, sep="\n")
 
 
 def next_commands(config: Config, directory: run.RunDirectory, rows: int) -> list[str]:

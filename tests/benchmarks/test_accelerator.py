@@ -1,5 +1,6 @@
 """The command that runs everything: what it makes of parts that end, fail, take too long and are missing something."""
 
+import dataclasses
 import json
 import os
 import re
@@ -7,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -268,6 +270,16 @@ def test_parts_share_the_programs_that_they_compile_and_tests_do_not(accelerator
             assert place is None
         else:
             assert (found.folder(part) / place).resolve() == (found.directory / "programs").resolve()
+
+
+def test_lists_within_lists_of_a_configuration_become_tuples(benchmark_script):
+    @dataclasses.dataclass(frozen=True)
+    class Config:
+        intervals: tuple[tuple[float, float], ...] = ()
+
+    script = types.SimpleNamespace(Config=Config)
+    found = benchmark_script("call_script").configured(script, {"intervals": [[0.4, 0.6]]})
+    assert found.intervals == ((0.4, 0.6),)
 
 
 @pytest.mark.parametrize("tiny", [False, True])

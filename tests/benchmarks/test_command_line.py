@@ -14,6 +14,11 @@ from mf_eqx import run
         ("sampling_throughput", "--evaluations 1 0", "--evaluations must be positive numbers, got (1, 0)"),
         ("one_step_vs_ode", "--data digits --samples 9", "--samples must be >= 10, got 9"),
         ("loader_throughput", "--threads 0", "--threads must be >= 1, got 0"),
+        (
+            "loader_throughput",
+            "--quick --rows 500",
+            "--rows must be >= 640 with quick",
+        ),
         ("checkpoint_blocking", "--rounds 0", "--rounds must be >= 1, got 0"),
         ("device_peaks", "--rounds 0", "--rounds must be >= 1, got 0"),
         ("step_profile", "--model XL/2 --batch 6", "--batch must be a positive multiple of 4, got 6"),

@@ -48,6 +48,11 @@ def test_a_run_leaves_shares_of_every_data_set(target_variance, tmp_path, monkey
     assert all(np.shape(record["left"]) == (2, 1) for record in records)
 
 
+def test_a_data_set_of_few_rows_has_no_column_of_more_references(target_variance):
+    rows = jnp.ones((3, 2))
+    assert target_variance.noise(rows, rows, 0.5, ())[2].shape == (0,)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

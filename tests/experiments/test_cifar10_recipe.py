@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
+from fields import VelocityAlone
 
 import mf_eqx as mfx
 from mf_eqx import data, run
@@ -160,6 +161,16 @@ def test_without_augmentation_images_are_only_mirrored_and_told_nothing(cifar10)
 
 
 # Bad input
+
+
+@pytest.mark.parametrize("share", [0.75, 0.0])
+def test_pictures_read_u_where_it_was_trained(cifar10, share, monkeypatch):
+    pictures = []
+    monkeypatch.setattr(cifar10.picture, "save_image_grid", lambda path, x, *given: pictures.append(x))
+    config = dataclasses.replace(cifar10.TINY, identity_share=share)
+    for steps in cifar10.evaluations(config):
+        cifar10.save_samples(config, VelocityAlone(), "picture.png", steps=steps, side=2)
+    assert all(np.isnan(x).all() == bool(share) for x in pictures) and len(pictures) == 2
 
 
 @pytest.mark.parametrize(

@@ -113,6 +113,11 @@ def test_pixels_undo_the_scaling_of_the_data(digits):
     np.testing.assert_array_equal(pixels, np.round(pixels))
 
 
+def test_no_scale_is_judged_that_was_not_drawn(digits):
+    assert digits.Config(guidance_input=True).judged_scales == (1, 2)
+    assert digits.Config(guidance_input=True, largest_scale=1.5).judged_scales == (1, 1.5)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -121,7 +126,9 @@ def test_pixels_undo_the_scaling_of_the_data(digits):
         ("--batch 2000", "batch must be at most the 1437 digits that are trained on, got 2000"),
         ("--identity-share 1.5", r"--identity-share must lie in \[0, 1\], got 1.5"),
         ("--heads 5", "--width must be a multiple of heads"),
-        ("--holdout 0", r"--holdout must lie in \[0.02, 0.5\], got 0.0"),
+        ("--holdout 0", r"--holdout must lie in \[0.02, 0.49\], got 0.0"),
+        ("--holdout 0.5", r"--holdout must lie in \[0.02, 0.49\], got 0.5"),
+        ("--identity-share 1 --label-dropout 1.5", r"--label-dropout must lie in \[0, 1\], got 1.5"),
         ("--patch 0", "--patch must be >= 1, got 0"),
         ("--label-dropout 0 --preset guided", "--label-dropout must be > 0 with guidance"),
         ("--label-dropout 0 --preset any-guidance", "--label-dropout must be > 0 with guidance"),

@@ -327,6 +327,9 @@ def test_saved_moments_give_the_same_distance_and_nothing_that_needs_images(judg
     (whole,) = results(judge(f"{ARGUMENTS} --save-reference moments.npz"))
     moments = metrics.load_moments("moments.npz")
     assert (moments.count, moments.protocol) == (20, "CIFAR-train")
+    metrics.save_moments("moments.npz", dataclasses.replace(moments, mean=0 * moments.mean))
+    judge(f"{ARGUMENTS} --save-reference moments.npz")  # of a finished evaluation, over a file of other moments
+    np.testing.assert_array_equal(metrics.load_moments("moments.npz").mean, moments.mean)
     (row,) = results(judge(ARGUMENTS.replace("--reference cifar", "--reference moments.npz")))
     assert row["fid"] == pytest.approx(whole["fid"], rel=1e-9)
     assert row["kid"] is None and row["precision_recall"] is None and whole["kid"] is not None

@@ -6,6 +6,7 @@ import math
 import os
 import pathlib
 import re
+import types
 
 import equinox as eqx
 import jax
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from fields import filled
+from fields import filled, VelocityAlone
 
 import mf_eqx as mfx
 from mf_eqx import checkpoint, data, run, vae
@@ -249,6 +250,18 @@ def test_documented_sweeps_of_guidance_are_those_of_the_training(latents, experi
         saved.check_guidance(subject, config.guidance_scale, config.guidance_interval, **how)
     with pytest.raises(ValueError, match="--guidance-scale must lie in"):
         saved.check_guidance(subject, (10.0,), (saved.ALWAYS,), euler=False, untrained=False)
+
+
+@pytest.mark.parametrize("share", [0.25, 0.0])
+def test_pictures_read_u_where_it_was_trained(latents, share, monkeypatch):
+    pictures, network = [], types.SimpleNamespace(data_shape=(4, 2, 2), null_label=3)
+    monkeypatch.setattr(latents.picture, "save_image_grid", lambda path, x, *given: pictures.append(x))
+    generate = latents.generate
+    monkeypatch.setattr(latents, "for_sampling", lambda field: field)
+    monkeypatch.setattr(latents, "generate", lambda field, _, *given: generate(field, network, *given))
+    config = dataclasses.replace(latents.PRESETS["B/4"][1], identity_share=share)
+    latents.save_samples(config, VelocityAlone(), lambda x: x, "picture.png")
+    assert np.isnan(pictures[0]).all() == bool(share)
 
 
 # Bad input

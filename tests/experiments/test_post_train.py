@@ -321,6 +321,8 @@ def test_what_was_held_out_for_the_weights_is_held_out_again(post_train, here):
     assert len(parts(0.1, holdout=0.4).test) == 20
     shutil.copy("idx", "others")
     assert len(parts(test=["others", "labels"], holdout=0.4).test) == 200
+    with pytest.raises(ValueError, match=r"holdout must be left out where there are test images, got 0\.1"):
+        parts(0.1, test=["others", "labels"])
 
 
 def test_digits_are_divided_as_they_were_for_the_weights(post_train):

@@ -199,6 +199,11 @@ def test_values_that_are_not_finite_leave_nothing(convert, capsys):
         ("--verify missing", "--verify: No such file or directory: 'missing/manifest.json'"),
         ("--cifar10 . --to shards", "must hold data_batch_1.bin to data_batch_5.bin or"),
         ("--images . --size 8 --to shards", "must hold images"),
+        (
+            "--npy a --split test --to b",
+            "--split must be left out but for CIFAR-10 and a folder of IDX",
+        ),
+        ("--idx a b --split test --to c", "--split must be left out but for CIFAR-10 and a folder of IDX"),
         ("--idx . --split test --to shards", ".: must hold IDX files as of MNIST for --split test, got none"),
     ],
 )

@@ -414,7 +414,7 @@ def test_broken_image_is_named_and_its_part_is_not_there(convert, capsys):
         ("--to x --parts 1 --vae missing", "missing"),
         ("--to x --parts 12", "parts must be at most the 11 images of images, got 12"),
         ("--to x --parts 0", "--parts must be >= 1, got 0"),
-        ("--to x --parts 3 --first-part 3", "--first-part must be at most last_part, and both below 3, got 3 and -1"),
+        ("--to x --parts 3 --first-part 3", "--first-part must be at most last_part, and both below 3, got 3 and 2"),
         ("--to x --parts 3 --last-part 3", "--first-part must be at most last_part, and both below 3, got 0 and 3"),
         ("--to x --parts 3 --first-part 2 --last-part 1", "both below 3, got 2 and 1"),
         (

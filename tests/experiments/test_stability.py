@@ -71,6 +71,10 @@ def test_a_run_leaves_a_table_and_a_figure(stability, tmp_path, monkeypatch):
     [
         ("--cases moons", "--cases must be among MeanFlow, ImprovedMeanFlow, digits; got moons"),
         ("--remedies hope", "--remedies must be among none, .*; got hope"),
+        (
+            "--cases MeanFlow --remedies QK-norm",
+            "--remedies must hold one that fits a case .* QK-norm",
+        ),
         ("--parts 0", r"--parts must lie in \(0, 100\], got 0.0"),
     ],
 )
