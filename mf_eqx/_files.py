@@ -40,7 +40,8 @@ def write_whole(path: str | Path, *pieces: bytes | memoryview) -> None:
 
 
 def check_writable(path: str | Path) -> None:
-    """Raises `OSError`, with its name, if a file could not be written: before what takes long, not after.
+    """Raises an `OSError` that names the path if a file could not be written. Call it before a long computation, so
+    that the error does not come after it.
 
     The folder must be writable, too, since `write_whole` writes a temporary file beside the path. Folders that are
     missing can be made.

@@ -22,7 +22,7 @@ def leaves(tree: PyTree[Any]) -> dict[str, Any]:
 
 
 def by_name(name: str, tree: PyTree[Any]) -> dict[str, Any]:
-    """The leaves of a tree by what they are called where the tree is called `name`, such as `condition['label']`."""
+    """The leaves of a tree by `name` followed by their path, such as `condition['label']`."""
     return {name + jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
 
 

@@ -36,10 +36,11 @@ _DTYPES = {
 """The dtypes in the file and in memory, by the names of torch's storages."""
 _MOST_AXES = 8
 _DEEPEST = 20
-"""Levels of dictionaries, lists and tuples within each other; nothing that holds itself has an end."""
+"""The largest number of levels of nested dictionaries, lists and tuples. Without this limit, a list that contains
+itself would be followed without end."""
 _MOST_VALUES = 1_000_000
-"""Bounds time and memory: what is stored once may be in many places, and is counted and returned in each. In a file
-that stores everything once, each value takes at least one byte and one instruction."""
+"""Limits time and memory: a value that is stored once may be used in many places, and is counted and returned for each
+of them. In a file that uses every value once, each takes at least one byte and one instruction."""
 
 
 class _Kind(NamedTuple):
@@ -101,7 +102,8 @@ def read_legacy_torch(path: str | Path) -> dict[Any, Any]:
 def _read_pickles(file: io.BytesIO) -> tuple[dict[Any, Any], list[_Storage]]:
     """The saved object, and its storages in the order in which they follow."""
     if (version := load_plain_pickle(file, _WHAT, {})) != _VERSION:
-        # Lists within lists are named by their type: as text, a small file could have them exponentially long.
+        # Anything but an integer is shown by its type: nested lists of a small file could be exponentially long as
+        # text.
         shown = str(version)[:LONGEST_SHOWN] if type(version) is int else type(version).__name__
         raise Refused(f"must have the version {_VERSION} of torch's format, got {shown}")
     machine = load_plain_pickle(file, _WHAT, {})

@@ -44,7 +44,7 @@ class optional:
 
 
 def require(*packages: str) -> None:
-    """Import what a script needs at its end, before its first step.
+    """Import packages that a script needs only at its end, so that a missing one is reported before the first step.
 
         run.require("matplotlib", "safetensors")
 

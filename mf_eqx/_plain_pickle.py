@@ -1,9 +1,9 @@
 """Pickles of plain values: numbers, text, bytes, lists, tuples and dictionaries, read without running what they hold.
 
 A pickle is a program for a small stack machine, and an ordinary reader lets it call any function. Here the standard
-library's reader in Python runs it with two tables cut short: of instructions, only those that make plain values are
-left; of names, only those that the caller permits, each with an object of the caller that stands for it. Nothing is
-imported. (The library's reader in C has no table of instructions that could be cut.)
+library's reader in Python runs it with two restrictions: it executes only instructions that make plain values, and
+accepts only names that the caller permits, each replaced by an object that the caller supplies. Nothing is imported.
+(The library's reader in C has no table of instructions that could be cut.)
 """
 
 import io
@@ -56,7 +56,7 @@ def load_plain_pickle(
     persistent: Callable[[Any], Any] | None = None,
     more: Collection[str] = (),
 ) -> Any:
-    """The value of the pickle at the position of `file`, which is left after its end.
+    """The value of the pickle at the current position of `file`, which is then moved to the end of the pickle.
 
     **Arguments:** `file`; `what` it should be, for messages; `names` by module and name, with what stands for each;
     `persistent` the function of a persistent identifier that returns its object; `more` instructions that are permitted
@@ -138,7 +138,8 @@ def _is_small(key: Any) -> bool:
 
 
 def _call(reader: Any) -> None:
-    """The library's own function would also make arguments of the characters of a text, however long."""
+    """Calls a function with a short tuple of arguments. The library's own function would also accept a text of any
+    length, with its characters as the arguments."""
     arguments = reader.stack.pop()
     if type(arguments) is not tuple or len(arguments) > _MOST_ARGUMENTS:
         raise TypeError(f"arguments must be a tuple of at most {_MOST_ARGUMENTS}")
@@ -146,7 +147,7 @@ def _call(reader: Any) -> None:
 
 
 def _push_bytes(reader: Any) -> None:
-    """The library's own function would make room for as many bytes as are announced."""
+    """Reads a bytearray. The library's own function would first allocate as many bytes as the file announces."""
     size = int.from_bytes(reader.read(8), "little")
     content = reader.read(size)
     if len(content) < size:

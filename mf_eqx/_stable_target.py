@@ -50,7 +50,8 @@ class StableTarget(eqx.Module):
     - `number`: None to use all references at every step; or how many of them a step draws at random, with replacement
       and the same ones for all its rows. References of all labels count.
 
-    A row's own x is added to those that are drawn, and to all of them unless it is one.
+    A row's own x is always added to references that are drawn at random. If all references are used, it is added unless
+    it is one of them.
 
     **Raises:** `ValueError` unless x is floating point, label an integer for each, and number in [1, references]; when
     called, if the row has another shape, a condition that is no integer label, or a label where the references have
@@ -105,7 +106,7 @@ class StableTarget(eqx.Module):
         is_own = squares <= 8 * jnp.finfo(x.dtype).eps * (jnp.sum(own**2) + jnp.sum(references**2, axis=1))
         logits = -(ratio**2) * squares / 2 + ratio * (product(references, noise) - product(own, noise))
         logits = jnp.where(counts, jnp.where(is_own, 0, logits), -jnp.inf)
-        # What is drawn at random comes beside the own x; a whole data set holds it.
+        # The own x is added to references that are drawn at random; a whole data set already contains it.
         is_added = ~jnp.any(is_own & counts) if self.number is None else jnp.asarray(True)
         weights = _softmax(logits, is_added)
         shift = product(weights, references) - jnp.sum(weights) * own

@@ -106,8 +106,8 @@ def embed(
 def without_guidance(condition: Condition, takes_guidance: bool) -> Condition:
     """What a network is conditioned on besides guidance.
 
-    **Raises:** `ValueError` unless the condition is a `GuidanceCondition` for a network that takes guidance, and none
-    for another.
+    **Raises:** `ValueError` for a network that takes guidance unless the condition is a `GuidanceCondition`, and for
+    any other network if it is one.
     """
     if takes_guidance != isinstance(condition, GuidanceCondition):
         rule, without = ("no GuidanceCondition", "out") if not takes_guidance else ("a GuidanceCondition", "")

@@ -122,7 +122,8 @@ def _check_trained(trained: Trained) -> None:
 
 
 def _are(kind: type, values: Any, number: int | None = None) -> bool:
-    """Whether these are a tuple of so many values of one kind. An int is a float, too, but a bool is a bool alone."""
+    """Whether `values` is a tuple of `number` values (None: any number) of one kind. An int also counts as a float, but
+    a bool only as a bool."""
     kinds = (int, float) if kind is float else kind
     return (
         isinstance(values, tuple)

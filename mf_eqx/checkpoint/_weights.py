@@ -4,7 +4,7 @@
     field = load_weights("ema.safetensors")
 
 An `MLP`, a `DiT`, an `InContextDiT` and a `UNet` describe themselves, so that nothing else is needed to load them. For
-a network of your own the file holds what a function of yours makes it of:
+a network of your own, the file holds a configuration from which a function of yours makes the network:
 
     save_weights("ema.safetensors", field, {"width": 96})
     field = load_weights("ema.safetensors", lambda config: MyNet(**config, key=jr.key(0)))
@@ -73,9 +73,9 @@ class Weights:
         return _on_devices(filled, parallelism)
 
     def make_network(self, **how: Any) -> AbstractField:
-        """A fresh network of the file's description.
+        """A new network as the file describes it, with the random parameters of `key=jr.key(0)`.
 
-        **Arguments:** `how` the network computes, as for `mf_eqx.make_network`; the parameters of `key=jr.key(0)`.
+        **Arguments:** `how`: any of `dtype`, `attention`, `remat` and `unroll`, as for `mf_eqx.make_network`.
 
         **Raises:** `ValueError` if the file does not describe its network.
         """

@@ -1,9 +1,9 @@
 r"""EDM's augmentation of small images: geometric transformations, whose parameters are a condition of the network.
 
-Every image is mirrored with probability 1/2 and then scaled, stretched along a random axis and shifted, each of them
-with a probability and independently. The parameters of these transformations are given to the network as a condition;
-zeros mean that the image is not transformed, and sampling uses zeros. So the network learns from augmented images and
-generates images without augmentation.
+Every image is mirrored with probability 1/2. Then scaling, stretching along a random axis and shifting are each applied
+with a given probability, independently of each other. The parameters of these transformations are given to the network
+as a condition; zeros mean that the image is not transformed, and sampling uses zeros. So the network learns from
+augmented images and generates images without augmentation.
 
 Scaling, stretching and shifting form one affine map, so that the image is interpolated only once, at twice the
 resolution:
@@ -167,8 +167,8 @@ _BORDER = len(_SYM6) // 4
 
 
 def _positions(size: int) -> Float[np.ndarray, " positions"]:
-    """Positions of the rows or columns of the new image at twice the resolution, in pixels from its middle. The centre
-    of the filter is near its sixth tap, so that every other position is that of a pixel."""
+    """Positions of the rows or columns of the new image at twice the resolution, in pixels from its middle. The filter
+    is taken to be centred at its sixth tap: so every other position, from the first on, is that of a pixel."""
     return (np.arange(2 * (size + 2 * _BORDER)) / 2 - _BORDER - (size - 1) / 2).astype(np.float32)
 
 

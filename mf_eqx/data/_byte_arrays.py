@@ -1,7 +1,7 @@
 """Pickled dictionaries of numbers, text, bytes and byte arrays, such as the Python version of CIFAR-10.
 
-The few names by which NumPy marks an array of bytes stand for the functions below; nothing of NumPy's is called by the
-file.
+Each of the few names in a pickled NumPy array of bytes is replaced by an object defined below; so the file cannot call
+any function of NumPy.
 """
 
 import io
@@ -15,7 +15,8 @@ from jaxtyping import UInt8
 from .._plain_pickle import Function, load_plain_pickle, LONGEST_SHOWN, Refused
 
 _MOST_COPIES = 2
-"""Bounds the memory: bytes that are made of text, for each byte of the file. CIFAR-10 needs one."""
+"""Limits the memory: the largest number of bytes that are encoded from text, for each byte of the file. CIFAR-10 needs
+one."""
 
 
 def read_plain_pickle(name: str, content: bytes, what: str) -> dict[str, Any]:
@@ -47,7 +48,7 @@ class _ByteDtype:
     """What stands for the dtype uint8."""
 
     def __setstate__(self, state: Any) -> None:
-        """Its byte order, which says nothing of bytes."""
+        """Nothing is set: the state is the byte order, which has no meaning for single bytes."""
 
 
 class _Array:
@@ -76,13 +77,14 @@ class _Array:
 
 
 class _Encoder:
-    """Makes bytes of text, of which a file may ask only so often."""
+    """Encodes text as bytes, up to a total that is proportional to the size of the file."""
 
     def __init__(self, what: str, size: int):
         self._what, self._bytes_left = what, _MOST_COPIES * size
 
     def __call__(self, text: Any, encoding: Any = "latin-1") -> bytes:
-        """Text in which each character is a byte; a call that takes three bytes in the file may copy all others."""
+        """The bytes of a text in which each character is one byte. Their total is limited, because a call that takes
+        only three bytes of the file may copy all the others."""
         if encoding not in ("latin1", "latin-1"):
             raise TypeError("bytes are encoded otherwise than by Latin-1")
         self._bytes_left -= len(text)

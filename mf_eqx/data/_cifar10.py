@@ -109,7 +109,8 @@ def _read_archive(path: Path, names: Sequence[str]) -> dict[str, bytes]:
 
 
 def _check_member(path: Path, member: tarfile.TarInfo, name: str, contents: dict[str, bytes]) -> None:
-    """Refuses a member that has the name of a batch but is not an ordinary file, once, of at most the right size."""
+    """Refuses a member with the name of a batch if it is not an ordinary file, lies outside of the archive's folder, is
+    the second of this name, or is too large."""
     if not member.isreg():
         raise ValueError(f"{path}: {name} must be an ordinary file, got a link, a device or the like")
     parts = PurePosixPath(member.name).parts

@@ -17,9 +17,9 @@ from . import _structure
 
 MANIFEST = "manifest.json"
 VERSION = 2
-"""Of a folder without conditions, or with labels alone."""
+"""The version of a folder without conditions, or with labels alone."""
 VERSION_WITH_CONDITION = 3
-"""Of a folder with conditions that are no labels."""
+"""The version of a folder with conditions that are no labels."""
 
 
 class File(NamedTuple):
@@ -33,8 +33,8 @@ class File(NamedTuple):
 
 class Manifest(NamedTuple):
     """The fields of the manifest, in the order in which they are written; `label` is None without labels. The last
-    three are written only if there is something to write: conditions that are no labels, `row_condition` as in
-    `_structure` and the files of each of its arrays; the names of the classes."""
+    three are optional: `row_condition` (as in `_structure`) and `condition` (the files of each of its arrays) are
+    written only with conditions that are no labels, `class_names` only if the names are known."""
 
     version: int
     rows: int

@@ -42,7 +42,8 @@ class NpySource(AbstractSource):
       of their rows.
     - `label`: likewise for integers of shape (rows,), one file for each file of `x`; or None.
     - `condition`: what a field is conditioned on if it is no label: a PyTree of paths, each of a file with a row for
-      each row of `x`. If `x` is several files, as many PyTrees of the same structure in a list. None otherwise.
+      each row of `x`. If `x` is several files, a list of as many PyTrees of the same structure. None if there is no
+      such condition.
     - `labels`: how many different labels there are, by default the largest one plus 1.
 
     **Raises:** `OSError` if a file cannot be opened; `ValueError` that names the file, what was expected and what was
@@ -193,7 +194,7 @@ def _read_labels(paths: list[Path], x: _Files, labels: Count | None) -> tuple[In
 
 
 def _map_conditions(several: Any, x: _Files) -> PyTree[_Files]:
-    """The arrays of a condition, of whose paths there is one PyTree for each file of `x`."""
+    """The arrays of a condition. `several` holds one PyTree of paths for each file of `x`."""
     if not isinstance(several, list | tuple) or len(several) != len(x.paths):
         found = len(several) if isinstance(several, list | tuple) else type(several).__name__
         raise ValueError(f"condition must be {len(x.paths)} PyTrees of paths, one for each file of x, got {found}")

@@ -3,9 +3,9 @@
 Each is a function `(row, key) -> row`. The key is folded from the step and the row's index in the global batch, so that
 augmentation does not depend on how rows are distributed over devices.
 
-Each requires certain dtypes and raises for all others when the step is traced. Ranges are not checked, since values are
-known only on the device: floating-point images are assumed to be in [-1, 1]. Put `FromPixels` before parts that augment
-images in floating point.
+A part that requires certain dtypes raises an error for all others when the step is traced. Ranges are not checked,
+since values are known only on the device: floating-point images are assumed to be in [-1, 1]. Put `FromPixels` before
+parts that augment images in floating point.
 """
 
 from collections.abc import Callable

@@ -87,10 +87,11 @@ def write_shards(
     - `rows_per_shard`: the number of rows in every shard but the last. A `ShardSource` keeps one file open per shard.
     - `progress`: called with the number of rows written so far.
 
-    **Raises:** `ValueError` if `rows_per_shard` is not an integer >= 1 or gives more than 50,000 shards, if `folder` is
-    not empty, if `source` has no rows or another dtype, or if `source` returns rows of another shape or dtype than it
-    declares, values that are not finite (float64 values are checked as float32 if `jax_enable_x64` is off), or labels
-    out of range; errors about values name the row. `OSError` if the folder cannot be written.
+    **Raises:** `ValueError` if `rows_per_shard` is not an integer >= 1 or gives more than 50,000 shards (fewer if a
+    condition has several arrays), if `folder` is not empty, if `source` has no rows or another dtype, or if `source`
+    returns rows of another shape or dtype than it declares, values that are not finite (float64 values are checked as
+    float32 if `jax_enable_x64` is off), or labels out of range; errors about values name the row. `OSError` if the
+    folder cannot be written.
     """
     rows_per_shard = as_count("rows_per_shard", rows_per_shard)
     check_source(source)

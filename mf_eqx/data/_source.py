@@ -19,7 +19,8 @@ class Rows(NamedTuple):
     """Rows of a data set, on the host.
 
     **Arguments:** `x` their data, channels first for images; `label` an integer for each row, or None; `condition`
-    another condition, a PyTree of arrays with a leading row axis, or None. Only one of them is given.
+    another condition, a PyTree of arrays with a leading row axis, or None. At most one of `label` and `condition` is
+    given.
     """
 
     x: Shaped[np.ndarray, "rows *data"]
@@ -31,8 +32,9 @@ class AbstractSource(abc.ABC):
     """A data set whose rows are read by number. Several threads may use one source at the same time.
 
     **Attributes:** `name` in error messages; `row_shape` and `dtype` of one row's data; `labels` how many different
-    labels there are, numbered from 0, at most 2^31, or None without labels; `class_names`, one for each label, or None
-    where they are not known; `digest` of all data if it is known without reading them, or None.
+    labels there are, numbered from 0, at most 2^31, or None without labels; `row_condition` the shapes and dtypes of
+    one row's other condition, or None without one; `class_names`, one for each label, or None where they are not known;
+    `digest` of all data if it is known without reading them, or None.
     """
 
     name: str

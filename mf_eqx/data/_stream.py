@@ -144,8 +144,8 @@ def _order(rows: int, seed: int, shuffle: bool) -> Any:
 
 
 def _prefetched(batches: Iterator[Batch], ahead: int = 2) -> Iterator[Batch]:
-    """The same batches, each requested while two earlier ones are still unused: a transfer to the devices starts at
-    once and runs in the background."""
+    """The same batches, each requested before the one in front of it is handed out: its transfer to the devices starts
+    at once and runs in the background."""
     waiting = collections.deque(itertools.islice(batches, ahead))
     while waiting:
         yield waiting.popleft()

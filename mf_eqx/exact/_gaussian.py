@@ -1,4 +1,4 @@
-r"""One Gaussian: the only smooth distribution whose average velocity is elementary.
+r"""One Gaussian: a smooth distribution whose average velocity is elementary.
 
 On the straight path the marginals are Gaussian too, and the flow moves their quantiles:
 

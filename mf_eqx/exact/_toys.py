@@ -9,8 +9,8 @@ component has the label of its part of the shape (a moon, an arm, a cell of the 
 modes.
 
 The points are quantiles or grids, not random draws: a data set is the same on every machine and without random noise.
-In all functions `std` is the standard deviation of the blur and `points` the total number of components. They raise
-`ValueError` unless `std` is > 0 and `points` is a positive multiple of the number of parts.
+Where a function takes them, `std` is the standard deviation of the blur and `points` the total number of components.
+They raise `ValueError` unless `std` is > 0 and `points` is a positive multiple of the number of parts.
 """
 
 import jax.numpy as jnp

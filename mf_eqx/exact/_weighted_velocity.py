@@ -13,7 +13,8 @@ of $v_t$ is skewed or has several modes, and no amount of training or capacity r
 
 This applies to Flow Matching, so to the rows with r = t of any objective. In rows with r < t MeanFlow's residual has
 another noise, $(I - (t - r)\, \partial_z u)(v_t - v)$, because the tangent of the JVP is conditional, too. At the true
-u this matrix is the Jacobian of the flow map, which is small where trajectories converge; then so is the bias.
+u this matrix is the Jacobian of the flow map. It is small where trajectories converge, and there the bias is small,
+too.
 
 Both expectations are over a mixture. The weight is itself a mixture of exponentials,
 

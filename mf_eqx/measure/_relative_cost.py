@@ -1,8 +1,8 @@
 r"""What a training step costs in units of Flow Matching's.
 
-XLA counts the body of a loop once, so that a network whose blocks are a loop seems to cost little, and a step with more
-passes through it little more. Here operations are counted in the program as JAX traces it, each loop as often as it
-runs. For a DiT-B/4 and the default objective, a quarter of whose rows have r < t,
+XLA counts the body of a loop once. So a network whose blocks run in a loop seems cheap, and so do further passes
+through it. Here operations are counted in the program as JAX traces it, each loop as often as it runs. For a DiT-B/4
+and the default objective, a quarter of whose rows have r < t,
 
     field = eqx.filter_eval_shape(lambda key: mfx.DiT((4, 32, 32), mfx.DIT_B4, key=key), jr.key(0))
     measure.relative_cost(mfx.Objective(), field, mfx.Batch(jnp.zeros((16, 4, 32, 32))))
@@ -32,7 +32,8 @@ def relative_cost(objective: AbstractObjective, field: AbstractField, batch: Bat
     **Arguments:** `objective`, that of a `TrainStep` for example; `field` the network, arrays or their shapes; `batch`
     likewise, as the objective gets it, after `TrainStep.prepare`.
 
-    **Returns:** the ratio. Where a branch is chosen at run time (a schedule of `AlphaFlow`), the dearest one counts.
+    **Returns:** the ratio. Where a branch is chosen at run time (a schedule of `AlphaFlow`), the most expensive one
+    counts.
 
     **Raises:** `ValueError` if the batch does not meet the requirements of the objective, if the network has no matrix
     products, or for a loop without a fixed number of iterations.

@@ -9,7 +9,8 @@ merged grid, exact for $n \ne m$ too. The grid depends on $n$ and $m$ alone and 
 sliced distance averages $W_2^2$ over random unit directions $\theta$ and takes the root at the end.
 
 The energy distance needs no direction and no optimal plan, only the mean distances between and within the samples. The
-maximum mean discrepancy has a kernel in place of the distance, which determines the scales of the differences it shows.
+maximum mean discrepancy has a kernel in place of the distance. The width of the kernel determines the scale of the
+differences that are detected.
 
 None of them is meant as a loss: the derivative of a root at zero makes their gradients NaN where points coincide.
 """

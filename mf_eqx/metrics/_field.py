@@ -12,8 +12,8 @@ If the truth is not known, the equations that every average velocity satisfies c
 relative to the size of the velocity, measure how consistent a field is with itself, but not with the data.
 
 All functions take rows (a leading batch axis), are jitted, and evaluate fields without dropout. If a value is not
-finite, whether it is an argument or computed by a field, the result is not finite, and no error is raised: a field that
-diverged is a line of a table.
+finite, whether it is an argument or computed by a field, the result is not finite, and no error is raised: so a field
+that diverged can be listed in a table like any other.
 """
 
 from collections.abc import Callable, Sequence

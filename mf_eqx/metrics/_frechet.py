@@ -65,8 +65,8 @@ def frechet_distance_of_moments(
     - `cov_a`, `cov_b`: the covariances $C_a$, $C_b$: symmetric and positive semi-definite, singular ones included.
 
     **Returns:** $d^2$. Its rounding error is near 1e-13 of the traces, also for singular covariances. An eigenvalue
-    below dim times 2e-16 of the largest is treated as zero, because rounding alone produces such values. If it is not
-    due to rounding, the error may be up to 1e-6 of the largest eigenvalue for each.
+    below dim times 2e-16 of the largest is treated as zero, because rounding alone produces such values. For each such
+    eigenvalue that is not due to rounding, the error may be up to 1e-6 of the largest eigenvalue.
 
     **Raises:** `ValueError` if a mean is not a vector, if a covariance does not fit its mean or has non-finite values,
     asymmetry or negative eigenvalues beyond rounding, or if the dims of `a` and `b` differ.

@@ -31,7 +31,7 @@ def inception_score(logits: Float[Array | np.ndarray, "rows classes"], *, splits
 
     **Arguments:** `logits` without the bias of the last layer, as `Inception` gives them; `splits` S.
 
-    **Returns:** mean and standard deviation over splits, in [1, classes].
+    **Returns:** mean, in [1, classes], and standard deviation over splits.
 
     **Raises:** `ValueError` if there are fewer rows than splits, or if a logit is not finite.
 

@@ -1,6 +1,6 @@
 r"""A linear probe: how well a linear function of features tells classes apart.
 
-Ridge regression on labels as unit vectors, for standardised features $\hat x = (x - \mu) / \sigma$ and n training rows:
+Ridge regression of one-hot labels $e_y$ on standardised features $\hat x = (x - \mu) / \sigma$, with n training rows:
 
 $$W = (C + \lambda I)^{-1} \frac1n \sum_i \hat x_i\, (e_{y_i} - \bar e)^T, \qquad
   C = \frac1n \sum_i \hat x_i \hat x_i^T, \qquad \text{class of } x = \arg\max_k\, (\hat x^T W + \bar e)_k,$$
@@ -80,14 +80,15 @@ def _labels(name: str, labels: Int[Array | np.ndarray, "..."], features: np.ndar
 def _fit(
     features: Float[np.ndarray, "train dim"], index: Int[np.ndarray, " train"], classes: int, ridge: float
 ) -> tuple[Float[np.ndarray, " dim"], Float[np.ndarray, "dim classes"], Float[np.ndarray, " classes"]]:
-    """The mean of the features, weights for what remains of them, and the share of each class."""
+    """The mean of the features, the weights of the centred features, and the share of each class."""
     count = len(features)
     pieces = (features[start : start + _ROWS_PER_PIECE] for start in range(0, count, _ROWS_PER_PIECE))
     total = functools.reduce(operator.add, map(RunningMoments.of, pieces))
     share = np.bincount(index, minlength=classes) / count
     sums = [features[index == number].sum(axis=0, dtype=np.float64) for number in range(classes)]
     std = np.sqrt(np.diag(total.scatter) / count)
-    # A constant says nothing of classes. Its mean over a piece is a sum, with a rounding error for each row.
+    # A constant feature says nothing about classes, and must not be divided by its deviation. This may be computed as
+    # slightly more than 0, since the mean over a piece is a sum with a rounding error for each row.
     std = np.where(std > _ROWS_PER_PIECE * np.finfo(np.float64).eps * np.abs(total.mean), std, 1)
     products = (np.stack(sums, axis=1) / count - np.outer(total.mean, share)) / std[:, None]
     covariance = total.scatter / count / np.outer(std, std)

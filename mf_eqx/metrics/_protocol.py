@@ -19,8 +19,9 @@ TensorFlow's. Their names differ because their references differ. The two CIFAR 
 image by half a level on average. They differ in the resize: the authors' code requires torchmetrics without a version,
 and that package changed its resize in version 1.8. Numbers published before July 2025 are `CIFAR_TRAIN`.
 
-`LITE0` is for `EfficientNetLite0`: pixels as of `ADM`, 96 x 96 between pixel centres, then $(\cdot - 127) / 128$. The
-side is a compromise between time and what the features tell apart, measured on Fashion-MNIST (experiments/RESULTS.md).
+`LITE0` is for `EfficientNetLite0`: pixels as in `ADM`, the half-pixel resize to 96 x 96, then $(\cdot - 127) / 128$.
+The side is a compromise between time and what the features tell apart, measured on Fashion-MNIST
+(experiments/RESULTS.md).
 
 Another protocol is another object: `Protocol("mine", round_to_pixels, resize_half_pixel)`. Rounding has no derivative:
 features that are trained with come from `Protocol.without_rounding`.

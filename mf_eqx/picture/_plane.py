@@ -103,8 +103,9 @@ def save_flows(
 ) -> None:
     """Save trajectories and vector fields as PNG: a row per field, the trajectories first, as in Fig. 3 of the paper.
 
-    The first field's trajectories are drawn in grey beneath those of the others, for comparison. An arrow's length and
-    colour are those of its vector, on one scale in the whole picture.
+    The first field's trajectories are drawn in grey beneath those of the others, for comparison. Length and colour of
+    an arrow show the length of its vector, on one scale in the whole picture; the colours end at the longest vector of
+    the first field.
 
     **Arguments:** `path` of the file; `flows` by name, the true one first; `columns` titles of the sets of arrows;
     `limit` of both axes; `title` above everything.

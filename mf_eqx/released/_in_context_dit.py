@@ -13,7 +13,7 @@
                                                            pos_embed, of (tokens, width)
 
 Convolutions are (row, column, in, out), other kernels (in, out). Tokens, positions and the table of labels may have a
-further first axis of length one. A patch is flattened as (row, column, channel) here and there. The trees that the
+further first axis of length one. A patch is flattened as (row, column, channel) in both codes. The trees that the
 authors sample with lack the blocks of the velocity head, but may hold its last layer: a field without a velocity head
 ignores all tensors of that head, and no others.
 """
@@ -63,7 +63,8 @@ _WIDTHS = {size.width: size.heads for size in (IMF_B2, IMF_L2, PMF_H16)}
 
 
 class InContextDiTArguments(NamedTuple):
-    """The arguments of the `InContextDiT` in a file, without the height and width of its data, which takes guidance."""
+    """The arguments of the `InContextDiT` in a file, which takes guidance; only height and width of its data are not
+    known."""
 
     channels: int
     size: InContextDiTSize

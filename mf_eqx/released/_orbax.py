@@ -43,7 +43,8 @@ def read_orbax(path: str | Path, part: str | None) -> dict[str, Any]:
 
 
 def _target(leaf: Any) -> Any:
-    """Of an array, another that takes no memory: it makes Orbax restore to the host, whatever the devices were."""
+    """For an array, another one of the same shape and dtype that takes no memory: it makes Orbax restore the array to
+    the host, whatever devices it was saved from."""
     return np.broadcast_to(np.zeros((), leaf.dtype), leaf.shape) if hasattr(leaf, "shape") else leaf
 
 

@@ -41,8 +41,8 @@ def fill_unet(
     without the prefix of the average (`net_ema.` and so on); `path` of the file, for error messages; `alternating` True
     for networks of EDM itself, in which the outputs of qkv alternate between q, k and v.
 
-    **Raises:** `ValueError` that names every tensor which is missing, unexpected, or of another shape, and for a
-    resampling filter other than (1, 3, 3, 1).
+    **Raises:** `ValueError` that names every tensor which is missing, unexpected, of another shape, or not finite, and
+    for a resampling filter other than (1, 3, 3, 1).
     """
     if field.embedding.label is not None:
         raise ValueError("field must have no labels, as the released network has none")

@@ -117,8 +117,9 @@ def train_cells(
 
     - `config`: the settings of the run.
     - `trainings`: the training of each cell, by any key that identifies the cell; None for a cell that is only judged.
-      They start in this order. Put others between trainings that compile the same program, or two threads compile it
-      at the same time; but not more than about thirty, since programs are dropped when there are many.
+      They start in this order. If trainings compile the same program, put others between them: two threads that start
+      them together would both compile it. But put at most about thirty between them, since compiled programs are
+      dropped when there are many.
     - `judge`: a function from a cell and its last state (None without a training) to its result. It is called in the
       threads, for every cell, each time the command runs.
     - `directory`: from `opened`.

@@ -4,9 +4,9 @@
     make = run.own_network("network", "mine.py:Net", (3, 64, 64))
     field = make(key=key)
 
-The first argument is the name of the script's own field, for error messages. A file is run once, with the folder that
-it is in among those that it can import from. `own_file` gives its digest, to put into what a result is found by: it is
-of the file alone, not of what the file imports.
+The first argument is the name of the script's own field, for error messages. A file is run once, and can import from
+the folder that it is in. `own_file` returns a digest of the file, to be part of the settings by which a result is found
+again. The digest is that of the file alone, not of what the file imports.
 """
 
 import functools
@@ -79,7 +79,7 @@ def own_class(name: str, place: str, base: type[_Class]) -> type[_Class]:
 
 
 def own_identity(name: str, place: str, steps: int) -> AbstractIdentity:
-    """A method of a user's own, by `for_training` if it has schedules, without arguments else.
+    """A method of a user's own, made by `for_training` if it has schedules, and without arguments otherwise.
 
     **Arguments:** `name`, `place` as for `own_class`; `steps` of the training.
 

@@ -1,6 +1,7 @@
 """Many small tasks side by side.
 
-XLA leaves most of a small program to one core, so several of them, one per thread, fill a machine that one cannot.
+XLA runs most of a small program on one core. So one program cannot use all cores of a machine, but several can, one per
+thread.
 """
 
 import concurrent.futures
@@ -33,8 +34,8 @@ def in_parallel(
 
     - `function`: a function from a task to a generator that yields `(steps, metrics)` whenever it has done some steps,
       and returns the result. It cannot be stopped between two yields: yield about once a second.
-    - `tasks`: they start in this order. Put others between tasks that compile the same program, or two threads compile
-      it at the same time.
+    - `tasks`: they start in this order. If tasks compile the same program, put others between them: two threads that
+      start them together would both compile it.
     - `workers`: the number of threads.
     - `progress`: counts the steps of all tasks.
 

@@ -2,8 +2,8 @@
 
 Metrics are on the device, and fetching one waits for the step that computes it. So each step only stores its metrics
 here, and they are fetched when a line is due; the rate is measured right after that, when the device has caught up. A
-line shows means over the last steps: a single batch has too few rows for metrics of some kind of rows.
-The first step is waited for, because it compiles: the rate is measured from its end.
+line shows means over the last steps: some metrics are means over one kind of rows, and a single batch has too few of
+these. The first step is waited for, because it compiles: the rate is measured from its end.
 """
 
 import collections
@@ -72,8 +72,8 @@ class Progress:
     **Arguments:**
 
     - `total`: the number of the last step.
-    - `start`: the number of steps that were finished before.
-    - `shown`: names of the metrics to show, if they are given; by default all single numbers.
+    - `start`: the number of steps that were finished before. - `shown`: names of the metrics to show, where `update`
+      gets them; by default all metrics that are single numbers.
     - `every`: seconds between lines; by default 0.5 on a terminal, else 10.
     - `window`: over how many of the last updates each `Mean` is taken; other numbers are those of the last update.
     - `work`: of one step, to show rows per second and utilisation.

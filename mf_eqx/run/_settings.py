@@ -34,7 +34,7 @@ class CommonSettings:
     """Steps between lines of metrics.jsonl; each line is the mean over these steps."""
     most_faults: int = 10
     """Steps in a row without a finite loss and gradient after which the run stops, at its next line of metrics. Such a
-    step leaves the state unchanged."""
+    step leaves network, averages and optimiser unchanged."""
     dry_run: bool = False
     """Print what would be trained, on which devices the arrays are placed and how much memory they need, and stop."""
     test_run: bool = False

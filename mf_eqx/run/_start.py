@@ -107,8 +107,8 @@ def _newest_record(checkpoints: Checkpoints) -> tuple[dict[str, Any], dict[str, 
 
 
 def description_of(field: eqx.Module) -> dict[str, Any] | None:
-    """Class and size of a tokenizer, for comparison alone; otherwise that of `mf_eqx.describe`, None for a network that
-    has none."""
+    """What identifies a network: of a tokenizer its class and size, which serve only for comparison; of any other
+    network the result of `mf_eqx.describe`, or None if it cannot be described."""
     if isinstance(field, Autoencoder):
         return json.loads(json.dumps({"network": "Autoencoder", **field.size._asdict()}, default=int))
     try:

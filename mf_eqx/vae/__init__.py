@@ -12,7 +12,7 @@ The encoder gives each image a normal distribution over latents, $q(z | x) = N(\
 Store the moments of a data set, not samples of them: the papers draw a new sample every time an image is used.
 `AutoencoderObjective` trains a tokenizer of one's own (experiments/tokenizer.py), and `save_autoencoder` keeps it. All
 methods take one example; for batches, and the memory that these take, see `Autoencoder`. Import this part explicitly
-(`from mf_eqx import vae`); files require safetensors, downloading the extra `hub`.
+(`from mf_eqx import vae`); downloading requires the extra `hub`.
 
 Source: High-Resolution Image Synthesis with Latent Diffusion Models, Rombach, Blattmann, Lorenz, Esser, Ommer, 2022,
 arXiv 2112.10752; layers and their names as in `AutoencoderKL` of diffusers.

@@ -67,7 +67,7 @@ def read_size(weights: Path, given: AutoencoderSize | None) -> AutoencoderSize |
 
 
 def _size_in(path: Path) -> AutoencoderSize:
-    """The size that a config.json says; of `SD_VAE` what it does not say."""
+    """The size in a config.json, with the values of `SD_VAE` for fields that it lacks."""
     config = read_json_object(path)
     found = {name: config[key] for name, key in _SIZES.items() if key in config}
     is_whole = [

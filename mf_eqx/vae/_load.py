@@ -38,7 +38,7 @@ _OLD_NAMES = {"qkv": ("query", "key", "value"), "out": ("proj_attn",)}
 def load_autoencoder(
     path: str | Path, size: AutoencoderSize | None = None, *, dtype: DTypeLike = jnp.float32
 ) -> Autoencoder:
-    """The tokenizer in a file or folder of diffusers' `AutoencoderKL`. Requires safetensors (extra `export`).
+    """The tokenizer in a file or folder of diffusers' `AutoencoderKL`.
 
     **Arguments:**
 

@@ -1,4 +1,5 @@
-r"""Training of a tokenizer: images that come back, and latents that are near a standard normal distribution.
+r"""Training of a tokenizer: decoded images should equal the encoded ones, and latents should be near a standard normal
+distribution.
 
 $$\mathcal L = \frac{1}{D} \Big( \| x - \hat x \|_1 + \beta\, \mathrm{KL}\big(q(\ell | x) \,\|\, N(0, I)\big) \Big)
     + \text{perceptual}, \qquad \hat x = \mathrm{decode}(\ell), \quad \ell \sim q(\ell | x),$$

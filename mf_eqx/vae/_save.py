@@ -18,7 +18,7 @@ from ._moments import LatentStatistics
 def save_autoencoder(folder: str | Path, tokenizer: Autoencoder, statistics: LatentStatistics) -> None:
     """Write a tokenizer as diffusers' `AutoencoderKL` keeps it, so that `load_autoencoder` and diffusers read it:
     `diffusion_pytorch_model.safetensors`, and `config.json` with size and statistics. Equal arguments always give the
-    same bytes. One process writes, but all must call this function. Requires safetensors (extra `export`).
+    same bytes. One process writes, but all must call this function.
 
     **Arguments:** `folder`, made if it is not there; `tokenizer` with arrays in float32; `statistics` of its latents.
 
