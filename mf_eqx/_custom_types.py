@@ -41,6 +41,12 @@ def at_least_float32(x: Inexact[Array, "*any"] | Inexact[np.ndarray, "*any"]) ->
     return jnp.asarray(x, np.promote_types(x.dtype, np.float32))
 
 
+def as_floats(values: Any) -> Inexact[Array, "*any"]:
+    """`values` as an array of floating-point numbers: those that are none in JAX's default precision."""
+    values = jnp.asarray(values)
+    return values if jnp.issubdtype(values.dtype, jnp.inexact) else values.astype(float)
+
+
 def as_scalar(
     name: str, number: ScalarLike, like: Inexact[Array | np.ndarray, "..."] | None = None
 ) -> Float[Array, ""]:

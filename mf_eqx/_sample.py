@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Real
 
-from ._custom_types import at_least_float32, Condition, Time
+from ._custom_types import as_floats, at_least_float32, Condition, Time
 from ._field import AbstractField, check_field, with_checked_shapes
 from ._model.guidance import condition_at
 
@@ -112,8 +112,7 @@ def _integrate(
 ) -> Float[Array, "*data"]:
     check_times(times)
     check_field(field)
-    eps = jnp.asarray(eps)
-    eps = at_least_float32(eps if jnp.issubdtype(eps.dtype, jnp.inexact) else eps.astype(float))
+    eps = at_least_float32(as_floats(eps))
     if eps.size < 1:
         raise ValueError(f"eps must hold at least one value, got shape {eps.shape}")
     grid = jnp.asarray(times, eps.dtype)

@@ -27,7 +27,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int, Key
 
 from ._custom_types import Condition, Time
 from ._interpolant import AbstractInterpolant
-from ._validate import described
+from ._validate import as_count, described
 
 _DRAW = 0x53544654  # folds the key of a step away from the keys of its rows, which are folded with their index
 _LEAST_SIGMA = 1e-6
@@ -68,7 +68,9 @@ class StableTarget(eqx.Module):
             raise ValueError(f"x must be at least one reference, floating point; got {count} of {self.x.dtype}")
         if self.label is not None and self.label.shape != (count,):
             raise ValueError(f"label must be one for each of {count} references, got shape {self.label.shape}")
-        if self.number is not None and not 1 <= self.number <= count:
+        if self.label is not None and self.label.dtype.kind not in "iu":
+            raise ValueError(f"label must be integers, got {self.label.dtype}")
+        if self.number is not None and not 1 <= as_count("number", self.number, 0) <= count:
             raise ValueError(
                 f"number must lie in [1, {count}], the number of references, or be None; got {self.number}"
             )

@@ -182,6 +182,7 @@ def test_mean_over_drawn_references_is_the_marginal_velocity_and_the_variance_fa
     [
         ({"x": jnp.zeros((0, 2))}, "x must be at least one reference, floating point; got 0 of float32"),
         ({"number": 0}, r"number must lie in \[1, 3\], the number of references, or be None; got 0"),
+        ({"number": True}, "number must be an integer >= 0, got True"),
         ({"number": 4}, r"number must lie in \[1, 3\], the number of references, or be None; got 4"),
     ],
 )
@@ -195,6 +196,8 @@ def test_references_of_integers_and_labels_of_another_number_are_refused(uncheck
         mfx.StableTarget(jnp.zeros((3, 2), jnp.int32))
     with pytest.raises(ValueError, match=r"label must be one for each of 3 references, got shape \(2,\)"):
         mfx.StableTarget(jnp.zeros((3, 2)), jnp.zeros(2, jnp.int32))
+    with pytest.raises(ValueError, match="label must be integers, got float32"):
+        mfx.StableTarget(jnp.zeros((3, 2)), jnp.zeros(3))
 
 
 def test_row_that_does_not_fit_is_refused():

@@ -22,7 +22,7 @@ import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from .._batch import Batch
-from .._custom_types import at_least_float32, Scalar
+from .._custom_types import as_floats, at_least_float32, Scalar
 from .._mean import Mean, Metrics
 from .._validate import check_finite, check_kind
 from .population import AbstractPopulation, RunningPopulation
@@ -71,7 +71,7 @@ class FrechetLoss(AbstractSampleLoss):
         if np.ndim(mean) != 1 or wide.shape != 2 * np.shape(mean):
             found = f"{np.shape(mean)} and {wide.shape}"
             raise ValueError(f"mean and covariance must be of shapes (dim,) and (dim, dim), got {found}")
-        self.mean = _as_floats(mean)
+        self.mean = at_least_float32(as_floats(mean))
         self.trace = jnp.asarray(np.trace(wide), self.mean.dtype)
         self.factor = jnp.asarray(_factor(wide), self.mean.dtype)
         self.features, self.population, self.relative = features, population, relative
@@ -92,11 +92,6 @@ class FrechetLoss(AbstractSampleLoss):
         least = jnp.finfo(distance.dtype).eps * self.trace  # near 0 a distance is rounding
         loss = distance / jnp.maximum(jax.lax.stop_gradient(distance), least) if self.relative else distance
         return loss, {"frechet_distance": Mean(distance, jnp.ones((), distance.dtype))}, state
-
-
-def _as_floats(values: Any) -> Float[Array, "..."]:
-    values = jnp.asarray(values)
-    return at_least_float32(values if jnp.issubdtype(values.dtype, jnp.floating) else values.astype(float))
 
 
 def _factor(covariance: Float[np.ndarray, "dim dim"]) -> Float[np.ndarray, "dim dim"]:

@@ -125,7 +125,8 @@ def check_has_condition(guidance: bool, labels: int | None, condition: object) -
 
 def _check(condition: GuidanceCondition) -> None:
     check_positive("scale", condition.scale)
-    first, last = map(on_host_if_known, (condition.start, condition.end))  # a jit knows numbers of Python only here
+    # On the host: `jnp.asarray` would make tracers of Python's numbers inside jit.
+    first, last = map(on_host_if_known, (condition.start, condition.end))
     if first is not None and last is not None and not ((first >= 0) & (first <= last) & (last <= 1)).all():
         raise ValueError(f"start and end must satisfy 0 <= start <= end <= 1, got {first} and {last}")
 

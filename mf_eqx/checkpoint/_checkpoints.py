@@ -232,7 +232,7 @@ class Checkpoints:
             compare(saved, expected, self.path(step))
         state = fill_shapes(wanted, self._read(step, wanted, parallelism, partial))
         if wrong := [name for name, digest in digests(state).items() if record["digests"][name] != digest]:
-            raise _Damage(f"{listed(wrong)} not as saved, by the digest")
+            raise _Damage(f"{listed(wrong)} not as saved (by the digest)")
         return state, record["notes"]
 
     def _record(self, step: int) -> dict[str, Any]:

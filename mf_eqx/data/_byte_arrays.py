@@ -89,7 +89,7 @@ class _Encoder:
             raise TypeError("bytes are encoded otherwise than by Latin-1")
         self._bytes_left -= len(text)
         if self._bytes_left < 0:
-            raise Refused(f"must unpack to few times its size, got more, which is no part of {self._what}")
+            raise Refused(f"must unpack to a small multiple of its size, got more, which is no part of {self._what}")
         return text.encode("latin-1")
 
 

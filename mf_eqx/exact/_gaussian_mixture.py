@@ -19,7 +19,7 @@ import numpy as np
 from jax.scipy.special import logsumexp
 from jaxtyping import Array, Float, Int, Key
 
-from .._custom_types import as_scalar, Condition, Scalar, TimeLike
+from .._custom_types import as_floats, as_scalar, Condition, Scalar, TimeLike
 from .._interpolant import AbstractInterpolant
 from .._validate import check_finite, check_positive
 from ._base import AbstractDistribution
@@ -53,7 +53,7 @@ class GaussianMixture(AbstractDistribution):
         weight: Float[Array | np.ndarray, " component"] | None = None,
         label: Int[Array | np.ndarray, " component"] | None = None,
     ):
-        self.mean = jnp.asarray(mean)
+        self.mean = as_floats(mean)
         components = self.mean.shape[:1]
         std = jnp.asarray(std, self.mean.dtype)
         self.std = jnp.broadcast_to(std, components) if std.ndim == 0 else std

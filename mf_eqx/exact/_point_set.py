@@ -17,7 +17,7 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, Float, Key
 
-from .._custom_types import as_scalar, Condition, TimeLike
+from .._custom_types import as_floats, as_scalar, Condition, TimeLike
 from .._interpolant import AbstractInterpolant
 from .._validate import check_finite, check_positive
 from ._base import AbstractDistribution
@@ -46,7 +46,7 @@ class PointSet(AbstractDistribution):
         points: Float[Array | np.ndarray, "point *data"],
         weight: Float[Array | np.ndarray, " point"] | None = None,
     ):
-        self.points = jnp.asarray(points)
+        self.points = as_floats(points)
         weight = np.ones(self.points.shape[:1]) if weight is None else weight
         self.weight = jnp.asarray(weight, self.points.dtype)
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from .._custom_types import at_least_float32, Scalar
+from .._custom_types import as_floats, at_least_float32, Scalar
 from .._validate import check_finite, check_positive
 from ._distance import nan_unless_finite
 
@@ -45,8 +45,9 @@ def mode_coverage(
 
     **Returns:** a number in [0, 1].
 
-    **Raises:** `ValueError` if shapes do not fit, a value is not finite, a label is out of range, or `radius` is not
-    positive. Under `jax.jit` values are not known: there the result is NaN if one is not finite.
+    **Raises:** `ValueError` if shapes do not fit, a value is not finite, a label is no integer or out of range, a
+    weight is negative, or `radius` or a standard deviation is not positive. Under `jax.jit` values are not known: there
+    the result is NaN if one is not finite.
 
     **Reference:** modes and high-quality samples within three standard deviations as in VEEGAN, Srivastava, Valkov,
     Russell, Gutmann and Sutton, 2017, where a mode counts as covered by a single sample; here its mass counts.
@@ -56,11 +57,18 @@ def mode_coverage(
     if np.ndim(x) != 2 or len(x) < 1 or np.shape(x)[1:] != np.shape(mean)[1:]:
         raise ValueError(f"`x` must have shape (sample, {np.shape(mean)[-1]}) as `mean`, got {np.shape(x)}.")
     mode = np.arange(components) if label is None else np.asarray(label)
+    for name, shape in (("std", np.shape(std)), ("weight", np.shape(weight)), ("label", mode.shape)):
+        if shape != (components,):
+            raise ValueError(f"`{name}` must be {components} numbers, one for each component, got shape {shape}.")
+    if mode.dtype.kind not in "iu":
+        raise ValueError(f"`label` must be integers, got {mode.dtype}.")
     if mode.min() < 0 or mode.max() >= components:
         raise ValueError(f"`label` must lie in [0, {components}), got {mode.min()} to {mode.max()}.")
-    x, mean, std, weight = (at_least_float32(jnp.asarray(values)) for values in (x, mean, std, weight))
+    x, mean, std, weight = (at_least_float32(as_floats(values)) for values in (x, mean, std, weight))
     for name, values in (("`x`", x), ("`mean`", mean), ("`std`", std), ("`weight`", weight)):
         check_finite(name, values)
+    check_positive("`std`", std)
+    check_positive("`weight`", weight, or_zero=True)
     share = _mode_coverage(x, mean, std, weight, jnp.asarray(mode), jnp.asarray(radius, std.dtype))
     return nan_unless_finite(share, x, mean, std, weight)
 
@@ -124,7 +132,7 @@ def total_variation(
     check_finite("high", corners[1])
     if bins < 1 or nodes < 1:
         raise ValueError(f"`bins` and `nodes` must be at least 1, got {bins} and {nodes}.")
-    x = at_least_float32(jnp.asarray(x))
+    x = at_least_float32(as_floats(x))
     check_finite("`x`", x)
     points, volume = _midpoints(*corners, bins * nodes)
     density = _densities(log_density, jnp.asarray(points, x.dtype)).reshape((bins, nodes) * dim)

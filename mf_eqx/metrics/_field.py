@@ -145,7 +145,6 @@ def relative_error(
     return RelativeError(jnp.sum(error), jnp.sum(size), jnp.asarray(len(error), jnp.int32))
 
 
-@eqx.filter_jit
 def relative_error_by_cell(
     field: AbstractField,
     truth: AbstractField | Float[Array, "rows *data"],
@@ -166,9 +165,25 @@ def relative_error_by_cell(
 
     **Raises:** `ValueError` if `edges` are fewer than two or not strictly increasing.
     """
+    return _error_by_cell(field, truth, (z, r, t, condition), _as_edges(edges))
+
+
+def _as_edges(edges: Sequence[float]) -> tuple[float, ...]:
+    """As numbers, which no `filter_jit` traces."""
     bounds = np.asarray(edges, np.float64)
     if bounds.ndim != 1 or len(bounds) < 2 or not (np.diff(bounds) > 0).all():
         raise ValueError(f"edges must be at least two strictly increasing numbers, got {edges}")
+    return tuple(map(float, bounds))
+
+
+@eqx.filter_jit
+def _error_by_cell(
+    field: AbstractField,
+    truth: AbstractField | Float[Array, "rows *data"],
+    rows: tuple[Any, ...],
+    edges: tuple[float, ...],
+) -> RelativeError:
+    bounds, (z, r, t, condition) = np.asarray(edges), rows
     cells = len(bounds) - 1
     row, column = _cell(r, bounds), _cell(t, bounds)
     index = jnp.where((row < cells) & (column < cells), cells * row + column, cells**2)
@@ -213,7 +228,6 @@ def field_truth(
     return FieldTruth(known(z, r, t), known(z, t, t), known(eps, jnp.zeros_like(r), jnp.ones_like(t)))
 
 
-@eqx.filter_jit
 def field_errors(
     field: AbstractField, truth: FieldTruth, *, edges: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0)
 ) -> FieldErrors:
@@ -221,7 +235,11 @@ def field_errors(
 
     **Arguments:** `field`; `truth` from `field_truth`; `edges` as for `relative_error_by_cell`.
     """
+    return _field_errors(field, truth, _as_edges(edges))
 
+
+@eqx.filter_jit
+def _field_errors(field: AbstractField, truth: FieldTruth, edges: tuple[float, ...]) -> FieldErrors:
     def error(rows: KnownRows) -> RelativeError:
         return relative_error(field, rows.u, rows.z, rows.r, rows.t, rows.condition)
 
@@ -230,7 +248,7 @@ def field_errors(
         overall=error(rows),
         diagonal=error(truth.diagonal),
         one_step=error(truth.one_step),
-        cells=relative_error_by_cell(field, rows.u, rows.z, rows.r, rows.t, rows.condition, edges=edges),
+        cells=_error_by_cell(field, rows.u, (rows.z, rows.r, rows.t, rows.condition), edges),
     )
 
 

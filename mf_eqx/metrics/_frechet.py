@@ -94,7 +94,7 @@ def _check_moments(name: str, mean, cov) -> tuple[Float[np.ndarray, " dim"], Flo
     if mean.ndim != 1 or mean.size == 0:
         raise ValueError(f"`mean_{name}` must have shape (dim,) with dim >= 1, got shape {mean.shape}.")
     if cov.shape != (mean.size, mean.size):
-        raise ValueError(f"`cov_{name}` must have shape {(mean.size, mean.size)} as its mean has, got {cov.shape}.")
+        raise ValueError(f"`cov_{name}` must have shape {(mean.size, mean.size)}, to fit its mean, got {cov.shape}.")
     for argument, value in ((f"mean_{name}", mean), (f"cov_{name}", cov)):
         check_finite(f"`{argument}`", value)
     asymmetry = np.abs(cov - cov.T).max()

@@ -187,7 +187,9 @@ def _check(
     if not rows:
         raise ValueError("there must be at least one row, got none")
     for name, row in rows.items():
-        if not (len(columns) if least is None else least) <= len(row) <= len(columns):
+        if least is not None and not least <= len(row) <= len(columns):
+            raise ValueError(f"row {name!r} must have {least} to {len(columns)} items, got {len(row)}")
+        if least is None and len(row) != len(columns):
             raise ValueError(f"columns must be {len(row)} titles, one per item of row {name!r}, got {len(columns)}")
     check_positive("limit", limit)
 

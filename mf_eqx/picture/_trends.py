@@ -1,5 +1,6 @@
 """Plots of results against a parameter: several panels of several series, with one point per seed."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -36,10 +37,13 @@ def save_trends(path: str | Path, panels: Mapping[str, Sequence[Series]], parame
         for each in series:
             points = np.array([(x, y) for x, seeds in each.values.items() for y in seeds if y > least])
             means = np.array([(x, np.mean(seeds)) for x, seeds in each.values.items() if min(seeds) > least])
-            if len(means):
+            if len(points):
                 panel.plot(*points.T, ".", color=each.colour)
+            if len(means):
                 panel.plot(*means.T, each.line, color=each.colour, label=each.label)
         panel.set(title=title, xlabel=parameter, yscale="log")
         panel.grid(alpha=0.3)
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize="small")
+    pairs = (zip(*panel.get_legend_handles_labels(), strict=True) for panel in figure.axes)
+    by_label = {label: handle for handle, label in itertools.chain.from_iterable(pairs)}
+    figure.legend(by_label.values(), by_label.keys(), loc="outside lower center", ncols=3, fontsize="small")
     figure.savefig(path, format="png")

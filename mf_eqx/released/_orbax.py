@@ -11,7 +11,6 @@ import numpy as np
 
 from .._files import irregular_files
 from .._leaves import listed
-from .._optional import optional
 from .._quiet import quiet
 
 
@@ -20,8 +19,8 @@ def read_orbax(path: str | Path, part: str | None) -> dict[str, Any]:
 
     **Raises:** `ValueError` that names the folder if it is none of Orbax, or cannot be read.
     """
-    with optional("orbax-checkpoint", extra=None):
-        from orbax.checkpoint import v1 as ocp
+    from orbax.checkpoint import v1 as ocp  # slow to import
+
     folder = str(Path(path).absolute())
     if irregular := irregular_files(Path(path)):
         raise ValueError(f"{path}: must contain ordinary files only, got {listed(irregular)}")
@@ -29,7 +28,7 @@ def read_orbax(path: str | Path, part: str | None) -> dict[str, Any]:
         found = listed(sorted(os.listdir(path))) or "nothing"
         raise ValueError(f"{path}: must be a folder that Orbax wrote, such as checkpoint_800640, got one with {found}")
     loading, content, reason = ocp.options.PyTreeOptions.Loading(partial_load=True), {}, None
-    with quiet():  # which clears away what a failed reader leaves, if the error is gone by then
+    with quiet():  # it cleans up after a failed reader, whose error must be gone by then
         try:
             with ocp.Context(pytree_options=ocp.options.PyTreeOptions(loading=loading)):
                 held = ocp.metadata(folder).metadata

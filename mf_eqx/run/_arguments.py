@@ -106,9 +106,10 @@ def _first_paragraph(box: str) -> str:
 
 def name_flag(message: str, config: Any) -> str:
     """The message; if it starts with the name of a field, that name is written as the flag."""
-    subject = message.partition(" ")[0].strip("`'")
+    first, space, rest = message.partition(" ")
+    subject = first.strip("`'")
     if subject in (field.name for field in dataclasses.fields(config)):
-        return "--" + subject.replace("_", "-") + message[message.find(" ") :]
+        return "--" + subject.replace("_", "-") + space + rest
     return message
 
 

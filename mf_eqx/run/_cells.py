@@ -185,7 +185,10 @@ def _to_train(trainings: Iterable[Training | None]) -> list[Training]:
 
 def _name(training: Training) -> str:
     """The name of the training's directory."""
-    return re.sub(r"[^\w.+-]+", "_", training.name)
+    name = re.sub(r"[^\w.+-]+", "_", training.name)
+    if not name.strip("."):
+        raise ValueError(f"names of trainings must have more than dots, got {training.name!r}")
+    return name
 
 
 def _folder(training: Training, directory: RunDirectory) -> RunDirectory:

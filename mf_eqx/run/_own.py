@@ -45,7 +45,7 @@ def own_file(name: str, place: str) -> OwnFile:
     **Raises:** `ValueError` unless it is a Python file.
     """
     path, _ = _parts(place)
-    if not Path(path).is_file():
+    if not Path(path).is_file() or Path(path).suffix != ".py":
         raise ValueError(f"{name} must be a Python file, got {path}")
     return _read(path)
 

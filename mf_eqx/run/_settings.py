@@ -52,7 +52,7 @@ class CommonSettings:
         for name, bound in (_LEAST | least).items():
             value = getattr(self, name, bound)
             for number in value if isinstance(value, tuple) else (value,):
-                if number < bound:
+                if number is not None and number < bound:
                     raise ValueError(f"{name} must be >= {bound}, got {number}")
         if hasattr(self, "workers"):
             check_sizes(self, workers=_MOST_WORKERS)

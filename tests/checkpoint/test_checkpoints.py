@@ -588,7 +588,7 @@ def test_flipped_bit_is_noticed_and_its_leaf_named(tmp_path, name):
     flip(path, place + 3, bit=5)
     found = checkpoints.load(State)
     assert found.step == 1 and bits(found.state) == bits(State(1))
-    assert found.passed_over == {2: f".{name} not as saved, by the digest"}
+    assert found.passed_over == {2: f".{name} not as saved (by the digest)"}
 
 
 def test_flipped_bit_in_the_record_is_noticed(tmp_path):
@@ -609,7 +609,7 @@ def test_arrays_of_another_step_are_noticed(tmp_path):
     shutil.rmtree(checkpoints.path(2))
     shutil.copytree(checkpoints.path(1), checkpoints.path(2))
     (reason,) = checkpoints.load(State).passed_over.values()
-    assert "not as saved, by the digest" in reason
+    assert "not as saved (by the digest)" in reason
 
 
 def test_if_all_are_damaged_every_step_is_named(tmp_path):
@@ -620,7 +620,7 @@ def test_if_all_are_damaged_every_step_is_named(tmp_path):
     with pytest.raises(CheckpointError) as error:
         checkpoints.load(State)
     message = str(error.value)
-    assert message.startswith(f"{tmp_path}: no checkpoint can be used (step 3: .weight not as saved, by the digest; ")
+    assert message.startswith(f"{tmp_path}: no checkpoint can be used (step 3: .weight not as saved (by the digest); ")
     assert "; step 2: it cannot be read: " in message and "; step 1: .weight not as saved" in message
 
 
@@ -727,7 +727,7 @@ def test_state_comes_back_on_other_devices_bit_for_bit_and_in_its_place(on_devic
 
 
 def test_damaged_part_of_one_device_is_noticed_on_all(on_devices):
-    assert on_devices["damaged"] == [1, "['large'] not as saved, by the digest"]
+    assert on_devices["damaged"] == [1, "['large'] not as saved (by the digest)"]
 
 
 # Disks that refuse

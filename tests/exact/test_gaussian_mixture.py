@@ -8,7 +8,7 @@ import scipy.stats
 from jaxtyping import TypeCheckError
 
 from mf_eqx import LinearInterpolant, TrigonometricInterpolant
-from mf_eqx.exact import GaussianMixture
+from mf_eqx.exact import GaussianMixture, PointSet
 
 PATHS = (LinearInterpolant(), TrigonometricInterpolant())
 Z, T = np.array([0.4, -0.7]), np.array(0.6)
@@ -282,6 +282,13 @@ def test_bad_values_are_refused_by_name(arguments, message):
 def test_arrays_that_do_not_fit_the_means_are_refused(arguments):
     with pytest.raises((ValueError, TypeCheckError)):  # the latter from jaxtyping, where runtime checks are on
         GaussianMixture(PLANE[0], *arguments)
+
+
+def test_means_may_be_integers(unchecked):
+    mixture = GaussianMixture(np.array([[0, 1], [2, 3]]), 0.1)
+    assert jnp.issubdtype(mixture.mean.dtype, jnp.floating) and float(mixture.std[0]) == pytest.approx(0.1)
+    points = PointSet(np.array([[0, 1], [2, 3]]), np.array([0.25, 0.75]))
+    assert float(points.weight[1]) == 0.75
 
 
 def test_condition_without_labels_is_refused():

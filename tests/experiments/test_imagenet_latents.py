@@ -6,7 +6,6 @@ import math
 import os
 import pathlib
 import re
-import types
 
 import equinox as eqx
 import jax
@@ -254,7 +253,7 @@ def test_documented_sweeps_of_guidance_are_those_of_the_training(latents, experi
 
 @pytest.mark.parametrize("share", [0.25, 0.0])
 def test_pictures_read_u_where_it_was_trained(latents, share, monkeypatch):
-    pictures, network = [], types.SimpleNamespace(data_shape=(4, 2, 2), null_label=3)
+    pictures, network = [], type("Network", (), {"data_shape": (4, 2, 2), "null_label": 3})()
     monkeypatch.setattr(latents.picture, "save_image_grid", lambda path, x, *given: pictures.append(x))
     generate = latents.generate
     monkeypatch.setattr(latents, "for_sampling", lambda field: field)

@@ -283,12 +283,21 @@ def test_fewer_than_one_cell_or_node_is_refused(bins, nodes):
         (np.zeros((0, 2)), None, r"`x` must have shape \(sample, 2\)"),
         (np.zeros((5, 2)), np.array([0, 2]), r"`label` must lie in \[0, 2\), got 0 to 2"),
         (np.zeros((5, 2)), np.array([-1, 0]), r"`label` must lie in \[0, 2\), got -1 to 0"),
+        (np.zeros((5, 2)), np.array([0.0, 1.0]), "`label` must be integers, got float64"),
+        (np.zeros((5, 2)), np.array([0]), r"`label` must be 2 numbers, one for each component, got shape \(1,\)"),
     ],
 )
 @pytest.mark.usefixtures("unchecked")
 def test_samples_and_labels_that_do_not_fit_the_modes_are_refused(x, label, message):
     with pytest.raises(ValueError, match=message):
         mode_coverage(jnp.asarray(x), jnp.zeros((2, 2)), jnp.ones(2), jnp.ones(2), label)
+
+
+@pytest.mark.parametrize(("name", "value"), [("std", np.array([1.0, 0])), ("weight", np.array([1.0, -1]))])
+def test_modes_of_no_width_or_negative_weight_are_refused(name, value):
+    of_modes = {"std": np.ones(2), "weight": np.ones(2)} | {name: value}
+    with pytest.raises(ValueError, match=f"`{name}` must be >"):
+        mode_coverage(np.zeros((5, 2)), np.zeros((2, 2)), **of_modes)
 
 
 def test_low_precision_samples_are_held_against_an_exact_grid():

@@ -216,6 +216,12 @@ def test_one_step_error_is_that_at_pure_noise():
     np.testing.assert_allclose(errors.one_step.value, expected, rtol=0.02)  # standard error 0.4%
 
 
+def test_edges_may_be_an_array():
+    r, t = jnp.asarray([0.1, 0.2]), jnp.asarray([0.3, 0.9])
+    errors = relative_error_by_cell(Zero(), One(), jnp.zeros((2, 3)), r, t, edges=np.linspace(0, 1, 3))
+    np.testing.assert_array_equal(errors.count, [[1, 1], [0, 0]])
+
+
 @pytest.mark.parametrize("edges", [(0.0,), (0.0, 0.5, 0.5), (1.0, 0.0)])
 def test_edges_that_do_not_increase_are_refused(edges):
     truth = gaussian()

@@ -263,7 +263,7 @@ def test_columns_that_do_not_fit_a_row_are_refused(path, columns):
     with pytest.raises(ValueError, match=message.format("truth")):
         picture.save_flows(path, FLOWS, columns, limit=2)
     for points in (POINTS, {"MeanFlow": POINTS["MeanFlow"], "data": []})[len(columns) // 3 :]:
-        with pytest.raises(ValueError, match=r"columns must be [02] titles, one per item of row '(MeanFlow|data)'"):
+        with pytest.raises(ValueError, match=r"row '(MeanFlow|data)' must have 1 to [123] items, got [02]"):
             picture.save_point_grid(path, points, columns, limit=2)
     assert not path.exists()
 

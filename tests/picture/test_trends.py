@@ -30,6 +30,14 @@ def test_points_are_seeds_and_lines_their_means(tmp_path, monkeypatch):
     assert (panel.get_title(), panel.get_xlabel(), panel.get_yscale()) == ("error", "p", "log")
 
 
+def test_points_without_a_mean_are_drawn_and_the_legend_names_the_series_of_all_panels(tmp_path, monkeypatch):
+    one, two = (picture.Series(name, {1.0: [0.2, 0.5]}, "C0") for name in ("one", "two"))
+    half = picture.Series("one", {1.0: [0.0, 0.5]}, "C0")
+    figure = drawn(tmp_path / "a.png", monkeypatch, {"A": [half], "B": [one, two]})
+    assert [line.get_xydata().tolist() for line in figure.axes[0].lines] == [[[1, 0.5]]]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["one", "two"]
+
+
 def test_values_that_a_logarithmic_axis_has_no_place_for_are_left_out(tmp_path, monkeypatch):
     series = [
         picture.Series("one", {0.0: [1e-6], 1.0: [2.0]}, "C0"),

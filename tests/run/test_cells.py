@@ -117,6 +117,12 @@ def test_two_cells_of_one_directory_are_refused(directory):
     assert not list(directory.root.iterdir())
 
 
+@pytest.mark.parametrize("name", ["", ".."])
+def test_a_cell_whose_directory_would_be_another_is_refused(name, directory):
+    with pytest.raises(ValueError, match="names of trainings must have more than dots"):
+        trained(config(), {0: training(name=name)}, directory)
+
+
 def test_a_line_is_shown_of_each_cell_as_it_is_finished(directory, capsys):
     trained(config(), {0: training(steps=1)}, directory, note=lambda cell, result: f"{cell}: {result[:8]}")
     assert f"0: {digest(last(directory, 'seed_0'))[:8]}\n" in capsys.readouterr().err

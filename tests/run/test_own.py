@@ -106,6 +106,12 @@ def test_what_is_not_there_is_refused_with_what_is(mine):
         run.own_class("network", "none.py:Net", mfx.AbstractField)
 
 
+def test_another_file_is_not_run(tmp_path):
+    (tmp_path / "notes.txt").write_text("notes")
+    with pytest.raises(ValueError, match=r"network must be a Python file, got .*notes\.txt"):
+        run.own_file("network", str(tmp_path / "notes.txt"))
+
+
 def test_digest_is_that_of_the_text(mine, tmp_path):
     same, other = tmp_path / "same.py", tmp_path / "other.py"
     same.write_text(MINE)

@@ -138,6 +138,16 @@ def test_fsdp_that_does_not_divide_the_devices_is_refused():
         run.parallelism(Config(fsdp=jax.device_count() + 1))
 
 
+def test_a_field_that_is_left_out_is_not_compared():
+    @dataclasses.dataclass(frozen=True)
+    class Optional(run.Settings):
+        width: int | None = None
+
+    Optional().check(width=1)
+    with pytest.raises(ValueError, match="width must be >= 1, got 0"):
+        Optional(width=0).check(width=1)
+
+
 def test_fields_of_the_script_are_checked_with_the_settings():
     Config(steps=3).check(steps=3)
     with pytest.raises(ValueError, match="steps must be >= 4, got 3"):
