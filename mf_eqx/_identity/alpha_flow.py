@@ -5,12 +5,10 @@ With $s = t - \alpha (t - r)$ and $z_s = z_t - (t - s)\, v_t$, which is one Eule
 $$u(z_t, r, t) = \alpha v_t + (1 - \alpha)\, u(z_s, r, s).$$
 
 The paper weighs the squared residual of this, $S$, by $\alpha / (S + c)$. Here the residual is divided by $\alpha$: it
-is then MeanFlow's with the finite difference $(u - u(z_s, r, s)) / \alpha$ in place of $(t - r)\, du/dt$, and its size
-does not depend on $\alpha$. (At a small $\alpha$ this difference is mostly rounding in bfloat16: compute in float32.)
-The weight $1 / (S / \alpha^2 + c)$ on its square gives the gradient of the paper's loss with offset $\alpha^2 c$; with
-a fixed offset the gradient would vanish as $\alpha \to 0$. The authors' code adds c = 0.001 to the *mean* over
-dimensions, `paper_settings` to the sum. `paper_settings` are those of B/2; for XL/2 half of the rows carry the
-identity.
+is then MeanFlow's with $(u - u(z_s, r, s)) / \alpha$ in place of $(t - r)\, du/dt$ (in bfloat16 mostly rounding at a
+small $\alpha$: compute in float32). The weight $1 / (S / \alpha^2 + c)$ on its square gives the paper's gradient with
+offset $\alpha^2 c$; with a fixed one it would vanish as $\alpha \to 0$. The authors' code adds c = 0.001 to the *mean*
+over dimensions, `paper_settings` (those of B/2; for XL/2 half of the rows carry the identity) to the sum.
 
 Source: AlphaFlow: Understanding and Improving MeanFlow Models, Zhang, Siarohin, Menapace, Vasilkovsky, Tulyakov, Qu,
 Skorokhodov, 2025, arXiv 2510.20771.

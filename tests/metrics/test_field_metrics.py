@@ -217,8 +217,8 @@ def test_one_step_error_is_that_at_pure_noise():
 
 
 def test_edges_may_be_an_array():
-    r, t = jnp.asarray([0.1, 0.2]), jnp.asarray([0.3, 0.9])
-    errors = relative_error_by_cell(Zero(), One(), jnp.zeros((2, 3)), r, t, edges=np.linspace(0, 1, 3))
+    field, r, t = GaussianField(jnp.zeros(3), 0.5), jnp.asarray([0.1, 0.2]), jnp.asarray([0.3, 0.9])
+    errors = relative_error_by_cell(field, field, jnp.ones((2, 3)), r, t, edges=np.linspace(0, 1, 3))
     np.testing.assert_array_equal(errors.count, [[1, 1], [0, 0]])
 
 
