@@ -42,9 +42,8 @@ class ConsistencyTraining(AbstractIdentityWithLoss, AbstractScheduledIdentity):
 
     It learns from x and $\epsilon$ directly, so guidance and a given velocity are refused. At r > 0 it learns nothing.
 
-    **Arguments:** `gap` in (0, 1], or a schedule; values below 1/2048 count as 1/2048, since s = t teaches nothing;
-    `offset` c > 0 for one dimension ($c \sqrt{n}$ for n of them): 0.00054 in iCT; `earlier_time`, from t and the gap to
-    s.
+    **Arguments:** `gap` in (0, 1], or a schedule; less than 1/2048 counts as that, since s = t teaches nothing;
+    `offset` c > 0 for one dimension ($c \sqrt{n}$ for n of them): 0.00054 in iCT; `earlier_time`, from t and gap to s.
     """
 
     gap: Schedule = eqx.field(converter=as_schedule("gap", 0.0, 1.0))

@@ -153,7 +153,7 @@ def relative_error_by_cell(
     t: Float[Array, " rows"],
     condition: PyTree[Shaped[Array, "rows ..."]] = None,
     *,
-    edges: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0),
+    edges: Sequence[float] | Float[np.ndarray, " edges"] = (0.0, 0.25, 0.5, 0.75, 1.0),
 ) -> RelativeError:
     """The relative error of a field in each cell of a grid over (r, t).
 
@@ -168,7 +168,7 @@ def relative_error_by_cell(
     return _error_by_cell(field, truth, (z, r, t, condition), _as_edges(edges))
 
 
-def _as_edges(edges: Sequence[float]) -> tuple[float, ...]:
+def _as_edges(edges: Sequence[float] | Float[np.ndarray, " edges"]) -> tuple[float, ...]:
     """As numbers, which no `filter_jit` traces."""
     bounds = np.asarray(edges, np.float64)
     if bounds.ndim != 1 or len(bounds) < 2 or not (np.diff(bounds) > 0).all():
@@ -229,7 +229,10 @@ def field_truth(
 
 
 def field_errors(
-    field: AbstractField, truth: FieldTruth, *, edges: Sequence[float] = (0.0, 0.25, 0.5, 0.75, 1.0)
+    field: AbstractField,
+    truth: FieldTruth,
+    *,
+    edges: Sequence[float] | Float[np.ndarray, " edges"] = (0.0, 0.25, 0.5, 0.75, 1.0),
 ) -> FieldErrors:
     """The relative errors of a field: overall, at r = t, at (0, 1), and in cells.
 
