@@ -5,7 +5,7 @@
     python experiments/fashion.py                              73 minutes on one CPU core
     python experiments/fashion.py --preset guided              with guidance inside the target
     python experiments/fashion.py --preset gpu                 a large network, for a GPU, not run yet
-    python experiments/fashion.py --preset quick --network unet
+    python experiments/fashion.py --preset quick --network unet     20 minutes on one CPU core
     python experiments/fashion.py --identity-share 0 --power 0      Flow Matching with the same network
     python experiments/fashion.py --data folder                the same four IDX files from elsewhere, gzipped or not
 
