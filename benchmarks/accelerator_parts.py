@@ -123,128 +123,134 @@ COMPILED_ONCE = {"JAX_COMPILATION_CACHE_DIR": "../../programs", "JAX_PERSISTENT_
 TESTERS = min(8, max(1, (os.cpu_count() or 1) // 2))
 """Processes of tests, most of whose time is compiling."""
 TRAINING = ("matplotlib", "grain", "beartype", "sklearn", "safetensors")
+"""Packages that the trainings need."""
+ORDER = (
+    "machine",
+    "checks",
+    "steps XL/2",
+    "steps B/4",
+    "steps B/4, unrolled",
+    "profile",
+    "digits",
+    "steps B/2",
+    "steps B/2, Pallas",
+    "steps B/2, chunked",
+    "forms B/4",
+    "steps XL/2, XLA's attention",
+    "images",
+    "sampling",
+    "steps XL/2, no remat",
+    "steps XL/2, every row",
+    "compile",
+    "accuracy",
+    "accuracy, full",
+    "steps U-Net",
+    "steps U-Net, bfloat16",
+    "forms XL/2",
+    "forms U-Net",
+    "sampling, cuDNN",
+    "devices",
+    *(f"tests of {name}" for name in TESTS),
+)
+"""The parts, the most valuable first."""
 
 
 def _full(machine: Machine, data: str) -> list[Part]:
-    no_cudnn = "" if machine.has_cudnn else "cuDNN's attention needs an NVIDIA GPU"
-    kernels = ["cudnn", "xla"] if machine.has_cudnn else ["xla"]
-    step = {"batch": [256], "dtype": ["bfloat16"], "form": ["scan"], "count": False, "rounds": 15}
-    step["variant"] = ["MeanFlow on every row", "MeanFlow", "guided"]
-    one = {"batch": 256, "dtype": "bfloat16", "attention": kernels[0]}
-    xl = {**step, "model": ["XL/2"], "attention": kernels[:1], "remat": [_remat(machine)]}
+    parts = [*_checks(), *_steps(machine), *_forms(machine), *_trainings(data), *_measurements(machine)]
+    return sorted(parts, key=lambda part: ORDER.index(part.name))
+
+
+def _kernels(machine: Machine) -> list[str]:
+    """Attention in training, the faster one first."""
+    return ["cudnn", "xla"] if machine.has_cudnn else ["xla"]
+
+
+def _without_cudnn(machine: Machine) -> str:
+    return "" if machine.has_cudnn else "cuDNN's attention needs an NVIDIA GPU"
+
+
+def _checks() -> list[Part]:
+    tests = {"environment": SHARED, "processes": TESTERS}
+    question, needs = "Do the usual tests pass with exact products?", ("pytest", "hypothesis")
+    usual = [
+        Part(f"tests of {name}", question, PYTEST, {"paths": [f"tests/{file}" for file in files]}, 400, needs, **tests)
+        for name, files in TESTS.items()
+    ]
+    return [Part("checks", "Is it right here?", PYTEST, {"paths": CHECKS}, 300, ("pytest",), **tests), *usual]
+
+
+def _steps(machine: Machine) -> list[Part]:
+    """Whole steps of training."""
+    kernels = _kernels(machine)
+    common = {"batch": [256], "dtype": ["bfloat16"], "form": ["scan"], "count": False, "rounds": 15}
+    common["variant"] = ["MeanFlow on every row", "MeanFlow", "guided"]
+    b4, b2 = {**common, "model": ["B/4"]}, {**common, "model": ["B/2"]}
+    xl = {**common, "model": ["XL/2"], "attention": kernels[:1], "remat": [_remat(machine)]}
     xl["variant"] = ["MeanFlow", "guided"]
-    large, unets = {**one, "model": "XL/2", "remat": _remat(machine)}, {**one, "attention": "xla"}
-    jvp, forms, sampling = map(_benchmark, ("jvp_overhead", "step_forms", "sampling_throughput"))
-    rates = {"model": ["B/4", "XL/2"], "batch": [1, 256, 1024], "dtype": "bfloat16"}
-    unet = {**step, "model": ["U-Net"], "batch": [512, 1024], "share": [0.75], "variant": ["MeanFlow"], "rounds": 7}
+    unrolled = {**b4, "attention": kernels[:1], "form": ["unroll"], "variant": ["MeanFlow", "guided"]}
+    unet = {**common, "model": ["U-Net"], "batch": [512, 1024], "share": [0.75], "variant": ["MeanFlow"], "rounds": 7}
+    no_triton = "" if machine.has_cudnn else "attention in Pallas needs an NVIDIA GPU"
     plenty = "" if 110e9 < machine.memory <= ENOUGH else "other parts run XL/2 without remat, or memory is too small"
+
+    def part(name: str, question: str, config: dict[str, Any], seconds: int, lacks: str = "") -> Part:
+        return Part(f"steps {name}", question, _benchmark("jvp_overhead"), config, seconds, lacks=lacks)
+
+    cost, speed = "What does the JVP cost?", "How fast is the CIFAR-10 U-Net?"
+    saving, blocks = "What does cuDNN's attention save?", "What does attention over blocks of keys cost?"
+    return [
+        part("XL/2", cost, xl, 330),
+        part("B/4", cost, {**b4, "attention": kernels}, 240),
+        part("B/4, unrolled", "What does the JVP cost without a loop?", unrolled, 420),
+        part("B/2", cost, {**b2, "attention": kernels}, 300),
+        part("B/2, Pallas", "What does attention in Pallas save?", {**b2, "attention": ["pallas"]}, 240, no_triton),
+        part("B/2, chunked", blocks, {**b2, "attention": ["chunked"]}, 240),
+        part("XL/2, XLA's attention", saving, {**xl, "attention": ["xla"]}, 330, _without_cudnn(machine)),
+        part("XL/2, no remat", "What does remat cost?", {**xl, "remat": ["none"]}, 330, plenty),
+        part("XL/2, every row", "What does the split save?", {**xl, "variant": ["MeanFlow on every row"]}, 240),
+        part("U-Net", speed, {**unet, "dtype": ["float32"]}, 300),
+        part("U-Net, bfloat16", speed, unet, 300),
+    ]
+
+
+def _forms(machine: Machine) -> list[Part]:
+    """Loops over blocks, and where the time of a step goes."""
+    one = {"batch": 256, "dtype": "bfloat16", "attention": _kernels(machine)[0]}
+    large = {**one, "model": "XL/2", "remat": _remat(machine)}
+    unet = {**one, "model": "U-Net", "batch": 512, "attention": "xla"}
+    both = {**large, "form": ["loop", "unrolled"], "variant": "MeanFlow"}
+    forms, loops = _benchmark("step_forms"), "Does a loop over blocks cost time?"
+    return [
+        Part("profile", "Where do the milliseconds go?", _benchmark("step_profile"), large, 180, ()),
+        Part("forms B/4", loops, forms, {**one, "model": "B/4"}, 300, ()),
+        Part("forms XL/2", loops, forms, both, 500, ()),
+        Part("forms U-Net", "Does unrolling help the U-Net?", forms, unet, 300, ()),
+    ]
+
+
+def _trainings(data: str) -> list[Part]:
+    images = {"preset": "gpu", "data": [data], "name": "images"}
+    question = "Does it learn images?"
+    return [
+        Part("digits", "Does it learn here?", "experiments/digits.py", {"name": "digits"}, 180, TRAINING),
+        Part("images", question, "experiments/fashion.py", images, 420, TRAINING, lacks=_lacks(data)),
+    ]
+
+
+def _measurements(machine: Machine) -> list[Part]:
+    rates = {"model": ["B/4", "XL/2"], "batch": [1, 256, 1024], "dtype": "bfloat16"}
+    with_cudnn, sampling = {**rates, "attention": "cudnn"}, _benchmark("sampling_throughput")
+    compiled = {"batch": 256, "dtype": "bfloat16", "form": ["scan"], "repeats": 1, "warm": True}
     spread = {"real": True, "devices": [1, machine.count], "model": "B/4", "batch": 64 * machine.count}
+    alone, exact = "" if machine.count > 1 else "there is one device", "How exact with exact products?"
+    first, accuracy = "How long until the first step, cold and warm?", _benchmark("jvp_accuracy")
     return [
         Part("machine", "What do products and copies reach?", _benchmark("device_peaks"), {}, 120, ()),
-        Part("checks", "Is it right here?", PYTEST, {"paths": CHECKS}, 300, ("pytest",), SHARED, processes=TESTERS),
-        Part("steps XL/2", "What does the JVP cost?", jvp, xl, 330),
-        Part("steps B/4", "What does the JVP cost?", jvp, {**step, "model": ["B/4"], "attention": kernels}, 240),
-        Part(
-            "steps B/4, unrolled",
-            "What does the JVP cost without a loop?",
-            jvp,
-            {**step, "model": ["B/4"], "attention": kernels[:1], "form": ["unroll"], "variant": ["MeanFlow", "guided"]},
-            420,
-        ),
-        Part("profile", "Where do the milliseconds go?", _benchmark("step_profile"), large, 180, ()),
-        Part("digits", "Does it learn here?", "experiments/digits.py", {"name": "digits"}, 180, TRAINING),
-        Part(
-            "steps B/2",
-            "What does the JVP cost?",
-            jvp,
-            {**step, "model": ["B/2"], "attention": kernels},
-            300,
-        ),
-        Part(
-            "steps B/2, Pallas",
-            "What does attention in Pallas save?",
-            jvp,
-            {**step, "model": ["B/2"], "attention": ["pallas"]},
-            240,
-            lacks="" if machine.has_cudnn else "attention in Pallas needs an NVIDIA GPU",
-        ),
-        Part(
-            "steps B/2, chunked",
-            "What does attention over blocks of keys cost?",
-            jvp,
-            {**step, "model": ["B/2"], "attention": ["chunked"]},
-            240,
-        ),
-        Part("forms B/4", "Does a loop over blocks cost time?", forms, {**one, "model": "B/4"}, 300, ()),
-        Part(
-            "steps XL/2, XLA's attention",
-            "What does cuDNN's attention save?",
-            jvp,
-            {**xl, "attention": ["xla"]},
-            330,
-            lacks=no_cudnn,
-        ),
-        Part(
-            "images",
-            "Does it learn images?",
-            "experiments/fashion.py",
-            {"preset": "gpu", "data": [data], "name": "images"},
-            420,
-            TRAINING,
-            lacks=_lacks(data),
-        ),
         Part("sampling", "How fast does it generate?", sampling, rates, 240),
-        Part("steps XL/2, no remat", "What does remat cost?", jvp, {**xl, "remat": ["none"]}, 330, lacks=plenty),
-        Part(
-            "steps XL/2, every row", "What does the split save?", jvp, {**xl, "variant": ["MeanFlow on every row"]}, 240
-        ),
-        Part(
-            "compile",
-            "How long until the first step, cold and warm?",
-            _benchmark("compile_time"),
-            {"batch": 256, "dtype": "bfloat16", "form": ["scan"], "variant": ["MeanFlow"], "repeats": 1, "warm": True},
-            240,
-        ),
-        Part("accuracy", "How exact is du/dt?", _benchmark("jvp_accuracy"), {}, 120),
-        Part(
-            "accuracy, full", "How exact with exact products?", _benchmark("jvp_accuracy"), {}, 120, environment=EXACT
-        ),
-        Part("steps U-Net", "How fast is the CIFAR-10 U-Net?", jvp, {**unet, "dtype": ["float32"]}, 300),
-        Part("steps U-Net, bfloat16", "How fast is the CIFAR-10 U-Net?", jvp, unet, 300),
-        Part(
-            "forms XL/2",
-            "Does a loop over blocks cost time?",
-            forms,
-            {**large, "form": ["loop", "unrolled"], "variant": "MeanFlow"},
-            500,
-            (),
-        ),
-        Part(
-            "forms U-Net", "Does unrolling help the U-Net?", forms, {**unets, "model": "U-Net", "batch": 512}, 300, ()
-        ),
-        Part("sampling, cuDNN", "How fast with cuDNN?", sampling, {**rates, "attention": "cudnn"}, 240, lacks=no_cudnn),
-        Part(
-            "devices",
-            "What does spreading a step cost?",
-            _benchmark("device_scaling"),
-            spread,
-            240,
-            (),
-            lacks="" if machine.count > 1 else "there is one device",
-        ),
-        *(
-            Part(
-                f"tests of {name}",
-                "Do the usual tests pass with exact products?",
-                PYTEST,
-                {"paths": [f"tests/{file}" for file in files]},
-                400,
-                ("pytest", "hypothesis"),
-                SHARED,
-                processes=TESTERS,
-            )
-            for name, files in TESTS.items()
-        ),
+        Part("sampling, cuDNN", "How fast with cuDNN?", sampling, with_cudnn, 240, lacks=_without_cudnn(machine)),
+        Part("compile", first, _benchmark("compile_time"), {**compiled, "variant": ["MeanFlow"]}, 240),
+        Part("accuracy", "How exact is du/dt?", accuracy, {}, 120),
+        Part("accuracy, full", exact, accuracy, {}, 120, environment=EXACT),
+        Part("devices", "What does spreading a step cost?", _benchmark("device_scaling"), spread, 240, (), lacks=alone),
     ]
 
 
