@@ -10,6 +10,7 @@ import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, TypeVar
 
 from .._optional import optional
@@ -28,6 +29,8 @@ def parse(choices: Mapping[str, tuple[str, _Config]], program: str, description:
     with optional("tyro"):
         import tyro
     name = _preset_name(choices, argv)
+    if {"-h", "--help"} & {*argv}:
+        _join_lines_of_help(type(choices[name][1]))
     arguments = _arguments(choices, name)
     try:
         with _errors_as_exceptions():
@@ -68,6 +71,19 @@ def _arguments(choices: Mapping[str, tuple[str, Any]], name: str) -> type[Any]:
     if len(choices) > 1:
         fields.insert(0, ("preset", Annotated[str, preset], name))
     return dataclasses.make_dataclass("Arguments", fields)
+
+
+def _join_lines_of_help(kind: type[Any]) -> None:
+    """Gives tyro the docstring of each field in one line: it would keep the line breaks of the source."""
+    try:
+        import docstring_parser  # by which tyro finds docstrings
+    except ModuleNotFoundError:
+        return
+    bases = [base for base in reversed(kind.__mro__) if dataclasses.is_dataclass(base)]
+    texts = {doc.arg_name: doc.description for base in bases for doc in docstring_parser.parse_from_object(base).params}
+    for field in dataclasses.fields(kind):
+        if text := texts.get(field.name):
+            field.metadata = MappingProxyType({**field.metadata, "help": " ".join(text.split())})
 
 
 def _describe(choices: Mapping[str, tuple[str, Any]], description: str) -> str:

@@ -123,6 +123,21 @@ def test_help_of_a_preset_shows_its_values(capsys):
     assert "--steps INT Number of optimisation steps. (default: 200)" in help_text(capsys, "--preset", "guided")
 
 
+@dataclass(frozen=True)
+class Documented(Config):
+    size: int = 8
+    """A size whose description is so long that its source
+    has two lines."""
+
+
+def test_help_has_no_line_breaks_of_the_source(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit):
+        run.main(lambda config: config, Documented(), argv=["--help"])
+    text = capsys.readouterr().out
+    assert "that its source has two lines. (default: 8)" in text and "Rows per step. (default: 32)" in text
+
+
 def test_help_without_presets_does_not_mention_them(capsys):
     assert "preset" not in help_text(capsys, presets=Config())
 
