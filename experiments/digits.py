@@ -92,7 +92,8 @@ class Config(run.Settings):
     largest_scale: float = 4.0
     """With guidance_input: the largest scale omega that is drawn; the smallest is 1, and the density omega^-2."""
     sample_scale: tuple[float, ...] = run.setting(())
-    """With guidance_input: the scales that are judged, by default 1 and 2; pictures show the last."""
+    """With guidance_input: the scales that are judged, by default 1 and 2 (or largest_scale, if that is less); pictures
+    show the last."""
     sample_interval: tuple[float, float] = run.setting((0.0, 1.0))
     """With guidance_input: the first and the last time at which these scales hold, in all samples."""
     label_dropout: float = 0.1

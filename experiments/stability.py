@@ -81,7 +81,6 @@ class Case(NamedTuple):
     judged: str
     steps: int
     learning_rate: float
-    has_attention: bool = False
 
 
 @functools.cache
@@ -129,7 +128,6 @@ def handwritten_digits() -> Case:
         judged="Frechet distance",
         steps=600,
         learning_rate=2e-2,
-        has_attention=True,
     )
 
 
@@ -138,6 +136,8 @@ CASES: dict[str, Callable[[], Case]] = {
     "ImprovedMeanFlow": functools.partial(checkerboard, mfx.ImprovedMeanFlow()),
     "digits": handwritten_digits,
 }
+WITH_ATTENTION = ("digits",)
+"""Cases whose network can have QK-norm."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,12 +165,14 @@ class Config(run.CellSettings):
         for name, known in (("cases", CASES), ("remedies", REMEDIES)):
             if unknown := [each for each in getattr(self, name) if each not in known]:
                 raise ValueError(f"{name} must be among {', '.join(known)}; got {unknown[0]}")
+            if not getattr(self, name):
+                raise ValueError(f"{name} must be at least one, got none")
             if len(set(getattr(self, name))) < len(getattr(self, name)):
                 raise ValueError(f"{name} must differ from each other, got {', '.join(getattr(self, name))}")
         if not 0 < self.parts <= 100:
             raise ValueError(f"parts must lie in (0, 100], got {self.parts}")
         if not cells(self):
-            found = f"{', '.join(self.remedies) or 'none'} for {', '.join(self.cases) or 'none'}"
+            found = f"{', '.join(self.remedies)} for {', '.join(self.cases)}"
             raise ValueError(f"remedies must hold one that fits a case (QK-norm fits digits alone), got {found}")
 
 
@@ -189,7 +191,7 @@ def cells(config: Config) -> list[Cell]:
         for seed in range(config.seeds)
         for case in config.cases
         for remedy in config.remedies
-        if not (REMEDIES[remedy].qk_norm and not CASES[case]().has_attention)
+        if case in WITH_ATTENTION or not REMEDIES[remedy].qk_norm
     ]
 
 

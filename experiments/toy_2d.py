@@ -165,9 +165,9 @@ class Config(run.CellSettings):
     """Mean and standard deviation of the logit of t in rows with r = t: slightly more of them near the data, where v
     varies most."""
     power: float = 1.0
-    """Adaptive weight's power p (Eq. 22); with p > 0 no single row can dominate the gradient. It biases the field if
-    targets have variance (see weight_bias.py), so take 0 with --references 0. Methods that cannot use references always
-    have 0."""
+    """Adaptive weight's power p (Eq. 22); from p = 1/2 on the gradient of a single row is bounded. It biases the field
+    if targets have variance (see weight_bias.py), so take 0 with --references 0. Methods that cannot use references
+    always have 0."""
     offset: float = 0.3
     """Adaptive weight's offset c (Eq. 22)."""
     marginal: bool = False

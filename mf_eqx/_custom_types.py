@@ -42,7 +42,7 @@ def at_least_float32(x: Inexact[Array, "*any"] | Inexact[np.ndarray, "*any"]) ->
 
 
 def as_floats(values: Any) -> Inexact[Array, "*any"]:
-    """`values` as an array of floating-point numbers: those that are none in JAX's default precision."""
+    """`values` as a floating-point array: integers and bools become JAX's default float, other dtypes stay."""
     values = jnp.asarray(values)
     return values if jnp.issubdtype(values.dtype, jnp.inexact) else values.astype(float)
 

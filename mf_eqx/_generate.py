@@ -23,7 +23,7 @@ from ._field import AbstractField, check_field
 from ._guidance import GuidedField
 from ._leaves import by_name
 from ._model import check_labels
-from ._sample import as_grid, check_times, sample
+from ._sample import as_grid, sample
 from ._sharding import Parallelism
 from ._validate import check_key, check_sizes, described, on_host_if_known
 
@@ -68,7 +68,6 @@ class Generator(eqx.Module):
     def __check_init__(self):
         check_field(self.field)
         check_key(self.key)
-        check_times(self.times)
         check_sizes(data_shape=self.data_shape)
         if self.labels is not None and not (isinstance(self.labels, int) and self.labels >= 1):
             raise ValueError(f"labels must be an integer >= 1 or None, got {self.labels}")

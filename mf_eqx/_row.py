@@ -110,7 +110,7 @@ class Row(eqx.Module):
         return self.path.state_and_velocity(self.x, self.eps, time)[0]
 
     def evaluate(self, field: AbstractField, z: Float[Array, "*data"], r: Time, t: Time) -> Float[Array, "..."]:
-        """`field` at (z, r, t), with the row's key and condition (of a `GuidanceCondition`, with that at (r, t))."""
+        """`field` at (z, r, t), with the row's key and condition; a `GuidanceCondition` is given as it is at (r, t)."""
         return field(z, r, t, condition_at(self.condition, r, t), key=self.key)
 
     def own_velocity(self, field: AbstractField) -> Float[Array, "..."]:

@@ -90,16 +90,17 @@ def sample_heun(
     return _integrate(field, step, eps, condition, times, unroll)
 
 
-def as_grid(times: Times) -> tuple[float, ...]:
-    """`times` as numbers, which no `filter_jit` traces."""
-    return tuple(map(float, np.atleast_1d(times)))
-
-
 def check_times(times: Times) -> None:
     """Raises a `ValueError` unless `times` is a strictly decreasing grid of at least two times in [0, 1]."""
     grid = np.asarray(times, np.float64)
     if grid.ndim != 1 or len(grid) < 2 or not (np.diff(grid) < 0).all() or grid[0] > 1 or grid[-1] < 0:
         raise ValueError(f"times must be a strictly decreasing sequence of at least two times in [0, 1], got {times}")
+
+
+def as_grid(times: Times) -> tuple[float, ...]:
+    """`times` as numbers, which no `filter_jit` traces. **Raises:** as `check_times`."""
+    check_times(times)
+    return tuple(map(float, np.asarray(times)))
 
 
 def _integrate(

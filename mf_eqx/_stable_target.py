@@ -70,10 +70,8 @@ class StableTarget(eqx.Module):
             raise ValueError(f"label must be one for each of {count} references, got shape {self.label.shape}")
         if self.label is not None and self.label.dtype.kind not in "iu":
             raise ValueError(f"label must be integers, got {self.label.dtype}")
-        if self.number is not None and not 1 <= as_count("number", self.number, 0) <= count:
-            raise ValueError(
-                f"number must lie in [1, {count}], the number of references, or be None; got {self.number}"
-            )
+        if self.number is not None and not as_count("number", self.number) <= count:
+            raise ValueError(f"number must be at most {count}, the number of references, got {self.number}")
 
     def velocity(
         self,

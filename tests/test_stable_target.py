@@ -181,9 +181,9 @@ def test_mean_over_drawn_references_is_the_marginal_velocity_and_the_variance_fa
     ("options", "message"),
     [
         ({"x": jnp.zeros((0, 2))}, "x must be at least one reference, floating point; got 0 of float32"),
-        ({"number": 0}, r"number must lie in \[1, 3\], the number of references, or be None; got 0"),
-        ({"number": True}, "number must be an integer >= 0, got True"),
-        ({"number": 4}, r"number must lie in \[1, 3\], the number of references, or be None; got 4"),
+        ({"number": 0}, "number must be an integer >= 1, got 0"),
+        ({"number": True}, "number must be an integer >= 1, got True"),
+        ({"number": 4}, "number must be at most 3, the number of references, got 4"),
     ],
 )
 def test_references_that_do_not_fit_are_refused(options, message):

@@ -33,7 +33,7 @@ from .._guidance import Trained
 from .._mean import Mean, Metrics
 from .._objective import AbstractObjective
 from .._row import Context
-from .._sample import as_grid, check_times, sample
+from .._sample import as_grid, sample
 from .._validate import check_kind, check_positive
 
 
@@ -97,7 +97,6 @@ class SampleObjective(AbstractObjective):
             if len(self.weights) != len(self.losses):
                 raise ValueError(f"weights must be {len(self.losses)}, one for each loss, got {len(self.weights)}")
             check_positive("weights", self.weights)
-        check_times(self.times)
 
     @property
     def divisor(self) -> None:
@@ -126,8 +125,8 @@ class SampleObjective(AbstractObjective):
 
     def fill(self, field: AbstractField, batches: Iterable[Batch], *, key: Key[Array, ""]) -> PyTree[Array]:
         """The state after samples of a field for all these batches, without training it. From an empty population the
-        first gradients would be too large, by a factor of as many batches as fill it, and Adam's moments would keep
-        this for many steps.
+        first gradients would be too large, by a factor of the number of batches that count in a full one (1 / (1 -
+        decay) for running moments), and Adam's moments would keep this for many steps.
 
         **Arguments:** `field`; `batches`, as many as `batches_to_fill` says, as for `evaluate`; `key` of the noise.
         """

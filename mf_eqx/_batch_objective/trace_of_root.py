@@ -6,7 +6,7 @@ $$\mathrm{tr}\,(\Sigma \Sigma_*)^{1/2} = \sum_k \sqrt{\lambda_k}, \qquad
 \frac{d}{d\Sigma} = \tfrac12 F\, V \lambda^{-1/2} V^T F^T, \qquad F^T \Sigma F = V \lambda V^T.$$
 
 The eigenvalues are those of a product of two covariances, so that small ones need twice the digits: they are computed
-in float64 even where all else is in float32.
+in float64 even where all else is in float32 (but on TPUs, which have none).
 """
 
 import contextlib

@@ -12,10 +12,11 @@ def unit_step_loss(
 ) -> Scalar:
     r"""The loss $\mathrm{sg}(s / (|s \Delta| + c))\, |\Delta|^2$ of a residual $\Delta$.
 
-    With $g = s \Delta$, gradient descent at the learning rate 1/2 moves u by $-g / (|g| + c)$, which is shorter than 1.
+    With $g = s \Delta$, its gradient is $2 g / (|g| + c)$, so that a step of gradient descent on u has a bounded
+    length.
 
-    **Arguments:** `residual`; `offset` c; `factor` s; `root_mean_square` whether $|g|^2$ is the mean of squares over
-    dimensions rather than their sum. The bound then holds per dimension, and the loss is a mean over dimensions.
+    **Arguments:** `residual`; `offset` c; `factor` s; `root_mean_square` whether $|\cdot|^2$ is the mean of squares
+    over dimensions rather than their sum, in the norm and in the loss.
     """
     error = jnp.mean(residual**2) if root_mean_square else jnp.sum(residual**2)
     scale = jnp.asarray(factor, error.dtype)

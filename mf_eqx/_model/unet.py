@@ -297,8 +297,8 @@ class UNet(AbstractField):
 
     **Arguments:**
 
-    - `data_shape`: (channels, height, width) of images or (channels, length) of sequences; all sides multiples of 2^(n
-      - 1) for n resolutions.
+    - `data_shape`: (channels, height, width) of images or (channels, length) of sequences; all sides multiples of
+      2^(n-1), with n the number of resolutions.
     - `size`: a `UNetSize`, such as `UNET_CIFAR10`, or one of your own.
     - `labels`: None, or the number of labels. With labels, the condition is an integer in [0, labels], where `labels`
       means "no label" (`null_label`), alone or in a `UNetCondition`.

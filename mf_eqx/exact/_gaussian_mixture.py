@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 from jax.scipy.special import logsumexp
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key, Real
 
 from .._custom_types import as_floats, as_scalar, Condition, Scalar, TimeLike
 from .._interpolant import AbstractInterpolant
@@ -48,9 +48,9 @@ class GaussianMixture(AbstractDistribution):
 
     def __init__(
         self,
-        mean: Float[Array | np.ndarray, "component *data"],
-        std: float | Float[Array | np.ndarray, ""] | Float[Array | np.ndarray, " component"],
-        weight: Float[Array | np.ndarray, " component"] | None = None,
+        mean: Real[Array | np.ndarray, "component *data"],
+        std: float | Real[Array | np.ndarray, ""] | Real[Array | np.ndarray, " component"],
+        weight: Real[Array | np.ndarray, " component"] | None = None,
         label: Int[Array | np.ndarray, " component"] | None = None,
     ):
         self.mean = as_floats(mean)

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Key, Real
 
 from .._custom_types import as_floats, as_scalar, Condition, TimeLike
 from .._interpolant import AbstractInterpolant
@@ -43,8 +43,8 @@ class PointSet(AbstractDistribution):
 
     def __init__(
         self,
-        points: Float[Array | np.ndarray, "point *data"],
-        weight: Float[Array | np.ndarray, " point"] | None = None,
+        points: Real[Array | np.ndarray, "point *data"],
+        weight: Real[Array | np.ndarray, " point"] | None = None,
     ):
         self.points = as_floats(points)
         weight = np.ones(self.points.shape[:1]) if weight is None else weight

@@ -46,8 +46,8 @@ def mode_coverage(
     **Returns:** a number in [0, 1].
 
     **Raises:** `ValueError` if shapes do not fit, a value is not finite, a label is no integer or out of range, a
-    weight is negative, or `radius` or a standard deviation is not positive. Under `jax.jit` values are not known: there
-    the result is NaN if one is not finite.
+    weight is negative or all are 0, or `radius` or a standard deviation is not positive. Under `jax.jit` values are not
+    known: there the result is NaN if one is not finite.
 
     **Reference:** modes and high-quality samples within three standard deviations as in VEEGAN, Srivastava, Valkov,
     Russell, Gutmann and Sutton, 2017, where a mode counts as covered by a single sample; here its mass counts.
@@ -69,6 +69,7 @@ def mode_coverage(
         check_finite(name, values)
     check_positive("`std`", std)
     check_positive("`weight`", weight, or_zero=True)
+    check_positive("the sum of `weight`", jnp.sum(weight))
     share = _mode_coverage(x, mean, std, weight, jnp.asarray(mode), jnp.asarray(radius, std.dtype))
     return nan_unless_finite(share, x, mean, std, weight)
 

@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
-from jaxtyping import Array, Float, Int, Key, PyTree, Shaped
+from jaxtyping import Array, Float, Int, Key, PyTree, Real, Shaped
 
 from .._custom_types import at_least_float32, Condition, Scalar, Time
 from .._field import AbstractField
@@ -153,7 +153,7 @@ def relative_error_by_cell(
     t: Float[Array, " rows"],
     condition: PyTree[Shaped[Array, "rows ..."]] = None,
     *,
-    edges: Sequence[float] | Float[np.ndarray, " edges"] = (0.0, 0.25, 0.5, 0.75, 1.0),
+    edges: Sequence[float] | Real[Array | np.ndarray, " edges"] = (0.0, 0.25, 0.5, 0.75, 1.0),
 ) -> RelativeError:
     """The relative error of a field in each cell of a grid over (r, t).
 
@@ -168,7 +168,7 @@ def relative_error_by_cell(
     return _error_by_cell(field, truth, (z, r, t, condition), _as_edges(edges))
 
 
-def _as_edges(edges: Sequence[float] | Float[np.ndarray, " edges"]) -> tuple[float, ...]:
+def _as_edges(edges: Sequence[float] | Real[Array | np.ndarray, " edges"]) -> tuple[float, ...]:
     """As numbers, which no `filter_jit` traces."""
     bounds = np.asarray(edges, np.float64)
     if bounds.ndim != 1 or len(bounds) < 2 or not (np.diff(bounds) > 0).all():
@@ -232,11 +232,12 @@ def field_errors(
     field: AbstractField,
     truth: FieldTruth,
     *,
-    edges: Sequence[float] | Float[np.ndarray, " edges"] = (0.0, 0.25, 0.5, 0.75, 1.0),
+    edges: Sequence[float] | Real[Array | np.ndarray, " edges"] = (0.0, 0.25, 0.5, 0.75, 1.0),
 ) -> FieldErrors:
     """The relative errors of a field: overall, at r = t, at (0, 1), and in cells.
 
-    **Arguments:** `field`; `truth` from `field_truth`; `edges` as for `relative_error_by_cell`.
+    **Arguments:** `field`; `truth` from `field_truth`; `edges` as for `relative_error_by_cell`, which
+    raises for bad ones.
     """
     return _field_errors(field, truth, _as_edges(edges))
 

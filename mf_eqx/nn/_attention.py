@@ -76,8 +76,8 @@ class CudnnAttention(AbstractAttention):
     0.88 (XL/2); with 64 tokens (B/4) it takes 0.96, and a MeanFlow step as long as with `XLAAttention`. The tangent of
     this attention is XLA's, which holds the matrix of weights.
 
-    The platform that a program is lowered for decides, not the device of this machine: it lowers for CUDA alone, and
-    JAX refuses others.
+    Whether a program can have it depends on the platform that it is lowered for, not on the device of this machine: JAX
+    lowers it for CUDA alone.
 
     **Raises** (when called): `ValueError` for another dtype, or if JAX finds no cuDNN, whose version it asks for while
     tracing.

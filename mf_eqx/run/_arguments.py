@@ -84,6 +84,8 @@ def _join_lines_of_help(kind: type[Any]) -> None:
     for field in dataclasses.fields(kind):
         if text := texts.get(field.name):
             field.metadata = MappingProxyType({**field.metadata, "help": " ".join(text.split())})
+        if dataclasses.is_dataclass(field.type) and isinstance(field.type, type):
+            _join_lines_of_help(field.type)
 
 
 def _describe(choices: Mapping[str, tuple[str, Any]], description: str) -> str:

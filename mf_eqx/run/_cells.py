@@ -127,9 +127,10 @@ def train_cells(
       are finished.
     - `shown`: metrics of the progress line.
 
-    **Raises:** `Stopped` after SIGTERM or SIGINT; `NonFinite` after `config.most_faults` steps in a row without
-    a finite loss and gradient; `CheckpointError`; `Moved` if the directory was moved; `ValueError` if a setting is
-    invalid, if two trainings have the same name, or if a checkpoint belongs to another training; any error of `judge`.
+    **Raises:** `Stopped` after SIGTERM or SIGINT; `NonFinite` after `config.most_faults` steps in a row without a
+    finite loss and gradient; `CheckpointError`; `Moved` if the directory was moved; `ValueError` if a setting is
+    invalid, if two trainings have the same name or one has only dots, or if a checkpoint belongs to another training;
+    any error of `judge`.
     """
     config, trainings = _checked(config, trainings)
     steps = sum(training.steps for training in _to_train(trainings.values()))

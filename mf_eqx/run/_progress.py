@@ -72,8 +72,8 @@ class Progress:
     **Arguments:**
 
     - `total`: the number of the last step.
-    - `start`: the number of steps that were finished before. - `shown`: names of the metrics to show, where `update`
-      gets them; by default all metrics that are single numbers.
+    - `start`: the number of steps that were finished before.
+    - `shown`: names of the metrics to show, of those that `update` is given; by default all that are single numbers.
     - `every`: seconds between lines; by default 0.5 on a terminal, else 10.
     - `window`: over how many of the last updates each `Mean` is taken; other numbers are those of the last update.
     - `work`: of one step, to show rows per second and utilisation.

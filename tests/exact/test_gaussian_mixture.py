@@ -284,7 +284,7 @@ def test_arrays_that_do_not_fit_the_means_are_refused(arguments):
         GaussianMixture(PLANE[0], *arguments)
 
 
-def test_means_may_be_integers(unchecked):
+def test_means_may_be_integers():
     mixture = GaussianMixture(np.array([[0, 1], [2, 3]]), 0.1)
     assert jnp.issubdtype(mixture.mean.dtype, jnp.floating) and float(mixture.std[0]) == pytest.approx(0.1)
     points = PointSet(np.array([[0, 1], [2, 3]]), np.array([0.25, 0.75]))
