@@ -3,7 +3,7 @@
     apt install dataset-fashion-mnist                          30 MB, to /usr/share/datasets/fashion-mnist
     python experiments/fashion.py --preset quick               seven minutes on one CPU core
     python experiments/fashion.py                              73 minutes on one CPU core
-    python experiments/fashion.py --preset guided              with guidance inside the target
+    python experiments/fashion.py --preset guided              with guidance inside the target: 94 minutes
     python experiments/fashion.py --preset gpu                 a large network, for a GPU, not run yet
     python experiments/fashion.py --preset quick --network unet     20 minutes on one CPU core
     python experiments/fashion.py --identity-share 0 --power 0      Flow Matching with the same network
