@@ -59,8 +59,9 @@ def test_frechet_loss_of_points_lowers_the_distance_of_moments_and_leaves_the_mo
     points = np.asarray(exact.draw(MIXTURE, 200_000, jr.key(8)), np.float64)
     loss = mfx.FrechetLoss(points.mean(axis=0), np.cov(points.T), population=mfx.RunningPopulation(0.9))
     before, after = judged(start), post_trained(loss, start, 3e-4)
-    assert after[2] < before[2] / 5 and after[1] < before[1], (before, after)
-    assert abs(after[0] - before[0]) < 0.1 * before[0], (before, after)  # total variation, which moments do not see
+    assert after[2] < before[2] / 100, (before, after)
+    for old, new in zip(before[:2], after[:2], strict=True):  # total variation and sliced W2 see more than moments
+        assert abs(new - old) < 0.1 * old, (before, after)
 
 
 def test_drifting_of_points_halves_a_distance_of_distributions_and_lowers_the_total_variation(start):

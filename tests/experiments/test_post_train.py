@@ -225,7 +225,11 @@ def test_every_loss_runs_to_the_end_and_moves_the_network(flags, post_train, her
 
 @pytest.mark.slow
 def test_drifting_learns(post_train, here):
-    run.main(post_train.main, post_train.PRESETS, argv=f"{LEARNS} --loss drifting --features pixels".split())
+    run.main(
+        post_train.main,
+        post_train.PRESETS,
+        argv=f"{LEARNS} --loss drifting --features pixels --batch 64 --steps 80".split(),
+    )
     *_, before, after = json.loads(only("runs/*/*/results.json", here).read_text())
     assert after["frechet"]["pixels"] < before["frechet"]["pixels"] / 2
 
