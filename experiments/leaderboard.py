@@ -1,0 +1,360 @@
+"""Every method of mf_eqx on the same real images: one network, the same operations, the same judges.
+
+    python experiments/leaderboard.py                                   all methods on Fashion-MNIST
+    python experiments/leaderboard.py --methods MeanFlow Shortcut --seeds 2
+    python experiments/leaderboard.py --identity mine.py                with the methods of a file of your own
+    python experiments/leaderboard.py --settings common paper           and with the settings of each method's paper
+    python experiments/leaderboard.py --data photos --size 32           on images of your own
+
+Network, optimiser, batch and average are those of `images.py --preset quick`. With the common settings a method has the
+share of rows, the times and the weight of that preset; with those of its paper it has what `Facts.paper_settings` says.
+Methods differ in what a step costs, so each is trained for as many steps as make the operations of `--steps` steps of
+MeanFlow (`mf_eqx.measure.relative_cost` counts matrix products and convolutions). Flow Matching samples by Euler's
+method, all others along their average velocity.
+
+Results of finished trainings are in runs/leaderboard/all/cells.jsonl, and a training that is there is not done again. A
+run that was stopped, or killed, continues by the same command. RESULTS.md has the figures.
+"""
+
+import dataclasses
+import functools
+import math
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import images
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import toy_2d
+from ablation_images import figures
+from ablation_recipes import digest_of, DIVERGED
+from ablation_report import rounded, spread
+from images import image_classifier, image_judge, image_samples, image_sources
+from jaxtyping import Array, install_import_hook, Key
+
+# Shapes and types are checked while the step is traced. JAXTYPING_DISABLE=1 turns this off.
+with install_import_hook("mf_eqx", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"):
+    import mf_eqx as mfx
+    from mf_eqx import data, measure, picture, run
+
+FLOW_MATCHING = "FlowMatching"
+SETTINGS = ("common", "paper")
+EVALUATIONS, EULER_STEPS = (1, 4), (1, 4, 16)
+"""Evaluations per judged image: along the average velocity, and in Euler steps for Flow Matching."""
+MOST_BYTES = 1 << 32
+"""Of all training images, which are kept on the device."""
+PLACES = ("data", "test", "size", "holdout")
+"""Fields that say where images are: keys hold a digest of the images themselves."""
+COLUMNS = {
+    "distance": "FD lite0",
+    "FD classifier": "FD classifier",
+    "covered lite0": "covered",
+    "right class": "right class",
+    "right class, lowest class": "lowest class",
+}
+"""The figures that are shown, and their headers."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(run.CellSettings):
+    """A run of all methods."""
+
+    data: tuple[str, ...] = (image_sources.FASHION_MNIST,)
+    """Images with labels or without, as for images.py: a folder, or with a folder for each class; CIFAR-10; a folder
+    with IDX files; a folder of shards. Test images that belong to them are what samples are compared with, else a tenth
+    that is held out."""
+    size: tuple[int, ...] = ()
+    """Side in pixels, or height and width, to which images in folders are resized and cropped."""
+    methods: tuple[str, ...] = ()
+    """FlowMatching, and identities of mf_eqx and of --identity by name; by default all of them."""
+    identity: str | None = None
+    """A Python file with identities of your own, subclasses of mf_eqx.AbstractIdentity that can be made without
+    arguments, or one of them as mine.py:Mix. When the file changes, their trainings are done again."""
+    settings: tuple[str, ...] = ("common",)
+    """common: those of images.py for every method; paper: the share, times and weight of each method's own paper, for
+    methods whose paper's are known."""
+    seeds: int = 1
+    """Trainings of each, from seeds 0, 1, ..."""
+    steps: int = 4000
+    """Training steps of MeanFlow. The others have as many as cost the same operations."""
+    samples: int = 2000
+    """Images that are judged, at most as many as there are test images."""
+    save_every: int = 500
+    """Steps between checkpoints of a training; its last step is always saved."""
+    most_faults: int = 10**6
+    """Steps in a row without a finite loss and gradient after which the whole run stops, by default never: such steps
+    leave the state unchanged, and a training with ten of them in a row is shown as diverged."""
+
+    def __post_init__(self):
+        self.check(seeds=1, steps=1, samples=2, size=1)
+        run.check_sizes(self, seeds=100, samples=1 << 20, size=1 << 14)
+        for name, known in (("settings", SETTINGS), ("methods", methods(self.identity))):
+            values = getattr(self, name)
+            if unknown := [value for value in values if value not in known]:
+                raise ValueError(f"{name} must be among {', '.join(known)}; got {', '.join(unknown)}")
+            if len(set(values)) < len(values):
+                raise ValueError(f"{name} must differ from each other, got {', '.join(values)}")
+        if not cells(self):
+            raise ValueError("settings must have common, or a method whose paper's settings are known, got none")
+
+
+class Cell(NamedTuple):
+    """One training."""
+
+    method: str
+    settings: str
+    seed: int
+
+
+def methods(own: str | None) -> list[str]:
+    return [FLOW_MATCHING, *toy_2d.identities(own, 1)]
+
+
+def cells(config: Config) -> list[Cell]:
+    """All trainings, by seed first: two seeds of one method side by side would both compile its program."""
+    known = toy_2d.identities(config.identity, 1)
+    of_paper = [name for name, identity in known.items() if identity.facts.paper_settings is not None]
+    return [
+        Cell(method, settings, seed)
+        for seed in range(config.seeds)
+        for settings in config.settings
+        for method in config.methods or methods(config.identity)
+        if settings == "common" or method in of_paper
+    ]
+
+
+class Method(NamedTuple):
+    """How a method is trained: by which step, how often, and what a step costs, in steps of Flow Matching."""
+
+    cost: float
+    steps: int
+    step: mfx.TrainStep
+
+
+class Study:
+    """The images, and what is trained on them.
+
+    **Raises:** `ValueError` as `images.open_data`, and if the training images are too large for the device.
+    """
+
+    def __init__(self, config: Config):
+        names = image_sources.FASHION_CLASSES if config.data == (image_sources.FASHION_MNIST,) else None
+        quick = images.PRESETS["quick"][1]
+        self.config, self.base = config, dataclasses.replace(quick, data=config.data, size=config.size)
+        self.train, self.test, self.class_names = images.open_data(self.base, names)
+        if (size := len(self.train) * math.prod(self.train.row_shape)) > MOST_BYTES:
+            raise ValueError(f"data must have at most {MOST_BYTES:,} bytes of pixels, got {size:,}")
+        channels, height, width = self.train.row_shape
+        self.shape, self.labels = (channels, height, width), self.train.labels
+        rows = self.train.take(np.arange(len(self.train)))
+        label = None if rows.label is None else jnp.asarray(rows.label)
+        self.draw = data.DrawRows(jnp.asarray(rows.x), label, self.base.batch)
+        self.count = min(100 if config.test_run else config.samples, len(self.test), len(self.train))
+        self.classifier_steps = 2 if config.test_run else image_classifier.STEPS
+        self.digest = digest_of(self.train, self.test)
+        self.train.digest = digest_of(self.train)  # part of the name of the classifier's file
+        budget = config.steps * self.cost("MeanFlow", "common")
+        self.methods = {
+            kind: self.method(*kind, budget)
+            for kind in dict.fromkeys((cell.method, cell.settings) for cell in cells(config))
+        }
+
+    def objective(self, method: str, settings: str, steps: int) -> mfx.Objective:
+        """That of a training of so many steps, by which schedules of some methods go."""
+        identity = toy_2d.identities(self.config.identity, steps).get(method)
+        if settings == "paper":
+            assert identity is not None and identity.facts.paper_settings is not None
+            dropout = None if self.labels is None else mfx.LabelDropout(self.base.label_dropout, self.labels)
+            return mfx.Objective(identity, label_dropout=dropout, **identity.facts.paper_settings)
+        if identity is None:
+            return images.objective(dataclasses.replace(self.base, identity_share=0.0, power=0.0), self.labels)
+        power = 0.0 if identity.facts.uses_pair else self.base.power  # a weight biases targets of a single pair
+        loss = images.objective(dataclasses.replace(self.base, power=power), self.labels)
+        return dataclasses.replace(loss, identity=identity)
+
+    def cost(self, method: str, settings: str) -> float:
+        field = eqx.filter_eval_shape(self.make_field, jr.key(0))
+        rows = self.base.batch
+        label = None if self.labels is None else jnp.zeros(rows, int)
+        batch = mfx.Batch(jnp.zeros((rows, *self.shape)), label)
+        return measure.relative_cost(self.objective(method, settings, 1), field, batch)
+
+    def method(self, method: str, settings: str, budget: float) -> Method:
+        """Steps that cost `budget` steps of Flow Matching together."""
+        cost = self.cost(method, settings)
+        steps = max(round(budget / cost), 1)
+        loss, averages = self.objective(method, settings, steps), [mfx.ExponentialAverage(self.base.decay)]
+        prepare, teacher = images.prepare(self.base, self.labels), 0 if loss.needs_teacher else None
+        step = mfx.TrainStep(loss, images.optimizer(self.base), averages, prepare, teacher=teacher)
+        step.check_batch_size(self.base.batch)
+        return Method(cost, steps, step)
+
+    def make_field(self, key: Key[Array, ""]) -> mfx.DiT | mfx.UNet:
+        return images.make_field(self.base, self.shape, self.labels, key)
+
+    def key(self, cell: Cell) -> dict[str, Any]:
+        """Everything that a result depends on but the code."""
+        own = self.config.identity if cell.method not in methods(None) else None
+        unused = {*PLACES, *(field.name for field in dataclasses.fields(run.Settings))}
+        trained = {name: value for name, value in dataclasses.asdict(self.base).items() if name not in unused}
+        trained |= {**cell._asdict(), "steps": self.methods[cell[:2]].steps}
+        return trained | self.real_key() | {"own": own and toy_2d.own_methods(own)[1]}
+
+    def real_key(self) -> dict[str, Any]:
+        """The same of the figures of real images."""
+        return {"real": self.digest, "samples": self.count, "classifier_steps": self.classifier_steps}
+
+    def training(self, cell: Cell) -> run.Training:
+        field_key, run_key = jr.split(jr.key(cell.seed))
+        name = "_".join(map(str, (*cell, run.digest(self.key(cell)))))
+        _, steps, step = self.methods[cell[:2]]
+        make_field = functools.partial(self.make_field, field_key)
+        return run.Training(name, step, make_field, self.draw, steps, run_key, self.key(cell))
+
+    def sampler(self, method: str) -> image_samples.Sampler:
+        if method == FLOW_MATCHING:
+            how, evaluations = mfx.sample_euler, EULER_STEPS
+        else:
+            facts = toy_2d.identities(self.config.identity, 1)[method].facts
+            how, evaluations = mfx.sample, EVALUATIONS[:1] if facts.ends_at_data else EVALUATIONS
+        return image_samples.Sampler(method, how, evaluations, 1, self.labels, self.class_names)
+
+    def place_of_samples(self, cell: Cell) -> str:
+        """The file with the images of a training that pictures show."""
+        return f"samples/{run.digest(self.key(cell))}.npy"
+
+
+def train_missing(study: Study, directory: run.RunDirectory, ledger: run.Ledger) -> None:
+    """Train and judge the cells that are not in the ledger, and judge real images."""
+    config, every = study.config, cells(study.config)
+    missing = [cell for cell in every if study.key(cell) not in ledger]
+    run.tell(f"{len(every)} trainings, {len(every) - len(missing)} of them finished before ({directory.root})")
+    trainings = {cell: study.training(cell) for cell in missing}
+    run.announce(config, trainings, directory)
+    if not missing:
+        return
+    space, classifier = image_judge.lite0_space(), None
+    if study.labels is not None:
+        classifier = image_classifier.trained(study.train, directory.root, steps=study.classifier_steps)
+    judge = image_judge.Judge([space], classifier, study.train, study.test, study.count)
+    label = np.zeros(study.count, np.int32) if judge.label is None else judge.label
+    if study.real_key() not in ledger:
+        ledger.put(study.real_key(), figures(*judge.real_images()))
+
+    def judged(cell: Cell, state: mfx.TrainState | None) -> dict[str, dict[str, float]]:
+        """Figures by number of evaluations, none of a training that diverged."""
+        assert state is not None
+        if int(state.faults.most_in_row) >= DIVERGED:
+            return {}
+        sampler, field = study.sampler(cell.method), state.averages[0]
+        shown = sampler(field, sampler.columns()[0], sampler.evaluations[0], image_samples.PICTURE_SEED)
+        np.save(directory.path(study.place_of_samples(cell)), shown)
+        made = ((number, sampler(field, label, number, image_samples.JUDGED_SEED)) for number in sampler.evaluations)
+        return {str(found.evaluations): figures(found) for found in judge.samples(cell.method, made, search=False)}
+
+    def note(cell: Cell, result: dict[str, dict[str, float]]) -> str:
+        ledger.put(study.key(cell), result)
+        scores = [f"{values['distance']:.4g} at {number}" for number, values in result.items()]
+        what = f"FD lite0 {', '.join(scores)}" if scores else "diverged"
+        return f"{cell.method}, {cell.settings} settings, seed {cell.seed}: {what}"
+
+    run.train_cells(config, trainings, judged, directory, note=note)
+
+
+class Line(NamedTuple):
+    """The trainings of one method with the same settings: figures by number of evaluations, for each seed."""
+
+    method: str
+    settings: str
+    found: list[Mapping[str, Mapping[str, float]]]
+
+    def values(self, evaluations: int, name: str) -> list[float] | None:
+        """A figure of all seeds, NaN of those that diverged; None if no seed has it."""
+        values = [found.get(str(evaluations), {}).get(name) for found in self.found]
+        return None if all(value is None for value in values) else [math.nan if v is None else v for v in values]
+
+    @property
+    def name(self) -> str:
+        return self.method if self.settings == "common" else f"{self.method}, its paper's settings"
+
+    @property
+    def distance(self) -> float:
+        """The mean of one evaluation; infinite if all diverged."""
+        finite = [value for value in self.values(1, "distance") or () if math.isfinite(value)]
+        return float(np.mean(finite)) if finite else math.inf
+
+
+def lines_of(study: Study, ledger: run.Ledger) -> list[Line]:
+    """The nearest first."""
+    found: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for cell in cells(study.config):
+        found.setdefault(cell[:2], []).append(ledger[study.key(cell)])
+    return sorted((Line(*kind, seeds) for kind, seeds in found.items()), key=lambda line: line.distance)
+
+
+def report(study: Study, ledger: run.Ledger, lines: Sequence[Line]) -> str:
+    """A row for each method, and what real images score."""
+    real = ledger[study.real_key()]
+    shown = {name: text for name, text in COLUMNS.items() if name in real}
+    headers = ["", "steps", "cost of a step"]
+    headers += [f"{text}, {number}" for text in shown.values() for number in EVALUATIONS]
+    rows: list[tuple[object, ...]] = []
+    for line in lines:
+        cost, steps, _ = study.methods[line[:2]]
+        scores = (line.values(number, name) for name in shown for number in EVALUATIONS)
+        diverged = not math.isfinite(line.distance)
+        texts = ["diverged" if diverged else None if values is None else spread(values) for values in scores]
+        rows.append((line.name, steps, f"{cost:.2f}", *texts))
+    best = [value for name in shown for value in (rounded(real[name], 3), *[None] * (len(EVALUATIONS) - 1))]
+    rows.append(("real images", None, None, *best))
+    commits = sorted({str(ledger.commit(study.key(cell))) for cell in cells(study.config)})
+    config = study.config
+    sentences = [
+        f"{study.count:,} samples and as many test images; columns end with the number of evaluations.",
+        "Seed 0." if config.seeds == 1 else f"Mean ± half the range of seeds 0 to {config.seeds - 1}.",
+        "FD: Frechet distance in the features of EfficientNet-Lite0 (lite0) and of a classifier of the training",
+        "images; covered: share of test images with a sample near them in the space of lite0; right class: share of",
+        "samples in which the classifier reads the class that was asked for. Cost: operations, in steps of Flow",
+        "Matching, which samples in Euler steps. Real images: training images, and what is read in test images.",
+        f"Commits: {', '.join(commits)}.",
+    ]
+    text = f"{' '.join(sentences)}\n\n{run.table(rows, headers)}"
+    for line in lines:
+        if line.method == FLOW_MATCHING and math.isfinite(line.distance):
+            scores = [f"{COLUMNS[name]} {spread(line.values(EULER_STEPS[-1], name) or ())}" for name in shown]
+            text += f"\n\nFlow Matching in {EULER_STEPS[-1]} Euler steps: {', '.join(scores)}."
+    return text
+
+
+def save_picture(study: Study, directory: run.RunDirectory, lines: Sequence[Line], report: run.RunDirectory) -> None:
+    """One-step samples of seed 0, a row for each method, all from the same noise."""
+    paths = {line.name: directory.path(study.place_of_samples(Cell(*line[:2], 0))) for line in lines}
+    rows = {name: np.load(path) for name, path in paths.items() if path.exists()}
+    _, names = study.sampler(FLOW_MATCHING).columns()
+    if rows:
+        labels = {"row_labels": [*rows], "column_labels": names}
+        picture.save_image_grid(report.path("samples.png"), np.stack([*rows.values()]), -1, 1, **labels)
+
+
+def main(config: Config) -> None:
+    """Train every method, then write one table and one picture."""
+    run.require("matplotlib", "sklearn")
+    study = Study(config)
+    with run.opened(config, shared="all") as directory:
+        ledger = run.Ledger(directory.root / "cells.jsonl")
+        train_missing(study, directory, ledger)
+        report_directory = run.RunDirectory(directory.root / run.digest([study.key(cell) for cell in cells(config)]))
+        report_directory.root.mkdir(exist_ok=True)
+        lines = lines_of(study, ledger)
+        save_picture(study, directory, lines, report_directory)
+        text = report(study, ledger, lines)
+        report_directory.save_results(text, [{**cell._asdict(), **ledger[study.key(cell)]} for cell in cells(config)])
+        seconds = time.perf_counter() - directory.opened
+        print(f"{text}\n\n{seconds:.0f} seconds. samples.png and the table are in {report_directory.root}.")
+
+
+if __name__ == "__main__":
+    run.main(main, Config(), description=__doc__)

@@ -1,0 +1,143 @@
+"""All methods on the same images: which trainings there are, that they cost the same, and the report."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+from idx_files import save_files
+from own_methods import OWN
+
+import mf_eqx as mfx
+from mf_eqx import run
+
+METHODS = ("FlowMatching", "MeanFlow", "SoFlow", "TerminalVelocityMatching", "ContinuousConsistency")
+
+
+@pytest.fixture(scope="module")
+def leaderboard(experiment):
+    pytest.importorskip("safetensors")
+    return experiment("leaderboard")
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data") / "files"
+    save_files(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def study(leaderboard, files):
+    config = leaderboard.Config(data=(files,), methods=METHODS, settings=("common", "paper"), steps=1000)
+    return leaderboard.Study(config)
+
+
+def test_every_method_is_there_and_the_papers_settings_where_they_are_known(leaderboard):
+    cells = leaderboard.cells(leaderboard.Config(settings=("common", "paper"), seeds=2))
+    known = {"FlowMatching", *mfx.identities_in(vars(mfx), 1)}
+    assert {cell.method for cell in cells if cell.settings == "common"} == known
+    of_paper = {cell.method for cell in cells if cell.settings == "paper"}
+    assert {"MeanFlow", "ConsistencyTraining"} <= of_paper and not {"FlowMatching", "Shortcut"} & of_paper
+    assert len(set(cells)) == len(cells) and [cell.seed for cell in cells] == sorted(cell.seed for cell in cells)
+
+
+def test_all_trainings_cost_the_same(study):
+    budget = 1000 * study.cost("MeanFlow", "common")
+    assert study.methods["MeanFlow", "common"].steps == 1000
+    assert study.methods["FlowMatching", "common"].cost == 1
+    for kind, (cost, steps, _) in study.methods.items():
+        assert abs(cost * steps - budget) <= cost / 2, kind
+    assert study.methods["TerminalVelocityMatching", "common"].steps < 900
+
+
+def test_common_settings_are_those_of_the_recipe_and_the_papers_those_of_the_facts(study, leaderboard):
+    quick = leaderboard.images.PRESETS["quick"][1]
+    recipe = leaderboard.images.objective(quick, 10)
+    assert repr(study.objective("MeanFlow", "common", 7)) == repr(recipe)
+    pairs = study.objective("ConsistencyTraining", "common", 7)
+    assert pairs.weight.power == 0 and pairs.identity_share == recipe.identity_share
+    flow = study.objective("FlowMatching", "common", 7)
+    assert flow.identity is None and flow.identity_share == 0 and flow.weight.power == 0
+    paper = study.objective("AlphaFlow", "paper", 7)
+    assert float(paper.identity_share) == 0.75 and paper.weight == mfx.AdaptiveWeight(offset=0.001)
+    assert paper.label_dropout == recipe.label_dropout
+
+
+def test_samples_of_flow_matching_are_eulers_and_consistency_has_one_step(study):
+    assert study.sampler("FlowMatching").method is mfx.sample_euler
+    assert study.sampler("MeanFlow").evaluations == (1, 4)
+    assert study.sampler("ContinuousConsistency").evaluations == (1,)
+
+
+def test_a_key_holds_the_images_the_steps_and_an_own_file(leaderboard, files, tmp_path):
+    (tmp_path / "mine.py").write_text(OWN)
+    own_file = str(tmp_path / "mine.py")
+    study = leaderboard.Study(
+        leaderboard.Config(data=(files,), methods=("MeanFlow", "Mine"), identity=own_file, steps=10)
+    )
+    cells = {cell.method: study.key(cell) for cell in leaderboard.cells(study.config)}
+    assert cells["Mine"]["own"] and cells["MeanFlow"]["own"] is None
+    assert cells["MeanFlow"]["steps"] == 10 and len(cells["MeanFlow"]["real"]) == 64
+    assert files not in json.dumps(cells)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"methods": ("MeanFlo",)}, "methods must be among FlowMatching, .*; got MeanFlo"),
+        ({"methods": ("MeanFlow", "MeanFlow")}, "methods must differ from each other, got MeanFlow, MeanFlow"),
+        (
+            {"methods": ("FlowMatching",), "settings": ("paper",)},
+            "settings must have common, or a method whose paper's",
+        ),
+        ({"settings": ("own",)}, "settings must be among common, paper; got own"),
+        ({"steps": 0}, "steps must be >= 1, got 0"),
+    ],
+)
+def test_what_cannot_be_run_is_refused(leaderboard, options, message):
+    with pytest.raises(ValueError, match=message):
+        leaderboard.Config(**options)
+
+
+def test_lines_are_sorted_by_the_mean_distance_and_show_what_diverged(study, leaderboard, tmp_path):
+    real = dict.fromkeys(leaderboard.COLUMNS, 1.0)
+    ledger = run.Ledger(tmp_path / "cells.jsonl")
+    ledger.put(study.real_key(), real)
+    for number, cell in enumerate(leaderboard.cells(study.config)):
+        values = {str(n): dict.fromkeys(leaderboard.COLUMNS, 100.0 - number) for n in (1, 16)}
+        ledger.put(study.key(cell), {} if cell.method == "SoFlow" else values)
+    lines = leaderboard.lines_of(study, ledger)
+    assert [line.method for line in lines].index("SoFlow") == len(lines) - 2
+    assert [line.distance for line in lines[:-2]] == sorted(line.distance for line in lines[:-2])
+    assert lines[-1].distance == math.inf
+    text = leaderboard.report(study, ledger, lines)
+    rows = {row.split("|")[1].strip(): row for row in text.splitlines() if row[:1] == "|"}
+    assert rows["SoFlow"].count("diverged") == 2 * len(leaderboard.COLUMNS)
+    assert "diverged" not in rows["MeanFlow, its paper's settings"]
+    assert rows["MeanFlow"].split("|")[5].strip() == "-"  # four evaluations, which were not judged
+    assert "Flow Matching in 16 Euler steps: FD lite0 100, " in text
+
+
+@pytest.mark.slow
+def test_a_run_ends_with_table_and_picture_and_is_not_repeated(leaderboard, files, tmp_path, monkeypatch, capsys):
+    judging = leaderboard.image_judge
+    monkeypatch.setattr(judging, "lite0_space", lambda: judging.FeatureSpace("lite0", judging.pixels))
+    monkeypatch.setattr(leaderboard.image_classifier, "STEPS", 3)
+    monkeypatch.setitem(leaderboard.images.SIZES["dit"], "small", mfx.DiTSize(1, 8, 2, 4))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["leaderboard.py"])
+    arguments = f"--data {files} --methods FlowMatching MeanFlow Shortcut ContinuousConsistency --steps 3".split()
+    run.main(leaderboard.main, leaderboard.Config(), argv=arguments)
+    directory = tmp_path / "runs" / "leaderboard" / "all"
+    cells = [json.loads(line) for line in (directory / "cells.jsonl").read_text().splitlines()]
+    assert len(cells) == 5
+    assert np.isfinite([*cells[0]["result"].values(), *(c["result"]["1"]["distance"] for c in cells[1:])]).all()
+    (table,) = directory.glob("*/results.md")
+    assert (table.parent / "samples.png").stat().st_size > 0
+    text = table.read_text()
+    assert text.count("\n| ") == 7 and "real images" in text and "16 Euler steps" in text
+    kept = (directory / "cells.jsonl").read_text()
+    run.main(leaderboard.main, leaderboard.Config(), argv=arguments)
+    assert (directory / "cells.jsonl").read_text() == kept and table.read_text() == text
+    assert "4 trainings, 4 of them finished before" in "".join(capsys.readouterr())
