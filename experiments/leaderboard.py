@@ -8,9 +8,10 @@
 
 Network, optimiser, batch and average are those of `images.py --preset quick`. With the common settings a method has the
 share of rows, the times and the weight of that preset; with those of its paper it has what `Facts.paper_settings` says.
-Methods differ in what a step costs, so each is trained for as many steps as make the operations of `--steps` steps of
-MeanFlow (`mf_eqx.measure.relative_cost` counts matrix products and convolutions). Flow Matching samples by Euler's
-method, all others along their average velocity.
+Flow Matching has no weight, and the losses that some methods bring for rows with r < t are not weighted either. Methods
+differ in what a step costs, so each is trained for as many steps as make the operations of `--steps` steps of MeanFlow
+(`mf_eqx.measure.relative_cost` counts matrix products and convolutions; of AlphaFlow, whose steps differ, it takes the
+most expensive one). Flow Matching samples by Euler's method, all others along their average velocity.
 
 Results of finished trainings are in runs/leaderboard/all/cells.jsonl, and a training that is there is not done again. A
 run that was stopped, or killed, continues by the same command. RESULTS.md has the figures.
@@ -24,15 +25,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import equinox as eqx
+import fashion
 import images
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import toy_2d
+from ablation_cells import samples_name
 from ablation_images import figures
 from ablation_recipes import digest_of, DIVERGED
 from ablation_report import rounded, spread
-from images import image_classifier, image_judge, image_samples, image_sources
+from images import image_classifier, image_judge, image_samples
 from jaxtyping import Array, install_import_hook, Key
 
 # Shapes and types are checked while the step is traced. JAXTYPING_DISABLE=1 turns this off.
@@ -41,13 +44,12 @@ with install_import_hook("mf_eqx", "beartype.beartype(conf=beartype.BeartypeConf
     from mf_eqx import data, measure, picture, run
 
 FLOW_MATCHING = "FlowMatching"
-SETTINGS = ("common", "paper")
-EVALUATIONS, EULER_STEPS = (1, 4), (1, 4, 16)
+EVALUATIONS, EULER_STEPS = (1, 4), images.EULER_STEPS
 """Evaluations per judged image: along the average velocity, and in Euler steps for Flow Matching."""
 MOST_BYTES = 1 << 32
 """Of all training images, which are kept on the device."""
-PLACES = ("data", "test", "size", "holdout")
-"""Fields that say where images are: keys hold a digest of the images themselves."""
+UNUSED = {"data", "test", "size", "holdout", "steps", "samples", "remat", "sample_scale", "sample_interval"}
+"""Fields of `images.py` on which no training here depends: it depends on the images themselves."""
 COLUMNS = {
     "distance": "FD lite0",
     "FD classifier": "FD classifier",
@@ -62,12 +64,14 @@ COLUMNS = {
 class Config(run.CellSettings):
     """A run of all methods."""
 
-    data: tuple[str, ...] = (image_sources.FASHION_MNIST,)
+    data: tuple[str, ...] = (fashion.PLACE,)
     """Images with labels or without, as for images.py: a folder, or with a folder for each class; CIFAR-10; a folder
     with IDX files; a folder of shards. Test images that belong to them are what samples are compared with, else a tenth
     that is held out."""
     size: tuple[int, ...] = ()
-    """Side in pixels, or height and width, to which images in folders are resized and cropped."""
+    """Side in pixels, or height and width, multiples of 4, to which images in folders are resized and cropped."""
+    labels: bool = True
+    """Use the labels of the data, if there are any."""
     methods: tuple[str, ...] = ()
     """FlowMatching, and identities of mf_eqx and of --identity by name; by default all of them."""
     identity: str | None = None
@@ -79,7 +83,10 @@ class Config(run.CellSettings):
     seeds: int = 1
     """Trainings of each, from seeds 0, 1, ..."""
     steps: int = 4000
-    """Training steps of MeanFlow. The others have as many as cost the same operations."""
+    """Training steps of MeanFlow with the common settings. All other trainings have as many as cost the same
+    operations."""
+    name: str = ""
+    """Directory below runs/leaderboard, by default one that all runs share: finished trainings are found there."""
     samples: int = 2000
     """Images that are judged, at most as many as there are test images."""
     save_every: int = 500
@@ -91,7 +98,7 @@ class Config(run.CellSettings):
     def __post_init__(self):
         self.check(seeds=1, steps=1, samples=2, size=1)
         run.check_sizes(self, seeds=100, samples=1 << 20, size=1 << 14)
-        for name, known in (("settings", SETTINGS), ("methods", methods(self.identity))):
+        for name, known in (("settings", toy_2d.SETTINGS), ("methods", methods(self.identity))):
             values = getattr(self, name)
             if unknown := [value for value in values if value not in known]:
                 raise ValueError(f"{name} must be among {', '.join(known)}; got {', '.join(unknown)}")
@@ -137,25 +144,31 @@ class Method(NamedTuple):
 class Study:
     """The images, and what is trained on them.
 
-    **Raises:** `ValueError` as `images.open_data`, and if the training images are too large for the device.
+    **Raises:** `ValueError` as `images.open_data`, if Fashion-MNIST is not installed, for images that the network
+    cannot take or that are too many for the device, and if a method cannot be trained like the others.
     """
 
     def __init__(self, config: Config):
-        names = image_sources.FASHION_CLASSES if config.data == (image_sources.FASHION_MNIST,) else None
+        names = fashion.CLASSES if config.data == (fashion.PLACE,) else None
+        if names is not None:
+            fashion.check_files(config.data)
         quick = images.PRESETS["quick"][1]
-        self.config, self.base = config, dataclasses.replace(quick, data=config.data, size=config.size)
+        own = {"data": config.data, "size": config.size, "labels": config.labels}
+        self.config, self.base = config, dataclasses.replace(quick, **own)
         self.train, self.test, self.class_names = images.open_data(self.base, names)
         if (size := len(self.train) * math.prod(self.train.row_shape)) > MOST_BYTES:
             raise ValueError(f"data must have at most {MOST_BYTES:,} bytes of pixels, got {size:,}")
         channels, height, width = self.train.row_shape
-        self.shape, self.labels = (channels, height, width), self.train.labels
+        if height % (patch := images.size_of(self.base).patch) or width % patch:
+            raise ValueError(f"data must have sides that are multiples of {patch}, got {height} x {width}")
+        self.shape, self.labels = (channels, height, width), self.train.labels if config.labels else None
         rows = self.train.take(np.arange(len(self.train)))
-        label = None if rows.label is None else jnp.asarray(rows.label)
+        label = None if self.labels is None else jnp.asarray(rows.label)
         self.draw = data.DrawRows(jnp.asarray(rows.x), label, self.base.batch)
         self.count = min(100 if config.test_run else config.samples, len(self.test), len(self.train))
         self.classifier_steps = 2 if config.test_run else image_classifier.STEPS
-        self.digest = digest_of(self.train, self.test)
-        self.train.digest = digest_of(self.train)  # part of the name of the classifier's file
+        self.train.digest = digest_of(self.train)  # part of the name of the classifier's file, too
+        self.judging = {"samples": self.count, "classifier_steps": self.classifier_steps, "test": digest_of(self.test)}
         budget = config.steps * self.cost("MeanFlow", "common")
         self.methods = {
             kind: self.method(*kind, budget)
@@ -171,9 +184,7 @@ class Study:
             return mfx.Objective(identity, label_dropout=dropout, **identity.facts.paper_settings)
         if identity is None:
             return images.objective(dataclasses.replace(self.base, identity_share=0.0, power=0.0), self.labels)
-        power = 0.0 if identity.facts.uses_pair else self.base.power  # a weight biases targets of a single pair
-        loss = images.objective(dataclasses.replace(self.base, power=power), self.labels)
-        return dataclasses.replace(loss, identity=identity)
+        return dataclasses.replace(images.objective(self.base, self.labels), identity=identity)
 
     def cost(self, method: str, settings: str) -> float:
         field = eqx.filter_eval_shape(self.make_field, jr.key(0))
@@ -184,35 +195,41 @@ class Study:
 
     def method(self, method: str, settings: str, budget: float) -> Method:
         """Steps that cost `budget` steps of Flow Matching together."""
-        cost = self.cost(method, settings)
+        try:
+            cost = self.cost(method, settings)
+        except ValueError as error:
+            rule = "must be those that train with this network and batch"
+            raise ValueError(f"methods {rule}, got {method} with its {settings} settings: {error}") from None
         steps = max(round(budget / cost), 1)
         loss, averages = self.objective(method, settings, steps), [mfx.ExponentialAverage(self.base.decay)]
         prepare, teacher = images.prepare(self.base, self.labels), 0 if loss.needs_teacher else None
-        step = mfx.TrainStep(loss, images.optimizer(self.base), averages, prepare, teacher=teacher)
-        step.check_batch_size(self.base.batch)
-        return Method(cost, steps, step)
+        return Method(cost, steps, mfx.TrainStep(loss, images.optimizer(self.base), averages, prepare, teacher=teacher))
 
     def make_field(self, key: Key[Array, ""]) -> mfx.DiT | mfx.UNet:
         return images.make_field(self.base, self.shape, self.labels, key)
 
+    def recipe(self, cell: Cell) -> dict[str, Any]:
+        """Everything that a training depends on but the code."""
+        own = self.config.identity if cell.method not in methods(None) else None
+        unused = UNUSED | {field.name for field in dataclasses.fields(run.Settings)}
+        values = {name: value for name, value in dataclasses.asdict(self.base).items() if name not in unused}
+        values |= {**cell._asdict(), "steps": self.methods[cell[:2]].steps, "train": self.train.digest}
+        return values | {"own": own and toy_2d.own_methods(own)[1]}
+
     def key(self, cell: Cell) -> dict[str, Any]:
         """Everything that a result depends on but the code."""
-        own = self.config.identity if cell.method not in methods(None) else None
-        unused = {*PLACES, *(field.name for field in dataclasses.fields(run.Settings))}
-        trained = {name: value for name, value in dataclasses.asdict(self.base).items() if name not in unused}
-        trained |= {**cell._asdict(), "steps": self.methods[cell[:2]].steps}
-        return trained | self.real_key() | {"own": own and toy_2d.own_methods(own)[1]}
+        return self.recipe(cell) | self.judging
 
     def real_key(self) -> dict[str, Any]:
         """The same of the figures of real images."""
-        return {"real": self.digest, "samples": self.count, "classifier_steps": self.classifier_steps}
+        return {"real": True, "train": self.train.digest, "labels": self.labels} | self.judging
 
     def training(self, cell: Cell) -> run.Training:
         field_key, run_key = jr.split(jr.key(cell.seed))
-        name = "_".join(map(str, (*cell, run.digest(self.key(cell)))))
-        _, steps, step = self.methods[cell[:2]]
+        recipe, (_, steps, step) = self.recipe(cell), self.methods[cell[:2]]
+        name = "_".join(map(str, (*cell, run.digest(recipe))))
         make_field = functools.partial(self.make_field, field_key)
-        return run.Training(name, step, make_field, self.draw, steps, run_key, self.key(cell))
+        return run.Training(name, step, make_field, self.draw, steps, run_key, recipe)
 
     def sampler(self, method: str) -> image_samples.Sampler:
         if method == FLOW_MATCHING:
@@ -221,10 +238,6 @@ class Study:
             facts = toy_2d.identities(self.config.identity, 1)[method].facts
             how, evaluations = mfx.sample, EVALUATIONS[:1] if facts.ends_at_data else EVALUATIONS
         return image_samples.Sampler(method, how, evaluations, 1, self.labels, self.class_names)
-
-    def place_of_samples(self, cell: Cell) -> str:
-        """The file with the images of a training that pictures show."""
-        return f"samples/{run.digest(self.key(cell))}.npy"
 
 
 def train_missing(study: Study, directory: run.RunDirectory, ledger: run.Ledger) -> None:
@@ -251,7 +264,7 @@ def train_missing(study: Study, directory: run.RunDirectory, ledger: run.Ledger)
             return {}
         sampler, field = study.sampler(cell.method), state.averages[0]
         shown = sampler(field, sampler.columns()[0], sampler.evaluations[0], image_samples.PICTURE_SEED)
-        np.save(directory.path(study.place_of_samples(cell)), shown)
+        np.save(directory.path(samples_name(study.key(cell))), shown)
         made = ((number, sampler(field, label, number, image_samples.JUDGED_SEED)) for number in sampler.evaluations)
         return {str(found.evaluations): figures(found) for found in judge.samples(cell.method, made, search=False)}
 
@@ -298,7 +311,7 @@ def lines_of(study: Study, ledger: run.Ledger) -> list[Line]:
 def report(study: Study, ledger: run.Ledger, lines: Sequence[Line]) -> str:
     """A row for each method, and what real images score."""
     real = ledger[study.real_key()]
-    shown = {name: text for name, text in COLUMNS.items() if name in real}
+    shown = {name: text for name, text in COLUMNS.items() if math.isfinite(real.get(name, math.nan))}
     headers = ["", "steps", "cost of a step"]
     headers += [f"{text}, {number}" for text in shown.values() for number in EVALUATIONS]
     rows: list[tuple[object, ...]] = []
@@ -313,12 +326,15 @@ def report(study: Study, ledger: run.Ledger, lines: Sequence[Line]) -> str:
     commits = sorted({str(ledger.commit(study.key(cell))) for cell in cells(study.config)})
     config = study.config
     sentences = [
-        f"{study.count:,} samples and as many test images; columns end with the number of evaluations.",
+        f"{study.count:,} samples and as many test images, made in the number of evaluations that a column names.",
+        "Sorted by the first distance.",
         "Seed 0." if config.seeds == 1 else f"Mean ± half the range of seeds 0 to {config.seeds - 1}.",
         "FD: Frechet distance in the features of EfficientNet-Lite0 (lite0) and of a classifier of the training",
         "images; covered: share of test images with a sample near them in the space of lite0; right class: share of",
-        "samples in which the classifier reads the class that was asked for. Cost: operations, in steps of Flow",
-        "Matching, which samples in Euler steps. Real images: training images, and what is read in test images.",
+        "samples in which the classifier reads the class that was asked for, over all and in the class with the lowest",
+        "share. Cost of a step: its operations divided by those of a step of Flow Matching, which samples by Euler's",
+        "method. The row of real images: training images beside the test images, and what is read in test images.",
+        "A dash: the method learns u(z, 0, t) alone, for one evaluation.",
         f"Commits: {', '.join(commits)}.",
     ]
     text = f"{' '.join(sentences)}\n\n{run.table(rows, headers)}"
@@ -331,7 +347,7 @@ def report(study: Study, ledger: run.Ledger, lines: Sequence[Line]) -> str:
 
 def save_picture(study: Study, directory: run.RunDirectory, lines: Sequence[Line], report: run.RunDirectory) -> None:
     """One-step samples of seed 0, a row for each method, all from the same noise."""
-    paths = {line.name: directory.path(study.place_of_samples(Cell(*line[:2], 0))) for line in lines}
+    paths = {line.name: directory.path(samples_name(study.key(Cell(*line[:2], 0)))) for line in lines}
     rows = {name: np.load(path) for name, path in paths.items() if path.exists()}
     _, names = study.sampler(FLOW_MATCHING).columns()
     if rows:

@@ -11,7 +11,7 @@ from own_methods import OWN
 import mf_eqx as mfx
 from mf_eqx import run
 
-METHODS = ("FlowMatching", "MeanFlow", "SoFlow", "TerminalVelocityMatching", "ContinuousConsistency")
+METHODS = ("FlowMatching", "MeanFlow", "AlphaFlow", "SoFlow", "TerminalVelocityMatching", "ContinuousConsistency")
 
 
 @pytest.fixture(scope="module")
@@ -56,12 +56,17 @@ def test_common_settings_are_those_of_the_recipe_and_the_papers_those_of_the_fac
     recipe = leaderboard.images.objective(quick, 10)
     assert repr(study.objective("MeanFlow", "common", 7)) == repr(recipe)
     pairs = study.objective("ConsistencyTraining", "common", 7)
-    assert pairs.weight.power == 0 and pairs.identity_share == recipe.identity_share
+    assert repr(pairs.weight) == repr(recipe.weight) and pairs.identity_share == recipe.identity_share
     flow = study.objective("FlowMatching", "common", 7)
     assert flow.identity is None and flow.identity_share == 0 and flow.weight.power == 0
     paper = study.objective("AlphaFlow", "paper", 7)
     assert float(paper.identity_share) == 0.75 and paper.weight == mfx.AdaptiveWeight(offset=0.001)
     assert paper.label_dropout == recipe.label_dropout
+
+
+def test_a_schedule_ends_with_the_training(study):
+    _, steps, step = study.methods["AlphaFlow", "paper"]
+    assert steps < 1000 and step.objective.identity.alpha.end == steps
 
 
 def test_samples_of_flow_matching_are_eulers_and_consistency_has_one_step(study):
@@ -78,8 +83,30 @@ def test_a_key_holds_the_images_the_steps_and_an_own_file(leaderboard, files, tm
     )
     cells = {cell.method: study.key(cell) for cell in leaderboard.cells(study.config)}
     assert cells["Mine"]["own"] and cells["MeanFlow"]["own"] is None
-    assert cells["MeanFlow"]["steps"] == 10 and len(cells["MeanFlow"]["real"]) == 64
+    assert cells["MeanFlow"]["steps"] == 10 and len(cells["MeanFlow"]["train"]) == 64
     assert files not in json.dumps(cells)
+
+
+def test_every_training_has_a_key_and_a_name_of_its_own_and_what_is_judged_trains_nothing(leaderboard, study, files):
+    cells = [cell._replace(seed=seed) for cell in leaderboard.cells(study.config) for seed in (0, 1)]
+    assert len({run.digest(study.key(cell)) for cell in cells}) == len(cells)
+    assert len({study.training(cell).name for cell in cells}) == len(cells)
+    fewer = leaderboard.Study(leaderboard.Config(data=(files,), methods=("MeanFlow",), steps=1000, samples=50))
+    cell = leaderboard.Cell("MeanFlow", "common", 0)
+    assert fewer.key(cell) != study.key(cell) and fewer.training(cell).name == study.training(cell).name
+
+
+def test_a_method_that_the_batch_does_not_fit_is_named(leaderboard, files, tmp_path):
+    (tmp_path / "mine.py").write_text(OWN)
+    config = leaderboard.Config(data=(files,), methods=("Triples",), identity=str(tmp_path / "mine.py"))
+    with pytest.raises(ValueError, match=r"^methods must be .* got Triples with its common settings: batch .* got 16"):
+        leaderboard.Study(config)
+
+
+def test_images_whose_sides_the_patches_do_not_divide_are_refused(leaderboard, tmp_path):
+    save_files(tmp_path / "files", side=10)
+    with pytest.raises(ValueError, match=r"^data must have sides that are multiples of 4, got 10 x 10"):
+        leaderboard.Study(leaderboard.Config(data=(str(tmp_path / "files"),), methods=("MeanFlow",)))
 
 
 @pytest.mark.parametrize(
@@ -100,7 +127,17 @@ def test_what_cannot_be_run_is_refused(leaderboard, options, message):
         leaderboard.Config(**options)
 
 
-def test_lines_are_sorted_by_the_mean_distance_and_show_what_diverged(study, leaderboard, tmp_path):
+def test_lines_have_the_mean_of_their_seeds_without_those_that_diverged(leaderboard):
+    def seeds(*distances):
+        return [{"1": {"distance": value}} if math.isfinite(value) else {} for value in distances]
+
+    line = leaderboard.Line("MeanFlow", "common", seeds(3.0, math.nan, 5.0))
+    assert line.distance == 4 and line.values(4, "distance") is None
+    assert leaderboard.spread(line.values(1, "distance")) == "4 ± 1, 1 of 3 diverged"
+    assert leaderboard.Line("MeanFlow", "common", seeds(math.nan)).distance == math.inf
+
+
+def test_lines_are_sorted_by_the_distance_and_show_what_diverged(study, leaderboard, tmp_path):
     real = dict.fromkeys(leaderboard.COLUMNS, 1.0)
     ledger = run.Ledger(tmp_path / "cells.jsonl")
     ledger.put(study.real_key(), real)
@@ -119,25 +156,47 @@ def test_lines_are_sorted_by_the_mean_distance_and_show_what_diverged(study, lea
     assert "Flow Matching in 16 Euler steps: FD lite0 100, " in text
 
 
-@pytest.mark.slow
-def test_a_run_ends_with_table_and_picture_and_is_not_repeated(leaderboard, files, tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def start(leaderboard, files, tmp_path, monkeypatch):
+    """A function that runs the script with a minuscule network, and returns the lines of the cells and the table."""
     judging = leaderboard.image_judge
     monkeypatch.setattr(judging, "lite0_space", lambda: judging.FeatureSpace("lite0", judging.pixels))
     monkeypatch.setattr(leaderboard.image_classifier, "STEPS", 3)
     monkeypatch.setitem(leaderboard.images.SIZES["dit"], "small", mfx.DiTSize(1, 8, 2, 4))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["leaderboard.py"])
-    arguments = f"--data {files} --methods FlowMatching MeanFlow Shortcut ContinuousConsistency --steps 3".split()
-    run.main(leaderboard.main, leaderboard.Config(), argv=arguments)
     directory = tmp_path / "runs" / "leaderboard" / "all"
-    cells = [json.loads(line) for line in (directory / "cells.jsonl").read_text().splitlines()]
+
+    def go(arguments):
+        run.main(leaderboard.main, leaderboard.Config(), argv=["--data", files, *arguments.split()])
+        (table,) = directory.glob("*/results.md")
+        return (directory / "cells.jsonl").read_text(), table
+
+    return go
+
+
+@pytest.mark.slow
+def test_a_run_ends_with_table_and_picture_and_is_not_repeated(start, capsys):
+    arguments = "--methods FlowMatching MeanFlow Shortcut ContinuousConsistency --steps 3"
+    kept, table = start(arguments)
+    cells = [json.loads(line)["result"] for line in kept.splitlines()]
     assert len(cells) == 5
-    assert np.isfinite([*cells[0]["result"].values(), *(c["result"]["1"]["distance"] for c in cells[1:])]).all()
-    (table,) = directory.glob("*/results.md")
+    assert np.isfinite([*cells[0].values(), *(cell["1"]["distance"] for cell in cells[1:])]).all()
     assert (table.parent / "samples.png").stat().st_size > 0
     text = table.read_text()
     assert text.count("\n| ") == 7 and "real images" in text and "16 Euler steps" in text
-    kept = (directory / "cells.jsonl").read_text()
-    run.main(leaderboard.main, leaderboard.Config(), argv=arguments)
-    assert (directory / "cells.jsonl").read_text() == kept and table.read_text() == text
+    assert start(arguments)[0] == kept and table.read_text() == text
     assert "4 trainings, 4 of them finished before" in "".join(capsys.readouterr())
+
+
+@pytest.mark.slow
+def test_without_labels_there_are_distances_alone_and_a_training_that_diverged_is_shown(
+    start, leaderboard, monkeypatch
+):
+    monkeypatch.setattr(leaderboard, "DIVERGED", 0)  # no training has fewer steps in a row that are not finite
+    arguments = "--no-labels --methods MeanFlow --settings common paper --steps 2"
+    kept, table = start(arguments)
+    assert [json.loads(line)["result"] for line in kept.splitlines()[1:]] == [{}, {}]
+    rows = [line for line in table.read_text().splitlines() if line[:1] == "|"]
+    assert rows[0].count("FD lite0") == 2 and "class" not in rows[0]
+    assert rows[2].count("diverged") == 4 and not (table.parent / "samples.png").exists()
