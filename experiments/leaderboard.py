@@ -82,7 +82,7 @@ class Config(run.CellSettings):
     methods whose paper's are known."""
     seeds: int = 1
     """Trainings of each, from seeds 0, 1, ..."""
-    steps: int = 4000
+    steps: int = 3000
     """Training steps of MeanFlow with the common settings. All other trainings have as many as cost the same
     operations."""
     name: str = ""
