@@ -112,11 +112,11 @@ def difference(numbers, others):
     return max(float(np.nanmax(np.abs(a - b)) / np.nanmax(np.abs(a))) for a, b in pairs)
 
 
-def layouts(names):
+def layouts(names, dtype):
     """How training in each layout differs from training on one device."""
-    expected, result = train(ONE, jnp.float32)[0], {}
+    expected, result = train(ONE, dtype)[0], {}
     for name in names:
-        numbers, found = train(LAYOUTS[name], jnp.float32)
+        numbers, found = train(LAYOUTS[name], dtype)
         result[name] = {**found, "difference": difference(expected, numbers)}
     return result
 
@@ -227,7 +227,7 @@ def main(names):
     assert jax.device_count() == 8
     if names:
         found = {
-            "layouts": layouts(names),
+            "layouts": layouts(names, jnp.float32),
             "unrolled": collectives(make_dit(Layout(8), unroll=True), (1, 4, 4)),
             "in turn": collectives(make_small(Layout(8, accumulation=2), jnp.float32), (2,)),
         }
@@ -236,15 +236,12 @@ def main(names):
     result = {
         "scanned": collectives(make_dit(Layout(8)), (1, 4, 4)),
         "shared": collectives(make_dit(Layout(8, fsdp=4)), (1, 4, 4)),
-        "layouts": layouts(QUICK),
         "perceptual": perceptual(),
         "convolved": {devices: convolved(devices) for devices in (2, 8)},
         "refused": {number: refusal(number) for number in (40, 20)},
     }
     with jax.enable_x64(True):
-        wide = [train(layout, jnp.float64)[0] for layout in (ONE, LAYOUTS["8 devices"])]
-        result["float64"] = difference(*wide)
-    return result
+        return result | {"layouts": layouts(QUICK, jnp.float64)}
 
 
 if __name__ == "__main__":
