@@ -216,4 +216,4 @@ def handwritten_digits(steps: int = 1500) -> Recipe:
     details = {name: getattr(config, name) for name in ("depth", "heads", "patch", "holdout")}
     details |= {"split_seed": config.seed, "images": digest_of(parts.train, parts.holdout)}
     options = {"details": details, "has_floor": True}
-    return Recipe(digits.CLASSES, make_field, draw, open_judge, distance, numbers, Cost(0.11, 15), **options)
+    return Recipe(digits.CLASSES, make_field, draw, open_judge, distance, numbers, Cost(0.065, 15), **options)

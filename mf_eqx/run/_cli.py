@@ -2,7 +2,8 @@
 
 Exit codes: 0 done, 2 bad input, 3 no finite loss or gradient, 4 run directory in use, or moved during the run,
 5 another process of the run has ended or did not connect, 6 the first process of the run has ended, whereupon JAX ends
-all others at once, 130 and 143 stopped by SIGINT and SIGTERM; 1 with a traceback is a bug.
+all others at once, 130 and 143 stopped by SIGINT and SIGTERM, 141 by a pipe that nothing reads any more (`| head`);
+1 with a traceback is a bug.
 
 Bad input is what the parser or the configuration's own checks refuse. Once the script's function runs, bad input is
 also a `ValueError` raised by this package or by the script itself, a file that cannot be opened, a full disk,
@@ -101,11 +102,15 @@ def main(
             connect(arguments)
         config = parse(choices, program, about, arguments)
         with together():
-            return function(config)
+            result = function(config)
+        sys.stdout.flush()  # here rather than when the interpreter ends, where an error cannot be reported
+        return result
     except (Exception, KeyboardInterrupt) as error:
         code, message = _exit_code_and_message(error, function.__module__, config, arguments)
         if code == 2:
             remove_unused(CREATED[created:])
+        if isinstance(error, BrokenPipeError):
+            sys.stdout = None  # nor can what is left in its buffer be written
         if code == 1 or _keeps_traceback():
             if is_one_of_several():
                 traceback.print_exc()
@@ -125,6 +130,8 @@ def _exit_code_and_message(error: BaseException, script: str, config: Any, argum
     """Exit code and message for an error; 1 for a bug."""
     if isinstance(error, KeyboardInterrupt):
         return 130, "interrupted"
+    if isinstance(error, BrokenPipeError):
+        return 141, "stopped, since nothing reads its output any more"
     if isinstance(error, Stopped):
         return 128 + error.signal, str(error)
     for kinds, code in _EXPECTED.items():

@@ -319,6 +319,31 @@ def test_a_script_of_its_own_refuses_without_traceback(tmp_path):
     assert (ended.returncode, ended.stdout, ended.stderr) == (2, "", message)
 
 
+@pytest.mark.parametrize("flush", [True, False])
+def test_a_pipe_that_nothing_reads_ends_in_one_line(flush, tmp_path):
+    script = tmp_path / "digits.py"
+    script.write_text(
+        "from dataclasses import dataclass\n"
+        "from mf_eqx import run\n"
+        "@dataclass(frozen=True)\n"
+        "class Config:\n"
+        "    share: float = 0.25\n"
+        "def train(config):\n"
+        "    input()\n"
+        f"    print('a plan', flush={flush})\n"
+        "if __name__ == '__main__':\n"
+        "    run.main(train, Config())\n"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, str(script)], text=True, env=environment, **pipes) as ended:
+        ended.stdout.close()
+        ended.stdin.write("go\n")
+        ended.stdin.close()
+        assert ended.stderr.read() == "digits.py: stopped, since nothing reads its output any more\n"
+    assert ended.returncode == 141
+
+
 @pytest.mark.parametrize(
     ("error", "code", "line"),
     [
