@@ -298,8 +298,9 @@ def test_interrupt_is_one_line_and_code_130(capsys):
     assert capsys.readouterr().err == "script.py: interrupted\n"
 
 
-def test_a_script_of_its_own_refuses_without_traceback(tmp_path):
-    script = tmp_path / "digits.py"
+def script_that(folder, does):
+    """The path of a script of its own, whose function has these lines."""
+    script = folder / "digits.py"
     script.write_text(
         "from dataclasses import dataclass\n"
         "from mf_eqx import run\n"
@@ -307,10 +308,15 @@ def test_a_script_of_its_own_refuses_without_traceback(tmp_path):
         "class Config:\n"
         "    share: float = 0.25\n"
         "def train(config):\n"
-        "    raise ValueError(f'share must lie in [0, 1], got {config.share}')\n"
+        f"    {does}\n"
         "if __name__ == '__main__':\n"
         "    run.main(train, Config())\n"
     )
+    return script
+
+
+def test_a_script_of_its_own_refuses_without_traceback(tmp_path):
+    script = script_that(tmp_path, "raise ValueError(f'share must lie in [0, 1], got {config.share}')")
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     ended = subprocess.run(
         [sys.executable, str(script), "--share", "2"], capture_output=True, text=True, env=environment
@@ -321,19 +327,7 @@ def test_a_script_of_its_own_refuses_without_traceback(tmp_path):
 
 @pytest.mark.parametrize("flush", [True, False])
 def test_a_pipe_that_nothing_reads_ends_in_one_line(flush, tmp_path):
-    script = tmp_path / "digits.py"
-    script.write_text(
-        "from dataclasses import dataclass\n"
-        "from mf_eqx import run\n"
-        "@dataclass(frozen=True)\n"
-        "class Config:\n"
-        "    share: float = 0.25\n"
-        "def train(config):\n"
-        "    input()\n"
-        f"    print('a plan', flush={flush})\n"
-        "if __name__ == '__main__':\n"
-        "    run.main(train, Config())\n"
-    )
+    script = script_that(tmp_path, f"input(); print('a plan', flush={flush})")
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with subprocess.Popen([sys.executable, str(script)], text=True, env=environment, **pipes) as ended:
