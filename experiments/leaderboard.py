@@ -4,14 +4,16 @@
     python experiments/leaderboard.py --methods MeanFlow Shortcut --seeds 2
     python experiments/leaderboard.py --identity mine.py                with the methods of a file of your own
     python experiments/leaderboard.py --settings common paper           and with the settings of each method's paper
+    python experiments/leaderboard.py --power 0                         all rows weighted alike
     python experiments/leaderboard.py --data photos --size 32           on images of your own
 
 Network, optimiser, batch and average are those of `images.py --preset quick`. With the common settings a method has the
-share of rows, the times and the weight of that preset; with those of its paper it has what `Facts.paper_settings` says.
-Flow Matching has no weight, and the losses that some methods bring for rows with r < t are not weighted either. Methods
-differ in what a step costs, so each is trained for as many steps as make the operations of `--steps` steps of MeanFlow
-(`mf_eqx.measure.relative_cost` counts matrix products and convolutions; of AlphaFlow, whose steps differ, it takes the
-most expensive one). Flow Matching samples by Euler's method, all others along their average velocity.
+share of rows, the times and, unless --power is given, the weight of that preset; with those of its paper it has what
+`Facts.paper_settings` says. Flow Matching has no weight, and the losses that some methods bring for rows with r < t are
+not weighted either. Methods differ in what a step costs, so each is trained for as many steps as make the operations of
+`--steps` steps of MeanFlow (`mf_eqx.measure.relative_cost` counts matrix products and convolutions; of AlphaFlow, whose
+steps differ, it takes the most expensive one). Flow Matching samples by Euler's method, all others along their average
+velocity.
 
 Results of finished trainings are in runs/leaderboard/all/cells.jsonl, and a training that is there is not done again. A
 run that was stopped, or killed, continues by the same command. RESULTS.md has the figures.
@@ -80,6 +82,8 @@ class Config(run.CellSettings):
     settings: tuple[str, ...] = ("common",)
     """common: those of images.py for every method; paper: the share, times and weight of each method's own paper, for
     methods whose paper's are known."""
+    power: float = images.PRESETS["quick"][1].power
+    """Power p of the adaptive weight (Eq. 22) with the common settings, >= 0; 0 weighs all rows alike."""
     seeds: int = 1
     """Trainings of each, from seeds 0, 1, ..."""
     steps: int = 3000
@@ -98,6 +102,7 @@ class Config(run.CellSettings):
     def __post_init__(self):
         self.check(seeds=1, steps=1, samples=2, size=1)
         run.check_sizes(self, seeds=100, samples=1 << 20, size=1 << 14)
+        mfx.AdaptiveWeight(self.power)
         for name, known in (("settings", toy_2d.SETTINGS), ("methods", methods(self.identity))):
             values = getattr(self, name)
             if unknown := [value for value in values if value not in known]:
@@ -153,7 +158,7 @@ class Study:
         if names is not None:
             fashion.check_files(config.data)
         quick = images.PRESETS["quick"][1]
-        own = {"data": config.data, "size": config.size, "labels": config.labels}
+        own = {"data": config.data, "size": config.size, "labels": config.labels, "power": config.power}
         self.config, self.base = config, dataclasses.replace(quick, **own)
         self.train, self.test, self.class_names = images.open_data(self.base, names)
         if (size := len(self.train) * math.prod(self.train.row_shape)) > MOST_BYTES:

@@ -1,5 +1,6 @@
 """All methods on the same images: which trainings there are, that they cost the same, and the report."""
 
+import dataclasses
 import json
 import math
 
@@ -62,6 +63,16 @@ def test_common_settings_are_those_of_the_recipe_and_the_papers_those_of_the_fac
     paper = study.objective("AlphaFlow", "paper", 7)
     assert float(paper.identity_share) == 0.75 and paper.weight == mfx.AdaptiveWeight(offset=0.001)
     assert paper.label_dropout == recipe.label_dropout
+
+
+def test_the_power_of_the_common_weight_can_be_chosen(study, leaderboard):
+    plain = leaderboard.Study(dataclasses.replace(study.config, power=0.0))
+    assert plain.objective("MeanFlow", "common", 7).weight.power == 0
+    assert plain.objective("AlphaFlow", "paper", 7).weight == mfx.AdaptiveWeight(offset=0.001)
+    cell = leaderboard.Cell("MeanFlow", "common", 0)
+    assert plain.key(cell) != study.key(cell)
+    with pytest.raises(ValueError, match="power"):
+        leaderboard.Config(power=-1.0)
 
 
 def test_a_schedule_ends_with_the_training(study):
