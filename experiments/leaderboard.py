@@ -4,16 +4,16 @@
     python experiments/leaderboard.py --methods MeanFlow Shortcut --seeds 2
     python experiments/leaderboard.py --identity mine.py                with the methods of a file of your own
     python experiments/leaderboard.py --settings common paper           and with the settings of each method's paper
-    python experiments/leaderboard.py --power 0                         all rows weighted alike
+    python experiments/leaderboard.py --power 0.5                       with the adaptive weight of images.py
     python experiments/leaderboard.py --data photos --size 32           on images of your own
 
 Network, optimiser, batch and average are those of `images.py --preset quick`. With the common settings a method has the
-share of rows, the times and, unless --power is given, the weight of that preset; with those of its paper it has what
-`Facts.paper_settings` says. Flow Matching has no weight, and the losses that some methods bring for rows with r < t are
-not weighted either. Methods differ in what a step costs, so each is trained for as many steps as make the operations of
-`--steps` steps of MeanFlow (`mf_eqx.measure.relative_cost` counts matrix products and convolutions; of AlphaFlow, whose
-steps differ, it takes the most expensive one). Flow Matching samples by Euler's method, all others along their average
-velocity.
+share of rows and the times of that preset, and no weight but the one that some methods bring with a loss of their own.
+An adaptive weight (--power) applies to neither Flow Matching nor such losses. With the settings of its paper a method
+has what `Facts.paper_settings` says. Methods differ in what a step costs, so each is trained for as many steps as make
+the operations of `--steps` steps of MeanFlow (`mf_eqx.measure.relative_cost` counts matrix products and convolutions;
+of AlphaFlow, whose steps differ, it takes the most expensive one). Flow Matching samples by Euler's method, all others
+along their average velocity.
 
 Results of finished trainings are in runs/leaderboard/all/cells.jsonl, and a training that is there is not done again. A
 run that was stopped, or killed, continues by the same command. RESULTS.md has the figures.
@@ -80,10 +80,11 @@ class Config(run.CellSettings):
     """A Python file with identities of your own, subclasses of mf_eqx.AbstractIdentity that can be made without
     arguments, or one of them as mine.py:Mix. When the file changes, their trainings are done again."""
     settings: tuple[str, ...] = ("common",)
-    """common: those of images.py for every method; paper: the share, times and weight of each method's own paper, for
-    methods whose paper's are known."""
-    power: float = images.PRESETS["quick"][1].power
-    """Power p of the adaptive weight (Eq. 22) with the common settings, >= 0; 0 weighs all rows alike."""
+    """common: the share and times of images.py, and --power, for every method; paper: the share, times and weight of
+    each method's own paper, for methods whose paper's are known."""
+    power: float = 0.0
+    """Power p of the adaptive weight (Eq. 22) with the common settings, >= 0. With 0 all rows weigh the same; with 0.5,
+    as in images.py, some methods learn nothing (RESULTS.md)."""
     seeds: int = 1
     """Trainings of each, from seeds 0, 1, ..."""
     steps: int = 3000

@@ -48,6 +48,12 @@ class AdaptiveWeight(AbstractWeight):
     (ImageNet, the defaults); p = 0.75, c = 1e-3 (CIFAR-10); p = 0.5 resembles Pseudo-Huber. With p = 1 the weighted
     loss stays at about 1 throughout training: monitor the raw errors instead. Any p > 0 biases the field wherever the
     conditional variance dominates the error.
+
+    The gradient of a row is proportional to $\|\Delta\|^{1 - 2p}$ where the error is large beside c, so with p >= 0.5
+    it does not fade as the error falls. If a wrong field, such as u = 0, leaves no error in rows with r < t
+    (`Facts.degenerate`), training may end there, against the rows with r = t. On Fashion-MNIST it did so with p = 0.5
+    for `Shortcut`, `SplitMeanFlow`, `LagrangianSelfDistillation` and `EulerianSelfDistillation`, which all learn with
+    p = 0 (`ConstantWeight`).
     """
 
     power: float = eqx.field(default=1.0, converter=float)

@@ -20,7 +20,8 @@ class Facts:
     **Arguments:**
 
     - `degenerate`: whether rows with r < t alone do not determine the average velocity: another field, such as u = 0,
-      solves the equation too. Then an identity share of 1 is refused.
+      solves the equation too. Then an identity share of 1 is refused. `ConstantWeight` is the safe weight: see
+      `AdaptiveWeight`.
     - `trains_velocity`: whether rows with r < t also train u(z, t, t), as a limit. If not, only boundary rows train v,
       along which Euler steps sample.
     - `uses_velocity`: whether the residual uses `Row.v`. If not, guidance passes are made for boundary rows only.

@@ -53,7 +53,7 @@ def test_all_trainings_cost_the_same(study):
 
 
 def test_common_settings_are_those_of_the_recipe_and_the_papers_those_of_the_facts(study, leaderboard):
-    quick = leaderboard.images.PRESETS["quick"][1]
+    quick = dataclasses.replace(leaderboard.images.PRESETS["quick"][1], power=0.0)
     recipe = leaderboard.images.objective(quick, 10)
     assert repr(study.objective("MeanFlow", "common", 7)) == repr(recipe)
     pairs = study.objective("ConsistencyTraining", "common", 7)
@@ -66,11 +66,11 @@ def test_common_settings_are_those_of_the_recipe_and_the_papers_those_of_the_fac
 
 
 def test_the_power_of_the_common_weight_can_be_chosen(study, leaderboard):
-    plain = leaderboard.Study(dataclasses.replace(study.config, power=0.0))
-    assert plain.objective("MeanFlow", "common", 7).weight.power == 0
-    assert plain.objective("AlphaFlow", "paper", 7).weight == mfx.AdaptiveWeight(offset=0.001)
+    adaptive = leaderboard.Study(dataclasses.replace(study.config, power=0.5))
+    assert adaptive.objective("MeanFlow", "common", 7).weight == mfx.AdaptiveWeight(0.5, 0.01)
+    assert adaptive.objective("AlphaFlow", "paper", 7).weight == mfx.AdaptiveWeight(offset=0.001)
     cell = leaderboard.Cell("MeanFlow", "common", 0)
-    assert plain.key(cell) != study.key(cell)
+    assert adaptive.key(cell) != study.key(cell)
     with pytest.raises(ValueError, match="power"):
         leaderboard.Config(power=-1.0)
 
