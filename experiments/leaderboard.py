@@ -4,16 +4,16 @@
     python experiments/leaderboard.py --methods MeanFlow Shortcut --seeds 2
     python experiments/leaderboard.py --identity mine.py                with the methods of a file of your own
     python experiments/leaderboard.py --settings common paper           and with the settings of each method's paper
-    python experiments/leaderboard.py --power 0.5                       with the adaptive weight of images.py
+    python experiments/leaderboard.py --power 0                         without the adaptive weight of images.py
     python experiments/leaderboard.py --data photos --size 32           on images of your own
 
 Network, optimiser, batch and average are those of `images.py --preset quick`. With the common settings a method has the
-share of rows and the times of that preset, and no weight but the one that some methods bring with a loss of their own.
-An adaptive weight (--power) applies to neither Flow Matching nor such losses. With the settings of its paper a method
-has what `Facts.paper_settings` says. Methods differ in what a step costs, so each is trained for as many steps as make
-the operations of `--steps` steps of MeanFlow (`mf_eqx.measure.relative_cost` counts matrix products and convolutions;
-of AlphaFlow, whose steps differ, it takes the most expensive one). Flow Matching samples by Euler's method, all others
-along their average velocity.
+share of rows, the times and the adaptive weight of that preset; with those of its paper it has what
+`Facts.paper_settings` says. The weight is left out of Flow Matching, of losses that some methods bring, and of methods
+whose rows with r < t do not use the velocity of the data (`weighted` says why). Methods differ in what a step costs, so
+each is trained for as many steps as make the operations of `--steps` steps of MeanFlow (`mf_eqx.measure.relative_cost`
+counts matrix products and convolutions; of AlphaFlow, whose steps differ, it takes the most expensive one). Flow
+Matching samples by Euler's method, all others along their average velocity.
 
 Results of finished trainings are in runs/leaderboard/all/cells.jsonl, and a training that is there is not done again. A
 run that was stopped, or killed, continues by the same command. RESULTS.md has the figures.
@@ -82,9 +82,8 @@ class Config(run.CellSettings):
     settings: tuple[str, ...] = ("common",)
     """common: the share and times of images.py, and --power, for every method; paper: the share, times and weight of
     each method's own paper, for methods whose paper's are known."""
-    power: float = 0.0
-    """Power p of the adaptive weight (Eq. 22) with the common settings, >= 0. With 0 all rows weigh the same; with 0.5,
-    as in images.py, some methods learn nothing (RESULTS.md)."""
+    power: float = images.PRESETS["quick"][1].power
+    """Power p of the adaptive weight (Eq. 22) with the common settings, >= 0; 0 leaves it out for all methods."""
     seeds: int = 1
     """Trainings of each, from seeds 0, 1, ..."""
     steps: int = 3000
@@ -126,6 +125,16 @@ def methods(own: str | None) -> list[str]:
     return [FLOW_MATCHING, *toy_2d.identities(own, 1)]
 
 
+def weighted(identity: mfx.AbstractIdentity | None) -> bool:
+    """Whether a method has the adaptive weight.
+
+    Where rows with r < t do not use the velocity v of the data, their errors are free of its noise and soon far below
+    those of rows with r = t. A weight that favours small errors lets such rows win, though wrong fields, such as u = 0,
+    solve most of these equations, too. With p = 0.5 five of these methods learnt nothing on Fashion-MNIST (RESULTS.md).
+    """
+    return identity is not None and identity.facts.uses_velocity
+
+
 def cells(config: Config) -> list[Cell]:
     """All trainings, by seed first: two seeds of one method side by side would both compile its program."""
     known = toy_2d.identities(config.identity, 1)
@@ -159,7 +168,7 @@ class Study:
         if names is not None:
             fashion.check_files(config.data)
         quick = images.PRESETS["quick"][1]
-        own = {"data": config.data, "size": config.size, "labels": config.labels, "power": config.power}
+        own = {"data": config.data, "size": config.size, "labels": config.labels}
         self.config, self.base = config, dataclasses.replace(quick, **own)
         self.train, self.test, self.class_names = images.open_data(self.base, names)
         if (size := len(self.train) * math.prod(self.train.row_shape)) > MOST_BYTES:
@@ -188,9 +197,13 @@ class Study:
             assert identity is not None and identity.facts.paper_settings is not None
             dropout = None if self.labels is None else mfx.LabelDropout(self.base.label_dropout, self.labels)
             return mfx.Objective(identity, label_dropout=dropout, **identity.facts.paper_settings)
-        if identity is None:
-            return images.objective(dataclasses.replace(self.base, identity_share=0.0, power=0.0), self.labels)
-        return dataclasses.replace(images.objective(self.base, self.labels), identity=identity)
+        share = 0.0 if identity is None else self.base.identity_share
+        recipe = dataclasses.replace(self.base, identity_share=share, power=self.power(method))
+        return dataclasses.replace(images.objective(recipe, self.labels), identity=identity)
+
+    def power(self, method: str) -> float:
+        """Of the weight with the common settings."""
+        return self.config.power if weighted(toy_2d.identities(self.config.identity, 1).get(method)) else 0.0
 
     def cost(self, method: str, settings: str) -> float:
         field = eqx.filter_eval_shape(self.make_field, jr.key(0))
@@ -219,6 +232,7 @@ class Study:
         own = self.config.identity if cell.method not in methods(None) else None
         unused = UNUSED | {field.name for field in dataclasses.fields(run.Settings)}
         values = {name: value for name, value in dataclasses.asdict(self.base).items() if name not in unused}
+        values["power"] = self.power(cell.method) if cell.settings == "common" else None
         values |= {**cell._asdict(), "steps": self.methods[cell[:2]].steps, "train": self.train.digest}
         return values | {"own": own and toy_2d.own_methods(own)[1]}
 

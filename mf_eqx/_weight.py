@@ -50,10 +50,10 @@ class AdaptiveWeight(AbstractWeight):
     conditional variance dominates the error.
 
     The gradient of a row is proportional to $\|\Delta\|^{1 - 2p}$ where the error is large beside c, so with p >= 0.5
-    it does not fade as the error falls. If a wrong field, such as u = 0, leaves no error in rows with r < t
-    (`Facts.degenerate`), training may end there, against the rows with r = t. On Fashion-MNIST it did so with p = 0.5
-    for `Shortcut`, `SplitMeanFlow`, `LagrangianSelfDistillation` and `EulerianSelfDistillation`, which all learn with
-    p = 0 (`ConstantWeight`).
+    it does not fade as the error falls. Methods whose rows with r < t do not use v (`Facts.uses_velocity`) have small
+    errors there, free of the noise of v, even where u is wrong: u = 0 solves the equations of most. So such rows can
+    win over those with r = t. On Fashion-MNIST `Shortcut`, `SplitMeanFlow`, `LagrangianSelfDistillation` and
+    `EulerianSelfDistillation` learnt nothing with p = 0.5, and learn with p = 0 (`ConstantWeight`).
     """
 
     power: float = eqx.field(default=1.0, converter=float)

@@ -36,7 +36,7 @@ class EulerianSelfDistillation(AbstractIdentity):
     r"""The residual $u + (t - r)\, (\partial_t u + \partial_z u\, \mathrm{sg}(\hat v)) - \mathrm{sg}(\hat v)$.
 
     It needs boundary rows, from which v is learnt, and does not use v on its own rows. Attention whose derivative has
-    no gradient, such as `CudnnAttention`, is refused.
+    no gradient, such as `CudnnAttention`, is refused. `ConstantWeight` is the safe weight: see `AdaptiveWeight`.
 
     **Arguments:** `stop_advection` puts $\partial_z u\, \hat v$ behind stop-gradient, as in the authors' experiments,
     which costs one more tangent pass.

@@ -20,11 +20,11 @@ class Facts:
     **Arguments:**
 
     - `degenerate`: whether rows with r < t alone do not determine the average velocity: another field, such as u = 0,
-      solves the equation too. Then an identity share of 1 is refused. `ConstantWeight` is the safe weight: see
-      `AdaptiveWeight`.
+      solves the equation too. Then an identity share of 1 is refused.
     - `trains_velocity`: whether rows with r < t also train u(z, t, t), as a limit. If not, only boundary rows train v,
       along which Euler steps sample.
-    - `uses_velocity`: whether the residual uses `Row.v`. If not, guidance passes are made for boundary rows only.
+    - `uses_velocity`: whether the residual uses `Row.v`. If not, guidance passes are made for boundary rows only, and
+      `ConstantWeight` is the safe weight (`AdaptiveWeight` says why).
     - `uses_pair`: whether the residual uses x and eps, by `Row.at`. They do not depend on guidance, a given velocity or
       a stable target, so these are refused.
     - `ends_at_data`: whether the equation is for r = 0 alone. Its rows are then drawn with r = 0. With

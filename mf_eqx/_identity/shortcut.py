@@ -20,7 +20,10 @@ from .split_mean_flow import semigroup_residual
 
 
 class Shortcut(AbstractIdentity):
-    """The semigroup property at the midpoint of [r, t]. It needs boundary rows, and uses neither v nor a JVP."""
+    """The semigroup property at the midpoint of [r, t]. It needs boundary rows, and uses neither v nor a JVP.
+
+    `ConstantWeight` is the safe weight: see `AdaptiveWeight`.
+    """
 
     @property
     def facts(self) -> Facts:

@@ -50,6 +50,7 @@ def semigroup_residual(
 
 class SplitMeanFlow(AbstractIdentity):
     """The semigroup property at a random s. It learns v from the boundary rows alone, and needs no JVP.
+    `ConstantWeight` is the safe weight: see `AdaptiveWeight`.
 
     **Arguments:** `split` distribution of the share of the interval above s; uniform in the paper.
     """

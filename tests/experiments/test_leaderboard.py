@@ -53,11 +53,13 @@ def test_all_trainings_cost_the_same(study):
 
 
 def test_common_settings_are_those_of_the_recipe_and_the_papers_those_of_the_facts(study, leaderboard):
-    quick = dataclasses.replace(leaderboard.images.PRESETS["quick"][1], power=0.0)
+    quick = leaderboard.images.PRESETS["quick"][1]
     recipe = leaderboard.images.objective(quick, 10)
     assert repr(study.objective("MeanFlow", "common", 7)) == repr(recipe)
-    pairs = study.objective("ConsistencyTraining", "common", 7)
-    assert repr(pairs.weight) == repr(recipe.weight) and pairs.identity_share == recipe.identity_share
+    for name, power in (("ContinuousConsistency", 0.5), ("Shortcut", 0), ("ConsistencyTraining", 0)):
+        common = study.objective(name, "common", 7)
+        assert common.weight == mfx.AdaptiveWeight(power, quick.offset), name
+        assert common.identity_share == recipe.identity_share
     flow = study.objective("FlowMatching", "common", 7)
     assert flow.identity is None and flow.identity_share == 0 and flow.weight.power == 0
     paper = study.objective("AlphaFlow", "paper", 7)
@@ -65,12 +67,13 @@ def test_common_settings_are_those_of_the_recipe_and_the_papers_those_of_the_fac
     assert paper.label_dropout == recipe.label_dropout
 
 
-def test_the_power_of_the_common_weight_can_be_chosen(study, leaderboard):
-    adaptive = leaderboard.Study(dataclasses.replace(study.config, power=0.5))
-    assert adaptive.objective("MeanFlow", "common", 7).weight == mfx.AdaptiveWeight(0.5, 0.01)
-    assert adaptive.objective("AlphaFlow", "paper", 7).weight == mfx.AdaptiveWeight(offset=0.001)
-    cell = leaderboard.Cell("MeanFlow", "common", 0)
-    assert adaptive.key(cell) != study.key(cell)
+def test_the_power_of_the_common_weight_changes_what_it_weighs_alone(study, leaderboard):
+    plain = leaderboard.Study(dataclasses.replace(study.config, power=0.0))
+    assert plain.objective("MeanFlow", "common", 7).weight.power == 0
+    assert plain.objective("AlphaFlow", "paper", 7).weight == mfx.AdaptiveWeight(offset=0.001)
+    changed = {cell for cell in leaderboard.cells(study.config) if plain.key(cell) != study.key(cell)}
+    names = "MeanFlow", "AlphaFlow", "SoFlow", "ContinuousConsistency"
+    assert changed == {leaderboard.Cell(name, "common", 0) for name in names}
     with pytest.raises(ValueError, match="power"):
         leaderboard.Config(power=-1.0)
 
