@@ -198,11 +198,13 @@ class Study:
             dropout = None if self.labels is None else mfx.LabelDropout(self.base.label_dropout, self.labels)
             return mfx.Objective(identity, label_dropout=dropout, **identity.facts.paper_settings)
         share = 0.0 if identity is None else self.base.identity_share
-        recipe = dataclasses.replace(self.base, identity_share=share, power=self.power(method))
+        recipe = dataclasses.replace(self.base, identity_share=share, power=self.power(method, settings))
         return dataclasses.replace(images.objective(recipe, self.labels), identity=identity)
 
-    def power(self, method: str) -> float:
-        """Of the weight with the common settings."""
+    def power(self, method: str, settings: str) -> float | None:
+        """Power of the adaptive weight. None with the settings of a paper, which have a weight of their own."""
+        if settings == "paper":
+            return None
         return self.config.power if weighted(toy_2d.identities(self.config.identity, 1).get(method)) else 0.0
 
     def cost(self, method: str, settings: str) -> float:
@@ -232,8 +234,8 @@ class Study:
         own = self.config.identity if cell.method not in methods(None) else None
         unused = UNUSED | {field.name for field in dataclasses.fields(run.Settings)}
         values = {name: value for name, value in dataclasses.asdict(self.base).items() if name not in unused}
-        values["power"] = self.power(cell.method) if cell.settings == "common" else None
         values |= {**cell._asdict(), "steps": self.methods[cell[:2]].steps, "train": self.train.digest}
+        values["power"] = self.power(*cell[:2])
         return values | {"own": own and toy_2d.own_methods(own)[1]}
 
     def key(self, cell: Cell) -> dict[str, Any]:
@@ -332,7 +334,7 @@ def report(study: Study, ledger: run.Ledger, lines: Sequence[Line]) -> str:
     """A row for each method, and what real images score."""
     real = ledger[study.real_key()]
     shown = {name: text for name, text in COLUMNS.items() if math.isfinite(real.get(name, math.nan))}
-    headers = ["", "steps", "cost of a step"]
+    headers = ["", "power", "steps", "cost of a step"]
     headers += [f"{text}, {number}" for text in shown.values() for number in EVALUATIONS]
     rows: list[tuple[object, ...]] = []
     for line in lines:
@@ -340,9 +342,9 @@ def report(study: Study, ledger: run.Ledger, lines: Sequence[Line]) -> str:
         scores = (line.values(number, name) for name in shown for number in EVALUATIONS)
         diverged = not math.isfinite(line.distance)
         texts = ["diverged" if diverged else None if values is None else spread(values) for values in scores]
-        rows.append((line.name, steps, f"{cost:.2f}", *texts))
+        rows.append((line.name, study.power(*line[:2]), steps, f"{cost:.2f}", *texts))
     best = [value for name in shown for value in (rounded(real[name], 3), *[None] * (len(EVALUATIONS) - 1))]
-    rows.append(("real images", None, None, *best))
+    rows.append(("real images", None, None, None, *best))
     commits = sorted({str(ledger.commit(study.key(cell))) for cell in cells(study.config)})
     config = study.config
     sentences = [
@@ -352,9 +354,10 @@ def report(study: Study, ledger: run.Ledger, lines: Sequence[Line]) -> str:
         "FD: Frechet distance in the features of EfficientNet-Lite0 (lite0) and of a classifier of the training",
         "images; covered: share of test images with a sample near them in the space of lite0; right class: share of",
         "samples in which the classifier reads the class that was asked for, over all and in the class with the lowest",
-        "share. Cost of a step: its operations divided by those of a step of Flow Matching, which samples by Euler's",
-        "method. The row of real images: training images beside the test images, and what is read in test images.",
-        "A dash: the method learns u(z, 0, t) alone, for one evaluation.",
+        "share. Power: that of the adaptive weight, unless it is the weight of a method's paper. Cost of a step: its",
+        "operations divided by those of a step of Flow Matching, which samples by Euler's method. The row of real",
+        "images: training images beside the test images, and what is read in test images. A dash in place of a score:",
+        "the method learns u(z, 0, t) alone, for one evaluation.",
         f"Commits: {', '.join(commits)}.",
     ]
     text = f"{' '.join(sentences)}\n\n{run.table(rows, headers)}"

@@ -166,7 +166,9 @@ def test_lines_are_sorted_by_the_distance_and_show_what_diverged(study, leaderbo
     rows = {row.split("|")[1].strip(): row for row in text.splitlines() if row[:1] == "|"}
     assert rows["SoFlow"].count("diverged") == 2 * len(leaderboard.COLUMNS)
     assert "diverged" not in rows["MeanFlow, its paper's settings"]
-    assert rows["MeanFlow"].split("|")[5].strip() == "-"  # four evaluations, which were not judged
+    assert rows["MeanFlow"].split("|")[6].strip() == "-"  # four evaluations, which were not judged
+    powers = {name: row.split("|")[2].strip() for name, row in rows.items()}
+    assert (powers["MeanFlow"], powers["FlowMatching"], powers["MeanFlow, its paper's settings"]) == ("0.5", "0", "-")
     assert "Flow Matching in 16 Euler steps: FD lite0 100, " in text
 
 
