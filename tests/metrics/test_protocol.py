@@ -62,7 +62,11 @@ def test_constant_pixels_reach_the_network_as_they_are(protocol):
 def test_grey_images_are_three_equal_channels(x):
     grey = x.reshape(1, 1, 8, 8)
     for protocol in (ADM, LITE0):
-        np.testing.assert_array_equal(protocol(grey), protocol(jnp.repeat(grey, 3, axis=1)))
+        found = protocol(grey)
+        np.testing.assert_array_equal(found[:, :1], found[:, 1:2])
+        np.testing.assert_array_equal(found[:, :1], found[:, 2:])
+        # Some CPUs add up the products of three channels in another order than those of one.
+        np.testing.assert_allclose(found, protocol(jnp.repeat(grey, 3, axis=1)), atol=1e-6)
 
 
 def test_samples_go_the_way_of_their_pixels():
