@@ -11,6 +11,7 @@ import pathlib
 import resource
 import subprocess
 import sys
+import tempfile
 
 import equinox as eqx
 import jax
@@ -31,6 +32,11 @@ QUICK = (
     "--xla_disable_hlo_passes=fusion-wrapper",
     "--xla_cpu_use_fusion_emitters=false",
 )
+# Programs that this process has compiled, for when it needs them again after they were dropped from memory. Not shared
+# with other processes: JAX does not write such a file at once.
+PROGRAMS = tempfile.TemporaryDirectory()
+jax.config.update("jax_compilation_cache_dir", PROGRAMS.name)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 MOST_MEMORY = 4e9  # bytes that all processes of a run may need together
 MOST_KEPT = 1.1e9  # bytes that a process may keep after a test; few tests need more than half as much besides
 ROOM = 4e8  # bytes of programs that are kept in any case: to drop them costs seconds, since they are compiled again
