@@ -1,3 +1,5 @@
+import functools
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -5,6 +7,7 @@ import jax.random as jr
 import numpy as np
 import optax
 import pytest
+from fields import filled
 
 import mf_eqx as mfx
 
@@ -14,8 +17,9 @@ PATHS = [mfx.LinearInterpolant(), mfx.TrigonometricInterpolant()]
 STAGES = optax.exponential_decay(1.0, 100, 0.5, staircase=True)
 
 
+@functools.cache
 def field():
-    return mfx.nn.cast(mfx.MLP(3, width=8, depth=2, key=jr.key(0)), jnp.float64)
+    return mfx.nn.cast(filled(lambda: mfx.MLP(3, width=8, depth=1, key=jr.key(0))), jnp.float64)
 
 
 def row(path=PATHS[0], step=None, t=0.7):

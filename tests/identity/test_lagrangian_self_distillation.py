@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from fields import FusedAttention, refilled
+from fields import filled, FusedAttention
 from methods import trainer
 
 import mf_eqx as mfx
@@ -90,8 +90,8 @@ def test_without_a_teacher_terminal_velocity_matching_is_refused():
 
 def test_attention_whose_derivative_has_no_gradient_is_refused():
     size = mfx.DiTSize(depth=1, width=8, heads=2, patch=2)
-    dit = mfx.DiT((1, 4, 4), size, attention=FusedAttention(), key=jax.random.key(0))
+    dit = filled(lambda: mfx.DiT((1, 4, 4), size, attention=FusedAttention(), key=jax.random.key(0)))
     step = trainer(mfx.LagrangianSelfDistillation(), optax.sgd(0.1), [])
-    state = mfx.init_state(refilled(dit), step.optimizer, key=jax.random.key(1))
+    state = mfx.init_state(dit, step.optimizer, key=jax.random.key(1))
     with pytest.raises(ValueError, match="du/dt must be behind stop_gradient here"):
         eqx.filter_eval_shape(step, state, mfx.Batch(jnp.zeros((8, 1, 4, 4))))

@@ -1,15 +1,19 @@
+import functools
+
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
+from fields import filled
 
 import mf_eqx as mfx
 
 pytestmark = pytest.mark.usefixtures("x64")
 
 
+@functools.cache
 def field():
-    return mfx.nn.cast(mfx.MLP(3, width=8, depth=2, key=jr.key(0)), jnp.float64)
+    return mfx.nn.cast(filled(lambda: mfx.MLP(3, width=8, depth=1, key=jr.key(0))), jnp.float64)
 
 
 def row(step=None):

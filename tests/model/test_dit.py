@@ -7,7 +7,7 @@ import jax.random as jr
 import numpy as np
 import optax
 import pytest
-from fields import FusedAttention, refilled
+from fields import filled, FusedAttention, refilled
 
 import mf_eqx as mfx
 from mf_eqx import nn
@@ -17,22 +17,35 @@ SHAPE = (3, 4, 6)  # height and width differ, so that neither can stand for the 
 R, T, LABEL = 0.3, 0.8, 1
 
 
-@functools.cache
-def small(*, labels=4, **options):
+@functools.lru_cache(None, typed=True)  # 1 is not True
+def small(shape=SHAPE, *, labels=4, unroll=1, **options):
+    """With a loop over the blocks unless `unroll` says otherwise."""
     with jax.enable_x64(False):
-        return refilled(mfx.DiT(SHAPE, SMALL, labels=labels, **options, key=jr.key(0)))
+        return filled(lambda: mfx.DiT(shape, SMALL, labels=labels, unroll=unroll, **options, key=jr.key(0)))
 
 
-def small64(**options):
+def small64(*arguments, **options):
     """To be built inside float64."""
-    return nn.cast(small(dtype=jnp.float64, **options), jnp.float64)
+    return in_float64(small(*arguments, dtype=jnp.float64, **options))
 
 
-def inputs(rows=()):
+def in_float64(field):
+    return jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf, np.float64)), field)
+
+
+def normal(seed, *shape):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape))
+
+
+def inputs(rows=(), shape=SHAPE):
     """(z, r, t, label), or as many of them as `rows` says, in the default precision."""
-    z = jr.normal(jr.key(2), (*rows, *SHAPE))
-    r, t = jnp.sort(jr.uniform(jr.key(3), (2, *rows)), axis=0) if rows else (jnp.asarray(R), jnp.asarray(T))
-    return z, r, t, jnp.full(rows, LABEL)
+    r, t = np.sort(np.random.default_rng(3).uniform(size=(2, *rows)), axis=0) if rows else (R, T)
+    return normal(2, *rows, *shape), jnp.asarray(r), jnp.asarray(t), jnp.asarray(np.full(rows, LABEL))
+
+
+@eqx.filter_jit
+def evaluate(field, z, r, t, label=None):
+    return field(z, r, t, label)
 
 
 # An independent forward pass, written for the eye and not for speed
@@ -133,7 +146,7 @@ def test_forward_pass_equals_an_independent_one(x64):
     z, r, t, label = inputs()
     expected = reference_dit(field, np.asarray(z), R, T, LABEL)
     # Positions are constants in float32.
-    np.testing.assert_allclose(eqx.filter_jit(field)(z, r, t, label), expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(evaluate(field, z, r, t, label), expected, rtol=1e-5, atol=1e-6)
     assert np.abs(expected).max() > 0.1
 
 
@@ -142,48 +155,24 @@ def test_forward_pass_equals_an_independent_one(x64):
 LINE = (3, 10)
 
 
-@functools.cache
-def line(**options):
-    with jax.enable_x64(False):
-        return refilled(mfx.DiT(LINE, SMALL, labels=4, **options, key=jr.key(0)))
-
-
-def line64(**options):
-    """To be built inside float64."""
-    return nn.cast(line(dtype=jnp.float64, **options), jnp.float64)
-
-
 def test_forward_pass_of_a_sequence_equals_an_independent_one(x64):
-    _, r, t, label = inputs()
-    z = jr.normal(jr.key(2), LINE)
-    expected = reference_line(line64(), np.asarray(z), R, T, LABEL)
-    np.testing.assert_allclose(eqx.filter_jit(line64())(z, r, t, label), expected, rtol=1e-5, atol=1e-6)
+    field = small64(LINE)
+    z, r, t, label = inputs(shape=LINE)
+    expected = reference_line(field, np.asarray(z), R, T, LABEL)
+    np.testing.assert_allclose(evaluate(field, z, r, t, label), expected, rtol=1e-5, atol=1e-6)
     assert np.abs(expected).max() > 0.1
 
 
-def test_total_derivative_of_a_sequence_is_that_of_every_form_and_of_finite_differences(x64):
-    _, r, t, label = inputs()
-    z, v = jr.normal(jr.key(2), (2, *LINE))
-    step = 1e-5
-    dudt = jax.jit(mfx.total_derivative)(line64(), z, v, r, t, label)[1]
-    ahead, behind = (line64()(z + s * v, r, t + s, label) for s in (step, -step))
-    np.testing.assert_allclose(dudt, (ahead - behind) / (2 * step), rtol=1e-5, atol=1e-7)
-    for form in ({"unroll": True}, {"remat": True}):
-        np.testing.assert_allclose(jax.jit(mfx.total_derivative)(line64(**form), z, v, r, t, label)[1], dudt, rtol=1e-9)
-
-
 def test_sequence_in_bfloat16_keeps_a_float32_output():
-    _, r, t, label = inputs()
-    z = jr.normal(jr.key(2), LINE)
-    found, expected = (field(z, r, t, label) for field in (line(dtype=jnp.bfloat16), line()))
+    found, expected = (evaluate(small(LINE, **how), *inputs(shape=LINE)) for how in ({"dtype": jnp.bfloat16}, {}))
     assert found.dtype == jnp.float32
-    np.testing.assert_allclose(found, expected, atol=0.05 * float(jnp.abs(expected).max()))
+    np.testing.assert_allclose(found, expected, atol=0.05 * float(np.abs(expected).max()))
 
 
 def test_sequence_trains_with_a_vector_for_its_condition():
-    field = mfx.DiT(LINE, SMALL, condition=5, key=jr.key(0))
-    batch = mfx.Batch(jr.normal(jr.key(1), (8, *LINE)), jr.normal(jr.key(2), (8, 5)))
-    step = mfx.TrainStep(mfx.Objective(), optax.adam(1e-3))
+    field = small(LINE, labels=None, condition=5)
+    batch = mfx.Batch(normal(1, 8, *LINE), normal(2, 8, 5))
+    step = mfx.TrainStep(mfx.Objective(identity_share=1), optax.sgd(1e-3))
     state, metrics = step(mfx.init_state(field, step.optimizer, key=jr.key(3)), batch)
     assert np.isfinite(metrics["loss"].value) and int(state.faults.total) == 0
 
@@ -222,41 +211,43 @@ def test_presets_have_exactly_the_parameters_of_the_paper(size, parameters):
     assert sum(leaf.size for leaf in jax.tree.leaves(field)) == parameters
 
 
+@functools.cache
+def fresh():
+    return eqx.filter_jit(lambda key: mfx.DiT(SHAPE, SMALL, labels=4, unroll=1, key=key))(jr.key(0))
+
+
 def test_fresh_field_outputs_zero():
-    field = mfx.DiT(SHAPE, SMALL, labels=4, key=jr.key(0))
-    np.testing.assert_array_equal(field(*inputs()), np.zeros(SHAPE))
+    np.testing.assert_array_equal(evaluate(fresh(), *inputs()), np.zeros(SHAPE))
 
 
 def test_only_modulations_the_last_layer_and_biases_start_at_zero():
-    field = mfx.DiT(SHAPE, SMALL, labels=4, key=jr.key(0))
-    leaves = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(field)}
-    zero = {path for path, leaf in leaves.items() if not leaf.any()}
+    leaves = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(fresh())}
+    zero = {path for path, leaf in leaves.items() if not np.asarray(leaf).any()}
     biases = {path for path in leaves if path.endswith(".bias")}
     assert zero == biases | {".stack.blocks.modulation.weight", ".modulation.weight", ".out.weight"}
 
 
 def test_unconditional_field_takes_no_label():
     field = small(labels=None)
-    z, r, t, _ = inputs()
     assert field.embedding.label is None
-    assert field(z, r, t).shape == SHAPE
+    assert eqx.filter_eval_shape(field, *inputs()[:3]).shape == SHAPE
 
 
 @pytest.mark.parametrize("variables", [nn.end_start, nn.end_duration, nn.end_start_duration, nn.duration])
 def test_every_embedding_of_table_1c_can_be_chosen(variables):
-    field = small(time_variables=variables)
-    z, r, t, label = inputs()
-    assert bool((field(z, r, t, label) != field(z, r + 0.1, t, label)).any())
-    assert len(field.embedding.times.hidden) == len(variables(r, t))
+    embedding = small(time_variables=variables).embedding
+    _, r, t, label = inputs()
+    assert np.any(np.asarray(embedding(r, t, label)) != embedding(jnp.asarray(R + 0.1), t, label))
+    assert len(embedding.times.hidden) == len(variables(r, t))
 
 
 def test_label_and_null_label_change_the_output():
     field = small()
     z, r, t, _ = inputs()
-    outputs = [field(z, r, t, jnp.asarray(label)) for label in (0, 3, field.null_label)]
+    outputs = [np.asarray(evaluate(field, z, r, t, jnp.asarray(label))) for label in (0, 3, field.null_label)]
     assert field.null_label == 4
     for i in range(3):
-        assert bool((outputs[i] != outputs[i - 1]).any())
+        assert (outputs[i] != outputs[i - 1]).any()
 
 
 # Derivatives
@@ -274,71 +265,79 @@ def test_scan_unrolled_and_remat_agree_in_values_and_gradients(x64):
         (_, values), gradient = eqx.filter_value_and_grad(loss, has_aux=True)(field)
         return values, jax.tree.leaves(gradient)
 
-    expected = jax.tree.leaves(everything(small64()))
+    expected = jax.tree.leaves(everything(small64(unroll=1)))
     for form in ({"unroll": True}, {"remat": True}):
         for result, leaf in zip(jax.tree.leaves(everything(small64(**form))), expected, strict=True):
             np.testing.assert_allclose(result, leaf, rtol=1e-9, atol=1e-12)
 
 
-def test_total_derivative_equals_central_finite_differences(x64):
-    field = eqx.filter_jit(small64())
-    z, r, t, label = inputs()
-    v = jr.normal(jr.key(4), SHAPE)
-    u, dudt = eqx.filter_jit(mfx.total_derivative)(small64(), z, v, r, t, label)
+@eqx.filter_jit
+def derivatives(field, z, v, r, t, label):
+    """u and its derivatives along (v, 0, 1) and in r, and the same from values nearby."""
     step = 1e-5
-    difference = (field(z + step * v, r, t + step, label) - field(z - step * v, r, t - step, label)) / (2 * step)
+    _, in_r = jax.jvp(lambda r: field(z, r, t, label), (r,), (jnp.ones(()),))
+    moves = jnp.asarray([(0, 0), (-step, 0), (step, 0), (0, -step), (0, step)])
+    near = jax.lax.map(lambda move: field(z + move[0] * v, r + move[1], t + move[0], label), moves)
+    found = *mfx.total_derivative(field, z, v, r, t, label), in_r
+    return found, (near[0], (near[2] - near[1]) / (2 * step), (near[4] - near[3]) / (2 * step))
+
+
+FIELDS = {
+    "image": small64,
+    "sequence": lambda: small64(LINE, unroll=None, remat=True),
+    "early blocks": lambda: in_float64(decoupled(dtype=jnp.float64, unroll=None)[0]),
+}
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_total_derivative_and_that_in_r_equal_central_finite_differences(x64, name):
+    field = FIELDS[name]()
+    z, *rest = inputs(shape=field.data_shape)
+    (u, dudt, in_r), (value, difference, in_r_difference) = derivatives(field, z, normal(4, *z.shape), *rest)
     np.testing.assert_allclose(dudt, difference, rtol=1e-7, atol=1e-8)
-    np.testing.assert_allclose(u, field(z, r, t, label), rtol=1e-12)
-    assert float(jnp.abs(dudt).max()) > 0.1
-
-
-def test_derivative_in_r_equals_central_finite_differences(x64):
-    field = eqx.filter_jit(small64())
-    z, r, t, label = inputs()
-    _, derivative = jax.jvp(lambda r: small64()(z, r, t, label), (r,), (jnp.ones(()),))
-    difference = (field(z, r + 1e-5, t, label) - field(z, r - 1e-5, t, label)) / 2e-5
-    np.testing.assert_allclose(derivative, difference, rtol=1e-6, atol=1e-9)
-    assert float(jnp.abs(derivative).max()) > 1e-4
-
-
-def gradients(field, dtype=jnp.float32):
-    """Gradients of a training loss with every label in the batch."""
-    label = jnp.arange(16) % 4
-    batch = mfx.Batch(jr.normal(jr.key(5), (16, *SHAPE), dtype), label)
-    objective = mfx.Objective(label_dropout=mfx.LabelDropout(0.4, field.null_label))
-    return eqx.filter_grad(lambda field: objective(field, batch, key=jr.key(6))[0])(field)
-
-
-def test_every_parameter_gets_a_finite_gradient_that_is_not_zero(x64):
-    found = jax.jit(functools.partial(gradients, dtype=jnp.float64))(small64())
-    # A bias of the keys shifts all logits of a query alike, which the softmax takes away again.
-    bias = found.stack.blocks.attention.qkv.bias
-    keys = bias[:, SMALL.width : 2 * SMALL.width]
-    assert float(jnp.abs(keys).max()) < 1e-12 * float(jnp.abs(bias).max())
-    found = eqx.tree_at(lambda g: g.stack.blocks.attention.qkv.bias, found, bias.at[:, 16:32].set(1))
-    for path, leaf in jax.tree_util.tree_leaves_with_path(found):
-        assert bool(jnp.isfinite(leaf).all() & (leaf != 0).all()), jax.tree_util.keystr(path)
-
-
-# Engines and attention
+    np.testing.assert_allclose(u, value, rtol=1e-12)
+    np.testing.assert_allclose(in_r, in_r_difference, rtol=1e-6, atol=1e-9)
+    assert np.abs(dudt).max() > 0.1 and np.abs(in_r).max() > 1e-4
 
 
 GUIDED = mfx.Guidance(0.7, mix=0.2)  # with a pass for the condition and one without it
 
 
-@functools.cache
-def training_gradient(*, engine=mfx.FusedJVP(), attention=nn.XLAAttention(), guidance=None, **form):
-    """As one vector: of four rows with the identity, or, if guided, of one such row and three with r = t."""
-    field = small64(attention=attention, **form)
+def gradients(field, engine=mfx.FusedJVP(), guidance=None):
+    """Of a training loss with every label in the batch: of rows with the identity, or, if guided, of a quarter of such
+    rows and others with r = t."""
     objective = mfx.Objective(
         mfx.MeanFlow(derivative=engine),
         identity_share=1 if guidance is None else "1/4",
         guidance=guidance,
-        label_dropout=mfx.LabelDropout(0.1, field.null_label),
+        label_dropout=mfx.LabelDropout(0.4, field.null_label),
     )
-    batch = mfx.Batch(jr.normal(jr.key(5), (4, *SHAPE), jnp.float64), jnp.arange(4))
-    gradient = jax.jit(jax.grad(lambda field: objective(field, batch, key=jr.key(6))[0]))(field)
-    return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(gradient)])
+    batch = mfx.Batch(normal(5, 16, *SHAPE), jnp.asarray(np.arange(16) % 4))
+    return jax.grad(lambda field: objective(field, batch, key=jr.key(6))[0])(field)
+
+
+@functools.cache
+def gradients64(*, engine=mfx.FusedJVP(), attention=nn.XLAAttention(), guidance=None, **form):
+    return jax.jit(functools.partial(gradients, engine=engine, guidance=guidance))(small64(attention=attention, **form))
+
+
+def training_gradient(**options):
+    """As one vector."""
+    return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(gradients64(**options))])
+
+
+def test_every_parameter_gets_a_finite_gradient_that_is_not_zero(x64):
+    for path, leaf in jax.tree_util.tree_leaves_with_path(gradients64()):
+        leaf, name = np.asarray(leaf), jax.tree_util.keystr(path)
+        if name.endswith("qkv.bias"):
+            # A bias of the keys shifts all logits of a query alike, which the softmax takes away again.
+            queries, keys, values = np.split(leaf, 3, axis=-1)
+            assert np.abs(keys).max() < 1e-12 * np.abs(leaf).max()
+            leaf = np.stack([queries, values])
+        assert (np.isfinite(leaf) & (leaf != 0)).all(), name
+
+
+# Engines and attention
 
 
 @pytest.mark.slow
@@ -401,23 +400,33 @@ class Pair(mfx.AbstractDerivative):
         return u, mfx.FusedJVP()(self.derivative, z, r, t, condition, tangent=tangent, key=key)[1]
 
 
-def faces():
-    """One field, with attention that is plain, that is doubled, and that has both faces."""
-    return tuple(small64(attention=attention) for attention in (nn.XLAAttention(), Doubled(), TwoFaced()))
+class Mixer(mfx.AbstractField):
+    """Attention alone, of all inputs."""
+
+    attention: nn.AbstractAttention
+
+    def __call__(self, z, r, t, condition=None, *, key=None):
+        tokens = z.reshape(12, 2, 3)
+        return self.attention((1 + r) * tokens, t * tokens, tokens + condition).reshape(z.shape)
+
+
+# One field, with attention that is plain, that is doubled, and that has both faces.
+FACES = Mixer(nn.XLAAttention()), Mixer(Doubled()), Mixer(TwoFaced())
 
 
 def test_engine_replaces_the_attention_only_where_it_differentiates(x64):
     z, r, t, label = inputs()
 
     @jax.jit
-    def compare(plain, doubled, two_faced):
+    def compare(z):
         def evaluate(engine, field):
             return engine(field, z, r, t, label, tangent=(jnp.cos(z), 0.0, 1.0), key=None)
 
+        plain, doubled, two_faced = FACES
         found = [evaluate(e, two_faced) for e in (mfx.FusedJVP(), mfx.StoppedJVP(), mfx.CentralDifference(1e-4))]
         return found, [evaluate(mfx.FusedJVP(), field) for field in (plain, doubled)]
 
-    (fused, stopped, central), (plain, doubled) = compare(*faces())
+    (fused, stopped, central), (plain, doubled) = compare(z)
     assert np.linalg.norm(plain[0] - doubled[0]) > 0.01 and np.linalg.norm(plain[1] - doubled[1]) > 0.01
     np.testing.assert_allclose(fused, doubled, rtol=1e-12)
     np.testing.assert_allclose(stopped, (plain[0], doubled[1]), rtol=1e-12)
@@ -426,20 +435,22 @@ def test_engine_replaces_the_attention_only_where_it_differentiates(x64):
 
 
 def test_boundary_rows_teachers_and_guidance_keep_the_plain_attention(x64):
-    batch = mfx.Batch(jr.normal(jr.key(5), (4, *SHAPE)), jnp.arange(4))
-    dropout = mfx.LabelDropout(0.1, small().null_label)
+    batch = mfx.Batch(normal(5, 4, *SHAPE), jnp.asarray(np.arange(4)))
 
     def errors(field, engine):
         # The predicted velocity of the improved identity is a pass that teaches, too.
-        identity = mfx.ImprovedMeanFlow(derivative=engine)
-        _, metrics = mfx.Objective(identity, guidance=GUIDED, label_dropout=dropout)(field, batch, key=jr.key(6))
+        objective = mfx.Objective(
+            mfx.ImprovedMeanFlow(derivative=engine), guidance=GUIDED, label_dropout=mfx.LabelDropout(0.1, 4)
+        )
+        _, metrics = objective(field, batch, key=jr.key(6))
         return metrics["boundary_error"].value, metrics["identity_error"].value
 
     @jax.jit
-    def compare(plain, doubled, two_faced):
+    def compare():
+        plain, doubled, two_faced = FACES
         return errors(two_faced, mfx.FusedJVP()), errors(plain, Pair(doubled, doubled))
 
-    np.testing.assert_allclose(*compare(*faces()), rtol=1e-12)
+    np.testing.assert_allclose(*compare(), rtol=1e-12)
 
 
 def test_norms_of_queries_and_keys_are_an_option_that_adds_nothing_but_their_scales():
@@ -451,9 +462,10 @@ def test_norms_of_queries_and_keys_are_an_option_that_adds_nothing_but_their_sca
     assert added == {f"{of_attention}.{name}_norm.weight": (2, 8) for name in ("query", "key")}
     field, (z, r, t, _) = small(qk_norm=True, labels=None), inputs()
     qkv = field.stack.blocks.attention.qkv
-    larger = jax.tree.map(lambda leaf: leaf.at[..., : 2 * SMALL.width].mul(9), qkv)  # of queries and keys
+    factors = np.repeat(np.float32([9, 9, 1]), SMALL.width)  # of queries, keys and values
+    larger = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf) * factors), qkv)
     scaled = eqx.tree_at(lambda field: field.stack.blocks.attention.qkv, field, larger)
-    np.testing.assert_allclose(field(z, r, t), scaled(z, r, t), rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(evaluate(field, z, r, t), evaluate(scaled, z, r, t), rtol=1e-3, atol=1e-4)
 
 
 # Precision
@@ -507,7 +519,7 @@ def test_patch_that_does_not_divide_the_image_is_refused(shape):
 
 def test_heads_that_do_not_divide_the_width_are_refused():
     with pytest.raises(ValueError, match="width must be a multiple of heads, got width 16 and heads 3"):
-        mfx.DiT(SHAPE, SMALL._replace(heads=3), key=jr.key(0))
+        eqx.filter_eval_shape(lambda: mfx.DiT(SHAPE, SMALL._replace(heads=3), key=jr.key(0)))
 
 
 def test_width_without_quarters_is_refused():
@@ -537,47 +549,41 @@ def test_null_label_needs_labels():
 # Decoupled MeanFlow: early blocks see t, late ones r
 
 
+@functools.lru_cache(None, typed=True)  # 1 is not True
 def decoupled(**options):
     """Three blocks, of which two are early; and the same weights without the option."""
     size = SMALL._replace(depth=3)
     make = functools.partial(mfx.DiT, SHAPE, size, labels=4, key=jr.key(0), **options)
-    return tuple(refilled(make(early_blocks=early)) for early in (2, None))
+    with jax.enable_x64(False):
+        return tuple(filled(functools.partial(make, early_blocks=early)) for early in (2, None))
 
 
 @pytest.mark.parametrize("unroll", [1, True])
 def test_decoupled_field_is_the_plain_one_at_equal_times_and_another_elsewhere(unroll):
     z, r, t, label = inputs()
     field, plain = decoupled(unroll=unroll)
-    np.testing.assert_allclose(field(z, t, t, label), plain(z, t, t, label), rtol=1e-5, atol=1e-6)
-    assert (field(z, r, t, label) != plain(z, r, t, label)).all()
+    np.testing.assert_allclose(evaluate(field, z, t, t, label), evaluate(plain, z, t, t, label), rtol=1e-5, atol=1e-6)
+    assert (np.asarray(evaluate(field, z, r, t, label)) != evaluate(plain, z, r, t, label)).all()
 
 
 def test_early_blocks_see_t_alone_and_late_ones_r_alone():
-    z, r, t, label = inputs()
-    field, _ = decoupled()
-    weights = field.stack.blocks.modulation.weight
+    z, _, _, label = inputs()
+    field, _ = decoupled(unroll=1)
 
     def moves(field, *, r_step=0.0, t_step=0.0):
-        return (field(z, r + r_step, t + t_step, label) != field(z, r, t, label)).any()
+        values = [evaluate(field, z, *map(jnp.asarray, times), label) for times in ((R, T), (R + r_step, T + t_step))]
+        return np.any(np.asarray(values[0]) != values[1])
 
     def without(blocks, last_layer):
         """The field whose `blocks`, and last layer, are modulated by constants."""
-        changed = eqx.tree_at(lambda field: field.stack.blocks.modulation.weight, field, weights.at[blocks].set(0))
-        last = field.modulation.weight
-        return eqx.tree_at(lambda field: field.modulation.weight, changed, 0 * last if last_layer else last)
+        weights, last = (np.array(part.weight) for part in (field.stack.blocks.modulation, field.modulation))
+        weights[blocks] = 0
+        changed = jnp.asarray(weights), jnp.asarray(0 * last if last_layer else last)
+        return eqx.tree_at(lambda f: (f.stack.blocks.modulation.weight, f.modulation.weight), field, changed)
 
-    early_alone, late_alone = without(jnp.array([2]), True), without(jnp.array([0, 1]), False)
+    early_alone, late_alone = without([2], True), without([0, 1], False)
     assert moves(early_alone, t_step=0.1) and not moves(early_alone, r_step=0.1)
     assert moves(late_alone, r_step=0.1) and not moves(late_alone, t_step=0.1)
-
-
-def test_total_derivative_of_a_decoupled_field_equals_central_finite_differences(x64):
-    field = nn.cast(decoupled(dtype=jnp.float64)[0], jnp.float64)
-    z, r, t, label = inputs()
-    v, step = jnp.cos(z), 1e-5
-    _, dudt = mfx.total_derivative(field, z, v, r, t, label)
-    ahead, behind = (field(z + s * v, r, t + s, label) for s in (step, -step))
-    np.testing.assert_allclose(dudt, (ahead - behind) / (2 * step), rtol=1e-6, atol=1e-8)
 
 
 @pytest.mark.parametrize("early", [0, 2, 5])

@@ -79,6 +79,7 @@ def test_a_unet_that_is_told_of_augmentation_takes_guidance_beside_it():
     field, z = filled(make), jnp.ones((1, 4, 4))
     told, zeros = (mfx.UNetCondition(1, jnp.asarray(numbers)) for numbers in ([1.0, -2.0], [0.0, 0.0]))
     conditions = told, zeros, mfx.UNetCondition(1), 1
-    made = [field(z, 0.2, 0.7, mfx.GuidanceCondition(condition, 2.0)) for condition in conditions]
+    evaluate = jax.jit(lambda condition: field(z, 0.2, 0.7, condition))
+    made = [evaluate(mfx.GuidanceCondition(condition, 2.0)) for condition in conditions]
     assert (made[0] != made[1]).any()
     assert jnp.array_equal(made[1], made[2]) and jnp.array_equal(made[1], made[3])

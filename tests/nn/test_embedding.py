@@ -1,9 +1,12 @@
+import functools
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
+from fields import filled
 
 import mf_eqx as mfx
 from mf_eqx import nn
@@ -108,18 +111,25 @@ def test_sizes_that_do_not_split_into_cosines_and_sines_are_refused(size):
 # Labels
 
 
+IMAGE = jnp.asarray(np.ones((1, 4, 4), np.float32))
+
+
+@functools.cache
 def mlp(labels=3):
-    return mfx.MLP(2, width=4, depth=1, labels=labels, key=jr.key(0)), jnp.ones(2), lambda label: label
+    field = filled(lambda: mfx.MLP(2, width=4, depth=1, labels=labels, key=jr.key(0)))
+    return field, jnp.asarray(np.ones(2, np.float32)), lambda label: label
 
 
+@functools.cache
 def dit(labels=3):
-    size = mfx.DiTSize(1, 4, 1, 2)
-    return mfx.DiT((1, 4, 4), size, labels=labels, key=jr.key(0)), jnp.ones((1, 4, 4)), lambda label: label
+    field = filled(lambda: mfx.DiT((1, 4, 4), mfx.DiTSize(1, 4, 1, 2), labels=labels, key=jr.key(0)))
+    return field, IMAGE, lambda label: label
 
 
+@functools.cache
 def unet(labels=3):
-    size = mfx.UNetSize(4, (1,), 1, ())
-    return mfx.UNet((1, 4, 4), size, labels=labels, key=jr.key(0)), jnp.ones((1, 4, 4)), lambda label: label
+    field = filled(lambda: mfx.UNet((1, 4, 4), mfx.UNetSize(4, (1,), 1, ()), labels=labels, key=jr.key(0)))
+    return field, IMAGE, lambda label: label
 
 
 def unet_condition(labels=3):
@@ -219,33 +229,37 @@ def test_zero_labels_are_refused():
 # Other conditions
 
 
-def mlp_of(condition, **options):
-    return mfx.MLP(2, width=4, depth=1, condition=condition, key=jr.key(0), **options), jnp.ones(2)
+def mlp_of(condition, *, key=jr.key(0), **options):
+    return mfx.MLP(2, width=4, depth=1, condition=condition, key=key, **options)
 
 
-def dit_of(condition, **options):
-    return mfx.DiT((1, 4, 4), mfx.DiTSize(1, 4, 1, 2), condition=condition, key=jr.key(0), **options), jnp.ones(
-        (1, 4, 4)
-    )
+def dit_of(condition, *, key=jr.key(0), **options):
+    return mfx.DiT((1, 4, 4), mfx.DiTSize(1, 4, 1, 2), condition=condition, key=key, **options)
 
 
-def unet_of(condition, **options):
+def unet_of(condition, *, key=jr.key(0), **options):
     size = mfx.UNetSize(4, (1,), 1, ())
     variables = nn.duration  # of which the embedding has two values for each of the width
-    field = mfx.UNet((1, 4, 4), size, condition=condition, time_variables=variables, key=jr.key(0), **options)
-    return field, jnp.ones((1, 4, 4))
+    return mfx.UNet((1, 4, 4), size, condition=condition, time_variables=variables, key=key, **options)
 
 
 EVERY = pytest.mark.parametrize("make", [mlp_of, dit_of, unet_of], ids=lambda make: make.__name__)
 
 
-def lively(field):
-    """The field with numbers in all parameters, of which some start at almost zero."""
-    arrays, rest = eqx.partition(field, eqx.is_inexact_array)
-    draws = np.random.default_rng(0)
-    return eqx.combine(
-        jax.tree.map(lambda leaf: leaf + 0.3 * draws.standard_normal(leaf.shape).astype("f4"), arrays), rest
-    )
+def lively(make, condition, **options):
+    """A field with numbers in all parameters, of which some start at almost zero; and a state."""
+    field = filled(lambda: make(condition, **options))
+    return field, jnp.asarray(np.ones(field.data_shape, np.float32))
+
+
+@functools.cache
+def of_vectors(make):
+    return lively(make, 5)
+
+
+@eqx.filter_jit
+def evaluate(field, z, condition):
+    return field(z, 0.2, 0.9, condition)
 
 
 VECTOR = np.linspace(-1, 1, 5, dtype=np.float32)
@@ -287,55 +301,56 @@ def test_vector_of_few_bits_is_embedded_in_float32(dtype):
 
 @EVERY
 def test_vector_changes_the_output_and_is_added_to_the_times(make):
-    field, z = make(5)
-    field = lively(field)
-    outputs = [field(z, 0.2, 0.9, vector) for vector in (VECTOR, -VECTOR, 0 * VECTOR)]
+    outputs = [np.asarray(evaluate(*of_vectors(make), vector)) for vector in (VECTOR, -VECTOR, 0 * VECTOR)]
     for i in range(3):
-        assert bool((outputs[i] != outputs[i - 1]).any())
+        assert (outputs[i] != outputs[i - 1]).any()
 
 
 @EVERY
 def test_size_of_a_vector_is_short_for_its_embedding(make):
-    field, z = make(5)
+    field, z = of_vectors(make)
     embedding = field.embedding.condition
-    again, _ = make(embedding)
+    again, _ = lively(make, embedding)
     assert isinstance(embedding, nn.VectorEmbedding) and jax.tree.structure(again) == jax.tree.structure(field)
-    np.testing.assert_array_equal(lively(again)(z, 0.0, 1.0, VECTOR), lively(field)(z, 0.0, 1.0, VECTOR))
+    np.testing.assert_array_equal(evaluate(again, z, VECTOR), evaluate(field, z, VECTOR))
 
 
 @EVERY
 def test_condition_of_any_structure_goes_through_an_embedding_of_ones_own(make):
     width = 8 if make is unet_of else 4
-    field, z = make(Pooled(width, key=jr.key(1)))
-    field, condition = lively(field), {"joints": VECTOR, "words": jnp.asarray([3, 3, 19])}
-    outputs = [field(z, 0.0, 1.0, c) for c in (condition, condition | {"words": jnp.asarray([3, 4, 19])})]
-    assert bool((outputs[0] != outputs[1]).any())
+    field, z = lively(make, filled(lambda: Pooled(width, key=jr.key(1))))
+    conditions = [{"joints": VECTOR, "words": np.array(words)} for words in ([3, 3, 19], [3, 4, 19])]
+    outputs = [np.asarray(evaluate(field, z, condition)) for condition in conditions]
+    assert (outputs[0] != outputs[1]).any()
 
 
 @pytest.mark.parametrize("make", [mlp_of, dit_of], ids=lambda make: make.__name__)
 def test_every_parameter_of_an_embedding_gets_a_gradient(make):
-    field, z = make(5)
-    batch = mfx.Batch(jr.normal(jr.key(1), (8, *z.shape)), jr.normal(jr.key(2), (8, 5)))
-    objective = mfx.Objective(label_dropout=mfx.LabelDropout(0.3, np.zeros(5, np.float32)))
+    field, z = of_vectors(make)
+    draws = np.random.default_rng(1)
+    batch = mfx.Batch(*(jnp.asarray(draws.standard_normal((8, *shape)), jnp.float32) for shape in (z.shape, (5,))))
+    objective = mfx.Objective(identity_share=1, label_dropout=mfx.LabelDropout(0.3, np.zeros(5, np.float32)))
     loss = eqx.filter_jit(eqx.filter_grad(lambda field: objective(field, batch, key=jr.key(3))[0]))
-    found = loss(lively(field)).embedding.condition
+    found = loss(field).embedding.condition
     for path, leaf in jax.tree_util.tree_leaves_with_path(found):
-        assert bool(jnp.isfinite(leaf).all() & (leaf != 0).all()), jax.tree_util.keystr(path)
+        leaf = np.asarray(leaf)
+        assert (np.isfinite(leaf) & (leaf != 0)).all(), jax.tree_util.keystr(path)
 
 
 @EVERY
 def test_field_without_a_condition_has_the_parameters_that_it_had_before(make):
-    field, other = make(5)[0], make(None)[0]
+    field, other = eqx.filter_jit(lambda key: (make(5, key=key), make(None, key=key)))(jr.key(0))
     expected = eqx.tree_at(lambda field: field.embedding.condition, field, None)
-    assert eqx.tree_equal(expected, other)
+    assert jax.tree.structure(expected) == jax.tree.structure(other)
+    assert all(map(np.array_equal, jax.tree.leaves(expected), jax.tree.leaves(other)))
 
 
 def test_unet_takes_a_vector_beside_its_augmentation():
-    field, z = unet_of(5, augmentation=6)
-    field = lively(field)
-    alone, beside = field(z, 0.0, 1.0, VECTOR), field(z, 0.0, 1.0, mfx.UNetCondition(VECTOR, jnp.ones(6)))
-    np.testing.assert_array_equal(alone, field(z, 0.0, 1.0, mfx.UNetCondition(VECTOR)))
-    assert bool((alone != beside).any())
+    field, z = lively(unet_of, 5, augmentation=6)
+    conditions = VECTOR, mfx.UNetCondition(VECTOR), mfx.UNetCondition(VECTOR, np.ones(6, np.float32))
+    alone, without, beside = (np.asarray(evaluate(field, z, condition)) for condition in conditions)
+    np.testing.assert_array_equal(alone, without)
+    assert (alone != beside).any()
 
 
 VECTORS = {
@@ -352,7 +367,7 @@ VECTORS = {
 @pytest.mark.parametrize(("condition", "got"), VECTORS.values(), ids=VECTORS)
 @EVERY
 def test_what_is_no_vector_of_the_size_is_refused(make, condition, got):
-    field, z = make(5)
+    field, z = of_vectors(make)
     message = rf"condition must be one vector of shape \(5,\) \(.*jax.vmap.*\), got {got}$"
     with pytest.raises(ValueError, match=message):
         field(z, 0.0, 1.0, condition)
@@ -360,20 +375,19 @@ def test_what_is_no_vector_of_the_size_is_refused(make, condition, got):
 
 @EVERY
 def test_shape_of_a_traced_condition_is_told(make):
-    field, z = make(5)
     with pytest.raises(ValueError, match=r"got float32 of shape \(7,\)"):
-        eqx.filter_jit(field)(z, 0.0, 1.0, jnp.ones(7))
+        evaluate(*of_vectors(make), np.ones(7, np.float32))
 
 
 @EVERY
 def test_vector_missing_or_in_vain_is_refused_by_every_network(make):
-    field, z = make(5)
+    field, z = of_vectors(make)
     with pytest.raises(ValueError, match="condition must be given for a field with VectorEmbedding, got None"):
         field(z, 0.0, 1.0)
-    field, z = make(None)
+    field, z = lively(make, None)
     message = r"condition must be None for a field made without labels and condition, got float32 of shape \(5,\)"
     with pytest.raises(ValueError, match=message):
-        eqx.filter_jit(field)(z, 0.0, 1.0, VECTOR)
+        evaluate(field, z, VECTOR)
 
 
 @pytest.mark.usefixtures("unchecked")
@@ -389,21 +403,21 @@ def test_vector_missing_or_in_vain_is_refused_by_every_network(make):
 @EVERY
 def test_what_stands_for_no_embedding_is_refused(make, condition, message):
     with pytest.raises(ValueError, match=message):
-        make(condition)
+        lively(make, condition)
 
 
 @EVERY
 def test_labels_and_another_condition_are_refused_together(make):
     with pytest.raises(ValueError, match=r"labels must be None with a condition, .*; got 3"):
-        make(5, labels=3)
+        lively(make, 5, labels=3)
 
 
 @pytest.mark.usefixtures("unchecked")
 @EVERY
 def test_embedding_of_another_width_is_refused(make):
-    field, z = make(Pooled(3, key=jr.key(1)))
+    field, z = lively(make, filled(lambda: Pooled(3, key=jr.key(1))))
     with pytest.raises(ValueError, match=r"condition must be embedded as shape \([48],\), got \(3,\) of Pooled"):
-        field(z, 0.0, 1.0, {"joints": VECTOR, "words": jnp.asarray([3, 3, 19])})
+        eqx.filter_eval_shape(field, z, 0.0, 1.0, {"joints": VECTOR, "words": np.array([3, 3, 19])})
 
 
 def test_label_embedding_of_another_width_is_refused_by_its_name():

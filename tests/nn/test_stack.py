@@ -1,3 +1,4 @@
+import functools
 import re
 
 import equinox as eqx
@@ -6,6 +7,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
+from fields import filled
 
 from mf_eqx import nn
 
@@ -27,8 +29,14 @@ class Block(eqx.Module):
         return x + jnp.tanh(self.linear(x))
 
 
+@functools.lru_cache(None, typed=True)  # 1 is not True
 def stack(**form):
-    return nn.cast(nn.Stack(lambda key: Block(nn.Linear(6, 6, key=key)), DEPTH, **form, key=jr.key(0)), jnp.float64)
+    made = filled(lambda: nn.Stack(lambda key: Block(nn.Linear(6, 6, key=key)), DEPTH, **form, key=jr.key(0)))
+    return nn.cast(made, jnp.float64)
+
+
+def normal(seed, *shape):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape))
 
 
 def run(stack, x):
@@ -36,10 +44,10 @@ def run(stack, x):
 
 
 def test_stack_applies_its_blocks_in_order(x64):
-    built, x = stack(), jr.normal(jr.key(1), (3, 6))
+    built, x = stack(), normal(1, 3, 6)
     expected = np.asarray(x)
-    for weight, bias in zip(built.blocks.linear.weight, built.blocks.linear.bias, strict=True):
-        expected = expected + np.tanh(expected @ np.asarray(weight) + np.asarray(bias))
+    for weight, bias in zip(*map(np.asarray, (built.blocks.linear.weight, built.blocks.linear.bias)), strict=True):
+        expected = expected + np.tanh(expected @ weight + bias)
     np.testing.assert_allclose(run(built, x), expected, rtol=1e-12)
 
 
@@ -50,43 +58,52 @@ def test_every_block_has_weights_of_its_own():
     assert abs(weight).max() <= np.sqrt(6 / 12)  # fans of one block, not of the stack
 
 
+@eqx.filter_jit
+def everything(stack, run):
+    """The value, the tangent, and the gradient of a function of the value."""
+    x, dx = normal(1, 2, 3, 6)
+    value, tangent = jax.jvp(lambda x: run(stack, x), (x,), (dx,))
+    return value, tangent, jax.tree.leaves(eqx.filter_grad(lambda stack: jnp.sum(jnp.sin(run(stack, x))))(stack))
+
+
+@functools.cache
+def plain():
+    return everything(stack(), run)
+
+
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 def test_unrolling_and_remat_change_neither_values_nor_derivatives(x64, form):
-    x, dx = jr.normal(jr.key(1), (2, 3, 6))
-
-    @eqx.filter_jit
-    def everything(stack):
-        value, tangent = jax.jvp(lambda x: run(stack, x), (x,), (dx,))
-        gradient = eqx.filter_grad(lambda stack: jnp.sum(jnp.sin(run(stack, x))))(stack)
-        return value, tangent, jax.tree.leaves(gradient)
-
-    for result, expected in zip(*map(jax.tree.leaves, map(everything, (stack(**form), stack()))), strict=True):
+    for result, expected in zip(*map(jax.tree.leaves, (everything(stack(**form), run), plain())), strict=True):
         np.testing.assert_allclose(result, expected, rtol=1e-12, atol=1e-14)
+
+
+def weight(tree):
+    return tree.linear.weight
+
+
+def part(**form):
+    """A stack of which the first row of each weight is there, and is repeated when it is gathered."""
+    first = jnp.asarray(np.asarray(weight(stack().blocks))[:, :1])
+    return eqx.tree_at(lambda stack: weight(stack.blocks), stack(**form), first)
+
+
+def run_gathering(part, x):
+    return run(part.gathering(lambda block: eqx.tree_at(weight, block, jnp.broadcast_to(weight(block), (6, 6)))), x)
+
+
+@functools.cache
+def of_whole_ones():
+    def whole(part, x):
+        weights = jnp.broadcast_to(weight(part.blocks), (DEPTH, 6, 6))
+        return run(eqx.tree_at(lambda stack: weight(stack.blocks), part, weights), x)
+
+    return everything(part(), whole)
 
 
 @pytest.mark.parametrize("form", [*FORMS.values(), {}], ids=[*FORMS, "scanned"])
 def test_blocks_that_are_gathered_from_parts_give_the_values_and_derivatives_of_whole_ones(x64, form):
-    """Here each weight repeats its first row, which is the part that is there."""
-    x, dx = jr.normal(jr.key(1), (2, 3, 6))
-
-    def weight(tree):
-        return tree.linear.weight
-
-    def repeated(block):
-        return eqx.tree_at(weight, block, jnp.broadcast_to(weight(block), (6, 6)))
-
-    @eqx.filter_jit
-    def everything(part, run):
-        value, tangent = jax.jvp(lambda x: run(part, x), (x,), (dx,))
-        return value, tangent, jax.tree.leaves(eqx.filter_grad(lambda part: jnp.sum(jnp.sin(run(part, x))))(part))
-
-    def whole(part, x):
-        weights = jnp.broadcast_to(part.blocks.linear.weight, (DEPTH, 6, 6))
-        return run(eqx.tree_at(lambda stack: weight(stack.blocks), part, weights), x)
-
-    part = eqx.tree_at(lambda stack: weight(stack.blocks), stack(**form), weight(stack().blocks)[:, :1])
-    found = everything(part, lambda part, x: run(part.gathering(repeated), x))
-    for result, expected in zip(*map(jax.tree.leaves, (found, everything(part, whole))), strict=True):
+    found = everything(part(**form), run_gathering)
+    for result, expected in zip(*map(jax.tree.leaves, (found, of_whole_ones())), strict=True):
         np.testing.assert_allclose(result, expected, rtol=1e-12, atol=1e-14)
 
 
@@ -99,7 +116,7 @@ def test_jit_does_not_take_an_unrolled_stack_for_a_scanned_one(x64):
 
 
 def temporary_bytes(**form):
-    built = nn.Stack(lambda key: Block(nn.Linear(64, 64, key=key)), 32, **form, key=jr.key(0))
+    built = filled(lambda: nn.Stack(lambda key: Block(nn.Linear(64, 64, key=key)), 32, **form, key=jr.key(0)))
     gradient = eqx.filter_jit(eqx.filter_grad(lambda stack, x: jnp.sum(run(stack, x))))
     return gradient.lower(built, jnp.ones((256, 64))).compile().compiled.memory_analysis().temp_size_in_bytes
 
@@ -111,7 +128,7 @@ def test_remat_saves_memory():
 
 def test_program_does_not_grow_with_depth():
     def lines(depth):
-        built = nn.Stack(lambda key: Block(nn.Linear(6, 6, key=key)), depth, key=jr.key(0))
+        built = filled(lambda: nn.Stack(lambda key: Block(nn.Linear(6, 6, key=key)), depth, key=jr.key(0)))
         return eqx.filter_jit(run).lower(built, jnp.ones(6)).as_text().count("\n")
 
     assert lines(40) == lines(2)
@@ -148,23 +165,28 @@ def in_a_loop(built, x, given):
 SCANS = {"scanned": {}, **{name: FORMS[name] for name in ("unrolled", "remat")}}
 
 
+@eqx.filter_jit
+def outputs_and_gradient(built, run):
+    given, x = {"scale": jnp.asarray(np.random.default_rng(2).uniform(0.5, 1.5, DEPTH))}, normal(1, 3, 6)
+
+    def loss(arguments):
+        state, outputs = run(*arguments)
+        weights = jnp.arange(1.0, DEPTH + 1)
+        return jnp.sum(state**2) + weights @ (jnp.sin(outputs["sum"]) + outputs["first"].sum(axis=1))
+
+    return run(built, x, given), eqx.filter_grad(loss)((built, x, given))
+
+
+@functools.cache
+def expected_outputs():
+    return outputs_and_gradient(stack(), in_a_loop)
+
+
 @pytest.mark.parametrize("form", SCANS.values(), ids=SCANS)
 def test_outputs_of_all_blocks_are_stacked_as_by_a_loop_in_value_and_gradient(x64, form):
-    given = {"scale": jr.uniform(jr.key(2), (DEPTH,), jnp.float64, 0.5, 1.5)}
-    x = jr.normal(jr.key(1), (3, 6), jnp.float64)
-
-    @eqx.filter_jit
-    def everything(built, run):
-        def loss(arguments):
-            state, outputs = run(*arguments)
-            weights = jnp.arange(1.0, DEPTH + 1)
-            return jnp.sum(state**2) + weights @ (jnp.sin(outputs["sum"]) + outputs["first"].sum(axis=1))
-
-        return run(built, x, given), eqx.filter_grad(loss)((built, x, given))
-
-    found, expected = everything(stack(**form), turns), everything(stack(**form), in_a_loop)
+    found = outputs_and_gradient(stack(**form), turns)
     assert found[0][1]["first"].shape == (DEPTH, 3)
-    for result, reference in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+    for result, reference in zip(*map(jax.tree.leaves, (found, expected_outputs())), strict=True):
         if eqx.is_array(result):
             np.testing.assert_allclose(result, reference, rtol=1e-12, atol=1e-13)
 

@@ -1,7 +1,5 @@
 """The authors' JAX DiT: every tensor finds its place, and the network computes what `dit_reference.py` does."""
 
-import functools
-
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -43,7 +41,7 @@ def shapes(data_shape=(CHANNELS, HEIGHT, WIDTH), size=SIZE, **options):
 
 
 def filled(tensors=None, dtype=jnp.float32):
-    options = {"dtype": dtype}
+    options = {"dtype": dtype, "unroll": 1}
     return nn.cast(released.fill_dit(shapes(**options), flax_tensors() if tensors is None else tensors, "dit"), dtype)
 
 
@@ -61,9 +59,8 @@ def inside(image, dtype):
 def of_ours(field, r, t, label, dtype=jnp.float32):
     """u and du/dt, H W C."""
     z, v = (inside(image, dtype) for image in inputs())
-    both = jax.jit(functools.partial(mfx.total_derivative, field))(
-        z, v, jnp.asarray(r, dtype), jnp.asarray(t, dtype), jnp.asarray(label)
-    )
+    times = (jnp.asarray(time, dtype) for time in (r, t))
+    both = jax.jit(mfx.total_derivative)(field, z, v, *times, jnp.asarray(label))
     return [np.asarray(image).transpose(1, 2, 0) for image in both]
 
 

@@ -86,14 +86,18 @@ def shapes(data_shape=(CHANNELS, HEIGHT, WIDTH), size=SIZE, labels=LABELS, **opt
 
 def filled(tensors=None, dtype=jnp.float32, seed=0):
     tensors = sit_tensors() if tensors is None else tensors
-    return nn.cast(released.fill_sit(shapes(dtype=dtype), tensors, "sit", key=jr.key(seed)), dtype)
+    return nn.cast(released.fill_sit(shapes(dtype=dtype, unroll=1), tensors, "sit", key=jr.key(seed)), dtype)
+
+
+@jax.jit
+def at_all_points(field, z, r, t, label):
+    return jax.vmap(lambda r, t, label: field(z, r, t, label))(r, t, label)
 
 
 def of_ours(field, dtype=jnp.float32, duration=0.0):
     """u at all points, with r earlier than t by `duration`."""
-    z, t = jnp.asarray(state(), dtype), jnp.asarray(TIMES, dtype)
-    u = jax.jit(jax.vmap(lambda t, label: field(z, t - duration, t, label)))
-    return np.asarray(u(t, jnp.asarray(POINT_LABELS)))
+    z, r, t = (jnp.asarray(x, dtype) for x in (state(), np.array(TIMES) - duration, TIMES))
+    return np.asarray(at_all_points(field, z, r, t, jnp.asarray(POINT_LABELS)))
 
 
 def relative_error(found, expected):
