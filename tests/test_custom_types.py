@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from fields import GaussianField, refilled
+from fields import filled, GaussianField
 from methods import ONE_ROW, taught_by
 
 import mf_eqx as mfx
@@ -24,8 +24,11 @@ NUMBERS = {
 }
 MODES = {"float32": (False, jnp.float32), "float32 in x64": (True, jnp.float32), "float64": (True, jnp.float64)}
 
-every_number = pytest.mark.parametrize("numbers", NUMBERS.values(), ids=NUMBERS)
 every_mode = pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
+# Each kind of number and each mode once: how they combine is the affair of `as_scalar` alone.
+numbers_and_modes = pytest.mark.parametrize(
+    ("numbers", "mode"), [*zip(NUMBERS.values(), [*MODES.values()][::-1], strict=True)], ids=NUMBERS
+)
 
 
 # Fields
@@ -34,7 +37,7 @@ every_mode = pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
 @functools.cache
 def network(make):
     with jax.enable_x64(False):
-        return refilled(make(key=jr.key(0)))
+        return filled(lambda: make(key=jr.key(0)))
 
 
 def dit(key):
@@ -109,8 +112,7 @@ def mode_of(mode):
 
 
 @pytest.mark.parametrize("name", quick(FIELDS, slow=("DiT", "InContextDiT", "UNet")))
-@every_number
-@every_mode
+@numbers_and_modes
 def test_field_takes_numbers_for_times_in_the_precision_of_the_data(name, numbers, mode):
     with mode_of(mode) as dtype:
         field, condition = FIELDS[name](dtype)
@@ -186,8 +188,7 @@ FUNCTIONS = {
 
 
 @pytest.mark.parametrize("name", quick(FUNCTIONS, slow=ONE_ROW.keys() - {"MeanFlow", "Shortcut", "SoFlow"}))
-@every_number
-@every_mode
+@numbers_and_modes
 def test_function_takes_numbers_for_times_in_the_precision_of_the_data(name, numbers, mode):
     with mode_of(mode) as dtype:
         z = jnp.asarray([0.3, -0.7], dtype)
@@ -272,6 +273,14 @@ def test_users_fields_are_handed_arrays():
 def test_an_array_keeps_its_precision(dtype):
     time = jnp.asarray(0.5, dtype)
     assert as_scalar("t", time, jnp.ones(2)) is time
+
+
+@pytest.mark.parametrize("number", [R, 1, np.asarray(R, np.float32), np.float32(T)], ids=repr)
+@every_mode
+def test_a_number_takes_the_precision_of_the_data(number, mode):
+    with mode_of(mode) as dtype:
+        found = as_scalar("t", number, jnp.ones(2, dtype))
+        assert found.dtype == dtype and found == number
 
 
 def test_a_number_is_float32_beside_data_of_lower_precision():

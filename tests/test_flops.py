@@ -18,7 +18,7 @@ from methods import METHODS
 import mf_eqx as mfx
 from mf_eqx import measure
 
-DEPTH, PATCH, SHAPE, TOKENS, BATCH, LABELS = 2, 2, (4, 16, 16), 64, 16, 10
+DEPTH, PATCH, SHAPE, TOKENS, BATCH, LABELS = 1, 2, (4, 16, 16), 64, 16, 10
 DROPOUT = mfx.LabelDropout(0.1, LABELS)
 FLOW_MATCHING = mfx.Objective(identity=None, identity_share=0)
 

@@ -10,7 +10,7 @@ import jax.random as jr
 import numpy as np
 import pytest
 from devices import run_on_devices
-from fields import filled, refilled
+from fields import filled
 
 import mf_eqx as mfx
 
@@ -45,7 +45,7 @@ def first_samples(batch, count=14, **options):
 
 def guided_samples():
     """Of a network, guided, in one batch of eight."""
-    field = refilled(mfx.DiT((3, 8, 8), mfx.DiTSize(1, 8, 2, 4), labels=LABELS, key=jr.key(0)))
+    field = filled(lambda: mfx.DiT((3, 8, 8), mfx.DiTSize(1, 8, 2, 4), labels=LABELS, key=jr.key(0)))
     guided = mfx.GuidedField(field, 2, jnp.asarray(LABELS))
     (samples,) = mfx.Generator(guided, jr.key(4), (3, 8, 8), labels=LABELS).batches(8, 8, mfx.Parallelism())
     return np.asarray(samples)

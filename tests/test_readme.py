@@ -62,7 +62,7 @@ def test_robot_acts_on_what_it_observes(points, tmp_path, monkeypatch):
     np.save("actions.npy", actions)
     np.save("observations.npy", observed)
     assert len(ROBOT.splitlines()) <= 15
-    chunks = np.asarray(run(ROBOT, dict(points[0]), steps=("(0, 1000)", "(0, 300)"))["chunks"])
+    chunks = np.asarray(run(ROBOT, dict(points[0]), steps=("(0, 1000)", "(0, 300)"), batch=("=128", "=64"))["chunks"])
     assert chunks.shape == (100, 8, 3)
     assert np.mean((chunks - actions[:100]) ** 2) < np.var(actions) / 5
 

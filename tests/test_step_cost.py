@@ -108,11 +108,11 @@ def test_remat_of_all_but_products_lies_between():
 
 
 def test_every_buffer_of_the_state_is_donated():
-    (state, *_) = step_and_inputs("MeanFlow", mfx.DIT_B4, 256)[1]
+    (state, *_) = step_and_inputs("Flow Matching", mfx.DIT_B4, 256)[1]
     numbers = [leaf for leaf in jax.tree.leaves(state) if hasattr(leaf, "dtype")]
     keys = [leaf for leaf in numbers if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)]
     plain = sum(leaf.size * leaf.dtype.itemsize for leaf in numbers if leaf not in keys)
-    assert cost("MeanFlow", 256).donated_bytes == plain + 8 * len(keys)
+    assert cost("Flow Matching", 256).donated_bytes == plain + 8 * len(keys)
 
 
 def test_program_of_the_largest_network_is_as_long_as_that_of_a_small_one():

@@ -237,7 +237,7 @@ def main(names):
         "scanned": collectives(make_dit(Layout(8)), (1, 4, 4)),
         "shared": collectives(make_dit(Layout(8, fsdp=4)), (1, 4, 4)),
         "perceptual": perceptual(),
-        "convolved": {devices: convolved(devices) for devices in (2, 8)},
+        "convolved": convolved(8),
         "refused": {number: refusal(number) for number in (40, 20)},
     }
     with jax.enable_x64(True):
