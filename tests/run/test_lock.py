@@ -14,25 +14,37 @@ from processes import tree
 from mf_eqx import run
 from mf_eqx.run._lock import in_place, locked
 
+psutil = pytest.importorskip("psutil")
+
 HOLD = """
-import pathlib, sys
-from mf_eqx.run._lock import in_place, locked
-with locked(pathlib.Path(sys.argv[1])):
-    print("held", flush=True)
-    sys.stdin.readline()
+import os, pathlib, signal, sys, time
+from mf_eqx.run._lock import locked
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+for folder in sys.stdin:
+    if os.fork() == 0:
+        with locked(pathlib.Path(folder.strip())):
+            print(os.getpid(), flush=True)
+            time.sleep(600)
 """
 
 
-@pytest.fixture
-def holder(tmp_path):
-    """Another process that holds the lock."""
+@pytest.fixture(scope="module")
+def parent():
+    """Another process, of which a child holds the lock of each directory that it is told."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-c", HOLD, str(tmp_path)]
-    with subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-    ) as process:
-        assert process.stdout.readline() == "held\n"
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", HOLD], text=True, env=environment, **pipes) as process:
         yield process
+        process.kill()
+
+
+@pytest.fixture
+def holder(parent, tmp_path):
+    """Another process that holds the lock."""
+    print(tmp_path, file=parent.stdin, flush=True)
+    process = psutil.Process(int(parent.stdout.readline()))
+    yield process
+    if process.is_running():
         process.kill()
 
 

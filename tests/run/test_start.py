@@ -6,6 +6,7 @@ import shutil
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import optax
@@ -27,14 +28,18 @@ def begun(root, start, config=CONFIG, **options):
     return trainer.train(config, run.RunDirectory(root / "new"), start=str(start), steps=0, **options)
 
 
+def plain(leaf):
+    return np.asarray(jr.key_data(leaf) if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf)
+
+
 def same(one, other):
-    return bool(eqx.tree_equal(*(eqx.filter(tree, eqx.is_array) for tree in (one, other))))
+    return bool(eqx.tree_equal(*(jax.tree.map(plain, eqx.filter(tree, eqx.is_array)) for tree in (one, other))))
 
 
 @pytest.fixture(scope="module")
 def fresh():
     """The state of a run from nothing."""
-    return trainer.parts(16, False, False, 0.5, 1, None)[1]()
+    return eqx.filter_jit(trainer.parts(16, False, False, 0.5, 1, None)[1])()
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +52,9 @@ def other(fresh, tmp_path_factory):
         return state.field, state.averages, state.opt_state, state.step
 
     for number in (1, 2):
-        added = [jax.tree.map(lambda x: x + 1 if eqx.is_array(x) else x, part) for part in trained(state)]
-        state = eqx.tree_at(trained, state, added)
+        arrays, others = eqx.partition(trained(state), eqx.is_array)
+        added = jax.tree.map(lambda x: jnp.asarray(plain(x) + 1), arrays)
+        state = eqx.tree_at(trained, state, eqx.combine(added, others))
         checkpoints.save(number, state, {"network": mfx.describe(state.field)})
     checkpoints.wait()
     return root, state
@@ -163,15 +169,21 @@ def test_another_network_is_refused_by_its_description(tmp_path):
         started(str(tmp_path / "ema.safetensors"), make_state, step)
 
 
-def tokenizer_state(step, groups):
+def tokenizer_state(step, groups, value=1.0):
+    """Of a tokenizer all of whose parameters have the same value."""
     size = vae.AutoencoderSize(widths=(4,), blocks=1, latent=1, groups=groups, channels=1)
-    tokenizer = vae.Autoencoder(size, key=jr.key(0, impl="rbg"))
+    shapes, others = eqx.partition(
+        eqx.filter_eval_shape(lambda: vae.Autoencoder(size, key=jr.key(0))),
+        lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct),
+    )
+    filled = jax.tree.map(lambda leaf: jnp.asarray(np.full(leaf.shape, value, leaf.dtype)), shapes)
+    tokenizer = eqx.combine(filled, others)
     return mfx.init_state(tokenizer, step.optimizer, step.averages, step.objective, key=jr.key(1))
 
 
 def test_another_tokenizer_is_refused_by_its_size(tmp_path):
     step = mfx.TrainStep(vae.AutoencoderObjective(), optax.sgd(1.0))
-    checkpoints, saved = checkpoint.Checkpoints(tmp_path / "checkpoints"), tokenizer_state(step, 2)
+    checkpoints, saved = checkpoint.Checkpoints(tmp_path / "checkpoints"), tokenizer_state(step, 2, value=2.0)
     checkpoints.save(1, saved, {"network": description_of(saved.field)})
     checkpoints.wait()
     found = started(str(tmp_path), functools.partial(tokenizer_state, step, 2), step)()
