@@ -643,7 +643,7 @@ def test_dropout_of_any_row_drops_identity_rows_too():
             jax.debug.callback(lambda r, t, c: seen.append((bool(r < t), int(c))), r, t, condition)
             return jnp.zeros_like(z)
 
-    objective(Listening(), Batch(data(128), labels(128)), key=jr.key(0))
+    eqx.filter_jit(objective)(Listening(), Batch(data(128), labels(128)), key=jr.key(0))
     jax.effects_barrier()
     for carries in (True, False):
         dropped = [label == LABELS for identity, label in seen if identity == carries]

@@ -95,7 +95,7 @@ def test_step_follows_the_optimizer_along_the_gradient():
 CONTEXT = mfx.Context(jnp.zeros((), jnp.int32))
 
 
-@pytest.mark.parametrize("share", [0.25, 0.75, 1])
+@pytest.mark.parametrize("share", [0.25, pytest.param(0.75, marks=SLOW), 1])
 def test_kinds_of_rows_one_after_the_other_give_the_gradient_and_metrics_of_all_together(x64, share):
     objective, rate = mfx.Objective(identity_share=share), 0.1
     start = mfx.nn.cast(field(), jnp.float64)

@@ -210,7 +210,7 @@ def test_mean_of_traced_values_is_traced():
     np.testing.assert_array_equal(found, [1.5, np.nan])
 
 
-QUICK = (None, "MeanFlow", "InductiveMomentMatching")
+QUICK = (None, "MeanFlow")
 
 
 @pytest.mark.parametrize(

@@ -21,11 +21,19 @@ def digits(experiment):
 
 
 @pytest.fixture(scope="module")
+def judged(digits):
+    """All digits in their two parts, and what they are held against."""
+    rows = digits.load(digits.Config())
+    return rows, digits.Judge(rows)
+
+
+@pytest.fixture(scope="module")
 def finished(digits, room, tmp_path_factory):
-    """The directory of a finished run with guidance and the comparison."""
-    root = tmp_path_factory.mktemp("digits")
+    """The directory of a finished run with guidance and the comparison, on a hundred digits."""
+    root, load = tmp_path_factory.mktemp("digits"), digits.load_digits
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
+        patch.setattr(digits, "load_digits", lambda **options: [values[:100] for values in load(**options)])
         run.main(digits.main, digits.PRESETS, argv=["--preset", "guided", "--compare", *SMALL])
     (directory,) = (root / "runs").glob("*/*")
     return directory
@@ -88,27 +96,22 @@ def test_results_have_references_and_every_number_of_evaluations(finished):
     assert "Frechet" in (finished / "results.md").read_text()
 
 
-def test_classifier_reads_digits_that_it_never_saw(finished):
-    (holdout,) = (row for row in json.loads((finished / "results.json").read_text()) if row["what"] == "data: hold-out")
-    assert np.mean(holdout["read"]) > 0.95
+def test_noise_floor_is_that_of_the_data_and_the_classifier_reads_digits_that_it_never_saw(digits, judged):
+    halves, _, holdout = digits.references(*judged, seed=0)
+    assert holdout.what == "data: hold-out" and np.mean(holdout.read) > 0.95
+    assert 10 < halves.frechet < 25
 
 
-def test_noise_floor_is_that_of_the_data(finished):
-    halves = json.loads((finished / "results.json").read_text())[0]
-    assert 10 < halves["frechet"] < 25
-
-
-def test_splits_are_disjoint_and_stratified(digits):
-    split = digits.load(digits.Config())
+def test_splits_are_disjoint_and_stratified(judged):
+    split, _ = judged
     rows = {name: {row.tobytes() for row in getattr(split, name).x} for name in ("train", "holdout")}
     assert not rows["train"] & rows["holdout"]
     shares = np.bincount(split.holdout.label) / np.bincount(split.every.label)
     np.testing.assert_allclose(shares, 0.2, atol=0.005)
 
 
-def test_pixels_undo_the_scaling_of_the_data(digits):
-    every = digits.load(digits.Config()).every
-    pixels = digits.pixels(every.x)
+def test_pixels_undo_the_scaling_of_the_data(digits, judged):
+    pixels = digits.pixels(judged[0].every.x)
     assert (pixels.min(), pixels.max()) == (0, 16)
     np.testing.assert_array_equal(pixels, np.round(pixels))
 
@@ -159,10 +162,9 @@ def test_bad_input_ends_in_one_line(digits, arguments, message, capsys, tmp_path
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_digits_that_are_not_finite_score_nan_in_the_table(digits, value):
-    rows = digits.load(digits.Config())
-    judge, label = digits.Judge(rows), digits.label_of(rows.every)
-    x = np.array(rows.every.x)
+def test_digits_that_are_not_finite_score_nan_in_the_table(digits, judged, value):
+    rows, judge = judged
+    x, label = np.array(rows.every.x), digits.label_of(rows.every)
     x[3, 0, 4, 4] = value
     x = digits.pixels(x)
     assert np.isnan([judge.frechet(x), *judge.read(x, label), judge.nearer_to_training(x)]).all()

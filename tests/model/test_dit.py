@@ -358,8 +358,9 @@ def test_central_difference_gives_the_training_gradient_up_to_the_square_of_its_
     ("guidance", "form"),
     [
         (None, {}),
-        *(pytest.param(*case, marks=pytest.mark.slow) for case in [(GUIDED, {}), (None, {"unroll": True})]),
-        (None, {"remat": True}),
+        pytest.param(GUIDED, {}, marks=pytest.mark.slow),
+        pytest.param(None, {"unroll": True}, marks=pytest.mark.slow),
+        pytest.param(None, {"remat": True}, marks=pytest.mark.slow),
     ],
     ids=["scanned", "scanned, guided", "unrolled", "remat"],
 )
