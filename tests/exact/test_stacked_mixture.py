@@ -1,6 +1,5 @@
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
@@ -25,16 +24,31 @@ def stacked(copies=COPIES):
 
 
 def state():
-    return jr.normal(jr.key(0), (COPIES * DIM,))
+    return np.random.default_rng(0).standard_normal(COPIES * DIM)
 
 
 def condition(label):
-    return None if label is None else jnp.asarray(label)
+    return None if label is None else np.array(label)
 
 
 @eqx.filter_jit
 def samples(distribution, number, condition=None):
     return jax.vmap(lambda key: distribution.sample(key=key, condition=condition))(jr.split(jr.key(1), number))
+
+
+@eqx.filter_jit
+def velocity(distribution, path, z, t, condition=None):
+    return distribution.velocity(path, z, t, condition)
+
+
+@eqx.filter_jit
+def log_density(distribution, x, condition=None):
+    return distribution.log_density(x, condition)
+
+
+@eqx.filter_jit
+def average_velocity(distribution, z, r, t, condition):
+    return AverageVelocity(MarginalVelocity(distribution), rtol=1e-8, atol=1e-8)(z, r, t, condition)
 
 
 # Velocity
@@ -43,9 +57,9 @@ def samples(distribution, number, condition=None):
 @CONDITIONS
 @pytest.mark.parametrize("path", PATHS)
 def test_velocity_is_that_of_one_copy_part_by_part(path, label):
-    z, t = state(), jnp.asarray(0.6)
-    expected = [mixture().velocity(path, z[i : i + DIM], t, condition(label)) for i in (0, 2, 4)]
-    np.testing.assert_allclose(stacked().velocity(path, z, t, condition(label)), np.concatenate(expected), rtol=1e-13)
+    z, t = state(), np.array(0.6)
+    expected = [velocity(mixture(), path, part, t, condition(label)) for part in z.reshape(COPIES, DIM)]
+    np.testing.assert_allclose(velocity(stacked(), path, z, t, condition(label)), np.concatenate(expected), rtol=1e-13)
 
 
 def test_velocity_of_two_copies_is_that_of_the_product_mixture():
@@ -53,19 +67,17 @@ def test_velocity_of_two_copies_is_that_of_the_product_mixture():
     one = GaussianMixture(mean, 0.4, weight)  # of equal std, so that products are isotropic
     i, j = (index.ravel() for index in np.meshgrid(range(3), range(3)))
     product = GaussianMixture(np.concatenate([mean[i], mean[j]], axis=1), 0.4, weight[i] * weight[j])
-    z, t = state()[:4], jnp.asarray(0.3)
-    expected = product.velocity(PATHS[0], z, t)
-    np.testing.assert_allclose(StackedMixture(one, 2).velocity(PATHS[0], z, t), expected, rtol=1e-12)
+    z, t = state()[:4], np.array(0.3)
+    expected = velocity(product, PATHS[0], z, t)
+    np.testing.assert_allclose(velocity(StackedMixture(one, 2), PATHS[0], z, t), expected, rtol=1e-12)
 
 
 @CONDITIONS
 def test_average_velocity_is_that_of_one_copy_part_by_part(label):
-    r, t = jnp.asarray(0.1), jnp.asarray(0.9)
-    whole, one = (AverageVelocity(MarginalVelocity(each), rtol=1e-8, atol=1e-8) for each in (stacked(), mixture()))
-    z, label = state(), condition(label)
-    expected = jax.vmap(lambda z: one(z, r, t, label))(z.reshape(COPIES, DIM)).ravel()
+    z, r, t, label = state(), np.array(0.1), np.array(0.9), condition(label)
+    expected = [average_velocity(mixture(), part, r, t, label) for part in z.reshape(COPIES, DIM)]
     # Each solve chooses steps of its own, and 1e-8 per step leaves some 1e-7.
-    np.testing.assert_allclose(whole(z, r, t, label), expected, atol=1e-6)
+    np.testing.assert_allclose(average_velocity(stacked(), z, r, t, label), np.concatenate(expected), atol=1e-6)
 
 
 # Samples
@@ -100,12 +112,12 @@ def test_copies_are_uncorrelated_in_value_and_in_square():
 @CONDITIONS
 def test_log_density_is_the_sum_over_the_copies(label):
     x = state()
-    expected = sum(mixture().log_density(x[i : i + DIM], condition(label)) for i in (0, 2, 4))
-    np.testing.assert_allclose(stacked().log_density(x, condition(label)), expected, rtol=1e-13)
+    expected = sum(log_density(mixture(), part, condition(label)) for part in x.reshape(COPIES, DIM))
+    np.testing.assert_allclose(log_density(stacked(), x, condition(label)), expected, rtol=1e-13)
 
 
 def test_condition_that_no_component_carries_gives_nan():
-    assert np.isnan(stacked().velocity(PATHS[0], state(), jnp.asarray(0.5), jnp.asarray(5))).all()
+    assert np.isnan(velocity(stacked(), PATHS[0], state(), np.array(0.5), condition(5))).all()
 
 
 # Errors

@@ -25,16 +25,16 @@ def compiled(velocity, z, t, condition):
 
 
 def call(velocity, z, t, condition=None):
-    return compiled(velocity, jnp.asarray(z), jnp.asarray(t), condition)
+    return compiled(velocity, jnp.asarray(z), jnp.asarray(t), None if condition is None else jnp.asarray(condition))
 
 
 def weighted(mixture, power, z, t=T, condition=None, *, offset=OFFSET, path=PATHS[0]):
     velocity = WeightedVelocity(mixture, AdaptiveWeight(power, offset), path)
-    return np.asarray(call(velocity, z, t, None if condition is None else jnp.asarray(condition)))
+    return np.asarray(call(velocity, z, t, condition))
 
 
 def marginal(mixture, z, t=T, condition=None, *, path=PATHS[0]):
-    return np.asarray(MarginalVelocity(mixture, path)(jnp.asarray(z), jnp.asarray(t), condition))
+    return np.asarray(call(MarginalVelocity(mixture, path), z, t, condition))
 
 
 def bias(mixture, power, z, **options):

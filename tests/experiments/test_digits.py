@@ -27,13 +27,19 @@ def judged(digits):
     return rows, digits.Judge(rows)
 
 
+def keep_hundred(digits, patch):
+    """There are only the first hundred digits."""
+    load = digits.load_digits
+    patch.setattr(digits, "load_digits", lambda **options: [values[:100] for values in load(**options)])
+
+
 @pytest.fixture(scope="module")
 def finished(digits, room, tmp_path_factory):
     """The directory of a finished run with guidance and the comparison, on a hundred digits."""
-    root, load = tmp_path_factory.mktemp("digits"), digits.load_digits
+    root = tmp_path_factory.mktemp("digits")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(root)
-        patch.setattr(digits, "load_digits", lambda **options: [values[:100] for values in load(**options)])
+        keep_hundred(digits, patch)
         run.main(digits.main, digits.PRESETS, argv=["--preset", "guided", "--compare", *SMALL])
     (directory,) = (root / "runs").glob("*/*")
     return directory
@@ -82,6 +88,7 @@ def test_the_same_command_again_judges_the_same_networks_and_trains_nothing(fini
 
     before, kept = results(), {path: path.read_bytes() for path in finished.rglob("metrics.jsonl")}
     monkeypatch.chdir(finished.parents[2])
+    keep_hundred(digits, monkeypatch)
     run.main(digits.main, digits.PRESETS, argv=["--preset", "guided", "--compare", *SMALL, "--save-every", "5"])
     assert capsys.readouterr().out.count(": finished step 6 of 6") == 2
     assert results() == before

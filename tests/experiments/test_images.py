@@ -40,6 +40,11 @@ def save_idx(path, values, opened=open):
         file.write(bytes([0, 0, 8, values.ndim]) + struct.pack(f">{values.ndim}I", *values.shape) + values.tobytes())
 
 
+def save_inputs():
+    save_idx("idx", X[:, 0])
+    save_idx("labels", LABEL)
+
+
 def save_mnist(folder, suffix=""):
     """Files as of MNIST, with other test images."""
     os.makedirs(folder)
@@ -76,10 +81,9 @@ def sources(images):
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
-    """A folder with data of every kind, in which a test works."""
+    """A folder with images and labels, in which a test works."""
     monkeypatch.chdir(tmp_path)
-    save_idx("idx", X[:, 0])
-    save_idx("labels", LABEL)
+    save_inputs()
     return tmp_path
 
 
@@ -92,8 +96,7 @@ def finished(images, room, tmp_path_factory):
         patch.setattr(images, "EVALUATIONS", (1, 2))
         patch.setattr(images.image_classifier, "STEPS", 3)
         patch.setattr(images.image_judge, "feature_spaces", lambda: pixels_alone(images.image_judge))
-        save_idx("idx", X[:, 0])
-        save_idx("labels", LABEL)
+        save_inputs()
         run.main(images.main, images.PRESETS, argv=f"{SMALL} {SHORT}".split())
     (config,) = (root / "runs").glob("*/*/config.json")
     return config.parent
@@ -292,6 +295,21 @@ def test_a_share_that_leaves_no_room_for_dropped_labels_is_allowed_without_label
 # Bad input
 
 
+@pytest.fixture(scope="module")
+def refused(images, tmp_path_factory):
+    """A directory with data of every kind."""
+    root = tmp_path_factory.mktemp("refused")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        save_inputs()
+        save_folder("pets")
+        save_mnist("mnist")
+        save_idx("others", X[:, 0])
+        os.makedirs("empty")
+        data.write_shards(data.ArraySource(X.astype(np.float32)), "floats")
+    return root
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -376,19 +394,15 @@ def test_a_share_that_leaves_no_room_for_dropped_labels_is_allowed_without_label
         ("--no-labels --mix 0.5", "--scale must be 1 and mix 0 without labels, got 1.0 and 0.5"),
     ],
 )
-def test_bad_input_ends_in_one_line_and_leaves_no_run(images, arguments, message, capsys, here):
-    save_folder("pets")
-    save_mnist("mnist")
-    save_idx("others", X[:, 0])
-    os.makedirs("empty")
-    data.write_shards(data.ArraySource(X.astype(np.float32)), "floats")
-    before = set(os.listdir())
+def test_bad_input_ends_in_one_line_and_leaves_no_run(images, arguments, message, capsys, refused, monkeypatch):
+    monkeypatch.chdir(refused)
+    before = {*os.listdir(), "runs"}
     with pytest.raises(SystemExit) as ended:
         run.main(images.main, images.PRESETS, argv=arguments.split())
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert ended.value.code == 2
     assert re.search(message, line), line
-    assert set(os.listdir()) - {"runs"} == before and not list(here.glob("runs/*/*"))
+    assert {*os.listdir(), "runs"} == before and not list(refused.glob("runs/*/*"))
 
 
 @pytest.mark.parametrize("package", ["matplotlib", "safetensors"])

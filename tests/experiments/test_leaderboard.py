@@ -12,7 +12,7 @@ from own_methods import OWN
 import mf_eqx as mfx
 from mf_eqx import run
 
-METHODS = ("FlowMatching", "MeanFlow", "AlphaFlow", "SoFlow", "TerminalVelocityMatching", "ContinuousConsistency")
+METHODS = ("FlowMatching", "MeanFlow", "AlphaFlow", "TerminalVelocityMatching")
 
 
 @pytest.fixture(scope="module")
@@ -72,13 +72,19 @@ def test_common_settings_are_those_of_the_recipe_and_the_papers_those_of_the_fac
 
 
 def test_the_power_of_the_common_weight_changes_what_it_weighs_alone(study, leaderboard):
-    methods = "FlowMatching", "MeanFlow", "AlphaFlow", "TerminalVelocityMatching"
-    config = dataclasses.replace(study.config, power=0.0, methods=methods)
+    known = leaderboard.methods(None)
+    names = {"MeanFlow", "AlphaFlow", "SoFlow", "ContinuousConsistency"}
+    others = {"FlowMatching", "TerminalVelocityMatching", "Shortcut", "ConsistencyTraining"}
+    assert names | others <= {*known} and others.isdisjoint(name for name in known if study.power(name, "common"))
+    assert {study.power(name, "common") for name in names} == {study.config.power}
+    config = dataclasses.replace(
+        study.config, power=0.0, methods=("FlowMatching", "MeanFlow", "TerminalVelocityMatching")
+    )
     plain = leaderboard.Study(config)
     assert plain.objective("MeanFlow", "common", 7).weight.power == 0
     assert plain.objective("AlphaFlow", "paper", 7).weight == mfx.AdaptiveWeight(offset=0.001)
     changed = {cell for cell in leaderboard.cells(config) if plain.key(cell) != study.key(cell)}
-    assert changed == {leaderboard.Cell(name, "common", 0) for name in ("MeanFlow", "AlphaFlow")}
+    assert changed == {leaderboard.Cell("MeanFlow", "common", 0)}
     with pytest.raises(ValueError, match="power"):
         leaderboard.Config(power=-1.0)
 
@@ -162,14 +168,14 @@ def test_lines_are_sorted_by_the_distance_and_show_what_diverged(study, leaderbo
     ledger.put(study.real_key(), real)
     for number, cell in enumerate(leaderboard.cells(study.config)):
         values = {str(n): dict.fromkeys(leaderboard.COLUMNS, 100.0 - number) for n in (1, 16)}
-        ledger.put(study.key(cell), {} if cell.method == "SoFlow" else values)
+        ledger.put(study.key(cell), {} if cell.method == "AlphaFlow" else values)
     lines = leaderboard.lines_of(study, ledger)
-    assert [line.method for line in lines].index("SoFlow") == len(lines) - 2
+    assert [line.method for line in lines].index("AlphaFlow") == len(lines) - 2
     assert [line.distance for line in lines[:-2]] == sorted(line.distance for line in lines[:-2])
     assert lines[-1].distance == math.inf
     text = leaderboard.report(study, ledger, lines)
     rows = {row.split("|")[1].strip(): row for row in text.splitlines() if row[:1] == "|"}
-    assert rows["SoFlow"].count("diverged") == 2 * len(leaderboard.COLUMNS)
+    assert rows["AlphaFlow"].count("diverged") == 2 * len(leaderboard.COLUMNS)
     assert "diverged" not in rows["MeanFlow, its paper's settings"]
     assert rows["MeanFlow"].split("|")[6].strip() == "-"  # four evaluations, which were not judged
     powers = {name: row.split("|")[2].strip() for name, row in rows.items()}

@@ -12,6 +12,7 @@ import jax
 import jax.random as jr
 import numpy as np
 import pytest
+from fields import filled
 
 from mf_eqx import checkpoint, data, run, vae
 
@@ -82,6 +83,10 @@ def expected(root):
     moments = jax.jit(jax.vmap(tokenizer.encode))(np.stack([cropped(picture) for _, picture in named]))
     label = [CLASSES.index(name.partition("/")[0]) for name, _ in named]
     return np.concatenate([moments.mean, moments.std], axis=1), np.array(label)
+
+
+def grey_tokenizer():
+    return filled(lambda: vae.Autoencoder(TINY._replace(channels=1), key=jr.key(0)))
 
 
 def tree(folder):
@@ -162,7 +167,7 @@ def test_training_images_of_idx_files_are_encoded_in_grey_and_test_images_are_le
         pathlib.Path(f"mnist/{part}-images-idx3-ubyte").write_bytes(bytes([0, 0, 8, 3]) + sizes + rows.tobytes())
         label = bytes(range(len(rows)))
         pathlib.Path(f"mnist/{part}-labels-idx1-ubyte").write_bytes(bytes([0, 0, 8, 1]) + sizes[:4] + label)
-    tokenizer = vae.Autoencoder(TINY._replace(channels=1), key=jr.key(0, impl="rbg"))
+    tokenizer = grey_tokenizer()
     statistics = vae.LatentStatistics((1.0, 2.0, 3.0), (4.0, 5.0, 6.0))
     vae.save_autoencoder("grey", tokenizer, statistics)
     for flags, message in (
@@ -195,14 +200,12 @@ def test_images_that_are_held_out_of_a_folder_are_not_encoded(convert, prepare_l
 
 
 def test_grey_images_of_any_sides_are_encoded(convert, prepare_latents, capsys):
-    vae.save_autoencoder("grey", vae.Autoencoder(TINY._replace(channels=1), key=jr.key(0)), vae.LatentStatistics())
+    vae.save_autoencoder("grey", grey_tokenizer(), vae.LatentStatistics())
     assert refused(convert, capsys, "--to x --parts 1 --vae grey").split("; ")[1].startswith("--grey makes images grey")
-    convert("--to latents --parts 1 --grey --vae grey --size 12 16")
+    convert("--to latents --parts 1 --grey --vae grey --size 8 12")
     notes = prepare_latents.read_notes("latents")
-    assert prepare_latents.open_latents("latents").row_shape == (6, 6, 8) and (notes.size, notes.grey) == (
-        [12, 16],
-        True,
-    )
+    assert prepare_latents.open_latents("latents").row_shape == (6, 4, 6)
+    assert (notes.size, notes.grey) == ([8, 12], True)
 
 
 def test_folder_tells_what_it_was_made_of(convert, capsys):

@@ -17,7 +17,7 @@ def float64():
 
 
 def normal(seed: int, *shape: int):
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape))
+    return np.asarray(np.random.default_rng(seed).standard_normal(shape))
 
 
 KEY = jax.random.key(0)
@@ -52,21 +52,21 @@ def test_directions_have_unit_length_and_no_preferred_axis():
 
 def test_repeating_every_point_changes_no_sliced_wasserstein_distance():
     a, b = normal(1, 12, 2), normal(2, 9, 2)
-    repeated = sliced_wasserstein(jnp.repeat(a, 3, axis=0), b, key=KEY)
+    repeated = sliced_wasserstein(np.repeat(a, 3, axis=0), b, key=KEY)
     np.testing.assert_allclose(repeated, sliced_wasserstein(a, b, key=KEY), rtol=1e-12)
 
 
 def test_squared_sliced_wasserstein_of_a_shift_is_its_squared_length_over_dim():
-    a, shift = normal(1, 30, 4), jnp.array([1.0, -2.0, 0.5, 3.0])
+    a, shift = normal(1, 30, 4), np.array([1.0, -2.0, 0.5, 3.0])
     squared = sliced_wasserstein(a, a + shift, projections=20_000, key=KEY) ** 2
     # The mean of 20000 squared cosines in four dimensions has a relative standard deviation of 0.7%.
-    np.testing.assert_allclose(squared, jnp.sum(shift**2) / 4, rtol=0.03)
+    np.testing.assert_allclose(squared, np.sum(shift**2) / 4, rtol=0.03)
 
 
 def test_squared_sliced_wasserstein_of_a_scaling_is_the_projected_variance():
     a = normal(1, 30, 2)
     directions = _directions(16, 2, jnp.float64, key=KEY)
-    expected = jnp.mean((a @ directions.T) ** 2)
+    expected = np.mean((a @ np.asarray(directions).T) ** 2)
     np.testing.assert_allclose(sliced_wasserstein(a, 2 * a, projections=16, key=KEY) ** 2, expected, rtol=1e-12)
 
 
@@ -114,7 +114,7 @@ def test_energy_distance_of_shifted_gaussians_approaches_the_closed_form():
     within = scipy.stats.foldnorm.mean(0, scale=np.sqrt(2))
     # Equal masses at the midpoints of 2000 quantiles stand for the Gaussian; what they miss is of order 1/2000.
     quantiles = scipy.stats.norm.ppf((np.arange(2000) + 0.5) / 2000)
-    a = jnp.asarray(quantiles)[:, None]
+    a = quantiles[:, None]
     np.testing.assert_allclose(energy_distance(a, a + shift), 2 * (cross - within), rtol=2e-3)
 
 
@@ -127,7 +127,7 @@ def test_energy_distance_of_ten_thousand_points_holds_no_matrix_of_pairs():
 def test_energy_distance_in_float32_keeps_six_digits_of_the_mean_distance():
     a, b = normal(1, 3000, 2), normal(2, 2000, 2) + 5
     exact = energy_distance(a, b)
-    single = energy_distance(a.astype(jnp.float32), b.astype(jnp.float32))
+    single = energy_distance(a.astype(np.float32), b.astype(np.float32))
     assert single.dtype == jnp.float32
     assert abs(single - exact) < 1e-6 * 5
 
@@ -170,7 +170,7 @@ def test_maximum_mean_discrepancy_of_two_gaussians_approaches_the_closed_form(ha
     within = [mean_kernel_of_gaussians(0.0, 2 * s**2, halvings=halvings) for s in (1.0, std)]
     expected = sum(within) - 2 * mean_kernel_of_gaussians(shift, 1 + std**2, halvings=halvings)
     # Equal masses at the midpoints of 2000 quantiles stand for the Gaussian; what they miss is of order 1/2000.
-    a = jnp.asarray(scipy.stats.norm.ppf((np.arange(2000) + 0.5) / 2000))[:, None]
+    a = scipy.stats.norm.ppf((np.arange(2000) + 0.5) / 2000)[:, None]
     np.testing.assert_allclose(maximum_mean_discrepancy(a, shift + std * a, halvings=halvings), expected, rtol=2e-3)
 
 
@@ -261,8 +261,8 @@ def test_jit_and_eager_agree(distance):
 @every
 @pytest.mark.parametrize("promotion", ["standard", "strict"])
 def test_half_precision_points_are_compared_in_float32(distance, promotion):
-    a, b = normal(1, 20, 3).astype(jnp.bfloat16), normal(2, 33, 3).astype(jnp.float32)
-    expected = distance(a.astype(jnp.float32), b)
+    a, b = normal(1, 20, 3).astype(jnp.bfloat16), normal(2, 33, 3).astype(np.float32)
+    expected = distance(a.astype(np.float32), b)
     with jax.numpy_dtype_promotion(promotion):
         value = distance(a, b)
     assert value.dtype == jnp.float32
@@ -291,7 +291,7 @@ def test_wrong_shapes_are_refused(distance, a, b, message):
 @pytest.mark.parametrize("name", ["a", "b"])
 def test_samples_that_are_not_finite_are_refused_by_name(distance, name, value):
     samples = {"a": normal(1, 20, 3), "b": normal(2, 33, 3)}
-    samples[name] = jnp.asarray(samples[name]).at[4, 1:].set(value)
+    samples[name][4, 1:] = value
     with pytest.raises(ValueError, match=f"`{name}` must be finite, got 2 values that are not"):
         distance(**samples)
 
@@ -299,7 +299,8 @@ def test_samples_that_are_not_finite_are_refused_by_name(distance, name, value):
 @every
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_distance_of_what_is_not_finite_is_nan_under_jit(distance, value):
-    a, b = jnp.asarray(normal(1, 20, 3)), jnp.asarray(normal(2, 33, 3)).at[4, 1].set(value)
+    a, b = normal(1, 20, 3), normal(2, 20, 3)
+    b[4, 1] = value
     assert jnp.isnan(jax.jit(distance)(a, b)) and jnp.isnan(jax.jit(distance)(b, a))
 
 
