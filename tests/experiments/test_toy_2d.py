@@ -306,7 +306,7 @@ def test_flow_matching_samples_by_euler(toys):
         eqx.filter_jit(method)(network, eps, times=times)
         for method, network in ((mfx.sample, toys.Instantaneous(field)), (mfx.sample_euler, field))
     )
-    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)  # two programs, which may round otherwise
 
 
 @pytest.mark.slow
@@ -328,6 +328,7 @@ def test_field_of_stacked_data_takes_vectors(toy_2d):
     field = filled(lambda: toy_2d.make_field(config, "eight_gaussians_64d", 0))
     z = jnp.asarray(np.arange(64, dtype=np.float32) / 64)
     pixels = jax.jit(lambda z: field.field(z.reshape(4, 4, 4).transpose(2, 0, 1), 0.0, 1.0).transpose(1, 2, 0))(z)
+    # Two programs, which may round otherwise.
     np.testing.assert_allclose(jax.jit(lambda z: field(z, 0.0, 1.0))(z), pixels.reshape(-1), rtol=1e-6, atol=1e-6)
 
 

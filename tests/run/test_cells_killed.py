@@ -34,12 +34,11 @@ def start(root, *flags, pause=0.0):
 def finished(root, *flags):
     """The end of a trainer in this process, which has nothing to train."""
     out, err = io.StringIO(), io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as stack:
+    quiet = contextlib.redirect_stdout(out), contextlib.redirect_stderr(err)
+    with pytest.MonkeyPatch.context() as patch, quiet[0], quiet[1]:
         patch.setattr(_cells, "scan_steps", lambda *_: pytest.fail("trained"))
         patch.setattr(sys, "argv", ["cell_trainer.py"])
         patch.setenv("RUNS", str(root))
-        for redirect, text in ((contextlib.redirect_stdout, out), (contextlib.redirect_stderr, err)):
-            stack.enter_context(redirect(text))
         try:
             run.main(cell_trainer.main, cell_trainer.Config(), argv=[*map(str, (*FLAGS, *flags))])
             code = 0
