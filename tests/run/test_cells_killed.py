@@ -84,6 +84,7 @@ def undisturbed(tmp_path_factory):
 
 
 def assert_continues(root, undisturbed, told):
+    # With all three begun nothing is left to train, so that this process can run it.
     found = finished(root) if told[0] == "3" else ended(start(root))
     assert (found.digest, logged(root), results(root)) == undisturbed[:3]
     assert f"continues; of 3 trainings, {told} begun" in found.out
