@@ -122,6 +122,7 @@ from ._identity import (
     InductiveMomentMatching as InductiveMomentMatching,
     LagrangianSelfDistillation as LagrangianSelfDistillation,
     MeanFlow as MeanFlow,
+    ModularMeanFlow as ModularMeanFlow,
     semigroup_residual as semigroup_residual,
     Shortcut as Shortcut,
     SoFlow as SoFlow,

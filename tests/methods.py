@@ -8,6 +8,7 @@ METHODS = {
     "MeanFlow": mfx.MeanFlow(),
     "ImprovedMeanFlow": mfx.ImprovedMeanFlow(),
     "mixed tangent": mfx.ImprovedMeanFlow(0.5),
+    "ModularMeanFlow": mfx.ModularMeanFlow(),
     "SplitMeanFlow": mfx.SplitMeanFlow(),
     "Shortcut": mfx.Shortcut(),
     "LagrangianSelfDistillation": mfx.LagrangianSelfDistillation(),

@@ -22,6 +22,7 @@ from .improved_mean_flow import ImprovedMeanFlow as ImprovedMeanFlow
 from .inductive_moment_matching import InductiveMomentMatching as InductiveMomentMatching
 from .lagrangian_self_distillation import LagrangianSelfDistillation as LagrangianSelfDistillation
 from .mean_flow import MeanFlow as MeanFlow
+from .modular_mean_flow import ModularMeanFlow as ModularMeanFlow
 from .namespace import identities_in as identities_in
 from .shortcut import Shortcut as Shortcut
 from .so_flow import SoFlow as SoFlow

@@ -5,7 +5,8 @@ Additivity of the integral in Eq. 3 of the MeanFlow paper gives, for r <= s <= t
 $$(t - r)\, u(z_t, r, t) = (t - s)\, u(z_t, s, t) + (s - r)\, u(z_s, r, s).$$
 
 Source: SplitMeanFlow: Interval Splitting Consistency in Few-Step Generative Modeling, Guo, Wang, Ye, Yu, Zhang, et al.,
-2025, arXiv 2507.16884.
+2025, arXiv 2507.16884. Progressive self-distillation (PSD) in How to build a consistency model, Boffi, Albergo,
+Vanden-Eijnden, 2025, arXiv 2505.18825, is the same equation, with s uniform here and in the middle in `Shortcut`.
 """
 
 import jax
