@@ -74,6 +74,9 @@ class Config(run.Settings):
     queue: int = 0
     """Take the moments of this many of the last generated images, in place of running averages; 0 for running
     averages."""
+    refresh: int = 8
+    """Steps from one computation of a Frechet distance's eigenvalues to the next. Between them the distance is
+    replaced by a bound that a tangent gives: on a CPU, eigenvalues take more time than all else. 1 for every step."""
     reference: int = 10_000
     """Most training images whose features are the reference of Frechet distances."""
     scales: tuple[float, ...] = (0.02, 0.05, 0.2)
@@ -95,8 +98,10 @@ class Config(run.Settings):
     """Seed of everything random."""
 
     def __post_init__(self):
-        self.check(steps=0, warmup=0, seed=0, samples=2, reference=2, evaluations=1, queue=0, batch=1)
-        run.check_sizes(self, batch=1 << 20, samples=1 << 20, reference=1 << 20, queue=1 << 22, evaluations=64)
+        self.check(steps=0, warmup=0, seed=0, samples=2, reference=2, evaluations=1, queue=0, batch=1, refresh=1)
+        run.check_sizes(
+            self, batch=1 << 20, samples=1 << 20, reference=1 << 20, queue=1 << 22, evaluations=64, refresh=1 << 20
+        )
         if self.accumulation > 1:
             raise ValueError(f"accumulation must be 1 for losses that are no means over rows, got {self.accumulation}")
         if self.holdout is not None and not 0 < self.holdout < 1:
@@ -139,7 +144,7 @@ class Config(run.Settings):
         return self.queue or round(self.batch / (1 - self.population_decay))
 
 
-UNUSED_IN_DRIFTING = ("queue", "population_decay", "reference", "relative")
+UNUSED_IN_DRIFTING = ("queue", "population_decay", "refresh", "reference", "relative")
 LEAST_ROWS = 4
 """For drifting, the fewest rows of each label in a batch, on average: only samples and data of the same label act on
 each other."""
@@ -237,7 +242,8 @@ def objective(
     losses, scaled = [], []
     for space, weight in zip(spaces, weights, strict=True):
         known = post_features.moments(space, train, count)
-        loss = mfx.FrechetLoss(known.mean, known.cov, space.features, config.population, config.relative)
+        how = {"population": config.population, "relative": config.relative, "refresh": config.refresh}
+        loss = mfx.FrechetLoss(known.mean, known.cov, space.features, **how)
         losses.append(place(loss))
         scaled.append(weight if config.relative else weight / float(np.trace(known.cov)))
     return mfx.SampleObjective(losses, tuple(scaled), times, unroll=unroll)

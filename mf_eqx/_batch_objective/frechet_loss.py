@@ -7,6 +7,10 @@ alone is differentiated. It vanishes, and so does its gradient, where the moment
 
 Samples of all conditions are compared together, so that the loss does not see whether a sample fits its condition.
 
+The root needs the eigenvalues of a matrix of features x features in each step. It is concave in $\Sigma$, and moments
+change little from one step to the next, so that with `refresh` k it is replaced in k - 1 of k steps by its tangent at
+the last $\Sigma$ whose eigenvalues were computed.
+
 Several spaces of features are several losses of one `SampleObjective`. With `relative` each is divided by its own
 value, as the authors do where they add spaces, so that none outweighs the others by its unit.
 
@@ -16,18 +20,43 @@ Source: Representation Frechet Loss for Visual Generation, Yang, Geng, Ju, Tian,
 from collections.abc import Callable
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
 from .._batch import Batch
 from .._custom_types import as_floats, at_least_float32, Scalar
 from .._mean import Mean, Metrics
-from .._validate import check_finite, check_kind
+from .._validate import as_count, check_finite, check_kind, Count
 from .population import AbstractPopulation, RunningPopulation
 from .sample_objective import AbstractSampleLoss
-from .trace_of_root import trace_of_root
+from .trace_of_root import root_and_slope, trace_of_root
+
+
+class Tangent(eqx.Module):
+    r"""The tangent of the trace of the root at one covariance, $\sum_{ij} G_{ij} \Sigma_{ij} + c$: `slope` G, `offset`
+    c."""
+
+    slope: Float[Array, "features features"]
+    offset: Float[Array, ""]
+
+    @classmethod
+    def at(cls, covariance: Float[Array, "features features"], factor: Float[Array, "features rank"]) -> "Tangent":
+        root, slope = root_and_slope(covariance, factor)
+        return cls(slope, root - jnp.sum(slope * covariance))
+
+    def __call__(self, covariance: Float[Array, "features features"]) -> Float[Array, ""]:
+        return jnp.sum(self.slope * covariance) + self.offset
+
+
+class TangentState(eqx.Module):
+    """The state with `refresh` > 1: that of the population, the last tangent, and the number of steps so far."""
+
+    population: PyTree[Array]
+    tangent: Tangent
+    step: Int[Array, ""]
 
 
 class FrechetLoss(AbstractSampleLoss):
@@ -42,11 +71,13 @@ class FrechetLoss(AbstractSampleLoss):
       Fill it before the first step by `SampleObjective.fill`: the first gradients would be too large otherwise.
     - `relative`: whether the loss is the distance divided by its own value behind stop-gradient. It is then 1, and its
       gradient is that of the logarithm.
+    - `refresh`: the number of steps from one computation of eigenvalues to the next; 1 for every step.
 
-    **Metrics:** `frechet_distance`, the distance.
+    **Metrics:** `frechet_distance`, the distance; with `refresh` > 1 a lower bound of it, which is exact where
+    eigenvalues are computed.
 
     **Raises:** `ValueError` if the moments are not finite, do not fit each other, or if the covariance is not symmetric
-    or has negative eigenvalues.
+    or has negative eigenvalues, and unless `refresh` is an integer >= 1.
     """
 
     mean: Float[Array, " features"]
@@ -55,6 +86,7 @@ class FrechetLoss(AbstractSampleLoss):
     features: Callable[[Float[Array, "*data"]], Float[Array, " features"]]
     population: AbstractPopulation
     relative: bool
+    refresh: int
 
     def __init__(
         self,
@@ -63,6 +95,7 @@ class FrechetLoss(AbstractSampleLoss):
         features: Callable[[Float[Array, "*data"]], Float[Array, " features"]] = jnp.ravel,
         population: Any = RunningPopulation(),
         relative: bool = False,
+        refresh: Count = 1,
     ):
         check_kind("population", population, AbstractPopulation)
         wide = np.asarray(covariance, np.float64)
@@ -75,9 +108,14 @@ class FrechetLoss(AbstractSampleLoss):
         self.trace = jnp.asarray(np.trace(wide), self.mean.dtype)
         self.factor = jnp.asarray(_factor(wide), self.mean.dtype)
         self.features, self.population, self.relative = features, population, relative
+        self.refresh = as_count("refresh", refresh)
 
     def init(self) -> PyTree[Array]:
-        return self.population.init(self.mean)
+        population = self.population.init(self.mean)
+        if self.refresh == 1:
+            return population
+        none = Tangent(jnp.zeros_like(self.factor), jnp.zeros_like(self.trace))
+        return TangentState(population, none, jnp.zeros((), jnp.int32))
 
     def batches_to_fill(self, rows: int) -> int:
         return self.population.batches_to_fill(rows)
@@ -85,13 +123,22 @@ class FrechetLoss(AbstractSampleLoss):
     def __call__(self, x: Float[Array, "rows *data"], batch: Batch, state: Any) -> tuple[Scalar, Metrics, Any]:
         # Features are centred at the mean of the data, so that E[y y^T] - E[y] E[y]^T loses no digits.
         y = jax.vmap(self.features)(x).astype(self.mean.dtype) - self.mean
-        moments, state = self.population.add(state, y)
+        moments, population = self.population.add(state if self.refresh == 1 else state.population, y)
         covariance = moments.product - jnp.outer(moments.mean, moments.mean)
-        cross = trace_of_root(covariance, self.factor)
+        if self.refresh == 1:
+            cross, state = trace_of_root(covariance, self.factor), population
+        else:
+            tangent = self._tangent(state, jax.lax.stop_gradient(covariance))
+            cross, state = tangent(covariance), TangentState(population, tangent, state.step + 1)
         distance = jnp.sum(moments.mean**2) + jnp.trace(covariance) + self.trace - 2 * cross
         least = jnp.finfo(distance.dtype).eps * self.trace  # near 0 a distance is rounding
         loss = distance / jnp.maximum(jax.lax.stop_gradient(distance), least) if self.relative else distance
         return loss, {"frechet_distance": Mean(distance, jnp.ones((), distance.dtype))}, state
+
+    def _tangent(self, state: TangentState, covariance: Float[Array, "features features"]) -> Tangent:
+        """The last tangent, or in every `refresh`-th step a new one."""
+        is_due = state.step % self.refresh == 0
+        return jax.lax.cond(is_due, lambda: Tangent.at(covariance, self.factor), lambda: state.tangent)
 
 
 def _factor(covariance: Float[np.ndarray, "dim dim"]) -> Float[np.ndarray, "dim dim"]:

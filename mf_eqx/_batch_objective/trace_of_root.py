@@ -32,12 +32,13 @@ def trace_of_root(
 
     **Arguments:** `covariance` $\Sigma$, symmetric; `factor` F.
     """
-    return _forward(covariance, factor)[0]
+    return root_and_slope(covariance, factor)[0]
 
 
-def _forward(
+def root_and_slope(
     covariance: Float[Array, "features features"], factor: Float[Array, "features rank"]
 ) -> tuple[Float[Array, ""], Float[Array, "features features"]]:
+    """The value of `trace_of_root`, and its gradient with respect to the covariance."""
     dtype, has_float64 = covariance.dtype, jax.default_backend() not in _WITHOUT_FLOAT64
     with jax.enable_x64(True) if has_float64 else contextlib.nullcontext():
         wide = jnp.float64 if has_float64 else dtype
@@ -56,4 +57,4 @@ def _backward(
     return cotangent * gradient, None
 
 
-trace_of_root.defvjp(_forward, _backward)
+trace_of_root.defvjp(root_and_slope, _backward)

@@ -101,6 +101,26 @@ def test_relative_loss_has_the_gradient_of_the_logarithm():
     np.testing.assert_allclose(slopes[0].matrix, slopes[1].matrix / distance, rtol=1e-4)
 
 
+def test_between_two_eigenvalue_problems_the_root_is_its_tangent_which_bounds_the_distance_from_below():
+    losses = [objective(), objective(refresh=3)]
+    states = [loss.init() for loss in losses]
+    for number in range(7):
+        field, key = Affine((1 + 0.02 * number) * affine().matrix, affine().shift), jr.key(number)
+        values, slopes = [], []
+        for i, (loss, state) in enumerate(zip(losses, states, strict=True)):
+            value, _, states[i] = evaluated(loss, field, key=key, state=state)
+            gradient = eqx.filter_grad(lambda field, a=loss, s=state, k=key: evaluated(a, field, key=k, state=s)[0])
+            values.append(value)
+            slopes.append(gradient(field).matrix)
+        difference = np.abs(slopes[0] - slopes[1]).max() / np.abs(slopes[0]).max()
+        if number % 3 == 0:
+            np.testing.assert_allclose(*values, rtol=1e-5)
+            assert difference < 1e-4
+        else:
+            assert values[1] < values[0]
+            assert 1e-3 < difference < 0.5
+
+
 def test_integers_are_moments():
     loss = mfx.SampleObjective(mfx.FrechetLoss([0, 1], [[1, 0], [0, 1]]))
     gradient = eqx.filter_grad(lambda field: evaluated(loss, field)[0])(affine())
@@ -121,6 +141,12 @@ def test_integers_are_moments():
 def test_what_are_no_moments_is_refused(mean, covariance, message):
     with pytest.raises(ValueError, match=message):
         mfx.FrechetLoss(mean, covariance)
+
+
+@pytest.mark.parametrize("refresh", [0, True])
+def test_what_is_no_number_of_steps_is_refused(refresh):
+    with pytest.raises(ValueError, match="refresh must be an integer >= 1"):
+        objective(refresh=refresh)
 
 
 def test_what_is_no_population_is_refused():

@@ -282,14 +282,14 @@ def test_populations_are_filled_with_images_of_the_start_under_labels_of_the_dat
     loss = post_train.objective(config, [features.Space("pixels", features.Pixels())], source, None, unroll=False)
     parts, field = data.InTurn((data.FromPixels(),)), network()
     state, again = (post_train.filled_state(config, loss, field, source, parts, lambda tree: tree) for _ in range(2))
-    assert state[0].count == 100
+    assert state[0].population.count == 100
     jax.tree.map(np.testing.assert_array_equal, state, again)
     # A queue has the newest first: here the first rows of the seventh batch.
     key = jr.fold_in(jr.key(1), 6)
     row = data.Stream(source, 16, seed=1)[6]
     eps = jr.normal(jr.fold_in(key, row.index[0]), (1, 8, 8))
     made = features.Pixels()(mfx.sample(field, eps, jnp.asarray(row.condition[0])))
-    np.testing.assert_allclose(state[0].features[0], made - loss.losses[0].mean, atol=1e-5)
+    np.testing.assert_allclose(state[0].population.features[0], made - loss.losses[0].mean, atol=1e-5)
 
 
 @pytest.mark.slow
@@ -298,7 +298,7 @@ def test_training_begins_with_a_full_population(finished, post_train):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(finished.parents[2])
         weights = checkpoint.read_weights("base.safetensors")
-        config = post_train.Config(start="base.safetensors", batch=16, features=("pixels",))
+        config = post_train.Config(start="base.safetensors", batch=16, features=("pixels",), refresh=1)
         source = post_train.open_data(config, weights, (1, 8, 8)).train
     pixels = post_train.post_features.make_space("pixels", source, finished, steps=0)
     loss, parts = post_train.objective(config, [pixels], source, None, unroll=False), data.InTurn((data.FromPixels(),))
