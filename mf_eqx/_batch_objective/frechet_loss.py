@@ -30,7 +30,7 @@ from .._batch import Batch
 from .._custom_types import as_floats, at_least_float32, Scalar
 from .._mean import Mean, Metrics
 from .._validate import as_count, check_finite, check_kind, Count
-from .population import AbstractPopulation, RunningPopulation
+from .population import AbstractPopulation, PopulationMoments, RunningPopulation
 from .sample_objective import AbstractSampleLoss
 from .trace_of_root import root_and_slope, trace_of_root
 
@@ -52,10 +52,12 @@ class Tangent(eqx.Module):
 
 
 class TangentState(eqx.Module):
-    """The state with `refresh` > 1: that of the population, the last tangent, and the number of steps so far."""
+    """The state with `refresh` > 1: that of the population, the last tangent, the distance where it was made, and the
+    number of steps so far."""
 
     population: PyTree[Array]
     tangent: Tangent
+    distance: Float[Array, ""]
     step: Int[Array, ""]
 
 
@@ -69,12 +71,12 @@ class FrechetLoss(AbstractSampleLoss):
     - `features`: the function from one sample to a vector, by default the flattened sample.
     - `population`: the generated samples that moments are taken of; it must hold more samples than there are features.
       Fill it before the first step by `SampleObjective.fill`: the first gradients would be too large otherwise.
-    - `relative`: whether the loss is the distance divided by its own value behind stop-gradient. It is then 1, and its
-      gradient is that of the logarithm.
+    - `relative`: whether the loss is the distance divided by its own value behind stop-gradient, with `refresh` > 1 by
+      that of the last step with eigenvalues. It is then about 1, and its gradient is that of the logarithm.
     - `refresh`: the number of steps from one computation of eigenvalues to the next; 1 for every step.
 
     **Metrics:** `frechet_distance`, the distance; with `refresh` > 1 a lower bound of it, which is exact where
-    eigenvalues are computed.
+    eigenvalues are computed, and may be negative elsewhere.
 
     **Raises:** `ValueError` if the moments are not finite, do not fit each other, or if the covariance is not symmetric
     or has negative eigenvalues, and unless `refresh` is an integer >= 1.
@@ -114,8 +116,8 @@ class FrechetLoss(AbstractSampleLoss):
         population = self.population.init(self.mean)
         if self.refresh == 1:
             return population
-        none = Tangent(jnp.zeros_like(self.factor), jnp.zeros_like(self.trace))
-        return TangentState(population, none, jnp.zeros((), jnp.int32))
+        zero = jnp.zeros_like(self.trace)
+        return TangentState(population, Tangent(jnp.zeros_like(self.factor), zero), zero, jnp.zeros((), jnp.int32))
 
     def batches_to_fill(self, rows: int) -> int:
         return self.population.batches_to_fill(rows)
@@ -123,22 +125,30 @@ class FrechetLoss(AbstractSampleLoss):
     def __call__(self, x: Float[Array, "rows *data"], batch: Batch, state: Any) -> tuple[Scalar, Metrics, Any]:
         # Features are centred at the mean of the data, so that E[y y^T] - E[y] E[y]^T loses no digits.
         y = jax.vmap(self.features)(x).astype(self.mean.dtype) - self.mean
-        moments, population = self.population.add(state if self.refresh == 1 else state.population, y)
-        covariance = moments.product - jnp.outer(moments.mean, moments.mean)
         if self.refresh == 1:
-            cross, state = trace_of_root(covariance, self.factor), population
+            moments, state = self.population.add(state, y)
+            distance = self._distance(moments, lambda covariance: trace_of_root(covariance, self.factor))
+            exact = jax.lax.stop_gradient(distance)
         else:
-            tangent = self._tangent(state, jax.lax.stop_gradient(covariance))
-            cross, state = tangent(covariance), TangentState(population, tangent, state.step + 1)
-        distance = jnp.sum(moments.mean**2) + jnp.trace(covariance) + self.trace - 2 * cross
+            moments, population = self.population.add(state.population, y)
+            is_due = state.step % self.refresh == 0
+            fixed = jax.lax.stop_gradient(_covariance(moments))
+            tangent = jax.lax.cond(is_due, lambda: Tangent.at(fixed, self.factor), lambda: state.tangent)
+            distance = self._distance(moments, tangent)
+            exact = jnp.where(is_due, jax.lax.stop_gradient(distance), state.distance)
+            state = TangentState(population, tangent, exact, state.step + 1)
         least = jnp.finfo(distance.dtype).eps * self.trace  # near 0 a distance is rounding
-        loss = distance / jnp.maximum(jax.lax.stop_gradient(distance), least) if self.relative else distance
+        loss = distance / jnp.maximum(exact, least) if self.relative else distance
         return loss, {"frechet_distance": Mean(distance, jnp.ones((), distance.dtype))}, state
 
-    def _tangent(self, state: TangentState, covariance: Float[Array, "features features"]) -> Tangent:
-        """The last tangent, or in every `refresh`-th step a new one."""
-        is_due = state.step % self.refresh == 0
-        return jax.lax.cond(is_due, lambda: Tangent.at(covariance, self.factor), lambda: state.tangent)
+    def _distance(self, moments: PopulationMoments, trace_of_root: Callable[[Any], Float[Array, ""]]) -> Scalar:
+        covariance = _covariance(moments)
+        cross = trace_of_root(covariance)
+        return jnp.sum(moments.mean**2) + jnp.trace(covariance) + self.trace - 2 * cross
+
+
+def _covariance(moments: PopulationMoments) -> Float[Array, "features features"]:
+    return moments.product - jnp.outer(moments.mean, moments.mean)
 
 
 def _factor(covariance: Float[np.ndarray, "dim dim"]) -> Float[np.ndarray, "dim dim"]:

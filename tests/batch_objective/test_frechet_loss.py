@@ -121,6 +121,20 @@ def test_between_two_eigenvalue_problems_the_root_is_its_tangent_which_bounds_th
             assert 1e-3 < difference < 0.5
 
 
+def test_relative_loss_is_divided_by_the_last_distance_with_eigenvalues():
+    plain, relative = objective(refresh=2), objective(refresh=2, relative=True)
+    state, exact = plain.init(), None
+    for number in range(3):
+        field, key = Affine((1 + 0.02 * number) * affine().matrix, affine().shift), jr.key(number)
+        expected, _, after = evaluated(plain, field, key=key, state=state)
+        exact = expected if number % 2 == 0 else exact
+        found, metrics, again = evaluated(relative, field, key=key, state=state)
+        np.testing.assert_allclose(found, expected / exact, rtol=1e-5)
+        np.testing.assert_allclose(metrics["frechet_distance"].value, expected, rtol=1e-6)
+        assert eqx.tree_equal(again, after, rtol=1e-6)
+        state = after
+
+
 def test_integers_are_moments():
     loss = mfx.SampleObjective(mfx.FrechetLoss([0, 1], [[1, 0], [0, 1]]))
     gradient = eqx.filter_grad(lambda field: evaluated(loss, field)[0])(affine())
