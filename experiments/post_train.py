@@ -2,7 +2,7 @@
 
     python experiments/post_train.py --start runs/digits/1a2b3c4d/meanflow/ema_0.997.safetensors
     python experiments/post_train.py --start runs/fashion/1a2b3c4d/ema.safetensors
-    python experiments/post_train.py --start ema.safetensors --features lite0
+    python experiments/post_train.py --start ema.safetensors --preset lite0
     python experiments/post_train.py --start ema.safetensors --preset drifting
     python experiments/post_train.py --start ema.safetensors --evaluations 2 --queue 5000
 
@@ -421,6 +421,10 @@ def table(title: str, rows: list[tuple[Any, ...]]) -> str:
 
 PRESETS = {
     "default": ("Frechet distance of pixels and of the features of a classifier", Config()),
+    "lite0": (
+        "Frechet distance of pixels and of the features of EfficientNet-Lite0",
+        Config(features=("pixels", "lite0"), steps=215, learning_rate=4e-5, warmup=20),
+    ),
     "drifting": ("drifting in the same spaces", Config(loss="drifting", batch=256, learning_rate=1e-4)),
 }
 
