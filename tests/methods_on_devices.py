@@ -14,7 +14,7 @@ import mf_eqx as mfx
 PAIRS = {"identity_share": 0.5, "time_pairs": mfx.TimePairs(mfx.UniformTimes())}
 OBJECTIVES = {
     "SampleObjective": lambda: mfx.SampleObjective(
-        (mfx.FrechetLoss(np.ones(2), np.eye(2), population=mfx.QueuedPopulation(100)), mfx.Drifting())
+        (mfx.FrechetLoss(np.ones(2), np.eye(2), population=mfx.QueuedPopulation(100), refresh=2), mfx.Drifting())
     ),
     "InductiveMomentMatching": lambda: mfx.Objective(mfx.InductiveMomentMatching(), **PAIRS),
     "TerminalVelocityMatching": lambda: mfx.Objective(mfx.TerminalVelocityMatching(), **PAIRS),
@@ -24,7 +24,8 @@ OBJECTIVES = {
 def with_network_of_features(parallelism):
     """As post_train.py makes it: arrays of a network, on all devices."""
     network = mfx.nn.cast(eqx.nn.MLP(2, 3, 8, 1, key=jr.key(5)), jnp.float32)
-    loss = mfx.FrechetLoss(np.ones(3, np.float32), np.eye(3, dtype=np.float32), network, mfx.RunningPopulation(0.5))
+    moments = np.ones(3, np.float32), np.eye(3, dtype=np.float32)
+    loss = mfx.FrechetLoss(*moments, network, mfx.RunningPopulation(0.5), refresh=2)
     return mfx.SampleObjective(loss if parallelism is None else parallelism.replicate(loss))
 
 

@@ -7,9 +7,10 @@ alone is differentiated. It vanishes, and so does its gradient, where the moment
 
 Samples of all conditions are compared together, so that the loss does not see whether a sample fits its condition.
 
-The root needs the eigenvalues of a matrix of features x features in each step. It is concave in $\Sigma$, and moments
-change little from one step to the next, so that with `refresh` k it is replaced in k - 1 of k steps by its tangent at
-the last $\Sigma$ whose eigenvalues were computed.
+The root needs the eigenvalues of a matrix of features x features in each step. With `refresh` k it is replaced in k - 1
+of k steps by its tangent at the last $\Sigma$ whose eigenvalues were computed. As the root is concave in $\Sigma$, the
+distance becomes a lower bound, if that $\Sigma$ had full rank. Take k small beside the number of steps that the
+population remembers.
 
 Several spaces of features are several losses of one `SampleObjective`. With `relative` each is divided by its own
 value, as the authors do where they add spaces, so that none outweighs the others by its unit.
@@ -72,11 +73,12 @@ class FrechetLoss(AbstractSampleLoss):
     - `population`: the generated samples that moments are taken of; it must hold more samples than there are features.
       Fill it before the first step by `SampleObjective.fill`: the first gradients would be too large otherwise.
     - `relative`: whether the loss is the distance divided by its own value behind stop-gradient, with `refresh` > 1 by
-      that of the last step with eigenvalues. It is then about 1, and its gradient is that of the logarithm.
-    - `refresh`: the number of steps from one computation of eigenvalues to the next; 1 for every step.
+      that of the last step with eigenvalues. It is then about 1, and its gradient about that of the logarithm.
+    - `refresh`: the number of steps from one computation of eigenvalues to the next; 1 for every step. The first step
+      after the population was filled has them.
 
-    **Metrics:** `frechet_distance`, the distance; with `refresh` > 1 a lower bound of it, which is exact where
-    eigenvalues are computed, and may be negative elsewhere.
+    **Metrics:** `frechet_distance`, the distance; with `refresh` > 1 that of the last step with eigenvalues, while the
+    loss is a lower bound, which may be negative.
 
     **Raises:** `ValueError` if the moments are not finite, do not fit each other, or if the covariance is not symmetric
     or has negative eigenvalues, and unless `refresh` is an integer >= 1.
@@ -131,7 +133,8 @@ class FrechetLoss(AbstractSampleLoss):
             exact = jax.lax.stop_gradient(distance)
         else:
             moments, population = self.population.add(state.population, y)
-            is_due = state.step % self.refresh == 0
+            filled = self.population.batches_to_fill(len(y))
+            is_due = (state.step == 0) | ((state.step - filled) % self.refresh == 0)
             fixed = jax.lax.stop_gradient(_covariance(moments))
             tangent = jax.lax.cond(is_due, lambda: Tangent.at(fixed, self.factor), lambda: state.tangent)
             distance = self._distance(moments, tangent)
@@ -139,12 +142,11 @@ class FrechetLoss(AbstractSampleLoss):
             state = TangentState(population, tangent, exact, state.step + 1)
         least = jnp.finfo(distance.dtype).eps * self.trace  # near 0 a distance is rounding
         loss = distance / jnp.maximum(exact, least) if self.relative else distance
-        return loss, {"frechet_distance": Mean(distance, jnp.ones((), distance.dtype))}, state
+        return loss, {"frechet_distance": Mean(exact, jnp.ones((), exact.dtype))}, state
 
-    def _distance(self, moments: PopulationMoments, trace_of_root: Callable[[Any], Float[Array, ""]]) -> Scalar:
+    def _distance(self, moments: PopulationMoments, root: Callable[[Any], Float[Array, ""]]) -> Scalar:
         covariance = _covariance(moments)
-        cross = trace_of_root(covariance)
-        return jnp.sum(moments.mean**2) + jnp.trace(covariance) + self.trace - 2 * cross
+        return jnp.sum(moments.mean**2) + jnp.trace(covariance) + self.trace - 2 * root(covariance)
 
 
 def _covariance(moments: PopulationMoments) -> Float[Array, "features features"]:

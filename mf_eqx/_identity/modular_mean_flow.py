@@ -3,7 +3,7 @@ r"""Modular MeanFlow: the MeanFlow identity with a part of the gradient through 
 $$u(z_t, r, t) + (t - r)\, \mathrm{sg}_\lambda\Big[\frac{d}{dt} u(z_t, r, t)\Big] = v_t, \qquad \mathrm{sg}_\lambda[a] =
 \lambda\, a + (1 - \lambda)\, \mathrm{sg}(a), \qquad \lambda: 0 \to 1.$$
 
-With $\lambda = 0$ this is MeanFlow; with $\lambda = 1$ the squared error of Eq. 6 is minimised as it stands.
+With $\lambda = 0$ this is MeanFlow; with $\lambda = 1$ the squared error of its equation is minimised as it stands.
 
 With the conditional velocity and $\lambda > 0$ the true average velocity is no stationary point. Its residual is
 $\Delta = ((t - r)\, \partial_z u - 1)\, (v_t - v)$, whose mean over the $v_t$ at one z is zero; but the gradient of
@@ -11,7 +11,8 @@ du/dt varies with $v_t$, too, so that with $\Sigma$ the covariance of $v_t$ at z
 
 $$2 \lambda\, (t - r)\, \mathrm{tr}\big((\partial_\theta \partial_z u)^\top ((t - r)\, \partial_z u - 1) \Sigma\big).$$
 
-It vanishes with the marginal velocity (`Objective.velocity`), and `StableTarget` makes it small.
+It draws u towards samples $z - (t - r)\, u$ that depend less on z, and so are blurred. It vanishes with the marginal
+velocity (`Objective.velocity`), and `StableTarget` makes it small.
 
 Source: Modular MeanFlow: Towards Stable and Scalable One-Step Generative Modeling, You, Liu, He, 2025, arXiv
 2508.17426. The remark on the mean gradient is ours.
