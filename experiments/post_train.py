@@ -76,7 +76,7 @@ class Config(run.Settings):
     averages."""
     refresh: int = 8
     """Steps from one computation of a Frechet distance's eigenvalues to the next. Between them the distance is
-    replaced by a bound that a tangent gives: on a CPU, eigenvalues take more time than all else. 1 for every step."""
+    replaced by a lower bound, since with pixels and lite0 eigenvalues are half of a step on a CPU. 1 for every step."""
     reference: int = 10_000
     """Most training images whose features are the reference of Frechet distances."""
     scales: tuple[float, ...] = (0.02, 0.05, 0.2)
