@@ -14,7 +14,6 @@ README.md beside this file has figures.
 import dataclasses
 import json
 import os
-import re
 import subprocess
 import sys
 import time
@@ -24,11 +23,11 @@ import jax
 import jax.random as jr
 import numpy as np
 import optax
+from steps import count_collectives
 
 import mf_eqx as mfx
 from mf_eqx import measure, run
 
-COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 SIZES = {"small": mfx.DiTSize(2, 128, 4, 4), "S/4": mfx.DIT_S4, "B/4": mfx.DIT_B4, "XL/2": mfx.DIT_XL2}
 SHAPE, LABELS = (4, 32, 32), 1000
 
@@ -107,12 +106,18 @@ def measured(config: Config, devices: int, fsdp: int) -> Result:
         return state.step
 
     times, cost = measure.time_interleaved({"step": once}, config.rounds, warm_up=2)["step"], program.cost
-    counts = {name: len(re.findall(rf" {name}(?:-start)?\(", program.text)) for name in COLLECTIVES}
-    found = {name: count for name, count in counts.items() if count}
     placed = sum(placement.bytes_per_device for placement in parallelism.table(state))
     until_first = cost.trace_seconds + cost.lower_seconds + cost.compile_seconds
     return Result(
-        devices, fsdp, times.median, times.spread, times.median_cpu, until_first, placed, cost.temporary_bytes, found
+        devices,
+        fsdp,
+        times.median,
+        times.spread,
+        times.median_cpu,
+        until_first,
+        placed,
+        cost.temporary_bytes,
+        count_collectives(program),
     )
 
 

@@ -6,6 +6,7 @@ the passes that it takes. A step is loss, gradient, Adam and one average.
 
 import functools
 import math
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -45,6 +46,7 @@ ATTENTIONS: dict[str, nn.AbstractAttention] = {
 }
 FOR_GPUS = ("cudnn", "pallas")
 """Attentions in kernels for NVIDIA GPUs."""
+COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 
 
 def check_device(*attentions: str) -> None:
@@ -226,11 +228,11 @@ def shapes_of(setting: Setting, depth: int | None = None) -> mfx.AbstractField:
     return eqx.filter_eval_shape(lambda key: make_field(setting, depth=depth, key=key), jr.key(0))
 
 
-def make_step(setting: Setting, name: str) -> mfx.TrainStep:
+def make_step(setting: Setting, name: str, parallelism: mfx.Parallelism | None = None) -> mfx.TrainStep:
     """A variant's step."""
     objective, average = variant_of(name, setting.share).objective, mfx.ExponentialAverage(0.9999)
     teacher = 0 if objective.needs_teacher else None
-    return mfx.TrainStep(objective, optax.adam(1e-4, b2=0.95), [average], teacher=teacher)
+    return mfx.TrainStep(objective, optax.adam(1e-4, b2=0.95), [average], teacher=teacher, parallelism=parallelism)
 
 
 def make_state(setting: Setting, *, key: jax.Array) -> mfx.TrainState:
@@ -248,6 +250,12 @@ def make_batch(setting: Setting, *, key: jax.Array) -> mfx.Batch:
     """Normal numbers with random labels."""
     labels = jr.randint(key, (setting.batch,), 0, LABELS)
     return mfx.Batch(jr.normal(key, (setting.batch, *data_shape(setting.model))), labels)
+
+
+def count_collectives(program: measure.Program[Any]) -> dict[str, int]:
+    """How often a compiled program communicates between devices, by kind; the body of a loop is counted once."""
+    counts = {name: len(re.findall(rf" {name}(?:-start)?\(", program.text)) for name in COLLECTIVES}
+    return {name: count for name, count in counts.items() if count}
 
 
 # Operations

@@ -1,0 +1,193 @@
+"""Would it fit there? Training steps compiled for GPUs and TPUs that are not here, by their own compilers.
+
+    python benchmarks/compile_for.py --model XL/2 --remat products --device h100 h200
+    python benchmarks/compile_for.py --model XL/2 --remat full --device v5e:8 v6e:8 --fsdp
+    python benchmarks/compile_for.py --network mine.py:Net --shape 3 64 64 --device h100 v5e
+
+XLA compiles for a device that it only has a description of. So any machine can tell whether a step compiles there, how
+much memory it needs on each device, and how devices communicate; how fast it is, only the device can tell. Nothing is
+run and no parameters are allocated.
+
+It needs the compilers, a few hundred MB: pip install -e '.[experiments,compilers]'. Use a virtual environment of its
+own, since in one with these packages JAX looks for the devices whenever it starts.
+
+"state" is parameters, Adam's moments and one average, "temporary" what a step needs besides; both of one device. For
+GPUs these are XLA's own buffers, without what libraries need, and algorithms of products are chosen untimed; JAX takes
+75% of a GPU's memory unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise. A TPU pads arrays to its tiles; its compiler
+refuses a program that is too large, and may compute again what does not fit.
+
+README.md beside this file has figures.
+"""
+
+import dataclasses
+import functools
+import re
+import time
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+from other_devices import Target, target, TPUS
+from steps import (
+    ATTENTIONS,
+    count_collectives,
+    data_shape,
+    DTYPES,
+    FOR_GPUS,
+    make_state,
+    make_step,
+    MODELS,
+    out_of_memory,
+    own_network,
+    OwnNetwork,
+    Setting,
+    variant_of,
+    VARIANTS,
+)
+
+import mf_eqx as mfx
+from mf_eqx import measure, nn, run
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Steps to compile: each variant for each device."""
+
+    device: tuple[str, ...] = ("h100", "v5e")
+    """a100 (80 GB), h100, h200, v4, v5e, v5p, v6e; with a number for several, as h100:8."""
+    model: str = "B/4"
+    """MLP, tiny, S/4, S/2, B/4, B/2, M/2, L/2, XL/2, U-Net, U-Net tiny."""
+    network: str | None = None
+    """A network of your own in place of `model`, as mine.py:Net, see compile_time.py."""
+    shape: tuple[int, ...] = ()
+    """Of one row for that network, such as 3 64 64."""
+    variant: tuple[str, ...] = ("MeanFlow",)
+    """Steps, by the names of `steps.py`, or a method of your own as mine.py:Mix."""
+    batch: int = 256
+    """Rows per step, on all devices together: a multiple of 4 times the number of devices."""
+    dtype: str = "bfloat16"
+    """Compute precision, bfloat16 or float32."""
+    form: str = "scan"
+    """scan (a loop over blocks), unroll (none)."""
+    remat: str = "none"
+    """none, products, full."""
+    attention: str = "xla"
+    """xla, chunked, pallas (NVIDIA GPUs)."""
+    fsdp: bool = False
+    """Divide the state between the devices instead of keeping a copy on each."""
+    name: str | None = None
+    """Name of the run below runs/compile_for/; by default the time of day."""
+
+    def __post_init__(self):
+        run.check_sizes(self, batch=1 << 20, shape=1 << 14)
+        own_network(self.network, self.shape)
+        attentions = [name for name in ATTENTIONS if name != "cudnn"]  # its library would be asked
+        known = {"model": MODELS, "dtype": DTYPES, "form": ("scan", "unroll"), "remat": nn.REMATS}
+        for name, allowed in {**known, "attention": attentions}.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be among {', '.join(allowed)}; got {getattr(self, name)}")
+        if not self.device or not self.variant:
+            raise ValueError("device and variant must be at least one each, got none")
+        groups = {name: variant_of(name).objective.divisor for name in self.variant if check_variant(name)}
+        for each in map(target, self.device):
+            if self.attention in FOR_GPUS and each.name in TPUS:
+                raise ValueError(f"attention must be xla or chunked for a TPU, got {self.attention} for {each.name}")
+            for name, group in groups.items():
+                if self.batch < 1 or self.batch % (group * each.number):
+                    raise ValueError(
+                        f"batch must be a multiple of {group} x {each.number} for {name} on {each}, got {self.batch}"
+                    )
+
+
+def check_variant(name: str) -> bool:
+    """**Raises:** `ValueError` for a name that is neither a variant's nor the place of a method."""
+    if name not in VARIANTS and ":" not in name:
+        raise ValueError(f"variant must be among {', '.join(VARIANTS)}, or as mine.py:Mix; got {name}")
+    return True
+
+
+class Result(NamedTuple):
+    """A step on one of the devices that share it, in bytes."""
+
+    device: str
+    variant: str
+    memory: float
+    """That the device has."""
+    compile_seconds: float
+    """To trace, lower and compile."""
+    state: int = 0
+    """And the rows of the batch."""
+    temporary: int = 0
+    collectives: dict[str, int] | None = None
+    refused: str = ""
+    """Why the compiler refuses the step, if it does."""
+
+    @property
+    def row(self) -> tuple[str | None, ...]:
+        """Of the table."""
+        seconds = f"{self.compile_seconds:.0f}"
+        if self.refused:
+            return self.device, self.variant, None, None, f"no, {self.refused}", seconds, None
+        held = self.state + self.temporary
+        fits = f"{'yes' if held <= self.memory else 'no'}, {held / self.memory:.0%} of {self.memory / 1e9:.0f} GB"
+        counts = ", ".join(f"{count} {name}" for name, count in (self.collectives or {}).items()) or "none"
+        sizes = (f"{size / 1e9:.2f}" for size in (self.state, self.temporary))
+        return self.device, self.variant, *sizes, fits, seconds, counts
+
+
+def compiled(setting: Setting, variant: str, where: Target, *, fsdp: bool) -> Result:
+    """A step compiled for these devices, with as much of its state on each as the rule of `Parallelism` says."""
+    parallelism = mfx.Parallelism(fsdp=where.number if fsdp else 1, devices=where.devices())
+    step = make_step(setting, variant, parallelism=parallelism)
+    shapes = eqx.filter_eval_shape(lambda key: make_state(setting, key=key), jr.key(0))
+    arrays, others = eqx.partition(shapes, lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct))
+
+    def placed(leaf: jax.ShapeDtypeStruct, sharding: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    state = eqx.combine(jax.tree.map(placed, arrays, parallelism.of_tree(arrays)), others)
+    rows = jax.ShapeDtypeStruct((setting.batch, *data_shape(setting.model)), jnp.float32)
+    labels = jax.ShapeDtypeStruct((setting.batch,), jnp.int32)
+    batch = jax.tree.map(lambda leaf: placed(leaf, parallelism.rows), mfx.Batch(rows, labels))
+    began, whole = time.perf_counter(), functools.partial(Result, str(where), variant, where.memory)
+    try:
+        program = measure.compile_program(step, state, batch, donate=(0,))
+    except jax.errors.JaxRuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        found = re.search(r"Used ([\d.]+[KMGT]) of ([\d.]+[KMGT]) hbm", str(error))
+        why = "{} of {}iB".format(*found.groups()) if found else "more memory than there is"
+        return whole(time.perf_counter() - began, refused=f"needs {why}")
+    cost, seconds = program.cost, time.perf_counter() - began
+    state_bytes = cost.argument_bytes + cost.output_bytes - cost.donated_bytes
+    return whole(seconds, state_bytes, cost.temporary_bytes, count_collectives(program))
+
+
+def report(setting: Setting, results: list[Result]) -> str:
+    """The table as text."""
+    headers = ("device", "step", "state GB", "temporary GB", "fits", "compile s", "collectives")
+    return f"**{setting}**\n\n{run.table([result.row for result in results], headers)}"
+
+
+def main(config: Config) -> None:
+    """Compile training steps for other devices than those of this machine."""
+    own: OwnNetwork | None = own_network(config.network, config.shape)
+    model = config.model if own is None else own
+    setting = Setting(model, config.batch, config.dtype, config.form, config.remat, config.attention)
+    targets, results = [target(text) for text in config.device], list[Result]()
+    for where in targets:
+        where.devices()  # before a directory is made
+    directory = run.RunDirectory.create(config, config.name)
+    pairs = [(where, variant) for where in targets for variant in config.variant]
+    with run.Progress(len(pairs), doing="compiling") as progress:
+        for done, (where, variant) in enumerate(pairs, start=1):
+            results.append(compiled(setting, variant, where, fsdp=config.fsdp))
+            progress.update(done, {"seconds": results[-1].compile_seconds})
+            directory.save_results(report(setting, results), [r._asdict() for r in results])
+    print(f"{report(setting, results)}\n\nResults are in {directory.root}.")
+
+
+if __name__ == "__main__":
+    run.main(main, Config(), description=__doc__)
