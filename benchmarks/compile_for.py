@@ -27,15 +27,14 @@ from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 import jax.random as jr
-from other_devices import Target, target, TPUS
+from other_devices import GPUS, Target, target, TPUS
 from steps import (
     ATTENTIONS,
     count_collectives,
-    data_shape,
     DTYPES,
     FOR_GPUS,
+    make_batch,
     make_state,
     make_step,
     MODELS,
@@ -88,8 +87,9 @@ class Config:
         for name, allowed in {**known, "attention": attentions}.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be among {', '.join(allowed)}; got {getattr(self, name)}")
-        if not self.device or not self.variant:
-            raise ValueError("device and variant must be at least one each, got none")
+        for name, allowed in {"device": (*GPUS, *TPUS), "variant": VARIANTS}.items():
+            if not getattr(self, name):
+                raise ValueError(f"{name} must be at least one of {', '.join(allowed)}; got none")
         groups = {name: variant_of(name).objective.divisor for name in self.variant if check_variant(name)}
         for each in map(target, self.device):
             if self.attention in FOR_GPUS and each.name in TPUS:
@@ -148,9 +148,8 @@ def compiled(setting: Setting, variant: str, where: Target, *, fsdp: bool) -> Re
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     state = eqx.combine(jax.tree.map(placed, arrays, parallelism.of_tree(arrays)), others)
-    rows = jax.ShapeDtypeStruct((setting.batch, *data_shape(setting.model)), jnp.float32)
-    labels = jax.ShapeDtypeStruct((setting.batch,), jnp.int32)
-    batch = jax.tree.map(lambda leaf: placed(leaf, parallelism.rows), mfx.Batch(rows, labels))
+    rows = eqx.filter_eval_shape(lambda key: make_batch(setting, key=key), jr.key(0))
+    batch = jax.tree.map(lambda leaf: placed(leaf, parallelism.rows), rows)
     began, whole = time.perf_counter(), functools.partial(Result, str(where), variant, where.memory)
     try:
         program = measure.compile_program(step, state, batch, donate=(0,))
