@@ -55,7 +55,7 @@ class Config:
     """Steps to compile: each variant for each device."""
 
     device: tuple[str, ...] = ("h100", "v5e")
-    """a100 (80 GB), h100, h200, v4, v5e, v5p, v6e; with a number for several, as h100:8."""
+    """a100 (80 GB), h100, h200, v5e, v5p, v6e; with a number for several, as h100:8."""
     model: str = "B/4"
     """MLP, tiny, S/4, S/2, B/4, B/2, M/2, L/2, XL/2, U-Net, U-Net tiny."""
     network: str | None = None

@@ -76,7 +76,6 @@ GPUS = {
     "h200": Gpu((9, 0), 132, 143_771 * MIB, 4_800 * 10**9, 60 * MIB, 1.98, 228 * KIB),
 }
 TPUS = {
-    "v4": Tpu(32 * GIB, CUBIC),
     "v5e": Tpu(16 * GIB, FLAT),
     "v5p": Tpu(95 * GIB, CUBIC),
     "v6e": Tpu(32 * GIB, FLAT),
