@@ -23,6 +23,7 @@ import dataclasses
 import functools
 import re
 import time
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -152,7 +153,8 @@ def compiled(setting: Setting, variant: str, where: Target, *, fsdp: bool) -> Re
     batch = jax.tree.map(lambda leaf: placed(leaf, parallelism.rows), rows)
     began, whole = time.perf_counter(), functools.partial(Result, str(where), variant, where.memory)
     try:
-        program = measure.compile_program(step, state, batch, donate=(0,))
+        with where.lowering() if setting.attention == "pallas" else nullcontext():
+            program = measure.compile_program(step, state, batch, donate=(0,))
     except jax.errors.JaxRuntimeError as error:
         if not out_of_memory(error):
             raise

@@ -4,6 +4,7 @@ A compiler comes with the plugin of its platform, which needs no device to compi
 """
 
 import os
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import jax
@@ -121,6 +122,11 @@ class Target(NamedTuple):
         except (NotImplementedError, RuntimeError) as error:
             raise ValueError(f"device {self.name} needs its compiler (the extra `compilers`): {error}") from error
         return list(found.devices)
+
+    def lowering(self) -> AbstractContextManager[Any]:
+        """In it Pallas lowers its kernels for this GPU."""
+        device = jax.sharding.AbstractDevice(f"NVIDIA {self.name.upper()}", None, "gpu")
+        return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device))
 
 
 def target(text: str) -> Target:
