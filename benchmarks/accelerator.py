@@ -12,7 +12,8 @@ goes on from its checkpoints in DIRECTORY/parts/. After each part everything is 
 the same command goes on, results.md with the table of goals, and results.json; parts/NAME/log.txt has what a part
 printed.
 
-Needs the package's plain dependencies; a part that needs more than is installed is skipped, and the table says why.
+It needs jax, equinox, optax, jaxtyping and orbax-checkpoint; a part that needs more is skipped where that is missing,
+and the table says so.
 README.md beside this file has figures.
 """
 

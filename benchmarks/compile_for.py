@@ -158,9 +158,9 @@ def compiled(setting: Setting, variant: str, where: Target, *, fsdp: bool) -> Re
     except jax.errors.JaxRuntimeError as error:
         if not out_of_memory(error):
             raise
-        found = re.search(r"Used ([\d.]+[KMGT]) of ([\d.]+[KMGT]) hbm", str(error))
-        why = "{} of {}iB".format(*found.groups()) if found else "more memory than there is"
-        return whole(time.perf_counter() - began, refused=f"needs {why}")
+        found = re.search(r"\(([\d.]+[KMGT])\) exceeds available HBM \(([\d.]+[KMGT])\)", str(error))
+        why = "needs {}iB of {}iB".format(*found.groups()) if found else "refused"
+        return whole(time.perf_counter() - began, refused=why)
     cost, seconds = program.cost, time.perf_counter() - began
     state_bytes = cost.argument_bytes + cost.output_bytes - cost.donated_bytes
     return whole(seconds, state_bytes, cost.temporary_bytes, count_collectives(program))

@@ -1,12 +1,12 @@
 """What does spreading a step over devices cost? Step and compile time against the number of devices.
 
     python benchmarks/device_scaling.py --quick             1 and 4 devices, 102 seconds on 2 busy CPU cores
-    python benchmarks/device_scaling.py                     1, 2, 4 and 8, data parallel and FSDP, 189 seconds
+    python benchmarks/device_scaling.py                     1, 2, 4 and 8, data parallel (189 seconds) and FSDP
     python benchmarks/device_scaling.py --real              the machine's own devices, for GPUs and TPUs
 
-Without `--real` the devices are forced on the CPU, in a process of their own for each number: they share its cores, so
-that the same global batch takes the same work however it is spread, and what grows is overhead alone. "collectives"
-are counted in the compiled program.
+Without `--real` they are simulated CPU devices, in a process of their own for each number: they share the cores, so
+that the same global batch takes the same work however it is spread, and only overhead grows. "collectives" are counted
+in the compiled program.
 
 README.md beside this file has figures.
 """

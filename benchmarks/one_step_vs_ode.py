@@ -6,9 +6,9 @@
 
 On a 2-D toy set (whose exact field is known, for the floor of the distance) and on handwritten digits, networks are
 trained with one architecture and budget: one by each method, which knows u(z, r, t) and v(z, t) = u(z, t, t), and one
-by Flow Matching, which knows v alone. From the same noise:
+by Flow Matching, which knows only v. From the same noise:
 
-- u in 1, 2, 4 steps of each method's network; in 1 step alone where a method learns u(z, 0, t) alone;
+- u in 1, 2, 4 steps of each method's network; only in 1 step where a method learns only u(z, 0, t);
 - Euler, Heun (2 evaluations per step) and diffrax's adaptive Bosh3 and Tsit5 on v of every network.
 
 Distances are those of the experiments: sliced Wasserstein-2 on the toy set, Frechet distance in raw pixels on digits.
