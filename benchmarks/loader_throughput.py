@@ -5,8 +5,8 @@
 
 The rows are random pixels (3 x 32 x 32 bytes, with labels) that the script writes itself in every format; images are
 PNG files. "take" reads random batches in one thread, "stream" is the whole pipeline: order, reading, checks, transfer.
-The last three columns are of a training loop on that stream, with the step of a small DiT: the milliseconds per step for
-which the loop waited because no batch was ready, the milliseconds of a whole step, and the share of waiting.
+The last three columns are of a training loop on that stream, with the step of a small DiT: the milliseconds per step
+for which the loop waited because no batch was ready, the milliseconds of a whole step, and the share of waiting.
 
 Files lie in the system's cache after the first pass: this measures code, not disks. README.md beside this file has
 figures.
