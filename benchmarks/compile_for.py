@@ -75,6 +75,8 @@ class Config:
     """none, products, full."""
     attention: str = "xla"
     """xla, chunked, pallas (NVIDIA GPUs)."""
+    share: float = 0.25
+    """Share of rows with r < t; the CIFAR-10 experiment has 0.75."""
     fsdp: bool = False
     """Divide the state between the devices instead of keeping a copy on each."""
     name: str | None = None
@@ -91,7 +93,9 @@ class Config:
         for name, allowed in {"device": (*GPUS, *TPUS), "variant": VARIANTS}.items():
             if not getattr(self, name):
                 raise ValueError(f"{name} must be at least one of {', '.join(allowed)}; got none")
-        groups = {name: variant_of(name).objective.divisor for name in self.variant if check_variant(name)}
+        if not 0 < self.share < 1:
+            raise ValueError(f"share must lie between 0 and 1, got {self.share}")
+        groups = {n: variant_of(n, self.share).objective.divisor for n in self.variant if check_variant(n)}
         for each in map(target, self.device):
             if self.attention in FOR_GPUS and each.name in TPUS:
                 raise ValueError(f"attention must be xla or chunked for a TPU, got {self.attention} for {each.name}")
@@ -176,7 +180,7 @@ def main(config: Config) -> None:
     """Compile training steps for other devices than those of this machine."""
     own: OwnNetwork | None = own_network(config.network, config.shape)
     model = config.model if own is None else own
-    setting = Setting(model, config.batch, config.dtype, config.form, config.remat, config.attention)
+    setting = Setting(model, config.batch, config.dtype, config.form, config.remat, config.attention, config.share)
     targets, results = [target(text) for text in config.device], list[Result]()
     for where in targets:
         where.devices()  # before a directory is made

@@ -98,6 +98,7 @@ def test_devices_are_known_by_name_and_number(other_devices):
         ({"variant": ()}, "variant must be at least one of Flow Matching, .*; got none"),
         ({"variant": ("no",)}, "variant must be among Flow Matching, .*; got no"),
         ({"model": "C/4"}, "model must be among MLP, .*; got C/4"),
+        ({"share": 1}, "share must lie between 0 and 1, got 1"),
         ({"form": "default"}, "form must be among scan, unroll; got default"),
         ({"attention": "cudnn"}, "attention must be among xla, chunked, pallas; got cudnn"),
         ({"attention": "pallas"}, "attention must be xla or chunked for a TPU, got pallas for v5e"),
