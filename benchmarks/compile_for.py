@@ -8,7 +8,7 @@ XLA compiles for a device that it only has a description of. So any machine can 
 much memory it needs on each device, and how devices communicate; how fast it is, only the device can tell. Nothing is
 run and no parameters are allocated.
 
-It needs the compilers, a few hundred MB: pip install -e '.[experiments,compilers]'. Use a virtual environment of its
+It needs the compilers (1.2 GB): pip install -e '.[experiments,compilers]'. Use a virtual environment of its
 own, since in one with these packages JAX looks for the devices whenever it starts.
 
 "state" is parameters, Adam's moments and one average, "temporary" what a step needs besides; both of one device. For
