@@ -2,7 +2,7 @@
 
     python benchmarks/compile_for.py --model XL/2 --remat products --device h100 h200
     python benchmarks/compile_for.py --model XL/2 --remat full --device v5e:8 v6e:8 --fsdp
-    python benchmarks/compile_for.py --network mine.py:Net --shape 3 64 64 --device h100 v5e
+    python benchmarks/compile_for.py --network mine.py:Net --shape 3 64 64 --identity mine.py:Mix --device h100 v5e
 
 XLA compiles for a device that it only has a description of. So any machine can tell whether a step compiles there, how
 much memory it needs on each device, and how devices communicate; how fast it is, only the device can tell. Nothing is
@@ -41,7 +41,6 @@ from steps import (
     MODELS,
     out_of_memory,
     own_network,
-    OwnNetwork,
     Setting,
     variant_of,
     VARIANTS,
@@ -60,11 +59,14 @@ class Config:
     model: str = "B/4"
     """MLP, tiny, S/4, S/2, B/4, B/2, M/2, L/2, XL/2, U-Net, U-Net tiny."""
     network: str | None = None
-    """A network of your own in place of `model`, as mine.py:Net, see compile_time.py."""
+    """A network of your own in place of `model`, `dtype`, `form`, `remat` and `attention`, as mine.py:Net, see
+    compile_time.py."""
     shape: tuple[int, ...] = ()
     """Of one row for that network, such as 3 64 64."""
     variant: tuple[str, ...] = ("MeanFlow",)
-    """Steps, by the names of `steps.py`, or a method of your own as mine.py:Mix."""
+    """Steps, by the names of `steps.py`."""
+    identity: str | None = None
+    """A method of your own besides `variant`, as mine.py:Mix, see compile_time.py."""
     batch: int = 256
     """Rows per step, on all devices together: a multiple of 4 times the number of devices."""
     dtype: str = "bfloat16"
@@ -95,7 +97,9 @@ class Config:
                 raise ValueError(f"{name} must be at least one of {', '.join(allowed)}; got none")
         if not 0 < self.share < 1:
             raise ValueError(f"share must lie between 0 and 1, got {self.share}")
-        groups = {n: variant_of(n, self.share).objective.divisor for n in self.variant if check_variant(n)}
+        if wrong := [name for name in self.variant if name not in VARIANTS]:
+            raise ValueError(f"variant must be among {', '.join(VARIANTS)}; got {wrong[0]}")
+        groups = {name: variant_of(name, self.share).objective.divisor for name in self.variants}
         for each in map(target, self.device):
             if self.attention in FOR_GPUS and each.name in TPUS:
                 raise ValueError(f"attention must be xla or chunked for a TPU, got {self.attention} for {each.name}")
@@ -105,12 +109,18 @@ class Config:
                         f"batch must be a multiple of {group} x {each.number} for {name} on {each}, got {self.batch}"
                     )
 
+    @property
+    def variants(self) -> tuple[str, ...]:
+        """All steps that are compiled for a device."""
+        return self.variant if self.identity is None else (*self.variant, self.identity)
 
-def check_variant(name: str) -> bool:
-    """**Raises:** `ValueError` for a name that is neither a variant's nor the place of a method."""
-    if name not in VARIANTS and ":" not in name:
-        raise ValueError(f"variant must be among {', '.join(VARIANTS)}, or as mine.py:Mix; got {name}")
-    return True
+
+def chosen(config: Config) -> Setting:
+    """What all steps have in common."""
+    own = own_network(config.network, config.shape)
+    if own is not None:
+        return Setting(own, config.batch, share=config.share)
+    return Setting(config.model, config.batch, config.dtype, config.form, config.remat, config.attention, config.share)
 
 
 class Result(NamedTuple):
@@ -178,14 +188,12 @@ def report(setting: Setting, results: list[Result]) -> str:
 
 def main(config: Config) -> None:
     """Compile training steps for other devices than those of this machine."""
-    own: OwnNetwork | None = own_network(config.network, config.shape)
-    model = config.model if own is None else own
-    setting = Setting(model, config.batch, config.dtype, config.form, config.remat, config.attention, config.share)
+    setting = chosen(config)
     targets, results = [target(text) for text in config.device], list[Result]()
     for where in targets:
         where.devices()  # before a directory is made
     directory = run.RunDirectory.create(config, config.name)
-    pairs = [(where, variant) for where in targets for variant in config.variant]
+    pairs = [(where, variant) for where in targets for variant in config.variants]
     with run.Progress(len(pairs), doing="compiling") as progress:
         for done, (where, variant) in enumerate(pairs, start=1):
             results.append(compiled(setting, variant, where, fsdp=config.fsdp))

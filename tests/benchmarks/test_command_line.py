@@ -23,6 +23,7 @@ from mf_eqx import run
         ("device_peaks", "--rounds 0", "--rounds must be >= 1, got 0"),
         ("step_profile", "--model XL/2 --batch 6", "--batch must be a positive multiple of 4, got 6"),
         ("step_forms", "--rounds 0", "--rounds must be >= 1, got 0"),
+        ("compile_for", "--device h1000", "--device must be one of a100, h100, h200, v5e, v5p, v6e, or several"),
         ("device_scaling", "--batch 12", "--batch must be a multiple of 4 x 2 devices, got 12"),
     ],
 )

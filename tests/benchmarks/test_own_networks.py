@@ -71,6 +71,14 @@ def test_programs_of_ones_own_stand_beside_those_that_are_asked_for(benchmark_sc
     assert {str(cell.model) for cell in cells} == {f"{asked['network']} on 3 x 8 x 8"}
 
 
+def test_a_network_of_ones_own_is_compiled_for_a_device_as_it_is(benchmark_script, asked):
+    compile_for = benchmark_script("compile_for")
+    config = compile_for.Config(**asked, share=0.5, form="unroll")
+    assert config.variants == ("MeanFlow", asked["identity"])
+    own = compile_for.own_network(asked["network"], asked["shape"])
+    assert compile_for.chosen(config) == compile_for.Setting(own, 256, share=0.5)
+
+
 @pytest.mark.slow
 def test_a_step_of_ones_own_is_timed_and_counted(finished, asked):
     directory = finished("jvp_overhead", **asked, batch=(4,), rounds=2)
@@ -105,7 +113,7 @@ def test_a_network_that_stays_in_float32_has_no_reference(benchmark_script, mine
     assert not jax.config.jax_enable_x64
 
 
-@pytest.mark.parametrize("script", ["jvp_overhead", "jvp_accuracy", "compile_time"])
+@pytest.mark.parametrize("script", ["jvp_overhead", "jvp_accuracy", "compile_time", "compile_for"])
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -125,7 +133,7 @@ def test_networks_that_cannot_be_are_refused(benchmark_script, mine, script, val
         benchmark_script(script).Config(**{**values, **place})
 
 
-@pytest.mark.parametrize(("script", "batch"), [("jvp_overhead", (16,)), ("compile_time", 16)])
+@pytest.mark.parametrize(("script", "batch"), [("jvp_overhead", (16,)), ("compile_time", 16), ("compile_for", 16)])
 def test_batch_must_suit_a_method_of_ones_own(benchmark_script, mine, script, batch):
     with pytest.raises(ValueError, match=r"batch must be .* 12 .*, got 16"):
         benchmark_script(script).Config(identity=f"{mine}:Triples", batch=batch)
