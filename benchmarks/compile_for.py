@@ -1,4 +1,4 @@
-"""Would it fit there? Training steps compiled for GPUs and TPUs that are not here, by their own compilers.
+"""Would a step fit on a GPU or TPU that is not here? Training steps, compiled by the compilers of such devices.
 
     python benchmarks/compile_for.py --model XL/2 --remat products --device h100 h200
     python benchmarks/compile_for.py --model XL/2 --remat full --device v5e:8 v6e:8 --fsdp
@@ -14,7 +14,7 @@ own, since in one with these packages JAX looks for the devices whenever it star
 "state" is parameters, Adam's moments and one average, "temporary" what a step needs besides; both of one device. For
 GPUs these are XLA's own buffers, without what libraries need, and algorithms of products are chosen untimed; JAX takes
 75% of a GPU's memory unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise. A TPU pads arrays to its tiles; its compiler
-refuses a program that is too large, and may compute again what does not fit.
+refuses a program whose temporary memory alone is too large, and may compute again what does not fit.
 
 README.md beside this file has figures.
 """
@@ -29,11 +29,12 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax
 import jax.random as jr
-from other_devices import GPUS, Target, target, TPUS
+from other_devices import GPUS, Target, target, TPUS, without_devices
 from steps import (
     ATTENTIONS,
     count_collectives,
     DTYPES,
+    FLOAT32_ONLY,
     FOR_GPUS,
     make_batch,
     make_state,
@@ -49,18 +50,21 @@ from steps import (
 import mf_eqx as mfx
 from mf_eqx import measure, nn, run
 
+UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     """Steps to compile: each variant for each device."""
 
     device: tuple[str, ...] = ("h100", "v5e")
-    """a100 (80 GB), h100, h200, v5e, v5p, v6e; with a number for several, as h100:8."""
+    """a100 (80 GB), h100, h200, v5e, v5p, v6e; with a number for several, as h100:8 (GPUs 1, 2, 4, 8; TPUs 1, 4, 8, 16,
+    32, 64, but v5p from 4 on)."""
     model: str = "B/4"
     """MLP, tiny, S/4, S/2, B/4, B/2, M/2, L/2, XL/2, U-Net, U-Net tiny."""
     network: str | None = None
     """A network of your own in place of `model`, `dtype`, `form`, `remat` and `attention`, as mine.py:Net, see
-    compile_time.py."""
+    compile_time.py. One that asks JAX for its backend, as a DiT without `unroll` does, hears of this machine's CPU."""
     shape: tuple[int, ...] = ()
     """Of one row for that network, such as 3 64 64."""
     variant: tuple[str, ...] = ("MeanFlow",)
@@ -85,6 +89,7 @@ class Config:
     """Name of the run below runs/compile_for/; by default the time of day."""
 
     def __post_init__(self):
+        without_devices()  # before a network of one's own asks for one
         run.check_sizes(self, batch=1 << 20, shape=1 << 14)
         own_network(self.network, self.shape)
         attentions = [name for name in ATTENTIONS if name != "cudnn"]  # its library would be asked
@@ -95,8 +100,10 @@ class Config:
         for name, allowed in {"device": (*GPUS, *TPUS), "variant": VARIANTS}.items():
             if not getattr(self, name):
                 raise ValueError(f"{name} must be at least one of {', '.join(allowed)}; got none")
-        if not 0 < self.share < 1:
-            raise ValueError(f"share must lie between 0 and 1, got {self.share}")
+        if not 0.02 <= self.share <= 0.9:
+            raise ValueError(f"share must lie in [0.02, 0.9], got {self.share}")
+        if self.dtype != "float32" and (wrong := [name for name in self.variant if name in FLOAT32_ONLY]):
+            raise ValueError(f"dtype must be float32 for {wrong[0]}, got {self.dtype}")
         if wrong := [name for name in self.variant if name not in VARIANTS]:
             raise ValueError(f"variant must be among {', '.join(VARIANTS)}; got {wrong[0]}")
         groups = {name: variant_of(name, self.share).objective.divisor for name in self.variants}
@@ -128,8 +135,10 @@ class Result(NamedTuple):
 
     device: str
     variant: str
-    memory: float
+    memory: int
     """That the device has."""
+    by_default: int
+    """Of which JAX takes so much by default."""
     compile_seconds: float
     """To trace, lower and compile."""
     state: int = 0
@@ -144,9 +153,11 @@ class Result(NamedTuple):
         """Of the table."""
         seconds = f"{self.compile_seconds:.0f}"
         if self.refused:
-            return self.device, self.variant, None, None, f"no, {self.refused}", seconds, None
+            temporary = f"{self.temporary / 1e9:.2f}" if self.temporary else None
+            return self.device, self.variant, None, temporary, self.refused, seconds, None
         held = self.state + self.temporary
-        fits = f"{'yes' if held <= self.memory else 'no'}, {held / self.memory:.0%} of {self.memory / 1e9:.0f} GB"
+        whether = "yes" if held <= self.by_default else "beyond JAX's default" if held <= self.memory else "no"
+        fits = f"{whether}, {held / self.memory:.0%} of {self.memory / 1e9:.1f} GB"
         counts = ", ".join(f"{count} {name}" for name, count in (self.collectives or {}).items()) or "none"
         sizes = (f"{size / 1e9:.2f}" for size in (self.state, self.temporary))
         return self.device, self.variant, *sizes, fits, seconds, counts
@@ -165,16 +176,17 @@ def compiled(setting: Setting, variant: str, where: Target, *, fsdp: bool) -> Re
     state = eqx.combine(jax.tree.map(placed, arrays, parallelism.of_tree(arrays)), others)
     rows = eqx.filter_eval_shape(lambda key: make_batch(setting, key=key), jr.key(0))
     batch = jax.tree.map(lambda leaf: placed(leaf, parallelism.rows), rows)
-    began, whole = time.perf_counter(), functools.partial(Result, str(where), variant, where.memory)
+    began, whole = time.perf_counter(), functools.partial(Result, str(where), variant, where.memory, where.by_default)
     try:
         with where.lowering() if setting.attention == "pallas" else nullcontext():
             program = measure.compile_program(step, state, batch, donate=(0,))
     except jax.errors.JaxRuntimeError as error:
         if not out_of_memory(error):
             raise
-        found = re.search(r"\(([\d.]+[KMGT])\) exceeds available HBM \(([\d.]+[KMGT])\)", str(error))
-        why = "needs {}iB of {}iB".format(*found.groups()) if found else "refused"
-        return whole(time.perf_counter() - began, refused=why)
+        found = re.search(r"\(([\d.]+)([KMGT])\) exceeds available HBM", str(error))
+        temporary = int(float(found[1]) * UNITS[found[2]]) if found else 0
+        refused = f"refused, has {where.memory / 1e9:.1f} GB"
+        return whole(time.perf_counter() - began, temporary=temporary, refused=refused)
     cost, seconds = program.cost, time.perf_counter() - began
     state_bytes = cost.argument_bytes + cost.output_bytes - cost.donated_bytes
     return whole(seconds, state_bytes, cost.temporary_bytes, count_collectives(program))
@@ -192,6 +204,7 @@ def main(config: Config) -> None:
     targets, results = [target(text) for text in config.device], list[Result]()
     for where in targets:
         where.devices()  # before a directory is made
+    jax.config.update("jax_enable_compilation_cache", False)  # which may know a program, or not know the device
     directory = run.RunDirectory.create(config, config.name)
     pairs = [(where, variant) for where in targets for variant in config.variants]
     with run.Progress(len(pairs), doing="compiling") as progress:

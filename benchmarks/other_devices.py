@@ -19,6 +19,8 @@ class Gpu(NamedTuple):
     capability: tuple[int, int]
     cores: int
     """Streaming multiprocessors."""
+    units: int
+    """For float32 in each of them."""
     memory: int
     """Bytes."""
     bandwidth: int
@@ -37,7 +39,7 @@ class Gpu(NamedTuple):
             "threads_per_warp": 32,
             "threads_per_block_limit": 1024,
             "threads_per_core_limit": 2048,
-            "fpus_per_core": 128,
+            "fpus_per_core": self.units,
             "block_dim_limit_x": 2**31 - 1,
             "block_dim_limit_y": 2**16 - 1,
             "block_dim_limit_z": 2**16 - 1,
@@ -52,7 +54,7 @@ class Gpu(NamedTuple):
             "device_memory_size": self.memory,
             "memory_bandwidth": self.bandwidth,
         }
-        facts = " ".join(f"{name}: {value}" for name, value in device.items())
+        facts = " ".join(f"{field}: {value}" for field, value in device.items())
         return (
             f"gpu_device_info {{ {facts} cuda_compute_capability {{ major: {major} minor: {minor} }} }} "
             f'platform_name: "CUDA" runtime_version {{ major: 12 minor: 8 }} dnn_version_info {{ major: 9 minor: 8 }} '
@@ -64,7 +66,7 @@ class Tpu(NamedTuple):
     """A TPU by its name in Google's library."""
 
     memory: int
-    """Bytes of one chip."""
+    """Bytes of one chip that the compiler gives to a program."""
     layouts: dict[int, str]
     """The shape of the network between so many chips."""
 
@@ -72,14 +74,14 @@ class Tpu(NamedTuple):
 FLAT = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8"}
 CUBIC = {4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4"}
 GPUS = {
-    "a100": Gpu((8, 0), 108, 81_920 * MIB, 2_040 * 10**9, 40 * MIB, 1.41, 164 * KIB),
-    "h100": Gpu((9, 0), 132, 81_559 * MIB, 3_350 * 10**9, 50 * MIB, 1.98, 228 * KIB),
-    "h200": Gpu((9, 0), 132, 143_771 * MIB, 4_800 * 10**9, 60 * MIB, 1.98, 228 * KIB),
+    "a100": Gpu((8, 0), 108, 64, 81_920 * MIB, 2_040 * 10**9, 40 * MIB, 1.41, 164 * KIB),
+    "h100": Gpu((9, 0), 132, 128, 81_559 * MIB, 3_350 * 10**9, 50 * MIB, 1.98, 228 * KIB),
+    "h200": Gpu((9, 0), 132, 128, 143_771 * MIB, 4_800 * 10**9, 60 * MIB, 1.98, 228 * KIB),
 }
 TPUS = {
-    "v5e": Tpu(16 * GIB, FLAT),
+    "v5e": Tpu(63 * GIB // 4, FLAT),
     "v5p": Tpu(95 * GIB, CUBIC),
-    "v6e": Tpu(32 * GIB, FLAT),
+    "v6e": Tpu(125 * GIB // 4, FLAT),
 }
 COMPILERS_ALONE = {
     "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
@@ -89,7 +91,13 @@ COMPILERS_ALONE = {
     "TPU_MIN_LOG_LEVEL": "3",
     "TPU_STDERR_LOG_LEVEL": "3",
 }
-"""For the plugins: no libraries of CUDA are needed, no TPU is taken, nobody is asked over a network what it is."""
+"""For the plugins: no libraries of CUDA are needed, no TPU is taken, no metadata server is asked."""
+
+
+def without_devices() -> None:
+    """From now on JAX looks for no GPU or TPU in this process. For the time before anything asks for a device."""
+    jax.config.update("jax_platforms", "cpu")
+    os.environ.update(COMPILERS_ALONE)
 
 
 class Target(NamedTuple):
@@ -106,10 +114,14 @@ class Target(NamedTuple):
         """Bytes of one device."""
         return (GPUS.get(self.name) or TPUS[self.name]).memory
 
+    @property
+    def by_default(self) -> int:
+        """Bytes of it that JAX takes by default."""
+        return self.memory * 3 // 4 if self.name in GPUS else self.memory
+
     def devices(self) -> list[Any]:
         """As JAX describes them. **Raises:** `ValueError` if their compiler is not installed."""
-        jax.config.update("jax_platforms", "cpu")  # JAX must not look for them here
-        os.environ.update(COMPILERS_ALONE)
+        without_devices()
         try:
             if self.name in GPUS:
                 config = GPUS[self.name].description(self.name)
@@ -120,7 +132,9 @@ class Target(NamedTuple):
                 layout = TPUS[self.name].layouts[self.number]
                 found = topologies.get_topology_desc(f"{self.name}:{layout}", platform="tpu")
         except (NotImplementedError, RuntimeError) as error:
-            raise ValueError(f"device {self.name} needs its compiler (the extra `compilers`): {error}") from error
+            is_missing = isinstance(error, NotImplementedError) or "not installed" in str(error)
+            what = "needs its compiler (the extra `compilers`)" if is_missing else "is not known to its compiler"
+            raise ValueError(f"device {self.name} {what}: {error}") from error
         return list(found.devices)
 
     def lowering(self) -> AbstractContextManager[Any]:

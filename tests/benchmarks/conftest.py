@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import importlib
+import os
 import pathlib
 
 import jax
@@ -37,6 +38,16 @@ def compilation_cache():
     before = jax.config.values["jax_enable_compilation_cache"]
     yield
     jax.config.update("jax_enable_compilation_cache", before)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def devices():
+    """As before: a script that compiles for other devices hides those of this machine."""
+    environment, platforms = dict(os.environ), jax.config.jax_platforms
+    yield
+    os.environ.clear()
+    os.environ.update(environment)
+    jax.config.update("jax_platforms", platforms)
 
 
 @pytest.fixture(scope="module")

@@ -17,10 +17,12 @@ ROWS, LABELS, LATENT = 64, 4, (4, 16, 16)
 
 
 @pytest.fixture(params=["h100", "v5e"])
-def one_device(request, benchmark_script):
+def one_device(request, benchmark_script, monkeypatch):
     pytest.importorskip("libtpu")
     pytest.importorskip("jax_plugins.xla_cuda12")
     where = benchmark_script("other_devices").target(request.param)
+    # What a program does differently on one of them, it asks here.
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu" if request.param == "v5e" else "gpu")
     return mfx.Parallelism(devices=where.devices()[:1])
 
 
