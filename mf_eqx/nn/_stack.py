@@ -30,9 +30,9 @@ def known_unroll(depth: int, remat: Remat = False) -> int:
     without the loop: on an H200 (batch 256, bfloat16, jax 0.11) it takes 0.77 of the time and 0.75 of the temporary
     memory, and compiles in 77 s instead of 20; on a CPU (batch 16, float32, jax 0.12) each block moves 0.6 of the
     bytes, and a step takes 0.93 of the time on two cores, the same time on one, and compiles for two to three times as
-    long. Compile time grows with depth (XL/2 on a CPU: 45 s instead of 11), and XLA:CPU of jax 0.10 does not honour remat
-    without a loop (XLA:GPU does; the time has not been measured). Give the number yourself where the time to compile matters
-    most, or to lower for another device than this one.
+    long. Compile time grows with depth (XL/2 on a CPU: 45 s instead of 11), and XLA:CPU of jax 0.10 does not honour
+    remat without a loop (XLA:GPU does; the time has not been measured). Give the number yourself where the time to
+    compile matters most, or to lower for another device than this one.
     """
     on_one_device = jax.default_backend() in ("cpu", "gpu") and jax.device_count() == 1
     return depth if on_one_device and remat is False and depth <= DEEPEST_UNROLLED else 1
