@@ -52,6 +52,17 @@ def test_a_function_without_forward_mode_has_its_name():
     assert "custom_lin" in primitives()
 
 
+def test_a_backward_loop_adds_to_arrays_that_are_there():
+    @jax.jit
+    def gradients(weights, x):
+        sums = jax.new_ref(jnp.ones_like(weights))
+        loss = jax.vjp(lambda weights, x: jax.lax.scan(lambda x, w: (x * w, None), x, weights)[0], weights, x)[1]
+        return loss.with_refs(sums, jax.ad.GradValue())(1.0)[1], sums[...]
+
+    of_x, of_weights = gradients(jnp.array([2.0, 3.0]), 5.0)
+    assert of_x == 6 and of_weights.tolist() == [16, 11]
+
+
 def test_compiled_programs_tell_bytes_and_operations():
     compiled = jax.jit(jnp.matmul).lower(jnp.ones((4, 4)), jnp.ones((4, 4))).compile()
     assert {"flops", "bytes accessed"} <= compiled.cost_analysis().keys()

@@ -92,13 +92,20 @@ def test_step_follows_the_optimizer_along_the_gradient():
     assert current.step == 3
 
 
+def in_a_loop():
+    """A field of blocks in a loop, whose gradients are added to arrays that are there."""
+    return refilled(mfx.MLP(DIM, width=8, depth=3, key=jr.key(0)))
+
+
 CONTEXT = mfx.Context(jnp.zeros((), jnp.int32))
 
 
-@pytest.mark.parametrize("share", [0.25, pytest.param(0.75, marks=SLOW), 1])
-def test_kinds_of_rows_one_after_the_other_give_the_gradient_and_metrics_of_all_together(x64, share):
+@pytest.mark.parametrize(
+    ("share", "make"), [(0.25, field), (0.25, in_a_loop), pytest.param(0.75, field, marks=SLOW), (1, field)]
+)
+def test_kinds_of_rows_one_after_the_other_give_the_gradient_and_metrics_of_all_together(x64, share, make):
     objective, rate = mfx.Objective(identity_share=share), 0.1
-    start = mfx.nn.cast(field(), jnp.float64)
+    start = mfx.nn.cast(make(), jnp.float64)
     rows = mfx.Batch(jr.normal(jr.key(2), (ROWS, DIM), jnp.float64))
     key = jr.split(jr.fold_in(jr.key(1), 0))[1]
     value_and_grad = eqx.filter_jit(eqx.filter_value_and_grad(objective, has_aux=True))
@@ -112,9 +119,9 @@ def test_kinds_of_rows_one_after_the_other_give_the_gradient_and_metrics_of_all_
         np.testing.assert_array_equal(seen[name].count, mean.count)
 
 
-@pytest.mark.parametrize("share", [0.25, 1])
-def test_rows_in_turn_have_the_gradient_and_metrics_of_all_together(x64, share):
-    sgd, start = optax.sgd(1.0), mfx.nn.cast(field(), jnp.float64)
+@pytest.mark.parametrize(("share", "make"), [(0.25, in_a_loop), (1, field)])
+def test_rows_in_turn_have_the_gradient_and_metrics_of_all_together(x64, share, make):
+    sgd, start = optax.sgd(1.0), mfx.nn.cast(make(), jnp.float64)
     rows = mfx.Batch(jr.normal(jr.key(2), (2 * ROWS, DIM), jnp.float64))
 
     def run(accumulation):

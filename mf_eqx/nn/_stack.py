@@ -105,6 +105,17 @@ class Stack(eqx.Module, Generic[_Block]):
         object.__setattr__(stack, "gather", gather)
         return stack
 
+    @property
+    def _unroll(self) -> int:
+        if self.unroll is not None:
+            return self.unroll
+        return known_unroll(self.depth, self.remat) if self.gather is None else 1
+
+    @property
+    def has_loop(self) -> bool:
+        """Whether the blocks are applied in a loop."""
+        return self._unroll < self.depth
+
     def __call__(
         self, apply: Callable[[_Block, Float[Array, "*state"]], Float[Array, "*state"]], x: Float[Array, "*state"]
     ) -> Float[Array, "*state"]:
@@ -137,7 +148,4 @@ class Stack(eqx.Module, Generic[_Block]):
         if self.depth == 1:
             x, output = body(x, jax.tree.map(lambda leaf: leaf[0], (arrays, inputs)))
             return x, jax.tree.map(lambda leaf: leaf[None], output)
-        unroll = self.unroll
-        if unroll is None:
-            unroll = known_unroll(self.depth, self.remat) if self.gather is None else 1
-        return jax.lax.scan(body, x, (arrays, inputs), unroll=unroll)
+        return jax.lax.scan(body, x, (arrays, inputs), unroll=self._unroll)
