@@ -63,10 +63,7 @@ def summed(gradients: _Tree, specs: PyTree[PartitionSpec]) -> _Tree:
     """Gradients summed over all devices, where those of divided arrays have been summed along `fsdp`."""
 
     def visit(leaf: Array, spec: PartitionSpec) -> Array:
-        axes = ("data", "fsdp") if _axis(leaf, spec) is None else ("data",)
-        # A sum over one device would still need a second array on some backends.
-        several = tuple(axis for axis in axes if jax.lax.axis_size(axis) > 1)
-        return jax.lax.psum(leaf, several) if several else leaf
+        return jax.lax.psum(leaf, ("data", "fsdp") if _axis(leaf, spec) is None else "data")
 
     return jax.tree.map(visit, gradients, specs)
 
