@@ -77,11 +77,13 @@ def on_devices():
     return run_on_devices("generate_on_devices.py")
 
 
+@pytest.mark.rehearsal
 def test_samples_are_the_same_on_one_and_on_eight_devices(on_devices):
     assert on_devices["devices"] == 8 and on_devices["spread"]
     np.testing.assert_allclose(on_devices["samples"], guided_samples().ravel(), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.rehearsal
 def test_each_of_two_processes_has_its_part_of_a_batch():
     with contextlib.closing(socket.socket()) as free:
         free.bind(("127.0.0.1", 0))

@@ -40,6 +40,7 @@ def points(room, tmp_path_factory):
         return run(POINTS, {}, steps=("(0, 3000)", "(0, 500)")), x
 
 
+@pytest.mark.rehearsal
 def test_points_are_generated_in_one_evaluation_by_the_saved_weights(points):
     names, x = points
     samples = names["samples"]
@@ -53,6 +54,7 @@ def test_training_reports_raw_errors(points):
     assert {"boundary_error", "identity_error"} <= set(jax.device_get(points[0]["metrics"]))
 
 
+@pytest.mark.rehearsal
 def test_robot_acts_on_what_it_observes(points, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     draws = np.random.default_rng(0)

@@ -45,6 +45,7 @@ def finished(digits, room, tmp_path_factory):
     return directory
 
 
+@pytest.mark.rehearsal
 def test_a_run_leaves_config_metrics_pictures_and_results(finished):
     for name in ("config.json", "starts.jsonl", "comparison.png"):
         assert (finished / name).stat().st_size > 0
@@ -53,6 +54,7 @@ def test_a_run_leaves_config_metrics_pictures_and_results(finished):
             assert (finished / method / name).stat().st_size > 0
 
 
+@pytest.mark.rehearsal
 def test_each_method_has_checkpoints_previews_and_metrics_of_its_own(finished):
     for method in ("meanflow", "flow_matching"):
         assert [record["step"] for record in run.RunDirectory(finished / method).records()] == [2, 4, 6]
@@ -63,6 +65,7 @@ def test_each_method_has_checkpoints_previews_and_metrics_of_its_own(finished):
         assert checkpoint.Checkpoints(finished / method / "checkpoints").steps() == [4, 6]
 
 
+@pytest.mark.rehearsal
 def test_each_method_leaves_weights_that_say_what_they_are(finished):
     for method, average in (("meanflow", True), ("flow_matching", False)):
         weights = checkpoint.read_weights(finished / method / "ema_0.997.safetensors")
@@ -72,6 +75,7 @@ def test_each_method_leaves_weights_that_say_what_they_are(finished):
         assert (notes.steps, notes.decay, field.data_shape, field.null_label) == (6, 0.997, (1, 8, 8), 10)
 
 
+@pytest.mark.rehearsal
 def test_a_class_is_generated_from_the_file_of_weights_alone(finished, experiment, tmp_path, monkeypatch):
     generate, file = experiment("generate"), "ema_0.997.safetensors"
     (tmp_path / file).write_bytes((finished / "meanflow" / file).read_bytes())
@@ -95,6 +99,7 @@ def test_the_same_command_again_judges_the_same_networks_and_trains_nothing(fini
     assert {path: path.read_bytes() for path in finished.rglob("metrics.jsonl")} == kept
 
 
+@pytest.mark.rehearsal
 def test_results_have_references_and_every_number_of_evaluations(finished):
     rows = json.loads((finished / "results.json").read_text())
     assert [row["evaluations"] for row in rows] == [None, None, None, 1, 2, 4, 1, 4, 32]

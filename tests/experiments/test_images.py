@@ -105,12 +105,14 @@ def finished(images, room, tmp_path_factory):
 # A run
 
 
+@pytest.mark.rehearsal
 def test_a_run_leaves_pictures_results_and_weights(finished):
     names = ("samples.png", "comparison.png", "curves.png", "results.md", "ema.safetensors", "previews/00000002.png")
     assert [name for name in names if not (finished / name).exists()] == []
     assert [record["step"] for record in run.RunDirectory(finished).records()] == [1, 2, 3]
 
 
+@pytest.mark.rehearsal
 def test_training_images_and_every_number_of_evaluations_are_judged(finished):
     rows = json.loads((finished / "results.json").read_text())
     assert [row["what"] for row in rows] == ["training images", "test images", "MeanFlow", "MeanFlow"]
@@ -121,6 +123,7 @@ def test_training_images_and_every_number_of_evaluations_are_judged(finished):
     assert "10 images each" in (finished / "results.md").read_text()
 
 
+@pytest.mark.rehearsal
 def test_weights_tell_of_what_network_and_data_they_are(finished):
     weights = checkpoint.read_weights(finished / "ema.safetensors")
     field = checkpoint.load_weights(finished / "ema.safetensors")

@@ -47,6 +47,7 @@ def test_every_method_is_there_and_the_papers_settings_where_they_are_known(lead
     assert len(set(cells)) == len(cells) and [cell.seed for cell in cells] == sorted(cell.seed for cell in cells)
 
 
+@pytest.mark.rehearsal
 def test_all_trainings_cost_the_same(study):
     budget = 1000 * study.cost("MeanFlow", "common")
     assert study.methods["MeanFlow", "common"].steps == 1000
@@ -71,6 +72,7 @@ def test_common_settings_are_those_of_the_recipe_and_the_papers_those_of_the_fac
     assert paper.label_dropout == recipe.label_dropout
 
 
+@pytest.mark.rehearsal
 def test_the_power_of_the_common_weight_changes_what_it_weighs_alone(study, leaderboard):
     known = leaderboard.methods(None)
     names = {"MeanFlow", "AlphaFlow", "SoFlow", "ContinuousConsistency"}

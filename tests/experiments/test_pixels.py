@@ -207,7 +207,6 @@ def finished(pixels, tmp_path_factory):
 
 
 @pytest.mark.rehearsal
-@pytest.mark.slow
 def test_a_run_leaves_pictures_results_and_an_average_for_each_half_life(finished):
     names = ("samples.png", "comparison.png", "curves.png", "results.md", "previews/00000002.png")
     assert [
@@ -219,7 +218,6 @@ def test_a_run_leaves_pictures_results_and_an_average_for_each_half_life(finishe
 
 
 @pytest.mark.rehearsal
-@pytest.mark.slow
 def test_weights_are_networks_that_predict_images_without_a_velocity_head(finished):
     weights = checkpoint.read_weights(finished / "ema_1.safetensors")
     field = checkpoint.load_weights(finished / "ema_1.safetensors")
@@ -230,7 +228,6 @@ def test_weights_are_networks_that_predict_images_without_a_velocity_head(finish
 
 
 @pytest.mark.rehearsal
-@pytest.mark.slow
 def test_samples_are_judged_at_each_scale_of_guidance(finished):
     rows = json.loads((finished / "results.json").read_text())
     expected = [("training images", None), ("test images", None)]
@@ -239,7 +236,6 @@ def test_samples_are_judged_at_each_scale_of_guidance(finished):
 
 
 @pytest.mark.rehearsal
-@pytest.mark.slow
 def test_saved_weights_make_pictures_over_scales(finished, experiment, tmp_path, monkeypatch):
     generate, to, grids = experiment("generate"), tmp_path / "row.png", []
     monkeypatch.setattr(generate.picture, "save_image_grid", lambda path, grid, *others, **names: grids.append(grid))
@@ -271,7 +267,6 @@ def test_other_options_train(flags, pixels, here, monkeypatch):
 
 
 @pytest.mark.rehearsal
-@pytest.mark.slow
 def test_a_run_trains_and_saves_without_labels(pixels, here, monkeypatch):
     monkeypatch.setattr(pixels.image_judge, "feature_spaces", list)
     judged = []

@@ -89,6 +89,7 @@ def finished(post_train, room, tmp_path_factory):
 # A run
 
 
+@pytest.mark.rehearsal
 def test_the_frechet_distance_of_the_average_falls(finished):
     floor, _, before, after = json.loads((finished / "results.json").read_text())
     assert [before["what"], after["what"]] == ["before", "after"]
@@ -96,6 +97,7 @@ def test_the_frechet_distance_of_the_average_falls(finished):
     assert floor["frechet"]["pixels"] < after["frechet"]["pixels"] < before["frechet"]["pixels"] / 2
 
 
+@pytest.mark.rehearsal
 def test_scores_outside_of_the_space_that_was_trained_in_are_told(finished):
     (text,) = re.findall(r"Not trained in:(.*)", (finished / "results.md").read_text(), re.DOTALL)
     assert [line.split("|")[1].strip() for line in text.strip().splitlines()[2:]] == [
@@ -133,6 +135,7 @@ def test_of_all_scores_those_of_the_trained_spaces_are_left_out(post_train):
     assert title == ["Not trained in: nothing judged."]
 
 
+@pytest.mark.rehearsal
 def test_weights_say_what_was_trained_and_what_they_come_from(finished):
     weights = checkpoint.read_weights(finished / "ema.safetensors")
     start = run.sha256_of_file(finished.parents[2] / "base.safetensors")
@@ -142,6 +145,7 @@ def test_weights_say_what_was_trained_and_what_they_come_from(finished):
     assert (weights.notes.steps, weights.notes.decay, weights.notes.pixels) == (40, 0.5, (-1, 1))
 
 
+@pytest.mark.rehearsal
 def test_other_scripts_read_the_weights(finished, experiment, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     generate = experiment("generate")
@@ -152,6 +156,7 @@ def test_other_scripts_read_the_weights(finished, experiment, tmp_path, monkeypa
         run.main(generate.main, generate.Config(), argv=[*flags.split(), "--evaluations", "2"])
 
 
+@pytest.mark.rehearsal
 def test_pictures_and_metrics_are_left(finished):
     assert [name for name in ("samples_before.png", "samples_after.png") if not (finished / name).exists()] == []
     records = run.RunDirectory(finished).records()

@@ -20,8 +20,6 @@ import pytest
 import mf_eqx as mfx
 from mf_eqx import checkpoint, data, metrics, run, vae
 
-pytestmark = pytest.mark.slow
-
 TESTS = pathlib.Path(__file__).parents[1]
 DRAWS = np.random.default_rng(3)
 JUDGED = "--inception random --samples 10 --batch 10"
@@ -129,12 +127,14 @@ def trained_on_cifar10(command, experiment, tmp_path_factory):
     return root, directory, states[0]
 
 
+@pytest.mark.slow
 def test_cifar10_trains_on_files_of_cifar10(trained_on_cifar10):
     _, directory, state = trained_on_cifar10
     assert directory.parent.name == "cifar10"
     check_training(directory, state, 4)
 
 
+@pytest.mark.slow
 def test_weights_on_disk_are_the_averages_and_tell_what_they_are_of(trained_on_cifar10):
     _, directory, state = trained_on_cifar10
     for decay, average in zip((0.9, 0.5), state.averages, strict=True):
@@ -145,6 +145,7 @@ def test_weights_on_disk_are_the_averages_and_tell_what_they_are_of(trained_on_c
     assert not eqx.tree_equal(*state.averages)
 
 
+@pytest.mark.slow
 def test_cifar10_leaves_squares_of_64_samples(trained_on_cifar10):
     _, directory, _ = trained_on_cifar10
     for name in ("samples_1.png", "samples_2.png"):
@@ -153,6 +154,7 @@ def test_cifar10_leaves_squares_of_64_samples(trained_on_cifar10):
     assert (directory / "curves.png").stat().st_size > 0
 
 
+@pytest.mark.slow
 def test_cifar10_weights_are_judged(trained_on_cifar10, command, monkeypatch):
     monkeypatch.setattr(metrics, "Inception", Brightness)
     root, directory, _ = trained_on_cifar10
@@ -203,12 +205,14 @@ def trained_on_latents(encoded, command, experiment):
     return encoded, command(encoded, "imagenet_latents", DIT, save=save), states[0]
 
 
+@pytest.mark.slow
 def test_images_become_latents(encoded):
     assert sorted(path.name for path in (encoded / "latents").iterdir()) == ["latents.json", "part_0000", "part_0001"]
     parts = [data.ShardSource(encoded / f"latents/part_000{number}", verify=True) for number in range(2)]
     assert [(len(part), part.row_shape, part.labels) for part in parts] == [(6, (8, 4, 4), 3)] * 2
 
 
+@pytest.mark.slow
 def test_imagenet_trains_with_guidance_on_latents(trained_on_latents):
     _, directory, state = trained_on_latents
     check_training(directory, state, 4)  # 2.6 epochs of 12 latents in batches of 8, rounded up
@@ -216,6 +220,7 @@ def test_imagenet_trains_with_guidance_on_latents(trained_on_latents):
     assert (config["scale"], config["mix"]) == (1.0, 0.5)
 
 
+@pytest.mark.slow
 def test_average_on_disk_is_the_average_and_tells_what_it_is_of(trained_on_latents):
     _, directory, state = trained_on_latents
     field, weights = load(directory / "ema_0.9.safetensors")
@@ -226,6 +231,7 @@ def test_average_on_disk_is_the_average_and_tells_what_it_is_of(trained_on_laten
     assert notes.trained == mfx.Trained(average=True, null_velocity=True, null_average=False)
 
 
+@pytest.mark.slow
 def test_imagenet_leaves_squares_of_16_decoded_samples(trained_on_latents):
     _, directory, _ = trained_on_latents
     for name in ("samples.png", "previews/00000004.png"):
@@ -233,6 +239,7 @@ def test_imagenet_leaves_squares_of_16_decoded_samples(trained_on_latents):
     assert (directory / "curves.png").stat().st_size > 0
 
 
+@pytest.mark.slow
 def test_imagenet_weights_are_judged(trained_on_latents, command):
     root, directory, _ = trained_on_latents
     weights = (directory / "ema_0.9.safetensors").relative_to(root)

@@ -16,6 +16,7 @@ from mf_eqx import checkpoint, data
 
 for package in ("tyro", "matplotlib", "sklearn", "beartype", "grain", "orbax.checkpoint", "safetensors"):
     pytest.importorskip(package)
+pytestmark = pytest.mark.rehearsal
 
 ROOT = TESTS.parent
 

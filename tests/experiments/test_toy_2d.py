@@ -55,7 +55,6 @@ def rows(finished):
 
 
 @pytest.mark.rehearsal
-@pytest.mark.slow
 def test_a_run_leaves_config_results_and_pictures(finished):
     pictures = [f"three_gaussians_{kind}.png" for kind in ("samples", "one_step", "errors", "flows")]
     for name in ("results.json", "results.md", *pictures):
@@ -64,7 +63,6 @@ def test_a_run_leaves_config_results_and_pictures(finished):
 
 
 @pytest.mark.rehearsal
-@pytest.mark.slow
 def test_a_run_leaves_weights_that_say_what_was_trained(finished):
     from mf_eqx import checkpoint
 
@@ -78,8 +76,6 @@ def test_a_run_leaves_weights_that_say_what_was_trained(finished):
 
 
 @pytest.mark.rehearsal
-@pytest.mark.slow
-@pytest.mark.slow
 def test_a_finished_training_is_neither_repeated_nor_judged_again(toy_2d, finished, monkeypatch, capsys):
     monkeypatch.chdir(finished.parents[3])
     monkeypatch.setattr(toy_2d, "judge", None)
@@ -109,7 +105,6 @@ def test_a_setting_that_a_training_does_not_use_does_not_repeat_it(toy_2d):
 
 
 @pytest.mark.rehearsal
-@pytest.mark.slow
 def test_exact_field_has_no_error(rows):
     exact = rows["Exact"]
     assert max(exact[place] for place in ("overall", "diagonal", "one_step")) < 1e-6
@@ -118,7 +113,6 @@ def test_exact_field_has_no_error(rows):
 
 
 @pytest.mark.rehearsal
-@pytest.mark.slow
 def test_exact_field_scores_the_noise_floor_at_any_number_of_evaluations(toys, rows, finished):
     *_, floor = re.findall(r"\| samples of the data(.*)\|", (finished / "results.md").read_text())
     floor = [float(cell) for cell in floor.split("|")[-len(toys.Quality._fields) :]]
@@ -132,7 +126,6 @@ def test_exact_field_scores_the_noise_floor_at_any_number_of_evaluations(toys, r
 
 
 @pytest.mark.rehearsal
-@pytest.mark.slow
 def test_wrong_tangent_shows_in_every_column_that_it_can_touch(rows):
     right, wrong = rows["MeanFlow"], rows["WrongTangent"]
     for place in ("overall", "one_step", "identity", "semigroup"):
@@ -145,7 +138,6 @@ def test_wrong_tangent_shows_in_every_column_that_it_can_touch(rows):
 
 
 @pytest.mark.rehearsal
-@pytest.mark.slow
 def test_error_is_shown_by_cells_of_both_times(toys, rows):
     cells = np.array(rows["MeanFlow"]["error_by_cell"], float)
     assert cells.shape == (len(toys.EDGES) - 1,) * 2

@@ -18,6 +18,7 @@ from mf_eqx.run import _cells
 
 for package in ("orbax.checkpoint", "tyro"):
     pytest.importorskip(package)
+pytestmark = pytest.mark.rehearsal
 
 # Six parts of each of three trainings, two at a time; every second part is saved.
 FLAGS = ("--steps", 12, "--log-every", 2, "--save-every", 4, "--workers", 2)

@@ -41,6 +41,7 @@ from mf_eqx import run
 for package in ("grain", "orbax.checkpoint", "tyro"):
     pytest.importorskip(package)
 psutil = pytest.importorskip("psutil")
+pytestmark = pytest.mark.rehearsal
 
 # An interval of each kind ends where no other does.
 FLAGS = ("--steps", 20, "--log-every", 3, "--save-every", 4, "--preview-every", 5)

@@ -138,6 +138,7 @@ def halves(stop, tmp_path_factory):
 # Stopping and continuing
 
 
+@pytest.mark.rehearsal
 @pytest.mark.parametrize(
     "fields", [{"half": True}, *(pytest.param(f, marks=pytest.mark.slow) for f in ({}, {"accumulation": 2}))], ids=str
 )
@@ -149,6 +150,7 @@ def test_a_run_in_two_halves_has_the_bits_and_the_metrics_of_one_in_one(fields, 
     assert metrics(continued) == metrics(directory)
 
 
+@pytest.mark.rehearsal
 @pytest.mark.parametrize(
     "stops",
     [(6, 8, 13), *(pytest.param(stop, marks=pytest.mark.slow) for stop in [(2, 3, 7, 12), (1,), (5,), (14,)])],

@@ -90,7 +90,6 @@ def trained(kl, steps=60):
 
 
 @pytest.mark.rehearsal
-@pytest.mark.slow
 def test_ordinary_step_trains_a_tokenizer_and_its_average():
     state, records = trained(0.0)
     assert int(state.faults.total) == 0 and isinstance(state.averages[0], vae.Autoencoder)
