@@ -1,5 +1,7 @@
 """Training on several devices gives the numbers of one, and sums over devices once."""
 
+import re
+
 import pytest
 from devices import run_on_devices
 
