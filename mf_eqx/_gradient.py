@@ -163,13 +163,13 @@ class Differentiation(eqx.Module):
 
 
 def _in_loops(field: eqx.Module) -> PyTree[bool]:
-    """Which parameters belong to blocks that a `nn.Stack` gathers in a loop. Not those of other loops: JAX cannot vmap a
-    training step with such sums, and 0.10 cannot transpose `weight[0]` of an array that is bound to one."""
+    """Which parameters belong to blocks that a `nn.Stack` gathers in a loop. Not those of other loops: JAX cannot vmap
+    a step with such sums, and 0.10 cannot transpose `weight[0]` of an array that is bound to one."""
 
-    def is_stack(node: Any) -> bool:
-        return isinstance(node, Stack)
+    def in_loop(node: Any) -> bool:
+        return isinstance(node, Stack) and node.gather is not None and node.has_loop
 
-    return jax.tree.map(lambda node: is_stack(node) and node.gather is not None and node.has_loop, field, is_leaf=is_stack)
+    return jax.tree.map(in_loop, field, is_leaf=lambda node: isinstance(node, Stack))
 
 
 def _in_parts(batch: Batch, parts: int) -> Batch:
