@@ -1,8 +1,8 @@
 """Gradients of an objective, computed for one kind of rows after the other, for one micro-batch after the other, and
 separately for each device. So only the intermediate results of one kind of rows in one micro-batch are needed at a
-time, and devices that have whole parameters communicate only once. The gradients of blocks in a loop exist only once:
-each backward loop adds to the same arrays. (On a GPU XLA uses the same memory for all kinds of
-rows, on a CPU each kind has its own.)
+time, and devices that have whole parameters communicate only once. (On a GPU XLA uses the same memory for all kinds of
+rows, on a CPU each kind has its own.) With FSDP, kinds of rows and micro-batches add to one array of gradients of the
+blocks in a loop.
 
 This requires only that the loss is a mean over rows: it is then the mean over parts of equal size, and the sum over
 kinds of rows of their mean loss times their share. An objective that is not such a mean (`AbstractObjective.divisor` is

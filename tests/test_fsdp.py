@@ -31,8 +31,8 @@ def bound(found, fsdp, gradients):
     return divided + 2 * found["block"] + (1 + gradients) * found["outside"] + found["rows"]
 
 
-# Gradients are there twice where copies of the parameters sum them. Of XL/2 XLA:CPU also makes
-# their squares, for the norm.
+# Gradients are there twice where copies of the parameters sum them. Of XL/2 XLA:CPU also makes their squares, for the
+# norm.
 HELD = [
     pytest.param("Flow Matching by 8", "on_devices", 8, 1, id="Flow Matching"),
     pytest.param("guided by 8", "on_devices", 8, 1, id="guided"),
@@ -41,7 +41,6 @@ HELD = [
 ]
 
 
-@pytest.mark.rehearsal
 @pytest.mark.parametrize(("name", "measured", "fsdp", "gradients"), HELD)
 def test_a_device_holds_its_part_of_the_state_and_two_blocks(name, measured, fsdp, gradients, request):
     found = request.getfixturevalue(measured)[name]
@@ -51,7 +50,6 @@ def test_a_device_holds_its_part_of_the_state_and_two_blocks(name, measured, fsd
     assert found["held"] <= bound(found, fsdp, gradients)
 
 
-@pytest.mark.rehearsal
 @pytest.mark.parametrize(("name", "measured"), [each.values[:2] for each in HELD if not each.marks])
 def test_no_weight_of_all_blocks_is_ever_on_one_device(name, measured, request):
     """Which also holds for what the loop over blocks keeps for the backward pass."""
@@ -81,7 +79,6 @@ def size(tree):
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-@pytest.mark.rehearsal
 def test_gradients_are_summed_and_divided_at_once_and_no_row_moves_between_devices(on_devices):
     found = on_devices["guided by 8"]["collectives"]
     # Of each kind of rows, the three weights and three biases of a block; and all that stands outside.

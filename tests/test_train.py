@@ -92,7 +92,7 @@ def test_step_follows_the_optimizer_along_the_gradient():
 
 
 def in_a_loop():
-    """A field of blocks in a loop, whose gradients are added to arrays that are there."""
+    """A field of blocks in a loop."""
     return refilled(mfx.MLP(DIM, width=8, depth=3, key=jr.key(0)))
 
 
@@ -134,6 +134,16 @@ def test_rows_in_turn_have_the_gradient_and_metrics_of_all_together(x64, share, 
     for name, mean in together.items():
         np.testing.assert_allclose(in_turn[name].total, mean.total, rtol=1e-12)
         np.testing.assert_array_equal(in_turn[name].count, mean.count)
+
+
+def test_steps_of_several_networks_are_one_step_under_vmap():
+    step = mfx.TrainStep(mfx.Objective(), OPTIMIZER)
+
+    def loss(seed):
+        start = mfx.init_state(mfx.MLP(DIM, width=8, depth=3, key=jr.key(seed)), OPTIMIZER, key=jr.key(1))
+        return step(start, batch())[1]["loss"].total
+
+    np.testing.assert_allclose(jax.vmap(loss)(jnp.arange(2)), [loss(0), loss(1)], rtol=1e-5)
 
 
 def test_step_does_not_choose_between_kinds_of_rows_while_it_runs():

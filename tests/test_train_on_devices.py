@@ -5,7 +5,6 @@ import re
 import pytest
 from devices import run_on_devices
 
-pytestmark = pytest.mark.rehearsal
 SLOW = pytest.mark.slow
 
 

@@ -56,8 +56,7 @@ class Stack(eqx.Module, Generic[_Block]):
     """`depth` blocks applied one after the other by `jax.lax.scan`.
 
     A field must use the arrays of `blocks` only by calling the stack or its `scan`: in a step with `Parallelism.fsdp`
-    they are parts, which become whole there, and JAX 0.10 cannot differentiate a step that takes a part of one by
-    numbers (`blocks.weight[0]`).
+    they are parts, which become whole there.
 
     **Arguments:**
 
