@@ -1,4 +1,5 @@
-"""Run by `test_train_on_devices.py` in a process of its own, which sees eight forced CPU devices; prints what it measures."""
+"""Run by `test_train_on_devices.py` in a process of its own, which sees eight forced CPU devices; prints what it
+measures."""
 
 import json
 import re
