@@ -32,10 +32,12 @@ QUICK = (
     "--xla_disable_hlo_passes=fusion-wrapper",
     "--xla_cpu_use_fusion_emitters=false",
 )
-# Programs that this process has compiled, for when it needs them again after they were dropped from memory. Not shared
-# with other processes: JAX does not write such a file at once.
-PROGRAMS = tempfile.TemporaryDirectory()
-jax.config.update("jax_compilation_cache_dir", PROGRAMS.name)
+# Programs that one process of this run has compiled, for all, and for when they were dropped from memory. JAX does not
+# write such a file at once: who reads a part of one compiles the program again.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    PROGRAMS = tempfile.TemporaryDirectory()
+    os.environ["TESTED_PROGRAMS"] = PROGRAMS.name
+jax.config.update("jax_compilation_cache_dir", os.environ["TESTED_PROGRAMS"])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 MOST_MEMORY = 4e9  # bytes that all processes of a run may need together
 MOST_KEPT = 1.1e9  # bytes that a process may keep after a test; few tests need more than half as much besides

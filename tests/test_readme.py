@@ -28,21 +28,27 @@ def run(snippet, names, **replaced):
     return names
 
 
+def first_example(steps):
+    """What the first example leaves behind where it trains for fewer steps, and the points that it read."""
+    x = np.asarray(exact.draw(exact.eight_gaussians(), 4000, jr.key(0)))
+    np.save("points.npy", x)
+    return run(POINTS, {}, steps=("(0, 3000)", f"(0, {steps})")), x
+
+
 @pytest.fixture(scope="module")
 def points(room, tmp_path_factory):
-    """What the first example leaves behind, with a sixth of its steps, and the points that it read."""
+    """What the first example leaves behind after a few steps, and the points that it read."""
     for package in ("grain", "safetensors"):
         pytest.importorskip(package)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("points"))
-        x = np.asarray(exact.draw(exact.eight_gaussians(), 4000, jr.key(0)))
-        np.save("points.npy", x)
-        return run(POINTS, {}, steps=("(0, 3000)", "(0, 500)")), x
+        return first_example(20)
 
 
 @pytest.mark.rehearsal
-def test_points_are_generated_in_one_evaluation_by_the_saved_weights(points):
-    names, x = points
+def test_points_are_generated_in_one_evaluation_by_the_saved_weights(points, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names, x = first_example(500)
     samples = names["samples"]
     assert samples.shape == (1000, 2)
     noise = jr.normal(jr.key(3), (1000, 2))
