@@ -25,7 +25,7 @@ from ._leaves import by_name
 from ._model import check_labels
 from ._sample import as_grid, sample
 from ._sharding import Parallelism
-from ._validate import check_key, check_sizes, described, on_host_if_known
+from ._validate import as_count, check_key, check_sizes, described, on_host_if_known
 
 
 def _as_arrays(condition: PyTree[Any]) -> PyTree[Array]:
@@ -69,8 +69,8 @@ class Generator(eqx.Module):
         check_field(self.field)
         check_key(self.key)
         check_sizes(data_shape=self.data_shape)
-        if self.labels is not None and not (isinstance(self.labels, int) and self.labels >= 1):
-            raise ValueError(f"labels must be an integer >= 1 or None, got {self.labels}")
+        if self.labels is not None:
+            as_count("labels", self.labels)
         if self.balanced and self.labels is None:
             raise ValueError("labels must be given if balanced is True, got None")
         self._check_labels("labels", self.labels)
@@ -86,8 +86,12 @@ class Generator(eqx.Module):
         check_labels(name, condition, field)
 
     def __call__(self, numbers: Int[ArrayLike, " rows"] | Sequence[int]) -> Float[Array, "rows *data"]:
-        """The samples with these numbers, on the devices that hold the numbers."""
-        return _from_numbers(self, jnp.asarray(numbers))
+        """The samples with these numbers, on the devices that hold the numbers.
+
+        **Raises:** `ValueError` unless `numbers` is a list or an array of integers with one axis, and, where they are
+        not on a device yet, in [0, 2^31).
+        """
+        return _from_numbers(self, _as_numbers(numbers))
 
     def inputs(self, number: Int[ArrayLike, ""]) -> tuple[Float[Array, "*data"], Condition]:
         """The noise and the condition of a sample."""
@@ -152,6 +156,16 @@ def _from_noise(
         return generator.method(generator.field, eps, condition, times=generator.times, unroll=generator.unroll)
 
     return jax.vmap(generate)(eps, condition)
+
+
+def _as_numbers(numbers: Any) -> Int[Array, " rows"]:
+    """Numbers of samples as an array of JAX."""
+    given = numbers if isinstance(numbers, jax.Array) else np.asarray(numbers)
+    if given.ndim != 1 or not (jnp.issubdtype(given.dtype, jnp.integer) or given.size == 0):
+        raise ValueError(f"numbers must be integers with one axis, got {given.dtype} of shape {given.shape}")
+    if isinstance(given, np.ndarray) and given.size > 0 and not 0 <= given.min() <= given.max() < 2**31:
+        raise ValueError(f"numbers must be in [0, 2^31), got {given.min()} to {given.max()}")
+    return jnp.asarray(given, None if isinstance(given, jax.Array) else jnp.int32)
 
 
 def _check_rows(condition: PyTree[Array], rows: int | None) -> None:

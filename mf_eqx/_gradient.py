@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Key, PyTree
 
 from ._batch import Batch
-from ._custom_types import Scalar
+from ._custom_types import at_least_float32, Scalar
 from ._fsdp import gathered_in_turn, summed
 from ._mean import Metrics
 from ._objective import AbstractObjective
@@ -131,6 +131,7 @@ class Differentiation(eqx.Module):
             metrics, gradients = differentiate(batch)
         else:
             metrics, gradients = _sum_over(differentiate, _in_parts(batch, self.accumulation))
+        gradients = jax.tree.map(lambda total, leaf: total.astype(leaf.dtype), gradients, others)
         return metrics, eqx.combine(jax.tree.map(lambda ref: ref[...], sums), gradients)
 
     def _kinds(
@@ -140,7 +141,7 @@ class Differentiation(eqx.Module):
         sums of the kinds before. Without it, the compiler would run both forward passes before either backward pass. A
         loop with a branch for each kind would keep a GPU's host busy, and compile for longer.
 
-        Metrics and gradients of `others`. Those of `blocks` are added to `sums`.
+        Metrics, and gradients of `others` in at least float32. Those of `blocks` are added to `sums`.
         """
         found: Any = None
         for part, rows in self.objective.parts(batch):
@@ -158,16 +159,21 @@ class Differentiation(eqx.Module):
             share = rows.index.shape[0] / batch.index.shape[0]
             as_values = jax.tree.map(lambda _: jax.ad.GradValue(), others)  # pyright: ignore[reportPrivateImportUsage]
             _, gradients = transpose.with_refs(sums, as_values)(jnp.full_like(value, share * scale))
+            gradients = jax.tree.map(at_least_float32, gradients)
             found = jax.tree.map(jnp.add, found, (metrics, gradients)) if found else (metrics, gradients)
         return found
 
 
 def _in_loops(field: eqx.Module) -> PyTree[bool]:
     """Which parameters belong to blocks that a `nn.Stack` gathers in a loop. Not those of other loops: JAX cannot vmap
-    a step with such sums, and 0.10 cannot transpose `weight[0]` of an array that is bound to one."""
+    a step with such sums, and 0.10 cannot transpose `weight[0]` of an array that is bound to one. Not those of less
+    than float32, in which sums would be rounded: such sums have the dtype of the parameters."""
 
     def in_loop(node: Any) -> bool:
-        return isinstance(node, Stack) and node.gather is not None and node.has_loop
+        if not isinstance(node, Stack) or node.gather is None or not node.has_loop:
+            return False
+        dtypes = [leaf.dtype for leaf in jax.tree.leaves(eqx.filter(node, eqx.is_inexact_array))]
+        return all(jnp.promote_types(dtype, jnp.float32) == dtype for dtype in dtypes)
 
     return jax.tree.map(in_loop, field, is_leaf=lambda node: isinstance(node, Stack))
 

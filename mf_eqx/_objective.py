@@ -64,7 +64,7 @@ from ._perceptual import PerceptualTerm
 from ._row import Context, Drawing, Row
 from ._stable_target import StableTarget
 from ._times import AbstractTimes, as_share, check_batch_size, rows_per_group, split_rows, TimePairs
-from ._validate import check_kind, described
+from ._validate import check_key, check_kind, described
 from ._weight import AbstractWeight, AdaptiveWeight
 
 
@@ -354,6 +354,7 @@ class Objective(AbstractObjective):
     ) -> Metrics:
         """The metrics of rows of one kind."""
         check_field(field)
+        check_key(key)
         if self._facts.needs_velocity_head and not has_velocity_head(field):
             rule = f"have a velocity head (AbstractFieldWithVelocity) for {type(self.identity).__name__}"
             raise ValueError(f"field must {rule}, got {type(field).__name__} without one")

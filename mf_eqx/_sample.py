@@ -20,6 +20,7 @@ from jaxtyping import Array, ArrayLike, Float, Real
 from ._custom_types import as_floats, at_least_float32, Condition, Time
 from ._field import AbstractField, check_field, with_checked_shapes
 from ._model.guidance import condition_at
+from ._validate import on_host_if_known
 
 Times: TypeAlias = Sequence[float] | Real[Array | np.ndarray, " times"]
 _Evaluate: TypeAlias = Callable[[Float[Array, "*data"], Time, Time], Float[Array, "*data"]]
@@ -91,16 +92,22 @@ def sample_heun(
 
 
 def check_times(times: Times) -> None:
-    """Raises a `ValueError` unless `times` is a strictly decreasing grid of at least two times in [0, 1]."""
-    grid = np.asarray(times, np.float64)
-    if grid.ndim != 1 or len(grid) < 2 or not (np.diff(grid) < 0).all() or grid[0] > 1 or grid[-1] < 0:
+    """Raises a `ValueError` unless `times` is a strictly decreasing grid of at least two times in [0, 1]. Of times that
+    JAX traces, it is known only how many they are."""
+    grid = on_host_if_known(times)
+    if grid is None and jnp.ndim(jnp.asarray(times)) == 1 and len(times) >= 2:
+        return
+    falls = grid is not None and grid.ndim == 1 and len(grid) >= 2 and (np.diff(grid.astype(float)) < 0).all()
+    if grid is None or not falls or grid[0] > 1 or grid[-1] < 0:
         raise ValueError(f"times must be a strictly decreasing sequence of at least two times in [0, 1], got {times}")
 
 
 def as_grid(times: Times) -> tuple[float, ...]:
     """`times` as numbers, which no `filter_jit` traces. **Raises:** as `check_times`."""
     check_times(times)
-    return tuple(map(float, np.asarray(times)))
+    if (grid := on_host_if_known(times)) is None:
+        raise ValueError(f"times must be known when the program is compiled, got {times}")
+    return tuple(map(float, grid))
 
 
 def _integrate(

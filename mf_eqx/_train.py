@@ -93,7 +93,8 @@ def init_state(
     are copied, including those of the optimiser's state, because steps donate the state.
 
     **Raises:** `ValueError` if the field cannot be called as an `AbstractField` is, or is not of the kind that the
-    objective learns, if it holds one parameter twice, since training would change the two copies separately, if
+    objective learns, if it holds no parameter, or one parameter twice, since training would change the two copies
+    separately, if `key` is one of `rbg` or `unsafe_rbg`, whose rows depend on the batch that they are drawn in, if
     `averages` is not a list, or if a step does not support the optimiser, see `TrainStep`.
     """
     _check_learnable(field, AbstractField if objective is None else objective.learns)
@@ -116,8 +117,14 @@ def _check_learnable(field: eqx.Module, kind: type[eqx.Module]) -> None:
 
 
 def _check_untied(field: eqx.Module) -> None:
-    """Refuses one array in two places: its two copies would be trained separately, though the field ties them."""
+    """Refuses one array in two places: its two copies would be trained separately, though the field ties them. Also
+    refuses a field without any parameter."""
     names: dict[int, str] = {}
+    if not jax.tree.leaves(eqx.filter(field, eqx.is_inexact_array)):
+        raise ValueError(
+            "field must hold a parameter, an array of floating point numbers in one of its fields (arrays in the "
+            f"closure of a function are none), got {field!r:.100}"
+        )
     for path, leaf in jax.tree.leaves_with_path(eqx.filter(field, eqx.is_inexact_array)):
         name = jax.tree_util.keystr(path)
         if (first := names.setdefault(id(leaf), name)) != name:
@@ -137,6 +144,8 @@ class TrainStep(eqx.Module):
       Transformations that make one update from several steps (`optax.MultiSteps`) are refused, and so are those that
       need the loss as a function of the parameters (line searches, estimates of the Hessian). Rules that depend on a
       whole array must know the axis along which a `mf_eqx.nn.Stack` stacks its blocks: see `mf_eqx.nn.per_block`.
+      Labels and masks (`optax.multi_transform`, `optax.masked`) are given as functions of the parameters: optax takes a
+      PyTree of them that is a field for such a function, since fields can be called.
     - `averages`: of the parameters, updated after each step.
     - `teacher`: None, or what the objective gets as `Context.teacher`: one of the averages, given by its number, or a
       frozen field, which is neither trained nor averaged nor part of the state. It must be None if the objective learns
@@ -248,6 +257,7 @@ def _train_step(constant: tuple[TrainStep, Batch], state: TrainState[_Network]) 
         train_step.context(state),
     )
     metrics, gradients, objective_state = differentiate(state.field, batch, state.objective)
+    gradients = jax.tree.map(jnp.conj, gradients)  # of complex parameters: the direction in which the loss rises
     with standard_promotion():
         norm = optax.tree.norm(gradients)
     finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"].total)

@@ -5,6 +5,7 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import jax.random as jr
 import numpy as np
 from jaxtyping import Array, ArrayLike, Shaped
 
@@ -83,9 +84,15 @@ def check_kind(name: str, value: Any, kind: type) -> None:
 
 
 def check_key(key: Any) -> None:
-    """Raises a `ValueError` unless `key` is an array: a number is a seed."""
+    """Raises a `ValueError` unless `key` is a key, not a seed, and what rows draw from it under `vmap` is what each
+    draws alone. With `rbg` and `unsafe_rbg`, rows would depend on the batch that they are in."""
     if not isinstance(key, jax.Array):
         raise ValueError(f"key must be a key of JAX, such as jax.random.key(0), got {key!r:.100}")
+    if (kind := jr.key_impl(key)) in ("rbg", "unsafe_rbg"):
+        raise ValueError(
+            f"key must be of an implementation that draws the same for a row alone and in a batch, such as "
+            f"jax.random.key(0, impl='threefry2x32'), got one of {kind}"
+        )
 
 
 def check_data_shape(shape: Sequence[Count]) -> None:

@@ -143,7 +143,7 @@ def test_inputs_of_a_number_of_python_are_those_of_an_array():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"labels": 0}, "labels must be an integer >= 1 or None, got 0"),
+        ({"labels": 0}, "labels must be an integer >= 1, got 0"),
         ({"labels": None, "balanced": True}, "labels must be given if balanced is True, got None"),
         ({"times": (0, 1)}, "times must be a strictly decreasing sequence"),
         ({"data_shape": (2, -1)}, r"data_shape must be of integers >= 1, got \(2, -1\)"),
@@ -153,6 +153,20 @@ def test_what_makes_no_samples_is_refused_at_once(options, message):
     options = {"data_shape": SHAPE, "labels": LABELS, **options}
     with pytest.raises(ValueError, match=message):
         mfx.Generator(make_field(), jr.key(4), **options)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "message"),
+    [
+        ([1.7, 1.2], r"numbers must be integers with one axis, got float64 of shape \(2,\)"),
+        (3, r"numbers must be integers with one axis, got int64 of shape \(\)"),
+        (np.array([5, 2**32 + 5]), r"numbers must be in \[0, 2\^31\), got 5 to 4294967301"),
+        ([-1], r"numbers must be in \[0, 2\^31\), got -1 to -1"),
+    ],
+)
+def test_numbers_that_are_none_of_samples_are_refused(unchecked, numbers, message):
+    with pytest.raises(ValueError, match=message):
+        make_generator()(numbers)
 
 
 @pytest.mark.parametrize("options", [{}, {"labels": None, "condition": np.ones(3)}])

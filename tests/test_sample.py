@@ -54,6 +54,14 @@ def test_grids_that_do_not_decrease_within_zero_and_one_are_refused(sampler, tim
         sampler(gaussian(), noise(), times=times)
 
 
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_grid_may_be_traced_but_not_be_too_short(sampler):
+    found = jax.jit(lambda times: sampler(gaussian(), noise(), times=times))(jnp.array([1.0, 0.5, 0.25]))
+    np.testing.assert_allclose(found, sampler(gaussian(), noise(), times=(1.0, 0.5, 0.25)), rtol=1e-6)
+    with pytest.raises(ValueError, match="times must be a strictly decreasing sequence of at least two times in "):
+        jax.jit(lambda times: sampler(gaussian(), noise(), times=times))(jnp.array([1.0]))
+
+
 # Average velocities
 
 

@@ -179,6 +179,41 @@ def test_four_times_64_rows_train_as_256_rows_do():
         np.testing.assert_allclose(in_turn[name], expected, rtol=1e-6)
 
 
+def test_micro_batches_of_parameters_in_low_precision_are_summed_in_float32():
+    rows = mfx.Batch(jr.normal(jr.key(2), (512, DIM)))
+
+    def norm(dtype, accumulation):
+        sgd, start = optax.sgd(0.1), mfx.nn.cast(field(), dtype)
+        step = mfx.TrainStep(mfx.Objective(weight=mfx.ConstantWeight()), sgd, accumulation=accumulation)
+        after, metrics = step(mfx.init_state(start, sgd, key=jr.key(1)), rows)
+        assert after.field.weight.dtype == dtype
+        return float(metrics["gradient_norm"].value)
+
+    np.testing.assert_allclose(norm(jnp.bfloat16, 128), norm(jnp.float32, 128), rtol=0.005)
+
+
+class Pair(mfx.AbstractField):
+    """A complex parameter, as one array or as its two parts."""
+
+    weight: jax.Array | tuple[jax.Array, jax.Array]
+
+    def __call__(self, z, r, t, condition=None, *, key=None):
+        real, imaginary = self.weight if isinstance(self.weight, tuple) else (self.weight.real, self.weight.imag)
+        return real * z - imaginary * jnp.tanh(z)
+
+
+@pytest.mark.parametrize("optimizer", [optax.sgd(0.1), optax.contrib.split_real_and_imaginary(optax.adam(0.1))])
+def test_complex_parameters_are_trained_as_their_two_parts_are(optimizer):
+    parts = jnp.array([0.3, -0.2, 1.0]), jnp.array([0.7, 0.5, 0.0])
+    step = mfx.TrainStep(mfx.Objective(), optimizer)
+    found, expected = (
+        mfx.init_state(Pair(weight), optimizer, key=jr.key(1)) for weight in (jax.lax.complex(*parts), parts)
+    )
+    for seed in range(3):
+        found, expected = step(found, batch(seed))[0], step(expected, batch(seed))[0]
+    np.testing.assert_allclose(found.field.weight, jax.lax.complex(*expected.field.weight), rtol=1e-5)
+
+
 def test_averages_follow_the_parameters():
     step = mfx.TrainStep(Probe(), OPTIMIZER, AVERAGES)
     current = state()
@@ -521,6 +556,18 @@ class Tied(mfx.AbstractField):
 
 def layers(seeds):
     return tuple(eqx.nn.Linear(DIM, DIM, use_bias=False, key=jr.key(seed)) for seed in seeds)
+
+
+def test_field_without_a_parameter_is_refused():
+    class OfFunction(mfx.AbstractField):
+        function: object
+
+        def __call__(self, z, r, t, condition=None, *, key=None):
+            return self.function(z)
+
+    weight = field().weight
+    with pytest.raises(ValueError, match=r"field must hold a parameter, .* got .*OfFunction\("):
+        mfx.init_state(OfFunction(lambda z: weight @ z), OPTIMIZER, key=jr.key(1))
 
 
 def test_parameter_in_two_places_is_refused_by_name():

@@ -126,6 +126,18 @@ OF_ANOTHER_KIND = {
         lambda: mfx.Generator(generator().field, 0, (2,)),
         r"key must be .* jax.random.key\(0\), got 0",
     ),
+    "rbg key of a run": (
+        lambda: mfx.init_state(generator().field, STEP.optimizer, key=jr.key(0, impl="rbg")),
+        r"key must .*'threefry2x32'\), got one of rbg",
+    ),
+    "rbg key of an objective": (
+        lambda: mfx.Objective()(generator().field, BATCH, key=jr.key(0, impl="unsafe_rbg")),
+        r"key must .*'threefry2x32'\), got one of unsafe_rbg",
+    ),
+    "rbg key of a generator": (
+        lambda: mfx.Generator(generator().field, jr.key(0, impl="rbg"), (2,)),
+        r"key must .*'threefry2x32'\), got one of rbg",
+    ),
     "tuple for a U-Net's size": (
         lambda: mfx.UNet((3, 8, 8), (8, (1,), 1, ()), key=KEY),
         r"size .* UNetSize, got \(8, ",
