@@ -55,12 +55,12 @@ def read_points(path: str, most: int) -> Points:
     if source.row_shape != (2,):
         found = ", ".join(map(str, ("rows", *source.row_shape)))
         raise ValueError(f"data must hold points of shape (rows, 2), got ({found}) in {path}")
-    rows = np.arange(len(source))
-    if len(rows) > most:
-        rows = np.sort(np.random.default_rng(0).choice(rows, most, replace=False))
-    points = source.take(rows).x.astype(np.float64)
-    if not np.isfinite(points).all():
-        raise ValueError(f"data must be finite numbers, got {points[~np.isfinite(points)][0]} in {path}")
+    points = source.take(np.arange(len(source))).x.astype(np.float64)
+    if not (finite := np.isfinite(points).all(axis=1)).all():
+        row = int(np.argmin(finite))
+        raise ValueError(f"data must be finite numbers, got {points[row]} in row {row} of {path}")
+    if len(points) > most:
+        points = points[np.sort(np.random.default_rng(0).choice(len(points), most, replace=False))]
     mean = points.mean(axis=0)
     if (size := float(np.sqrt(np.mean(np.sum((points - mean) ** 2, axis=1))))) == 0:
         raise ValueError(f"data must hold two or more different points, got one in {path}")

@@ -83,7 +83,7 @@ class Weights:
             rule = (
                 "describe its network, an MLP, DiT, InContextDiT or UNet with labels, vectors as condition, or neither"
             )
-            raise ValueError(f"{self.path}: must {rule}; a network of your own is made by make_field")
+            raise ValueError(f"{self.path}: must {rule}; one of your own is loaded by load_weights(path, make_field)")
         try:
             return make_network(self.network, key=jr.key(0), **how)
         except ValueError as error:
@@ -185,7 +185,8 @@ def _read(path: Path, rule: str) -> tuple[dict[str, str], dict[str, np.ndarray]]
     with optional("safetensors", extra=None):
         import safetensors
         import safetensors.numpy
-    content = read_regular(path)
+    if not (content := read_regular(path)):
+        raise ValueError(f"{rule}, but it is empty")
     try:
         # The metadata first: files from other programs may hold tensors of dtypes that NumPy lacks.
         metadata = _metadata(content)

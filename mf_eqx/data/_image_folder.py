@@ -82,7 +82,8 @@ class ImageFolderSource(AbstractSource):
     def _refuse(self, folder: Path, wanted: str) -> NoReturn:
         """Raises the error that there are no images, with the files that were skipped."""
         found = f"passed over in {self.name}: {self.passed_over_as_text()}"
-        raise ValueError(f"{folder}: must hold {wanted}, got none; {found}")
+        advice = "" if folder == self._root else " (a folder of no class must be moved elsewhere)"
+        raise ValueError(f"{folder}: must hold {wanted}, got none{advice}; {found}")
 
     def passed_over_as_text(self) -> str:
         """The numbers of skipped files by type, as one line of text."""
@@ -174,7 +175,7 @@ def _read_image(path: Path, size: tuple[int, int]) -> UInt8[np.ndarray, "3 heigh
         reason = str(error).partition("\n")[0] or type(error).__name__
         if isinstance(error, _pillow().UnidentifiedImageError):  # its message names the buffer instead of the file
             reason = f"nothing that Pillow recognises as {', '.join(_FORMATS)}"
-        raise ValueError(f"{path}: must be a whole image, got: {reason}") from error
+        raise ValueError(f"{path}: must be a whole image, or be moved elsewhere, got: {reason}") from error
     return np.asarray(cropped).transpose(2, 0, 1)
 
 

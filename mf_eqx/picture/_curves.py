@@ -29,7 +29,8 @@ def save_curves(
 
     - `path`: of the file.
     - `records`: as returned by `RunDirectory.records`; or several such lists by name, to compare runs.
-    - `names`: of the metrics; by default all. A metric in bins gives one curve per bin.
+    - `names`: of the metrics; by default all. A metric in bins gives one curve per bin; a name that ends in `_by_gap`
+      says that these are equal bins of t - r.
     - `title`: a text above everything.
 
     **Raises:** `ValueError` if there are no records, or a name is in none of them.
@@ -64,7 +65,7 @@ def _draw_metric(panel: Any, name: str, runs: Mapping[str, Sequence[Record]]) ->
     for run, records in runs.items():
         steps, values = _series(records, name)
         for i, curve in enumerate(values.T):
-            label = " ".join(filter(None, [run, f"bin {i}" if values.shape[1] > 1 else ""]))
+            label = " ".join(filter(None, [run, _bin(name, i, values.shape[1])])) if np.isfinite(curve).any() else None
             marker = "." if len(steps) < 10 else None  # a line needs two points
             (faint,) = panel.plot(steps, curve, alpha=0.25, linewidth=1, marker=marker)
             panel.plot(steps, _running_mean(curve), color=faint.get_color(), label=label)
@@ -73,8 +74,15 @@ def _draw_metric(panel: Any, name: str, runs: Mapping[str, Sequence[Record]]) ->
     panel.grid(alpha=0.3)
     if _spans_decades(np.concatenate(finite_values)):
         panel.set_yscale("log")
-    if len(finite_values) > 1:
+    if len(finite_values) > 1 and panel.get_legend_handles_labels()[1]:
         panel.legend(fontsize="small")
+
+
+def _bin(name: str, i: int, bins: int) -> str:
+    """What the values of a metric in several bins are those of."""
+    if bins == 1:
+        return ""
+    return f"t - r in {i / bins:g} to {(i + 1) / bins:g}" if name.endswith("_by_gap") else f"bin {i}"
 
 
 def _series(

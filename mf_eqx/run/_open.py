@@ -119,7 +119,7 @@ def _check_recipe(config: Any, path: Path) -> None:
         return
     saved = recipe(config, saved)
     if change := difference(saved, recipe(config)):
-        hint = f"; {_longer(path)}" if _differs_in_steps(saved, config) else ""
+        hint = f"; {_longer(path)}" if _differs_in_steps(saved, config) else "; a new run takes another name"
         raise ValueError(f"name must be that of a run with this configuration, but in {path} {change}{hint}")
 
 

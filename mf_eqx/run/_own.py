@@ -13,6 +13,7 @@ import functools
 import inspect
 import runpy
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -42,12 +43,19 @@ def own_file(name: str, place: str) -> OwnFile:
 
     **Arguments:** `name` of the setting; `place` the path of the file, or `mine.py:Net`.
 
-    **Raises:** `ValueError` unless it is a Python file.
+    **Raises:** `ValueError` unless it is a Python file that runs.
     """
     path, _ = _parts(place)
     if not Path(path).is_file() or Path(path).suffix != ".py":
         raise ValueError(f"{name} must be a Python file, got {path}")
-    return _read(path)
+    try:
+        return _read(path)
+    except Exception as error:
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
+        where = f"{path}, line {lines[-1]}" if lines else path
+        raise ValueError(
+            f"{name} must be a Python file that runs, but {where}: {type(error).__name__}: {error}"
+        ) from error
 
 
 @functools.cache

@@ -104,7 +104,8 @@ def test_a_network_with_a_part_of_your_own_is_made_by_your_function_alone(tmp_pa
     checkpoint.save_weights(tmp_path / "a", field)
     assert_equal(checkpoint.load_weights(tmp_path / "a", make), field)
     with pytest.raises(
-        ValueError, match=r"a: must describe its network, an MLP.*; a network of your own is made by mak"
+        ValueError,
+        match=r"a: must describe its network, an MLP.*; one of your own is loaded by load_weights\(path, mak",
     ):
         checkpoint.load_weights(tmp_path / "a")
 
@@ -323,6 +324,12 @@ def test_a_bfloat16_file_of_another_program_is_refused_by_its_format(tmp_path):
     (tmp_path / "other").write_bytes(len(header).to_bytes(8, "little") + header + b"\x80\x3f")
     with pytest.raises(ValueError, match="must be a file of save_weights in the format 'mf_eqx weights 2', got 'pt'"):
         checkpoint.load_weights(tmp_path / "other", make_field)
+
+
+def test_an_empty_file_is_refused_as_such(tmp_path):
+    (tmp_path / "empty").touch()
+    with pytest.raises(ValueError, match=r"empty: must be a file of save_weights, but it is empty$"):
+        checkpoint.load_weights(tmp_path / "empty")
 
 
 def forged(path, arrays, **metadata):

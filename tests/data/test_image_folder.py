@@ -229,7 +229,9 @@ def test_no_images_are_refused_with_what_there_is(tmp_path):
 def test_class_without_images_is_refused(tmp_path):
     saved(tmp_path / "a" / "x.png", pixels())
     saved(tmp_path / "b" / "deep" / "y.gif", pixels())
-    with pytest.raises(ValueError, match=r"/b: must hold images, .*, got none; passed over in .*: 1 .gif"):
+    with pytest.raises(
+        ValueError, match=r"/b: must hold images, .*, got none \(a folder of no class .*\); passed over in .*: 1 .gif"
+    ):
         ImageFolderSource(tmp_path, size=8)
 
 
@@ -261,7 +263,9 @@ def test_png_of_16_bits_per_channel_is_refused(colour, channels, tmp_path):
     rows = (bytes([0]) + RANDOM.integers(0, 256, 2 * channels * 8).astype(np.uint8).tobytes() for _ in range(8))
     (tmp_path / "a.png").write_bytes(png(8, 8, 16, colour, b"".join(rows)))
     source = ImageFolderSource(tmp_path, size=8)
-    with pytest.raises(ValueError, match=r"a.png: must be a whole image, got: 16 bits per channel, more than 8$"):
+    with pytest.raises(
+        ValueError, match=r"a.png: must be a whole image, or be moved elsewhere, got: 16 bits per channel, more than 8$"
+    ):
         source.take(np.array([0]))
 
 
@@ -303,7 +307,7 @@ def test_broken_image_is_refused_by_name(content, message, tmp_path, monkeypatch
     monkeypatch.setattr(_image_folder, "_MOST_PIXELS", 1_000_000)
     (tmp_path / "a.png").write_bytes(content)
     source = ImageFolderSource(tmp_path, size=8)
-    with pytest.raises(ValueError, match=f"a.png: must be a whole image, got: {message}"):
+    with pytest.raises(ValueError, match=f"a.png: must be a whole image, or be moved elsewhere, got: {message}"):
         source.take(np.array([0]))
 
 

@@ -397,7 +397,9 @@ def test_notes_of_wrong_types_are_refused(changed, prepare_latents, tmp_path):
 def test_broken_image_is_named_and_its_part_is_not_there(convert, capsys):
     content = pathlib.Path("images/dog/8.png").read_bytes()  # the last one
     pathlib.Path("images/dog/8.png").write_bytes(content[:100])
-    assert "images/dog/8.png: must be a whole image, got: " in refused(convert, capsys, "--to latents --parts 3")
+    assert "images/dog/8.png: must be a whole image, or be moved elsewhere, got: " in refused(
+        convert, capsys, "--to latents --parts 3"
+    )
     assert sorted(os.listdir("latents")) == ["latents.json", "part_0000", "part_0001"]
     pathlib.Path("images/dog/8.png").write_bytes(content)
     convert("--to latents --parts 3")

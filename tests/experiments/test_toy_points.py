@@ -68,7 +68,7 @@ def test_of_many_points_always_the_same_are_taken(toy_points, folder):
     [
         (np.zeros((3, 3)), r"data must hold points of shape \(rows, 2\), got \(rows, 3\) in .*threes.npy"),
         (np.ones((3, 2)), "data must hold two or more different points, got one in .*ones.npy"),
-        (np.array([[0, np.nan], [1, 2]]), "data must be finite numbers, got nan in .*nan.npy"),
+        (np.array([[0, np.nan], [1, 2]]), r"data must be finite numbers, got \[ 0. nan\] in row 0 of .*nan.npy"),
     ],
     ids=["threes", "ones", "nan"],
 )

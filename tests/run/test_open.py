@@ -73,7 +73,8 @@ def test_configuration_is_that_of_the_first_start_and_every_start_has_a_line(tmp
 def test_another_recipe_of_that_name_is_refused_with_what_differs(tmp_path):
     root = made(tmp_path, name="a")
     assert refused(tmp_path, name="a", rate=0.2) == (
-        f"name must be that of a run with this configuration, but in {root} rate was 0.1, now 0.2"
+        f"name must be that of a run with this configuration, but in {root} rate was 0.1, now 0.2; "
+        "a new run takes another name"
     )
 
 

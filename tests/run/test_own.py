@@ -56,6 +56,19 @@ def mine(tmp_path):
     return str(tmp_path / "mine.py")
 
 
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("import jax\njax.nothing", r"mine.py, line 2: AttributeError: module 'jax' has no attribute 'nothing'"),
+        ("def f(:", r"mine.py: SyntaxError: .*mine.py, line 1"),
+    ],
+)
+def test_file_that_does_not_run_is_refused_with_its_line(tmp_path, text, found):
+    (tmp_path / "mine.py").write_text(text)
+    with pytest.raises(ValueError, match=f"identity must be a Python file that runs, but .*{found}"):
+        run.own_identity("identity", str(tmp_path / "mine.py"), 1)
+
+
 def test_network_is_made_for_a_size_or_a_shape(mine):
     make = run.own_network("network", f"{mine}:Net", (2,))
     field = make(key=jr.key(0))
