@@ -90,8 +90,8 @@ def check_key(key: Any) -> None:
         raise ValueError(f"key must be a key of JAX, such as jax.random.key(0), got {key!r:.100}")
     if (kind := jr.key_impl(key)) in ("rbg", "unsafe_rbg"):
         raise ValueError(
-            f"key must be of an implementation that draws the same for a row alone and in a batch, such as "
-            f"jax.random.key(0, impl='threefry2x32'), got one of {kind}"
+            "key must be of an implementation that draws the same for a row alone and in a batch, such as threefry2x32 "
+            f"(`impl` of jax.random.key, or jax_default_prng_impl), got {kind}"
         )
 
 

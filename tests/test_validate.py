@@ -128,15 +128,15 @@ OF_ANOTHER_KIND = {
     ),
     "rbg key of a run": (
         lambda: mfx.init_state(generator().field, STEP.optimizer, key=jr.key(0, impl="rbg")),
-        r"key must .*'threefry2x32'\), got one of rbg",
+        r"key must .* threefry2x32 .* got rbg",
     ),
     "rbg key of an objective": (
         lambda: mfx.Objective()(generator().field, BATCH, key=jr.key(0, impl="unsafe_rbg")),
-        r"key must .*'threefry2x32'\), got one of unsafe_rbg",
+        r"key must .* threefry2x32 .* got unsafe_rbg",
     ),
     "rbg key of a generator": (
         lambda: mfx.Generator(generator().field, jr.key(0, impl="rbg"), (2,)),
-        r"key must .*'threefry2x32'\), got one of rbg",
+        r"key must .* threefry2x32 .* got rbg",
     ),
     "tuple for a U-Net's size": (
         lambda: mfx.UNet((3, 8, 8), (8, (1,), 1, ()), key=KEY),
