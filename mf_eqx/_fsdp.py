@@ -63,7 +63,9 @@ def summed(gradients: _Tree, specs: PyTree[PartitionSpec]) -> _Tree:
     """Gradients summed over all devices, where those of divided arrays have been summed along `fsdp`."""
 
     def visit(leaf: Array, spec: PartitionSpec) -> Array:
-        return jax.lax.psum(leaf, ("data", "fsdp") if _axis(leaf, spec) is None else "data")
+        axes = ("data", "fsdp") if _axis(leaf, spec) is None else ("data",)
+        axes = tuple(axis for axis in axes if jax.lax.axis_size(axis) > 1)  # XLA:CPU copies to "sum" over one device
+        return jax.lax.psum(leaf, axes) if axes else leaf
 
     return jax.tree.map(visit, gradients, specs)
 

@@ -258,8 +258,9 @@ def _train_step(constant: tuple[TrainStep, Batch], state: TrainState[_Network]) 
     )
     metrics, gradients, objective_state = differentiate(state.field, batch, state.objective)
     gradients = jax.tree.map(jnp.conj, gradients)  # of complex parameters: the direction in which the loss rises
+    # Of twice the gradients: Adam needs their own squares too, which XLA:CPU would compute once and keep until then.
     with standard_promotion():
-        norm = optax.tree.norm(gradients)
+        norm = optax.tree.norm(jax.tree.map(lambda gradient: 2 * gradient, gradients)) / 2
     finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"].total)
     state = _update_if_finite(train_step, state, jnp.asarray(metrics["loss"].value), gradients, objective_state, finite)
     return _spread(train_step, state), {**metrics, "gradient_norm": Mean(norm, jnp.ones(()))}
