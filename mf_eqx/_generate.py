@@ -25,12 +25,16 @@ from ._leaves import by_name
 from ._model import check_labels
 from ._sample import as_grid, sample
 from ._sharding import Parallelism
-from ._validate import as_count, check_key, check_sizes, described, on_host_if_known
+from ._validate import as_count, check_key, check_sizes, Count, described, on_host_if_known
 
 
 def _as_arrays(condition: PyTree[Any]) -> PyTree[Array]:
     """The same PyTree of arrays of JAX."""
     return jax.tree.map(jnp.asarray, condition)
+
+
+def _as_number_of_labels(labels: Count | None) -> int | None:
+    return None if labels is None else as_count("labels", labels)
 
 
 class Generator(eqx.Module):
@@ -59,7 +63,7 @@ class Generator(eqx.Module):
     key: Key[Array, ""]
     data_shape: tuple[int, ...] = eqx.field(static=True)
     times: tuple[float, ...] = eqx.field(static=True, default=(1.0, 0.0), converter=as_grid)
-    labels: int | None = eqx.field(static=True, default=None)
+    labels: int | None = eqx.field(static=True, default=None, converter=_as_number_of_labels)
     balanced: bool = eqx.field(static=True, default=False)
     method: Callable[..., Float[Array, "*data"]] = eqx.field(static=True, default=sample)
     unroll: bool = eqx.field(static=True, default=False)
@@ -69,8 +73,6 @@ class Generator(eqx.Module):
         check_field(self.field)
         check_key(self.key)
         check_sizes(data_shape=self.data_shape)
-        if self.labels is not None:
-            as_count("labels", self.labels)
         if self.balanced and self.labels is None:
             raise ValueError("labels must be given if balanced is True, got None")
         self._check_labels("labels", self.labels)
@@ -85,7 +87,7 @@ class Generator(eqx.Module):
         field = self.field.field if isinstance(self.field, GuidedField | WithGuidance) else self.field
         check_labels(name, condition, field)
 
-    def __call__(self, numbers: Int[ArrayLike, " rows"] | Sequence[int]) -> Float[Array, "rows *data"]:
+    def __call__(self, numbers: Int[ArrayLike, " rows"] | Sequence[Any]) -> Float[Array, "rows *data"]:
         """The samples with these numbers, on the devices that hold the numbers.
 
         **Raises:** `ValueError` unless `numbers` is a list or an array of integers with one axis, and, where they are
@@ -160,7 +162,8 @@ def _from_noise(
 
 def _as_numbers(numbers: Any) -> Int[Array, " rows"]:
     """Numbers of samples as an array of JAX."""
-    given = numbers if isinstance(numbers, jax.Array) else np.asarray(numbers)
+    given = None if isinstance(numbers, jax.Array) else on_host_if_known(numbers)
+    given = jnp.asarray(numbers) if given is None else given
     if given.ndim != 1 or not (jnp.issubdtype(given.dtype, jnp.integer) or given.size == 0):
         raise ValueError(f"numbers must be integers with one axis, got {given.dtype} of shape {given.shape}")
     if isinstance(given, np.ndarray) and given.size > 0 and not 0 <= given.min() <= given.max() < 2**31:

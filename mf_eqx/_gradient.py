@@ -2,7 +2,7 @@
 separately for each device. So only the intermediate results of one kind of rows in one micro-batch are needed at a
 time, and devices that have whole parameters communicate only once. (On a GPU XLA uses the same memory for all kinds of
 rows, on a CPU each kind has its own.) With FSDP, kinds of rows and micro-batches add to one array of gradients of the
-blocks in a loop.
+blocks in a loop, unless their parameters are of less than float32.
 
 This requires only that the loss is a mean over rows: it is then the mean over parts of equal size, and the sum over
 kinds of rows of their mean loss times their share. An objective that is not such a mean (`AbstractObjective.divisor` is
@@ -17,6 +17,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Key, PyTree
 
@@ -173,7 +174,7 @@ def _in_loops(field: eqx.Module) -> PyTree[bool]:
         if not isinstance(node, Stack) or node.gather is None or not node.has_loop:
             return False
         dtypes = [leaf.dtype for leaf in jax.tree.leaves(eqx.filter(node, eqx.is_inexact_array))]
-        return all(jnp.promote_types(dtype, jnp.float32) == dtype for dtype in dtypes)
+        return all(np.promote_types(dtype, np.float32) == dtype for dtype in dtypes)
 
     return jax.tree.map(in_loop, field, is_leaf=lambda node: isinstance(node, Stack))
 

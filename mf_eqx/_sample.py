@@ -55,8 +55,9 @@ def sample(
 
     **Returns:** the state at the last time, data if that is 0, in float32 or better.
 
-    **Raises:** `ValueError` if `times` is not such a grid, if `eps` is empty, or if the field cannot be called as an
-    `AbstractField` is, returns another shape, or holds a `BatchNorm`, which needs a batch.
+    **Raises:** `ValueError` if `times` is not such a grid (of traced times only their number is known), if `eps` is
+    empty, or if the field cannot be called as an `AbstractField` is, returns another shape, or holds a `BatchNorm`,
+    which needs a batch.
     """
     return _integrate(field, lambda u, z, r, t: z - (t - r) * u(z, r, t), eps, condition, times, unroll)
 

@@ -19,7 +19,7 @@ import optax
 from jaxtyping import Array, Bool, Int, Key, PyTree
 
 from ._batch import Batch
-from ._custom_types import Scalar
+from ._custom_types import at_least_float32, Scalar
 from ._ema import as_averages, ExponentialAverage
 from ._field import AbstractField, check_field
 from ._gradient import Differentiation
@@ -99,6 +99,7 @@ def init_state(
     """
     _check_learnable(field, AbstractField if objective is None else objective.learns)
     check_key(key)
+    _check_trainable(field)
     _check_untied(field)
     field = jax.tree.map(copy, field)
     opt_state = init_optimizer(optimizer, eqx.filter(field, eqx.is_inexact_array))
@@ -116,15 +117,18 @@ def _check_learnable(field: eqx.Module, kind: type[eqx.Module]) -> None:
         check_field(field)
 
 
-def _check_untied(field: eqx.Module) -> None:
-    """Refuses one array in two places: its two copies would be trained separately, though the field ties them. Also
-    refuses a field without any parameter."""
-    names: dict[int, str] = {}
+def _check_trainable(field: eqx.Module) -> None:
+    """Refuses a field in which nothing can be trained."""
     if not jax.tree.leaves(eqx.filter(field, eqx.is_inexact_array)):
         raise ValueError(
             "field must hold a parameter, an array of floating point numbers in one of its fields (arrays in the "
             f"closure of a function are none), got {field!r:.100}"
         )
+
+
+def _check_untied(field: eqx.Module) -> None:
+    """Refuses one array in two places: its two copies would be trained separately, though the field ties them."""
+    names: dict[int, str] = {}
     for path, leaf in jax.tree.leaves_with_path(eqx.filter(field, eqx.is_inexact_array)):
         name = jax.tree_util.keystr(path)
         if (first := names.setdefault(id(leaf), name)) != name:
@@ -258,9 +262,9 @@ def _train_step(constant: tuple[TrainStep, Batch], state: TrainState[_Network]) 
     )
     metrics, gradients, objective_state = differentiate(state.field, batch, state.objective)
     gradients = jax.tree.map(jnp.conj, gradients)  # of complex parameters: the direction in which the loss rises
-    # Of twice the gradients: Adam needs their own squares too, which XLA:CPU would compute once and keep until then.
-    with standard_promotion():
-        norm = optax.tree.norm(jax.tree.map(lambda gradient: 2 * gradient, gradients)) / 2
+    # Twice the gradients, since XLA:CPU would find the squares of the gradients here and in Adam's update, compute them
+    # once, and keep all of them in memory from here to there.
+    norm = optax.tree.norm(jax.tree.map(lambda gradient: 2 * at_least_float32(gradient), gradients)) / 2
     finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"].total)
     state = _update_if_finite(train_step, state, jnp.asarray(metrics["loss"].value), gradients, objective_state, finite)
     return _spread(train_step, state), {**metrics, "gradient_norm": Mean(norm, jnp.ones(()))}

@@ -84,11 +84,15 @@ def check_kind(name: str, value: Any, kind: type) -> None:
 
 
 def check_key(key: Any) -> None:
-    """Raises a `ValueError` unless `key` is a key, not a seed, and what rows draw from it under `vmap` is what each
-    draws alone. With `rbg` and `unsafe_rbg`, rows would depend on the batch that they are in."""
-    if not isinstance(key, jax.Array):
+    """Raises a `ValueError` if `key` is no key, such as a seed, or one of `rbg` or `unsafe_rbg`: what a row draws from
+    these under `vmap` depends on the batch that it is in."""
+    try:
+        kind = jr.key_impl(key) if isinstance(key, jax.Array) else None
+    except TypeError:
+        kind = None
+    if kind is None:
         raise ValueError(f"key must be a key of JAX, such as jax.random.key(0), got {key!r:.100}")
-    if (kind := jr.key_impl(key)) in ("rbg", "unsafe_rbg"):
+    if kind in ("rbg", "unsafe_rbg"):
         raise ValueError(
             "key must be of an implementation that draws the same for a row alone and in a batch, such as threefry2x32 "
             f"(`impl` of jax.random.key, or jax_default_prng_impl), got {kind}"

@@ -33,7 +33,7 @@ QUICK = (
     "--xla_cpu_use_fusion_emitters=false",
 )
 # Programs that one process of this run has compiled, for all, and for when they were dropped from memory. JAX does not
-# write such a file at once: who reads a part of one compiles the program again.
+# write such a file at once: a process that reads a part of one compiles the program itself.
 if "PYTEST_XDIST_WORKER" not in os.environ:
     PROGRAMS = tempfile.TemporaryDirectory()
     os.environ["TESTED_PROGRAMS"] = PROGRAMS.name

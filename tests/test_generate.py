@@ -133,6 +133,11 @@ def test_given_noise_labels_and_numbers_may_be_lists():
     np.testing.assert_array_equal(generator.from_noise(eps.tolist(), [2, 0]), expected)
     np.testing.assert_array_equal(generator.from_noise(eps, np.asarray([2, 0])), expected)
     np.testing.assert_array_equal(generator([3, 1]), generator(jnp.asarray([3, 1])))
+    np.testing.assert_allclose(jax.jit(lambda i: generator([3, i]))(1), generator([3, 1]), rtol=1e-6)
+
+
+def test_number_of_labels_may_be_numpys():
+    assert type(make_generator(labels=np.int64(LABELS)).labels) is int
 
 
 def test_inputs_of_a_number_of_python_are_those_of_an_array():

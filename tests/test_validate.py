@@ -126,6 +126,10 @@ OF_ANOTHER_KIND = {
         lambda: mfx.Generator(generator().field, 0, (2,)),
         r"key must be .* jax.random.key\(0\), got 0",
     ),
+    "numbers for key": (
+        lambda: mfx.init_state(generator().field, STEP.optimizer, key=jnp.ones(2)),
+        r"key must be .* jax.random.key\(0\), got Array",
+    ),
     "rbg key of a run": (
         lambda: mfx.init_state(generator().field, STEP.optimizer, key=jr.key(0, impl="rbg")),
         r"key must .* threefry2x32 .* got rbg",
