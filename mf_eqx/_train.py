@@ -264,7 +264,8 @@ def _train_step(constant: tuple[TrainStep, Batch], state: TrainState[_Network]) 
     gradients = jax.tree.map(jnp.conj, gradients)  # of complex parameters: the direction in which the loss rises
     # Twice the gradients, since XLA:CPU would find the squares of the gradients here and in Adam's update, compute them
     # once, and keep all of them in memory from here to there.
-    norm = optax.tree.norm(jax.tree.map(lambda gradient: 2 * at_least_float32(gradient), gradients)) / 2
+    with standard_promotion():
+        norm = optax.tree.norm(jax.tree.map(lambda gradient: 2 * at_least_float32(gradient), gradients)) / 2
     finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"].total)
     state = _update_if_finite(train_step, state, jnp.asarray(metrics["loss"].value), gradients, objective_state, finite)
     return _spread(train_step, state), {**metrics, "gradient_norm": Mean(norm, jnp.ones(()))}
