@@ -18,6 +18,9 @@ from ._distance import check_samples
 
 # Bounds the temporary of squared distances: 2**25 of them are 128 MiB in float32.
 _DISTANCES_PER_BLOCK = 2**25
+# Up to this dimension distances come from differences, which are as exact as the points; above it from products, which
+# cost a matrix product instead of a pass over all differences.
+_LARGEST_DIM_OF_DIFFERENCES = 64
 
 
 class PrecisionRecall(NamedTuple):
@@ -41,6 +44,10 @@ def precision_recall(
     $d_k$ being the distance of a point to its k-th nearest neighbour in its own sample, itself not counted. Both depend
     on the numbers of points: compare only at equal numbers. The literature has 50,000 generated and 10,000 real images
     (ADM, with distances rounded to float16; here they are float32).
+
+    Up to 64 dimensions, distances come from differences of points. Above, they come from products of points, less the
+    mean of the real ones: distances below about 1e-3 of the extent of a sample are then rounding, and a point whose
+    distance equals a radius may fall on either side of it.
 
     **Arguments:** `generated`, `real` features, one point per row; `neighbours` k.
 
@@ -67,10 +74,17 @@ def precision_recall(
 
 
 def _centred(*samples: Float[Array | np.ndarray, "_ dim"]) -> list[Float[Array, "_ dim"]]:
-    """All samples minus the mean of the last: near the origin, distances from products have smaller rounding errors."""
+    """All samples less about the mean of the last: near the origin, distances from products have smaller rounding
+    errors. The mean is rounded to few bits, so that the difference is exact for points of few bits, such as pixels."""
+    exact = [np.asarray(points) for points in samples]
+    exact = [points.astype(np.promote_types(points.dtype, np.float32), copy=False) for points in exact]
     with np.errstate(over="ignore", invalid="ignore"):  # overflow to infinity is refused later
-        centre = np.asarray(samples[-1]).mean(axis=0, dtype=np.float64).astype(np.float32)
-        return [jnp.asarray(np.asarray(points, np.float32) - centre) for points in samples]
+        centre = exact[-1].mean(axis=0, dtype=np.float64)
+        extent = np.abs(exact[-1] - centre.astype(exact[-1].dtype)).max()
+        if 0 < extent < np.inf:
+            unit = 2.0 ** (np.floor(np.log2(extent)) - 3)
+            centre = np.round(centre / unit) * unit
+        return [jnp.asarray((points - centre.astype(points.dtype)).astype(np.float32)) for points in exact]
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -102,6 +116,8 @@ def _covered(
 def _squared_distances(
     point: Float[Array, " dim"], points: Float[Array, "sample dim"], squares: Float[Array, " sample"]
 ) -> Float[Array, " sample"]:
+    if points.shape[1] <= _LARGEST_DIM_OF_DIFFERENCES:
+        return jnp.sum((points - point) ** 2, axis=1)
     products = jnp.matmul(points, point, precision="highest")
     return jnp.maximum(squares + jnp.sum(point**2) - 2 * products, 0)
 

@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+from scipy.spatial.distance import cdist
 from sklearn.neighbors import NearestNeighbors
 
 from mf_eqx.metrics import _precision_recall, precision_recall
@@ -25,6 +26,40 @@ def test_shares_are_those_of_scikit_learn(neighbours, shift):
     expected = share_on_manifold(generated, real, neighbours), share_on_manifold(real, generated, neighbours)
     assert min(expected) > 0.1 and max(expected) < 1
     np.testing.assert_allclose(ours, expected, rtol=1e-15)
+
+
+def exact_shares(generated, real, neighbours=3):
+    """By differences in float64."""
+    distances = [cdist(a, b, "sqeuclidean") for a, b in [(generated, real), (real, real), (generated, generated)]]
+    across, *within = (np.round(found, 12) for found in distances)
+    real_radii, generated_radii = (np.sort(found, axis=1)[:, neighbours] for found in within)
+    return (across <= real_radii).any(axis=1).mean(), (generated_radii >= across.T).any(axis=1).mean()
+
+
+@pytest.mark.parametrize("dim", [20, 100], ids=["differences", "products"])
+def test_ties_of_points_with_few_values_are_not_decided_by_rounding(dim):
+    random = np.random.default_rng(0)
+    generated, real = ((random.random((count, dim)) < 0.35).astype(np.float32) for count in (300, 260))
+    expected = exact_shares(generated, real)
+    assert max(expected) < 1
+    np.testing.assert_allclose(precision_recall(generated, real), expected, rtol=1e-15)
+
+
+def test_clusters_far_apart_and_narrow_have_the_shares_of_float64():
+    centres = 100 * np.array([[1.0, 1.0], [-1.0, 1.0], [1.0, -1.0]])
+    generated, real = (
+        np.concatenate([points(40, 2, seed + i, 1e-3) + c for i, c in enumerate(centres)]) for seed in (0, 5)
+    )
+    expected = exact_shares(generated.astype(np.float32), real.astype(np.float32))
+    assert max(expected) < 1
+    np.testing.assert_allclose(precision_recall(generated, real), expected, atol=0.01)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_large_mean_costs_no_more_digits_than_the_dtype_loses(dtype):
+    generated, real = points(300, 100, seed=1).astype(dtype), points(260, 100).astype(dtype)
+    moved = [points + dtype(2**30 if dtype is np.float64 else 2**5) for points in (generated, real)]
+    np.testing.assert_allclose(precision_recall(*moved), precision_recall(generated, real), atol=0.01)
 
 
 def test_blocks_of_rows_do_not_change_the_shares(monkeypatch):
