@@ -17,6 +17,8 @@ Source: Stable Target Field for Reduced Variance Score Estimation in Diffusion M
 """
 
 import functools
+from collections.abc import Callable
+from typing import TypeAlias
 
 import equinox as eqx
 import jax
@@ -31,6 +33,9 @@ from ._validate import as_count, described
 
 _DRAW = 0x53544654  # folds the key of a step away from the keys of its rows, which are folded with their index
 _LEAST_SIGMA = 1e-6
+# Up to this dimension distances come from differences, which stay exact for close points; above it from products, which
+# need no differences of all rows and references in memory.
+_LARGEST_DIM_OF_DIFFERENCES = 64
 
 
 class StableTarget(eqx.Module):
@@ -49,6 +54,10 @@ class StableTarget(eqx.Module):
       than one label have no such target: hardly two rows of data share the same vector.
     - `number`: None to use all references at every step; or how many of them a step draws at random, with replacement
       and the same ones for all its rows. References of all labels count.
+
+    Above 64 dimensions the distances of references come from products, rounded to about 1e-3 of the extent of the
+    data: at times at which the noise is not larger than that, references that close to the row's own x count as equal
+    to it.
 
     A row's own x is always added to references that are drawn at random. If all references are used, it is added unless
     it is one of them.
@@ -93,23 +102,19 @@ class StableTarget(eqx.Module):
             raise ValueError(f"x must have the shape of a reference, {self.x.shape[1:]}, got {x.shape}")
         references, label = self._drawn(key)
         counts = self._has_label(label, condition, dropped)
-        references = references.reshape(len(references), -1).astype(x.dtype)
-        center = jnp.mean(references, axis=0)  # near which squares round less
-        references, own, noise = references - center, x.reshape(-1) - center, eps.reshape(-1)
+        references, own, noise = references.reshape(len(references), -1).astype(x.dtype), x.reshape(-1), eps.reshape(-1)
         alpha, sigma, alpha_rate, sigma_rate = path.rates(t)
         ratio = alpha / jnp.maximum(sigma, _LEAST_SIGMA)
+        few = own.size <= _LARGEST_DIM_OF_DIFFERENCES
+        squares, along, is_own, weighted = (_from_differences if few else _from_products)(references, own, noise)
 
         # |z - alpha x_j|^2 / sigma^2 less the row's own |eps|^2, so that the own x has the logit 0: at small sigma both
-        # are huge, and only their difference matters. TF32 would blur it.
-        product = functools.partial(jnp.matmul, precision="highest")
-        squares = jnp.sum(own**2) - 2 * product(references, own) + jnp.sum(references**2, axis=1)
-        is_own = squares <= 8 * jnp.finfo(x.dtype).eps * (jnp.sum(own**2) + jnp.sum(references**2, axis=1))
-        logits = -(ratio**2) * squares / 2 + ratio * (product(references, noise) - product(own, noise))
+        # are huge, and only their difference matters.
+        logits = -(ratio**2) * squares / 2 + ratio * along
         logits = jnp.where(counts, jnp.where(is_own, 0, logits), -jnp.inf)
         # The own x is added to references that are drawn at random; a whole data set already contains it.
         is_added = ~jnp.any(is_own & counts) if self.number is None else jnp.asarray(True)
-        weights = _softmax(logits, is_added)
-        shift = product(weights, references) - jnp.sum(weights) * own
+        shift = weighted(_softmax(logits, is_added))
         v = alpha_rate * x + sigma_rate * eps
         return v + (alpha_rate - sigma_rate * ratio) * shift.reshape(x.shape)
 
@@ -138,6 +143,39 @@ class StableTarget(eqx.Module):
         if not leaves:
             raise ValueError("condition must be one integer label where references have labels, got None")
         return (label.astype(jnp.int32) == leaves[0].astype(jnp.int32)) | dropped
+
+
+_Differences: TypeAlias = tuple[
+    Float[Array, " references"],
+    Float[Array, " references"],
+    Bool[Array, " references"],
+    Callable[[Float[Array, " references"]], Float[Array, " dim"]],
+]
+"""Of the differences of the references from a row's own x: their squares, their products with the noise, whether they
+are zero up to rounding, and the function from weights to their weighted sum."""
+
+
+def _from_differences(
+    references: Float[Array, "references dim"], own: Float[Array, " dim"], noise: Float[Array, " dim"]
+) -> _Differences:
+    difference = references - own
+    squares = jnp.sum(difference**2, axis=1)
+    is_own = squares <= (4 * jnp.finfo(own.dtype).eps) ** 2 * (jnp.sum(own**2) + jnp.sum(references**2, axis=1))
+    along = jnp.sum(difference * noise, axis=1)
+    return squares, along, is_own, lambda weights: jnp.sum(weights[:, None] * difference, axis=0)
+
+
+def _from_products(
+    references: Float[Array, "references dim"], own: Float[Array, " dim"], noise: Float[Array, " dim"]
+) -> _Differences:
+    product = functools.partial(jnp.matmul, precision="highest")  # TF32 would blur the differences
+    center = jnp.mean(references, axis=0)  # near which squares round less
+    references, own = references - center, own - center
+    norms = jnp.sum(own**2) + jnp.sum(references**2, axis=1)
+    squares = norms - 2 * product(references, own)
+    is_own = squares <= 8 * jnp.finfo(own.dtype).eps * norms
+    along = product(references, noise) - product(own, noise)
+    return squares, along, is_own, lambda weights: product(weights, references) - jnp.sum(weights) * own
 
 
 def _softmax(logits: Float[Array, " drawn"], with_zero: Bool[Array, ""]) -> Float[Array, " drawn"]:

@@ -30,15 +30,16 @@ def velocities(target, path, x, eps, t, key=None):
 
 
 @pytest.mark.parametrize("path", PATHS, ids=["linear", "trigonometric"])
-def test_over_a_whole_point_set_it_is_that_sets_velocity(path, x64):
-    x, t = points(), jnp.array(TIMES)
+@pytest.mark.parametrize("dim", [2, 80], ids=["differences", "products"])
+def test_over_a_whole_point_set_it_is_that_sets_velocity(path, dim, x64):
+    x, t = points(dim=dim), jnp.array(TIMES)
     eps = jr.normal(jr.key(1), x.shape)
 
     @jax.jit
     def expected(x, eps, t):
         def one(x, eps, t):
             z, v = path.state_and_velocity(x, eps, t)
-            return exact.PointSet(points()).velocity(path, z, t), v
+            return exact.PointSet(points(dim=dim)).velocity(path, z, t), v
 
         return jax.vmap(jax.vmap(one, (None, None, 0)), (0, 0, None))(x, eps, t)
 
@@ -59,14 +60,26 @@ def test_at_time_0_it_is_the_conditional_velocity(path, x64):
     np.testing.assert_allclose(found, rate[2] * x + rate[3] * eps, rtol=0, atol=1e-12)
 
 
-def test_float32_is_near_float64(x64):
-    x, t = points(), jnp.array((0.0, *TIMES))
+@pytest.mark.parametrize(("dim", "atol"), [(2, 2e-6), (80, 2e-4)], ids=["differences", "products"])
+def test_float32_is_near_float64(dim, atol, x64):
+    x, t = points(dim=dim), jnp.array((0.0, *TIMES))
     eps = jr.normal(jr.key(1), x.shape)
     expected = velocities(mfx.StableTarget(x), PATHS[0], x, eps, t)
     x, eps, t = (value.astype(jnp.float32) for value in (x, eps, t))
     found = velocities(mfx.StableTarget(x), PATHS[0], x, eps, t)
     assert found.dtype == jnp.float32
-    np.testing.assert_allclose(found, expected, rtol=0, atol=2e-4)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("t", [1e-4, 1e-3, 1e-2])
+def test_of_many_points_in_a_plane_float32_tells_the_nearest_apart(t, x64):
+    x = points(20_000)
+    eps, t = jr.normal(jr.key(1), x[:32].shape), jnp.array([t])
+    x, eps, t = (value.astype(jnp.float32) for value in (x, eps, t))
+    found = velocities(mfx.StableTarget(x), PATHS[0], x[:32], eps, t)
+    x, eps, t = (value.astype(jnp.float64) for value in (x, eps, t))
+    expected = velocities(mfx.StableTarget(x), PATHS[0], x[:32], eps, t)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=2e-6)
 
 
 def test_own_x_counts_once_whether_or_not_it_is_a_reference_and_twice_if_the_data_have_it_twice(x64):
@@ -83,8 +96,9 @@ def test_own_x_counts_once_whether_or_not_it_is_a_reference_and_twice_if_the_dat
     np.testing.assert_allclose(twice[0, 1:], expected[1:], rtol=0, atol=1e-12)
 
 
-def test_references_of_uncentred_data_are_told_apart(x64):
-    x, t = points(), jnp.array(TIMES)
+@pytest.mark.parametrize("dim", [2, 80], ids=["differences", "products"])
+def test_references_of_uncentred_data_are_told_apart(dim, x64):
+    x, t = points(dim=dim), jnp.array(TIMES)
     eps = jr.normal(jr.key(1), x.shape)
     near = velocities(mfx.StableTarget(x), PATHS[0], x, eps, t)
     moved, eps, t = (value.astype(jnp.float32) for value in (x + 100, eps, t))
