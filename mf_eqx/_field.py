@@ -137,10 +137,13 @@ def stopped(tree: _Tree) -> _Tree:
     return jax.tree.map(lambda leaf: jax.lax.stop_gradient(leaf) if eqx.is_inexact_array(leaf) else leaf, tree)
 
 
-def with_checked_shapes(u: _Tree, z: Float[Array, "*data"]) -> _Tree:
-    """`u`, what a field returned at `z`. **Raises:** `ValueError` unless all its arrays have the shape of `z`."""
+def with_checked_shapes(u: _Tree, z: Float[Array, "*data"], name: str = "field") -> _Tree:
+    """`u`, what a field, or the function of this name, returned at `z`.
+
+    **Raises:** `ValueError` unless all its arrays have the shape of `z`.
+    """
     if wrong := [jnp.shape(leaf) for leaf in jax.tree.leaves(u) if jnp.shape(leaf) != z.shape]:
-        raise ValueError(f"field must return the shape of z, {z.shape}, got {wrong[0]}")
+        raise ValueError(f"{name} must return the shape of z, {z.shape}, got {wrong[0]}")
     return u
 
 

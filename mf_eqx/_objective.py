@@ -64,8 +64,8 @@ from ._perceptual import PerceptualTerm
 from ._row import Context, Drawing, Row
 from ._stable_target import StableTarget
 from ._times import AbstractTimes, as_share, check_batch_size, rows_per_group, split_rows, TimePairs
-from ._validate import check_key, check_kind, described
-from ._weight import AbstractWeight, AdaptiveWeight
+from ._validate import check_key, check_kind, described, with_checked_scalar
+from ._weight import AbstractWeight, AdaptiveWeight, weight_of
 
 
 class AbstractObjective(eqx.Module):
@@ -371,7 +371,7 @@ class Objective(AbstractObjective):
 
         def evaluate_group(examples: Batch) -> tuple[Float[Array, "..."], Float[Array, "..."], Float[Array, "..."]]:
             rows = draw.group(examples, key, context)
-            residuals, loss = self._group_term(field, rows)
+            residuals, loss = self._residual_and_loss(field, rows)
             return jnp.broadcast_to(loss, (group,)), jax.vmap(_per_dimension)(residuals), rows.t - rows.r
 
         velocity_errors = perceptual = None
@@ -416,20 +416,23 @@ class Objective(AbstractObjective):
 
     def _identity_term(self, field: AbstractField, row: Row) -> "_Term":
         """What a row that carries the identity contributes."""
-        identity, row = self.identity, self._with_guided_velocity(field, row)
+        identity, name, row = self.identity, type(self.identity).__name__, self._with_guided_velocity(field, row)
         assert identity is not None
         if isinstance(identity, AbstractIdentityWithLoss):
-            return _Term(*identity.residual_and_loss(field, row))
+            return _Term(*self._residual_and_loss(field, row))
         if not isinstance(identity, AbstractIdentityWithVelocity):
-            return self._term(at_least_float32(identity.residual(field, row)), row)
-        residual, u, v = identity.residual_and_values(field, row)
-        velocity_residual = None if v is None else at_least_float32(with_checked_shapes(v, row.z)) - row.v
+            residual = with_checked_shapes(identity.residual(field, row), row.z, name)
+            return self._term(at_least_float32(residual), row)
+        residual, u, v = with_checked_shapes(identity.residual_and_values(field, row), row.z, name)
+        velocity_residual = None if v is None else at_least_float32(v) - row.v
         return self._term(at_least_float32(residual), row, at_least_float32(u), velocity_residual)
 
-    def _group_term(self, field: AbstractField, rows: Row) -> tuple[Float[Array, "group *data"], Scalar]:
-        """The residuals of a group of rows, and their mean loss."""
+    def _residual_and_loss(self, field: AbstractField, row: Row) -> tuple[Float[Array, "*data"], Scalar]:
+        """The residual and the loss of a row; of a group of rows, their residuals and their mean loss."""
         assert isinstance(self.identity, AbstractIdentityWithLoss)
-        return self.identity.residual_and_loss(field, rows)
+        residual, loss = self.identity.residual_and_loss(field, row)
+        name = type(self.identity).__name__
+        return with_checked_shapes(residual, row.z, name), jnp.asarray(with_checked_scalar(loss, f"the loss of {name}"))
 
     def _term(
         self,
@@ -449,7 +452,7 @@ class Objective(AbstractObjective):
 
     def _weighted(self, residual: Float[Array, "*data"], row: Row) -> Scalar:
         error = jnp.sum(residual**2)
-        return jax.lax.stop_gradient(self.weight(error, row)) * error
+        return weight_of(self.weight, error, row) * error
 
     def _with_guided_velocity(self, field: AbstractField, row: Row) -> Row:
         if self.guidance is None or self.exact_guidance or not self._facts.uses_velocity:
@@ -469,6 +472,7 @@ class Objective(AbstractObjective):
         null = self.guidance.null(row.condition, row.t, self.label_dropout)
         own = instantaneous_velocity(stopped(field), row.z, row.t, null, key=row.key)
         guided = self.guidance.velocity(row.v, conditional, at_least_float32(own), row.t, row.condition)
+        guided = with_checked_shapes(guided, row.z, type(self.guidance).__name__)
         return jnp.where(row.dropped, row.v, guided)
 
 

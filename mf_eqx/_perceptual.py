@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Key, PyTree
 from ._custom_types import Scalar
 from ._row import Row
 from ._validate import check_positive, check_sizes
-from ._weight import AbstractWeight, AdaptiveWeight
+from ._weight import AbstractWeight, AdaptiveWeight, weight_of
 
 _CROP = 0x43524F50  # folded into a row's key
 
@@ -77,8 +77,8 @@ class PerceptualTerm(eqx.Module):
         wanted, found = (self.features(crop(image)) for image in (row.x, row.z - row.t * u))
         squares = jax.tree.map(lambda a, b: jnp.sum((a - b) ** 2), wanted, found)
         error = jnp.sum(jnp.stack(jax.tree.leaves(squares)))
-        weight = jax.lax.stop_gradient(self.weight(error, row))
-        return jnp.where(row.t < self.before, self.coefficient * weight * error, 0)
+        weighted = self.coefficient * weight_of(self.weight, error, row) * error
+        return jnp.where(row.t < self.before, weighted, 0)
 
     def _crop(self, shape: tuple[int, ...], key: Key[Array, ""]) -> Callable[[Any], Any]:
         """The function that cuts a part out of an image and resizes it, the same for every image."""

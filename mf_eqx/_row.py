@@ -19,12 +19,12 @@ from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from ._batch import Batch
 from ._custom_types import as_times, at_least_float32, Condition, Time, TimeLike
-from ._field import AbstractField, instantaneous_velocity, stopped
+from ._field import AbstractField, instantaneous_velocity, stopped, with_checked_shapes
 from ._guidance import AbstractGuidance, LabelDropout
 from ._interpolant import AbstractInterpolant
 from ._model.guidance import condition_at
 from ._stable_target import StableTarget
-from ._times import AbstractTimes, TimePairs
+from ._times import AbstractTimes, draw_time, TimePairs
 
 
 class Context(eqx.Module):
@@ -181,7 +181,7 @@ class Drawing:
         x = at_least_float32(example.x)
         r, t = (jnp.asarray(time, x.dtype) for time in self._draw_times(times_key))
         eps = jr.normal(eps_key, x.shape, x.dtype)
-        z, v = self.path.state_and_velocity(x, eps, t)
+        z, v = with_checked_shapes(self.path.state_and_velocity(x, eps, t), x, type(self.path).__name__)
         dropped, condition = jnp.asarray(False), example.condition
         if self.label_dropout is not None and self.drop_probability > 0:
             dropped = jr.bernoulli(drop_key, self.drop_probability)
@@ -190,14 +190,14 @@ class Drawing:
         if self.stable_target is not None:
             v = self.stable_target.velocity(self.path, x, eps, t, condition, dropped, key=key)
         if self.velocity is not None:
-            v = jax.lax.stop_gradient(self.velocity(z, t, condition).astype(z.dtype))
-            if v.shape != z.shape:
-                raise ValueError(f"velocity must return the shape of z, {z.shape}, got {v.shape}")
+            v = with_checked_shapes(self.velocity(z, t, condition), z, "velocity")
+            v = jax.lax.stop_gradient(v.astype(z.dtype))
         if self.guidance is not None:
             condition = self.guidance.condition(condition, r, t, key=jr.fold_in(drop_key, 1))
         if self.exact_guidance and self.guidance is not None and self.stable_target is not None:
             null = self.stable_target.velocity(self.path, x, eps, t, example.condition, True, key=key)
-            v = jnp.where(dropped, v, self.guidance.fixed_point(v, null, t, condition))
+            fixed_point = self.guidance.fixed_point(v, null, t, condition)
+            v = jnp.where(dropped, v, with_checked_shapes(fixed_point, x, type(self.guidance).__name__))
         if self.smallest_time > 0:
             v = jnp.minimum(1, t / self.smallest_time) * v
         pair = {"x": x, "eps": eps} if self.with_pair else {"x": x} if self.with_data else {}
@@ -205,7 +205,7 @@ class Drawing:
 
     def _draw_times(self, key: Key[Array, ""]) -> tuple[TimeLike, TimeLike]:
         if self.is_boundary and self.boundary_times is not None:
-            t = self.boundary_times(key=key)
+            t = draw_time(self.boundary_times, key)
             return t, t
         r, t = self.time_pairs(key=key)
         if self.is_boundary:

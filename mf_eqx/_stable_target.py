@@ -35,7 +35,7 @@ _DRAW = 0x53544654  # folds the key of a step away from the keys of its rows, wh
 _LEAST_SIGMA = 1e-6
 # Up to this dimension distances come from differences, which stay exact for close points; above it from products, which
 # need no differences of all rows and references in memory.
-_LARGEST_DIM_OF_DIFFERENCES = 64
+_LARGEST_DIM_OF_DIFFERENCES = 8
 
 
 class StableTarget(eqx.Module):
@@ -55,7 +55,7 @@ class StableTarget(eqx.Module):
     - `number`: None to use all references at every step; or how many of them a step draws at random, with replacement
       and the same ones for all its rows. References of all labels count.
 
-    Above 64 dimensions the distances of references come from products, rounded to about 1e-3 of the extent of the
+    Above 8 dimensions the distances of references come from products, rounded to about 1e-3 of the extent of the
     data: at times at which the noise is not larger than that, references that close to the row's own x count as equal
     to it.
 

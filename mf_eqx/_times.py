@@ -24,8 +24,8 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, Key
 
-from ._custom_types import Time
-from ._validate import check_finite, check_positive
+from ._custom_types import Time, TimeLike
+from ._validate import check_finite, check_kind, check_positive, with_checked_scalar
 
 _Rows = TypeVar("_Rows")
 
@@ -89,6 +89,9 @@ class TimePairs(eqx.Module):
     uniform: float = eqx.field(default=0.0, converter=float)
 
     def __check_init__(self):
+        check_kind("times", self.times, AbstractTimes)
+        if self.r_times is not None:
+            check_kind("r_times", self.r_times, AbstractTimes)
         for name, probability in (("equal", self.equal), ("at_data", self.at_data), ("uniform", self.uniform)):
             if not 0 <= probability <= 1:
                 raise ValueError(f"{name} is a probability and must lie in [0, 1], got {probability}")
@@ -96,8 +99,8 @@ class TimePairs(eqx.Module):
     def __call__(self, *, key: Key[Array, ""]) -> tuple[Time, Time]:
         """One pair `(r, t)`."""
         first_key, second_key, coin_key = jr.split(key, 3)
-        first = self.times(key=first_key)
-        second = (self.times if self.r_times is None else self.r_times)(key=second_key)
+        first = draw_time(self.times, first_key)
+        second = draw_time(self.times if self.r_times is None else self.r_times, second_key)
         if self.uniform > 0:
             is_uniform, keys = jr.bernoulli(jr.fold_in(coin_key, 2), self.uniform), jr.split(jr.fold_in(coin_key, 3))
             first, second = (
@@ -107,6 +110,11 @@ class TimePairs(eqx.Module):
         if self.at_data > 0:
             r = jnp.where(jr.bernoulli(jr.fold_in(coin_key, 1), self.at_data), 0, r)
         return jnp.where(jr.bernoulli(coin_key, self.equal), t, r), t
+
+
+def draw_time(times: AbstractTimes, key: Key[Array, ""]) -> TimeLike:
+    """One draw of `times`. **Raises:** `ValueError` unless it is a scalar."""
+    return with_checked_scalar(times(key=key), f"a time of {type(times).__name__}")
 
 
 def as_share(share: Fraction | float | int | str) -> Fraction:

@@ -47,6 +47,13 @@ def check_finite(name: str, values: Any) -> None:
         raise ValueError(f"{name} must be finite, got {np.sum(~finite)} values that are not")
 
 
+def with_checked_scalar(value: ArrayLike, name: str) -> ArrayLike:
+    """`value`. **Raises:** `ValueError` unless it is a scalar."""
+    if np.shape(value) != ():
+        raise ValueError(f"{name} must be a scalar, got shape {np.shape(value)}")
+    return value
+
+
 def check_positive(name: str, values: Any, *, or_zero: bool = False) -> None:
     """Raises a `ValueError` unless all `values` are > 0, or >= 0 with `or_zero`, and finite."""
     on_host = on_host_if_known(values)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from ._custom_types import Scalar, ScalarLike
 from ._row import Row
 from ._schedule import as_schedule, at_step, Schedule
-from ._validate import check_kind, check_positive
+from ._validate import check_kind, check_positive, with_checked_scalar
 
 
 class AbstractWeight(eqx.Module):
@@ -26,6 +26,12 @@ class AbstractWeight(eqx.Module):
         **Arguments:** `error` $\|\Delta\|^2$, summed over the dimensions; `row` the example, with its times, which
         may be exactly 0 and 1, and the training step.
         """
+
+
+def weight_of(weight: AbstractWeight, error: Scalar, row: Row) -> Scalar:
+    """The weight, behind stop-gradient. **Raises:** `ValueError` unless it is a scalar."""
+    value = with_checked_scalar(weight(error, row), f"a weight of {type(weight).__name__}")
+    return jax.lax.stop_gradient(jnp.asarray(value))
 
 
 class ConstantWeight(AbstractWeight):
@@ -97,5 +103,5 @@ class GapCurriculum(AbstractWeight):
     def __call__(self, error: ScalarLike, row: Row) -> Scalar:
         done = at_step(self.done, row.context)
         factor = done + (1 - done) * (1 - (row.t - row.r)) ** self.power
-        weight = self.weight(jnp.asarray(error), row)
+        weight = weight_of(self.weight, jnp.asarray(error), row)
         return jax.lax.stop_gradient(weight * factor.astype(weight.dtype))

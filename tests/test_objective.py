@@ -8,6 +8,7 @@ jitted objective would take seconds. So most batches have four rows of either ki
 
 import dataclasses
 import math
+import re
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -23,7 +24,10 @@ from fields import GaussianField
 
 from mf_eqx import (
     AbstractField,
+    AbstractGuidance,
     AbstractIdentity,
+    AbstractIdentityWithLoss,
+    AbstractIdentityWithVelocity,
     AbstractTimes,
     AbstractWeight,
     AdaptiveWeight,
@@ -1024,6 +1028,97 @@ def test_field_that_does_not_return_the_shape_of_its_state_is_refused(share):
 
     with pytest.raises(ValueError, match=r"field must return the shape of z, \(3,\), got \(\)"):
         Objective(identity_share=share)(Sum(), Batch(data(4)), key=jr.key(0))
+
+
+class OuterIdentity(AbstractIdentity):
+    """Whose residual is a matrix, as after a product of a column and a row."""
+
+    facts = Facts()
+
+    def residual(self, field, row):
+        return row.z[:, None] * row.v
+
+
+class OuterLoss(AbstractIdentityWithLoss):
+    """Whose residual or loss has an axis too many, of one row or of a group."""
+
+    group: int = 1
+    wrong: str = "residual"
+
+    @property
+    def facts(self):
+        return Facts(group=self.group)
+
+    def residual_and_loss(self, field, row):
+        if self.wrong == "residual":
+            return row.v[..., None] * row.z[..., None, :], jnp.zeros(())
+        return row.v, jnp.sum(row.v**2, axis=-1, keepdims=self.group == 1)
+
+
+class OuterValues(AbstractIdentityWithVelocity):
+    """Whose u, for the perceptual terms, has an axis too many."""
+
+    facts = Facts()
+
+    def residual_and_values(self, field, row):
+        return row.v, row.v[None], None
+
+
+class ByDimension(AbstractWeight):
+    def __call__(self, error, row):
+        return jnp.full(row.z.shape, 1.0)
+
+
+class PairOfTimes(AbstractTimes):
+    def __call__(self, *, key):
+        return jr.uniform(key, (2,))
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ({"identity": OuterIdentity()}, r"OuterIdentity must return the shape of z, (3,), got (3, 3)"),
+        ({"identity": OuterLoss()}, r"OuterLoss must return the shape of z, (3,), got (3, 3)"),
+        ({"identity": OuterLoss(group=2)}, r"OuterLoss must return the shape of z, (2, 3), got (2, 3, 3)"),
+        ({"identity": OuterLoss(wrong="loss")}, r"the loss of OuterLoss must be a scalar, got shape (1,)"),
+        ({"identity": OuterLoss(2, "loss")}, r"the loss of OuterLoss must be a scalar, got shape (2,)"),
+        ({"identity": OuterValues()}, r"OuterValues must return the shape of z, (3,), got (1, 3)"),
+        ({"weight": ByDimension()}, r"a weight of ByDimension must be a scalar, got shape (3,)"),
+        ({"time_pairs": TimePairs(PairOfTimes())}, r"a time of PairOfTimes must be a scalar, got shape (2,)"),
+        ({"boundary_times": PairOfTimes()}, r"a time of PairOfTimes must be a scalar, got shape (2,)"),
+    ],
+    ids=["residual", "with loss", "of a group", "loss", "loss of a group", "values", "weight", "times", "boundary"],
+)
+def test_own_parts_that_return_another_shape_are_refused_by_name(parts, message):
+    """They would broadcast, silently, to a wrong loss."""
+    objective = Objective(**{"identity_share": 0.5, **parts})
+    with pytest.raises(ValueError, match=re.escape(message)):
+        objective(network(), Batch(data(4)), key=jr.key(0))
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("share", [0.25, 1.0])
+def test_own_guidance_that_returns_another_shape_is_refused_by_name(share):
+    class Mean(AbstractGuidance):
+        needs_conditional = False
+
+        def condition(self, condition, r, t, *, key):
+            return condition
+
+        def null(self, condition, t, dropout):
+            return dropout.null_like(condition)
+
+        def velocity(self, v, conditional, unconditional, t, condition=None):
+            return jnp.mean(v)
+
+        def fixed_point(self, conditional, unconditional, t, condition=None):
+            return jnp.mean(conditional)
+
+    objective = Objective(identity_share=share, guidance=Mean(), label_dropout=LabelDropout(0.0, LABELS))
+    rows = Batch(data(4), jnp.zeros(4, int), jnp.arange(4))
+    with pytest.raises(ValueError, match=r"Mean must return the shape of z, \(3,\), got \(\)"):
+        objective(network(), rows, key=jr.key(0))
 
 
 def test_batch_without_conditions_is_refused_where_conditions_are_dropped():

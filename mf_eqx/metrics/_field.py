@@ -27,7 +27,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key, PyTree, Real, Shaped
 
 from .._custom_types import at_least_float32, Condition, Scalar, Time
-from .._field import AbstractField
+from .._field import AbstractField, with_checked_shapes
 from .._identity import AbstractIdentity, semigroup_residual
 from .._interpolant import AbstractInterpolant
 from .._row import Context, Row
@@ -370,7 +370,8 @@ def _identity_residuals(
     without_dropout, keys = _WithoutDropout(field), None if key is None else jr.split(key, len(rows[0]))
 
     def residual(row, key):
-        return identity.residual(without_dropout, Row(*row, key=key, context=context))
+        drawn = Row(*row, key=key, context=context)
+        return with_checked_shapes(identity.residual(without_dropout, drawn), drawn.z, type(identity).__name__)
 
     return jax.vmap(residual)(rows, keys)
 
