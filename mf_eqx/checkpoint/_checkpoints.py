@@ -21,15 +21,17 @@ from typing import Any, Generic, TypeVar
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from jaxtyping import PyTree
+from jaxtyping import Array, Int, PyTree
 
 from .._files import irregular_files, remove
 from .._json import parse_json, read_json_object
 from .._leaves import compare, fill_shapes, leaves, listed, shapes, without_key_dtype
 from .._quiet import quiet
 from .._sharding import Parallelism
+from .._validate import as_count, Count
 from ._digest import digests
 
 _State = TypeVar("_State")
@@ -106,20 +108,33 @@ class Checkpoints:
     def _record_path(self, step: int) -> Path:
         return self.path(step).with_suffix(".json")
 
-    def save(self, step: int, state: PyTree[Any], notes: Mapping[str, Any] | None = None) -> None:
+    def save(
+        self, step: Count | Int[Array | np.ndarray, ""], state: PyTree[Any], notes: Mapping[str, Any] | None = None
+    ) -> None:
         """Start writing a state. Returns when the state may be donated, usually long before everything is on disk.
 
         Waits for the previous save. An existing checkpoint of this step is moved aside first, and so are the steps that
         `load` skipped.
 
-        **Arguments:** `step` number of finished steps; `state` any PyTree, of which the arrays are written; `notes` any
-        JSON values, which `load` returns: configuration, versions, position in the data.
+        **Arguments:** `step` number of finished steps, which may be an array of one number; `state` any PyTree, of
+        which the arrays are written: those of NumPy come back as JAX's; `notes` any JSON values, which `load` returns:
+        configuration, versions, position in the data.
 
-        **Raises:** `CheckpointError` if this save cannot be started or the previous one failed.
+        **Raises:** `ValueError` if `step` is no integer >= 0, if there are checkpoints of later steps, which the next
+        `load` would return in place of this one, or if JAX would change the dtype of a NumPy array; `CheckpointError`
+        if this save cannot be started or the previous one failed.
         """
         from orbax.checkpoint import v1 as ocp
 
         self.wait()
+        step = as_count("step", step.item() if isinstance(step, jax.Array | np.ndarray) else step, 0)
+        later = [number for number in _from_first_process(self.steps()) if number > step]
+        if later := [number for number in later if number not in self._passed_over]:
+            raise ValueError(
+                f"step must be after those in {self.directory}, got {step} and there {listed([*map(str, later)])}: to go "
+                "on from an earlier step, move the later ones away first, or save into another directory"
+            )
+        state = jax.tree.map_with_path(_as_jax, state)
         arrays = leaves(state)
         record = {"format": _FORMAT, "step": step, "leaves": shapes(arrays), "digests": digests(state)}
         with self._as_checkpoint_error(step, "could not be saved"):
@@ -316,6 +331,16 @@ def _check_record(record: Any) -> None:
     for name, leaf in record["leaves"].items():
         if type(leaf) is not list or [*map(type, leaf)] != [list, str]:
             raise _Damage(f"its record has no shape and dtype of {name}")
+
+
+def _as_jax(path: Any, leaf: Any) -> Any:
+    """`leaf` as an array of JAX. **Raises:** `ValueError` if it is one of NumPy that would get another dtype."""
+    if not isinstance(leaf, np.ndarray):
+        return leaf
+    if (dtype := jax.dtypes.canonicalize_dtype(leaf.dtype)) != leaf.dtype:
+        name = jax.tree_util.keystr(path)
+        raise ValueError(f"{name} must have a dtype that JAX keeps, got {leaf.dtype}, which would become {dtype}")
+    return jnp.asarray(leaf)
 
 
 def _is_folder(path: Path) -> bool:

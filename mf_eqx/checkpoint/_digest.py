@@ -64,6 +64,8 @@ def _words(leaf: Shaped[Array, "..."]) -> UInt32[Array, "..."]:
         return leaf.astype(jnp.uint32)
     if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
         return _words(jnp.stack([leaf.real, leaf.imag], axis=-1))
+    if jnp.issubdtype(leaf.dtype, jnp.integer) and jnp.iinfo(leaf.dtype).bits < 8:
+        leaf = leaf.astype(jnp.int8)  # one element of int4 has half a byte
     width = min(leaf.dtype.itemsize, 4)
     bits = jax.lax.bitcast_convert_type(leaf, {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[width])
     return bits.astype(jnp.uint32)

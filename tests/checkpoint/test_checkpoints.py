@@ -5,6 +5,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import shutil
 import threading
 import time
@@ -125,14 +126,59 @@ def x64_everywhere():
     jax.config.update("jax_enable_x64", False)
 
 
-@pytest.mark.parametrize("dtype", ["float16", "float64", "int8", "uint8", "uint16", "int64", "complex64"])
+@pytest.mark.parametrize("dtype", ["float16", "float64", "int8", "uint8", "uint16", "int64", "complex64", "int4"])
 def test_array_of_any_dtype_comes_back_bit_for_bit(x64_everywhere, tmp_path, dtype):
-    content = np.random.default_rng(0).bytes(24 * np.dtype(dtype).itemsize)
-    array = jnp.asarray(np.frombuffer(content, dtype).reshape(2, 3, 4))
+    content = np.random.default_rng(0).bytes(24 * jnp.dtype(dtype).itemsize)
+    plain = np.frombuffer(content, "int8" if dtype == "int4" else dtype).reshape(2, 3, 4)
+    array = jnp.asarray(plain, dtype)
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(1, [array])
     checkpoints.wait()
     assert bits(checkpoints.load(lambda: [jnp.zeros((2, 3, 4), dtype)]).state) == bits([array])
+
+
+def test_arrays_of_numpy_come_back_as_those_of_jax(tmp_path):
+    state = {"weight": np.arange(6, dtype=np.float32).reshape(2, 3).T, "count": np.array(3, np.int32)}
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, state)
+    checkpoints.wait()
+    found = checkpoints.load(lambda: jax.tree.map(np.zeros_like, state)).state
+    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(found))
+    assert bits(found) == bits(jax.tree.map(jnp.asarray, state))
+
+
+def test_array_of_numpy_that_jax_would_round_is_refused(tmp_path):
+    message = r"\['weight'\] must have a dtype that JAX keeps, got float64, which would become float32"
+    with pytest.raises(ValueError, match=message):
+        Checkpoints(tmp_path).save(1, {"weight": np.ones(2)})
+
+
+@pytest.mark.parametrize("step", [3, np.int64(3), np.array(3), jnp.array(3)], ids=["int", "NumPy's", "array", "JAX's"])
+def test_step_may_be_any_integer(step, tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(step, State(3))
+    checkpoints.wait()
+    assert checkpoints.load(State).step == 3
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("step", [-1, 2.5, True, jnp.array(2.0)], ids=str)
+def test_step_that_no_load_would_find_is_refused(step, tmp_path):
+    with pytest.raises(ValueError, match=rf"step must be an integer >= 0, got {re.escape(str(step))}"):
+        Checkpoints(tmp_path).save(step, State(2))
+
+
+def test_step_before_those_in_the_directory_is_refused(tmp_path):
+    """The next load would return the state of another branch of the training."""
+    checkpoints = saved(tmp_path, 10, 20, 30)
+    assert checkpoints.load(State, step=10).step == 10
+    with pytest.raises(ValueError, match=r"step must be after those in .*, got 15 and there 20, 30: to go on from an"):
+        checkpoints.save(15, State(15))
+    for step in (20, 30):
+        checkpoints.path(step).rename(tmp_path / f"before-{step}")
+    checkpoints.save(15, State(15))
+    checkpoints.wait()
+    assert checkpoints.load(State).step == 15
 
 
 def test_kind_of_random_keys_comes_back(tmp_path):
@@ -555,6 +601,7 @@ def test_a_step_that_is_a_link_is_moved_aside_when_it_is_saved_again(aside, link
         path.symlink_to(tmp_path)
     elif aside == "file":
         path.write_text("")
+    shutil.rmtree(linked.path(2))
     linked.save(1, State(1))
     linked.wait()
     assert path.is_symlink() and path.resolve() == tmp_path / "elsewhere"

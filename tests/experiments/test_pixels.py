@@ -192,7 +192,7 @@ def test_features_of_lite0_see_grey_and_coloured_images_as_its_protocol_does(pix
 
 
 @pytest.fixture(scope="module")
-def finished(pixels, tmp_path_factory):
+def finished(pixels, room, tmp_path_factory):
     """The directory of a finished run on files of CIFAR-10."""
     root = tmp_path_factory.mktemp("pixels")
     with pytest.MonkeyPatch.context() as patch:

@@ -181,7 +181,7 @@ IMPROVED = (
 
 
 @pytest.fixture(scope="module")
-def encoded(command, tmp_path_factory):
+def encoded(command, room, tmp_path_factory):
     """A folder with images of three classes, a small tokenizer, and the latents that the script makes of them."""
     from PIL import Image
 

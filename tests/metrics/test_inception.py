@@ -18,7 +18,7 @@ def shapes():
 
 
 @pytest.fixture(scope="module")
-def tensors():
+def tensors(room):
     origins = _origins(shapes())
     return {name: tensor(name, origin.shape) for origin in origins.values() for name in origin.names}
 
