@@ -128,11 +128,11 @@ class Checkpoints:
 
         self.wait()
         step = as_count("step", step.item() if isinstance(step, jax.Array | np.ndarray) else step, 0)
-        later = [number for number in _from_first_process(self.steps()) if number > step]
-        if later := [number for number in later if number not in self._passed_over]:
+        there = set(_from_first_process(self.steps())) - self._passed_over
+        if later := [str(number) for number in sorted(there) if number > step]:
             raise ValueError(
-                f"step must be after those in {self.directory}, got {step} and there {listed([*map(str, later)])}: to go "
-                "on from an earlier step, move the later ones away first, or save into another directory"
+                f"step must be after those in {self.directory}, got {step} and there {listed(later)}: to go on from an "
+                "earlier step, move the later ones away first, or save into another directory"
             )
         state = jax.tree.map_with_path(_as_jax, state)
         arrays = leaves(state)
