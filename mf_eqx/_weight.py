@@ -101,7 +101,7 @@ class GapCurriculum(AbstractWeight):
         check_positive("power", self.power)
 
     def __call__(self, error: ScalarLike, row: Row) -> Scalar:
-        done = at_step(self.done, row.context)
+        done = at_step(self.done, row.context).astype(row.t.dtype)
         factor = done + (1 - done) * (1 - (row.t - row.r)) ** self.power
         weight = weight_of(self.weight, jnp.asarray(error), row)
         return jax.lax.stop_gradient(weight * factor.astype(weight.dtype))

@@ -80,6 +80,14 @@ def test_gap_curriculum_passes_no_gradient_and_keeps_the_precision_of_the_error(
     assert jax.grad(lambda error: curriculum(error, row(0.1, 0.9)) * error)(error) == weight
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_gap_curriculum_promotes_no_dtype_by_itself(dtype, x64):
+    with jax.numpy_dtype_promotion("strict"):
+        times = jnp.array([0.1, 0.9], dtype)
+        weight = GapCurriculum(ConstantWeight(), 0.2)(jnp.asarray(0.7, dtype), Row(times, times, *times))
+    assert weight.dtype == dtype
+
+
 @pytest.mark.parametrize(("name", "arguments"), [("done", (1.5,)), ("power", (0.5, 0.0))])
 def test_gap_curriculum_names_what_it_refuses(name, arguments):
     with pytest.raises(ValueError, match=f"{name} must"):
