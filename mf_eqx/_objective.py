@@ -535,7 +535,7 @@ def _check_null(name: str, null: ArrayLike, condition: ArrayLike) -> None:
     try:
         changed = first_changed_by_cast(null, dtype)
     except jax.errors.TracerArrayConversionError:  # `null` is traced: only its dtype is known
-        if not is_float and jnp.promote_types(null_dtype, dtype) != dtype:
+        if not is_float and np.promote_types(null_dtype, dtype) != dtype:
             wanted = f"of the condition's dtype {dtype}, or a Python integer"
             raise ValueError(f"{rule} {wanted}, got an array of {null_dtype}") from None
         return

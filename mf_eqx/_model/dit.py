@@ -19,6 +19,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+import numpy as np
 from jax.nn.initializers import normal, zeros
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key
@@ -263,7 +264,7 @@ class DiT(AbstractField):
         shift, scale = jnp.split(cast(self.modulation, self.dtype)(c), 2)
         tokens = cast(self.out, self.dtype)(modulated_norm(tokens, shift, scale))
         joined = patches.join(tokens, self.data_shape, self.patch)
-        return joined.astype(jnp.promote_types(z.dtype, jnp.float32))
+        return joined.astype(np.promote_types(z.dtype, jnp.float32))
 
     def _embedded(self, r: Time, t: Time, condition: Condition) -> Float[Array, " width"]:
         return jax.nn.silu(embed(self.embedding, self.guidance, r, t, condition)).astype(self.dtype)

@@ -395,4 +395,4 @@ class InContextDiT(AbstractFieldWithVelocity):
         tokens = head.stack(lambda block, x: cast(block, self.dtype)(x, angles), tokens)
         count = math.prod(patches.grid(self.data_shape, self.patch))
         values = cast(head.out, self.dtype)(cast(head.norm, self.dtype)(tokens[-count:]))
-        return patches.join(values, self.data_shape, self.patch).astype(jnp.promote_types(z.dtype, jnp.float32))
+        return patches.join(values, self.data_shape, self.patch).astype(np.promote_types(z.dtype, jnp.float32))

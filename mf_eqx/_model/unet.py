@@ -25,6 +25,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+import numpy as np
 from jax.nn.initializers import Initializer, normal, variance_scaling
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key
@@ -445,7 +446,7 @@ class UNet(AbstractField):
             from_down = [down_outputs.pop() for _ in range(stack.depth)] if concatenates else None
             x, _ = self._apply_stack(stack, x, c, next(keys), from_down)
         x = cast(self.last, self.dtype)(jax.nn.silu(cast(self.norm, self.dtype)(x)))
-        return x.astype(jnp.promote_types(z.dtype, jnp.float32))
+        return x.astype(np.promote_types(z.dtype, jnp.float32))
 
     @property
     def _stacks(self) -> int:

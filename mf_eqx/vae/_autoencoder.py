@@ -6,6 +6,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key
 
@@ -182,4 +183,4 @@ class Autoencoder(eqx.Module):
             raise ValueError(f"latent must be floating point, got {latent.dtype}")
         decoder_input = cast(self.from_latent, self.dtype)(latent.astype(self.dtype))
         x = cast(self.decoder, self.dtype)(decoder_input)
-        return x.astype(jnp.promote_types(latent.dtype, jnp.float32))
+        return x.astype(np.promote_types(latent.dtype, jnp.float32))
