@@ -24,7 +24,7 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, Key
 
-from ._custom_types import Time, TimeLike
+from ._custom_types import Time
 from ._validate import check_finite, check_kind, check_positive, with_checked_scalar
 
 _Rows = TypeVar("_Rows")
@@ -112,9 +112,9 @@ class TimePairs(eqx.Module):
         return jnp.where(jr.bernoulli(coin_key, self.equal), t, r), t
 
 
-def draw_time(times: AbstractTimes, key: Key[Array, ""]) -> TimeLike:
+def draw_time(times: AbstractTimes, key: Key[Array, ""]) -> Time:
     """One draw of `times`. **Raises:** `ValueError` unless it is a scalar."""
-    return with_checked_scalar(times(key=key), f"a time of {type(times).__name__}")
+    return jnp.asarray(with_checked_scalar(times(key=key), f"a time of {type(times).__name__}"))
 
 
 def as_share(share: Fraction | float | int | str) -> Fraction:
