@@ -58,10 +58,15 @@ def check_writable(path: str | Path) -> None:
 
 
 def append(path: str | Path, content: bytes) -> None:
-    """Append to an ordinary file, which may be new. **Raises:** as `open_regular` does."""
-    with open(path, "ab", opener=_open_without_waiting) as file:
-        _check_regular(file, path)
-        file.write(content)
+    """Append to an ordinary file, which may be new. **Raises:** as `open_regular` does; `OSError` with the file's name
+    if no space is left."""
+    try:
+        with open(path, "ab", opener=_open_without_waiting) as file:
+            _check_regular(file, path)
+            file.write(content)
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 @contextlib.contextmanager

@@ -24,10 +24,11 @@ from jaxtyping import Array, Key, PyTree
 from ._batch import Batch
 from ._custom_types import at_least_float32, Scalar
 from ._fsdp import gathered_in_turn, summed
-from ._mean import Metrics
+from ._mean import Mean, Metrics
 from ._objective import AbstractObjective
 from ._row import Context
 from ._sharding import Parallelism
+from ._validate import described, with_checked_scalar
 from .nn import Stack
 
 
@@ -61,10 +62,25 @@ class Differentiation(eqx.Module):
     def _at_once(self, field: eqx.Module, batch: Batch, state: Any) -> tuple[Metrics, PyTree[Any], Any]:
         @functools.partial(eqx.filter_grad, has_aux=True)
         def gradient(field: eqx.Module) -> tuple[Scalar, tuple[Metrics, Any]]:
-            return self.objective.evaluate(field, batch, state, key=self.key, context=self.context)
+            return self._evaluate(self.objective, field, batch, state)
 
         gradients, (metrics, state) = gradient(field)
         return metrics, gradients, state
+
+    def _evaluate(
+        self, objective: AbstractObjective, field: eqx.Module, batch: Batch, state: Any
+    ) -> tuple[Scalar, tuple[Metrics, Any]]:
+        """The result of the objective. **Raises:** `ValueError` if it is no loss, metrics and state: the gradient of a
+        loss for each row would be that of their sum."""
+        result, name = objective.evaluate(field, batch, state, key=self.key, context=self.context), type(objective)
+        try:
+            loss, (metrics, state) = result
+        except (TypeError, ValueError):
+            raise ValueError(f"{name.__name__} must return a loss and metrics, got {described(result)}") from None
+        loss = with_checked_scalar(loss, f"the loss of {name.__name__}", differentiable=True)
+        if not (isinstance(metrics, dict) and isinstance(metrics.get("loss"), Mean)):
+            raise ValueError(f"the metrics of {name.__name__} must have a Mean named loss, got {metrics!r:.100}")
+        return jnp.asarray(loss), (metrics, state)
 
     def _blocks_in_turn(self, field: eqx.Module, batch: Batch, parallelism: Parallelism) -> tuple[Metrics, PyTree[Any]]:
         """Each device differentiates its own rows, and has a part of each large parameter: see `_fsdp`."""
@@ -152,7 +168,7 @@ class Differentiation(eqx.Module):
 
             def loss(blocks: Any, others: Any, part: AbstractObjective = part, rows: Batch = rows) -> Any:
                 field = eqx.combine(blocks, others, rest)
-                loss, (metrics, _) = part.evaluate(field, rows, None, key=self.key, context=self.context)
+                loss, (metrics, _) = self._evaluate(part, field, rows, None)
                 return loss, metrics
 
             transpose: Any

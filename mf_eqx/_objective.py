@@ -137,8 +137,10 @@ class AbstractMeanObjective(AbstractObjective):
     def evaluate(
         self, field: Any, batch: Batch, state: None, *, key: Key[Array, ""], context: Context | None = None
     ) -> tuple[Scalar, tuple[Metrics, None]]:
-        loss, metrics = self(field, batch, key=key, context=context)
-        return loss, (metrics, None)
+        result = self(field, batch, key=key, context=context)
+        if not isinstance(result, tuple) or len(result) != 2:
+            raise ValueError(f"{type(self).__name__} must return a loss and metrics, got {described(result)}")
+        return result[0], (result[1], None)
 
 
 _KINDS = {
@@ -432,7 +434,9 @@ class Objective(AbstractObjective):
         assert isinstance(self.identity, AbstractIdentityWithLoss)
         residual, loss = self.identity.residual_and_loss(field, row)
         name = type(self.identity).__name__
-        return with_checked_shapes(residual, row.z, name), jnp.asarray(with_checked_scalar(loss, f"the loss of {name}"))
+        return with_checked_shapes(residual, row.z, name), jnp.asarray(
+            with_checked_scalar(loss, f"the loss of {name}", differentiable=True)
+        )
 
     def _term(
         self,

@@ -302,7 +302,8 @@ def _update_if_finite(
         rules = zip(train_step.averages, averages, strict=True)
         averages = tuple(rule.update(average, field, step) for rule, average in rules)
         after = eqx.filter((field, opt_state, averages, objective_state), eqx.is_array)
-        _check_same_structure(arrays, after)
+        for name, old, new in zip(("field", "optimizer", "average", "objective"), arrays, after, strict=True):
+            _check_same_structure(name, old, new)
         return after
 
     for leaf in jax.tree.leaves((propose(arrays)[0], eqx.filter(objective_state, eqx.is_inexact_array))):
@@ -320,12 +321,11 @@ def _check_numbers(state: TrainState) -> None:
             raise ValueError(f"state.{name} must be an array of its dtype, got the Python number {leaf}")
 
 
-def _check_same_structure(before: PyTree[Any], after: PyTree[Any]) -> None:
+def _check_same_structure(name: str, before: PyTree[Any], after: PyTree[Any]) -> None:
     old, new = shapes(leaves(before)), shapes(leaves(after))
-    if changed := sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name)):
-        raise ValueError(
-            f"optimizer must keep structure, shapes and dtypes of its state, but it changes {listed(changed)}"
-        )
+    if changed := sorted(leaf for leaf in old.keys() | new.keys() if old.get(leaf) != new.get(leaf)):
+        found = listed([leaf or "its only array" for leaf in changed])
+        raise ValueError(f"{name} must keep structure, shapes and dtypes of its state, but it changes {found}")
 
 
 def _spread(train_step: TrainStep, tree: _Tree) -> _Tree:

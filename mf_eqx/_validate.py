@@ -47,10 +47,13 @@ def check_finite(name: str, values: Any) -> None:
         raise ValueError(f"{name} must be finite, got {np.sum(~finite)} values that are not")
 
 
-def with_checked_scalar(value: ArrayLike, name: str) -> ArrayLike:
-    """`value`. **Raises:** `ValueError` unless it is a scalar."""
-    if np.shape(value) != ():
-        raise ValueError(f"{name} must be a scalar, got shape {np.shape(value)}")
+def with_checked_scalar(value: Any, name: str, *, differentiable: bool = False) -> Any:
+    """`value`. **Raises:** `ValueError` unless it is one real number, and floating-point if it is `differentiable`."""
+    is_scalar = isinstance(value, jax.Array | np.ndarray | np.generic | int | float) and np.shape(value) == ()
+    wanted = (jnp.floating,) if differentiable else (jnp.floating, jnp.integer)
+    if not is_scalar or not any(jnp.issubdtype(jnp.result_type(value), kind) for kind in wanted):
+        kind = "real floating-point" if differentiable else "real"
+        raise ValueError(f"{name} must be a {kind} scalar, got {described(value)}")
     return value
 
 

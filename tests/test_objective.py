@@ -1081,12 +1081,21 @@ class PairOfTimes(AbstractTimes):
         ({"identity": OuterIdentity()}, r"OuterIdentity must return the shape of z, (3,), got (3, 3)"),
         ({"identity": OuterLoss()}, r"OuterLoss must return the shape of z, (3,), got (3, 3)"),
         ({"identity": OuterLoss(group=2)}, r"OuterLoss must return the shape of z, (2, 3), got (2, 3, 3)"),
-        ({"identity": OuterLoss(wrong="loss")}, r"the loss of OuterLoss must be a scalar, got shape (1,)"),
-        ({"identity": OuterLoss(2, "loss")}, r"the loss of OuterLoss must be a scalar, got shape (2,)"),
+        (
+            {"identity": OuterLoss(wrong="loss")},
+            r"the loss of OuterLoss must be a real floating-point scalar, got",
+        ),
+        (
+            {"identity": OuterLoss(2, "loss")},
+            r"the loss of OuterLoss must be a real floating-point scalar, got",
+        ),
         ({"identity": OuterValues()}, r"OuterValues must return the shape of z, (3,), got (1, 3)"),
-        ({"weight": ByDimension()}, r"a weight of ByDimension must be a scalar, got shape (3,)"),
-        ({"time_pairs": TimePairs(PairOfTimes())}, r"a time of PairOfTimes must be a scalar, got shape (2,)"),
-        ({"boundary_times": PairOfTimes()}, r"a time of PairOfTimes must be a scalar, got shape (2,)"),
+        ({"weight": ByDimension()}, r"a weight of ByDimension must be a real scalar, got float64 of shape (3,)"),
+        (
+            {"time_pairs": TimePairs(PairOfTimes())},
+            r"a time of PairOfTimes must be a real scalar, got float64",
+        ),
+        ({"boundary_times": PairOfTimes()}, r"a time of PairOfTimes must be a real scalar, got float64"),
     ],
     ids=["residual", "with loss", "of a group", "loss", "loss of a group", "values", "weight", "times", "boundary"],
 )

@@ -1,5 +1,7 @@
 import functools
 import re
+from collections.abc import Callable
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -487,6 +489,69 @@ def test_optimizer_that_changes_its_state_is_refused_by_name():
     )
     with pytest.raises(ValueError, match=r"optimizer must keep structure, .* but it changes .*count"):
         mfx.TrainStep(Probe(), changing)(mfx.init_state(field(), changing, key=jr.key(1)), good())
+
+
+class Returning(mfx.AbstractMeanObjective):
+    """Returns what a function makes of the errors of the rows."""
+
+    result: Callable = eqx.field(static=True)
+
+    def __call__(self, field, batch, *, key, context=None):
+        return self.result(jnp.sum(jax.vmap(lambda x: field(x, 0.0, 1.0))(batch.x) ** 2, axis=1))
+
+
+def mean(errors):
+    return {"loss": mfx.Mean(jnp.sum(errors), jnp.asarray(float(ROWS)))}
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("result", "message"),
+    [
+        (
+            lambda e: (e, mean(e)),
+            "the loss of Returning must be a real floating-point scalar, got float32",
+        ),
+        (lambda e: (jnp.mean(e).astype(int), mean(e)), "the loss of Returning .* scalar, got int32 of shape"),
+        (lambda e: (jnp.mean(e) * 1j, mean(e)), "the loss of Returning .* scalar, got complex64 of shape"),
+        (lambda e: jnp.mean(e), r"Returning must return a loss and metrics, got float32 of shape \(\)"),
+        (lambda e: None, "Returning must return a loss and metrics, got None"),
+        (lambda e: (jnp.mean(e), {}), "the metrics of Returning must have a Mean named loss, got {}"),
+        (lambda e: (jnp.mean(e), {"loss": jnp.mean(e)}), "the metrics of Returning must have a Mean named loss"),
+    ],
+    ids=["loss of each row", "integer", "complex", "loss alone", "nothing", "no loss", "no mean"],
+)
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_own_objective_that_returns_no_loss_and_metrics_is_refused(result, message, accumulation):
+    """The gradient of a loss for each row would be that of their sum, and of an integer zero."""
+    with pytest.raises(ValueError, match=message):
+        mfx.TrainStep(Returning(result), OPTIMIZER, AVERAGES, accumulation=accumulation)(state(), batch())
+
+
+class Stateful(mfx.AbstractObjective):
+    """Whose state becomes another one at the first step."""
+
+    after: Any = None
+    divisor = None
+    needs_teacher = False
+
+    def parts(self, batch):
+        return [(self, batch)]
+
+    def init(self):
+        return jnp.zeros(())
+
+    def evaluate(self, field, batch, state, *, key, context=None):
+        errors = jnp.sum(jax.vmap(lambda x: field(x, 0.0, 1.0))(batch.x) ** 2, axis=1)
+        return jnp.mean(errors), (mean(errors), self.after)
+
+
+@pytest.mark.parametrize("after", [None, jnp.zeros(2), jnp.zeros((), int), 1.0], ids=str)
+def test_objective_that_changes_the_kind_of_its_state_is_named(after):
+    objective = Stateful(after)
+    before = mfx.init_state(field(), OPTIMIZER, key=jr.key(0), objective=objective)
+    with pytest.raises(ValueError, match=r"objective must keep structure, .* but it changes its only array"):
+        mfx.TrainStep(objective, OPTIMIZER)(before, batch())
 
 
 def test_faults_are_counted_in_all_and_in_a_row_and_the_last_is_named():

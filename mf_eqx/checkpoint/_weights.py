@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 
-from .._field import AbstractField
+from .._field import AbstractField, check_field
 from .._files import read_regular, write_whole
 from .._json import parse_json
 from .._leaves import compare, digest, fill_shapes, leaves, listed, on_host, shapes, without_key_dtype
@@ -81,7 +81,8 @@ class Weights:
         """
         if self.network is None:
             rule = (
-                "describe its network, an MLP, DiT, InContextDiT or UNet with labels, vectors as condition, or neither"
+                "describe its network, an MLP, DiT, InContextDiT or UNet with labels, vectors as condition, or neither, "
+                "and with parameters of the usual dtype"
             )
             raise ValueError(f"{self.path}: must {rule}; one of your own is loaded by load_weights(path, make_field)")
         try:
@@ -100,16 +101,18 @@ def save_weights(
 
     - `path`: of the file.
     - `field`: usually an average. An `MLP`, `DiT`, `InContextDiT` or `UNet` is described (`mf_eqx.describe`) if that is
-      possible; with a condition embedding of your own it is not.
+      possible; with a condition embedding of your own, or with parameters in another dtype than new ones have, it is
+      not: `load_weights` then needs `make_field`.
     - `config`: any values that JSON can represent, such as those of which a network of your own is made.
     - `notes`: what those who sample should know.
 
     **Raises:** `ValueError` for arrays in bfloat16, float8 and similar dtypes, which safetensors cannot read into NumPy
-    (averages are float32), or if there are not as many `class_names` as labels. `OSError` if the file cannot be
+    (averages are float32), if `field` is no field, such as a whole state, or if there are not as many `class_names` as labels. `OSError` if the file cannot be
     written; an existing file is then left unchanged.
     """
     with optional("safetensors", extra=None):
         import safetensors.numpy
+    check_field(field)
     arrays = {name: on_host(without_key_dtype(leaf)) for name, leaf in leaves(field).items()}
     if unknown := [f"{name} in {array.dtype}" for name, array in arrays.items() if not _is_supported(array.dtype)]:
         rule = "have arrays of dtypes that safetensors can read into NumPy"

@@ -29,7 +29,8 @@ _LONGEST_AXIS = (1 << 63) - 1
 
 
 class NpySource(AbstractSource):
-    """Rows in one .npy file, or in several files one after the other. All files stay open.
+    """Rows in one .npy file, or in several files one after the other. All files stay open:
+    a file that is overwritten in the meantime gives other rows, or none, without an error.
 
     Only headers and labels are read when the source is made. So it is unknown whether the data are finite until they
     are read.

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jaxtyping import Int, PyTree, Shaped
 
-from .._validate import Count
+from .._validate import as_tuple, check_kind, Count
 from . import _check, _condition
 from ._condition import RowCondition
 
@@ -88,6 +88,7 @@ class ArraySource(AbstractSource):
         if label is None and labels is not None:
             raise ValueError(f"{name}: label must be given with labels = {labels}, got None")
         _check_kind(name, label, condition)
+        label = np.asarray(label) if isinstance(label, jax.Array) else label
         if label is not None and labels is None and class_names is not None:
             labels = len(class_names)
         self.name, self.x, self.row_shape, self.dtype = name, x, x.shape[1:], x.dtype.newbyteorder("=")
@@ -156,6 +157,7 @@ def name_in_errors(name: str) -> Iterator[None]:
 
 def check_source(source: AbstractSource) -> None:
     """Refuses a source on which nothing can be trained, judged by its attributes alone."""
+    check_kind("source", source, AbstractSource)
     with name_in_errors(source.name):
         if len(source) < 1 or 0 in source.row_shape:
             found = f"{len(source)} of shape {source.row_shape}"
@@ -212,8 +214,11 @@ class JoinedSource(AbstractSource):
     """
 
     def __init__(self, parts: Sequence[AbstractSource], *, name: str):
+        parts = as_tuple("parts", parts, ("source", "other"))
         if not parts:
             raise ValueError(f"{name}: parts must be at least one source, got none")
+        for part in parts:
+            check_kind("a part", part, AbstractSource)
         first = parts[0]
         for part in parts[1:]:
             for attribute in ("row_shape", "dtype", "labels", "row_condition"):

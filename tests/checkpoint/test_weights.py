@@ -62,6 +62,14 @@ NETWORKS = {
 }
 
 
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("field", [{"weight": np.ones(2)}, eqx.nn.Linear(2, 2, key=jr.key(0))], ids=["dict", "layer"])
+def test_what_is_no_field_is_not_saved(field, tmp_path):
+    with pytest.raises(ValueError, match="field must be callable as field"):
+        checkpoint.save_weights(tmp_path / "weights.safetensors", field)
+    assert not any(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_network_of_the_package_needs_nothing_but_its_file(name, tmp_path):
     field = filled(NETWORKS[name])

@@ -2,6 +2,7 @@
 
 import hashlib
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -52,6 +53,19 @@ def test_rows_in_another_byte_order_are_handed_out_in_the_native_one():
     found = source.take(np.arange(4)).x
     assert source.dtype.isnative and found.dtype == source.dtype
     np.testing.assert_array_equal(found, X)
+
+
+def test_labels_may_be_an_array_of_jax():
+    source = ArraySource(np.zeros((4, 2), np.float32), jnp.array([0, 2, 1, 2]))
+    assert source.labels == 3
+    np.testing.assert_array_equal(source.take(np.array([1, 2])).label, [2, 1])
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("parts", ["a", ["a"], ArraySource(np.zeros((4, 2)))], ids=["text", "texts", "source"])
+def test_parts_that_are_no_sources_are_refused(parts):
+    with pytest.raises(ValueError, match=r"part(s)? must be (an instance of AbstractSource|a tuple or a list)"):
+        JoinedSource(parts, name="joined")
 
 
 def test_number_of_labels_without_labels_is_refused():
