@@ -28,7 +28,7 @@ from ._custom_types import as_scalar, as_times, Condition, Scalar, ScalarLike, T
 from ._field import AbstractField, check_field
 from ._guidance import AbstractGuidance, as_interval, check_interval, guided_velocity, LabelDropout
 from ._model import GuidanceCondition
-from ._validate import check_finite, check_positive
+from ._validate import check_finite, check_positive, with_checked_scalar
 
 
 class PowerLawScales(eqx.Module):
@@ -99,7 +99,7 @@ class DrawnGuidance(AbstractGuidance):
 
     def condition(self, condition: Condition, r: Time, t: Time, *, key: Key[Array, ""]) -> GuidanceCondition:
         scale_key, start_key, end_key = jr.split(key, 3)
-        scale, start, end = self.scales(key=scale_key), 0.0, 1.0
+        scale, start, end = with_checked_scalar(self.scales(key=scale_key), "a scale of DrawnGuidance"), 0.0, 1.0
         if self.middle is not None:
             start = self.middle * jr.uniform(start_key)
             end = 1 - (1 - self.middle) * jr.uniform(end_key)

@@ -140,14 +140,14 @@ def stopped(tree: _Tree) -> _Tree:
 def with_checked_shapes(u: _Tree, z: Float[Array, "*data"], name: str = "field") -> _Tree:
     """`u`, what a field, or the function of this name, returned at `z`.
 
-    **Raises:** `ValueError` unless all its arrays have the shape of `z`, and are real and floating-point.
+    **Raises:** `ValueError` unless all its arrays have the shape of `z`, and are real.
     """
     if not (leaves := jax.tree.leaves(u)):
         raise ValueError(f"{name} must return the shape of z, {z.shape}, got {u}")
     if wrong := [jnp.shape(leaf) for leaf in leaves if jnp.shape(leaf) != z.shape]:
         raise ValueError(f"{name} must return the shape of z, {z.shape}, got {wrong[0]}")
-    if others := [kind for kind in map(jnp.result_type, leaves) if not jnp.issubdtype(kind, jnp.floating)]:
-        raise ValueError(f"{name} must return real floating-point values, got {others[0]}")
+    if others := [kind for kind in map(jnp.result_type, leaves) if jnp.issubdtype(kind, jnp.complexfloating)]:
+        raise ValueError(f"{name} must return real values, got {others[0]}")
     return u
 
 

@@ -71,15 +71,19 @@ class Differentiation(eqx.Module):
         self, objective: AbstractObjective, field: eqx.Module, batch: Batch, state: Any
     ) -> tuple[Scalar, tuple[Metrics, Any]]:
         """The result of the objective. **Raises:** `ValueError` if it is no loss, metrics and state: the gradient of a
-        loss for each row would be that of their sum."""
-        result, name = objective.evaluate(field, batch, state, key=self.key, context=self.context), type(objective)
-        try:
-            loss, (metrics, state) = result
-        except (TypeError, ValueError):
-            raise ValueError(f"{name.__name__} must return a loss and metrics, got {described(result)}") from None
-        loss = with_checked_scalar(loss, f"the loss of {name.__name__}", differentiable=True)
-        if not (isinstance(metrics, dict) and isinstance(metrics.get("loss"), Mean)):
-            raise ValueError(f"the metrics of {name.__name__} must have a Mean named loss, got {metrics!r:.100}")
+        loss for each row would be that of their sum, and metrics that are no means would be summed over devices."""
+        result = objective.evaluate(field, batch, state, key=self.key, context=self.context)
+        name = type(objective).__name__
+        if not _is_pair(result) or not _is_pair(result[1]):
+            raise ValueError(f"{name}.evaluate must return (loss, (metrics, state)), got {described(result)}")
+        loss, (metrics, state) = result
+        loss = with_checked_scalar(loss, f"the loss of {name}", differentiable=True)
+        if not isinstance(metrics, dict) or not all(isinstance(metric, Mean) for metric in metrics.values()):
+            raise ValueError(f"the metrics of {name} must be a dictionary of Mean, got {described(metrics)}")
+        if "loss" not in metrics or np.shape(metrics["loss"].total) != ():
+            raise ValueError(
+                f"the metrics of {name} must have the loss as a Mean of one total, got {described(metrics)}"
+            )
         return jnp.asarray(loss), (metrics, state)
 
     def _blocks_in_turn(self, field: eqx.Module, batch: Batch, parallelism: Parallelism) -> tuple[Metrics, PyTree[Any]]:
@@ -179,6 +183,10 @@ class Differentiation(eqx.Module):
             gradients = jax.tree.map(at_least_float32, gradients)
             found = jax.tree.map(jnp.add, found, (metrics, gradients)) if found else (metrics, gradients)
         return found
+
+
+def _is_pair(result: Any) -> bool:
+    return isinstance(result, tuple | list) and len(result) == 2
 
 
 def _in_loops(field: eqx.Module) -> PyTree[bool]:

@@ -138,7 +138,7 @@ class AbstractMeanObjective(AbstractObjective):
         self, field: Any, batch: Batch, state: None, *, key: Key[Array, ""], context: Context | None = None
     ) -> tuple[Scalar, tuple[Metrics, None]]:
         result = self(field, batch, key=key, context=context)
-        if not isinstance(result, tuple) or len(result) != 2:
+        if not isinstance(result, tuple | list) or len(result) != 2:
             raise ValueError(f"{type(self).__name__} must return a loss and metrics, got {described(result)}")
         return result[0], (result[1], None)
 
@@ -425,7 +425,7 @@ class Objective(AbstractObjective):
         if not isinstance(identity, AbstractIdentityWithVelocity):
             residual = with_checked_shapes(identity.residual(field, row), row.z, name)
             return self._term(at_least_float32(residual), row)
-        residual, u, v = with_checked_shapes(identity.residual_and_values(field, row), row.z, name)
+        residual, u, v = with_checked_shapes(tuple(identity.residual_and_values(field, row)), row.z, name)
         velocity_residual = None if v is None else at_least_float32(v) - row.v
         return self._term(at_least_float32(residual), row, at_least_float32(u), velocity_residual)
 
@@ -434,9 +434,8 @@ class Objective(AbstractObjective):
         assert isinstance(self.identity, AbstractIdentityWithLoss)
         residual, loss = self.identity.residual_and_loss(field, row)
         name = type(self.identity).__name__
-        return with_checked_shapes(residual, row.z, name), jnp.asarray(
-            with_checked_scalar(loss, f"the loss of {name}", differentiable=True)
-        )
+        loss = with_checked_scalar(loss, f"the loss of {name}", differentiable=True)
+        return with_checked_shapes(residual, row.z, name), jnp.asarray(loss)
 
     def _term(
         self,

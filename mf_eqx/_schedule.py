@@ -10,7 +10,7 @@ from jaxtyping import Array, Int
 
 from ._custom_types import Scalar, ScalarLike
 from ._row import Context
-from ._validate import check_positive
+from ._validate import check_positive, with_checked_scalar
 
 Schedule: TypeAlias = float | Callable[[Int[Array, ""]], ScalarLike]
 """A number, or a function from the number of finished training steps to a number, such as those of `optax.schedules`.
@@ -59,4 +59,5 @@ def at_step(schedule: Schedule, context: Context | None) -> Scalar:
     step number in int32.
     """
     step = jnp.asarray(jnp.iinfo(jnp.int32).max, jnp.int32) if context is None else context.step
-    return jnp.asarray(schedule(step) if callable(schedule) else schedule, float)
+    value = schedule(step) if callable(schedule) else schedule
+    return jnp.asarray(with_checked_scalar(value, "the value of a schedule"), float)

@@ -55,9 +55,9 @@ class StableTarget(eqx.Module):
     - `number`: None to use all references at every step; or how many of them a step draws at random, with replacement
       and the same ones for all its rows. References of all labels count.
 
-    Above 8 dimensions the distances of references come from products, rounded to about 1e-3 of the extent of the
-    data: at times at which the noise is not larger than that, references that close to the row's own x count as equal
-    to it.
+    Up to 8 dimensions the differences of all rows of a batch and all references are in memory. Above, distances of
+    references come from products, rounded to about 1e-3 of the extent of the data: at times at which the noise is not
+    larger than that, references that close to the row's own x count as equal to it.
 
     A row's own x is always added to references that are drawn at random. If all references are used, it is added unless
     it is one of them.

@@ -172,7 +172,7 @@ class TrainStep(eqx.Module):
 
     **Raises:** `ValueError` if the number of rows that are differentiated at once is not a multiple of the objective's
     `divisor`, if the state's field is not of the kind that the objective learns, if the objective needs a teacher and
-    there is none, or if the optimiser changes the structure or a dtype of its state.
+    there is none, or if optimiser, averages or objective change the structure or a dtype of the state.
     """
 
     objective: AbstractObjective
@@ -302,8 +302,8 @@ def _update_if_finite(
         rules = zip(train_step.averages, averages, strict=True)
         averages = tuple(rule.update(average, field, step) for rule, average in rules)
         after = eqx.filter((field, opt_state, averages, objective_state), eqx.is_array)
-        for name, old, new in zip(("field", "optimizer", "average", "objective"), arrays, after, strict=True):
-            _check_same_structure(name, old, new)
+        for (culprit, name), old, new in zip(_CULPRITS, arrays, after, strict=True):
+            _check_same_structure(culprit, name, old, new)
         return after
 
     for leaf in jax.tree.leaves((propose(arrays)[0], eqx.filter(objective_state, eqx.is_inexact_array))):
@@ -321,11 +321,15 @@ def _check_numbers(state: TrainState) -> None:
             raise ValueError(f"state.{name} must be an array of its dtype, got the Python number {leaf}")
 
 
-def _check_same_structure(name: str, before: PyTree[Any], after: PyTree[Any]) -> None:
+_CULPRITS = (("optimizer", "field"), ("optimizer", "opt_state"), ("average", "averages"), ("objective", "objective"))
+"""What makes a part of a state anew, and the name of that part."""
+
+
+def _check_same_structure(culprit: str, name: str, before: PyTree[Any], after: PyTree[Any]) -> None:
     old, new = shapes(leaves(before)), shapes(leaves(after))
     if changed := sorted(leaf for leaf in old.keys() | new.keys() if old.get(leaf) != new.get(leaf)):
-        found = listed([leaf or "its only array" for leaf in changed])
-        raise ValueError(f"{name} must keep structure, shapes and dtypes of its state, but it changes {found}")
+        found = listed([f"state.{name}{leaf}" for leaf in changed])
+        raise ValueError(f"{culprit} must keep structure, shapes and dtypes of the state, but it changes {found}")
 
 
 def _spread(train_step: TrainStep, tree: _Tree) -> _Tree:

@@ -50,7 +50,7 @@ def check_finite(name: str, values: Any) -> None:
 def with_checked_scalar(value: Any, name: str, *, differentiable: bool = False) -> Any:
     """`value`. **Raises:** `ValueError` unless it is one real number, and floating-point if it is `differentiable`."""
     is_scalar = isinstance(value, jax.Array | np.ndarray | np.generic | int | float) and np.shape(value) == ()
-    wanted = (jnp.floating,) if differentiable else (jnp.floating, jnp.integer)
+    wanted = (jnp.floating,) if differentiable else (jnp.floating, jnp.integer, jnp.bool_)
     if not is_scalar or not any(jnp.issubdtype(jnp.result_type(value), kind) for kind in wanted):
         kind = "real floating-point" if differentiable else "real"
         raise ValueError(f"{name} must be a {kind} scalar, got {described(value)}")

@@ -9,6 +9,7 @@ import abc
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Float
 
 from ._custom_types import Scalar, ScalarLike
 from ._row import Row
@@ -31,7 +32,13 @@ class AbstractWeight(eqx.Module):
 def weight_of(weight: AbstractWeight, error: Scalar, row: Row) -> Scalar:
     """The weight, behind stop-gradient. **Raises:** `ValueError` unless it is a scalar."""
     value = with_checked_scalar(weight(error, row), f"a weight of {type(weight).__name__}")
-    return jax.lax.stop_gradient(jnp.asarray(value))
+    return jax.lax.stop_gradient(_floating(value, error))
+
+
+def _floating(weight: ArrayLike, error: Float[Array, "..."]) -> Float[Array, "..."]:
+    """`weight`, or an integer or boolean one in the precision of the error."""
+    weight = jnp.asarray(weight)
+    return weight if jnp.issubdtype(weight.dtype, jnp.floating) else weight.astype(error.dtype)
 
 
 class ConstantWeight(AbstractWeight):
@@ -103,5 +110,6 @@ class GapCurriculum(AbstractWeight):
     def __call__(self, error: ScalarLike, row: Row) -> Scalar:
         done = at_step(self.done, row.context).astype(row.t.dtype)
         factor = done + (1 - done) * (1 - (row.t - row.r)) ** self.power
-        weight = weight_of(self.weight, jnp.asarray(error), row)
+        error = jnp.asarray(error)
+        weight = _floating(self.weight(error, row), error)
         return jax.lax.stop_gradient(weight * factor.astype(weight.dtype))

@@ -516,10 +516,15 @@ def mean(errors):
         (lambda e: (jnp.mean(e) * 1j, mean(e)), "the loss of Returning .* scalar, got complex64 of shape"),
         (lambda e: jnp.mean(e), r"Returning must return a loss and metrics, got float32 of shape \(\)"),
         (lambda e: None, "Returning must return a loss and metrics, got None"),
-        (lambda e: (jnp.mean(e), {}), "the metrics of Returning must have a Mean named loss, got {}"),
-        (lambda e: (jnp.mean(e), {"loss": jnp.mean(e)}), "the metrics of Returning must have a Mean named loss"),
+        (lambda e: (jnp.mean(e), {}), "the metrics of Returning must have the loss as a Mean of one total, got {}"),
+        (lambda e: (jnp.mean(e), {"loss": jnp.mean(e)}), "the metrics of Returning must be a dictionary of Mean, got"),
+        (
+            lambda e: (jnp.mean(e), mean(e) | {"x": jnp.mean(e)}),
+            "the metrics of Returning must be a dictionary of Mean",
+        ),
+        (lambda e: (jnp.mean(e), {"loss": mfx.Mean(e, jnp.ones(ROWS))}), "must have the loss as a Mean of one total"),
     ],
-    ids=["loss of each row", "integer", "complex", "loss alone", "nothing", "no loss", "no mean"],
+    ids=["loss of each row", "integer", "complex", "loss alone", "nothing", "no loss", "no mean", "another", "several"],
 )
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_own_objective_that_returns_no_loss_and_metrics_is_refused(result, message, accumulation):
@@ -550,7 +555,7 @@ class Stateful(mfx.AbstractObjective):
 def test_objective_that_changes_the_kind_of_its_state_is_named(after):
     objective = Stateful(after)
     before = mfx.init_state(field(), OPTIMIZER, key=jr.key(0), objective=objective)
-    with pytest.raises(ValueError, match=r"objective must keep structure, .* but it changes its only array"):
+    with pytest.raises(ValueError, match=r"objective must keep structure, .* but it changes state\.objective"):
         mfx.TrainStep(objective, OPTIMIZER)(before, batch())
 
 

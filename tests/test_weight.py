@@ -4,7 +4,7 @@ import numpy as np
 import optax
 import pytest
 
-from mf_eqx import AdaptiveWeight, ConstantWeight, Context, GapCurriculum, Row
+from mf_eqx import AbstractWeight, AdaptiveWeight, ConstantWeight, Context, GapCurriculum, Row
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -86,6 +86,18 @@ def test_gap_curriculum_promotes_no_dtype_by_itself(dtype, x64):
         times = jnp.array([0.1, 0.9], dtype)
         weight = GapCurriculum(ConstantWeight(), 0.2)(jnp.asarray(0.7, dtype), Row(times, times, *times))
     assert weight.dtype == dtype
+
+
+class Late(AbstractWeight):
+    """A mask as a weight."""
+
+    def __call__(self, error, row):
+        return row.t > 0.5
+
+
+def test_gap_curriculum_of_a_mask_is_not_rounded_to_one():
+    weight = GapCurriculum(Late(), 0.2)(jnp.asarray(0.7), row(0.1, 0.9))
+    np.testing.assert_allclose(weight, GapCurriculum(ConstantWeight(), 0.2)(jnp.asarray(0.7), row(0.1, 0.9)), rtol=1e-6)
 
 
 @pytest.mark.parametrize(("name", "arguments"), [("done", (1.5,)), ("power", (0.5, 0.0))])

@@ -121,18 +121,21 @@ class Checkpoints:
         configuration, versions, position in the data.
 
         **Raises:** `ValueError` if `step` is no integer >= 0, if there are checkpoints of later steps, which the next
-        `load` would return in place of this one, or if JAX would change the dtype of a NumPy array; `CheckpointError`
-        if this save cannot be started or the previous one failed.
+        `load` would return in place of this one (those that this object's `load` skipped do not count), or if JAX does
+        not have the dtype of a NumPy array; `CheckpointError` if this save cannot be started, or the previous one
+        failed.
         """
         from orbax.checkpoint import v1 as ocp
 
         self.wait()
-        step = as_count("step", step.item() if isinstance(step, jax.Array | np.ndarray) else step, 0)
+        if isinstance(step, jax.Array | np.ndarray) and step.shape == () and step.dtype.kind in "iu":
+            step = step.item()
+        step = as_count("step", step, 0)
         there = set(_from_first_process(self.steps())) - self._passed_over
         if later := [str(number) for number in sorted(there) if number > step]:
             raise ValueError(
-                f"step must be after those in {self.directory}, got {step} and there {listed(later)}: to go on from an "
-                "earlier step, move the later ones away first, or save into another directory"
+                f"step must not be before those in {self.directory}, got {step} and there {listed(later)}: to go on "
+                "from an earlier step, move the later ones away first, or save into another directory"
             )
         state = jax.tree.map_with_path(_as_jax, state)
         arrays = leaves(state)
@@ -334,13 +337,18 @@ def _check_record(record: Any) -> None:
 
 
 def _as_jax(path: Any, leaf: Any) -> Any:
-    """`leaf` as an array of JAX. **Raises:** `ValueError` if it is one of NumPy that would get another dtype."""
-    if not isinstance(leaf, np.ndarray):
+    """`leaf` as an array of JAX. **Raises:** `ValueError` if it is one of NumPy whose dtype JAX does not keep."""
+    if not isinstance(leaf, np.ndarray | np.generic):
         return leaf
-    if (dtype := jax.dtypes.canonicalize_dtype(leaf.dtype)) != leaf.dtype:
+    native = leaf.dtype.newbyteorder("=")
+    try:
+        dtype = jax.dtypes.canonicalize_dtype(native)
+    except TypeError:
+        dtype = None
+    if dtype != native:
         name = jax.tree_util.keystr(path)
-        raise ValueError(f"{name} must have a dtype that JAX keeps, got {leaf.dtype}, which would become {dtype}")
-    return jnp.asarray(leaf)
+        raise ValueError(f"{name} must have a dtype that JAX keeps, got {leaf.dtype}")
+    return jnp.asarray(leaf.astype(native))
 
 
 def _is_folder(path: Path) -> bool:

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 
-from .._field import AbstractField, check_field
+from .._field import AbstractField
 from .._files import read_regular, write_whole
 from .._json import parse_json
 from .._leaves import compare, digest, fill_shapes, leaves, listed, on_host, shapes, without_key_dtype
@@ -81,8 +81,8 @@ class Weights:
         """
         if self.network is None:
             rule = (
-                "describe its network, an MLP, DiT, InContextDiT or UNet with labels, vectors as condition, or neither, "
-                "and with parameters of the usual dtype"
+                "describe its network, an MLP, DiT, InContextDiT or UNet with labels, vectors as condition, or "
+                "neither, and with parameters of the usual dtype"
             )
             raise ValueError(f"{self.path}: must {rule}; one of your own is loaded by load_weights(path, make_field)")
         try:
@@ -107,12 +107,13 @@ def save_weights(
     - `notes`: what those who sample should know.
 
     **Raises:** `ValueError` for arrays in bfloat16, float8 and similar dtypes, which safetensors cannot read into NumPy
-    (averages are float32), if `field` is no field, such as a whole state, or if there are not as many `class_names` as labels. `OSError` if the file cannot be
-    written; an existing file is then left unchanged.
+    (averages are float32), if `field` cannot be called, such as a whole state, or if there are not as many
+    `class_names` as labels. `OSError` if the file cannot be written; an existing file is then left unchanged.
     """
     with optional("safetensors", extra=None):
         import safetensors.numpy
-    check_field(field)
+    if not callable(field):
+        raise ValueError(f"field must be a network, got {type(field).__name__}, which cannot be called")
     arrays = {name: on_host(without_key_dtype(leaf)) for name, leaf in leaves(field).items()}
     if unknown := [f"{name} in {array.dtype}" for name, array in arrays.items() if not _is_supported(array.dtype)]:
         rule = "have arrays of dtypes that safetensors can read into NumPy"

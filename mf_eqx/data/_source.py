@@ -214,11 +214,11 @@ class JoinedSource(AbstractSource):
     """
 
     def __init__(self, parts: Sequence[AbstractSource], *, name: str):
-        parts = as_tuple("parts", parts, ("source", "other"))
+        parts = as_tuple(f"{name}: parts", parts, ("source", "other"))
         if not parts:
             raise ValueError(f"{name}: parts must be at least one source, got none")
         for part in parts:
-            check_kind("a part", part, AbstractSource)
+            check_kind(f"{name}: a part", part, AbstractSource)
         first = parts[0]
         for part in parts[1:]:
             for attribute in ("row_shape", "dtype", "labels", "row_condition"):

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
+import optax
 import pytest
 from devices import run_on_devices
 from fields import filled, refilled
@@ -63,9 +64,11 @@ NETWORKS = {
 
 
 @pytest.mark.usefixtures("unchecked")
-@pytest.mark.parametrize("field", [{"weight": np.ones(2)}, eqx.nn.Linear(2, 2, key=jr.key(0))], ids=["dict", "layer"])
-def test_what_is_no_field_is_not_saved(field, tmp_path):
-    with pytest.raises(ValueError, match="field must be callable as field"):
+@pytest.mark.parametrize("state", [False, True])
+def test_what_is_no_network_is_not_saved(state, tmp_path):
+    network = mfx.MLP(2, width=4, depth=1, key=jr.key(0))
+    field = mfx.init_state(network, optax.sgd(0.1), key=jr.key(0)) if state else {"weight": np.ones(2)}
+    with pytest.raises(ValueError, match=r"field must be a network, got (TrainState|dict), which cannot be called"):
         checkpoint.save_weights(tmp_path / "weights.safetensors", field)
     assert not any(tmp_path.iterdir())
 
