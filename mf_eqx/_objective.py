@@ -425,7 +425,8 @@ class Objective(AbstractObjective):
         if not isinstance(identity, AbstractIdentityWithVelocity):
             residual = with_checked_shapes(identity.residual(field, row), row.z, name)
             return self._term(at_least_float32(residual), row)
-        residual, u, v = with_checked_shapes(tuple(identity.residual_and_values(field, row)), row.z, name)
+        values: Any = tuple(identity.residual_and_values(field, row))
+        residual, u, v = with_checked_shapes(values, row.z, name)
         velocity_residual = None if v is None else at_least_float32(v) - row.v
         return self._term(at_least_float32(residual), row, at_least_float32(u), velocity_residual)
 

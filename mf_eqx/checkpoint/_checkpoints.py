@@ -128,9 +128,10 @@ class Checkpoints:
         from orbax.checkpoint import v1 as ocp
 
         self.wait()
+        given: Any = step
         if isinstance(step, jax.Array | np.ndarray) and step.shape == () and step.dtype.kind in "iu":
-            step = step.item()
-        step = as_count("step", step, 0)
+            given = step.item()
+        step = as_count("step", given, 0)
         there = set(_from_first_process(self.steps())) - self._passed_over
         if later := [str(number) for number in sorted(there) if number > step]:
             raise ValueError(
