@@ -282,14 +282,16 @@ def scale_of(generator: mfx.Generator) -> float:
 def save_array(job: Job) -> None:
     """All samples as float32, written as they become ready."""
     part = Path(job.to).with_name(Path(job.to).name + ".part")
+    header = {"descr": "<f4", "fortran_order": False, "shape": (job.number, *job.subject.shape)}
     try:
-        array = np.lib.format.open_memmap(part, "w+", np.float32, (job.number, *job.subject.shape))
-        start = 0
-        for x in job.samples():
-            array[start : start + len(x)] = x
-            start += len(x)
-        array.flush()
+        with open(part, "wb") as file:  # a memory map would end the process if no space is left
+            np.lib.format.write_array_header_1_0(file, header)
+            for x in job.samples():
+                file.write(np.ascontiguousarray(x, "<f4").tobytes())
         part.replace(job.to)
+    except OSError as error:
+        error.filename = error.filename or job.to
+        raise
     finally:
         part.unlink(missing_ok=True)
 

@@ -195,7 +195,8 @@ def _first_file(paths: Sequence[str], part: str) -> Path:
 
 def mnist_files(folder: Path, part: str) -> list[Path]:
     """The file of the images of a part, "train" or "t10k", and that of their labels, as far as they are there."""
-    images, labels = (sorted(folder.glob(f"{part}-{what}*ubyte*")) for what in ("images", "labels"))
+    found = (folder.glob(f"{part}-{what}*ubyte*") for what in ("images", "labels"))
+    images, labels = (sorted(path for path in paths if path.is_file()) for paths in found)
     return [*images[:1], *labels[:1]] if images else []
 
 

@@ -19,7 +19,8 @@ _TEMPORARY_SUFFIX = ".part"
 def write_whole(path: str | Path, *pieces: bytes | memoryview) -> None:
     """Write a file, and make its parent folders. At any moment its path holds the old content or all of the new one.
 
-    **Raises:** `ValueError` if the path is a pipe, a device or the like, which a rename would replace.
+    **Raises:** `ValueError` if the path is a pipe, a device or the like, which a rename would replace; `OSError` with
+    the path if it cannot be written or no space is left.
     """
     path = Path(path)
     if path.exists() and not path.is_file():
@@ -27,7 +28,7 @@ def write_whole(path: str | Path, *pieces: bytes | memoryview) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + _TEMPORARY_SUFFIX)
     try:
-        with open(temporary, "wb", opener=_open_without_waiting) as file:
+        with named_in_errors(path), open(temporary, "wb", opener=_open_without_waiting) as file:
             _check_regular(file, temporary)
             for piece in pieces:
                 file.write(piece)
@@ -60,12 +61,19 @@ def check_writable(path: str | Path) -> None:
 def append(path: str | Path, content: bytes) -> None:
     """Append to an ordinary file, which may be new. **Raises:** as `open_regular` does; `OSError` with the file's name
     if no space is left."""
+    with named_in_errors(path), open(path, "ab", opener=_open_without_waiting) as file:
+        _check_regular(file, path)
+        file.write(content)
+
+
+@contextlib.contextmanager
+def named_in_errors(path: str | Path) -> Iterator[None]:
+    """Gives this file's name to an `OSError` without one: a write raises such an error if no space is left."""
     try:
-        with open(path, "ab", opener=_open_without_waiting) as file:
-            _check_regular(file, path)
-            file.write(content)
+        yield
     except OSError as error:
-        error.filename = error.filename or str(path)
+        if error.errno is not None:  # else the name would take the place of the message
+            error.filename = error.filename or str(path)
         raise
 
 

@@ -30,8 +30,9 @@ def _without_messages() -> Iterator[None]:
             warnings.simplefilter("ignore")
             try:
                 yield
-            finally:
+            except BaseException:
                 gc.collect()  # asyncio reports abandoned tasks when they are collected: here, not later
+                raise
     finally:
         sys.unraisablehook = hook
         for logger, level in zip(loggers, levels, strict=True):

@@ -51,11 +51,14 @@ class Notes:
     std: float | None = None
 
     def __post_init__(self):
+        for name in ("pixels", "class_names", "mean"):
+            if isinstance(value := getattr(self, name), list):
+                object.__setattr__(self, name, tuple(value))
         pixels, names = self.pixels, self.class_names
         if pixels is not None and not (_are(float, pixels, 2) and -math.inf < pixels[0] < pixels[1] < math.inf):
             raise ValueError(f"pixels must be two finite numbers, the lower one first, got {pixels!r:.80}")
         if names is not None and not (names and _are(str, names)):
-            raise ValueError(f"class_names must be at least one text, got {names!r:.80}")
+            raise ValueError(f"class_names must be a tuple of at least one text, got {names!r:.80}")
         if self.trained is not None:
             _check_trained(self.trained)
         if self.tokenizer is not None:

@@ -63,7 +63,9 @@ def _read(path: Path, most_bytes: int) -> Shaped[np.ndarray, "rows ..."]:
     with open_unpacked(path) as file:
         start = read_up_to(file, 4)
         if len(start) < 4 or start[:2] != b"\0\0" or start[2] not in _DTYPES or not 1 <= start[3] <= _MOST_AXES:
-            raise ValueError(f"{path}: must start with 0, 0, a dtype and a number of axes as IDX does, got {start!r}")
+            raise ValueError(
+                f"{path}: must start with 0, 0, a dtype and a number of axes as IDX does, got {bytes(start)!r}"
+            )
         dtype, axes = np.dtype(_DTYPES[start[2]]), start[3]
         sizes = read_up_to(file, 4 * axes)
         if len(sizes) < 4 * axes:

@@ -57,7 +57,10 @@ class ImageFolderSource(AbstractSource):
     """
 
     def __init__(self, root: PathLike, *, size: Count | tuple[Count, Count]):
-        height, width = (as_count("size", side) for side in (size if isinstance(size, tuple) else (size, size)))
+        sides = tuple(as_count("size", side) for side in (size if isinstance(size, tuple) else (size, size)))
+        if len(sides) != 2:
+            raise ValueError(f"size must be one number or (height, width), got {size}")
+        height, width = sides
         _pillow()
         self._root, self._size = Path(root), (height, width)
         self.name, self.row_shape, self.dtype = str(root), (3, height, width), np.dtype(np.uint8)
@@ -67,7 +70,8 @@ class ImageFolderSource(AbstractSource):
             raise ValueError(
                 f"{root}: must hold images or folders of them, got {images_in_root[0]} beside {folders[0]}"
             )
-        self.class_names = folders or None
+        # A name from a system with another encoding cannot be printed or drawn as it is.
+        self.class_names = tuple(name.encode("utf-8", "backslashreplace").decode() for name in folders) or None
         self.labels = len(folders) or None
         images = {name: _images_below(self._root, name, passed_over) for name in folders}
         self.passed_over = dict(sorted(passed_over.items()))

@@ -34,7 +34,7 @@ import jax
 import numpy as np
 from jaxtyping import Int, Shaped, UInt32
 
-from .._files import sha256_of_file
+from .._files import named_in_errors, sha256_of_file
 from .._leaves import by_name
 from .._validate import as_count, Count
 from . import _structure
@@ -245,12 +245,13 @@ class _NpyFile:
     def write(self, content: bytes | Shaped[np.ndarray, "rows ..."]) -> None:
         data = content if isinstance(content, bytes) else np.ascontiguousarray(content, self._dtype).tobytes()
         self._hash.update(data)
-        self._bytes += self._file.write(data)
+        with named_in_errors(self._path):
+            self._bytes += self._file.write(data)
 
     def __exit__(self, *error: object) -> None:
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
+        with named_in_errors(self._path), self._file:
+            self._file.flush()
+            os.fsync(self._file.fileno())
 
     @property
     def entry(self) -> File:
@@ -268,7 +269,7 @@ def _write_manifest(
     if structure is not None:
         condition = [list(files) for files in zip(*(shard.condition for shard in written), strict=True)]
         manifest = manifest._replace(version=VERSION_WITH_CONDITION, row_condition=structure, condition=condition)
-    with open(folder / MANIFEST, "x", encoding="ascii") as file:
+    with named_in_errors(folder / MANIFEST), open(folder / MANIFEST, "x", encoding="ascii") as file:
         file.write(as_text(manifest))
         file.flush()
         os.fsync(file.fileno())
@@ -305,7 +306,8 @@ class ShardSource(AbstractSource):
         self._source = NpySource(x, label or None, condition=self._condition_paths(), labels=manifest.labels)
         self.name, self.digest = str(self._folder), manifest.digest
         self.row_shape, self.dtype, self.labels = self._source.row_shape, self._source.dtype, self._source.labels
-        self.row_condition, self.class_names = self._source.row_condition, manifest.class_names
+        self.row_condition = self._source.row_condition
+        self.class_names = None if manifest.class_names is None else tuple(manifest.class_names)
         self._check_counts()
         checksums = [_read_checksums(path, file.rows) for path, file in zip(crc, manifest.x, strict=True)]
         self._crc = np.concatenate(checksums)

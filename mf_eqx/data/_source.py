@@ -83,6 +83,8 @@ class ArraySource(AbstractSource):
         class_names: Sequence[str] | None = None,
         name: str = "arrays",
     ):
+        x = np.asarray(x) if isinstance(x, jax.Array) else x
+        check_kind(f"{name}: x", x, np.ndarray)
         if x.ndim < 1 or 0 in x.shape:
             raise ValueError(f"{name}: x must have at least one row and no empty axis, got shape {x.shape}")
         if label is None and labels is not None:

@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
+from .._custom_types import as_floats
 from .._validate import check_finite, check_positive, on_host_if_known
 
 # Bounds the temporary of distances between all pairs: 2**20 differences are 4 MiB in float32.
@@ -170,7 +171,7 @@ def _checked(a, b) -> tuple[Float[Array, "sample_a dim"], Float[Array, "sample_b
     """Both samples in one precision, float32 or better."""
     check_samples(a=a, b=b)
     with np.errstate(over="ignore"):  # overflow to infinity is refused below
-        a, b = jnp.asarray(a), jnp.asarray(b)
+        a, b = as_floats(a), as_floats(b)
     # Generated points may be bfloat16 and the truth float32: they are promoted here, also under strict promotion.
     with jax.numpy_dtype_promotion("standard"):
         dtype = jnp.promote_types(jnp.promote_types(a.dtype, b.dtype), jnp.float32)

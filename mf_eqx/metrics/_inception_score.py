@@ -38,6 +38,8 @@ def inception_score(logits: Float[Array | np.ndarray, "rows classes"], *, splits
     **Reference:** Improved Techniques for Training GANs, Salimans, Goodfellow, Zaremba, Cheung, Radford and Chen, 2016,
     arXiv 1606.03498.
     """
+    if len(shape := np.shape(logits)) != 2 or shape[1] < 1:
+        raise ValueError(f"logits must have shape (rows, classes), got {shape}")
     rows = len(logits)
     if not 1 <= splits <= rows:
         raise ValueError(f"splits must be at least 1 and at most the {rows} rows, got {splits}")

@@ -8,7 +8,7 @@ estimated without bias, unlike the Fréchet distance, so that results for sample
 import numpy as np
 from jaxtyping import Array, Float
 
-from .._validate import check_finite
+from .._validate import as_count, check_finite
 from ._distance import check_samples
 from ._inception_score import MeanAndStd
 
@@ -46,11 +46,9 @@ def kernel_inception_distance(
     check_samples(a=a, b=b)
     check_finite("`a`", a)
     check_finite("`b`", b)
-    least = min(len(a), len(b))
-    if not 2 <= size <= least:
+    least, subsets, seed = min(len(a), len(b)), as_count("subsets", subsets), as_count("seed", seed, 0)
+    if not 2 <= (size := as_count("size", size)) <= least:
         raise ValueError(f"size of subsets must be at least 2 and at most the smaller sample, {least}, got {size}")
-    if subsets < 1:
-        raise ValueError(f"subsets must be at least 1, got {subsets}")
     a, b, generator = np.asarray(a), np.asarray(b), np.random.Generator(np.random.PCG64(seed))
     values = [_discrepancy(_subset(generator, a, size), _subset(generator, b, size)) for _ in range(subsets)]
     return MeanAndStd(float(np.mean(values)), float(np.std(values)))

@@ -122,7 +122,7 @@ def _draw(
     figure.figimage(grid, left, _PAD, origin="upper")
 
     def put(x: int | float, y: int | float, text: str, align: str, vertical: str) -> None:
-        figure.text(x / width, y / height, text, fontsize=_FONT_SIZE, ha=align, va=vertical)
+        figure.text(x / width, y / height, text, fontsize=_FONT_SIZE, ha=align, va=vertical, parse_math=False)
 
     for i, label in enumerate(row_labels):
         put(left - _PAD, top - i * down - (down - _GAP) / 2, label, "right", "center_baseline")

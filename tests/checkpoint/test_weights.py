@@ -157,7 +157,7 @@ def test_older_notes_on_a_tokenizer_are_of_colours_and_of_the_scale_of_stable_di
     [
         ({"pixels": (1, -1)}, r"pixels must be two finite numbers, the lower one first, got \(1, -1\)"),
         ({"pixels": (0, np.inf)}, "pixels must be two finite numbers"),
-        ({"class_names": ()}, r"class_names must be at least one text, got \(\)"),
+        ({"class_names": ()}, r"class_names must be a tuple of at least one text, got \(\)"),
         ({"trained": mfx.Trained(1, 0, None)}, "trained must be of bools, got"),
         ({"trained": mfx.Trained(*[True] * 5, mfx.GuidanceRange(True, 8.0))}, "guidance must be of numbers, got"),
         ({"trained": mfx.Trained(*[True] * 5, mfx.GuidanceRange(2.0, 1.0))}, "guidance must satisfy 0 < smallest <="),
@@ -432,7 +432,7 @@ def test_a_failed_save_leaves_the_file_before_as_it_was(path, field, monkeypatch
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match=f"No space left.*{path.name}"):
         checkpoint.save_weights(path, field, {})
     assert path.read_bytes() == before
     assert [entry.name for entry in path.parent.iterdir()] == [path.name]
@@ -450,6 +450,11 @@ def test_what_is_written_is_on_disk_before_it_gets_its_name(path, field, monkeyp
     monkeypatch.setattr(os, "fsync", look)
     checkpoint.save_weights(path, field, CONFIG)
     assert synced == [(size, False)] and path.stat().st_size == size
+
+
+def test_notes_may_be_lists(unchecked):
+    lists = checkpoint.Notes(pixels=[-1, 1], class_names=["a", "b"], mean=[0.5])
+    assert lists == checkpoint.Notes(pixels=(-1, 1), class_names=("a", "b"), mean=(0.5,))
 
 
 def test_a_configuration_that_json_cannot_hold_leaves_nothing(field, tmp_path):

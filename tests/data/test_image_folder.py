@@ -49,7 +49,7 @@ def test_classes_are_sorted_folders(tmp_path):
     images = {name: saved(tmp_path / name, pixels()) for name in ("dog/b.png", "cat/z.png", "dog/a/c.png", "ant/q.bmp")}
     source = ImageFolderSource(tmp_path, size=8)
     rows = read_all(source)
-    assert source.class_names == ["ant", "cat", "dog"] and source.labels == 3
+    assert source.class_names == ("ant", "cat", "dog") and source.labels == 3
     assert rows.label.tolist() == [0, 1, 2, 2]
     wanted = [images[name] for name in ("ant/q.bmp", "cat/z.png", "dog/a/c.png", "dog/b.png")]
     np.testing.assert_array_equal(rows.x.transpose(0, 2, 3, 1), wanted)
@@ -59,7 +59,7 @@ def test_label_belongs_to_the_folder_whatever_the_order_of_paths(tmp_path):
     for name in ("a-b/x.png", "a/x.png"):  # "-" comes before "/", and "a" before "a-b"
         saved(tmp_path / name, pixels())
     source = ImageFolderSource(tmp_path, size=8)
-    assert source.class_names == ["a", "a-b"] and read_all(source).label.tolist() == [1, 0]
+    assert source.class_names == ("a", "a-b") and read_all(source).label.tolist() == [1, 0]
 
 
 def test_images_beside_each_other_have_no_labels(tmp_path):
@@ -217,6 +217,20 @@ def test_no_size_is_refused(tmp_path):
 def test_size_that_is_no_integer_is_refused(unchecked, size, tmp_path):
     with pytest.raises(ValueError, match=f"size must be an integer >= 1, got {size}"):
         ImageFolderSource(tmp_path, size=size)
+
+
+@pytest.mark.parametrize("size", [(8,), (8, 8, 8)])
+def test_size_of_another_number_of_sides_is_refused(unchecked, size, tmp_path):
+    with pytest.raises(ValueError, match=rf"size must be one number or \(height, width\), got \({size[0]},"):
+        ImageFolderSource(tmp_path, size=size)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of files are any bytes on Linux alone")
+def test_name_of_a_class_in_another_encoding_becomes_one_that_can_be_printed(tmp_path):
+    image = saved(tmp_path / os.fsdecode(b"caf\xe9") / "x.png", pixels())
+    source = ImageFolderSource(tmp_path, size=8)
+    assert source.class_names == (r"caf\udce9",)
+    np.testing.assert_array_equal(read_all(source).x.transpose(0, 2, 3, 1), [image])
 
 
 def test_no_images_are_refused_with_what_there_is(tmp_path):

@@ -100,10 +100,19 @@ def test_number_of_labels_is_kept(tmp_path):
 def test_names_of_classes_are_kept_and_are_part_of_the_digest(folder, tmp_path):
     write_shards(ArraySource(X, LABEL, class_names=("ant", "bee", "ca\u00f1a", "d")), tmp_path / "s")
     source = ShardSource(tmp_path / "s", verify=True)
-    assert (source.labels, source.class_names) == (4, ["ant", "bee", "ca\u00f1a", "d"])
+    assert (source.labels, source.class_names) == (4, ("ant", "bee", "ca\u00f1a", "d"))
     assert ShardSource(folder).class_names is None
     changed_manifest(folder, lambda m: m.update(class_names=["ant", "bee", "cat", "d"]))
-    assert ShardSource(folder).class_names == ["ant", "bee", "cat", "d"]
+    assert ShardSource(folder).class_names == ("ant", "bee", "cat", "d")
+
+
+def test_a_full_disk_names_the_file(tmp_path, monkeypatch):
+    def fail(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match=r"No space left.*x_00000\.npy"):
+        write(tmp_path / "shards")
 
 
 def test_files_are_plain_npy(folder):

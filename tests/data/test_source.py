@@ -73,6 +73,13 @@ def test_number_of_labels_without_labels_is_refused():
         ArraySource(X, labels=3)
 
 
+def test_rows_may_be_an_array_of_jax_and_no_list(unchecked):
+    source = ArraySource(jnp.asarray(X))
+    assert isinstance(source.take(np.arange(2)).x, np.ndarray)
+    with pytest.raises(ValueError, match=r"arrays: x must be an instance of ndarray, got \[\[1\.0\]\]"):
+        ArraySource([[1.0]])
+
+
 def test_no_rows_are_refused():
     with pytest.raises(ValueError, match=r"digits: x must have at least one row and .* got shape \(0, 2, 3\)"):
         ArraySource(X[:0], name="digits")

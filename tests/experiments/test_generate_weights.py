@@ -108,6 +108,21 @@ def test_samples_are_those_of_their_numbers_labels_and_seed_in_any_batch(command
     np.testing.assert_allclose(np.load("x.npy"), expected, rtol=1e-5, atol=1e-6)
 
 
+def test_a_full_disk_ends_in_one_line_and_leaves_nothing(command, capsys):
+    """As a limit on the length of files does, which raises where a file grows."""
+    resource, flags = pytest.importorskip("resource"), "--label 7 --number 5"
+    command(f"digits.safetensors --to small.npy {flags}")  # then nothing is compiled, and stored, under the limit
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        with pytest.raises(SystemExit):
+            command(f"digits.safetensors --to x.npy {flags}")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "x.npy" in capsys.readouterr().err.splitlines()[-1]
+    assert not list(pathlib.Path().glob("x.npy*"))
+
+
 def test_guided_euler_steps_follow_the_guided_velocity(command, files):
     command("flow.safetensors --to x.npy --label 1 --number 2 --euler --times 1 0.3 0 --guidance-scale 2.5")
     field = mfx.GuidedField(files[1]["flow"], 2.5, jnp.asarray(3))

@@ -187,11 +187,21 @@ def test_fashion_mnist_is_known_by_its_place_and_has_names_of_its_classes(source
     assert sources.open_images([f"mnist/{images.name}", "labels"]).class_names is None
 
 
+def test_folders_beside_the_files_of_mnist_are_passed_over(sources, here):
+    """Archives of MNIST have each file twice, once in a folder of nearly its name."""
+    save_mnist("mnist")
+    os.makedirs(here / "mnist" / "train-images-(idx3-ubyte)")
+    assert [path.name for path in sources.mnist_files(here / "mnist", "train")] == [
+        "train-images-idx3-ubyte",
+        "train-labels-idx1-ubyte",
+    ]
+
+
 def test_shards_keep_the_names_of_classes_and_test_images_must_not_have_others(sources, here):
     for folder, names in (("named", ("a", "b", "c")), ("other", ("a", "c", "b")), ("unnamed", None)):
         data.write_shards(data.ArraySource(X, LABEL, class_names=names), folder)
-    assert sources.open_parts(["named"], ["unnamed"], size=(), holdout=0.1).class_names == ["a", "b", "c"]
-    with pytest.raises(ValueError, match=r"other: class_names must be \['a', 'b', 'c'\] as in named, got"):
+    assert sources.open_parts(["named"], ["unnamed"], size=(), holdout=0.1).class_names == ("a", "b", "c")
+    with pytest.raises(ValueError, match=r"other: class_names must be \('a', 'b', 'c'\) as in named, got"):
         sources.open_parts(["named"], ["other"], size=(), holdout=0.1)
 
 
@@ -208,7 +218,7 @@ def test_cifar10_has_its_own_test_images(sources, here):
 def test_folders_give_their_names_to_the_classes(sources, here):
     save_folder("pets")
     train, test, names = sources.open_parts(["pets"], [], size=(8,), holdout=0.2)
-    assert names == ["cat", "dog"] and (len(train), len(test)) == (8, 2)
+    assert names == ("cat", "dog") and (len(train), len(test)) == (8, 2)
     assert train.row_shape == (3, 8, 8) and train.labels == 2
 
 

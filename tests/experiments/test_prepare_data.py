@@ -119,7 +119,7 @@ def test_images_become_shards(convert):
         image.fromarray(x.transpose(1, 2, 0)).save(f"images/{name}/x.png")
     convert("--images images --size 32 --to shards")
     check("shards", X[:2], [0, 1])
-    assert data.ShardSource("shards").class_names == ["a", "b"]
+    assert data.ShardSource("shards").class_names == ("a", "b")
 
 
 def test_files_in_a_folder_of_images_that_are_no_images_are_told(convert, capsys):

@@ -253,6 +253,13 @@ def test_distances_scale_with_the_points(distance):
 
 
 @every
+def test_large_integers_are_not_folded_into_small_ones(unchecked, distance):
+    a, b = np.array([[0], [10**10]]), np.array([[0], [5 * 10**9]])
+    with jax.enable_x64(False):
+        assert distance(a, b) == distance(a.astype(np.float32), b.astype(np.float32))
+
+
+@every
 def test_jit_and_eager_agree(distance):
     a, b = normal(1, 20, 3), normal(2, 33, 3)
     np.testing.assert_allclose(jax.jit(distance)(a, b), distance(a, b), rtol=1e-12)

@@ -52,6 +52,12 @@ def test_splits_without_rows_are_refused(splits):
         inception_score(logits(20), splits=splits)
 
 
+@pytest.mark.parametrize("shape", [(20,), (20, 0)])
+def test_logits_of_another_shape_are_refused(unchecked, shape):
+    with pytest.raises(ValueError, match=r"logits must have shape \(rows, classes\), got \(20,"):
+        inception_score(np.zeros(shape))
+
+
 def test_logits_that_are_not_finite_are_refused():
     x = logits(20)
     x[3, 2], x[17, 0] = np.inf, np.nan  # in two of the splits

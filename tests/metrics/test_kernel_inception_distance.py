@@ -58,7 +58,9 @@ def test_float32_features_are_compared_by_kernels_in_float64():
     [
         ({"size": 31}, "at most the smaller sample, 30, got 31"),
         ({"size": 1}, "at least 2 .* got 1"),
-        ({"size": 9, "subsets": 0}, "subsets must be at least 1, got 0"),
+        ({"size": 9.0}, "size must be an integer >= 1, got 9.0"),
+        ({"size": 9, "subsets": 0}, "subsets must be an integer >= 1, got 0"),
+        ({"size": 9, "seed": -1}, "seed must be an integer >= 0, got -1"),
     ],
 )
 def test_wrong_subsets_are_refused(arguments, message):

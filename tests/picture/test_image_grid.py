@@ -55,6 +55,11 @@ def test_wide_column_labels_move_the_columns_apart(tmp_path):
     assert wide.shape[1] > narrow.shape[1] + 2 * 100
 
 
+def test_dollar_signs_in_labels_are_no_formula(tmp_path):
+    labels = ["$5_$10", "$x_$", r"$\alpha$"]
+    assert saved(tmp_path, grid(), column_labels=labels, title=labels[0]).shape[2] == 3
+
+
 def test_a_title_wider_than_the_images_is_not_cut(tmp_path):
     file = saved(tmp_path, grid(1, 1), title="A title that is much wider than one image")
     assert (file[:, -PAD:] == 255).all()
