@@ -39,6 +39,8 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["TESTED_PROGRAMS"] = PROGRAMS.name
 jax.config.update("jax_compilation_cache_dir", os.environ["TESTED_PROGRAMS"])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+# Python's default looks for garbage so often that it takes a twentieth of the time, without less memory being needed.
+gc.set_threshold(50_000, 20, 100)
 MOST_MEMORY = 4e9  # bytes that all processes of a run may need together
 MOST_KEPT = 1.1e9  # bytes that a process may keep after a test; few tests need more than half as much besides
 ROOM = 4e8  # bytes of programs that are kept in any case: to drop them costs seconds, since they are compiled again
