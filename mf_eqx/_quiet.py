@@ -9,6 +9,8 @@ import warnings
 from collections.abc import Iterator
 
 _LOCK = threading.Lock()
+_FAILED = threading.Event()
+"""Set from a read that failed until the end of the next one that did not."""
 
 
 @contextlib.contextmanager
@@ -31,8 +33,14 @@ def _without_messages() -> Iterator[None]:
             try:
                 yield
             except BaseException:
-                gc.collect()  # asyncio reports abandoned tasks when they are collected: here, not later
+                _FAILED.set()
                 raise
+            finally:
+                # asyncio reports the tasks that a failed read abandoned when they are collected: here, not later. The
+                # error itself holds some of them until it is handled, so they are collected after the next read.
+                if _FAILED.is_set():
+                    gc.collect()
+            _FAILED.clear()
     finally:
         sys.unraisablehook = hook
         for logger, level in zip(loggers, levels, strict=True):
