@@ -9,16 +9,23 @@ import warnings
 from collections.abc import Iterator
 
 _LOCK = threading.Lock()
-_FAILED = threading.Event()
-"""Set from a read that failed until the end of the next one that did not."""
+_SOME_MAY_RUN = threading.Event()
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """A context without log lines and warnings from the libraries that read: the only report of a failure is that of
-    the caller. One thread at a time."""
+    the caller, which calls `collect_tasks` before the context ends. One thread at a time."""
     with _LOCK:
         yield from _without_messages()
+
+
+def collect_tasks() -> None:
+    """Delete the tasks of asyncio that a failed read left, now and at the end of the next read, since some may still
+    run: asyncio writes a report when they are deleted, wherever that is. The error holds some of them, so it must have
+    been handled."""
+    gc.collect()
+    _SOME_MAY_RUN.set()
 
 
 def _without_messages() -> Iterator[None]:
@@ -30,17 +37,11 @@ def _without_messages() -> Iterator[None]:
             logger.setLevel(logging.CRITICAL + 1)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            try:
-                yield
-            except BaseException:
-                _FAILED.set()
-                raise
-            finally:
-                # asyncio reports the tasks that a failed read abandoned when they are collected: here, not later. The
-                # error itself holds some of them until it is handled, so they are collected after the next read.
-                if _FAILED.is_set():
-                    gc.collect()
-            _FAILED.clear()
+            is_next = _SOME_MAY_RUN.is_set()
+            _SOME_MAY_RUN.clear()
+            yield
+            if is_next:
+                gc.collect()
     finally:
         sys.unraisablehook = hook
         for logger, level in zip(loggers, levels, strict=True):

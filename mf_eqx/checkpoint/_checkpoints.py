@@ -29,7 +29,7 @@ from jaxtyping import Array, Int, PyTree
 from .._files import irregular_files, remove
 from .._json import parse_json, read_json_object
 from .._leaves import compare, fill_shapes, leaves, listed, shapes, without_key_dtype
-from .._quiet import quiet
+from .._quiet import collect_tasks, quiet
 from .._sharding import Parallelism
 from .._validate import as_count, Count
 from ._digest import digests
@@ -289,6 +289,8 @@ class Checkpoints:
                         arrays = ocp.load(str(path), targets)
                 except Exception as error:  # damaged files make the reader raise errors of many types
                     reason = f"it cannot be read: {_short_text(error)}"
+                if reason is not None:
+                    collect_tasks()
             if reason is not None:
                 raise _Damage(reason)
         return arrays

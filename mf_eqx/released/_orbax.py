@@ -11,7 +11,7 @@ import numpy as np
 
 from .._files import irregular_files
 from .._leaves import listed
-from .._quiet import quiet
+from .._quiet import collect_tasks, quiet
 
 
 def read_orbax(path: str | Path, part: str | None) -> dict[str, Any]:
@@ -28,7 +28,7 @@ def read_orbax(path: str | Path, part: str | None) -> dict[str, Any]:
         found = listed(sorted(os.listdir(path))) or "nothing"
         raise ValueError(f"{path}: must be a folder that Orbax wrote, such as checkpoint_800640, got one with {found}")
     loading, content, reason = ocp.options.PyTreeOptions.Loading(partial_load=True), {}, None
-    with quiet():  # it cleans up after a failed reader, whose error must be gone by then
+    with quiet():
         try:
             with ocp.Context(pytree_options=ocp.options.PyTreeOptions(loading=loading)):
                 held = ocp.metadata(folder).metadata
@@ -36,6 +36,8 @@ def read_orbax(path: str | Path, part: str | None) -> dict[str, Any]:
                 content = ocp.load(folder, jax.tree.map(_target, wanted)) if wanted else dict.fromkeys(held)
         except Exception as error:  # damaged files make the reader raise errors of many types
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        if reason is not None:
+            collect_tasks()
     if reason is not None:
         raise ValueError(f"{path}: must be a folder that Orbax wrote, but it cannot be read: {reason}")
     return jax.tree.map(_value, content)
