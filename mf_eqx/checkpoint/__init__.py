@@ -2,6 +2,7 @@
 
     checkpoints = checkpoint.Checkpoints("runs/first/checkpoints", keep_last=2, keep_every=10_000)
     restored = checkpoints.load(make_state, parallelism)         None if there is no checkpoint yet
+    checkpoints.clean()                                          removes what a killed run left half written
     checkpoints.save(step, state)                                returns before everything is written
 
     checkpoint.save_weights("ema.safetensors", state.averages[0], notes=checkpoint.Notes(pixels=(-1, 1)))

@@ -31,10 +31,10 @@ class Rows(NamedTuple):
 class AbstractSource(abc.ABC):
     """A data set whose rows are read by number. Several threads may use one source at the same time.
 
-    **Attributes:** `name` in error messages; `row_shape` and `dtype` of one row's data; `labels` how many different
-    labels there are, numbered from 0, at most 2^31, or None without labels; `row_condition` the shapes and dtypes of
-    one row's other condition, or None without one; `class_names`, one for each label, or None where they are not known;
-    `digest` of all data if it is known without reading them, or None.
+    **Attributes:** A subclass sets `name` in error messages; `row_shape` and `dtype` of one row's data, the latter an
+    `np.dtype`; and `labels`, how many different labels there are, numbered from 0, at most 2^31, or None without
+    labels. The others are None unless it sets them: `row_condition` the shapes and dtypes of one row's other condition;
+    `class_names`, one for each label; `digest` of all data if it is known without reading them.
     """
 
     name: str
@@ -160,6 +160,9 @@ def name_in_errors(name: str) -> Iterator[None]:
 def check_source(source: AbstractSource) -> None:
     """Refuses a source on which nothing can be trained, judged by its attributes alone."""
     check_kind("source", source, AbstractSource)
+    if lacking := [name for name in ("name", "row_shape", "dtype", "labels") if not hasattr(source, name)]:
+        raise ValueError(f"source must have name, row_shape, dtype and labels, got no {lacking[0]}")
+    check_kind("source.dtype", source.dtype, np.dtype)
     with name_in_errors(source.name):
         if len(source) < 1 or 0 in source.row_shape:
             found = f"{len(source)} of shape {source.row_shape}"

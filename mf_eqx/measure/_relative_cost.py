@@ -28,6 +28,7 @@ def relative_cost(objective: AbstractObjective, field: AbstractField, batch: Bat
     Flow Matching with the same network and batch. What is the same in both is left out: optimiser, averages.
 
     Nothing is computed, only traced: seconds for the largest networks. A scanned network costs what it costs unrolled.
+    An evaluation that is written twice counts twice, although XLA may merge the two.
 
     **Arguments:** `objective`, that of a `TrainStep` for example; `field` the network, arrays or their shapes; `batch`
     likewise, as the objective gets it, after `TrainStep.prepare`.

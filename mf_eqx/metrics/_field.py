@@ -55,7 +55,7 @@ class RelativeError(eqx.Module):
 
 
 class FieldErrors(eqx.Module):
-    """The relative errors of a field, for a table.
+    """The relative errors of a field, for a table: `errors.overall.value` is a number.
 
     **Arguments:** `overall` over the drawn pairs (r, t); `diagonal` at (t, t), which Flow Matching learns; `one_step`
     at (0, 1), which one-step sampling evaluates; `cells` like `overall`, in cells of r and t.
@@ -235,6 +235,8 @@ def field_errors(
     edges: Sequence[float] | Real[Array | np.ndarray, " edges"] = (0.0, 0.25, 0.5, 0.75, 1.0),
 ) -> FieldErrors:
     """The relative errors of a field: overall, at r = t, at (0, 1), and in cells.
+
+    Where `truth` was made in float64, call this under `jax.enable_x64(True)`, too; the field may be in float32.
 
     **Arguments:** `field`; `truth` from `field_truth`; `edges` as for `relative_error_by_cell`, which
     raises for bad ones.

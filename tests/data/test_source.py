@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from mf_eqx.data._source import AbstractSource, ArraySource, check_labels, JoinedSource, Rows
+from mf_eqx.data._stream import Stream
 
 X = np.arange(24, dtype=np.float32).reshape(4, 2, 3)
 LABEL = np.array([2, 0, 1, 2], np.uint8)
@@ -211,6 +212,16 @@ class Faulty(AbstractSource):
 
     def take(self, rows):
         return Rows(self.rows.x[rows], self.rows.label[rows] if len(self.rows.label) == len(X) else self.rows.label)
+
+
+def test_own_source_that_lacks_what_others_need_is_refused():
+    source = Faulty(Rows(X, LABEL))
+    source.dtype = np.float32
+    with pytest.raises(ValueError, match=r"source\.dtype must be an instance of dtype, got <class 'numpy\.float32'>"):
+        Stream(source, batch=2)
+    del source.labels
+    with pytest.raises(ValueError, match="source must have name, row_shape, dtype and labels, got no labels"):
+        Stream(source, batch=2)
 
 
 @pytest.mark.parametrize(
