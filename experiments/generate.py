@@ -16,6 +16,7 @@ share the work. Sample i follows from the seed and i alone, whatever the batch a
 import dataclasses
 import itertools
 import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -288,9 +289,12 @@ def save_array(job: Job) -> None:
             np.lib.format.write_array_header_1_0(file, header)
             for x in job.samples():
                 file.write(np.ascontiguousarray(x, "<f4").tobytes())
+            file.flush()
+            os.fsync(file.fileno())
         part.replace(job.to)
     except OSError as error:
-        error.filename = error.filename or job.to
+        if error.errno is not None:
+            error.filename = error.filename or job.to
         raise
     finally:
         part.unlink(missing_ok=True)

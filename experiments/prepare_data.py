@@ -155,7 +155,7 @@ def main(config: Config) -> None:
     source = data.ShardSource(config.verify) if config.verify else open_source(config)
     if isinstance(source, data.ImageFolderSource):
         print(f"{source.name}: {len(source):,} images; passed over: {source.passed_over_as_text()}")
-    with run.Progress(len(source), doing="writing rows") as progress:
+    with run.Progress(len(source), doing="comparing rows" if config.verify else "writing rows") as progress:
 
         def update(rows: int) -> None:
             progress.update(rows, {})

@@ -43,8 +43,8 @@ def at_least_float32(x: Inexact[Array, "*any"] | Inexact[np.ndarray, "*any"]) ->
 
 def as_floats(values: Any) -> Inexact[Array, "*any"]:
     """`values` as a floating-point array: integers and bools become JAX's default float, other dtypes stay."""
-    if isinstance(values, np.ndarray) and values.dtype.kind in "iub":
-        values = values.astype(np.float64)  # JAX would take a large int64 for an int32 first
+    if isinstance(values, np.ndarray) and values.dtype.kind in "iu" and values.dtype.itemsize > 4:
+        values = values.astype(np.float64)  # JAX would take it for an int32 first
     values = jnp.asarray(values)
     return values if jnp.issubdtype(values.dtype, jnp.inexact) else values.astype(float)
 

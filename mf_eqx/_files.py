@@ -19,8 +19,8 @@ _TEMPORARY_SUFFIX = ".part"
 def write_whole(path: str | Path, *pieces: bytes | memoryview) -> None:
     """Write a file, and make its parent folders. At any moment its path holds the old content or all of the new one.
 
-    **Raises:** `ValueError` if the path is a pipe, a device or the like, which a rename would replace; `OSError` with
-    the path if it cannot be written or no space is left.
+    **Raises:** `ValueError` if the path is a pipe, a device or the like, which a rename would replace; `OSError` that
+    names the file, or the temporary one beside it, if it cannot be written or no space is left.
     """
     path = Path(path)
     if path.exists() and not path.is_file():

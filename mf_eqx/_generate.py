@@ -17,7 +17,7 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Int, Key, PyTree, Real
 
-from ._custom_types import Condition
+from ._custom_types import as_floats, Condition
 from ._drawn_guidance import WithGuidance
 from ._field import AbstractField, check_field
 from ._guidance import GuidedField
@@ -115,7 +115,7 @@ class Generator(eqx.Module):
         **Raises:** `ValueError` if the condition is missing though the generator has `labels` or a `condition`, if it
         has another number of rows, or, where values are known, if a label lies outside of [0, K].
         """
-        eps = jnp.asarray(eps)
+        eps = as_floats(eps)
         if condition is None and (self.labels is not None or self.condition is not None):
             raise ValueError("condition must be given for a generator with labels or a condition, got None")
         if self.labels is not None:

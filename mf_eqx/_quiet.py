@@ -9,13 +9,13 @@ import warnings
 from collections.abc import Iterator
 
 _LOCK = threading.Lock()
-_SOME_MAY_RUN = threading.Event()
+_READ_FAILED = threading.Event()
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """A context without log lines and warnings from the libraries that read: the only report of a failure is that of
-    the caller, which calls `collect_tasks` before the context ends. One thread at a time."""
+    the caller, which calls `collect_tasks` in this context if a read failed. One thread at a time."""
     with _LOCK:
         yield from _without_messages()
 
@@ -25,7 +25,7 @@ def collect_tasks() -> None:
     run: asyncio writes a report when they are deleted, wherever that is. The error holds some of them, so it must have
     been handled."""
     gc.collect()
-    _SOME_MAY_RUN.set()
+    _READ_FAILED.set()
 
 
 def _without_messages() -> Iterator[None]:
@@ -37,11 +37,16 @@ def _without_messages() -> Iterator[None]:
             logger.setLevel(logging.CRITICAL + 1)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            is_next = _SOME_MAY_RUN.is_set()
-            _SOME_MAY_RUN.clear()
-            yield
-            if is_next:
-                gc.collect()
+            follows_failure = _READ_FAILED.is_set()
+            _READ_FAILED.clear()
+            try:
+                yield
+            except BaseException:
+                collect_tasks()
+                raise
+            finally:
+                if follows_failure:
+                    gc.collect()
     finally:
         sys.unraisablehook = hook
         for logger, level in zip(loggers, levels, strict=True):

@@ -26,6 +26,11 @@ def as_paths(argument: str, paths: PathLike | Sequence[PathLike]) -> list[Path]:
     return [Path(path) for path in several]
 
 
+def printable(name: str) -> str:
+    """A name in the file system, with escapes for bytes that are no UTF-8, which can be neither printed nor drawn."""
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
 def name_of(paths: Sequence[Path]) -> str:
     """The name of all these files together in error messages."""
     return str(paths[0]) if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more"

@@ -17,7 +17,7 @@ from .._files import read_regular
 from .._leaves import listed
 from .._optional import optional
 from .._validate import as_count, Count
-from ._file import PathLike
+from ._file import PathLike, printable
 from ._source import AbstractSource, Rows
 
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
@@ -70,8 +70,7 @@ class ImageFolderSource(AbstractSource):
             raise ValueError(
                 f"{root}: must hold images or folders of them, got {images_in_root[0]} beside {folders[0]}"
             )
-        # A name from a system with another encoding cannot be printed or drawn as it is.
-        self.class_names = tuple(name.encode("utf-8", "backslashreplace").decode() for name in folders) or None
+        self.class_names = tuple(map(printable, folders)) or None
         self.labels = len(folders) or None
         images = {name: _images_below(self._root, name, passed_over) for name in folders}
         self.passed_over = dict(sorted(passed_over.items()))
@@ -114,7 +113,7 @@ def _folders_and_images(folder: Path, passed_over: collections.Counter[str]) -> 
         elif suffix in _SUFFIXES:
             images.append(entry.name)
         else:
-            passed_over[suffix or "without suffix"] += 1
+            passed_over[printable(suffix) or "without suffix"] += 1
     return sorted(folders), sorted(images)
 
 

@@ -38,7 +38,7 @@ from .._files import named_in_errors, sha256_of_file
 from .._leaves import by_name
 from .._validate import as_count, Count
 from . import _structure
-from ._file import PathLike
+from ._file import PathLike, printable
 from ._manifest import (
     as_text,
     File,
@@ -307,7 +307,7 @@ class ShardSource(AbstractSource):
         self.name, self.digest = str(self._folder), manifest.digest
         self.row_shape, self.dtype, self.labels = self._source.row_shape, self._source.dtype, self._source.labels
         self.row_condition = self._source.row_condition
-        self.class_names = None if manifest.class_names is None else tuple(manifest.class_names)
+        self.class_names = None if manifest.class_names is None else tuple(map(printable, manifest.class_names))
         self._check_counts()
         checksums = [_read_checksums(path, file.rows) for path, file in zip(crc, manifest.x, strict=True)]
         self._crc = np.concatenate(checksums)

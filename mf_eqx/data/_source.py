@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Int, PyTree, Shaped
+from jaxtyping import Array, Int, PyTree, Shaped
 
 from .._validate import as_tuple, check_kind, Count
 from . import _check, _condition
@@ -31,10 +31,10 @@ class Rows(NamedTuple):
 class AbstractSource(abc.ABC):
     """A data set whose rows are read by number. Several threads may use one source at the same time.
 
-    **Attributes:** A subclass sets `name` in error messages; `row_shape` and `dtype` of one row's data, the latter an
-    `np.dtype`; and `labels`, how many different labels there are, numbered from 0, at most 2^31, or None without
-    labels. The others are None unless it sets them: `row_condition` the shapes and dtypes of one row's other condition;
-    `class_names`, one for each label; `digest` of all data if it is known without reading them.
+    **Attributes:** A subclass sets `name`, with which error messages begin; `row_shape` and `dtype` of one row's data,
+    the latter an `np.dtype`; and `labels`, how many different labels there are, numbered from 0, at most 2^31, or None
+    without labels. The others are None unless it sets them: `row_condition` the shapes and dtypes of one row's other
+    condition; `class_names`, one for each label; `digest` of all data if it is known without reading them.
     """
 
     name: str
@@ -68,14 +68,14 @@ class ArraySource(AbstractSource):
     - `class_names`: what the labels mean, or None.
     - `name`: of the source in error messages.
 
-    **Raises:** `ValueError` if there are no rows or empty ones, if `label` has another length or dtype than required,
-    or values outside of [0, labels) or of int32, if there are not as many `class_names` as labels, or if an array of
-    `condition` has another length or is not of numbers.
+    **Raises:** `ValueError` if `x` is no array, if there are no rows or empty ones, if `label` has another length or
+    dtype than required, or values outside of [0, labels) or of int32, if there are not as many `class_names` as labels,
+    or if an array of `condition` has another length or is not of numbers.
     """
 
     def __init__(
         self,
-        x: Shaped[np.ndarray, "rows *data"],
+        x: Shaped[Array | np.ndarray, "rows *data"],
         label: Any = None,
         *,
         condition: PyTree[Any] = None,
@@ -83,8 +83,9 @@ class ArraySource(AbstractSource):
         class_names: Sequence[str] | None = None,
         name: str = "arrays",
     ):
+        if not hasattr(x, "shape"):
+            raise ValueError(f"{name}: x must be an array, got {x!r:.100}")
         x = np.asarray(x) if isinstance(x, jax.Array) else x
-        check_kind(f"{name}: x", x, np.ndarray)
         if x.ndim < 1 or 0 in x.shape:
             raise ValueError(f"{name}: x must have at least one row and no empty axis, got shape {x.shape}")
         if label is None and labels is not None:
@@ -162,7 +163,8 @@ def check_source(source: AbstractSource) -> None:
     check_kind("source", source, AbstractSource)
     if lacking := [name for name in ("name", "row_shape", "dtype", "labels") if not hasattr(source, name)]:
         raise ValueError(f"source must have name, row_shape, dtype and labels, got no {lacking[0]}")
-    check_kind("source.dtype", source.dtype, np.dtype)
+    if source.dtype != np.uint8:  # which may be the class of NumPy as well
+        check_kind("source.dtype", source.dtype, np.dtype)
     with name_in_errors(source.name):
         if len(source) < 1 or 0 in source.row_shape:
             found = f"{len(source)} of shape {source.row_shape}"

@@ -39,7 +39,7 @@ def kernel_inception_distance(
     **Returns:** mean and standard deviation over subsets. Some tables report 1000 times these values.
 
     **Raises:** `ValueError` if `a` or `b` is not (sample, dim), if their dims differ, if a value is not finite, if
-    `size` is below two or above one of the samples, or if `subsets` is below one.
+    `size` is below two or above one of the samples, if `subsets` is below one, or if these or `seed` are no integers.
 
     **Reference:** Demystifying MMD GANs, Bińkowski, Sutherland, Arbel and Gretton, 2018, arXiv 1801.01401.
     """

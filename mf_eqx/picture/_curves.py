@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Float
 
 from .._optional import optional
+from ._figure import plain, save_figure
 
 Record: TypeAlias = Mapping[str, Any]
 
@@ -56,8 +57,8 @@ def save_curves(
     for panel in panels[len(names) :]:
         panel.remove()
     if title is not None:
-        figure.suptitle(title)
-    figure.savefig(path, format="png")
+        figure.suptitle(plain(title))
+    save_figure(path, figure)
 
 
 def _draw_metric(panel: Any, name: str, runs: Mapping[str, Sequence[Record]]) -> None:
@@ -65,12 +66,12 @@ def _draw_metric(panel: Any, name: str, runs: Mapping[str, Sequence[Record]]) ->
     for run, records in runs.items():
         steps, values = _series(records, name)
         for i, curve in enumerate(values.T):
-            label = " ".join(filter(None, [run, _bin(name, i, values.shape[1])])) if np.isfinite(curve).any() else None
-            marker = "." if len(steps) < 10 else None  # a line needs two points
+            label = plain(" ".join(filter(None, [run, _bin(name, i, values.shape[1])])))
+            finite, marker = curve[np.isfinite(curve)], "." if len(steps) < 10 else None  # a line needs two points
             (faint,) = panel.plot(steps, curve, alpha=0.25, linewidth=1, marker=marker)
-            panel.plot(steps, _running_mean(curve), color=faint.get_color(), label=label)
-            finite_values.append(curve[np.isfinite(curve)])
-    panel.set(title=name, xlabel="step")
+            panel.plot(steps, _running_mean(curve), color=faint.get_color(), label=label if len(finite) else None)
+            finite_values.append(finite)
+    panel.set(title=plain(name), xlabel="step")
     panel.grid(alpha=0.3)
     if _spans_decades(np.concatenate(finite_values)):
         panel.set_yscale("log")

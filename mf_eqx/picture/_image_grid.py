@@ -12,6 +12,7 @@ from jaxtyping import Array, Real, UInt8
 from .._files import write_whole
 from .._optional import optional
 from .._validate import as_count, Count
+from ._figure import plain, save_figure
 
 _DPI = 128
 _GAP = 4
@@ -122,16 +123,14 @@ def _draw(
     figure.figimage(grid, left, _PAD, origin="upper")
 
     def put(x: int | float, y: int | float, text: str, align: str, vertical: str) -> None:
-        figure.text(x / width, y / height, text, fontsize=_FONT_SIZE, ha=align, va=vertical, parse_math=False)
+        figure.text(x / width, y / height, plain(text), fontsize=_FONT_SIZE, ha=align, va=vertical)
 
     for i, label in enumerate(row_labels):
         put(left - _PAD, top - i * down - (down - _GAP) / 2, label, "right", "center_baseline")
     for i, label in enumerate(column_labels):
         put(left + i * across + (across - _GAP) / 2, top + _PAD, label, "center", "baseline")
     put(_PAD, top + _PAD + _LINE * bool(column_labels), title, "left", "baseline")
-    content = io.BytesIO()
-    figure.savefig(content, format="png", dpi="figure")
-    write_whole(path, content.getvalue())
+    save_figure(path, figure)
 
 
 def _text_width(texts: Sequence[str]) -> int:

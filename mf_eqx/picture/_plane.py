@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 from .._field import AbstractField
 from .._optional import optional
 from .._validate import check_positive, check_sizes
+from ._figure import plain, save_figure
 
 _SIDE = 2.2
 _DPI = 100
@@ -42,7 +43,7 @@ def save_point_grid(
             _label(panel, name, column)
         for panel in line[len(row) :]:
             panel.remove()
-    figure.savefig(path, format="png")
+    save_figure(path, figure)
 
 
 def save_point_panels(
@@ -67,8 +68,8 @@ def save_point_panels(
         panel.remove()
     for (name, sample), panel in zip(points.items(), panels.flat, strict=False):
         _scatter(panel, np.asarray(sample), limit)
-        panel.set_title(name, fontsize=9)
-    figure.savefig(path, format="png")
+        panel.set_title(plain(name), fontsize=9)
+    save_figure(path, figure)
 
 
 class Flow(NamedTuple):
@@ -137,7 +138,7 @@ def save_flows(
         for column, panel in zip(titles, line, strict=True):
             _frame(panel, limit)
             _label(panel, name, column)
-    figure.savefig(path, format="png")
+    save_figure(path, figure)
 
 
 def save_heat_maps(
@@ -176,9 +177,10 @@ def save_heat_maps(
     image = None
     for (name, map), panel in zip(values.items(), panels, strict=True):
         image = panel.pcolormesh(edges, edges, map, norm=norm, cmap="magma_r")
-        panel.set(title=name, xlabel=column_label, ylabel=row_label if panel in grid[:, 0] else None, aspect="equal")
-    figure.colorbar(image, ax=panels, label=value_label)
-    figure.savefig(path, format="png")
+        row = plain(row_label) if panel in grid[:, 0] else None
+        panel.set(title=plain(name), xlabel=plain(column_label), ylabel=row, aspect="equal")
+    figure.colorbar(image, ax=panels, label=plain(value_label))
+    save_figure(path, figure)
 
 
 def _check(
@@ -200,7 +202,7 @@ def _panels(rows: int, columns: int, title: str | None, *, side: float = _SIDE) 
 
     figure = Figure(figsize=(side * columns + 0.6, side * rows + 0.6), dpi=_DPI, layout="constrained")
     if title is not None:
-        figure.suptitle(title)
+        figure.suptitle(plain(title))
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
@@ -220,6 +222,6 @@ def _label(panel: Any, name: str, column: str) -> None:
     """Titles above the first row, names left of the first column."""
     place = panel.get_subplotspec()
     if place.is_first_row():
-        panel.set_title(column, fontsize=9)
+        panel.set_title(plain(column), fontsize=9)
     if place.is_first_col():
-        panel.set_ylabel(name, fontsize=9)
+        panel.set_ylabel(plain(name), fontsize=9)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .._optional import optional
+from ._figure import plain, save_figure
 
 
 class Series(NamedTuple):
@@ -38,14 +39,14 @@ def save_trends(path: str | Path, panels: Mapping[str, Sequence[Series]], parame
             points = np.array([(x, y) for x, seeds in each.values.items() for y in seeds if y > least])
             means = np.array([(x, np.mean(seeds)) for x, seeds in each.values.items() if min(seeds) > least])
             if len(points):
-                panel.plot(*points.T, ".", color=each.colour, label=None if len(means) else each.label)
+                panel.plot(*points.T, ".", color=each.colour, label=None if len(means) else plain(each.label))
             if len(means):
-                panel.plot(*means.T, each.line, color=each.colour, label=each.label)
-        panel.set(title=title, xlabel=parameter, yscale="log")
+                panel.plot(*means.T, each.line, color=each.colour, label=plain(each.label))
+        panel.set(title=plain(title), xlabel=plain(parameter), yscale="log")
         panel.grid(alpha=0.3)
     pairs = (zip(*panel.get_legend_handles_labels(), strict=True) for panel in figure.axes)
     by_label: dict[str, Any] = {}
     for handle, label in itertools.chain.from_iterable(pairs):
         by_label.setdefault(label, handle)
     figure.legend(by_label.values(), by_label.keys(), loc="outside lower center", ncols=3, fontsize="small")
-    figure.savefig(path, format="png")
+    save_figure(path, figure)

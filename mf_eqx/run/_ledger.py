@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from .._files import read_regular
+from .._files import named_in_errors, read_regular
 from .._json import parse_json
 from ._directory import as_json, commit
 from ._lock import check_in_place
@@ -71,7 +71,7 @@ class Ledger:
         record = {"settings": as_json(settings), "result": dict(result), "commit": self._commit}
         line = (json.dumps(record) + "\n").encode()
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        with self._path.open("a+b") as file:
+        with named_in_errors(self._path), self._path.open("a+b") as file:
             self._drop_cut_off_line(file)
             file.write(line)
         self._results[_key(settings)] = record["result"]

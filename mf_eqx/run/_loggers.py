@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from .._files import read_regular
+from .._files import read_regular, write_whole
 from .._optional import optional
 from ._values import Value
 
@@ -70,7 +70,7 @@ def _run_id(folder: Path) -> str:
     """The identifier of the run at Weights & Biases, which is drawn once and saved in the run's directory."""
     file = folder / "wandb_id"
     if not file.exists():
-        file.write_text(secrets.token_hex(8), encoding="utf-8")
+        write_whole(file, secrets.token_hex(8).encode())
     return read_regular(file, 1000).decode()
 
 

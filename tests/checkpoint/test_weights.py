@@ -432,7 +432,7 @@ def test_a_failed_save_leaves_the_file_before_as_it_was(path, field, monkeypatch
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(OSError, match=f"No space left.*{path.name}"):
+    with pytest.raises(OSError, match=f"No space left.*{path.name}'"):
         checkpoint.save_weights(path, field, {})
     assert path.read_bytes() == before
     assert [entry.name for entry in path.parent.iterdir()] == [path.name]

@@ -77,7 +77,7 @@ def test_number_of_labels_without_labels_is_refused():
 def test_rows_may_be_an_array_of_jax_and_no_list(unchecked):
     source = ArraySource(jnp.asarray(X))
     assert isinstance(source.take(np.arange(2)).x, np.ndarray)
-    with pytest.raises(ValueError, match=r"arrays: x must be an instance of ndarray, got \[\[1\.0\]\]"):
+    with pytest.raises(ValueError, match=r"arrays: x must be an array, got \[\[1\.0\]\]"):
         ArraySource([[1.0]])
 
 

@@ -3,6 +3,7 @@
 import os
 import pathlib
 import re
+import resource
 
 import equinox as eqx
 import jax
@@ -110,7 +111,7 @@ def test_samples_are_those_of_their_numbers_labels_and_seed_in_any_batch(command
 
 def test_a_full_disk_ends_in_one_line_and_leaves_nothing(command, capsys):
     """As a limit on the length of files does, which raises where a file grows."""
-    resource, flags = pytest.importorskip("resource"), "--label 7 --number 5"
+    flags = "--label 7 --number 5"
     command(f"digits.safetensors --to small.npy {flags}")  # then nothing is compiled, and stored, under the limit
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
