@@ -28,7 +28,7 @@ from ._mean import Mean, Metrics
 from ._objective import AbstractObjective
 from ._row import Context
 from ._sharding import Parallelism
-from ._validate import described, with_checked_scalar
+from ._validate import described, is_pair, with_checked_scalar
 from .nn import Stack
 
 
@@ -74,7 +74,7 @@ class Differentiation(eqx.Module):
         loss for each row would be that of their sum, and metrics that are no means would be summed over devices."""
         result = objective.evaluate(field, batch, state, key=self.key, context=self.context)
         name = type(objective).__name__
-        if not _is_pair(result) or not _is_pair(result[1]):
+        if not is_pair(result) or not is_pair(result[1]):
             raise ValueError(f"{name}.evaluate must return (loss, (metrics, state)), got {described(result)}")
         loss, (metrics, state) = result
         loss = with_checked_scalar(loss, f"the loss of {name}", differentiable=True)
@@ -183,10 +183,6 @@ class Differentiation(eqx.Module):
             gradients = jax.tree.map(at_least_float32, gradients)
             found = jax.tree.map(jnp.add, found, (metrics, gradients)) if found else (metrics, gradients)
         return found
-
-
-def _is_pair(result: Any) -> bool:
-    return isinstance(result, tuple | list) and len(result) == 2
 
 
 def _in_loops(field: eqx.Module) -> PyTree[bool]:

@@ -64,7 +64,7 @@ from ._perceptual import PerceptualTerm
 from ._row import Context, Drawing, Row
 from ._stable_target import StableTarget
 from ._times import AbstractTimes, as_share, check_batch_size, rows_per_group, split_rows, TimePairs
-from ._validate import check_key, check_kind, described, with_checked_scalar
+from ._validate import check_key, check_kind, described, is_pair, with_checked_scalar
 from ._weight import AbstractWeight, AdaptiveWeight, weight_of
 
 
@@ -138,7 +138,7 @@ class AbstractMeanObjective(AbstractObjective):
         self, field: Any, batch: Batch, state: None, *, key: Key[Array, ""], context: Context | None = None
     ) -> tuple[Scalar, tuple[Metrics, None]]:
         result = self(field, batch, key=key, context=context)
-        if not isinstance(result, tuple | list) or len(result) != 2:
+        if not is_pair(result):
             raise ValueError(f"{type(self).__name__} must return a loss and metrics, got {described(result)}")
         return result[0], (result[1], None)
 

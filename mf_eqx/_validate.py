@@ -47,6 +47,11 @@ def check_finite(name: str, values: Any) -> None:
         raise ValueError(f"{name} must be finite, got {np.sum(~finite)} values that are not")
 
 
+def is_pair(value: Any) -> bool:
+    """Whether `value` is a tuple or a list of two."""
+    return isinstance(value, tuple | list) and len(value) == 2
+
+
 def with_checked_scalar(value: Any, name: str, *, differentiable: bool = False) -> Any:
     """`value`. **Raises:** `ValueError` unless it is one real number, and floating-point if it is `differentiable`."""
     is_scalar = isinstance(value, jax.Array | np.ndarray | np.generic | int | float) and np.shape(value) == ()

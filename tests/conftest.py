@@ -1,6 +1,7 @@
 """What all tests share: quick compiling, memory, runtime type checking of the package, and float64 where a test asks
 for it."""
 
+import contextlib
 import ctypes
 import gc
 import importlib
@@ -39,7 +40,7 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["TESTED_PROGRAMS"] = PROGRAMS.name
 jax.config.update("jax_compilation_cache_dir", os.environ["TESTED_PROGRAMS"])
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-# Python's default looks for garbage so often that it takes a twentieth of the time, without less memory being needed.
+# Python's default looks for garbage so often that this takes a twentieth of the time, and it saves no memory.
 gc.set_threshold(50_000, 20, 100)
 MOST_MEMORY = 4e9  # bytes that all processes of a run may need together
 MOST_KEPT = 1.1e9  # bytes that a process may keep after a test; few tests need more than half as much besides
@@ -147,6 +148,22 @@ def x64():
     """Float64 for one test; arrays must be created inside it."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture
+def full_disk():
+    """A function of a number of bytes, whose context allows no longer files: writing beyond fails as on a full disk."""
+
+    @contextlib.contextmanager
+    def limited(most):
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    return limited
 
 
 @pytest.fixture

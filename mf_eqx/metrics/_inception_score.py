@@ -33,7 +33,8 @@ def inception_score(logits: Float[Array | np.ndarray, "rows classes"], *, splits
 
     **Returns:** mean, in [1, classes], and standard deviation over splits.
 
-    **Raises:** `ValueError` if there are fewer rows than splits, or if a logit is not finite.
+    **Raises:** `ValueError` if `logits` is not (rows, classes), if there are fewer rows than splits, or if a logit is
+    not finite.
 
     **Reference:** Improved Techniques for Training GANs, Salimans, Goodfellow, Zaremba, Cheung, Radford and Chen, 2016,
     arXiv 1606.03498.

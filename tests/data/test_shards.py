@@ -5,7 +5,6 @@ import hashlib
 import json
 import os
 import re
-import resource
 import signal
 import subprocess
 import sys
@@ -108,15 +107,10 @@ def test_names_of_classes_are_kept_and_are_part_of_the_digest(folder, tmp_path):
 
 
 @pytest.mark.parametrize(("most", "name"), [(100, "x_00000.npy"), (300, "manifest.json")])
-def test_a_full_disk_names_the_file(most, name, tmp_path):
-    """As a limit on the length of files does: that of the data, or of the manifest, which is longer than all others."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (most, before[1]))
-    try:
-        with pytest.raises(OSError, match=rf"File too large: .*{name}'"):
-            write(tmp_path / "shards", rows_per_shard=2)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+def test_a_full_disk_names_the_file(most, name, full_disk, tmp_path):
+    """That of the data, or the manifest, which is longer than all others."""
+    with full_disk(most), pytest.raises(OSError, match=rf"File too large: .*{name}'"):
+        write(tmp_path / "shards", rows_per_shard=2)
 
 
 def test_files_are_plain_npy(folder):

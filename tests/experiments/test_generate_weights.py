@@ -3,7 +3,6 @@
 import os
 import pathlib
 import re
-import resource
 
 import equinox as eqx
 import jax
@@ -109,17 +108,11 @@ def test_samples_are_those_of_their_numbers_labels_and_seed_in_any_batch(command
     np.testing.assert_allclose(np.load("x.npy"), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_a_full_disk_ends_in_one_line_and_leaves_nothing(command, capsys):
-    """As a limit on the length of files does, which raises where a file grows."""
+def test_a_full_disk_ends_in_one_line_and_leaves_nothing(command, full_disk, capsys):
     flags = "--label 7 --number 5"
     command(f"digits.safetensors --to small.npy {flags}")  # then nothing is compiled, and stored, under the limit
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
-    try:
-        with pytest.raises(SystemExit):
-            command(f"digits.safetensors --to x.npy {flags}")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with full_disk(100), pytest.raises(SystemExit):
+        command(f"digits.safetensors --to x.npy {flags}")
     assert "x.npy" in capsys.readouterr().err.splitlines()[-1]
     assert not list(pathlib.Path().glob("x.npy*"))
 

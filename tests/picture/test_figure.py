@@ -1,7 +1,5 @@
 """Texts are drawn as they are, and a picture is written whole or not at all."""
 
-import resource
-
 import numpy as np
 import pytest
 
@@ -31,13 +29,9 @@ def test_dollar_signs_in_texts_are_no_formula(save, tmp_path):
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_full_disk_names_the_picture_and_leaves_none(tmp_path):
-    save, before = CALLS["point panels"], resource.getrlimit(resource.RLIMIT_FSIZE)
+def test_a_full_disk_names_the_picture_and_leaves_none(full_disk, tmp_path):
+    save = CALLS["point panels"]
     save(tmp_path / "before.png")
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
-    try:
-        with pytest.raises(OSError, match=r"File too large: .*picture\.png'"):
-            save(tmp_path / "picture.png")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    with full_disk(100), pytest.raises(OSError, match=r"File too large: .*picture\.png'"):
+        save(tmp_path / "picture.png")
     assert [path.name for path in tmp_path.iterdir()] == ["before.png"]
