@@ -288,7 +288,7 @@ def save_array(job: Job) -> None:
         with open(part, "wb") as file:  # a memory map would end the process if no space is left
             np.lib.format.write_array_header_1_0(file, header)
             for x in job.samples():
-                file.write(np.ascontiguousarray(x, "<f4"))
+                file.write(np.ascontiguousarray(x, "<f4").data)
             file.flush()
             os.fsync(file.fileno())
         part.replace(job.to)
