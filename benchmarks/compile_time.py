@@ -48,7 +48,7 @@ from steps import (
 )
 
 import mf_eqx as mfx
-from mf_eqx import measure, nn, run
+from mf_eqx import measure, nn, picture, run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,7 +168,7 @@ def save_figure(path: Path, costs: dict[Cell, list[measure.Cost]]) -> None:
     panel.set(xlabel="seconds (median)", title="until the first step")
     panel.legend()
     panel.grid(axis="x", alpha=0.3)
-    figure.savefig(path, format="png")
+    picture.save_figure(path, figure)
 
 
 def label(cell: Cell) -> str:

@@ -34,7 +34,7 @@ from jaxtyping import Array, Float
 from steps import DITS, LABELS, LATENT, own_network
 
 import mf_eqx as mfx
-from mf_eqx import nn, run
+from mf_eqx import nn, picture, run
 
 PRECISIONS = ("float32", "bfloat16", "bfloat16 times")
 TIME_SCALES = (1.0, 1000.0)
@@ -248,7 +248,7 @@ def save_figure(path: Path, config: Config, errors: list[Error]) -> None:
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize="small")
     name = f"DiT-{config.model}" if config.network is None else "du/dt"
     figure.suptitle(f"{name}, {config.rows} rows, against float64")
-    figure.savefig(path, format="png")
+    picture.save_figure(path, figure)
 
 
 def main(config: Config) -> None:

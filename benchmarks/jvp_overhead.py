@@ -58,7 +58,7 @@ from steps import (
 )
 
 import mf_eqx as mfx
-from mf_eqx import measure, nn, run
+from mf_eqx import measure, nn, picture, run
 
 # What is asked for
 
@@ -411,7 +411,7 @@ def save_figure(path: Path, groups: list[list[Measurement]]) -> None:
         plane.set_ylim(0, None)
         plane.legend(fontsize="small")
         plane.grid(alpha=0.3)
-    figure.savefig(path, format="png")
+    picture.save_figure(path, figure)
 
 
 def main(config: Config) -> None:

@@ -40,7 +40,7 @@ import toy_2d
 import toy_problems
 
 import mf_eqx as mfx
-from mf_eqx import measure, run
+from mf_eqx import measure, picture, run
 
 FIXED = {"Euler": (mfx.sample_euler, 1), "Heun": (mfx.sample_heun, 2)}  # with evaluations per step
 ADAPTIVE = {"Bosh3": (diffrax.Bosh3(), 3), "Tsit5": (diffrax.Tsit5(), 6)}  # with evaluations per step
@@ -379,7 +379,7 @@ def save_figure(path: Path, judged: list[tuple[Problem, list[Point]]]) -> None:
             legend.append(Line2D([], [], color="grey", label=label, **style_of(sampler)))
         legend.append(Line2D([], [], color="grey", linestyle=":", label=problem.floor_name))
         row[1].legend(handles=legend, fontsize="x-small", loc="center left", bbox_to_anchor=(1, 0.5), handlelength=4)
-    figure.savefig(path, format="png")
+    picture.save_figure(path, figure)
 
 
 def main(config: Config) -> None:

@@ -25,7 +25,7 @@ import jax.random as jr
 from steps import ATTENTIONS, check_device, count_passes, data_shape, DTYPES, LABELS, make_field, MODELS, Setting, UNETS
 
 import mf_eqx as mfx
-from mf_eqx import measure, run
+from mf_eqx import measure, picture, run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +102,7 @@ def save_figure(path: Path, rates: dict[Cell, float]) -> None:
     panel.set_xscale("log", base=2)
     panel.legend()
     panel.grid(alpha=0.3, which="both")
-    figure.savefig(path, format="png")
+    picture.save_figure(path, figure)
 
 
 def main(config: Config) -> None:

@@ -14,7 +14,6 @@ from typing import Any, Literal
 
 import image_samples
 import jax.random as jr
-import numpy as np
 import optax
 import toy_2d
 from ablation_recipes import CLASSES, DIVERGED, Judge, LABEL_DROPOUT, Numbers, Recipe
@@ -201,7 +200,7 @@ def figures_of(
         return {"distance": math.nan}
     if recipe.sampler is not None:
         label, _ = recipe.sampler.columns()
-        np.save(samples(), recipe.sampler(state.averages[0], label, 1, image_samples.PICTURE_SEED))
+        run.save_array(samples(), recipe.sampler(state.averages[0], label, 1, image_samples.PICTURE_SEED))
     return judge.score(state.averages[0], cell.setting)
 
 

@@ -90,7 +90,7 @@ def draw(path: Path, columns: Sequence[Column], ours: str, papers: str) -> None:
         panel.remove()
     title = f"circles: {ours}; lines: mean of seeds; crosses: a training diverged; squares: {papers}"
     figure.suptitle(textwrap.fill(title, 40 * width), fontsize=10)
-    figure.savefig(path, format="png")
+    picture.save_figure(path, figure)
 
 
 def report(config: Study, recipe: Recipe, ledger: run.Ledger, names: Sequence[str]) -> str:

@@ -134,7 +134,7 @@ def run_cells(config: Config, recipe: Recipe, directory: run.RunDirectory) -> No
     # Files have all tables that are complete, also those of earlier runs.
     complete = [name for name in tables(config) if all(key(cell) in ledger for cell in cells_of(config, name))]
     everything = report(config, recipe, ledger, complete)
-    directory.path("results.md").write_text(everything + "\n", encoding="utf-8")
+    run.write_whole(directory.path("results.md"), (everything + "\n").encode())
     save_figure(directory.path("ablations.png"), config, recipe, ledger, complete)
     pictures = ["ablations.png", *save_pictures(config, recipe, directory, complete)]
     text, wall = report(config, recipe, ledger, names), time.perf_counter() - directory.opened

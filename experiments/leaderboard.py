@@ -286,7 +286,7 @@ def train_missing(study: Study, directory: run.RunDirectory, ledger: run.Ledger)
             return {}
         sampler, field = study.sampler(cell.method), state.averages[0]
         shown = sampler(field, sampler.columns()[0], sampler.evaluations[0], image_samples.PICTURE_SEED)
-        np.save(directory.path(samples_name(study.key(cell))), shown)
+        run.save_array(directory.path(samples_name(study.key(cell))), shown)
         made = ((number, sampler(field, label, number, image_samples.JUDGED_SEED)) for number in sampler.evaluations)
         return {str(found.evaluations): figures(found) for found in judge.samples(cell.method, made, search=False)}
 

@@ -254,7 +254,7 @@ def begin(config: Config, made_of: Notes) -> None:
             raise ValueError(f"to must be new, empty, or a folder of latents, but {config.to} has files and no {NOTES}")
         path.parent.mkdir(parents=True, exist_ok=True)
         beside = path.parent.with_name(f".{path.parent.name}.{os.getpid()}.notes")
-        beside.write_text(json.dumps(made_of._asdict(), indent=1) + "\n", encoding="utf-8")
+        run.write_whole(beside, (json.dumps(made_of._asdict(), indent=1) + "\n").encode())
         with contextlib.suppress(FileExistsError):  # another process was faster
             os.link(beside, path)
         beside.unlink()

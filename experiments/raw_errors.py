@@ -34,7 +34,7 @@ from jaxtyping import Array, install_import_hook, Key
 # Shapes and types are checked while the step is traced. JAXTYPING_DISABLE=1 turns this off.
 with install_import_hook("mf_eqx", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"):
     import mf_eqx as mfx
-    from mf_eqx import checkpoint, run
+    from mf_eqx import checkpoint, picture, run
     from mf_eqx.data import DrawRows
 
 GAPS = ("0 to 1/4", "1/4 to 1/2", "1/2 to 3/4", "3/4 to 1")
@@ -133,7 +133,7 @@ def save_figure(path: Path, stages: Sequence[dict[str, Any]]) -> None:
     panels[2].set(title="Frechet distance, one evaluation", xlabel="step", yscale="log")
     for panel in panels:
         panel.grid(alpha=0.3)
-    figure.savefig(path, format="png")
+    picture.save_figure(path, figure)
 
 
 def main(config: Config) -> None:

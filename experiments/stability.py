@@ -34,7 +34,7 @@ from jaxtyping import Array, install_import_hook, Key
 # Shapes and types are checked while the step is traced. JAXTYPING_DISABLE=1 turns this off.
 with install_import_hook("mf_eqx", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"):
     import mf_eqx as mfx
-    from mf_eqx import exact, metrics, run
+    from mf_eqx import exact, metrics, picture, run
     from mf_eqx.data import DrawRows
 
 
@@ -301,7 +301,7 @@ def save_figure(path: Path, config: Config, results: Mapping[Cell, Result]) -> N
             panel.set_title(remedy, fontsize="small")
             panel.grid(alpha=0.3)
             panel.tick_params(labelsize="x-small")
-    figure.savefig(path, format="png")
+    picture.save_figure(path, figure)
 
 
 def main(config: Config) -> None:

@@ -37,7 +37,7 @@ with install_import_hook("mf_eqx", "beartype.beartype(conf=beartype.BeartypeConf
     import gradient_moments as gm
 
     import mf_eqx as mfx
-    from mf_eqx import metrics, run
+    from mf_eqx import metrics, picture, run
 
 GIVEN = {"conditional": gm.CONDITIONAL, "references": gm.STABLE}
 LINES = {"conditional": "-", "references": "--"}
@@ -263,7 +263,7 @@ def save_figure(path: Path, config: Config, results: Mapping[Cell, Result], foun
         panel.grid(alpha=0.3)
         panel.legend(fontsize="x-small")
         panel.title.set_fontsize("medium")
-    figure.savefig(path, format="png")
+    picture.save_figure(path, figure)
 
 
 if __name__ == "__main__":

@@ -217,4 +217,4 @@ def save_error_against_time(path: Path, panels: Mapping[str, tuple[Sequence[Entr
         panel.set_ylim(top=min(panel.get_ylim()[1], HIGHEST))
         panel.grid(alpha=0.3, which="both")
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right center", fontsize="small")
-    figure.savefig(path, format="png")
+    picture.save_figure(path, figure)

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
+import numpy as np
+
 _READ_BYTES = 1 << 20
 
 _TEMPORARY_SUFFIX = ".part"
@@ -38,6 +40,13 @@ def write_whole(path: str | Path, *pieces: bytes | memoryview) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def save_array(path: str | Path, array: np.ndarray) -> None:
+    """Write an array as a .npy file. **Raises:** as `write_whole` does; `ValueError` for arrays of Python objects."""
+    content = io.BytesIO()
+    np.save(content, array, allow_pickle=False)
+    write_whole(path, content.getbuffer())
 
 
 def check_writable(path: str | Path) -> None:

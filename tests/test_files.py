@@ -5,6 +5,7 @@ import sys
 import threading
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from mf_eqx import checkpoint, data, metrics, released, run, vae
@@ -15,6 +16,24 @@ def test_file_and_its_folders_are_made(tmp_path):
     write_whole(tmp_path / "a" / "b" / "file", b"content")
     assert (tmp_path / "a" / "b" / "file").read_bytes() == b"content"
     assert [entry.name for entry in (tmp_path / "a" / "b").iterdir()] == ["file"]
+
+
+def test_an_array_is_read_back(tmp_path):
+    run.save_array(tmp_path / "a" / "x.npy", np.arange(6.0).reshape(2, 3).T)
+    np.testing.assert_array_equal(np.load(tmp_path / "a" / "x.npy"), [[0, 3], [1, 4], [2, 5]])
+
+
+def test_an_array_on_a_full_disk_is_named_and_its_file_keeps_what_it_had(full_disk, tmp_path):
+    run.save_array(tmp_path / "x.npy", np.ones(1))
+    with full_disk(200), pytest.raises(OSError, match=r"File too large: .*x\.npy'"):
+        run.save_array(tmp_path / "x.npy", np.zeros(100))
+    np.testing.assert_array_equal(np.load(tmp_path / "x.npy"), np.ones(1))
+
+
+def test_an_array_of_python_objects_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="Object arrays cannot be saved"):
+        run.save_array(tmp_path / "x.npy", np.array([{}]))
+    assert not (tmp_path / "x.npy").exists()
 
 
 @pytest.mark.parametrize("step", ["fsync", "replace"])

@@ -8,7 +8,10 @@ from .._files import write_whole
 
 
 def save_figure(path: str | Path, figure: Any) -> None:
-    """Write a figure as a PNG file, whole or not at all."""
+    """Write any figure of matplotlib as a PNG file, whole or not at all. Folders above it are made.
+
+    **Raises:** `OSError` that names the file if it cannot be written.
+    """
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi="figure")
     write_whole(path, content.getvalue())

@@ -36,7 +36,12 @@ This module is imported explicitly (`from mf_eqx import run`). Plots are in `mf_
 missing, the error says what to install.
 """
 
-from .._files import check_writable as check_writable, sha256_of_file as sha256_of_file
+from .._files import (
+    check_writable as check_writable,
+    save_array as save_array,
+    sha256_of_file as sha256_of_file,
+    write_whole as write_whole,
+)
 from .._json import read_json_object as read_json_object
 from .._optional import MissingDependency as MissingDependency, optional as optional, require as require
 from ._cells import announce as announce, train_cells as train_cells, Training as Training
