@@ -213,7 +213,8 @@ def save_error_against_time(path: Path, panels: Mapping[str, tuple[Sequence[Entr
             means = np.mean(values, axis=1)
             bars = np.abs(np.stack([means - np.min(values, axis=1), np.max(values, axis=1) - means]))
             panel.errorbar(seconds, means, bars, label=method, markersize=5, linewidth=1, capsize=2, **styles[method])
-        panel.set(xscale="log", yscale="log", title=data, xlabel="CPU seconds of training", ylabel="error of u")
+        panel.set(xscale="log", yscale="log", xlabel="CPU seconds of training", ylabel="error of u")
+        panel.set_title(data, parse_math=False)  # a file's name may have dollar signs
         panel.set_ylim(top=min(panel.get_ylim()[1], HIGHEST))
         panel.grid(alpha=0.3, which="both")
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right center", fontsize="small")
