@@ -166,7 +166,7 @@ class CentralDifference(AbstractDerivative):
         key: Key[Array, ""] | None,
     ) -> tuple[Values, Values]:
         r, t = as_times(r, t, z)
-        u = with_checked_shapes(field(z, r, t, condition, key=key), z)
+        u = with_checked_shapes(field(z, r, t, condition, key=key), z, several=_has_several_outputs(field))
         inputs = (u, z, r, t, tangent[0])
         teacher, (z, r, t, condition), (dz, dr, dt) = stopped((field, (z, r, t, condition), tangent))
 
@@ -220,7 +220,13 @@ def _jvp(
     def rate(u: Array, rate: Array | None) -> Array:
         return jnp.zeros_like(u) if rate is None else rate  # None: u does not depend on z, r or t
 
-    return with_checked_shapes(u, z), jax.tree.map(rate, u, dudt, is_leaf=lambda node: node is None)
+    return with_checked_shapes(u, z, several=_has_several_outputs(field)), jax.tree.map(
+        rate, u, dudt, is_leaf=lambda node: node is None
+    )
+
+
+def _has_several_outputs(field: AbstractField | WithVelocity) -> bool:
+    return not isinstance(field, AbstractField)
 
 
 def _is_attention(node: object) -> bool:

@@ -137,12 +137,15 @@ def stopped(tree: _Tree) -> _Tree:
     return jax.tree.map(lambda leaf: jax.lax.stop_gradient(leaf) if eqx.is_inexact_array(leaf) else leaf, tree)
 
 
-def with_checked_shapes(u: _Tree, z: Float[Array, "*data"], name: str = "field") -> _Tree:
-    """`u`, what a field, or the function of this name, returned at `z`.
+def with_checked_shapes(u: _Tree, z: Float[Array, "*data"], name: str = "field", *, several: bool = False) -> _Tree:
+    """`u`, what a field, or the function of this name, returned at `z`: one array, or `several` in a PyTree.
 
     **Raises:** `ValueError` unless all its arrays have the shape of `z`, and are real.
     """
-    if not (leaves := jax.tree.leaves(u)):
+    leaves = jax.tree.leaves(u)
+    if not several and leaves and leaves[0] is not u:
+        raise ValueError(f"{name} must return one array of the shape of z, {z.shape}, got {eqx.tree_pformat(u):.100}")
+    if not leaves:
         raise ValueError(f"{name} must return the shape of z, {z.shape}, got {u}")
     if wrong := [jnp.shape(leaf) for leaf in leaves if jnp.shape(leaf) != z.shape]:
         raise ValueError(f"{name} must return the shape of z, {z.shape}, got {wrong[0]}")

@@ -231,6 +231,7 @@ class Objective(AbstractObjective):
         if self.identity is None and share != 0:
             raise ValueError(f"identity_share must be 0 without an identity (Flow Matching), got {share}")
         facts, name = self._facts, type(self.identity).__name__
+        check_kind(f"facts of {name}", facts, Facts)
         if share == 1 and facts.degenerate:
             raise ValueError(f"identity_share must be below 1 for {name}, which does not fix u(z, t, t); got {share}")
         if facts.group > 1 and not isinstance(self.identity, AbstractIdentityWithLoss):
@@ -426,7 +427,7 @@ class Objective(AbstractObjective):
             residual = with_checked_shapes(identity.residual(field, row), row.z, name)
             return self._term(at_least_float32(residual), row)
         values: Any = tuple(identity.residual_and_values(field, row))
-        residual, u, v = with_checked_shapes(values, row.z, name)
+        residual, u, v = with_checked_shapes(values, row.z, name, several=True)
         velocity_residual = None if v is None else at_least_float32(v) - row.v
         return self._term(at_least_float32(residual), row, at_least_float32(u), velocity_residual)
 
@@ -495,7 +496,8 @@ def _average_and_velocity(field: AbstractField, row: Row) -> tuple[Float[Array, 
     if not has_velocity_head(field):
         return at_least_float32(with_checked_shapes(row.evaluate(field, row.z, row.t, row.t), row.z)), None
     condition = condition_at(row.condition, row.t, row.t)
-    u, v = with_checked_shapes(field.with_velocity(row.z, row.t, row.t, condition, key=row.key), row.z)
+    pair = field.with_velocity(row.z, row.t, row.t, condition, key=row.key)
+    u, v = with_checked_shapes(pair, row.z, several=True)
     return at_least_float32(u), at_least_float32(v)
 
 

@@ -181,7 +181,8 @@ class Drawing:
         x = at_least_float32(example.x)
         r, t = (jnp.asarray(time, x.dtype) for time in self._draw_times(times_key))
         eps = jr.normal(eps_key, x.shape, x.dtype)
-        z, v = with_checked_shapes(tuple(self.path.state_and_velocity(x, eps, t)), x, type(self.path).__name__)
+        pair = tuple(self.path.state_and_velocity(x, eps, t))
+        z, v = with_checked_shapes(pair, x, type(self.path).__name__, several=True)
         dropped, condition = jnp.asarray(False), example.condition
         if self.label_dropout is not None and self.drop_probability > 0:
             dropped = jr.bernoulli(drop_key, self.drop_probability)

@@ -212,6 +212,31 @@ def test_network_that_is_called_in_another_way_is_refused_with_the_way(use, make
         use(make())
 
 
+class Pair(AbstractField):
+    """Returns more than the average velocity."""
+
+    def __call__(self, z, r, t, condition=None, *, key=None):
+        return z, {"velocity": z}
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    "use",
+    [
+        USES["Objective"],
+        USES["sample"],
+        lambda field: mfx.total_derivative(field, jnp.ones(2), jnp.ones(2), 0.1, 0.9),
+        lambda field: mfx.Objective(velocity=field)(
+            mfx.MLP(2, key=jr.key(0)), mfx.Batch(jnp.ones((4, 2))), key=jr.key(0)
+        ),
+    ],
+    ids=["loss", "sample", "derivative", "velocity"],
+)
+def test_network_that_returns_more_than_one_array_is_refused_with_what_it_returns(use):
+    with pytest.raises(ValueError, match=r"must return one array of the shape of z, \(2,\), got \(f\d\d\[2\], {"):
+        use(Pair())
+
+
 @pytest.mark.parametrize("use", [USES["Objective"], USES["sample"], USES["sample_heun"]])
 def test_network_that_returns_another_shape_is_refused_with_both(use):
     with pytest.raises(ValueError, match=r"field must return the shape of z, \(2,\), got \(1,\)"):

@@ -1064,6 +1064,13 @@ class OuterValues(AbstractIdentityWithVelocity):
         return row.v, row.v[None], None
 
 
+class TwoResiduals(AbstractIdentity):
+    facts = Facts()
+
+    def residual(self, field, row):
+        return row.v, row.z
+
+
 class ByDimension(AbstractWeight):
     def __call__(self, error, row):
         return jnp.full(row.z.shape, 1.0)
@@ -1090,6 +1097,10 @@ class PairOfTimes(AbstractTimes):
             r"the loss of OuterLoss must be a real floating-point scalar, got",
         ),
         ({"identity": OuterValues()}, r"OuterValues must return the shape of z, (3,), got (1, 3)"),
+        (
+            {"identity": TwoResiduals()},
+            r"TwoResiduals must return one array of the shape of z, (3,), got (f64[3], f64[3])",
+        ),
         ({"weight": ByDimension()}, r"a weight of ByDimension must be a real scalar, got float64 of shape (3,)"),
         (
             {"time_pairs": TimePairs(PairOfTimes())},
@@ -1097,7 +1108,18 @@ class PairOfTimes(AbstractTimes):
         ),
         ({"boundary_times": PairOfTimes()}, r"a time of PairOfTimes must be a real scalar, got float64"),
     ],
-    ids=["residual", "with loss", "of a group", "loss", "loss of a group", "values", "weight", "times", "boundary"],
+    ids=[
+        "residual",
+        "with loss",
+        "of a group",
+        "loss",
+        "loss of a group",
+        "values",
+        "two",
+        "weight",
+        "times",
+        "boundary",
+    ],
 )
 def test_own_parts_that_return_another_shape_are_refused_by_name(parts, message):
     """They would broadcast, silently, to a wrong loss."""
