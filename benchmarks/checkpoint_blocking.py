@@ -35,7 +35,7 @@ class Config:
     megabytes: tuple[int, ...] = (10, 100, 400, 1600)
     """Sizes of the state."""
     rounds: int = 5
-    """Saves of each."""
+    """Timed saves of each state."""
     quick: bool = False
     """10 and 100 MB, three rounds."""
     name: str | None = None

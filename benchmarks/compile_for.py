@@ -66,7 +66,7 @@ class Config:
     """A network of your own in place of `model`, `dtype`, `form`, `remat` and `attention`, as mine.py:Net, see
     compile_time.py. One that asks JAX for its backend, as a DiT without `unroll` does, hears of this machine's CPU."""
     shape: tuple[int, ...] = ()
-    """Of one row for that network, such as 3 64 64."""
+    """Shape of one row for the network of --network, such as 3 64 64."""
     variant: tuple[str, ...] = ("MeanFlow",)
     """Steps, by the names of `steps.py`."""
     identity: str | None = None

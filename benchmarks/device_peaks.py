@@ -29,7 +29,7 @@ class Config:
     size: int = 0
     """Rows of the square matrices; 0 for 8192, or 2048 on a CPU."""
     megabytes: int = 0
-    """Of the array that is copied; 0 for 1024, or 64 on a CPU."""
+    """Size in MiB of the array that is copied; 0 for 1024, or 64 on a CPU."""
     calls: int = 0
     """Products or copies in one round; 0 for 16, or 1 on a CPU."""
     rounds: int = 15

@@ -53,7 +53,7 @@ class Config:
     conditions are labels from 0 to 999. For the reference its parameters are made float64, and all that it computes
     has to follow."""
     shape: tuple[int, ...] = ()
-    """Of one row for that network, such as 3 64 64."""
+    """Shape of one row for the network of --network, such as 3 64 64."""
     rows: int = 32
     """Rows (z, r, t) at which du/dt is compared."""
     steps: tuple[float, ...] = (1e-1, 3e-2, 1e-2, 5e-3, 2e-3, 1e-3, 3e-4, 1e-4)
@@ -61,7 +61,7 @@ class Config:
     shown_step: float = 5e-3
     """The step that stands in the table."""
     seed: int = 0
-    """Of parameters and rows."""
+    """Seed of parameters and rows."""
     name: str | None = None
     """Name of the run below runs/jvp_accuracy/; by default the time of day."""
 

@@ -93,7 +93,7 @@ class Config:
     Net(shape, key=key), as Net(size, key=key) where the shape is one number. Its conditions are labels from 0 to 999,
     1000 for "no label", which it may ignore. XLA's count, which needs programs without loops, is left out."""
     shape: tuple[int, ...] = ()
-    """Of one row for that network, such as 3 64 64."""
+    """Shape of one row for the network of --network, such as 3 64 64."""
     identity: str | None = None
     """A method of your own besides `variant`, as mine.py:Mix: a subclass of mf_eqx.AbstractIdentity that can be made
     without arguments. If its facts do not state its passes, its program is counted as it is traced."""

@@ -79,7 +79,7 @@ class Config:
     rounds: int = 5
     """Rounds that are timed."""
     seed: int = 0
-    """Of the trainings."""
+    """Seed of the trainings."""
     quick: bool = False
     """Train 600 steps on a toy set and 300 on digits, generate 1000 samples of a toy set, try fewer samplers, and time
     3 rounds."""

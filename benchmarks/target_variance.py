@@ -50,7 +50,7 @@ class Config:
     data_rows: int = 6000
     """Rows of a data set, or as many as it has; at most 16,384."""
     rows: int = 256
-    """Rows over which is averaged."""
+    """Number of rows over which the variance is averaged."""
     name: str | None = None
     """Name of the run below runs/target_variance/; by default the time of day."""
 

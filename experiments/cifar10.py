@@ -57,13 +57,13 @@ class Config(run.Settings):
     width: int = 128
     """Channels of the U-Net, times one of multipliers per resolution; a multiple of 4."""
     multipliers: tuple[int, ...] = (2, 2, 2)
-    """Of the width at 32 x 32 pixels, 16 x 16, ..."""
+    """Factors of the width at 32 x 32 pixels, 16 x 16, ..."""
     blocks: int = 4
     """Residual blocks per resolution going down; one more going up."""
     attention: tuple[int, ...] = (16,)
     """Resolutions with attention, beside the middle."""
     dropout: float = 0.2
-    """Rate within residual blocks; active under the JVP too."""
+    """Dropout rate within residual blocks; active under the JVP too."""
     learning_rate: float = 6e-4
     """Adam's learning rate, constant after the warm-up."""
     betas: tuple[float, float] = (0.9, 0.999)

@@ -2,7 +2,7 @@
 
     python experiments/digits.py                      330 to 450 seconds on 2 busy CPU cores
     python experiments/digits.py --preset guided      about 5 minutes
-    python experiments/digits.py --preset any-guidance    twice that; one network, its guidance chosen at sampling
+    python experiments/digits.py --preset any-guidance    about 10 minutes; one network, its guidance chosen at sampling
     python experiments/digits.py --compare            Flow Matching beside it, twice the time
     python experiments/digits.py --dry-run            what would be trained, where, and in how much memory
 

@@ -77,7 +77,7 @@ class Config:
     """What samples are compared with: archive or folder of CIFAR-10 (its training images), folder of shards, folder of
     images; or moments (.npz), which suffice for the FID alone."""
     reference_count: int | None = None
-    """Images of the reference to take, in equal distances; by default all."""
+    """Number of images of the reference to take, evenly spaced; by default all."""
     save_reference: str = ""
     """File (.npz) for the moments of the reference's images; an older one is replaced."""
     samples: int = 50_000

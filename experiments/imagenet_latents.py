@@ -88,7 +88,7 @@ class Config(run.Settings):
     depth: int = 12
     """Blocks of the DiT."""
     width: int = 768
-    """Width of its tokens, a multiple of heads and of 4."""
+    """Width of the tokens, a multiple of heads and of 4."""
     heads: int = 12
     """Attention heads."""
     patch: int = 2
@@ -162,7 +162,7 @@ class Config(run.Settings):
             raise ValueError(f"warmup_epochs must be >= 0 and finite, got {self.warmup_epochs}")
         check_improved(self)
         if self.cudnn and not self.bfloat16:
-            raise ValueError("cudnn must be given with bfloat16, got float32")
+            raise ValueError("bfloat16 must be given with cudnn, got float32")
         # What the parts themselves refuse is refused here, where a flag can be named.
         mfx.check_batch_size(self.batch, objective(self, 1000).identity_share)
         mfx.ExponentialAverage(self.decay)

@@ -89,7 +89,7 @@ class Config(image_sources.Settings):
     attention: tuple[int, ...] = ()
     """Resolutions of the U-Net with attention, given by their rows of pixels; the middle always has attention."""
     dropout: float = 0.0
-    """Rate within the U-Net's blocks."""
+    """Dropout rate within the U-Net's blocks."""
     start: str = ""
     """Weights or checkpoints of the same network to start from: a .safetensors file, or the directory of a run."""
     steps: int = run.setting(24_000)

@@ -85,7 +85,7 @@ class Config(run.CellSettings):
     power: float = images.PRESETS["quick"][1].power
     """Power p of the adaptive weight (Eq. 22) with the common settings, >= 0; 0 leaves it out for all methods."""
     seeds: int = 1
-    """Trainings of each, from seeds 0, 1, ..."""
+    """Trainings of each method, from seeds 0, 1, ..."""
     steps: int = 3000
     """Training steps of MeanFlow with the common settings. All other trainings have as many as cost the same
     operations."""
@@ -130,7 +130,7 @@ def weighted(identity: mfx.AbstractIdentity | None) -> bool:
 
     Where rows with r < t do not use the velocity v of the data, their errors are free of its noise and soon far below
     those of rows with r = t. A weight that favours small errors lets such rows win, though wrong fields, such as u = 0,
-    solve most of these equations, too. With p = 0.5 five of these methods learnt nothing on Fashion-MNIST (RESULTS.md).
+    solve most of these equations, too. With p = 0.5 four of these methods learnt nothing on Fashion-MNIST (RESULTS.md).
     """
     return identity is not None and identity.facts.uses_velocity
 

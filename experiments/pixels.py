@@ -66,9 +66,9 @@ class Config(image_sources.Settings):
     depth: int = 16
     """Blocks of the network in use."""
     head_depth: int = 8
-    """How many of them are those of u alone; v has as many more, in training."""
+    """How many of the blocks are those of u alone; v has as many more, in training."""
     width: int = 768
-    """Width of its tokens, a multiple of heads."""
+    """Width of the tokens, a multiple of heads."""
     heads: int = 12
     """Attention heads, of a size that is a multiple of 4."""
     patch: int = 16

@@ -78,7 +78,7 @@ class Config(run.Settings):
     """Steps from one computation of a Frechet distance's eigenvalues to the next. Between them the distance is
     replaced by a lower bound, since with pixels and lite0 eigenvalues are half of a step on a CPU. 1 for every step."""
     reference: int = 10_000
-    """Most training images whose features are the reference of Frechet distances."""
+    """Largest number of training images whose features are the reference of Frechet distances."""
     scales: tuple[float, ...] = (0.02, 0.05, 0.2)
     """Scales of drifting, in units of the mean distance of features."""
     steps: int = 300

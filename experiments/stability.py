@@ -150,14 +150,14 @@ class Config(run.CellSettings):
     """none; rate / 4; long warm-up (a quarter of the training); clipped gradients (norm 1); unit steps (p = 1/2, c =
     0.01); short gaps first; references; QK-norm (of the DiT)."""
     seeds: int = 2
-    """Trainings of each, from seeds 0, 1, ..."""
+    """Trainings of each case and remedy, from seeds 0, 1, ..."""
     parts: float = 1.0
     """Factor of the numbers of steps: 3000 on the checkerboard, 600 on digits."""
     log_every: int = 25
     """Steps between lines of each cell's metrics.jsonl, in which spikes are counted."""
     most_faults: int = 10**6
-    """Steps in a row without a finite loss and gradient after which the run stops. Such a step leaves the state
-    unchanged; a training that diverges is judged by its last finite state, and the table says so."""
+    """Steps in a row without a finite loss and gradient after which the run stops, by default never. Such a step leaves
+    the state unchanged; a training that diverges is judged by its last finite state, and the table says so."""
 
     def __post_init__(self):
         self.check(seeds=1)

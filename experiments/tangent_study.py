@@ -55,7 +55,7 @@ class Config(run.CellSettings):
     tangents: tuple[float, ...] = (0.0, 0.06, 0.25, 0.5, 0.75, 0.94, 1.0)
     """Parts b of the given velocity v in the tangent b v + (1 - b) u(z, t, t)."""
     seeds: int = 3
-    """Trainings of each, from seeds 0, 1, ..."""
+    """Trainings of each setting, from seeds 0, 1, ..."""
     steps: int = 4000
     """Training steps of each."""
     stages: tuple[int, ...] = (500, 2000, 5000)

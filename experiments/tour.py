@@ -77,7 +77,7 @@ real = exact.draw(data, 4000, jr.key(1))
 # A *field* is a network that takes (z, r, t). An *objective* says what it has to satisfy: on rows with r = t it is told
 # the velocity, as in Flow Matching; on the others, here half of them, the equation of a method must hold. Most settings
 # below are for toys in the plane. `StableTarget` estimates the velocity from 512 data points instead of one, which
-# takes most of the noise out of the target. For images, start from the defaults: `mfx.Objective()`.
+# takes most of the noise out of the target. The README has settings for images; the defaults are for latents.
 
 
 # %%

@@ -119,7 +119,7 @@ class Config(run.CellSettings):
     """common: those below for every method; paper: the share, times and weight of each method's own paper, for methods
     whose paper's are known."""
     seeds: int = 1
-    """Trainings of each, from seeds 0, 1, ..."""
+    """Trainings of each method, from seeds 0, 1, ..."""
     steps: int = 3000
     """Training steps."""
     shorter: tuple[float, ...] = (0.25,)
@@ -141,9 +141,9 @@ class Config(run.CellSettings):
     dit_depth: int = 2
     """Blocks of that DiT."""
     dit_batch: int = 64
-    """Rows per step for it, each with 32 draws of the mixture: two in each of its 16 tokens."""
+    """Rows per step for that DiT, each with 32 draws of the mixture: two in each of its 16 tokens."""
     dit_learning_rate: float = 3e-3
-    """Peak of Adam's learning rate for it."""
+    """Peak of Adam's learning rate for that DiT."""
     references: int = 512
     """Data points from which each step estimates the velocity with less variance, drawn from 65,536 (fewer in 64
     dimensions) that are drawn once; 0 for the conditional velocity. Methods that learn from pairs of data and noise
@@ -180,8 +180,8 @@ class Config(run.CellSettings):
     rows: int = 2000
     """Rows (z, r, t) at which fields are held against the truth."""
     most_faults: int = 10**6
-    """Steps in a row without a finite loss and gradient after which the run stops. Such a step leaves the state
-    unchanged; a method that diverges is judged by its last finite state, and the table says so."""
+    """Steps in a row without a finite loss and gradient after which the run stops, by default never. Such a step leaves
+    the state unchanged; a method that diverges is judged by its last finite state, and the table says so."""
     name: str = ""
     """Directory below runs/toy_2d/, by default one that all runs share: finished cells are found there."""
     quick: bool = False

@@ -48,7 +48,7 @@ class Config(run.CellSettings):
     offsets: tuple[float, ...] = (0.01, 1.0)
     """Offsets c, in squared units of the data, summed over both dimensions."""
     seeds: int = 2
-    """Trainings of each."""
+    """Trainings of each setting, from seeds 0, 1, ..."""
     steps: int = 4000
     """Training steps."""
     samples: int = 2000

@@ -64,9 +64,9 @@ class PowerLawScales(eqx.Module):
 class DrawnGuidance(AbstractGuidance):
     r"""Guidance of the training target by a scale and an interval that are drawn for each row and given to the field.
 
-    The field gets a `GuidanceCondition` in place of the condition, so it must be made for it: `InContextDiT`, `DiT` or
-    `MLP` with `guidance=True`, or a network of your own. Sample with such a condition, or by `WithGuidance`. The
-    defaults are the paper's draws.
+    The field gets a `GuidanceCondition` in place of the condition, so it must be made for it: `InContextDiT`, `DiT`,
+    `UNet` or `MLP` with `guidance=True`, or a network of your own. Sample with such a condition, or by `WithGuidance`.
+    The defaults are the paper's draws.
 
     On rows with r = t, where an interval would decide no more than whether the row is guided, it is [0, 1].
 

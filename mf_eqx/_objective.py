@@ -164,8 +164,9 @@ def _as_terms(terms: Sequence[PerceptualTerm]) -> tuple[PerceptualTerm, ...]:
 
 
 class Objective(AbstractObjective):
-    r"""A boundary condition and an identity (Alg. 1, Eq. 9 to 11 with `MeanFlow`). The defaults are the paper's for
-    ImageNet; `Objective(method, **method.facts.paper_settings)` has those of another method's paper, if they are known.
+    r"""A boundary condition and an identity (with `MeanFlow`: Alg. 1 and Eq. 9 to 11 of arXiv 2505.13447). The defaults
+    are that paper's for ImageNet; `Objective(method, **method.facts.paper_settings)` has those of another method's
+    paper, if they are known.
 
     `Objective(identity=None, identity_share=0)` is Flow Matching.
 

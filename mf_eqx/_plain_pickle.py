@@ -46,7 +46,7 @@ class Function:
         return self._function(*arguments)
 
     def __setstate__(self, state: Any) -> None:
-        raise TypeError("state is set of a function")
+        raise TypeError("a function has no state to set")
 
 
 def load_plain_pickle(

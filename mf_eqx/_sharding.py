@@ -15,11 +15,11 @@ forward and again backward, and the gradient of a block is summed over devices a
 
     (parameters + optimiser + averages + gradients) / fsdp + two whole blocks + what its own rows need
 
-where gradients count twice if they are summed over kinds of rows, over micro-batches, or over several copies of the
-parameters. Gathered for the whole step are parameters outside of stacks, stacked leaves of which `fsdp` divides no axis
-but the first, and all parameters for an objective that is no mean over rows (`AbstractObjective.divisor`). This was
-checked on simulated CPU devices, and for XL/2 by the memory analysis of XLA's compilers for CPUs, GPUs and TPUs; no GPU
-or TPU has run it yet.
+where gradients count twice if they are summed over several copies of the parameters or, for parameters outside of loops
+over blocks or of less than float32, over kinds of rows or micro-batches. Gathered for the whole step are parameters
+outside of stacks, stacked leaves of which `fsdp` divides no axis but the first, and all parameters for an objective
+that is no mean over rows (`AbstractObjective.divisor`). This was checked on simulated CPU devices, and for XL/2 by the
+memory analysis of XLA's compilers for CPUs, GPUs and TPUs; no GPU or TPU has run it yet.
 
 No result depends on the mesh, up to the order of sums: every random number depends on the row's index in the global
 batch.

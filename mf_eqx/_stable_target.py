@@ -53,7 +53,7 @@ class StableTarget(eqx.Module):
       their own label, and with all where the condition was dropped. None for data without conditions. Other conditions
       than one label have no such target: hardly two rows of data share the same vector.
     - `number`: None to use all references at every step; or how many of them a step draws at random, with replacement
-      and the same ones for all its rows. References of all labels count.
+      and the same ones for all its rows: so many of all labels together.
 
     Up to 8 dimensions the differences of all rows of a batch and all references are in memory. Above, distances of
     references come from products, rounded to about 1e-3 of the extent of the data: at times at which the noise is not

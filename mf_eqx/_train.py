@@ -148,8 +148,8 @@ class TrainStep(eqx.Module):
       Transformations that make one update from several steps (`optax.MultiSteps`) are refused, and so are those that
       need the loss as a function of the parameters (line searches, estimates of the Hessian). Rules that depend on a
       whole array must know the axis along which a `mf_eqx.nn.Stack` stacks its blocks: see `mf_eqx.nn.per_block`.
-      Labels and masks (`optax.multi_transform`, `optax.masked`) are given as functions of the parameters: optax takes a
-      PyTree of them that is a field for such a function, since fields can be called.
+      Give labels and masks (`optax.multi_transform`, `optax.masked`) as functions of the parameters: a PyTree of them
+      that has the structure of a field can be called, so that optax would call it.
     - `averages`: of the parameters, updated after each step.
     - `teacher`: None, or what the objective gets as `Context.teacher`: one of the averages, given by its number, or a
       frozen field, which is neither trained nor averaged nor part of the state. It must be None if the objective learns

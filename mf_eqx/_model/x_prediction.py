@@ -22,7 +22,7 @@ class XPrediction(AbstractFieldWithVelocity):
     $$u(z, r, t) = \frac{z - x_u(z, r, t)}{\max(t, t_0)}, \qquad v(z, t) = \frac{z - x_v(z, t)}{\max(t, t_0)}$$
 
     with $x_u$ the output of `field`, and $x_v$ that of its velocity head, if it has one. For t >= t_0 nothing is lost:
-    of $x_u = z - t u$ it makes u again. Below t_0 the division is bounded, so that u is t / t_0 times as large; methods
+    from $x_u = z - t u$ it recovers u. Below t_0 the division is bounded, so that u is t / t_0 times as large; methods
     that train there need targets that are bounded alike, those of an `Objective` with the same `smallest_time`.
 
     **Arguments:** `field` whose outputs are data; `smallest_time` the $t_0$, 0.05 in the paper.

@@ -135,7 +135,7 @@ class Checkpoints:
         there = set(_from_first_process(self.steps())) - self._passed_over
         if later := [str(number) for number in sorted(there) if number > step]:
             raise ValueError(
-                f"step must not be before those in {self.directory}, got {step} and there {listed(later)}: to go on "
+                f"step must not be before those in {self.directory}, {listed(later)}, got {step}: to go on "
                 "from an earlier step, move the later ones away first, or save into another directory"
             )
         state = jax.tree.map_with_path(_as_jax, state)

@@ -1,4 +1,5 @@
-"""Building blocks for fields: plain layers that act on the last axis and support forward-mode differentiation."""
+"""Building blocks for fields: layers, embeddings, attention and stacks of blocks, which `mf_eqx` can differentiate in
+forward mode, and what optimisers need to know of them."""
 
 from ._attention import (
     AbstractAttention as AbstractAttention,

@@ -174,7 +174,7 @@ def test_step_before_those_in_the_directory_is_refused(tmp_path):
     """The next load would return the state of another branch of the training."""
     checkpoints = saved(tmp_path, 10, 20, 30)
     assert checkpoints.load(State, step=10).step == 10
-    with pytest.raises(ValueError, match=r"step must not be before those in .*, got 15 and there 20, 30: to go on"):
+    with pytest.raises(ValueError, match=r"step must not be before those in .*, 20, 30, got 15: to go on"):
         checkpoints.save(15, State(15))
     for step in (20, 30):
         checkpoints.path(step).rename(tmp_path / f"before-{step}")

@@ -337,7 +337,7 @@ def save_weights(path):
         ("--interval 0 0.5", r"--interval must be left out without guidance, got \(0.0, 0.5\)"),
         ("--images images", "--images must be left out without vae, which decodes samples, got images"),
         ("--test images", "--test must be left out without images, got images"),
-        ("--cudnn", "--cudnn must be given with bfloat16, got float32"),
+        ("--cudnn", "--bfloat16 must be given with cudnn, got float32"),
         ("--preset B/3", "--preset must be one of B/4, B/2, M/2, L/2, XL/2, XL/2"),
     ],
 )
