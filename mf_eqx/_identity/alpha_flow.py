@@ -8,8 +8,7 @@ The paper weighs the squared residual of this, $S$, by $\alpha / (S + c)$. Here 
 is then MeanFlow's with $(1 - \alpha) (u - u(z_s, r, s)) / \alpha$ for $(t - r)\, du/dt$ (in bfloat16 mostly rounding at
 a small $\alpha$: compute in float32). The weight $1 / (S / \alpha^2 + c)$ on its square gives the paper's gradient with
 offset $\alpha^2 c$; with a fixed offset that gradient would vanish as $\alpha \to 0$. The authors' code adds c = 0.001
-to the *mean* over dimensions; `paper_settings` (those of B/2; for XL/2 half of the rows carry the identity) add it to
-the sum.
+to the *mean* over dimensions; `paper_settings` (of B/2; for XL/2 half of the rows carry the identity) to the sum.
 
 Source: AlphaFlow: Understanding and Improving MeanFlow Models, Zhang, Siarohin, Menapace, Vasilkovsky, Tulyakov, Qu,
 Skorokhodov, 2025, arXiv 2510.20771.
