@@ -83,7 +83,8 @@ class Config:
     samples: int = 50_000
     """Images to generate for each row of the table."""
     evaluations: tuple[int, ...] = ()
-    """Numbers of equal steps from noise to data, a row for each; 1 if no times are given either."""
+    """Numbers of equal steps from noise to data, a row for each; 1 if no times are given either. A consistency model,
+    whose u was trained at r = 0 alone, goes to the data in each of them and takes new noise before the next."""
     times: tuple[float, ...] = ()
     """The times of the steps of one more row, falling from 1 to 0."""
     euler: bool = False

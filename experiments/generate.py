@@ -64,7 +64,8 @@ class Config:
     untrained_guidance: bool = False
     """Allow scales and an interval that were not drawn in training, for a network that takes guidance as an input."""
     evaluations: int | None = None
-    """Number of equal steps from noise to data; by default 1, or 32 with --euler."""
+    """Number of equal steps from noise to data; by default 1, or 32 with --euler. A consistency model, whose u was
+    trained at r = 0 alone, goes to the data in each of them and takes new noise before the next."""
     times: tuple[float, ...] = ()
     """The times of the steps, falling from 1 to 0, in place of --evaluations."""
     euler: bool = False
@@ -316,6 +317,7 @@ def described(job: Job) -> str:
     of = ", ".join([f"{subject.network['network']} of {subject.parameters:,} parameters", *notes])
     steps = len(generator.times) - 1
     how = f"{steps} {'Euler step' if generator.method is mfx.sample_euler else 'evaluation'}{'s' * (steps > 1)}"
+    how += ", new noise before each but the first" * (generator.method is mfx.sample_consistency)
     field, guided = generator.field, ""
     if any(isinstance(each.field, mfx.GuidedField | mfx.WithGuidance) for each in job.generators):
         guided = f", guidance {', '.join(f'{scale_of(each):g}' for each in job.generators)}"

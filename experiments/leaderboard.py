@@ -258,7 +258,7 @@ class Study:
             how, evaluations = mfx.sample_euler, EULER_STEPS
         else:
             facts = toy_2d.identities(self.config.identity, 1)[method].facts
-            how, evaluations = mfx.sample, EVALUATIONS[:1] if facts.ends_at_data else EVALUATIONS
+            how, evaluations = mfx.sample_consistency if facts.ends_at_data else mfx.sample, EVALUATIONS
         return image_samples.Sampler(method, how, evaluations, 1, self.labels, self.class_names)
 
 
@@ -356,8 +356,8 @@ def report(study: Study, ledger: run.Ledger, lines: Sequence[Line]) -> str:
         "samples in which the classifier reads the class that was asked for, over all and in the class with the lowest",
         "share. Power: that of the adaptive weight, unless it is the weight of a method's paper. Cost of a step: its",
         "operations divided by those of a step of Flow Matching, which samples by Euler's method. The row of real",
-        "images: training images beside the test images, and what is read in test images. A dash in place of a score:",
-        "the method learns u(z, 0, t) alone, for one evaluation.",
+        "images: training images beside the test images, and what is read in test images. Methods that learn",
+        "u(z, 0, t) alone take new noise before a further evaluation.",
         f"Commits: {', '.join(commits)}.",
     ]
     text = f"{' '.join(sentences)}\n\n{run.table(rows, headers)}"

@@ -3,7 +3,7 @@
 import itertools
 import math
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -139,10 +139,18 @@ def check_steps(subject: Subject, steps: int, *, euler: bool) -> None:
         raise ValueError(f"--euler must be left out for {subject.path}, whose u was not trained at r = t, got --euler")
     if not euler and not trained.average:
         raise ValueError(f"--euler must be given for {subject.path}, whose u was trained at r = t alone, got none")
-    if not euler and trained.ends_at_data and steps > 1:
+    if not euler and trained.one_step and steps > 1:
         rule = "1, or --euler be given," if trained.velocity else "1"
-        reason = "whose averages u(z, r, t) were trained at r = 0 alone"
+        reason = "whose averages u(z, r, t) were trained in one step alone"
         raise ValueError(f"--evaluations must be {rule} for {subject.path}, {reason}, got {steps}")
+
+
+def method_of(subject: Subject, steps: int, *, euler: bool) -> Callable[..., Array]:
+    """How samples are made. A network whose u was trained at r = 0 alone takes new noise before each further step."""
+    trained = subject.notes.trained
+    if not euler and trained is not None and trained.ends_at_data and steps > 1:
+        return mfx.sample_consistency
+    return mfx.sample_euler if euler else mfx.sample
 
 
 def post_trained_evaluations(about: dict[str, Any]) -> int | None:
@@ -221,7 +229,7 @@ def make_generator(
         jr.key(seed),
         field.data_shape,
         times,
-        method=mfx.sample_euler if euler else mfx.sample,
+        method=method_of(subject, len(times) - 1, euler=euler),
         # Convolutions in loops are slow on CPUs; long programs compile for long.
         unroll=isinstance(field, mfx.UNet) and jax.default_backend() == "cpu" and len(times) <= 9,
         **conditions,

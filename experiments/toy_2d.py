@@ -450,7 +450,14 @@ def own_values(config: Config, cell: Cell) -> dict[str, Any]:
 
 def key_of(config: Config, cell: Cell) -> dict[str, Any]:
     """What a judged cell is found by."""
-    return recipe(config, cell) | {name: getattr(config, name) for name in JUDGING}
+    found = recipe(config, cell) | {name: getattr(config, name) for name in JUDGING}
+    return found | {"sampler": "consistency"} if ends_at_data(config, cell.method) else found
+
+
+def ends_at_data(config: Config, method: str) -> bool:
+    """Whether a method learns u(z, 0, t) alone, so that more than one evaluation takes new noise."""
+    identity = identities(config.identity, 1).get(method)
+    return identity is not None and identity.facts.ends_at_data
 
 
 def field_of(cell: Cell, problem: Problem, state: mfx.TrainState | None) -> mfx.AbstractField:
@@ -546,7 +553,8 @@ def train_missing(config: Config, directory: run.RunDirectory, ledger: run.Ledge
     def judge_cell(cell: Cell, state: mfx.TrainState | None) -> dict[str, Any]:
         problem = problem_of(config, cell.data)
         faults = 0 if state is None else int(state.faults.total)
-        return judge(problem, field_of(cell, problem, state), config.large_samples) | {"faults": faults}
+        field, at_data = field_of(cell, problem, state), ends_at_data(config, cell.method)
+        return judge(problem, field, config.large_samples, at_data) | {"faults": faults}
 
     def note(cell: Cell, result: dict[str, Any]) -> str:
         ledger.put(key_of(config, cell), result)
@@ -562,7 +570,7 @@ def write_report(config: Config, directory: run.RunDirectory, ledger: run.Ledger
     """Tables and pictures of everything that was asked for. Returns the tables."""
     results = {cell: ledger[key_of(config, cell)] for cell in cells(config)}
     texts, panels = [], {}
-    at_data = [name for name, identity in identities(config.identity, 1).items() if identity.facts.ends_at_data]
+    at_data = [name for name in identities(config.identity, 1) if ends_at_data(config, name)]
     for data in chosen_data(config):
         entries = [
             toy_report.Entry(cell, steps_of(config, cell), found)
@@ -590,7 +598,8 @@ def save_pictures(config: Config, data: str, directory: run.RunDirectory, report
     problem, kind = problem_of(config, data), (0, config.settings[0], 1.0)
     trainings = {cell: training(config, cell) for cell in cells(config) if cell.data == data and cell[2:] == kind}
     fields = run.train_cells(config, trainings, lambda cell, state: field_of(cell, problem, state), directory)
-    toy_report.save_pictures(report, problem, {cell.method: field for cell, field in fields.items()})
+    shown = {cell.method: field for cell, field in fields.items()}
+    toy_report.save_pictures(report, problem, shown, [name for name in shown if ends_at_data(config, name)])
     for cell, field in fields.items():
         if cell.method != "Exact":
             save_weights(config, cell, field, report)

@@ -50,11 +50,12 @@ class JudgedKeys(NamedTuple):
     noise: Key[Array, ""]
     slices: Key[Array, ""]
     large: Key[Array, ""]
+    renewal: Key[Array, ""]
 
 
 def judged_keys() -> JudgedKeys:
     """Made when they are needed: a script that is imported must not touch a device."""
-    return JudgedKeys(*jr.split(jr.key(2**31 - 1), 6))
+    return JudgedKeys(*jr.split(jr.key(2**31 - 1), 7))
 
 
 def copies_of(name: str) -> int:
@@ -114,18 +115,29 @@ def make_problem(name: str, *, samples: int, rows: int, blur: float = BLUR, poin
 
 
 @eqx.filter_jit
-def generate(field: mfx.AbstractField, eps: Float[Array, "rows dim"], number: int) -> Float[Array, "rows dim"]:
-    """Samples at `number` evaluations."""
+def generate(
+    field: mfx.AbstractField, eps: Float[Array, "rows dim"], number: int, ends_at_data: bool = False
+) -> Float[Array, "rows dim"]:
+    """Samples at `number` evaluations; `ends_at_data` as in `Facts`."""
     # An exact field integrates: in one vmap every row would wait for the slowest.
     rows = 50 if isinstance(field, exact.AverageVelocity) else len(eps)
-    times = mfx.uniform_times(number)
-    return jax.lax.map(lambda eps: mfx.sample(field, eps, times=times), eps, batch_size=min(rows, len(eps)))
+    times, keys = mfx.uniform_times(number), jr.split(judged_keys().renewal, len(eps))
+
+    def one(row: tuple[Float[Array, " dim"], Key[Array, ""]]) -> Float[Array, " dim"]:
+        eps, key = row
+        if ends_at_data:
+            return mfx.sample_consistency(field, eps, times=times, key=key)
+        return mfx.sample(field, eps, times=times)
+
+    return jax.lax.map(one, (eps, keys), batch_size=min(rows, len(eps)))
 
 
-def samples_of(problem: Problem, field: mfx.AbstractField) -> list[Float[Array, "rows dim"]]:
+def samples_of(
+    problem: Problem, field: mfx.AbstractField, ends_at_data: bool = False
+) -> list[Float[Array, "rows dim"]]:
     """Samples at each number of evaluations, from the same noise for every field."""
     eps = jr.normal(judged_keys().noise, problem.data.shape)
-    return [generate(field, eps, number) for number in EVALUATIONS]
+    return [generate(field, eps, number, ends_at_data) for number in EVALUATIONS]
 
 
 class Quality(NamedTuple):
@@ -158,8 +170,8 @@ def large_distance(problem: Problem, x: Float[Array, "rows dim"]) -> float:
     return float(metrics.sliced_wasserstein(x, data, key=judged_keys().slices))
 
 
-def judge(problem: Problem, field: mfx.AbstractField, large_samples: int) -> dict[str, Any]:
-    """How near a field is to the truth, and its samples to the data, as JSON holds it.
+def judge(problem: Problem, field: mfx.AbstractField, large_samples: int, ends_at_data: bool = False) -> dict[str, Any]:
+    """How near a field is to the truth, and its samples to the data, as JSON holds it. `ends_at_data` as in `Facts`.
 
     `overall`, `diagonal`, `one_step` are E|u - u*|² / E|u*|² over uniform pairs (r, t), at r = t, and at (0, 1);
     `identity`, `semigroup` the root-mean-square residuals of the equations, relative to the velocity.
@@ -168,7 +180,7 @@ def judge(problem: Problem, field: mfx.AbstractField, large_samples: int) -> dic
     identity = metrics.relative_identity_residual(
         mfx.MeanFlow(), field, rows.z, problem.known.diagonal.u, rows.r, rows.t
     )
-    judged = [quality(problem, x) for x in samples_of(problem, field)]
+    judged = [quality(problem, x) for x in samples_of(problem, field, ends_at_data)]
     large = None
     if not isinstance(field, exact.AverageVelocity):  # it would integrate for minutes
         eps = jr.normal(judged_keys().noise, (large_samples, problem.data.shape[1]))

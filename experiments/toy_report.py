@@ -104,7 +104,8 @@ def tables(
     if costs:
         text += f"\n\nTime of a step relative to Flow Matching; equal time: {seconds:.3g} s of CPU time."
     if last := [line.method for line in whole if line.method in at_data]:
-        text += f"\n\nThese learn u(z, 0, t) alone, for one step: {', '.join(dict.fromkeys(last))}."
+        names = ", ".join(dict.fromkeys(last))
+        text += f"\n\nThese learn u(z, 0, t) alone, so further evaluations take new noise: {names}."
     if faults := [f"{line.method} ({n})" for line in whole if (n := sum(line.values("faults")))]:
         text += f"\n\nSteps without a finite gradient, which were left out: {', '.join(faults)}."
     return f"{text}\n\n{details(whole, floor)}"
@@ -117,7 +118,7 @@ def judged(line: Line, at_data: bool) -> list[str | None]:
     is_exact = line.found[0]["large_sliced_wasserstein"] is None
     distances = [None if is_exact else spread(line.values("large_sliced_wasserstein"))]
     for name in ("sliced_wasserstein", "total_variation"):
-        distances += [spread(line.quality(1, name)), None if at_data else spread(line.quality(2, name))]
+        distances += [spread(line.quality(1, name)), spread(line.quality(2, name))]
     return errors + distances
 
 
@@ -161,10 +162,15 @@ def details(lines: Sequence[Line], floor: Mapping[str, Any]) -> str:
     return run.table(rows, headers)
 
 
-def save_pictures(report: run.RunDirectory, problem: Problem, fields: Mapping[str, mfx.AbstractField]) -> None:
-    """Samples and flows by method."""
+def save_pictures(
+    report: run.RunDirectory,
+    problem: Problem,
+    fields: Mapping[str, mfx.AbstractField],
+    at_data: Sequence[str],
+) -> None:
+    """Samples and flows by method; `at_data` as for `tables`."""
     name, limit = problem.name, problem.limit
-    samples = {method: samples_of(problem, field) for method, field in fields.items()}
+    samples = {method: samples_of(problem, field, method in at_data) for method, field in fields.items()}
     samples["data"] = [problem.data]
     shown = {method: [np.asarray(x)[:, :2] for x in row] for method, row in samples.items()}
     counts = [f"{number} evaluation{'s' if number > 1 else ''}" for number in EVALUATIONS]

@@ -28,7 +28,7 @@ the second line must be imported explicitly, so that a training job does not loa
     _gradient.py       gradients in turn: kinds of rows, micro-batches, devices
     _model/            DiT, in-context DiT, U-Net and MLP; networks that predict data
     nn/                public blocks: attention, embeddings, stacks (scan, remat), what optimisers must know of them
-    _sample.py         n-step sampling of u; Euler and Heun for v
+    _sample.py         n-step sampling of u, of consistency models, and of v by Euler and Heun
     _ema.py            averages of the parameters
     _optimizer.py      which optimisers a step can serve, and what it hands them
     _sharding.py       meshes, and what lies where on them
@@ -175,6 +175,7 @@ from ._perceptual import PerceptualTerm as PerceptualTerm
 from ._row import Context as Context, Row as Row
 from ._sample import (
     sample as sample,
+    sample_consistency as sample_consistency,
     sample_euler as sample_euler,
     sample_heun as sample_heun,
     uniform_times as uniform_times,

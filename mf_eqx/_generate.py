@@ -7,6 +7,7 @@
 Sample i depends only on the key and on i, not on the batch size or the devices.
 """
 
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -51,7 +52,8 @@ class Generator(eqx.Module):
     - `balanced`: sample i has the label i mod K instead.
     - `condition`: None, or the conditions of a field that has others than labels: a PyTree of arrays with a leading
       axis of n rows, of which sample i has row i mod n.
-    - `method`: `sample`, along average velocities; or `sample_euler`, `sample_heun`, along v = u(z, t, t).
+    - `method`: `sample`, along average velocities; `sample_euler`, `sample_heun`, along v = u(z, t, t); or
+      `sample_consistency`, for u(z, 0, t) alone. A method with an argument `key` gets one of the sample's own.
     - `unroll`: whether to unroll the loop over the steps, see `sample`.
 
     **Raises:** `ValueError` if `field`, `times`, `labels`, `balanced`, `condition` or `data_shape` is not valid, if
@@ -110,20 +112,22 @@ class Generator(eqx.Module):
         """Samples from given noise and conditions.
 
         **Arguments:** `eps` noise, one row for each sample; `condition` None, or a PyTree of arrays with the same
-        leading axis. For a generator with `labels` K, integer labels in [0, K], where K means "no label".
+        leading axis. For a generator with `labels` K, integer labels in [0, K], where K means "no label". New noise of
+        row i, where `method` draws some, is that of sample i.
 
         **Raises:** `ValueError` if the condition is missing though the generator has `labels` or a `condition`, if it
         has another number of rows, or, where values are known, if a label lies outside of [0, K].
         """
         eps = as_floats(eps)
+        numbers = jnp.arange(len(eps))
         if condition is None and (self.labels is not None or self.condition is not None):
             raise ValueError("condition must be given for a generator with labels or a condition, got None")
         if self.labels is not None:
-            return _from_noise(self, eps, _as_labels(condition, len(eps), self.labels))
+            return _generated(self, eps, _as_labels(condition, len(eps), self.labels), numbers)
         condition = _as_arrays(condition)
         _check_rows(condition, len(eps))
         self._check_labels("condition", condition)
-        return _from_noise(self, eps, condition)
+        return _generated(self, eps, condition, numbers)
 
     def batches(self, count: int, batch: int, devices: Parallelism) -> Iterator[Float[Array, "batch *data"]]:
         """Samples 0, 1, ... in batches of equal size, whose rows are spread over all devices. The last batch may have
@@ -147,17 +151,22 @@ class Generator(eqx.Module):
 
 @eqx.filter_jit
 def _from_numbers(generator: Generator, numbers: Int[Array, " rows"]) -> Float[Array, "rows *data"]:
-    return generator.from_noise(*jax.vmap(generator.inputs)(numbers))
+    return _generated(generator, *jax.vmap(generator.inputs)(numbers), numbers)
 
 
 @eqx.filter_jit
-def _from_noise(
-    generator: Generator, eps: Real[Array, "rows *data"], condition: PyTree[Array]
+def _generated(
+    generator: Generator, eps: Real[Array, "rows *data"], condition: PyTree[Array], numbers: Int[Array, " rows"]
 ) -> Float[Array, "rows *data"]:
-    def generate(eps: Real[Array, "*data"], condition: Condition) -> Float[Array, "*data"]:
-        return generator.method(generator.field, eps, condition, times=generator.times, unroll=generator.unroll)
+    options: dict[str, Any] = {"times": generator.times, "unroll": generator.unroll}
+    draws = "key" in inspect.signature(generator.method).parameters
 
-    return jax.vmap(generate)(eps, condition)
+    def generate(eps: Real[Array, "*data"], condition: Condition, number: Int[Array, ""]) -> Float[Array, "*data"]:
+        # The third key of a sample: the first two are for its noise and its label.
+        more = {"key": jr.split(jr.fold_in(generator.key, number), 3)[2]} if draws else {}
+        return generator.method(generator.field, eps, condition, **options, **more)
+
+    return jax.vmap(generate)(eps, condition, numbers)
 
 
 def _as_numbers(numbers: Any) -> Int[Array, " rows"]:

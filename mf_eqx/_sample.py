@@ -4,9 +4,9 @@ A field that knows average velocities jumps over a whole interval,
 
 $$z_r = z_t - (t - r)\, u(z_t, r, t) \qquad (12),$$
 
-so one evaluation, u(eps, 0, 1), gives a sample. A field trained by Flow Matching knows only v(z, t) = u(z, t, t) and
-needs an ODE solver; Euler and Heun are the baselines. All functions are per example: the caller makes
-batches by `jax.vmap`.
+so one evaluation, u(eps, 0, 1), gives a sample. A consistency model knows only the jumps to r = 0, and between two of
+them new noise leads back to an earlier time. A field trained by Flow Matching knows only v(z, t) = u(z, t, t) and needs
+an ODE solver; Euler and Heun are the baselines. All functions are per example: the caller makes batches by `jax.vmap`.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,13 +14,15 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import jax.random as jr
 import numpy as np
-from jaxtyping import Array, ArrayLike, Float, Real
+from jaxtyping import Array, ArrayLike, Float, Key, Real
 
 from ._custom_types import as_floats, at_least_float32, Condition, Time
 from ._field import AbstractField, check_field, with_checked_shapes
+from ._interpolant import AbstractInterpolant, LinearInterpolant
 from ._model.guidance import condition_at
-from ._validate import on_host_if_known
+from ._validate import check_key, check_kind, on_host_if_known
 
 Times: TypeAlias = Sequence[float] | Real[Array | np.ndarray, " times"]
 _Evaluate: TypeAlias = Callable[[Float[Array, "*data"], Time, Time], Float[Array, "*data"]]
@@ -60,6 +62,42 @@ def sample(
     which needs a batch.
     """
     return _integrate(field, lambda u, z, r, t: z - (t - r) * u(z, r, t), eps, condition, times, unroll)
+
+
+def sample_consistency(
+    field: AbstractField,
+    eps: Real[ArrayLike, "*data"] | Sequence[Any],
+    condition: Condition = None,
+    *,
+    times: Times,
+    key: Key[Array, ""],
+    interpolant: AbstractInterpolant = LinearInterpolant(),
+    unroll: bool = False,
+) -> Float[Array, "*data"]:
+    r"""One sample of a method that learns u(z, 0, t) alone (`Facts.ends_at_data`), one evaluation per interval of
+    `times`. Each evaluation goes to the data, and new noise leads back to the next time s of the grid:
+
+    $$x = z_t - t\, u(z_t, 0, t), \qquad z_s = \alpha_s x + \sigma_s \epsilon', \qquad
+    \epsilon' \sim \mathcal{N}(0, I).$$
+
+    On the grid (1, 0) it is `sample`.
+
+    **Arguments:** as `sample`, and `key` for the new noise; `interpolant` the path of the training.
+
+    **Raises:** as `sample`, and for a key or an interpolant of another kind.
+
+    Source: Consistency Models, Song, Dhariwal, Chen, Sutskever, 2023, arXiv 2303.01469, Alg. 1.
+    """
+
+    check_times(times)
+    check_key(key)
+    check_kind("interpolant", interpolant, AbstractInterpolant)
+
+    def step(u: _Evaluate, z: Float[Array, "*data"], r: Time, t: Time, key: Key[Array, ""]) -> Float[Array, "*data"]:
+        noise = jr.normal(key, z.shape, z.dtype)
+        return interpolant.state_and_velocity(z - t * u(z, jnp.zeros_like(t), t), noise, r)[0]
+
+    return _integrate(field, step, eps, condition, times, unroll, jr.split(key, len(times) - 1))
 
 
 def sample_euler(
@@ -113,12 +151,14 @@ def as_grid(times: Times) -> tuple[float, ...]:
 
 def _integrate(
     field: AbstractField,
-    step: Callable[[_Evaluate, Float[Array, "*data"], Time, Time], Float[Array, "*data"]],
+    step: Callable[..., Float[Array, "*data"]],
     eps: Real[ArrayLike, "*data"] | Sequence[Any],
     condition: Condition,
     times: Times,
     unroll: bool,
+    *more: Array,
 ) -> Float[Array, "*data"]:
+    """The state after `step(u, z, r, t, ...)` for each interval, which also gets its row of `more`."""
     check_times(times)
     check_field(field)
     eps = at_least_float32(as_floats(eps))
@@ -129,9 +169,10 @@ def _integrate(
     def u(z: Float[Array, "*data"], r: Time, t: Time) -> Float[Array, "*data"]:
         return with_checked_shapes(field(z, r, t, condition_at(condition, r, t)), z)
 
-    def scan_step(z: Float[Array, "*data"], pair: Sequence[Time]) -> tuple[Float[Array, "*data"], None]:
-        return step(u, z, *pair).astype(z.dtype), None
+    def scan_step(z: Float[Array, "*data"], interval: Sequence[Array]) -> tuple[Float[Array, "*data"], None]:
+        return step(u, z, *interval).astype(z.dtype), None
 
+    intervals = (grid[1:], grid[:-1], *more)
     if len(times) == 2:  # JAX would make a loop of this single step, unrolled or not
-        return scan_step(eps, (grid[1], grid[0]))[0]
-    return jax.lax.scan(scan_step, eps, (grid[1:], grid[:-1]), unroll=unroll)[0]
+        return scan_step(eps, [each[0] for each in intervals])[0]
+    return jax.lax.scan(scan_step, eps, intervals, unroll=unroll)[0]

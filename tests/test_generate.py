@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import contextlib
+import functools
 import socket
 
 import jax
@@ -66,6 +67,20 @@ def test_sample_follows_from_key_and_number():
 def test_methods_along_the_velocity_are_its_solvers(method):
     found = first_samples(3, count=3, balanced=True, method=method)
     np.testing.assert_allclose(found, [by_hand(i, method, i) for i in range(3)], rtol=1e-5, atol=1e-6)
+
+
+def test_new_noise_of_a_sample_follows_from_key_and_number():
+    generator = make_generator(labels=None, method=mfx.sample_consistency)
+    found = generator([0, 1, 2])
+
+    def with_key(number):
+        key = jr.split(jr.fold_in(jr.key(4), number), 3)[2]
+        return by_hand(number, functools.partial(mfx.sample_consistency, key=key))
+
+    np.testing.assert_allclose(found, [with_key(number) for number in range(3)], rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(generator([2]), found[2:])
+    eps = jax.vmap(lambda number: generator.inputs(number)[0])(jnp.arange(3))
+    np.testing.assert_array_equal(generator.from_noise(eps), found)
 
 
 def test_samples_do_not_depend_on_the_batch():

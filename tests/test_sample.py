@@ -1,3 +1,5 @@
+import functools
+
 import diffrax
 import jax
 import jax.numpy as jnp
@@ -11,7 +13,8 @@ from mf_eqx import exact
 
 pytestmark = pytest.mark.usefixtures("x64")
 
-SAMPLERS = [mfx.sample, mfx.sample_euler, mfx.sample_heun]
+CONSISTENCY = functools.partial(mfx.sample_consistency, key=jr.key(7))
+SAMPLERS = [mfx.sample, mfx.sample_euler, mfx.sample_heun, CONSISTENCY]
 GRIDS = [(1.0, 0.0), (1.0, 0.4, 0.0), (1.0, 0.75, 0.5, 0.1, 0.0)]
 
 
@@ -104,6 +107,44 @@ def test_steps_with_an_integrated_field_land_where_a_differential_equation_solve
     for times in GRIDS[::2]:
         samples = jax.jit(jax.vmap(lambda eps, times=times: mfx.sample(field, eps, times=times)))(eps)
         np.testing.assert_allclose(samples, expected, atol=1e-8)
+
+
+# Jumps to the data, and new noise
+
+
+class ToDataField(mfx.AbstractField):
+    """A Gaussian's average velocity to r = 0, and not a number to other times."""
+
+    def __call__(self, z, r, t, condition=None, *, key=None):
+        return jnp.where(r == 0, gaussian()(z, r, t), jnp.nan)
+
+
+@pytest.mark.parametrize("path", [mfx.LinearInterpolant(), mfx.TrigonometricInterpolant()])
+def test_each_jump_goes_to_the_data_and_new_noise_leads_back_along_the_path(path):
+    times, key, z = (1.0, 0.6, 0.2, 0.0), jr.key(3), noise()
+    for i in range(3):
+        t, s = times[i : i + 2]
+        x = z - t * gaussian()(z, jnp.zeros(()), jnp.asarray(t))
+        alpha, sigma, *_ = path.rates(jnp.asarray(s))
+        z = alpha * x + sigma * jr.normal(jr.split(key, 3)[i], (2,))
+    found = mfx.sample_consistency(ToDataField(), noise(), times=times, key=key, interpolant=path)
+    np.testing.assert_allclose(found, z, rtol=1e-13)
+
+
+def test_one_jump_is_one_step():
+    field, eps = gaussian(), noise()
+    np.testing.assert_allclose(CONSISTENCY(field, eps, times=(1.0, 0.0)), mfx.sample(field, eps), rtol=1e-15)
+
+
+def test_samples_of_several_jumps_have_the_moments_of_the_data_and_forget_the_first_noise():
+    def draw(eps, key):
+        return mfx.sample_consistency(gaussian(), eps, times=(1.0, 0.9, 0.8, 0.0), key=key)
+
+    eps = noise(20_000, 2)
+    x = jax.vmap(draw)(eps, jr.split(jr.key(1), 20_000))
+    np.testing.assert_allclose(x.mean(0), gaussian().mean, atol=0.012)
+    np.testing.assert_allclose(x.std(0), gaussian().std, atol=0.008)
+    assert abs(np.corrcoef(x[:, 0], eps[:, 0])[0, 1]) < 0.03  # 1 without new noise; the standard error is 0.007
 
 
 # Instantaneous velocities
@@ -222,12 +263,12 @@ def loops(steps, method=mfx.sample, **options):
     return program.count("stablehlo.while")
 
 
-@pytest.mark.parametrize("method", SAMPLERS)
+@pytest.mark.parametrize("method", SAMPLERS[:3])  # random numbers are loops, too
 def test_a_single_step_is_no_loop_and_several_are_one(method):
     assert [loops(steps, method) for steps in (1, 2, 9)] == [0, 1, 1]
 
 
-@pytest.mark.parametrize("method", SAMPLERS)
+@pytest.mark.parametrize("method", SAMPLERS[:3])
 def test_unrolled_steps_are_no_loop_and_the_same(method):
     assert loops(4, method, unroll=True) == 0
     times = mfx.uniform_times(4)

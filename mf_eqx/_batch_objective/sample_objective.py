@@ -110,8 +110,9 @@ class SampleObjective(AbstractObjective):
     def trained(self) -> Trained:
         """Which values of a field it trains, for those who sample later: u at the times of its grid alone."""
         is_average = self.method is sample
-        only_data = is_average and len(self.times) == 2 and self.times[-1] == 0
-        return Trained(is_average, False, False, velocity=not is_average, ends_at_data=only_data)
+        one_step = is_average and len(self.times) == 2
+        only_data = one_step and self.times[-1] == 0
+        return Trained(is_average, False, False, not is_average, ends_at_data=only_data, one_step=one_step)
 
     def parts(self, batch: Batch) -> list[tuple[AbstractObjective, Batch]]:
         return [(self, batch)]

@@ -40,7 +40,7 @@ _TIMES = LogitNormalTimes(-1.1, 2.0)
 class ConsistencyTraining(AbstractIdentityWithLoss, AbstractScheduledIdentity):
     r"""The residual $X_{t \to 0}(z_t) - \mathrm{sg}(X_{s \to 0}(z_s))$ on rows with r = 0.
 
-    It learns from x and $\epsilon$, so guidance, a velocity and a `stable_target` are refused; and nothing at r > 0.
+    It learns from x and $\epsilon$: guidance, velocity and `stable_target` are refused. Sample by `sample_consistency`.
 
     **Arguments:** `gap` in (0, 1], or a schedule; smaller gaps count as 1/2048, since s = t teaches nothing;
     `offset` c > 0 for one dimension ($c \sqrt{n}$ for n of them): 0.00054 in iCT; `earlier_time`, from t and gap to s.

@@ -42,8 +42,7 @@ _TIMES = LogitNormalTimes(-1.0, 1.6)
 class ContinuousConsistency(AbstractIdentityWithLoss, AbstractScheduledIdentity):
     r"""The residual $u - \mathrm{sg}(v - \rho\, t\, du/dt)$ on rows with r = 0, with sCM's loss.
 
-    u(z, r, t) for 0 < r < t is not learnt: sample with one evaluation, or with several and new noise before each
-    further one.
+    u(z, r, t) for 0 < r < t is not learnt: sample with one evaluation, or with several by `sample_consistency`.
 
     **Arguments:** `warm_up` the part $\rho$ of the derivative, in [0, 1], or a schedule of it; `offset` c, > 0: 0.1 in
     the paper; `derivative` the engine that computes du/dt.

@@ -28,7 +28,8 @@ class Facts:
     - `uses_pair`: whether the residual uses x and eps, by `Row.at`. They do not depend on guidance, a given velocity or
       a stable target, so these are refused.
     - `ends_at_data`: whether the equation is for r = 0 alone. Its rows are then drawn with r = 0. With
-      `TimePairs(times, times)`, t is one draw of `times`; with `TimePairs(times)` it is the larger of two.
+      `TimePairs(times, times)`, t is one draw of `times`; with `TimePairs(times)` it is the larger of two. Samples in
+      several steps are those of `sample_consistency`.
     - `learns_through_derivative`: whether the gradient goes through a derivative of the field. Attention whose
       derivative has no gradient, such as `CudnnAttention`, is then refused.
     - `needs_teacher`: whether the method evaluates `Context.teacher`. `TrainStep` then needs a teacher.

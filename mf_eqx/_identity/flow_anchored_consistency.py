@@ -37,8 +37,7 @@ _TIMES = LogitNormalTimes(-0.93, 1.85)
 class FlowAnchoredConsistency(AbstractIdentityWithLoss):
     r"""The residual g, on rows with r = 0, with FACM's loss.
 
-    u(z, r, t) for 0 < r < t is not learnt: sample with one evaluation, or with several and new noise before each
-    further one.
+    u(z, r, t) for 0 < r < t is not learnt: sample with one evaluation, or with several by `sample_consistency`.
 
     **Arguments:** `power` p of $\alpha$, > 0: 0.5 in the authors' code; `derivative` the engine that computes du/dt.
     """

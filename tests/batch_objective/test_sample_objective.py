@@ -87,9 +87,9 @@ def test_times_may_be_an_array():
 @pytest.mark.parametrize(
     ("times", "method", "trained"),
     [
-        ((1.0, 0.0), mfx.sample, mfx.Trained(True, False, False, velocity=False, ends_at_data=True)),
+        ((1.0, 0.0), mfx.sample, mfx.Trained(True, False, False, False, ends_at_data=True, one_step=True)),
         ((1.0, 0.5, 0.0), mfx.sample, mfx.Trained(True, False, False, velocity=False)),
-        ((1.0, 0.5), mfx.sample, mfx.Trained(True, False, False, velocity=False)),
+        ((1.0, 0.5), mfx.sample, mfx.Trained(True, False, False, False, one_step=True)),
         ((1.0, 0.0), mfx.sample_euler, mfx.Trained(False, False, False)),
     ],
 )

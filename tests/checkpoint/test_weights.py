@@ -143,7 +143,7 @@ def test_notes_come_back(notes, field, tmp_path):
 
 def test_older_notes_say_of_fewer_values_whether_they_were_trained():
     trained = {"average": True, "null_velocity": True, "null_average": False}
-    assert notes_of_json({"trained": trained}).trained == mfx.Trained(True, True, False, True, False, None)
+    assert notes_of_json({"trained": trained}).trained == mfx.Trained(True, True, False, True, False, False, None)
 
 
 def test_older_notes_on_a_tokenizer_are_of_colours_and_of_the_scale_of_stable_diffusion():
@@ -159,9 +159,9 @@ def test_older_notes_on_a_tokenizer_are_of_colours_and_of_the_scale_of_stable_di
         ({"pixels": (0, np.inf)}, "pixels must be two finite numbers"),
         ({"class_names": ()}, r"class_names must be a tuple of at least one text, got \(\)"),
         ({"trained": mfx.Trained(1, 0, None)}, "trained must be of bools, got"),
-        ({"trained": mfx.Trained(*[True] * 5, mfx.GuidanceRange(True, 8.0))}, "guidance must be of numbers, got"),
-        ({"trained": mfx.Trained(*[True] * 5, mfx.GuidanceRange(2.0, 1.0))}, "guidance must satisfy 0 < smallest <="),
-        ({"trained": mfx.Trained(*[True] * 5, mfx.GuidanceRange(1.0, 8.0, 2.0))}, "guidance must satisfy .* a middle"),
+        ({"trained": mfx.Trained(*[True] * 6, mfx.GuidanceRange(True, 8.0))}, "guidance must be of numbers, got"),
+        ({"trained": mfx.Trained(*[True] * 6, mfx.GuidanceRange(2.0, 1.0))}, "guidance must satisfy 0 < smallest <="),
+        ({"trained": mfx.Trained(*[True] * 6, mfx.GuidanceRange(1.0, 8.0, 2.0))}, "guidance must satisfy .* a middle"),
         ({"tokenizer": checkpoint.Tokenizer(vae.SD_VAE, 7)}, "digest must be a text or None, got 7"),
         ({"tokenizer": checkpoint.Tokenizer((8,))}, r"size must be an instance of AutoencoderSize, got \(8,\)"),
         (

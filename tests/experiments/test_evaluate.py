@@ -464,9 +464,9 @@ def test_weights_of_no_known_network_are_refused_by_name(judge, capsys):
         ),
         ((False, True, False), "", "--euler must be given for latent.safetensors, whose u was trained at r = t alone"),
         (
-            (True, True, True, True, True),
+            (True, True, True, True, True, True),
             "--evaluations 1 2",
-            "--evaluations must be 1, or --euler be given, for latent.*, whose averages .* r = 0 alone, got 2",
+            "--evaluations must be 1, or --euler be given, for latent.*, whose averages .* one step alone, got 2",
         ),
         (
             (True, False, True, False, True),

@@ -30,6 +30,7 @@ NETWORKS = {
     "drawn": eqx.Partial(mfx.DiT, (1, 8, 8), SIZE, labels=2, guidance=True, key=jr.key(0)),
     "unsaid": eqx.Partial(mfx.DiT, (3, 4, 4), SIZE, labels=2, key=jr.key(0)),
     "ends": eqx.Partial(mfx.DiT, (1, 4, 4), SIZE, labels=2, key=jr.key(0)),
+    "one": eqx.Partial(mfx.MLP, 2, width=8, depth=1, key=jr.key(0)),
 }
 NAMES = tuple("abcdefghijkl")
 STATISTICS = vae.LatentStatistics((1.0, 0.0, -2.0, 0.5), (3.0, 0.5, 1.0, 2.0))
@@ -45,6 +46,7 @@ NOTES = {
     ),
     "unsaid": None,
     "ends": checkpoint.Notes(trained=mfx.Trained(True, False, True, velocity=False, ends_at_data=True)),
+    "one": checkpoint.Notes(trained=mfx.Trained(True, False, False, velocity=False, ends_at_data=True, one_step=True)),
 }
 
 
@@ -185,6 +187,13 @@ def test_a_dry_run_tells_what_it_would_make_and_leaves_nothing(command, capsys):
     assert "would be written to new/folder/x.png" in out
 
 
+def test_weights_that_know_only_averages_to_the_data_take_new_noise_before_a_further_evaluation(command, files, capsys):
+    command("ends.safetensors --label 1 --number 2 --evaluations 2")
+    assert "2 evaluations, new noise before each but the first" in capsys.readouterr().out
+    expected = samples(files[1]["ends"], 2, [1], times=(1.0, 0.5, 0.0), method=mfx.sample_consistency)
+    np.testing.assert_allclose(np.load("ends.npy"), expected, rtol=1e-5, atol=1e-6)
+
+
 def test_weights_that_know_only_averages_to_the_data_make_one_evaluation_guided_or_not(command, files):
     assert command("ends.safetensors --label 1 --number 2") == ["ends.npy"]
     np.testing.assert_allclose(np.load("ends.npy"), samples(files[1]["ends"], 2, [1]), rtol=1e-5, atol=1e-6)
@@ -296,8 +305,8 @@ def test_several_scales_are_rows_of_one_picture_of_the_same_noise(command, files
         ("plain.safetensors --to x.jpg", r"--to must end in .png, in .npy, or in / for a folder, got x.jpg"),
         ("ends.safetensors --to x.png", "--to must end in .npy for ends.*, whose notes give no range of pixels, got x"),
         ("ends.safetensors --euler", "--euler must be left out for ends.*, whose u was not trained at r = t, got --eu"),
-        ("ends.safetensors --evaluations 2", "--evaluations must be 1 for ends.*, .* trained at r = 0 alone, got 2"),
-        ("ends.safetensors --times 1 0.5 0", "--evaluations must be 1 for ends.*, .* trained at r = 0 alone, got 2"),
+        ("one.safetensors --evaluations 2", "--evaluations must be 1 for one.*, .* trained in one step alone, got 2"),
+        ("one.safetensors --times 1 0.5 0", "--evaluations must be 1 for one.*, .* trained in one step alone, got 2"),
         ("plain.safetensors --to vectors.npy/x.png --dry-run", "Not a directory: '.*vectors.npy'"),
         ("plain.safetensors --to vectors.npy/ --dry-run", "Not a directory: '.*vectors.npy'"),
         ("plain.safetensors --to . --dry-run", r"--to must be a new or empty folder, got \."),

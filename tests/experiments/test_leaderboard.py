@@ -96,10 +96,10 @@ def test_a_schedule_ends_with_the_training(study):
     assert steps < 1000 and step.objective.identity.alpha.end == steps
 
 
-def test_samples_of_flow_matching_are_eulers_and_consistency_has_one_step(study):
-    assert study.sampler("FlowMatching").method is mfx.sample_euler
-    assert study.sampler("MeanFlow").evaluations == (1, 4)
-    assert study.sampler("ContinuousConsistency").evaluations == (1,)
+def test_samples_of_flow_matching_are_eulers_and_consistency_takes_new_noise(study):
+    methods = [study.sampler(name).method for name in ("FlowMatching", "MeanFlow", "ContinuousConsistency")]
+    assert methods == [mfx.sample_euler, mfx.sample, mfx.sample_consistency]
+    assert study.sampler("MeanFlow").evaluations == study.sampler("ContinuousConsistency").evaluations == (1, 4)
 
 
 def test_a_key_holds_the_images_the_steps_and_an_own_file(leaderboard, files, tmp_path):

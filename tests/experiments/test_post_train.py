@@ -141,7 +141,8 @@ def test_weights_say_what_was_trained_and_what_they_come_from(finished):
     start = run.sha256_of_file(finished.parents[2] / "base.safetensors")
     history = [{"loss": "frechet", "features": ["pixels"], "evaluations": 1, "start": start}]
     assert weights.config == {**ABOUT, "post_training": history}
-    assert weights.notes.trained == mfx.Trained(True, False, False, velocity=False, ends_at_data=True)
+    ends = {"ends_at_data": True, "one_step": True}
+    assert weights.notes.trained == mfx.Trained(True, False, False, velocity=False, **ends)
     assert (weights.notes.steps, weights.notes.decay, weights.notes.pixels) == (40, 0.5, (-1, 1))
 
 

@@ -245,8 +245,9 @@ def test_methods_that_end_at_the_data_come_last_without_what_they_do_not_learn(t
     text = toy_report.tables("two_moons", entries, {}, entries[0].found, ["Ends"])
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.split("\n\n")[1].splitlines()]
     assert [row[0] for row in rows[2:]] == ["MeanFlow", "Ends", "samples of the data"]
-    assert rows[3] == ["Ends", "common", "-", *["0.01"] * 4, "-", "0.01", "-"]
-    assert "These learn u(z, 0, t) alone, for one step: Ends." in text and "left out: Ends (3)." in text
+    assert rows[3] == ["Ends", "common", "-", *["0.01"] * 7]
+    assert "These learn u(z, 0, t) alone, so further evaluations take new noise: Ends." in text
+    assert "left out: Ends (3)." in text
 
 
 def test_outside_the_trained_lengths_there_is_no_value(toys, toy_report):
