@@ -41,23 +41,36 @@ def _floating(weight: ArrayLike, error: Float[Array, "..."]) -> Float[Array, "..
     return weight if jnp.issubdtype(weight.dtype, jnp.floating) else weight.astype(error.dtype)
 
 
+def _divisor(mean: bool, row: Row | None) -> int:
+    """The number of dimensions for an error that is their mean, 1 for a sum."""
+    if mean and row is None:
+        raise ValueError("row must be given for a weight of the mean error, got None")
+    return row.z.size if mean and row is not None else 1
+
+
 class ConstantWeight(AbstractWeight):
     """Plain squared error, w = `value`: p = 0 in the paper. It adds no bias, so it is the weight for comparisons with
-    exact fields."""
+    exact fields.
+
+    **Arguments:** `value` > 0; `mean` whether the loss is that of the mean squared error over dimensions, and not of
+    the sum.
+    """
 
     value: float = eqx.field(default=1.0, converter=float)
+    mean: bool = False
 
     def __check_init__(self):
         check_positive("value", self.value)
 
     def __call__(self, error: ScalarLike, row: Row | None = None) -> Scalar:
-        return jnp.full(jnp.shape(error), self.value, jnp.result_type(error, float))
+        return jnp.full(jnp.shape(error), self.value / _divisor(self.mean, row), jnp.result_type(error, float))
 
 
 class AdaptiveWeight(AbstractWeight):
     r"""The adaptive weight of Eq. 22, $w = 1 / (\|\Delta\|^2 + c)^p$.
 
-    **Arguments:** `power` the paper's p, >= 0; `offset` its c, > 0; both finite. Values in use: p = 1, c = 0.01
+    **Arguments:** `power` the paper's p, >= 0; `offset` its c, > 0; both finite; `mean` whether $\|\Delta\|^2$ is the
+    mean over dimensions here and in the loss, and not the sum. Values in use: p = 1, c = 0.01
     (ImageNet, the defaults); p = 0.75, c = 1e-3 (CIFAR-10); p = 0.5 resembles Pseudo-Huber. With p = 1 the weighted
     loss stays at about 1 throughout training: monitor the raw errors instead. Any p > 0 biases the field wherever the
     conditional variance dominates the error.
@@ -71,13 +84,15 @@ class AdaptiveWeight(AbstractWeight):
 
     power: float = eqx.field(default=1.0, converter=float)
     offset: float = eqx.field(default=0.01, converter=float)
+    mean: bool = False
 
     def __check_init__(self):
         check_positive("power", self.power, or_zero=True)
         check_positive("offset", self.offset)
 
     def __call__(self, error: ScalarLike, row: Row | None = None) -> Scalar:
-        return jax.lax.stop_gradient((jnp.asarray(error) + self.offset) ** -self.power)
+        divisor = _divisor(self.mean, row)
+        return jax.lax.stop_gradient((jnp.asarray(error) / divisor + self.offset) ** -self.power / divisor)
 
 
 class GapCurriculum(AbstractWeight):

@@ -36,6 +36,21 @@ def test_power_zero_is_the_plain_squared_error(error):
     assert AdaptiveWeight(power=0.0)(jnp.asarray(error)) == 1
 
 
+@pytest.mark.parametrize("power", [0.0, 0.5, 1.0])
+def test_a_weight_of_the_mean_error_makes_a_loss_of_it(power):
+    residual = jnp.array([[0.3, -1.0], [2.0, 0.5]])
+    mean, drawn = jnp.mean(residual**2), Row(residual, residual, 0.1, 0.9)
+    loss = AdaptiveWeight(power, 0.2, mean=True)(4 * mean, drawn) * 4 * mean
+    np.testing.assert_allclose(loss, mean / (mean + 0.2) ** power, rtol=1e-14)
+    np.testing.assert_allclose(ConstantWeight(3.0, mean=True)(4 * mean, drawn) * 4 * mean, 3 * mean, rtol=1e-14)
+
+
+@pytest.mark.parametrize("weight", [ConstantWeight(mean=True), AdaptiveWeight(mean=True)])
+def test_a_weight_of_the_mean_error_needs_the_row(weight):
+    with pytest.raises(ValueError, match="row must be given for a weight of the mean error, got None"):
+        weight(jnp.asarray(1.0))
+
+
 @pytest.mark.parametrize("weight", [ConstantWeight(2.0), AdaptiveWeight(1.0), AdaptiveWeight(0.5)])
 def test_no_gradient_passes_through_the_weight(weight):
     error = jnp.asarray(0.7)

@@ -7,8 +7,8 @@ $$u(z_t, r, t) = \alpha v_t + (1 - \alpha)\, u(z_s, r, s).$$
 The paper weighs the squared residual of this, $S$, by $\alpha / (S + c)$. Here the residual is divided by $\alpha$: it
 is then MeanFlow's with $(1 - \alpha) (u - u(z_s, r, s)) / \alpha$ for $(t - r)\, du/dt$ (in bfloat16 mostly rounding at
 a small $\alpha$: compute in float32). The weight $1 / (S / \alpha^2 + c)$ on its square gives the paper's gradient with
-offset $\alpha^2 c$; with a fixed offset that gradient would vanish as $\alpha \to 0$. The authors' code adds c = 0.001
-to the *mean* over dimensions; `paper_settings` (of B/2; for XL/2 half of the rows carry the identity) to the sum.
+offset $\alpha^2 c$; with a fixed offset it would vanish as $\alpha \to 0$. `paper_settings` are those of B/2 with
+guidance; without it, and for XL/2, half of the rows carry the identity.
 
 Source: AlphaFlow: Understanding and Improving MeanFlow Models, Zhang, Siarohin, Menapace, Vasilkovsky, Tulyakov, Qu,
 Skorokhodov, 2025, arXiv 2510.20771.
@@ -23,6 +23,7 @@ from .._derivative import AbstractDerivative, FusedJVP, Passes
 from .._field import AbstractField, stopped
 from .._row import Row
 from .._schedule import as_schedule, at_step, Schedule, SigmoidSchedule
+from .._times import LogitNormalTimes
 from .._weight import AdaptiveWeight
 from .base import AbstractScheduledIdentity
 from .facts import Facts
@@ -51,7 +52,8 @@ class AlphaFlow(AbstractScheduledIdentity):
 
     @property
     def facts(self) -> Facts:
-        settings = {"identity_share": 0.75, "weight": AdaptiveWeight(offset=1e-3)}
+        weight = AdaptiveWeight(offset=1e-3, mean=True)
+        settings = {"identity_share": 0.75, "boundary_times": LogitNormalTimes(), "weight": weight}
         if callable(self.alpha):
             return Facts(exact=False, paper_settings=settings)
         branch = (self.alpha >= self.clip) + (self.alpha > 1 - self.clip)
@@ -60,14 +62,11 @@ class AlphaFlow(AbstractScheduledIdentity):
 
     def residual(self, field: AbstractField, row: Row) -> Float[Array, "*data"]:
         alpha = at_step(self.alpha, row.context).astype(row.z.dtype)
-
-        def mean_flow() -> Float[Array, "*data"]:
-            return MeanFlow(derivative=self.derivative).residual(field, row)
-
-        def flow_matching() -> Float[Array, "*data"]:
-            return row.evaluate(field, row.z, row.r, row.t) - jax.lax.stop_gradient(row.v)
-
-        branches = [mean_flow, lambda: difference_residual(field, row, alpha), flow_matching]
+        branches = [
+            lambda: MeanFlow(derivative=self.derivative).residual(field, row),
+            lambda: difference_residual(field, row, alpha),
+            lambda: row.evaluate(field, row.z, row.r, row.t) - jax.lax.stop_gradient(row.v),
+        ]
         if not callable(self.alpha):
             return branches[(self.alpha >= self.clip) + (self.alpha > 1 - self.clip)]()
         return jax.lax.switch((alpha >= self.clip).astype(int) + (alpha > 1 - self.clip).astype(int), branches)

@@ -52,12 +52,12 @@ class ConsistencyTraining(AbstractIdentityWithLoss, AbstractScheduledIdentity):
 
     @classmethod
     def for_training(cls, steps: int) -> AbstractScheduledIdentity:
-        """ECT's settings: gaps of 1/2, 1/4, ..., 1/256."""
+        """ECT's gaps: 1/2, 1/4, ..., 1/256."""
         return cls(optax.exponential_decay(0.5, max(steps // 8, 1), 0.5, staircase=True, end_value=1 / 256))
 
     @classmethod
     def improved(cls, steps: int) -> AbstractScheduledIdentity:
-        """iCT's settings: grids of 10, 20, ..., 1280 steps."""
+        """iCT's grids of times: 10, 20, ..., 1280 steps."""
         gap = optax.exponential_decay(1 / 10, max(steps // 8, 1), 0.5, staircase=True, end_value=1 / 1280)
         return cls(gap, earlier_time=ict_earlier_time)
 

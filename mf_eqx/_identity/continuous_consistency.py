@@ -7,7 +7,9 @@ $$\frac{g}{|g| + c}, \qquad g = \frac{\alpha_t}{\sqrt{\alpha_t^2 + \sigma_t^2}}
 \left(v_t - u - \rho\, t\, \frac{d}{dt} u(z_t, 0, t)\right), \qquad \rho: 0 \to 1 \text{ (tangent warm-up)}.$$
 
 The paper has the circular path, where the first factor is its cos(t), and a network F with $X = \cos(t)\, z - \sin(t)\,
-F$; here u is the average velocity on any path. The paper's learnt weight of t is left out: since g is normalised, the
+F$; here u is the average velocity on any path. So at $\rho = 0$ its X is the expected x, and here $z - t v$, another
+value on the circular path; at $\rho = 1$ both directions of g are the same. Lengths of g differ by a factor of at most
+3 (beside c), since the paper scales data by 0.5. The paper's learnt weight of t is left out: since g is normalised, the
 best weight hardly depends on t. |g| is the root of the mean square over dimensions, as in NVIDIA's FastGen; the paper
 writes a norm. The warm-up takes 10,000 steps there.
 

@@ -6,11 +6,10 @@ $$g = u(z_t, 0, t) - \left(v_t - t\, \frac{d}{dt} u(z_t, 0, t)\right), \qquad
 Clipping and $\alpha$ only move the target closer to u. The solution is still g = 0, that of MeanFlow at r = 0. With e
 the mean squared error to the target over dimensions, the loss is $\sin(\pi t / 2)\, e / \sqrt{\mathrm{sg}(e) + 0.001}$.
 
-The boundary rows of the objective are the anchor. The paper adds both losses on the same rows. Its anchor loss is a
-mean over the d dimensions (`ConstantWeight(1 / d)`; `paper_settings` has `ConstantWeight(1)`), plus one minus the
-cosine similarity of u(z, t, t) and v. Its network has no r, and sees the time -t on anchor rows (the "expanded
-interval"). Times are $t = \frac{2}{\pi} \arctan e^n$ with n normal, mean -0.8 and deviation 1.6; `paper_settings` has
-the nearest logit-normal times.
+The boundary rows of the objective are the anchor. The paper adds both losses on the same rows. Its anchor loss has one
+more term, one minus the cosine similarity of u(z, t, t) and v. Its network has no r, and sees the time -t on anchor
+rows (the "expanded interval"). Times are $t = \frac{2}{\pi} \arctan e^n$ with n normal, mean -0.8 and deviation 1.6;
+`paper_settings` has the nearest logit-normal times.
 
 Source: FACM: Flow-Anchored Consistency Models, 2025, arXiv 2507.03738, and the authors' code.
 """
@@ -50,7 +49,7 @@ class FlowAnchoredConsistency(AbstractIdentityWithLoss):
 
     @property
     def facts(self) -> Facts:
-        settings = {"identity_share": 0.5, "time_pairs": TimePairs(_TIMES, _TIMES), "weight": ConstantWeight()}
+        settings = {"identity_share": 0.5, "time_pairs": TimePairs(_TIMES, _TIMES), "weight": ConstantWeight(mean=True)}
         passes = self.derivative.passes
         return Facts(trains_velocity=False, ends_at_data=True, passes=passes, paper_settings=settings)
 

@@ -7,8 +7,9 @@ $$u(z_t, r, t) - (t - r)\, \partial_r u(z_t, r, t) = v(X_{t \to r}(z_t), r),$$
 where v is the network's own u(z, r, r). The gradient passes through the whole left side, including the derivative.
 
 The authors' loss has a learnt weight, $e^{-w(r, t)} |\Delta|^2 + w(r, t)$, for this and the boundary term.
-`AdaptiveWeight` comes nearest, with the error of the row itself in place of the mean error at (r, t); but with it (p =
-0.5) the method learnt nothing on Fashion-MNIST, where it learns with `ConstantWeight`.
+`paper_settings` leave it out. `AdaptiveWeight` comes nearest, with the error of the row itself in place of the mean
+error at (r, t); but with it (p = 0.5) the method learnt nothing on Fashion-MNIST, where it learns with
+`ConstantWeight`.
 
 Source: How to build a consistency model: Learning flow maps via self-distillation, Boffi, Albergo, Vanden-Eijnden,
 2025, arXiv 2505.18825, and the authors' code; the equation is from Flow map matching, the same authors, 2024, arXiv
@@ -23,6 +24,7 @@ from .._derivative import FusedJVP, Passes
 from .._field import AbstractField, stopped
 from .._row import Row
 from .._times import TimePairs, UniformTimes
+from .._weight import ConstantWeight
 from .base import AbstractIdentity
 from .facts import Facts
 
@@ -32,7 +34,11 @@ SELF_DISTILLATION = Facts(
     uses_velocity=False,
     learns_through_derivative=True,
     passes=Passes(forward=1, tangent=3),  # the velocity at the end, and a JVP with its gradient
-    paper_settings={"time_pairs": TimePairs(UniformTimes()), "boundary_times": UniformTimes()},
+    paper_settings={
+        "time_pairs": TimePairs(UniformTimes()),
+        "boundary_times": UniformTimes(),
+        "weight": ConstantWeight(),
+    },
 )
 """Facts of all methods that learn v from boundary rows, and u through a derivative."""
 

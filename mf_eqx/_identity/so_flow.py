@@ -7,8 +7,8 @@ $$X_{t \to r}(z_t) = X_{l \to r}(z_l), \qquad k: 0.1 \to 0.002.$$
 The left side minus the right side, divided by t - l as in the paper's loss, is minus the residual of `AlphaFlow` with
 $\alpha = k$: the two methods differ in schedule and weights. There is no derivative.
 
-The paper's loss weighs by $1 / (\overline{\Delta^2} + 0.01)^p$ with the *mean* over dimensions, p = 0.5 or 1: in
-`AdaptiveWeight`, which takes the sum, the offset is 0.01 times the number of dimensions. In the authors' code the
+The paper's loss weighs by $1 / (\overline{\Delta^2} + 0.01)^p$ with the *mean* over dimensions, p = 0.5 or 1
+(`paper_settings`: 1). In the authors' code the
 gradient of boundary rows has a factor 2 that the others lack. The gradient of a residual here is that of u(z, r, t), as
 in the authors' code, and not 1/k times as large.
 
@@ -25,6 +25,7 @@ from .._field import AbstractField
 from .._row import Row
 from .._schedule import as_schedule, at_step, Schedule
 from .._times import LogitNormalTimes, TimePairs
+from .._weight import AdaptiveWeight
 from .alpha_flow import difference_residual
 from .base import AbstractScheduledIdentity
 from .facts import Facts
@@ -55,7 +56,8 @@ class SoFlow(AbstractScheduledIdentity):
     @property
     def facts(self) -> Facts:
         pairs = TimePairs(LogitNormalTimes(0.2, 0.8), LogitNormalTimes(-1.0, 0.8))
-        settings = {"time_pairs": pairs, "boundary_times": LogitNormalTimes(-0.2, 1.0)}
+        weight = AdaptiveWeight(offset=0.01, mean=True)
+        settings = {"time_pairs": pairs, "boundary_times": LogitNormalTimes(-0.2, 1.0), "weight": weight}
         return Facts(exact=False, passes=Passes(forward=1), paper_settings=settings)
 
     def residual(self, field: AbstractField, row: Row) -> Float[Array, "*data"]:

@@ -3,7 +3,8 @@ r"""Terminal velocity matching: the Lagrangian equation with the velocity of an 
 $$u(z_t, r, t) - (t - r)\, \partial_r u(z_t, r, t) = \bar v(X_{t \to r}(z_t), r), \qquad
 X_{t \to r}(z) = z - (t - r)\, u(z, r, t),$$
 
-with $\bar v(z, r) = \bar u(z, r, r)$ of an exponential average of the parameters, of decay 0.99 in the paper.
+with $\bar v(z, r) = \bar u(z, r, r)$ of an exponential average of the parameters, of decay 0.99 in the paper. Weights
+of the paper that depend on the scale of guidance are left out.
 
 Source: Terminal Velocity Matching, Zhou, Parger, Haque, Song, 2025, arXiv 2511.19797.
 """

@@ -8,8 +8,8 @@ parametrisation of the transition for each; its published models use the linear 
 class uses MeanFlow's identity on every path. The published models compute du/dt by a central difference,
 `CentralDifference(0.005)`.
 
-They weigh boundary rows in the same way. The weight of `paper_settings` comes close: it adds the same offset to the sum
-over dimensions, not to the mean. With guidance, the authors' code still takes the derivative along the unguided path;
+They weigh boundary rows in the same way. The authors' code adds to e one minus the cosine similarity of u and its
+target, which is not done here. With guidance, the authors' code still takes the derivative along the unguided path;
 here it is along the guided velocity, as in MeanFlow.
 
 Source: Transition Models: Rethinking the Generative Learning Objective, 2025, arXiv 2509.04394, and the authors' code.
@@ -49,7 +49,8 @@ class TransitionModel(AbstractIdentityWithLoss):
 
     @property
     def facts(self) -> Facts:
-        settings = {"identity_share": 0.5, "time_pairs": TimePairs(at_data=0.2), "weight": AdaptiveWeight(offset=1e-5)}
+        weight = AdaptiveWeight(offset=1e-5, mean=True)
+        settings = {"identity_share": 0.5, "time_pairs": TimePairs(at_data=0.2), "weight": weight}
         return Facts(passes=self.derivative.passes, paper_settings=settings)
 
     def residual_and_loss(self, field: AbstractField, row: Row) -> tuple[Float[Array, "*data"], Scalar]:

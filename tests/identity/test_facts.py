@@ -10,22 +10,28 @@ from methods import METHODS, those
 import mf_eqx as mfx
 
 UNIFORM = mfx.TimePairs(mfx.UniformTimes())
+SELF_DISTILLATION = {"time_pairs": UNIFORM, "boundary_times": mfx.UniformTimes(), "weight": mfx.ConstantWeight()}
 EXACT_VALUES = {
     "MeanFlow": {},
     "ImprovedMeanFlow": {"identity_share": 1 / 2},
     "TerminalVelocityMatching": None,
     "Shortcut": None,
-    "LagrangianSelfDistillation": {"time_pairs": UNIFORM, "boundary_times": mfx.UniformTimes()},
-    "EulerianSelfDistillation": {"time_pairs": UNIFORM, "boundary_times": mfx.UniformTimes()},
-    "AlphaFlow by a schedule": {"identity_share": 3 / 4, "weight": mfx.AdaptiveWeight(1.0, 0.001)},
+    "LagrangianSelfDistillation": SELF_DISTILLATION,
+    "EulerianSelfDistillation": SELF_DISTILLATION,
+    "AlphaFlow by a schedule": {
+        "identity_share": 3 / 4,
+        "boundary_times": mfx.LogitNormalTimes(-0.4, 1.0),
+        "weight": mfx.AdaptiveWeight(1.0, 0.001, mean=True),
+    },
     "SoFlow": {
         "time_pairs": mfx.TimePairs(mfx.LogitNormalTimes(0.2, 0.8), mfx.LogitNormalTimes(-1.0, 0.8)),
         "boundary_times": mfx.LogitNormalTimes(-0.2, 1.0),
+        "weight": mfx.AdaptiveWeight(1.0, 0.01, mean=True),
     },
     "TransitionModel": {
         "identity_share": 1 / 2,
         "time_pairs": mfx.TimePairs(mfx.LogitNormalTimes(-0.4, 1.0), at_data=0.2),
-        "weight": mfx.AdaptiveWeight(1.0, 1e-5),
+        "weight": mfx.AdaptiveWeight(1.0, 1e-5, mean=True),
     },
     "InductiveMomentMatching": {"identity_share": 1, "time_pairs": UNIFORM},
 }
