@@ -20,10 +20,12 @@ the second line must be imported explicitly, so that a training job does not loa
     _field.py          what an average velocity is: subclass it
     _derivative.py     du/dt, and the engines that compute it
     _engine_guards.py  what engines refuse: silent zeros, fields without forward mode
-    _guidance.py       guidance inside the target, label dropout; guidance at sampling
+    _guidance.py       guidance inside the target, and at sampling
+    _label_dropout.py  rows without their condition, and null conditions
     _drawn_guidance.py guidance drawn for each row, an input of the field
     _identity/         one file per method, and what holds of it
-    _objective.py      from a batch to a loss: boundary condition + identity
+    _objective.py      from a batch to a loss: boundary condition + identity; what any loss is: _abstract_objective.py
+    _trained.py        which values of a field a training has learnt
     _batch_objective/  losses on whole batches of generated samples, one file each
     _gradient.py       gradients in turn: kinds of rows, micro-batches, devices
     _model/            DiT, in-context DiT, U-Net and MLP; networks that predict data
@@ -58,6 +60,10 @@ package are checked during tracing. Experiments and tests do that; `JAXTYPING_DI
 """
 
 from . import nn as nn
+from ._abstract_objective import (
+    AbstractMeanObjective as AbstractMeanObjective,
+    AbstractObjective as AbstractObjective,
+)
 from ._batch import Batch as Batch
 from ._batch_objective import (
     AbstractPopulation as AbstractPopulation,
@@ -99,8 +105,6 @@ from ._guidance import (
     Guidance as Guidance,
     GuidanceRange as GuidanceRange,
     GuidedField as GuidedField,
-    LabelDropout as LabelDropout,
-    Trained as Trained,
 )
 from ._identity import (
     AbstractIdentity as AbstractIdentity,
@@ -135,6 +139,7 @@ from ._interpolant import (
     LinearInterpolant as LinearInterpolant,
     TrigonometricInterpolant as TrigonometricInterpolant,
 )
+from ._label_dropout import LabelDropout as LabelDropout
 from ._mean import Mean as Mean, Metrics as Metrics, total as total
 from ._model import (
     describe as describe,
@@ -166,11 +171,7 @@ from ._model import (
     UNetSize as UNetSize,
     XPrediction as XPrediction,
 )
-from ._objective import (
-    AbstractMeanObjective as AbstractMeanObjective,
-    AbstractObjective as AbstractObjective,
-    Objective as Objective,
-)
+from ._objective import Objective as Objective
 from ._perceptual import PerceptualTerm as PerceptualTerm
 from ._row import Context as Context, Row as Row
 from ._sample import (
@@ -198,6 +199,7 @@ from ._train import (
     TrainState as TrainState,
     TrainStep as TrainStep,
 )
+from ._trained import Trained as Trained
 from ._weight import (
     AbstractWeight as AbstractWeight,
     AdaptiveWeight as AdaptiveWeight,

@@ -26,7 +26,8 @@ from jaxtyping import Array, Float, Key
 
 from ._custom_types import as_scalar, as_times, Condition, Scalar, ScalarLike, Time, TimeLike
 from ._field import AbstractField, check_field
-from ._guidance import AbstractGuidance, as_interval, check_interval, guided_velocity, LabelDropout
+from ._guidance import AbstractGuidance, as_interval, check_interval, guided_velocity
+from ._label_dropout import LabelDropout
 from ._model import GuidanceCondition
 from ._validate import check_finite, check_positive, with_checked_scalar
 

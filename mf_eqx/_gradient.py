@@ -21,11 +21,11 @@ import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Key, PyTree
 
+from ._abstract_objective import AbstractObjective
 from ._batch import Batch
 from ._custom_types import at_least_float32, Scalar
 from ._fsdp import gathered_in_turn, summed
 from ._mean import Mean, Metrics
-from ._objective import AbstractObjective
 from ._row import Context
 from ._sharding import Parallelism
 from ._validate import described, is_pair, with_checked_scalar

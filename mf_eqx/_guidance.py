@@ -11,17 +11,16 @@ $\omega' = \omega / (1 - \kappa)$.
 
 import abc
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike, Bool, Float, Key
+from jaxtyping import Array, Bool, Float, Key
 
 from ._custom_types import as_scalar, as_times, Condition, Scalar, Time, TimeLike
 from ._field import AbstractField, check_field
-from ._leaves import by_name
+from ._label_dropout import check_null, LabelDropout, null_shaped_as
 from ._model import check_labels
 from ._validate import check_positive
 
@@ -65,7 +64,7 @@ class AbstractGuidance(eqx.Module):
         """The condition that the field gets in a row with times r and t."""
 
     @abc.abstractmethod
-    def null(self, condition: Condition, t: Time, dropout: "LabelDropout") -> Condition:
+    def null(self, condition: Condition, t: Time, dropout: LabelDropout) -> Condition:
         """The condition of the unconditional pass, for a row whose conditional pass gets `condition`."""
 
     @abc.abstractmethod
@@ -136,7 +135,7 @@ class Guidance(AbstractGuidance):
     def condition(self, condition: Condition, r: Time, t: Time, *, key: Key[Array, ""]) -> Condition:
         return condition
 
-    def null(self, condition: Condition, t: Time, dropout: "LabelDropout") -> Condition:
+    def null(self, condition: Condition, t: Time, dropout: LabelDropout) -> Condition:
         return dropout.null_like(condition)
 
     def velocity(
@@ -198,7 +197,7 @@ class GuidedField(AbstractField):
     def __check_init__(self):
         check_field(self.field)
         check_positive("scale", self.scale, or_zero=True)
-        _check_null(self.null)
+        check_null(self.null)
         check_labels("null", self.null, self.field)
 
     def __call__(
@@ -211,7 +210,7 @@ class GuidedField(AbstractField):
         key: Key[Array, ""] | None = None,
     ) -> Float[Array, "*data"]:
         r, t = as_times(r, t, z)
-        null = _broadcast(self.null, condition)
+        null = null_shaped_as(self.null, condition)
         with_condition, without = (self.field(z, r, t, c, key=key) for c in (condition, null))
         return self.scale * with_condition + (1 - self.scale) * without
 
@@ -233,112 +232,3 @@ class GuidanceRange(NamedTuple):
         is_whole = (low, high) == (0, 1)
         is_drawn = is_whole or (self.middle is not None and 0 <= low <= self.middle <= high <= 1)
         return self.smallest <= scale <= self.largest and is_drawn
-
-
-class Trained(NamedTuple):
-    """Which values of a field an objective trains.
-
-    **Arguments:**
-
-    - `average`: u(z, r, t) for r < t; without it, sample by Euler steps along u(z, t, t).
-    - `null_velocity`: u(z, t, t) with the null condition, which guidance needs, also in the target.
-    - `null_average`: u(z, r, t) for r < t with the null condition, which a `GuidedField` needs, except by Euler steps.
-    - `velocity`: u(z, t, t); without it, Euler steps follow values that were never trained.
-    - `ends_at_data`: whether u(z, r, t) for r < t was trained at r = 0 alone; then sample in one step, by
-      `sample_consistency`, or by Euler steps.
-    - `one_step`: whether u(z, r, t) for r < t was trained at one pair of times alone, as by a `SampleObjective` of one
-      step; then sample in this step.
-    - `guidance`: for a field that takes guidance as an input, the scales and intervals that were drawn; None if it
-      takes none, or if they are not known.
-    """
-
-    average: bool
-    null_velocity: bool
-    null_average: bool
-    velocity: bool = True
-    ends_at_data: bool = False
-    one_step: bool = False
-    guidance: GuidanceRange | None = None
-
-
-class LabelDropout(eqx.Module):
-    """Replacement of the condition by "no label", which trains the unconditional velocity that guidance needs.
-
-    Dropped rows regress on plain v (the authors' ImageNet code).
-
-    **Arguments:**
-
-    - `rate`: share of all rows of the batch, 0.1 in the paper.
-    - `null`: the condition that means "none": for a field with labels `field.null_label`, otherwise a PyTree with the
-      structure of one example's condition, such as a vector of zeros. In a dropped row all arrays of the condition are
-      replaced together. Each is broadcast to the shape of the condition's, so that a number is enough, and cast to its
-      dtype; an `Objective` refuses other shapes, and a value that the cast would change, such as 300 for uint8 labels.
-      Where null may occur in the data, add a flag to the condition: `{"x": x, "given": True}` and `{"x": 0.0, "given":
-      False}`.
-    - `boundary_only`: whether only r = t rows are dropped, with probability `rate` / (1 - identity share), so that the
-      null condition is never trained at r < t. True agrees in expectation with the authors' ImageNet code, which drops
-      a prefix of Binomial(B, 0.1) rows, all of them r = t rows. With False any row may be dropped, as in the paper's
-      text. With an identity share of 1 any row may be dropped in either case.
-
-    **Raises:** `ValueError` unless 0 <= rate <= 1, or if `null` contains a NumPy integer that does not fit into the
-    dtype to which JAX converts it.
-    """
-
-    rate: float = eqx.field(converter=float)
-    null: Condition
-    boundary_only: bool = True
-
-    def __check_init__(self):
-        if not 0 <= self.rate <= 1:
-            raise ValueError(f"rate must lie in [0, 1], got {self.rate}")
-        _check_null(self.null)
-
-    def null_like(self, condition: Condition) -> Condition:
-        """The null condition as arrays of the shapes and dtypes of one row's condition."""
-        return jax.tree.map(lambda null, c: jnp.broadcast_to(jnp.asarray(null, c.dtype), c.shape), self.null, condition)
-
-
-def _broadcast(null: Condition, condition: Condition) -> Condition:
-    """The null condition with the shapes of the condition, if it has the same structure."""
-    if jax.tree.structure(null) != jax.tree.structure(condition):  # a field may accept several structures
-        return null
-    conditions = by_name("", condition)
-    for name, leaf in by_name("", null).items():
-        check_null_shape(f"null{name}", leaf, np.shape(conditions[name]))
-
-    def broadcast(null: Any, c: Any) -> Any:
-        return null if np.shape(null) == np.shape(c) else jnp.broadcast_to(null, np.shape(c))
-
-    return jax.tree.map(broadcast, null, condition)
-
-
-def check_null_shape(name: str, null: ArrayLike, shape: tuple[int, ...]) -> None:
-    """Raises a `ValueError` unless `null`, which is called `name`, can be broadcast to the shape of one condition."""
-    found = np.shape(null)
-    if len(found) > len(shape) or any(a not in (1, b) for a, b in zip(found[::-1], shape[::-1], strict=False)):
-        raise ValueError(f"{name} must be a number or of shape {shape} as the condition is, got shape {found}")
-
-
-def _check_null(null: Condition) -> None:
-    """Refuses NumPy numbers whose value changes when JAX converts them: 2^32 becomes 0 in int32."""
-    for leaf in jax.tree.leaves(null):
-        if isinstance(leaf, np.ndarray | np.generic):
-            dtype = jax.dtypes.canonicalize_dtype(leaf.dtype)
-            if (changed := first_changed_by_cast(leaf, dtype)) is not None:
-                raise ValueError(f"null must be representable in {dtype}, to which JAX converts it, got {changed}")
-
-
-def first_changed_by_cast(value: ArrayLike | np.generic, dtype: np.dtype) -> Any:
-    """The first number in `value` that a cast to `dtype` would change, or None if there is none: an integer out of
-    range, a real number that would become infinite, or any complex number. Rounding does not count."""
-    value = np.asarray(value)
-    if np.iscomplexobj(value):
-        changed = np.full(value.shape, True)
-    elif jnp.issubdtype(dtype, jnp.floating):
-        wide = value.astype(np.float64)
-        with np.errstate(over="ignore"):
-            changed = np.isfinite(wide) & ~np.isfinite(wide.astype(dtype))
-    else:
-        low, high = (0, 1) if jnp.issubdtype(dtype, jnp.bool_) else (jnp.iinfo(dtype).min, jnp.iinfo(dtype).max)
-        changed = np.asarray((value < low) | (value > high), bool)
-    return value[changed][0] if changed.any() else None

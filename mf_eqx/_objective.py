@@ -18,17 +18,16 @@ on r = t rows, and on identity rows of an `AbstractIdentityWithVelocity`. Guidan
 Perceptual terms are added to the loss of a row.
 """
 
-import abc
 from collections.abc import Callable, Sequence
 from fractions import Fraction
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, ArrayLike, Float, Key, PyTree
+from jaxtyping import Array, Float, Key
 
+from ._abstract_objective import AbstractMeanObjective, AbstractObjective
 from ._batch import Batch
 from ._custom_types import at_least_float32, Condition, Scalar, Time
 from ._drawn_guidance import DrawnGuidance, PowerLawScales
@@ -40,14 +39,7 @@ from ._field import (
     stopped,
     with_checked_shapes,
 )
-from ._guidance import (
-    AbstractGuidance,
-    check_null_shape,
-    first_changed_by_cast,
-    GuidanceRange,
-    LabelDropout,
-    Trained,
-)
+from ._guidance import AbstractGuidance, GuidanceRange
 from ._identity import (
     AbstractIdentity,
     AbstractIdentityWithLoss,
@@ -56,7 +48,7 @@ from ._identity import (
     MeanFlow,
 )
 from ._interpolant import AbstractInterpolant, LinearInterpolant
-from ._leaves import by_name
+from ._label_dropout import LabelDropout
 from ._mean import errors_by_kind, mean_of, Metrics, total
 from ._model import XPrediction
 from ._model.guidance import condition_at
@@ -64,84 +56,9 @@ from ._perceptual import PerceptualTerm
 from ._row import Context, Drawing, Row
 from ._stable_target import StableTarget
 from ._times import AbstractTimes, as_share, check_batch_size, rows_per_group, split_rows, TimePairs
-from ._validate import check_key, check_kind, described, is_pair, with_checked_scalar
+from ._trained import Trained
+from ._validate import check_key, check_kind, with_checked_scalar
 from ._weight import AbstractWeight, AdaptiveWeight, weight_of
-
-
-class AbstractObjective(eqx.Module):
-    """A loss over a batch, and what a `TrainStep` must know to differentiate it."""
-
-    learns: ClassVar[type[eqx.Module]] = AbstractField
-    """The kind of network that is trained; another one, such as `mf_eqx.vae.Autoencoder`, takes the field's place in
-    states and steps, if `init_state` is given the objective."""
-
-    @property
-    @abc.abstractmethod
-    def divisor(self) -> int | None:
-        """The number of rows of which a batch, and each part of it for a device or a micro-batch, must be a multiple:
-        the loss is then the mean over such parts. None if the loss is not such a mean: it is then differentiated on the
-        whole batch at once."""
-
-    @property
-    @abc.abstractmethod
-    def needs_teacher(self) -> bool:
-        """Whether the objective evaluates `Context.teacher`."""
-
-    @abc.abstractmethod
-    def parts(self, batch: Batch) -> list[tuple["AbstractObjective", Batch]]:
-        """The rows of each kind, with an objective for these rows alone. The loss is the mean over all rows, so the
-        parts may be differentiated one after the other, with the intermediate results of only one in memory.
-
-        **Raises:** `ValueError` if the batch does not meet the requirements of the objective.
-        """
-
-    @abc.abstractmethod
-    def init(self) -> PyTree[Array]:
-        """The objective's own state before the first step, such as running moments; None if it has none. It is part of
-        the training state, as `TrainState.objective`. Only an objective whose `divisor` is None may have one."""
-
-    @abc.abstractmethod
-    def evaluate(
-        self, field: Any, batch: Batch, state: Any, *, key: Key[Array, ""], context: Context | None = None
-    ) -> tuple[Scalar, tuple[Metrics, Any]]:
-        """The loss, and as auxiliary output the metrics and the objective's state after the step.
-
-        **Arguments:** `field`, of the kind that the objective `learns`; `batch`; `state` from `init` or the step
-        before; `key` of the step; `context`.
-        """
-
-
-class AbstractMeanObjective(AbstractObjective):
-    """A loss that is a mean over all rows, for batches of any size, without a state of its own."""
-
-    @abc.abstractmethod
-    def __call__(
-        self, field: Any, batch: Batch, *, key: Key[Array, ""], context: Context | None = None
-    ) -> tuple[Scalar, Metrics]:
-        """The pair `(loss, metrics)`."""
-
-    @property
-    def divisor(self) -> int:
-        return 1
-
-    @property
-    def needs_teacher(self) -> bool:
-        return False
-
-    def parts(self, batch: Batch) -> list[tuple[AbstractObjective, Batch]]:
-        return [(self, batch)]
-
-    def init(self) -> None:
-        return None
-
-    def evaluate(
-        self, field: Any, batch: Batch, state: None, *, key: Key[Array, ""], context: Context | None = None
-    ) -> tuple[Scalar, tuple[Metrics, None]]:
-        result = self(field, batch, key=key, context=context)
-        if not is_pair(result):
-            raise ValueError(f"{type(self).__name__} must return a loss and metrics, got {described(result)}")
-        return result[0], (result[1], None)
-
 
 _KINDS = {
     "identity": AbstractIdentity,
@@ -344,14 +261,7 @@ class Objective(AbstractObjective):
         if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
             raise ValueError(f"x must be one floating-point array here (TrainStep.prepare can convert it), got {dtype}")
         if self.label_dropout is not None:
-            given, null = (jax.tree.structure(tree) for tree in (batch.condition, self.label_dropout.null))
-            if given != null:
-                raise ValueError(f"condition must have the structure of label_dropout.null, {null}; got {given}")
-            nulls = by_name("", self.label_dropout.null)
-            for name, condition in by_name("", batch.condition).items():
-                _check_null(name, nulls[name], condition)
-            if not jax.tree.leaves(batch.condition):
-                raise ValueError(f"condition must be given with label_dropout, got {described(batch.condition)}")
+            self.label_dropout.check(batch.condition)
 
     def _evaluate(
         self, field: AbstractField, batch: Batch, boundary: bool, key: Key[Array, ""], context: Context | None
@@ -525,26 +435,3 @@ class _Part(AbstractMeanObjective):
     ) -> tuple[Scalar, Metrics]:
         metrics = self.objective._evaluate(field, batch, self.boundary, key, context)
         return jnp.asarray(metrics["loss"].value), metrics
-
-
-def _check_null(name: str, null: ArrayLike, condition: ArrayLike) -> None:
-    """Refuses a null condition that does not broadcast to one row of the condition, or that a cast to its dtype would
-    change.
-
-    **Arguments:** `name` of the leaf within its PyTree; `null` that leaf of the null condition; `condition` of a batch.
-    """
-    rule = f"label_dropout.null{name} must be"
-    check_null_shape(f"label_dropout.null{name}", null, np.shape(condition)[1:])
-    dtype, null_dtype = jnp.result_type(condition), getattr(null, "dtype", None) or np.asarray(null).dtype
-    is_float, null_is_float = (jnp.issubdtype(kind, jnp.floating) for kind in (dtype, null_dtype))
-    if null_is_float and not is_float:
-        raise ValueError(f"{rule} an integer like the condition, got {described(null)}")
-    try:
-        changed = first_changed_by_cast(null, dtype)
-    except jax.errors.TracerArrayConversionError:  # `null` is traced: only its dtype is known
-        if not is_float and np.promote_types(null_dtype, dtype) != dtype:
-            wanted = f"of the condition's dtype {dtype}, or a Python integer"
-            raise ValueError(f"{rule} {wanted}, got an array of {null_dtype}") from None
-        return
-    if changed is not None:
-        raise ValueError(f"{rule} representable in the condition's dtype {dtype}, got {changed}")

@@ -20,8 +20,9 @@ from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 from ._batch import Batch
 from ._custom_types import as_times, at_least_float32, Condition, Time, TimeLike
 from ._field import AbstractField, instantaneous_velocity, stopped, with_checked_shapes
-from ._guidance import AbstractGuidance, LabelDropout
+from ._guidance import AbstractGuidance
 from ._interpolant import AbstractInterpolant
+from ._label_dropout import LabelDropout
 from ._model.guidance import condition_at
 from ._stable_target import StableTarget
 from ._times import AbstractTimes, draw_time, TimePairs

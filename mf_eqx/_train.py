@@ -18,6 +18,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Int, Key, PyTree
 
+from ._abstract_objective import AbstractObjective
 from ._batch import Batch
 from ._custom_types import at_least_float32, Scalar
 from ._ema import as_averages, ExponentialAverage
@@ -25,7 +26,6 @@ from ._field import AbstractField, check_field
 from ._gradient import Differentiation
 from ._leaves import leaves, listed, shapes
 from ._mean import Mean, Metrics
-from ._objective import AbstractObjective
 from ._optimizer import check_optimizer, copy, init_optimizer, is_number, standard_promotion, update_optimizer
 from ._row import Context
 from ._sharding import Parallelism

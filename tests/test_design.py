@@ -24,8 +24,11 @@ LAYERS = {
         *("_plain_pickle", "_legacy_torch", "_quiet"),
     ],
     1: ["_batch", "_mean", "_interpolant", "_stable_target", "_times", "_field", "_derivative", "_engine_guards", "nn"],
-    2: ["_guidance", "_drawn_guidance", "_model", "_row", "_weight", "_perceptual", "_schedule", "_identity"],
-    3: ["_objective", "_sample", "exact", "metrics", "vae"],
+    2: [
+        *("_guidance", "_drawn_guidance", "_label_dropout", "_trained", "_model", "_row", "_weight", "_perceptual"),
+        *("_schedule", "_identity"),
+    ],
+    3: ["_abstract_objective", "_objective", "_sample", "exact", "metrics", "vae"],
     4: ["_batch_objective", "_ema", "_optimizer", "_sharding", "_fsdp", "_gradient"],
     5: ["_generate", "_train"],
     6: ["checkpoint", "data", "measure", "picture", "released"],

@@ -26,14 +26,14 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, Key, PyTree
 
+from .._abstract_objective import AbstractObjective
 from .._batch import Batch
 from .._custom_types import at_least_float32, Scalar
 from .._field import AbstractField
-from .._guidance import Trained
 from .._mean import Mean, Metrics
-from .._objective import AbstractObjective
 from .._row import Context
 from .._sample import as_grid, sample
+from .._trained import Trained
 from .._validate import check_kind, check_positive
 
 

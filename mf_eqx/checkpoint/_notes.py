@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Array, Float
 
-from .._guidance import GuidanceRange, Trained
+from .._guidance import GuidanceRange
+from .._trained import Trained
 from .._validate import check_kind, check_sizes
 from ..vae import AutoencoderSize, LatentStatistics
 

@@ -16,9 +16,10 @@ import equinox as eqx
 import jax.numpy as jnp
 import jax.random as jr
 
+from .._abstract_objective import AbstractObjective
 from .._batch import Batch
 from .._field import AbstractField, stopped
-from .._objective import AbstractObjective, Objective
+from .._objective import Objective
 from .._row import Context
 from ._program import product_flops
 

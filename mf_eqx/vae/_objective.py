@@ -20,10 +20,10 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, Key
 
+from .._abstract_objective import AbstractMeanObjective
 from .._batch import Batch
 from .._custom_types import at_least_float32, Scalar
 from .._mean import mean_of, Metrics
-from .._objective import AbstractMeanObjective
 from .._perceptual import PerceptualTerm
 from .._row import Context, Row
 from .._validate import check_kind, check_positive
