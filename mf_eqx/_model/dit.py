@@ -45,7 +45,7 @@ from ..nn import (
     TimeVariables,
     XLAAttention,
 )
-from ..nn._embedding import as_argument, as_embedding
+from ..nn._condition_embedding import as_argument, as_embedding
 from . import patches
 from .guidance import check_has_condition, embed, GuidanceCondition, GuidanceEmbedding
 

@@ -18,7 +18,7 @@ from ..nn import (
     ScalarEmbedding,
     TimeVariables,
 )
-from ..nn._embedding import as_argument, as_embedding
+from ..nn._condition_embedding import as_argument, as_embedding
 from .guidance import check_has_condition, GuidanceTokens, without_guidance
 
 

@@ -37,7 +37,7 @@ from ..nn import (
     TimePairEmbedding,
     TimeVariables,
 )
-from ..nn._embedding import as_argument, as_embedding
+from ..nn._condition_embedding import as_argument, as_embedding
 from .guidance import check_has_condition, embed, GuidanceCondition, GuidanceEmbedding
 
 

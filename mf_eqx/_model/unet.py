@@ -50,7 +50,7 @@ from ..nn import (
     upsample,
     XLAAttention,
 )
-from ..nn._embedding import as_argument, as_embedding, check_one_embedding, embedded_condition
+from ..nn._condition_embedding import as_argument, as_embedding, check_one_embedding, embedded_condition
 from ..nn._norm import per_channel
 from .guidance import check_has_condition, GuidanceCondition, GuidanceEmbedding, without_guidance
 

@@ -9,19 +9,10 @@ from ._attention import (
     XLAAttention as XLAAttention,
 )
 from ._chunked_attention import ChunkedAttention as ChunkedAttention
-from ._embedding import (
+from ._condition_embedding import (
     AbstractConditionEmbedding as AbstractConditionEmbedding,
     ConditionEmbedding as ConditionEmbedding,
-    duration as duration,
-    end_duration as end_duration,
-    end_start as end_start,
-    end_start_duration as end_start_duration,
     LabelEmbedding as LabelEmbedding,
-    sinusoidal_embedding as sinusoidal_embedding,
-    sinusoidal_line_positions as sinusoidal_line_positions,
-    sinusoidal_positions as sinusoidal_positions,
-    TimePairEmbedding as TimePairEmbedding,
-    TimeVariables as TimeVariables,
     VectorEmbedding as VectorEmbedding,
 )
 from ._linear import Linear as Linear, SwiGLU as SwiGLU
@@ -38,6 +29,10 @@ from ._per_block import (
     per_block as per_block,
     weight_mask as weight_mask,
 )
+from ._positions import (
+    sinusoidal_line_positions as sinusoidal_line_positions,
+    sinusoidal_positions as sinusoidal_positions,
+)
 from ._precision import cast as cast
 from ._resample import downsample as downsample, upsample as upsample
 from ._rotary import (
@@ -52,6 +47,15 @@ from ._stack import (
     Remat as Remat,
     REMATS as REMATS,
     Stack as Stack,
+)
+from ._time_embedding import (
+    duration as duration,
+    end_duration as end_duration,
+    end_start as end_start,
+    end_start_duration as end_start_duration,
+    sinusoidal_embedding as sinusoidal_embedding,
+    TimePairEmbedding as TimePairEmbedding,
+    TimeVariables as TimeVariables,
 )
 from ._tokens import (
     AbstractConditionTokens as AbstractConditionTokens,

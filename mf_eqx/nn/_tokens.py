@@ -24,8 +24,9 @@ from jaxtyping import Array, Float, Key
 
 from .._custom_types import as_scalar
 from .._validate import check_sizes
-from ._embedding import AbstractConditionEmbedding, sinusoidal_embedding
+from ._condition_embedding import AbstractConditionEmbedding
 from ._linear import Linear
+from ._time_embedding import check_even_size, sinusoidal_embedding
 
 
 class AbstractConditionTokens(eqx.Module):
@@ -94,8 +95,7 @@ class ScalarEmbedding(AbstractConditionEmbedding):
         init: jax.nn.initializers.Initializer = normal(0.02),
         key: Key[Array, ""],
     ):
-        if size < 2 or size % 2:
-            raise ValueError(f"size must be even and positive, got {size}")
+        check_even_size(size)
         hidden_key, out_key = jr.split(key)
         self.hidden = Linear(size, width, init=init, key=hidden_key)
         self.out = Linear(width, width, init=init, key=out_key)

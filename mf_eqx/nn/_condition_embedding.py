@@ -1,15 +1,15 @@
-r"""Embeddings of times, labels, other conditions, and positions.
+"""Embeddings of labels and of other conditions, and how a network adds one to the embedding of times.
 
-Which variables a network gets in place of (r, t) is a choice of Tab. 1c; the JVP is always that of u(., r, t). Each
-choice is a function `(r, t) -> numbers`; every number gets its own sinusoidal embedding and two-layer MLP, and the
-results are summed.
+A label reads its row of a table. A vector of numbers goes through a two-layer MLP. Conditions of any other structure
+have a subclass of `AbstractConditionEmbedding`. The result is one vector, and `ConditionEmbedding` computes
+
+    c = e(r, t) + e(condition)
+
+which modulates the network; without a condition, c is the embedding of the times alone.
 """
 
 import abc
-import functools
-import operator
-from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -19,105 +19,10 @@ import numpy as np
 from jax.nn.initializers import normal
 from jaxtyping import Array, Float, Key
 
-from .._custom_types import as_scalar, as_times, at_least_float32, Condition, Label, ScalarLike, Time, TimeLike
-from .._validate import as_count, check_finite, check_sizes, described, on_host_if_known
+from .._custom_types import at_least_float32, Condition, Label, TimeLike
+from .._validate import as_count, check_sizes, described, on_host_if_known
 from ._linear import Linear
-
-TimeVariables: TypeAlias = Callable[[Time, Time], tuple[Time, ...]]
-
-
-def end_start(r: TimeLike, t: TimeLike) -> tuple[Time, ...]:
-    """(t, r): FID 61.75 in Tab. 1c."""
-    r, t = as_times(r, t)
-    return t, r
-
-
-def end_duration(r: TimeLike, t: TimeLike) -> tuple[Time, ...]:
-    """(t, t - r): FID 61.06 in Tab. 1c, the paper's default."""
-    r, t = as_times(r, t)
-    return t, t - r
-
-
-def end_start_duration(r: TimeLike, t: TimeLike) -> tuple[Time, ...]:
-    """(t, r, t - r): FID 63.98 in Tab. 1c."""
-    r, t = as_times(r, t)
-    return t, r, t - r
-
-
-def duration(r: TimeLike, t: TimeLike) -> tuple[Time, ...]:
-    """t - r alone: FID 63.13 in Tab. 1c."""
-    r, t = as_times(r, t)
-    return (t - r,)
-
-
-def sinusoidal_embedding(
-    value: ScalarLike, size: int, *, max_period: float = 10_000.0, endpoint: bool = False
-) -> Float[Array, " size"]:
-    r"""Cosines, then sines, of $value \cdot P^{-k / (size/2)}$ for k = 0 .. size/2 - 1, in float32 or better.
-
-    As in the authors' ImageNet code and in DiT.
-
-    **Arguments:** `value` a time; `size` even; `max_period` the P above, 10,000 everywhere; `endpoint` whether k is
-    divided by size/2 - 1 instead, so that the last frequency is 1 / P, as in the authors' CIFAR-10 code.
-    """
-    if size < 2 or size % 2:
-        raise ValueError(f"size must be even and positive, got {size}")
-    half, value = size // 2, as_scalar("value", value)
-    frequencies = max_period ** (-np.arange(half) / max(half - endpoint, 1))
-    angles = at_least_float32(value) * jnp.asarray(frequencies, np.promote_types(value.dtype, np.float32))
-    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)])
-
-
-class TimePairEmbedding(eqx.Module):
-    r"""Embedding of (r, t): per variable a sinusoidal embedding, linear, SiLU, linear; summed over the variables.
-
-    It stays in float32 also under bfloat16 compute: with the angles in bfloat16, du/dt would be inaccurate.
-
-    **Arguments:**
-
-    - `width` of the result; `size` of each sinusoidal embedding, even (256 in the paper's DiT).
-    - `variables`: `end_duration` (default), `end_start`, `end_start_duration`, `duration`, or a function of your own.
-    - `time_scale`: factor on the times before the sinusoidal embedding. 1 in the authors' MeanFlow code; in DiT, whose
-      time is an integer step, about 1000, which makes du/dt less accurate.
-    - `init`: for the weights; normal with standard deviation 0.02 in DiT.
-    """
-
-    hidden: tuple[Linear, ...]
-    out: tuple[Linear, ...]
-    variables: TimeVariables = eqx.field(static=True)
-    size: int = eqx.field(static=True)
-    time_scale: float = eqx.field(static=True)
-
-    def __init__(
-        self,
-        width: int,
-        *,
-        variables: TimeVariables = end_duration,
-        size: int = 256,
-        time_scale: float = 1.0,
-        init: jax.nn.initializers.Initializer = normal(0.02),
-        key: Key[Array, ""],
-    ):
-        check_sizes(width=width)
-        check_finite("time_scale", time_scale)
-        if size < 2 or size % 2:
-            raise ValueError(f"size must be even and positive, got {size}")
-        count = len(variables(jnp.zeros(()), jnp.ones(())))
-        hidden_keys, out_keys = jr.split(key, (2, count))
-        self.hidden = tuple(Linear(size, width, init=init, key=key) for key in hidden_keys)
-        self.out = tuple(Linear(width, width, init=init, key=key) for key in out_keys)
-        self.variables = variables
-        self.size = size
-        self.time_scale = float(time_scale)
-
-    def __call__(self, r: TimeLike, t: TimeLike) -> Float[Array, " width"]:
-        r, t = as_times(r, t, self.hidden[0].weight)
-
-        def embed(value: Time, hidden: Linear, out: Linear) -> Float[Array, " width"]:
-            return out(jax.nn.silu(hidden(sinusoidal_embedding(self.time_scale * value, self.size))))
-
-        # Without a start value such as 0.0, which would make a float32 field float64 where float64 is enabled.
-        return functools.reduce(operator.add, map(embed, self.variables(r, t), self.hidden, self.out))
+from ._time_embedding import TimePairEmbedding
 
 
 class AbstractConditionEmbedding(eqx.Module):
@@ -309,37 +214,3 @@ class ConditionEmbedding(eqx.Module):
         embedded = self.times(r, t)
         added = embedded_condition(condition, self.label, self.condition, embedded.shape[0])
         return embedded if added is None else embedded + added
-
-
-def sinusoidal_positions(height: int, width: int, size: int) -> Float[np.ndarray, "tokens size"]:
-    r"""Fixed 2-D position embedding, tokens row by row.
-
-    The first half of the features encodes the column, the second the row; each half holds size/4 sines, then size/4
-    cosines, of position x 10000^(-k / (size/4)). A constant, not a parameter.
-
-    **Arguments:** `height`, `width` of the grid of tokens; `size` a positive multiple of 4.
-    """
-    check_sizes(height=height, width=width)
-    if size < 4 or size % 4:
-        raise ValueError(f"size must be a positive multiple of 4, got {size}")
-    rows, columns = np.meshgrid(np.arange(height), np.arange(width), indexing="ij")
-    frequencies = 10_000.0 ** (-np.arange(size // 4) / (size // 4))
-
-    def encode(positions: np.ndarray) -> np.ndarray:
-        angles = positions.reshape(-1, 1) * frequencies
-        return np.concatenate([np.sin(angles), np.cos(angles)], axis=-1)
-
-    return np.concatenate([encode(columns), encode(rows)], axis=-1).astype(np.float32)
-
-
-def sinusoidal_line_positions(length: int, size: int) -> Float[np.ndarray, "tokens size"]:
-    r"""Fixed 1-D position embedding: size/2 sines, then size/2 cosines, of position x 10000^(-k / (size/2)). A
-    constant, not a parameter.
-
-    **Arguments:** `length` number of tokens; `size` a positive multiple of 2.
-    """
-    check_sizes(length=length)
-    if size < 2 or size % 2:
-        raise ValueError(f"size must be a positive multiple of 2, got {size}")
-    angles = np.arange(length).reshape(-1, 1) * 10_000.0 ** (-np.arange(size // 2) / (size // 2))
-    return np.concatenate([np.sin(angles), np.cos(angles)], axis=-1).astype(np.float32)
