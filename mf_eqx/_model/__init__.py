@@ -13,19 +13,21 @@ from .dit import (
     DiTSize as DiTSize,
 )
 from .guidance import GuidanceCondition as GuidanceCondition
-from .in_context_dit import (
+from .in_context_dit import InContextDiT as InContextDiT
+from .in_context_embedding import TokenCounts as TokenCounts
+from .in_context_size import (
     IMF_B2 as IMF_B2,
     IMF_L2 as IMF_L2,
     IMF_M2 as IMF_M2,
     IMF_XL2 as IMF_XL2,
-    InContextDiT as InContextDiT,
     InContextDiTSize as InContextDiTSize,
     PMF_B16 as PMF_B16,
     PMF_H16 as PMF_H16,
     PMF_L16 as PMF_L16,
 )
-from .in_context_embedding import TokenCounts as TokenCounts
 from .labels import check_labels as check_labels
 from .mlp import MLP as MLP
-from .unet import UNet as UNet, UNET_CIFAR10 as UNET_CIFAR10, UNetCondition as UNetCondition, UNetSize as UNetSize
+from .unet import UNet as UNet
+from .unet_embedding import UNetCondition as UNetCondition
+from .unet_size import UNET_CIFAR10 as UNET_CIFAR10, UNetSize as UNetSize
 from .x_prediction import XPrediction as XPrediction

@@ -30,10 +30,12 @@ from ..nn import (
     Remat,
 )
 from .dit import DiT, DiTSize
-from .in_context_dit import InContextDiT, InContextDiTSize
+from .in_context_dit import InContextDiT
 from .in_context_embedding import TokenCounts
+from .in_context_size import InContextDiTSize
 from .mlp import MLP
-from .unet import UNet, UNetSize
+from .unet import UNet
+from .unet_size import UNetSize
 from .x_prediction import XPrediction
 
 Network: TypeAlias = MLP | DiT | InContextDiT | UNet | XPrediction

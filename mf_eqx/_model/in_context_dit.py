@@ -1,11 +1,8 @@
-r"""The in-context diffusion transformer of improved MeanFlow as a field.
+"""The in-context diffusion transformer of improved MeanFlow as a field.
 
 The condition and the times become tokens in front of the patches of an image or of a sequence. A label or a number
-becomes several tokens, each the sum of a learned vector and the embedding. All tokens pass through the same blocks,
-without modulation:
-
-    x = x + gate_1 * attention(norm_1(x))     rotary positions over the whole sequence; normalised queries and keys
-    x = x + gate_2 * mlp(norm_2(x))           SwiGLU
+becomes several tokens, each the sum of a learned vector and the embedding. All tokens pass through the same blocks
+(`in_context_block.py`), without modulation.
 
 The first blocks are the trunk. The other blocks and a last layer are the head, which makes u of the tokens that leave
 the trunk. A network may have a second head of the same size on the same trunk, the velocity head, which makes v; it is
@@ -18,20 +15,17 @@ Source: Improved Mean Flows: On the Challenges of Fastforward Generative Models,
 
 import functools
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
-from jax.nn.initializers import variance_scaling, zeros
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key
 
 from .._custom_types import as_times, Condition, TimeLike
 from .._field import AbstractFieldWithVelocity
-from .._validate import check_data_shape, check_kind, check_sizes
 from ..nn import (
     AbstractAttention,
     AbstractConditionEmbedding,
@@ -40,134 +34,18 @@ from ..nn import (
     duration,
     Linear,
     Remat,
-    RMSNorm,
     rotary_angles,
     rotary_line_angles,
-    RotarySelfAttention,
     Stack,
-    SwiGLU,
     TimeVariables,
     XLAAttention,
 )
 from ..nn._attention import head_size
 from . import patches
 from .guidance import GuidanceCondition
+from .in_context_block import InContextBlock, InContextHead, stack_blocks
 from .in_context_embedding import InContextEmbedding, TokenCounts
-
-
-class InContextDiTSize(NamedTuple):
-    """The size of an in-context DiT: `depth` blocks, of which the last `head_depth` are the head's; tokens of `width`;
-    attention `heads`; `patch`, the side of a square of pixels or the number of steps in a piece of a sequence. A
-    velocity head has `head_depth` blocks more. `mlp`, the width inside the MLPs, is 8/3 of `width` by default.
-
-    Three further options are those of pixel MeanFlow. With `bottleneck`, a linear layer of so many outputs comes before
-    the one that makes tokens of patches. With `learned_positions`, a learned vector is added to every token of the
-    sequence, the condition's included. With `grid`, for images, the rotary positions are the rows and columns of the
-    patches, and the tokens in front of them have none.
-    """
-
-    depth: int
-    width: int
-    heads: int
-    patch: int
-    head_depth: int = 8
-    mlp: int | None = None
-    bottleneck: int | None = None
-    learned_positions: bool = False
-    grid: bool = False
-
-
-IMF_B2 = InContextDiTSize(depth=12, width=768, heads=12, patch=2)
-IMF_M2 = InContextDiTSize(depth=24, width=768, heads=12, patch=2)
-IMF_L2 = InContextDiTSize(depth=32, width=1024, heads=16, patch=2)
-IMF_XL2 = InContextDiTSize(depth=48, width=1024, heads=16, patch=2)
-
-_PMF = InContextDiTSize(16, 768, 12, 16, bottleneck=128, learned_positions=True, grid=True)
-PMF_B16 = _PMF
-PMF_L16 = _PMF._replace(depth=32, width=1024, heads=16)
-PMF_H16 = _PMF._replace(depth=48, width=1280, heads=16, bottleneck=256)
-
-_INIT = variance_scaling(0.32**2, "fan_in", "normal")
-"""How the matrices of blocks start: normal with standard deviation 0.32 / sqrt(fan in)."""
-
-
-class InContextBlock(eqx.Module):
-    """A block without modulation. Its equations are in the module's docstring."""
-
-    norm_1: RMSNorm
-    attention: RotarySelfAttention
-    gate_1: Float[Array, " width"]
-    norm_2: RMSNorm
-    mlp: SwiGLU
-    gate_2: Float[Array, " width"]
-
-    def __init__(self, size: InContextDiTSize, attention: AbstractAttention, *, key: Key[Array, ""]):
-        attention_key, mlp_key = jr.split(key)
-        width = size.width
-        self.norm_1, self.norm_2 = RMSNorm(width), RMSNorm(width)
-        self.attention = RotarySelfAttention(width, size.heads, init=_INIT, attention=attention, key=attention_key)
-        self.mlp = SwiGLU(width, 8 * width // 3 if size.mlp is None else size.mlp, init=_INIT, key=mlp_key)
-        self.gate_1, self.gate_2 = jnp.zeros(width, jnp.float32), jnp.zeros(width, jnp.float32)
-
-    def __call__(
-        self, x: Float[Array, "tokens width"], angles: Float[np.ndarray, "tokens pairs"]
-    ) -> Float[Array, "tokens width"]:
-        x = x + self.attention(self.norm_1(x), angles, self.gate_1)
-        return x + self.mlp(self.norm_2(x), self.gate_2)
-
-
-class InContextHead(eqx.Module):
-    """The blocks and the layer that turn the tokens of the trunk into the `values` of each patch.
-
-    `make_stack(depth, key=key)` makes blocks.
-    """
-
-    stack: Stack[InContextBlock]
-    norm: RMSNorm
-    out: Linear
-
-    def __init__(
-        self,
-        size: InContextDiTSize,
-        values: int,
-        make_stack: Callable[..., Stack[InContextBlock]],
-        *,
-        key: Key[Array, ""],
-    ):
-        self.stack = make_stack(size.head_depth, key=key)
-        self.norm, self.out = RMSNorm(size.width), Linear(size.width, values, init=zeros, key=key)
-
-
-def _make_stack(
-    depth: int,
-    *,
-    size: InContextDiTSize,
-    attention: AbstractAttention,
-    remat: Remat,
-    unroll: int | bool,
-    key: Key[Array, ""],
-) -> Stack[InContextBlock]:
-    def block(key: Key[Array, ""]) -> InContextBlock:
-        return InContextBlock(size, attention, key=key)
-
-    return Stack(block, depth, remat=remat, unroll=unroll, key=key)
-
-
-def _check(data_shape: tuple[int, ...], size: InContextDiTSize, dtype: DTypeLike) -> None:
-    check_data_shape(data_shape)
-    check_kind("size", size, InContextDiTSize)
-    check_sizes(size=size[:5])
-    check_sizes(**{name: size._asdict()[name] for name in ("mlp", "bottleneck") if size._asdict()[name] is not None})
-    patches.check_patch(data_shape, size.patch)
-    if size.head_depth >= size.depth:
-        raise ValueError(f"head_depth must be below the depth {size.depth}, got {size.head_depth}")
-    if size.grid and len(data_shape) != 3:
-        raise ValueError(f"grid must be False for sequences, got {size.grid} for data_shape {data_shape}")
-    if size.grid and head_size(size.width, size.heads) % 4:
-        rule = "width must give heads whose size is a multiple of 4 (rotary positions in a grid)"
-        raise ValueError(f"{rule}, got width {size.width}, heads {size.heads}")
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise ValueError(f"dtype must be floating point, got {dtype}")
+from .in_context_size import check_size, InContextDiTSize
 
 
 class InContextDiT(AbstractFieldWithVelocity):
@@ -239,10 +117,12 @@ class InContextDiT(AbstractFieldWithVelocity):
         unroll: int | bool = 1,
         key: Key[Array, ""],
     ):
-        _check(data_shape, size, dtype)
+        check_size(data_shape, size)
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise ValueError(f"dtype must be floating point, got {dtype}")
         patch_key, embedding_key, trunk_key, average_key, velocity_key = jr.split(key, 5)
         values = data_shape[0] * size.patch ** (len(data_shape) - 1)
-        stack = functools.partial(_make_stack, size=size, attention=attention, remat=remat, unroll=unroll)
+        stack = functools.partial(stack_blocks, size=size, attention=attention, remat=remat, unroll=unroll)
         outputs, bottleneck_key = size.bottleneck, jr.fold_in(patch_key, 1)
         self.bottleneck = None if outputs is None else Linear(values, outputs, key=bottleneck_key)
         self.patches = Linear(values if outputs is None else outputs, size.width, key=patch_key)
