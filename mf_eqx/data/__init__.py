@@ -26,7 +26,8 @@ from ._prepare import (
     SamplePosterior as SamplePosterior,
     WithoutLabel as WithoutLabel,
 )
-from ._shards import ShardSource as ShardSource, write_shards as write_shards
+from ._shard_source import ShardSource as ShardSource
+from ._shard_writer import write_shards as write_shards
 from ._source import (
     AbstractSource as AbstractSource,
     ArraySource as ArraySource,

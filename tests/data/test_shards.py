@@ -19,8 +19,9 @@ import trainer
 from damage import flipped, flips, given, opens_or_is_refused, QUICK, read_all, st
 
 from mf_eqx import _json, data, run
-from mf_eqx.data import _manifest, _shards
-from mf_eqx.data._shards import ShardSource, write_shards
+from mf_eqx.data import _manifest, _shard_writer
+from mf_eqx.data._shard_source import ShardSource
+from mf_eqx.data._shard_writer import write_shards
 from mf_eqx.data._source import ArraySource
 
 RANDOM = np.random.default_rng(4)
@@ -143,7 +144,7 @@ def test_digest_is_that_of_the_data(tmp_path):
 
 
 def test_progress_counts_rows(tmp_path, monkeypatch):
-    monkeypatch.setattr(_shards, "_PIECE", 3 * X[0].nbytes)
+    monkeypatch.setattr(_shard_writer, "_PIECE", 3 * X[0].nbytes)
     seen = []
     folder = write(tmp_path / "s", progress=seen.append)
     assert seen == [3, 4, 7, 8, 11]
@@ -207,7 +208,7 @@ def test_more_shards_than_a_manifest_may_name_are_not_written(tmp_path):
 
 
 def test_manifest_of_as_many_shards_as_may_be_written_can_be_read():
-    share = _shards._MOST_SHARDS // 100
+    share = _shard_writer._MOST_SHARDS // 100
     files = [
         [_manifest.File(_manifest.name_of_file(kind, n), 1 << 20, 1 << 40, "0" * 64) for n in range(100)]
         for kind in ("x", "label", "crc")
@@ -269,7 +270,7 @@ SLOW = """
 import signal, sys, time
 import numpy as np
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where tests run in the background of a script
-from mf_eqx.data._shards import write_shards
+from mf_eqx.data._shard_writer import write_shards
 from mf_eqx.data._source import ArraySource
 
 def progress(rows):
