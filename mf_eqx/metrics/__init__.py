@@ -23,7 +23,7 @@ from ._features import (
     SampleFeatures as SampleFeatures,
     stream_moments as stream_moments,
 )
-from ._field import (
+from ._field_error import (
     draw_states as draw_states,
     field_errors as field_errors,
     field_truth as field_truth,
@@ -32,9 +32,11 @@ from ._field import (
     KnownRows as KnownRows,
     relative_error as relative_error,
     relative_error_by_cell as relative_error_by_cell,
+    RelativeError as RelativeError,
+)
+from ._field_residual import (
     relative_identity_residual as relative_identity_residual,
     relative_semigroup_residual as relative_semigroup_residual,
-    RelativeError as RelativeError,
 )
 from ._frechet import (
     frechet_distance as frechet_distance,
