@@ -7,12 +7,12 @@ import jax.random as jr
 import numpy as np
 import pytest
 from methods import ONE_ROW, taught_by
+from points import Fixed, point
 
 from mf_eqx import (
     AbstractField,
     AbstractIdentity,
     AbstractIdentityWithLoss,
-    AbstractTimes,
     ImprovedMeanFlow,
     LinearInterpolant,
     MeanFlow,
@@ -21,16 +21,6 @@ from mf_eqx import (
 )
 
 pytestmark = pytest.mark.usefixtures("x64")
-
-
-class Fixed(AbstractTimes):
-    """Always the same time."""
-
-    time: float
-
-    def __call__(self, *, key):
-        return jnp.asarray(self.time)
-
 
 IDENTITIES = {**ONE_ROW, "wrong tangent": MeanFlow(1.0, 0.0), "SplitMeanFlow at 0.3": SplitMeanFlow(Fixed(0.3))}
 
@@ -77,10 +67,6 @@ class Zero(AbstractField):
 def network():
     rng = np.random.default_rng(0)
     return Network(*(jnp.asarray(rng.normal(size=shape)) for shape in ((3, 3), 3, 3, (3, 3))))
-
-
-def point():
-    return jnp.array([0.3, -1.2, 0.5]), jnp.array([1.1, 0.4, -0.6]), jnp.asarray(0.2), jnp.asarray(0.7)
 
 
 def row(identity, *, v=None, condition=None, seed=3, gap=1.0):

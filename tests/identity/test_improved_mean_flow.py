@@ -1,31 +1,11 @@
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from points import linear, point
 
-from mf_eqx import AbstractField, ImprovedMeanFlow, MeanFlow, Row
+from mf_eqx import ImprovedMeanFlow, MeanFlow, Row
 
 pytestmark = pytest.mark.usefixtures("x64")
-
-
-class Linear(AbstractField):
-    """u = A z + r b + t c: along dz/dt = w it changes by A w + c, and predicts the velocity A z + t (b + c)."""
-
-    matrix: jax.Array
-    r_rate: jax.Array
-    t_rate: jax.Array
-
-    def __call__(self, z, r, t, condition=None, *, key=None):
-        return self.matrix @ z + r * self.r_rate + t * self.t_rate
-
-
-def linear():
-    rng = np.random.default_rng(0)
-    return Linear(*(jnp.asarray(rng.normal(size=shape)) for shape in ((3, 3), 3, 3)))
-
-
-def point():
-    return jnp.array([0.3, -1.2, 0.5]), jnp.array([1.1, 0.4, -0.6]), jnp.asarray(0.2), jnp.asarray(0.7)
 
 
 def residual(identity, v):

@@ -1,7 +1,8 @@
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from fields import PointMassField
+from points import linear, point
 
 from mf_eqx import AbstractDerivative, AbstractField, MeanFlow, Row
 
@@ -9,26 +10,6 @@ pytestmark = pytest.mark.usefixtures("x64")
 
 # The parts (dr, dt) of the tangents of Tab. 1b.
 TANGENTS = [(0.0, 1.0), (0.0, 0.0), (1.0, 0.0), (1.0, 1.0)]
-
-
-class Linear(AbstractField):
-    """u = A z + r b + t c: moving (z, r, t) by (v, dr, dt) changes it by A v + dr b + dt c."""
-
-    matrix: jax.Array
-    r_rate: jax.Array
-    t_rate: jax.Array
-
-    def __call__(self, z, r, t, condition=None, *, key=None):
-        return self.matrix @ z + r * self.r_rate + t * self.t_rate
-
-
-def linear():
-    rng = np.random.default_rng(0)
-    return Linear(*(jnp.asarray(rng.normal(size=shape)) for shape in ((3, 3), 3, 3)))
-
-
-def point():
-    return jnp.array([0.3, -1.2, 0.5]), jnp.array([1.1, 0.4, -0.6]), jnp.asarray(0.2), jnp.asarray(0.7)
 
 
 def test_residual_of_a_linear_field_is_the_one_by_hand():
@@ -46,16 +27,8 @@ def test_residual_with_a_tangent_of_table_1b_is_the_one_by_hand(dr, dt):
 
 
 def test_data_at_one_point_leave_no_residual():
-    class PointMass(AbstractField):
-        """u = v = (z - x) / t."""
-
-        x: jax.Array
-
-        def __call__(self, z, r, t, condition=None, *, key=None):
-            return (z - self.x) / t
-
     z, _, r, t = point()
-    field = PointMass(jnp.array([2.0, -1.0, 0.5]))
+    field = PointMassField(jnp.array([2.0, -1.0, 0.5]))
     np.testing.assert_allclose(MeanFlow().residual(field, Row(z, field(z, t, t), r, t)), 0, atol=1e-14)
 
 

@@ -1,38 +1,11 @@
-import jax
-import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
+from points import curved, Fixed, point
 
-from mf_eqx import AbstractField, AbstractTimes, Row, Shortcut, SplitMeanFlow
+from mf_eqx import Row, Shortcut, SplitMeanFlow
 
 pytestmark = pytest.mark.usefixtures("x64")
-
-
-class Fixed(AbstractTimes):
-    """Always the same time."""
-
-    time: float
-
-    def __call__(self, *, key):
-        return jnp.asarray(self.time)
-
-
-class Curved(AbstractField):
-    """Nonlinear in everything."""
-
-    matrix: jax.Array
-
-    def __call__(self, z, r, t, condition=None, *, key=None):
-        return jnp.tanh(self.matrix @ z + jnp.sin(3 * r)) + t**2 * z
-
-
-def curved():
-    return Curved(jnp.asarray(np.random.default_rng(0).normal(size=(3, 3))))
-
-
-def point():
-    return jnp.array([0.3, -1.2, 0.5]), jnp.array([1.1, 0.4, -0.6]), jnp.asarray(0.2), jnp.asarray(0.7)
 
 
 def test_one_step_is_compared_with_two_half_steps():

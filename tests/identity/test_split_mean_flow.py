@@ -5,47 +5,14 @@ import numpy as np
 import pytest
 import scipy.special
 import scipy.stats
+from fields import PointMassField
+from points import curved, Fixed, point
 
 from mf_eqx import AbstractField, AbstractTimes, LogitNormalTimes, Row, semigroup_residual, SplitMeanFlow
 
 pytestmark = pytest.mark.usefixtures("x64")
 
 SPLITS = [0.0, 0.3, 0.5, 0.9, 1.0]
-
-
-class Fixed(AbstractTimes):
-    """Always the same time."""
-
-    time: float
-
-    def __call__(self, *, key):
-        return jnp.asarray(self.time)
-
-
-class Curved(AbstractField):
-    """Nonlinear in everything."""
-
-    matrix: jax.Array
-
-    def __call__(self, z, r, t, condition=None, *, key=None):
-        return jnp.tanh(self.matrix @ z + jnp.sin(3 * r)) + t**2 * z
-
-
-class PointMass(AbstractField):
-    """The average velocity of data at one point, (z - x) / t."""
-
-    x: jax.Array
-
-    def __call__(self, z, r, t, condition=None, *, key=None):
-        return (z - self.x) / t
-
-
-def curved():
-    return Curved(jnp.asarray(np.random.default_rng(0).normal(size=(3, 3))))
-
-
-def point():
-    return jnp.array([0.3, -1.2, 0.5]), jnp.array([1.1, 0.4, -0.6]), jnp.asarray(0.2), jnp.asarray(0.7)
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -68,7 +35,7 @@ def test_identity_with_a_fixed_split_is_the_public_semigroup_residual(split):
 @pytest.mark.parametrize("split", SPLITS)
 def test_data_at_one_point_leave_no_residual(split):
     z, v, r, t = point()
-    field = PointMass(jnp.array([2.0, -1.0, 0.5]))
+    field = PointMassField(jnp.array([2.0, -1.0, 0.5]))
     found = SplitMeanFlow(Fixed(split)).residual(field, Row(z, v, r, t, key=jr.key(0)))
     np.testing.assert_allclose(found, 0, rtol=0, atol=1e-14)
 
