@@ -167,6 +167,22 @@ def full_disk():
 
 
 @pytest.fixture
+def refusal_of(capsys):
+    """A function that calls another one, which must end the process with exit code 2 and one line on stderr, and
+    returns this line. After `progress` it is the last one."""
+
+    def called(function, *arguments, progress=False, **options):
+        with pytest.raises(SystemExit) as ended:
+            function(*arguments, **options)
+        assert ended.value.code == 2
+        *before, line = capsys.readouterr().err.strip().splitlines()
+        assert progress or not before, before
+        return line
+
+    return called
+
+
+@pytest.fixture
 def unchecked():
     """No runtime type checking for one test: the package's own refusal is what users without it see."""
     before = jaxtyping.config.jaxtyping_disable

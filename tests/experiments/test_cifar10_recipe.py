@@ -209,16 +209,13 @@ def test_pictures_read_u_where_it_was_trained(cifar10, share, monkeypatch):
         ("--preset v2", "--preset must be one of paper, v1, tiny"),
     ],
 )
-def test_bad_input_ends_in_one_line_and_leaves_no_run(cifar10, arguments, message, capsys, tmp_path, monkeypatch):
+def test_bad_input_ends_in_one_line_and_leaves_no_run(cifar10, arguments, message, refusal_of, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     os.makedirs("empty")
     save_cifar10("cifar", IMAGES)
     data.write_shards(data.ArraySource(IMAGES[..., :16, :16]), "small")
     data.write_shards(data.ArraySource(IMAGES.astype(np.float32)), "floats")
     before = set(os.listdir())
-    with pytest.raises(SystemExit) as ended:
-        run.main(cifar10.main, cifar10.PRESETS, argv=arguments.split())
-    (line,) = capsys.readouterr().err.strip().splitlines()
-    assert ended.value.code == 2
+    line = refusal_of(run.main, cifar10.main, cifar10.PRESETS, argv=arguments.split())
     assert re.search(message, line), line
     assert set(os.listdir()) == before

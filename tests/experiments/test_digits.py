@@ -163,12 +163,9 @@ def test_no_scale_is_judged_that_was_not_drawn(digits):
         ("--stepz 3", "unknown argument --stepz, did you mean --steps"),
     ],
 )
-def test_bad_input_ends_in_one_line(digits, arguments, message, capsys, tmp_path, monkeypatch):
+def test_bad_input_ends_in_one_line(digits, arguments, message, refusal_of, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as ended:
-        run.main(digits.main, digits.PRESETS, argv=arguments.split())
-    (line,) = capsys.readouterr().err.strip().splitlines()
-    assert ended.value.code == 2
+    line = refusal_of(run.main, digits.main, digits.PRESETS, argv=arguments.split())
     assert re.search(message, line), line
     assert not list(tmp_path.iterdir())
 

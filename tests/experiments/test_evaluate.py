@@ -286,13 +286,13 @@ def test_finished_rows_are_found_and_only_new_ones_are_computed(evaluate, judge,
     assert after[:1] == before and computed == ["2"]
 
 
-def test_features_of_another_network_need_no_inception(judge, monkeypatch, capsys):
+def test_features_of_another_network_need_no_inception(judge, monkeypatch, capsys, refused):
     monkeypatch.setattr(metrics, "load_efficientnet_lite0", lambda: Means(key=jr.key(0)))
     flags = "--weights dit.safetensors --protocol lite0 --reference cifar --samples 16 --batch 16"
     (row,) = results(judge(flags))
     assert row["protocol"] == metrics.LITE0.name and np.isfinite(row["fid"])
     assert "with the features of EfficientNet-Lite0" in capsys.readouterr().out
-    line = refused(judge, capsys, f"{flags} --inception random")
+    line = refused(f"{flags} --inception random")
     assert "--inception must be left out with --protocol lite0, got random" in line
 
 
@@ -352,29 +352,29 @@ def test_images_behind_links_are_part_of_the_digest_and_other_files_are_told(eva
     assert evaluate.digest_of_images(evaluate.open_images(config, subject)) != before
 
 
-def test_moments_of_another_protocol_are_refused(judge, capsys):
+def test_moments_of_another_protocol_are_refused(refused):
     np.savez("other.npz", mu=np.zeros(9), sigma=np.eye(9), protocol="ADM")
-    line = refused(judge, capsys, ARGUMENTS.replace("--reference cifar", "--reference other.npz"))
+    line = refused(ARGUMENTS.replace("--reference cifar", "--reference other.npz"))
     assert "other.npz: protocol must be 'CIFAR-train' as for the samples, got 'ADM'" in line
 
 
-def test_moments_of_another_inception_are_refused(judge, capsys):
+def test_moments_of_another_inception_are_refused(refused):
     np.savez("other.npz", mu=np.zeros(9), sigma=np.eye(9), protocol="CIFAR-train", weights="abc")
-    line = refused(judge, capsys, ARGUMENTS.replace("--reference cifar", "--reference other.npz"))
+    line = refused(ARGUMENTS.replace("--reference cifar", "--reference other.npz"))
     assert re.search(
         r"other.npz: weights of the network of features must be '\w{64}' as for the samples, got 'abc'", line
     )
 
 
-def test_moments_of_other_features_are_refused(judge, capsys):
+def test_moments_of_other_features_are_refused(refused):
     np.savez("other.npz", mu=np.zeros(8), sigma=np.eye(8))
-    line = refused(judge, capsys, ARGUMENTS.replace("--reference cifar", "--reference other.npz"))
+    line = refused(ARGUMENTS.replace("--reference cifar", "--reference other.npz"))
     assert "other.npz: moments must be of 9 features, got 8" in line
 
 
-def test_images_of_another_size_are_refused(judge, capsys):
+def test_images_of_another_size_are_refused(refused):
     data.write_shards(data.ArraySource(IMAGES[..., :16, :16]), "small")
-    line = refused(judge, capsys, ARGUMENTS.replace("--reference cifar", "--reference small"))
+    line = refused(ARGUMENTS.replace("--reference cifar", "--reference small"))
     assert "small: images must be uint8 of shape (3, 32, 32) as the samples, got uint8 of shape (3, 16, 16)" in line
 
 
@@ -399,15 +399,17 @@ def test_a_dry_run_tells_the_plan_and_leaves_nothing(judge, capsys):
 # Refusals
 
 
-def refused(judge, capsys, arguments):
-    """The only line on stderr."""
-    before = set(os.listdir())
-    with pytest.raises(SystemExit) as ended:
-        judge(arguments)
-    assert ended.value.code == 2
-    assert set(os.listdir()) == before
-    (line,) = capsys.readouterr().err.strip().splitlines()
-    return line
+@pytest.fixture
+def refused(judge, refusal_of):
+    """The only line of a command that leaves nothing."""
+
+    def refused(arguments):
+        before = set(os.listdir())
+        line = refusal_of(judge, arguments)
+        assert set(os.listdir()) == before
+        return line
+
+    return refused
 
 
 @pytest.mark.parametrize(
@@ -443,13 +445,13 @@ def refused(judge, capsys, arguments):
         (f"{LATENT} --batch 9 --decode-batch 6", "--decode-batch must divide the batch, 9, got 6"),
     ],
 )
-def test_bad_input_ends_in_one_line_and_leaves_nothing(arguments, message, judge, capsys):
-    assert re.search(message, refused(judge, capsys, arguments))
+def test_bad_input_ends_in_one_line_and_leaves_nothing(arguments, message, refused):
+    assert re.search(message, refused(arguments))
 
 
-def test_weights_of_no_known_network_are_refused_by_name(judge, capsys):
+def test_weights_of_no_known_network_are_refused_by_name(refused):
     checkpoint.save_weights("own.safetensors", mfx.GuidedField(mfx.MLP(2, width=4, depth=1, key=jr.key(0)), 1, None))
-    line = refused(judge, capsys, "--weights own.safetensors --grid-only")
+    line = refused("--weights own.safetensors --grid-only")
     assert "own.safetensors: must describe its network" in line
 
 
@@ -476,8 +478,8 @@ def test_weights_of_no_known_network_are_refused_by_name(judge, capsys):
     ],
     ids=range(5),
 )
-def test_samples_that_the_network_was_not_trained_for_are_refused(trained, flags, message, judge, capsys):
+def test_samples_that_the_network_was_not_trained_for_are_refused(trained, flags, message, refused):
     os.unlink("latent.safetensors")
     notes = dataclasses.replace(LATENTS, trained=mfx.Trained(*trained))
     save_network("latent.safetensors", dit((4, 16, 16), labels=3), notes=notes)
-    assert re.search(message, refused(judge, capsys, f"{LATENT} --samples 12 --batch 6 {flags}"))
+    assert re.search(message, refused(f"{LATENT} --samples 12 --batch 6 {flags}"))

@@ -92,24 +92,21 @@ def test_a_run_that_was_killed_ends_with_the_same_bits(finished, fashion, comman
 
 
 @pytest.mark.parametrize("data", ["--data nowhere", "--data .", "--data files files", "--data"])
-def test_where_the_files_are_missing_a_line_says_what_brings_them(data, fashion, tmp_path, monkeypatch, capsys):
+def test_where_the_files_are_missing_a_line_says_what_brings_them(data, fashion, tmp_path, monkeypatch, refusal_of):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as ended:
-        run.main(fashion.main, fashion.PRESETS, argv=data.split())
-    (line,) = capsys.readouterr().err.strip().splitlines()
-    assert ended.value.code == 2 and not [*tmp_path.iterdir()]
+    line = refusal_of(run.main, fashion.main, fashion.PRESETS, argv=data.split())
+    assert not [*tmp_path.iterdir()]
     assert "--data must be a folder with the four IDX files" in line
     assert "apt install dataset-fashion-mnist brings them to /usr/share/datasets/fashion-mnist" in line
 
 
-def test_other_classes_than_ten_are_refused_before_anything_is_trained(fashion, tmp_path, monkeypatch, capsys):
+def test_other_classes_than_ten_are_refused_before_anything_is_trained(fashion, tmp_path, monkeypatch, refusal_of):
     monkeypatch.chdir(tmp_path)
     save_files(tmp_path / "files")
     for path in (tmp_path / "files").glob("*labels*"):
         path.write_bytes(path.read_bytes()[:8] + bytes(len(path.read_bytes()) - 8))
-    with pytest.raises(SystemExit):
-        run.main(fashion.main, fashion.PRESETS, argv=SMALL.split())
-    assert "labels must be 10, one for each class, got 1" in capsys.readouterr().err
+    line = refusal_of(run.main, fashion.main, fashion.PRESETS, argv=SMALL.split())
+    assert "labels must be 10, one for each class, got 1" in line
 
 
 @installed

@@ -341,7 +341,7 @@ def save_weights(path):
         ("--preset B/3", "--preset must be one of B/4, B/2, M/2, L/2, XL/2, XL/2"),
     ],
 )
-def test_bad_input_ends_in_one_line_and_leaves_no_run(latents, arguments, message, capsys, tmp_path, monkeypatch):
+def test_bad_input_ends_in_one_line_and_leaves_no_run(latents, arguments, message, refusal_of, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save_latents("latents", np.arange(12) % 3)
     save_latents("bare", None)
@@ -350,10 +350,7 @@ def test_bad_input_ends_in_one_line_and_leaves_no_run(latents, arguments, messag
     os.makedirs("images")
     pathlib.Path("images/latents.json").write_text("{}")
     before = set(os.listdir())
-    with pytest.raises(SystemExit) as ended:
-        run.main(latents.main, latents.PRESETS, argv=arguments.split())
-    (line,) = capsys.readouterr().err.strip().splitlines()
-    assert ended.value.code == 2
+    line = refusal_of(run.main, latents.main, latents.PRESETS, argv=arguments.split())
     assert re.search(message, line), line
     assert set(os.listdir()) - {"runs"} == before
     assert not list(pathlib.Path("runs").glob("*/*"))

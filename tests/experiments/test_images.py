@@ -407,20 +407,16 @@ def refused(images, tmp_path_factory):
         ("--no-labels --mix 0.5", "--scale must be 1 and mix 0 without labels, got 1.0 and 0.5"),
     ],
 )
-def test_bad_input_ends_in_one_line_and_leaves_no_run(images, arguments, message, capsys, refused, monkeypatch):
+def test_bad_input_ends_in_one_line_and_leaves_no_run(images, arguments, message, refusal_of, refused, monkeypatch):
     monkeypatch.chdir(refused)
     before = {*os.listdir(), "runs"}
-    with pytest.raises(SystemExit) as ended:
-        run.main(images.main, images.PRESETS, argv=arguments.split())
-    (line,) = capsys.readouterr().err.strip().splitlines()
-    assert ended.value.code == 2
+    line = refusal_of(run.main, images.main, images.PRESETS, argv=arguments.split())
     assert re.search(message, line), line
     assert {*os.listdir(), "runs"} == before and not list(refused.glob("runs/*/*"))
 
 
 @pytest.mark.parametrize("package", ["matplotlib", "safetensors"])
-def test_a_missing_package_is_refused_before_anything_is_read(images, package, capsys, here, monkeypatch):
+def test_a_missing_package_is_refused_before_anything_is_read(images, package, refusal_of, here, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(SystemExit) as ended:
-        run.main(images.main, images.PRESETS, argv=["--data", "missing"])
-    assert ended.value.code == 2 and f"error: {package} is not installed" in capsys.readouterr().err
+    line = refusal_of(run.main, images.main, images.PRESETS, argv=["--data", "missing"])
+    assert f"error: {package} is not installed" in line

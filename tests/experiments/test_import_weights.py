@@ -204,15 +204,6 @@ def test_inception_is_converted(import_weights, convert, capsys, monkeypatch):
 # What is refused
 
 
-def refused(convert, capsys, arguments):
-    """The only line on stderr."""
-    with pytest.raises(SystemExit) as ended:
-        convert(arguments)
-    assert ended.value.code == 2
-    (line,) = capsys.readouterr().err.strip().splitlines()
-    return line
-
-
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -222,16 +213,16 @@ def refused(convert, capsys, arguments):
         ("--dit state --to a --heads 2 --image-size 7 8", "patch must divide the sides of data_shape"),
     ],
 )
-def test_flags_that_do_not_fit_the_file_end_in_one_line(flags, message, convert, flax_file, capsys):
-    assert message in refused(convert, capsys, flags)
+def test_flags_that_do_not_fit_the_file_end_in_one_line(flags, message, convert, flax_file, refusal_of):
+    assert message in refusal_of(convert, flags)
     assert os.listdir() == ["state"]
 
 
-def test_a_renamed_tensor_ends_in_one_line(convert, files, tmp_path, capsys):
+def test_a_renamed_tensor_ends_in_one_line(convert, files, tmp_path, refusal_of):
     tensors = files.flax_tensors()
     tensors["net/new"] = tensors.pop("net/x_embedder/proj/bias")
     files.write_state(tmp_path / "state", ema_params=tensors)
-    line = refused(convert, capsys, DIT)
+    line = refusal_of(convert, DIT)
     assert "it lacks net/x_embedder/proj/bias; has the unexpected net/new" in line
     assert os.listdir() == ["state"]
 
@@ -249,26 +240,28 @@ def test_a_renamed_tensor_ends_in_one_line(convert, files, tmp_path, capsys):
         ),
     ],
 )
-def test_files_and_flags_of_in_context_networks_that_do_not_fit_end_in_one_line(flags, message, convert, files, capsys):
+def test_files_and_flags_of_in_context_networks_that_do_not_fit_end_in_one_line(
+    flags, message, convert, files, refusal_of
+):
     write_imf(files)
     write_pmf(files)
-    assert re.search(message, refused(convert, capsys, f"{IN_CONTEXT} {flags}"))
+    assert re.search(message, refusal_of(convert, f"{IN_CONTEXT} {flags}"))
     assert sorted(os.listdir()) == ["imf", "pmf"]
 
 
-def test_weights_that_are_not_there_are_refused_with_those_that_are(convert, capsys):
+def test_weights_that_are_not_there_are_refused_with_those_that_are(convert, refusal_of):
     save_unet("unet.pth", "net", "net_ema1")
     for flags, found in (("", "none"), ("--weights ema", "ema")):
-        line = refused(convert, capsys, f"--unet unet.pth --to a {flags}")
+        line = refusal_of(convert, f"--unet unet.pth --to a {flags}")
         assert f"--weights must be one of 'model.net', 'model.net_ema1' for unet.pth, got {found}" in line
     assert os.listdir() == ["unet.pth"]
 
 
 @pytest.mark.parametrize("flag", ["--unet", "--sit", "--inception"])
-def test_a_file_with_code_is_refused_and_not_executed(flag, convert, capsys):
+def test_a_file_with_code_is_refused_and_not_executed(flag, convert, refusal_of):
     torch = pytest.importorskip("torch")
     torch.save({"a": Evil()}, "file")
-    assert "file: must be a file of torch.save with tensors alone" in refused(convert, capsys, f"{flag} file --to a")
+    assert "file: must be a file of torch.save with tensors alone" in refusal_of(convert, f"{flag} file --to a")
     assert os.listdir() == ["file"]
 
 
@@ -295,6 +288,6 @@ class Evil:
         ("--sit missing --to a", "--sit: No such file or directory: 'missing'"),
     ],
 )
-def test_bad_input_ends_in_one_line_and_leaves_nothing(arguments, message, convert, capsys):
-    assert re.search(message, refused(convert, capsys, arguments))
+def test_bad_input_ends_in_one_line_and_leaves_nothing(arguments, message, convert, refusal_of):
+    assert re.search(message, refusal_of(convert, arguments))
     assert os.listdir() == []

@@ -316,12 +316,9 @@ def test_a_run_trains_and_saves_without_labels(pixels, here, monkeypatch):
         ("--learning-rate 1", r"--learning-rate must lie in \(0, 1\), got 1.0"),
     ],
 )
-def test_bad_input_ends_in_one_line_and_leaves_no_run(pixels, arguments, message, capsys, here):
+def test_bad_input_ends_in_one_line_and_leaves_no_run(pixels, arguments, message, refusal_of, here):
     save_folder("plain")
     before = set(os.listdir())
-    with pytest.raises(SystemExit) as ended:
-        run.main(pixels.main, pixels.PRESETS, argv=f"--preset tiny {arguments}".split())
-    (line,) = capsys.readouterr().err.strip().splitlines()
-    assert ended.value.code == 2
+    line = refusal_of(run.main, pixels.main, pixels.PRESETS, argv=f"--preset tiny {arguments}".split())
     assert re.search(message, line), line
     assert set(os.listdir()) - {"runs"} == before and not list(here.glob("runs/*/*"))

@@ -437,11 +437,8 @@ def refused(post_train, tmp_path_factory):
         ("--features inception", "--features"),
     ],
 )
-def test_bad_input_ends_in_one_line_and_leaves_no_run(post_train, arguments, message, capsys, refused, monkeypatch):
+def test_bad_input_ends_in_one_line_and_leaves_no_run(post_train, arguments, message, refusal_of, refused, monkeypatch):
     monkeypatch.chdir(refused)
-    with pytest.raises(SystemExit) as ended:
-        run.main(post_train.main, post_train.PRESETS, argv=arguments.split())
-    (line,) = capsys.readouterr().err.strip().splitlines()
-    assert ended.value.code == 2
+    line = refusal_of(run.main, post_train.main, post_train.PRESETS, argv=arguments.split())
     assert re.search(message, line), line
     assert not list(refused.glob("runs/*/*/config.json"))

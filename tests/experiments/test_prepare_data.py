@@ -1,5 +1,6 @@
 """Data sets of every kind become shards by one command; bad input ends in one line and leaves nothing."""
 
+import functools
 import io
 import os
 import pathlib
@@ -28,6 +29,12 @@ def convert(prepare_data, tmp_path, monkeypatch):
         run.main(prepare_data.main, prepare_data.Config(), argv=arguments.split())
 
     return convert
+
+
+@pytest.fixture
+def refused(convert, refusal_of):
+    """The last line of the command, after those of the progress."""
+    return functools.partial(refusal_of, convert, progress=True)
 
 
 def save(path, *arrays):
@@ -105,11 +112,10 @@ def test_npy_with_conditions_becomes_shards(convert, capsys):
     assert re.match(line, capsys.readouterr().out)
 
 
-def test_conditions_without_npy_are_refused(convert, capsys):
+def test_conditions_without_npy_are_refused(refused):
     save_cifar10("cifar")
-    with pytest.raises(SystemExit):
-        convert("--cifar10 cifar --npy-condition c.npy --to shards")
-    assert "--npy-condition must be given with --npy, got --cifar10" in capsys.readouterr().err
+    line = refused("--cifar10 cifar --npy-condition c.npy --to shards")
+    assert "--npy-condition must be given with --npy, got --cifar10" in line
 
 
 def test_images_become_shards(convert):
@@ -151,27 +157,18 @@ def test_whole_shards_are_verified(convert, capsys):
     assert "shards: as written, 10 rows of shape (3, 32, 32), uint8, no labels" in capsys.readouterr().out
 
 
-def refused(convert, capsys, arguments):
-    """The only line on stderr, but for those of the progress."""
-    with pytest.raises(SystemExit) as ended:
-        convert(arguments)
-    assert ended.value.code == 2
-    *_, line = capsys.readouterr().err.strip().splitlines()
-    return line
-
-
-def test_changed_shards_are_refused_by_name(convert, capsys):
+def test_changed_shards_are_refused_by_name(convert, refused):
     save("x", X)
     convert("--npy x_0.npy --to shards")
     with open("shards/x_00000.npy", "r+b") as file:
         file.seek(-1, os.SEEK_END)
         file.write(bytes([X[-1, -1, -1, -1] ^ 1]))
-    assert "shards/x_00000.npy: must have SHA-256" in refused(convert, capsys, "--verify shards")
+    assert "shards/x_00000.npy: must have SHA-256" in refused("--verify shards")
 
 
-def test_values_that_are_not_finite_leave_nothing(convert, capsys):
+def test_values_that_are_not_finite_leave_nothing(refused):
     save("x", np.array([[0.0], [np.nan]]))
-    line = refused(convert, capsys, "--npy x_0.npy --to shards")
+    line = refused("--npy x_0.npy --to shards")
     assert "x_0.npy: x must be finite, got NaN or infinity in row 1" in line
     assert os.listdir() == ["x_0.npy"]
 
@@ -207,6 +204,6 @@ def test_values_that_are_not_finite_leave_nothing(convert, capsys):
         ("--idx . --split test --to shards", ".: must hold IDX files as of MNIST for --split test, got none"),
     ],
 )
-def test_bad_input_ends_in_one_line_and_leaves_nothing(arguments, message, convert, capsys):
-    assert re.search(message, refused(convert, capsys, arguments))
+def test_bad_input_ends_in_one_line_and_leaves_nothing(arguments, message, refused):
+    assert re.search(message, refused(arguments))
     assert os.listdir() == []

@@ -75,6 +75,12 @@ def convert(prepare_latents, files, tmp_path, monkeypatch):
     return convert
 
 
+@pytest.fixture
+def refused(convert, refusal_of):
+    """The last line of the command, after those of the progress."""
+    return functools.partial(refusal_of, convert, progress=True)
+
+
 @functools.cache
 def expected(root):
     """Moments and labels of all images in the order of their paths, by the tokenizer alone."""
@@ -92,15 +98,6 @@ def grey_tokenizer():
 def tree(folder):
     folder = pathlib.Path(folder)
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def refused(convert, capsys, arguments):
-    """The last line on stderr, after those of the progress."""
-    with pytest.raises(SystemExit) as ended:
-        convert(arguments)
-    assert ended.value.code == 2
-    *_, line = capsys.readouterr().err.strip().splitlines()
-    return line
 
 
 # What is kept
@@ -158,7 +155,7 @@ def test_larger_images_are_resized_before_they_are_cropped(convert, prepare_late
 
 
 def test_training_images_of_idx_files_are_encoded_in_grey_and_test_images_are_left_out(
-    convert, prepare_latents, capsys
+    convert, prepare_latents, refused
 ):
     os.mkdir("mnist")
     x = np.random.default_rng(1).integers(0, 256, (9, 8, 12), np.uint8)
@@ -174,9 +171,7 @@ def test_training_images_of_idx_files_are_encoded_in_grey_and_test_images_are_le
         ("--size 16", "--size must be left out, or 8 12 for"),
         ("--size 8 12 --holdout 0.1", "--holdout"),
     ):
-        with pytest.raises(SystemExit):
-            convert(f"--images mnist --vae grey --to latents {flags}")
-        assert message in capsys.readouterr().err
+        assert message in refused(f"--images mnist --vae grey --to latents {flags}")
     convert("--images mnist --vae grey --to latents --parts 2 --size")
     source, notes = prepare_latents.open_latents("latents"), prepare_latents.read_notes("latents")
     rows = source.take(np.arange(9))
@@ -187,7 +182,7 @@ def test_training_images_of_idx_files_are_encoded_in_grey_and_test_images_are_le
     assert notes.of_tokenizer() == checkpoint.Tokenizer(tokenizer.size, tokenizer.digest(), statistics)
 
 
-def test_images_that_are_held_out_of_a_folder_are_not_encoded(convert, prepare_latents, capsys):
+def test_images_that_are_held_out_of_a_folder_are_not_encoded(convert, prepare_latents, refused):
     convert("--to latents --parts 1 --holdout 0.3")
     train, test, names = prepare_latents.image_sources.open_parts(("images",), (), size=(SIZE,), holdout=0.3)
     source, notes = prepare_latents.open_latents("latents"), prepare_latents.read_notes("latents")
@@ -196,12 +191,12 @@ def test_images_that_are_held_out_of_a_folder_are_not_encoded(convert, prepare_l
     encode = eqx.filter_jit(eqx.filter_vmap(network.encode))
     mean = encode(train.take(np.arange(8)).x.astype(np.float32) / 127.5 - 1).mean
     np.testing.assert_allclose(source.take(np.arange(8)).x[:, :3], mean, atol=2e-3)
-    assert "holdout is 0.3, not 0.0" in refused(convert, capsys, "--to latents --parts 1")
+    assert "holdout is 0.3, not 0.0" in refused("--to latents --parts 1")
 
 
-def test_grey_images_of_any_sides_are_encoded(convert, prepare_latents, capsys):
+def test_grey_images_of_any_sides_are_encoded(convert, prepare_latents, refused):
     vae.save_autoencoder("grey", grey_tokenizer(), vae.LatentStatistics())
-    assert refused(convert, capsys, "--to x --parts 1 --vae grey").split("; ")[1].startswith("--grey makes images grey")
+    assert refused("--to x --parts 1 --vae grey").split("; ")[1].startswith("--grey makes images grey")
     convert("--to latents --parts 1 --grey --vae grey --size 8 12")
     notes = prepare_latents.read_notes("latents")
     assert prepare_latents.open_latents("latents").row_shape == (6, 4, 6)
@@ -229,7 +224,7 @@ def test_folders_from_before_there_were_statistics_are_those_of_stable_diffusion
     assert len(prepare_latents.open_latents("latents")) == 11
 
 
-def test_statistics_are_those_of_the_config_and_no_others(convert, prepare_latents, capsys):
+def test_statistics_are_those_of_the_config_and_no_others(convert, prepare_latents, capsys, refused):
     path = pathlib.Path("vae/config.json")
     path.write_text(json.dumps({**json.loads(path.read_text()), "latents_mean": [1, 2, 3], "scaling_factor": 0.5}))
     convert("--to latents --parts 2 --last-part 0")
@@ -240,10 +235,10 @@ def test_statistics_are_those_of_the_config_and_no_others(convert, prepare_laten
     file = "vae/diffusion_pytorch_model.safetensors"
     convert(f"--to latents --parts 2 --last-part 0 --vae {file}")  # a file is what its folder is
     path.write_text(json.dumps({**json.loads(path.read_text()), "scaling_factor": 1.0}))
-    assert "latents.json statistics is " in refused(convert, capsys, "--to latents --parts 2")
+    assert "latents.json statistics is " in refused("--to latents --parts 2")
     path.unlink()
     rule = "taken for one of Stable Diffusion's size, since no config.json is beside it"
-    assert rule in refused(convert, capsys, f"--to latents --parts 2 --vae {file}")
+    assert rule in refused(f"--to latents --parts 2 --vae {file}")
 
 
 # Parts
@@ -331,34 +326,34 @@ def test_missing_parts_are_named(convert, prepare_latents):
         ("--parts 2 --bfloat16", "bfloat16 is False, not True"),
     ],
 )
-def test_other_settings_are_refused(convert, capsys, flags, name):
+def test_other_settings_are_refused(convert, refused, flags, name):
     convert("--to latents --parts 2 --last-part 0")
     before = tree("latents")
-    line = refused(convert, capsys, f"--to latents {flags}")
+    line = refused(f"--to latents {flags}")
     assert f"to must be new or of the same latents, but in latents/latents.json {name}" in line
     assert tree("latents") == before
 
 
-def test_other_images_and_weights_are_refused(convert, capsys):
+def test_other_images_and_weights_are_refused(convert, refused):
     convert("--to latents --parts 2 --last-part 0")
     shutil.copytree("images", "others")
-    assert "latents.json images is " in refused(convert, capsys, "--to latents --parts 2 --images others")
+    assert "latents.json images is " in refused("--to latents --parts 2 --images others")
     path = pathlib.Path("vae/diffusion_pytorch_model.safetensors")
     content = bytearray(path.read_bytes())
     content[-3] ^= 1
     path.write_bytes(content)
-    assert "latents.json vae is " in refused(convert, capsys, "--to latents --parts 2")
+    assert "latents.json vae is " in refused("--to latents --parts 2")
 
 
-def test_folder_of_something_else_is_refused(convert, capsys):
-    assert "images has files and no latents.json" in refused(convert, capsys, "--to images --parts 2")
+def test_folder_of_something_else_is_refused(refused):
+    assert "images has files and no latents.json" in refused("--to images --parts 2")
 
 
-def test_notes_that_cannot_be_read_are_refused(convert, prepare_latents, capsys):
+def test_notes_that_cannot_be_read_are_refused(convert, prepare_latents, refused):
     convert("--to latents --parts 1")
     pathlib.Path("latents/latents.json").write_text('{"rows": 11')
     message = "latents/latents.json: must be the notes of prepare_latents.py, but cannot be read"
-    assert message in refused(convert, capsys, "--to latents --parts 1")
+    assert message in refused("--to latents --parts 1")
     with pytest.raises(ValueError, match=message):
         prepare_latents.open_latents("latents")
 
@@ -394,12 +389,10 @@ def test_notes_of_wrong_types_are_refused(changed, prepare_latents, tmp_path):
         prepare_latents.read_notes(tmp_path)
 
 
-def test_broken_image_is_named_and_its_part_is_not_there(convert, capsys):
+def test_broken_image_is_named_and_its_part_is_not_there(convert, refused):
     content = pathlib.Path("images/dog/8.png").read_bytes()  # the last one
     pathlib.Path("images/dog/8.png").write_bytes(content[:100])
-    assert "images/dog/8.png: must be a whole image, or be moved elsewhere, got: " in refused(
-        convert, capsys, "--to latents --parts 3"
-    )
+    assert "images/dog/8.png: must be a whole image, or be moved elsewhere, got: " in refused("--to latents --parts 3")
     assert sorted(os.listdir("latents")) == ["latents.json", "part_0000", "part_0001"]
     pathlib.Path("images/dog/8.png").write_bytes(content)
     convert("--to latents --parts 3")
@@ -434,8 +427,8 @@ def test_broken_image_is_named_and_its_part_is_not_there(convert, capsys):
         ("--to x --threads 0", "--threads must be >= 1, got 0"),
     ],
 )
-def test_bad_input_ends_in_one_line_and_leaves_nothing(convert, capsys, arguments, message):
+def test_bad_input_ends_in_one_line_and_leaves_nothing(refused, arguments, message):
     before = set(os.listdir())
-    line = refused(convert, capsys, arguments)
+    line = refused(arguments)
     assert re.search(message, line), line
     assert set(os.listdir()) == before

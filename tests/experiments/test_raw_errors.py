@@ -46,8 +46,7 @@ def test_a_run_leaves_a_row_for_each_stage_and_a_figure(raw_errors, tmp_path, mo
     assert rows[1]["distance"] < rows[0]["distance"]
 
 
-def test_stages_that_do_not_divide_the_steps_are_refused(raw_errors, capsys, tmp_path, monkeypatch):
+def test_stages_that_do_not_divide_the_steps_are_refused(raw_errors, refusal_of, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit):
-        run.main(raw_errors.main, raw_errors.Config(), argv=["--stages", "7"])
-    assert "--stages must divide the 3000 steps, got 7" in capsys.readouterr().err
+    line = refusal_of(run.main, raw_errors.main, raw_errors.Config(), argv=["--stages", "7"])
+    assert "--stages must divide the 3000 steps, got 7" in line

@@ -78,10 +78,7 @@ def test_a_run_leaves_a_table_and_a_figure(stability, tmp_path, monkeypatch):
         ("--parts 0", r"--parts must lie in \(0, 100\], got 0.0"),
     ],
 )
-def test_bad_input_ends_in_one_line(stability, arguments, message, capsys, tmp_path, monkeypatch):
+def test_bad_input_ends_in_one_line(stability, arguments, message, refusal_of, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as ended:
-        run.main(stability.main, stability.Config(), argv=arguments.split())
-    (line,) = capsys.readouterr().err.strip().splitlines()
-    assert ended.value.code == 2
+    line = refusal_of(run.main, stability.main, stability.Config(), argv=arguments.split())
     assert re.search(message, line), line

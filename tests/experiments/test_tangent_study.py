@@ -218,10 +218,7 @@ def test_every_b_is_trained_with_both_velocities(tangent_study):
         ("--data moons", "--data must be among"),
     ],
 )
-def test_bad_input_ends_in_one_line(tangent_study, arguments, message, capsys, tmp_path, monkeypatch):
+def test_bad_input_ends_in_one_line(tangent_study, arguments, message, refusal_of, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as ended:
-        run.main(tangent_study.main, tangent_study.Config(), argv=arguments.split())
-    (line,) = capsys.readouterr().err.strip().splitlines()
-    assert ended.value.code == 2
+    line = refusal_of(run.main, tangent_study.main, tangent_study.Config(), argv=arguments.split())
     assert re.search(message, line), line

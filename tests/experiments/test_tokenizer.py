@@ -150,14 +150,12 @@ def test_signal_to_noise_is_that_of_its_definition(tokenizer):
         ("--batch 0", "--batch must be a positive"),
     ],
 )
-def test_bad_input_ends_in_one_line_and_leaves_no_run(arguments, message, tokenizer, tmp_path, monkeypatch, capsys):
+def test_bad_input_ends_in_one_line_and_leaves_no_run(arguments, message, tokenizer, tmp_path, monkeypatch, refusal_of):
     monkeypatch.chdir(tmp_path)
     save_files(tmp_path / "files")
     flags = arguments if arguments.startswith("--data") else f"--data files {arguments}"
-    with pytest.raises(SystemExit) as ended:
-        run.main(tokenizer.main, tokenizer.PRESETS, argv=flags.split())
-    (line,) = capsys.readouterr().err.strip().splitlines()
-    assert ended.value.code == 2 and not list(tmp_path.glob("runs/*/*"))
+    line = refusal_of(run.main, tokenizer.main, tokenizer.PRESETS, argv=flags.split())
+    assert not list(tmp_path.glob("runs/*/*"))
     assert re.search(message, line), line
 
 
@@ -261,7 +259,7 @@ def test_latents_are_trained_on_judged_evaluated_and_generated(latents, command)
 
 
 @pytest.mark.slow
-def test_another_tokenizer_and_other_images_are_refused(latents, command, capsys, tmp_path):
+def test_another_tokenizer_and_other_images_are_refused(latents, command, refusal_of, tmp_path):
     root, _ = latents
     network = vae.load_autoencoder(root / "vae")
     vae.save_autoencoder(
@@ -279,9 +277,8 @@ def test_another_tokenizer_and_other_images_are_refused(latents, command, capsys
         ),
         ("--images files", "--images must be left out without vae, which decodes samples, got files"),
     ):
-        with pytest.raises(SystemExit):
-            command(root, "imagenet_latents", f"--preset quick --data latents --batch 16 {flags}")
-        assert message in capsys.readouterr().err
+        arguments = f"--preset quick --data latents --batch 16 {flags}"
+        assert message in refusal_of(command, root, "imagenet_latents", arguments)
 
 
 @pytest.mark.slow

@@ -393,12 +393,9 @@ def test_network_is_the_one_that_is_asked_for(toy_2d):
         ("--decay 1", "--decay must lie in"),
     ],
 )
-def test_bad_input_ends_in_one_line(toy_2d, arguments, message, capsys, tmp_path, monkeypatch):
+def test_bad_input_ends_in_one_line(toy_2d, arguments, message, refusal_of, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as ended:
-        run.main(toy_2d.main, toy_2d.PRESETS, argv=arguments.split())
-    (line,) = capsys.readouterr().err.strip().splitlines()
-    assert ended.value.code == 2
+    line = refusal_of(run.main, toy_2d.main, toy_2d.PRESETS, argv=arguments.split())
     assert re.search(message, line), line
     assert not list(tmp_path.iterdir())
 

@@ -53,10 +53,7 @@ def test_targets_are_compared_at_every_weight(weight_bias):
         ("--data moons", "--data must be among"),
     ],
 )
-def test_bad_input_ends_in_one_line(weight_bias, arguments, message, capsys, tmp_path, monkeypatch):
+def test_bad_input_ends_in_one_line(weight_bias, arguments, message, refusal_of, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as ended:
-        run.main(weight_bias.main, weight_bias.Config(), argv=arguments.split())
-    (line,) = capsys.readouterr().err.strip().splitlines()
-    assert ended.value.code == 2
+    line = refusal_of(run.main, weight_bias.main, weight_bias.Config(), argv=arguments.split())
     assert re.search(message, line), line
