@@ -93,19 +93,14 @@ class Config:
         run.check_sizes(self, batch=1 << 20, shape=1 << 14)
         own_network(self.network, self.shape)
         attentions = [name for name in ATTENTIONS if name != "cudnn"]  # its library would be asked
-        known = {"model": MODELS, "dtype": DTYPES, "form": ("scan", "unroll"), "remat": nn.REMATS}
-        for name, allowed in {**known, "attention": attentions}.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be among {', '.join(allowed)}; got {getattr(self, name)}")
-        for name, allowed in {"device": (*GPUS, *TPUS), "variant": VARIANTS}.items():
-            if not getattr(self, name):
-                raise ValueError(f"{name} must be at least one of {', '.join(allowed)}; got none")
+        run.check_among(self, model=MODELS, dtype=DTYPES, form=("scan", "unroll"), remat=nn.REMATS, variant=VARIANTS)
+        run.check_among(self, attention=attentions)
+        if not self.device:
+            raise ValueError(f"device must be at least one of {', '.join((*GPUS, *TPUS))}; got none")
         if not 0.02 <= self.share <= 0.9:
             raise ValueError(f"share must lie in [0.02, 0.9], got {self.share}")
         if self.dtype != "float32" and (wrong := [name for name in self.variant if name in FLOAT32_ONLY]):
             raise ValueError(f"dtype must be float32 for {wrong[0]}, got {self.dtype}")
-        if wrong := [name for name in self.variant if name not in VARIANTS]:
-            raise ValueError(f"variant must be among {', '.join(VARIANTS)}; got {wrong[0]}")
         groups = {name: variant_of(name, self.share).objective.divisor for name in self.variants}
         for each in map(target, self.device):
             if self.attention in FOR_GPUS and each.name in TPUS:

@@ -88,14 +88,7 @@ class Config:
     def __post_init__(self):
         run.check_sizes(self, batch=1 << 20, repeats=1000, shape=1 << 14)
         own_network(self.network, self.shape)
-        known = {"model": (*DITS, *UNETS), "form": FORMS, "remat": nn.REMATS, "variant": VARIANTS}
-        for name, allowed in known.items():
-            if not (values := getattr(self, name)):
-                raise ValueError(f"{name} must be at least one of {', '.join(allowed)}; got none")
-            if wrong := [value for value in values if value not in allowed]:
-                raise ValueError(f"{name} must be among {', '.join(allowed)}; got {wrong[0]}")
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype must be among {', '.join(DTYPES)}; got {self.dtype}")
+        run.check_among(self, model=(*DITS, *UNETS), form=FORMS, remat=nn.REMATS, variant=VARIANTS, dtype=DTYPES)
         if self.batch < 4 or self.batch % 4:
             raise ValueError(f"batch must be a positive multiple of 4, got {self.batch}")
         if self.identity is not None and self.batch % (group := variant_of(self.identity).objective.divisor):

@@ -55,8 +55,7 @@ class Config:
 
     def __post_init__(self):
         run.check_sizes(self, devices=1024, batch=1 << 20)
-        if self.model not in SIZES:
-            raise ValueError(f"model must be among {', '.join(SIZES)}; got {self.model}")
+        run.check_among(self, model=SIZES)
         if not self.devices or min(self.devices) < 1:
             raise ValueError(f"devices must be at least one number >= 1, got {self.devices}")
         if self.rounds < 1:

@@ -68,8 +68,7 @@ class Config:
     def __post_init__(self):
         run.check_sizes(self, rows=10**5, shape=1 << 14)
         own_network(self.network, self.shape)
-        if self.model not in DITS:
-            raise ValueError(f"model must be among {', '.join(DITS)}; got {self.model}")
+        run.check_among(self, model=DITS)
         if self.rows < 1:
             raise ValueError(f"rows must be >= 1, got {self.rows}")
         if not self.steps or not min(self.steps) > 0:

@@ -110,19 +110,8 @@ class Config:
     def __post_init__(self):
         run.check_sizes(self, batch=1 << 20, shape=1 << 14)
         own_network(self.network, self.shape)
-        known = {
-            "model": MODELS,
-            "dtype": DTYPES,
-            "form": FORMS,
-            "remat": nn.REMATS,
-            "attention": ATTENTIONS,
-            "variant": VARIANTS,
-        }
-        for name, allowed in known.items():
-            if not (values := getattr(self, name)):
-                raise ValueError(f"{name} must be at least one of {', '.join(map(repr, allowed))}; got none")
-            if wrong := [value for value in values if value not in allowed]:
-                raise ValueError(f"{name} must be among {', '.join(map(repr, allowed))}; got {wrong[0]!r}")
+        run.check_among(self, model=MODELS, dtype=DTYPES, form=FORMS, remat=nn.REMATS, attention=ATTENTIONS)
+        run.check_among(self, variant=VARIANTS)
         if not self.share or not all(0 < share <= 0.9 for share in self.share):
             raise ValueError(f"share must be numbers in (0, 0.9], got {self.share}")
         if not self.batch or min(self.batch) < 1:

@@ -88,18 +88,7 @@ class Config:
 
     def __post_init__(self):
         run.check_sizes(self, samples=10**6, euler=10**4, heun=10**4)
-        known = ("digits", *toy_problems.DATA)
-        if not self.data:
-            raise ValueError(f"data must be at least one of {', '.join(known)}; got none")
-        if wrong := [name for name in self.data if name not in known]:
-            raise ValueError(f"data must be among {', '.join(known)}; got {wrong[0]}")
-        known = toy_2d.identities(self.identity, 1)
-        if wrong := [name for name in self.methods if name not in known]:
-            raise ValueError(f"methods must be among {', '.join(known)}; got {wrong[0]}")
-        if not self.methods:
-            raise ValueError(f"methods must be at least one of {', '.join(known)}; got none")
-        if len(set(self.methods)) < len(self.methods):
-            raise ValueError(f"methods must differ from each other, got {', '.join(self.methods)}")
+        run.check_among(self, data=("digits", *toy_problems.DATA), methods=toy_2d.identities(self.identity, 1))
         for name in ("euler", "heun", "tolerances"):
             if not getattr(self, name) or not min(getattr(self, name)) > 0:
                 raise ValueError(f"{name} must be positive numbers, got {getattr(self, name)}")

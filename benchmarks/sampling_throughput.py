@@ -51,13 +51,7 @@ class Config:
 
     def __post_init__(self):
         run.check_sizes(self, batch=1 << 20, evaluations=10**4)
-        if not self.model:
-            raise ValueError(f"model must be at least one of {', '.join(MODELS)}; got none")
-        if wrong := [model for model in self.model if model not in MODELS]:
-            raise ValueError(f"model must be among {', '.join(MODELS)}; got {wrong[0]}")
-        for name, known in (("dtype", DTYPES), ("attention", ATTENTIONS)):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} must be among {', '.join(known)}; got {getattr(self, name)}")
+        run.check_among(self, model=MODELS, dtype=DTYPES, attention=ATTENTIONS)
         for name in ("batch", "evaluations"):
             if not getattr(self, name) or min(getattr(self, name)) < 1:
                 raise ValueError(f"{name} must be positive numbers, got {getattr(self, name)}")

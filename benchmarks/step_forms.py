@@ -69,12 +69,8 @@ class Config:
 
     def __post_init__(self):
         run.check_sizes(self, batch=1 << 20)
-        known = {"dtype": DTYPES, "remat": nn.REMATS, "attention": ATTENTIONS, "variant": VARIANTS}
-        for name, allowed in {"model": MODELS[1:], **known}.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be among {', '.join(allowed)}; got {getattr(self, name)}")
-        if not self.form or set(self.form) - set(FORMS):
-            raise ValueError(f"form must be one or more of {', '.join(FORMS)}; got {', '.join(self.form) or 'none'}")
+        run.check_among(self, model=MODELS[1:], dtype=DTYPES, remat=nn.REMATS, attention=ATTENTIONS)
+        run.check_among(self, variant=VARIANTS, form=FORMS)
         if self.batch < 4 or self.batch % 4:
             raise ValueError(f"batch must be a positive multiple of 4, got {self.batch}")
         if self.rounds < 1:

@@ -81,10 +81,7 @@ class Config:
 
     def __post_init__(self):
         run.check_sizes(self, batch=1 << 20, steps=100)
-        known = {"model": MODELS, "dtype": DTYPES, "remat": nn.REMATS, "attention": ATTENTIONS, "variant": VARIANTS}
-        for name, allowed in known.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be among {', '.join(allowed)}; got {getattr(self, name)}")
+        run.check_among(self, model=MODELS, dtype=DTYPES, remat=nn.REMATS, attention=ATTENTIONS, variant=VARIANTS)
         if self.batch < 4 or self.batch % 4:
             raise ValueError(f"batch must be a positive multiple of 4, got {self.batch}")
         if self.steps < 1:

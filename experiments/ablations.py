@@ -79,21 +79,12 @@ class Config(Study):
         run.check_sizes(self, seeds=100)
         if self.steps is not None and self.steps < 1:
             raise ValueError(f"steps must be >= 1, got {self.steps}")
-        if self.method not in (known := toy_2d.identities(self.identity, 1)):
-            raise ValueError(f"method must be among {', '.join(known)}; got {self.method}")
+        run.check_among(self, method=toy_2d.identities(self.identity, 1), only=NAMES)
         if not tables(self):
             raise ValueError(f"method must be one that has a table, got {self.method}, which has none")
         if self.files != fashion.PLACE and self.data != "fashion":
             raise ValueError(f"files must be left out with --data {self.data}, got {self.files}")
-        if self.only is None:
-            return
-        if unknown := [name for name in self.only if name not in NAMES]:
-            raise ValueError(f"only must be among {', '.join(NAMES)}; got {', '.join(unknown)}")
-        if len(set(self.only)) < len(self.only):
-            raise ValueError(f"only must differ from each other, got {', '.join(self.only)}")
-        if not self.only:
-            raise ValueError(f"only must be at least one of {', '.join(NAMES)}; got none")
-        for name in self.only:
+        for name in self.only or ():
             if name not in tables(self):
                 reason = next(iter(refused(self, name).values()))
                 raise ValueError(f"only must be among the tables of {self.method}, got {name}: {reason}")

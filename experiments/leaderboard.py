@@ -103,12 +103,9 @@ class Config(run.CellSettings):
         self.check(seeds=1, steps=1, samples=2, size=1)
         run.check_sizes(self, seeds=100, samples=1 << 20, size=1 << 14)
         mfx.AdaptiveWeight(self.power)
-        for name, known in (("settings", toy_2d.SETTINGS), ("methods", methods(self.identity))):
-            values = getattr(self, name)
-            if unknown := [value for value in values if value not in known]:
-                raise ValueError(f"{name} must be among {', '.join(known)}; got {', '.join(unknown)}")
-            if len(set(values)) < len(values):
-                raise ValueError(f"{name} must differ from each other, got {', '.join(values)}")
+        run.check_among(self, settings=toy_2d.SETTINGS)
+        if self.methods:
+            run.check_among(self, methods=methods(self.identity))
         if not cells(self):
             raise ValueError("settings must have common, or a method whose paper's settings are known, got none")
 

@@ -162,13 +162,7 @@ class Config(run.CellSettings):
     def __post_init__(self):
         self.check(seeds=1)
         run.check_sizes(self, seeds=100)
-        for name, known in (("cases", CASES), ("remedies", REMEDIES)):
-            if unknown := [each for each in getattr(self, name) if each not in known]:
-                raise ValueError(f"{name} must be among {', '.join(known)}; got {unknown[0]}")
-            if not getattr(self, name):
-                raise ValueError(f"{name} must be at least one, got none")
-            if len(set(getattr(self, name))) < len(getattr(self, name)):
-                raise ValueError(f"{name} must differ from each other, got {', '.join(getattr(self, name))}")
+        run.check_among(self, cases=CASES, remedies=REMEDIES)
         if not 0 < self.parts <= 100:
             raise ValueError(f"parts must lie in (0, 100], got {self.parts}")
         if not cells(self):

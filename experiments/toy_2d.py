@@ -197,14 +197,11 @@ class Config(run.CellSettings):
         self.check(condition_width=1, fourier_features=0, references=0, dit_batch=1, dit_width=4, dit_depth=1)
         run.check_sizes(self, condition_width=1 << 14, fourier_features=1 << 14, references=REFERENCES)
         self.check_own()
-        known_data = (*DATA, "FILE.npy", *filter(is_own, self.data))
-        for name, known in (("data", known_data), ("settings", SETTINGS), ("methods", methods(self.identity))):
-            if unknown := [item for item in getattr(self, name) if item not in known]:
-                raise ValueError(f"{name} must be among {', '.join(known)}; got {', '.join(unknown)}")
-            if not getattr(self, name) and name == "settings":
-                raise ValueError(f"{name} must be at least one of {', '.join(known)}; got none")
-            if len(set(getattr(self, name))) < len(getattr(self, name)):
-                raise ValueError(f"{name} must differ from each other, got {', '.join(getattr(self, name))}")
+        run.check_among(self, settings=SETTINGS)
+        if self.data:
+            run.check_among(self, data=(*DATA, "FILE.npy", *filter(is_own, self.data)))
+        if self.methods:
+            run.check_among(self, methods=methods(self.identity))
         if wrong := [part for part in self.shorter if not 0 < part < 1]:
             raise ValueError(f"shorter must lie in (0, 1), got {wrong[0]}")
         if len(set(self.shorter)) < len(self.shorter):

@@ -63,6 +63,7 @@ from ._processes import is_first as is_first, local as local, once as once, Stop
 from ._progress import Progress as Progress, Work as Work
 from ._settings import (
     CellSettings as CellSettings,
+    check_among as check_among,
     check_sizes as check_sizes,
     digest as digest,
     parallelism as parallelism,

@@ -5,7 +5,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import jax
@@ -133,6 +133,23 @@ def check_sizes(config: Any, **most: int) -> None:
         for size in value if isinstance(value, tuple) else (value,):
             if size is not None and size > bound:
                 raise ValueError(f"{name} must be at most {bound}, got {size}")
+
+
+def check_among(config: Any, **known: Collection[str]) -> None:
+    """Refuses names that a script does not know: raises `ValueError` with the name of the field and the known names.
+
+    **Arguments:** `config` a dataclass; `known` the names that its fields may have as values, by the names of the
+    fields. A field that is a tuple must have at least one name, and none twice; None is skipped.
+    """
+    for name, allowed in known.items():
+        value = getattr(config, name)
+        chosen = value if isinstance(value, tuple) else (value,)
+        if not chosen:
+            raise ValueError(f"{name} must be at least one of {', '.join(allowed)}; got none")
+        if unknown := [each for each in chosen if each is not None and each not in allowed]:
+            raise ValueError(f"{name} must be among {', '.join(allowed)}; got {', '.join(map(str, unknown))}")
+        if len(set(chosen)) < len(chosen):
+            raise ValueError(f"{name} must differ from each other, got {', '.join(chosen)}")
 
 
 def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, int | float]]:

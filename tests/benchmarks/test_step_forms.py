@@ -85,8 +85,8 @@ def test_costs_are_shown_before_any_time_is_known(step_forms, small_memory):
     ("values", "message"),
     [
         ({"model": "MLP"}, "model must be among tiny, .*; got MLP"),
-        ({"form": ()}, "form must be one or more of loop, .*; got none"),
-        ({"form": ("loop", "no")}, "form must be one or more of loop, .*; got loop, no"),
+        ({"form": ()}, "form must be at least one of loop, .*; got none"),
+        ({"form": ("loop", "no")}, "form must be among loop, .*; got no"),
         ({"batch": 6}, "batch must be a positive multiple of 4, got 6"),
         ({"rounds": 0}, "rounds must be >= 1, got 0"),
     ],

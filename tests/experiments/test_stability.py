@@ -70,6 +70,7 @@ def test_a_run_leaves_a_table_and_a_figure(stability, tmp_path, monkeypatch):
     ("arguments", "message"),
     [
         ("--cases moons", "--cases must be among MeanFlow, ImprovedMeanFlow, digits; got moons"),
+        ("--cases", "--cases must be at least one of MeanFlow, .*; got none"),
         ("--remedies hope", "--remedies must be among none, .*; got hope"),
         (
             "--cases MeanFlow --remedies QK-norm",

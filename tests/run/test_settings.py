@@ -173,3 +173,29 @@ def test_numbers_that_nothing_computes_with_are_refused(fields, message):
 
 def test_the_largest_integers_pass():
     check_numbers(Config(steps=2**31 - 1, inner=Inner(sizes=(-(2**31), True))))
+
+
+@dataclasses.dataclass(frozen=True)
+class Named:
+    model: str | None = "small"
+    forms: tuple[str, ...] = ("loop", "plain")
+
+
+@pytest.mark.parametrize("config", [Named(), Named(model=None), Named("large", ("plain",))])
+def test_known_names_pass(config):
+    run.check_among(config, model={"small": 1, "large": 2}, forms=("loop", "plain"))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (Named(model="huge"), "model must be among small, large; got huge"),
+        (Named(model=""), "model must be among small, large; got "),
+        (Named(forms=("lop", "plain", "plane")), "forms must be among loop, plain; got lop, plane"),
+        (Named(forms=()), "forms must be at least one of loop, plain; got none"),
+        (Named(forms=("plain", "loop", "plain")), "forms must differ from each other, got plain, loop, plain"),
+    ],
+)
+def test_names_that_are_unknown_missing_or_repeated_are_refused(config, message):
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        run.check_among(config, model=("small", "large"), forms=("loop", "plain"))
