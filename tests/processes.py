@@ -17,6 +17,10 @@ LONGEST = 180  # seconds that anything may take here
 PROGRAMS = tempfile.TemporaryDirectory()  # that one process has compiled, for the next
 
 
+class Killed(BaseException):
+    """In place of the end of a process: what no script can catch by mistake."""
+
+
 class Ended(NamedTuple):
     """A process that has ended: its exit code, what it wrote, and the lines of it that are no progress."""
 

@@ -9,7 +9,7 @@ import re
 
 import numpy as np
 import pytest
-from idx_files import save_files
+from image_files import save_files
 
 import mf_eqx as mfx
 from mf_eqx import run

@@ -12,6 +12,7 @@ import jax.random as jr
 import numpy as np
 import pytest
 from fields import VelocityAlone
+from image_files import save_cifar10
 
 import mf_eqx as mfx
 from mf_eqx import data, run
@@ -23,13 +24,6 @@ IMAGES = np.random.default_rng(3).integers(0, 256, (20, 3, 32, 32), np.uint8)
 def cifar10(experiment):
     pytest.importorskip("safetensors")
     return experiment("cifar10")
-
-
-def save_cifar10(folder, images):
-    os.makedirs(folder)
-    records = np.concatenate([np.zeros((len(images), 1), np.uint8), images.reshape(len(images), -1)], axis=1)
-    for number, part in enumerate(np.split(records, 5)):
-        part.tofile(f"{folder}/data_batch_{number + 1}.bin")
 
 
 # Presets

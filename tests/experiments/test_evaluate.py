@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
+from image_files import save_cifar10
 from random_tensors import random_tensor
 
 import mf_eqx as mfx
@@ -47,13 +48,6 @@ class Means(eqx.Module):
 def evaluate(experiment):
     pytest.importorskip("safetensors")
     return experiment("evaluate")
-
-
-def save_cifar10(folder, images):
-    os.makedirs(folder)
-    records = np.concatenate([np.zeros((len(images), 1), np.uint8), images.reshape(len(images), -1)], axis=1)
-    for number, part in enumerate(np.split(records, 5)):
-        part.tofile(f"{folder}/data_batch_{number + 1}.bin")
 
 
 def save_network(path, make, start="", notes=None):

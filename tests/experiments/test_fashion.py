@@ -5,7 +5,8 @@ import pathlib
 
 import numpy as np
 import pytest
-from idx_files import save_files
+from image_files import save_files
+from processes import Killed
 
 from mf_eqx import checkpoint, run
 
@@ -13,10 +14,6 @@ SMALL = "--data files --preset quick --depth 1 --heads 2 --width 8 --batch 8 --s
 SHORT = "--steps 5 --warmup 1 --decay 0.5 --save-every 2 --log-every 1 --preview-every 3"
 PLACE = pathlib.Path("/usr/share/datasets/fashion-mnist")
 installed = pytest.mark.skipif(not PLACE.exists(), reason="apt install dataset-fashion-mnist")
-
-
-class Killed(BaseException):
-    pass
 
 
 @pytest.fixture(scope="module")

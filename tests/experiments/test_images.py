@@ -1,14 +1,13 @@
 """The recipe for images of one's own: what it reads, refuses and leaves, with a network that shows that all runs."""
 
 import dataclasses
-import gzip
 import json
 import os
 import re
-import struct
 import sys
 
 import equinox as eqx
+import image_files
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -35,23 +34,14 @@ class Known(mfx.AbstractField):
         return 0.9 * z + condition
 
 
-def save_idx(path, values, opened=open):
-    with opened(path, "wb") as file:
-        file.write(bytes([0, 0, 8, values.ndim]) + struct.pack(f">{values.ndim}I", *values.shape) + values.tobytes())
-
-
 def save_inputs():
-    save_idx("idx", X[:, 0])
-    save_idx("labels", LABEL)
+    image_files.save_idx("idx", X[:, 0])
+    image_files.save_idx("labels", LABEL)
 
 
 def save_mnist(folder, suffix=""):
     """Files as of MNIST, with other test images."""
-    os.makedirs(folder)
-    for part, x, label in (("train", X, LABEL), ("t10k", 255 - X[:6], LABEL[:6])):
-        opened = gzip.open if suffix else open
-        save_idx(f"{folder}/{part}-images-idx3-ubyte{suffix}", x[:, 0], opened)
-        save_idx(f"{folder}/{part}-labels-idx1-ubyte{suffix}", label, opened)
+    image_files.save_mnist(folder, (X[:, 0], LABEL), (255 - X[:6, 0], LABEL[:6]), suffix)
 
 
 def pixels_alone(judging):
@@ -206,13 +196,11 @@ def test_shards_keep_the_names_of_classes_and_test_images_must_not_have_others(s
 
 
 def test_cifar10_has_its_own_test_images(sources, here):
-    os.makedirs("cifar")
-    records = DRAWS.integers(0, 10, (12, 3073), np.uint8)
-    for number, name in enumerate([*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]):
-        records[2 * number : 2 * number + 2].tofile(f"cifar/{name}.bin")
+    x, label = DRAWS.integers(0, 256, (12, 3, 32, 32), np.uint8), np.arange(12) % 10
+    image_files.save_cifar10("cifar", x[:10], label[:10], test=(x[10:], label[10:]))
     train, test, _ = sources.open_parts(["cifar"], [], size=(), holdout=0.1)
-    np.testing.assert_array_equal(train.take(np.arange(10)).x.reshape(10, -1), records[:10, 1:])
-    np.testing.assert_array_equal(test.take(np.arange(2)).x.reshape(2, -1), records[10:, 1:])
+    np.testing.assert_array_equal(train.take(np.arange(10)).x, x[:10])
+    np.testing.assert_array_equal(test.take(np.arange(2)).x, x[10:])
 
 
 def test_folders_give_their_names_to_the_classes(sources, here):
@@ -317,7 +305,7 @@ def refused(images, tmp_path_factory):
         save_inputs()
         save_folder("pets")
         save_mnist("mnist")
-        save_idx("others", X[:, 0])
+        image_files.save_idx("others", X[:, 0])
         os.makedirs("empty")
         data.write_shards(data.ArraySource(X.astype(np.float32)), "floats")
     return root

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from idx_files import save_files
+from image_files import save_files
 from own_methods import OWN
 
 import mf_eqx as mfx

@@ -14,12 +14,12 @@ import jax.random as jr
 import numpy as np
 import optax
 import pytest
+from image_files import save_cifar10
 
 import mf_eqx as mfx
 from mf_eqx import checkpoint, run
 
 DRAWS = np.random.default_rng(5)
-FILES = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
 SMALL = "--preset tiny --data cifar --depth 2 --width 16 --heads 2 --patch 8 --bottleneck 8 --batch 4 --samples 4"
 SHORT = "--epochs 1.4 --save-every 2 --log-every 1 --preview-every 2 --half-lives 1 0.01"
 
@@ -31,13 +31,10 @@ def pixels(experiment):
     return experiment("pixels")
 
 
-def save_cifar10(folder):
-    """Ten training images and two test images, of which each class has one or two."""
-    os.makedirs(folder)
-    records = DRAWS.integers(0, 256, (12, 3073), np.uint8)
-    records[:, 0] = np.arange(12) % 10
-    for name, part in zip(FILES, np.split(records, 6), strict=True):
-        part.tofile(f"{folder}/{name}.bin")
+def save_images():
+    """Ten training images, one of each class, and two test images."""
+    x = DRAWS.integers(0, 256, (12, 3, 32, 32), np.uint8)
+    save_cifar10("cifar", x[:10], np.arange(10), test=(x[10:], np.arange(2)))
 
 
 def save_folder(folder):
@@ -52,7 +49,7 @@ def save_folder(folder):
 @pytest.fixture
 def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    save_cifar10("cifar")
+    save_images()
     return tmp_path
 
 
@@ -200,7 +197,7 @@ def finished(pixels, room, tmp_path_factory):
         patch.setattr(pixels.images, "EVALUATIONS", (1, 2))
         patch.setattr(pixels.images.image_classifier, "STEPS", 3)
         patch.setattr(pixels.image_judge, "feature_spaces", lambda: pixels_alone(pixels.image_judge))
-        save_cifar10("cifar")
+        save_images()
         run.main(pixels.main, pixels.PRESETS, argv=f"{SMALL} {SHORT}".split())
     (config,) = (root / "runs").glob("*/*/config.json")
     return config.parent

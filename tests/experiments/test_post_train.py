@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shutil
-import struct
 
 import equinox as eqx
 import jax
@@ -12,6 +11,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
+from image_files import save_idx
 
 import mf_eqx as mfx
 from mf_eqx import checkpoint, data, metrics, run
@@ -22,11 +22,6 @@ LABEL = (np.arange(200) % 3).astype(np.uint8)
 SMALL = "--start base.safetensors --batch 16 --warmup 1 --log-every 1 --preview-every 0"
 LEARNS = f"{SMALL} --steps 40 --save-every 20 --learning-rate 0.02 --decay 0.5"
 ABOUT = {"data": ["idx", "labels"], "test": [], "holdout": 0.25}
-
-
-def save_idx(path, values):
-    with open(path, "wb") as file:
-        file.write(bytes([0, 0, 8, values.ndim]) + struct.pack(f">{values.ndim}I", *values.shape) + values.tobytes())
 
 
 def network(labels=3, **options):

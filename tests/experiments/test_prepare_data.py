@@ -8,6 +8,7 @@ import re
 
 import numpy as np
 import pytest
+from image_files import save_cifar10, save_idx, save_mnist
 
 from mf_eqx import data, run
 
@@ -42,19 +43,6 @@ def save(path, *arrays):
         np.save(f"{path}_{number}.npy", array)
 
 
-def save_cifar10(folder):
-    os.mkdir(folder)
-    records = np.concatenate([LABEL[:, None], X.reshape(10, -1)], axis=1)
-    for number in range(5):
-        records[2 * number : 2 * number + 2].tofile(f"{folder}/data_batch_{number + 1}.bin")
-    records[:3].tofile(f"{folder}/test_batch.bin")
-
-
-def save_idx(path, array):
-    with open(path, "wb") as file:
-        file.write(bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">i4").tobytes() + array.tobytes())
-
-
 def check(folder, x, label=None):
     source = data.ShardSource(folder, verify=True)
     rows = source.take(np.arange(len(source)))
@@ -63,7 +51,7 @@ def check(folder, x, label=None):
 
 
 def test_cifar10_becomes_shards(convert, capsys):
-    save_cifar10("cifar")
+    save_cifar10("cifar", X, LABEL, test=(X[:3], LABEL[:3]))
     convert("--cifar10 cifar --to shards --rows-per-shard 4")
     check("shards", X, LABEL)
     names = "airplane, automobile, bird, cat, deer, dog, frog, horse, ship, truck"
@@ -72,7 +60,7 @@ def test_cifar10_becomes_shards(convert, capsys):
 
 
 def test_test_part_of_cifar10_becomes_shards(convert):
-    save_cifar10("cifar")
+    save_cifar10("cifar", X, LABEL, test=(X[:3], LABEL[:3]))
     convert("--cifar10 cifar --split test --to shards")
     check("shards", X[:3], LABEL[:3])
 
@@ -85,10 +73,7 @@ def test_idx_becomes_shards(convert):
 
 
 def test_each_part_of_a_folder_of_idx_files_becomes_shards(convert):
-    os.mkdir("idx")
-    for part, rows in (("train", slice(6)), ("t10k", slice(6, 10))):
-        save_idx(f"idx/{part}-images-idx3-ubyte", X[rows, 0])
-        save_idx(f"idx/{part}-labels-idx1-ubyte", LABEL[rows])
+    save_mnist("idx", (X[:6, 0], LABEL[:6]), (X[6:, 0], LABEL[6:]))
     convert("--idx idx --to train")
     convert("--idx idx --split test --labels 10 --to test")
     check("train", X[:6, :1], LABEL[:6])
@@ -113,7 +98,7 @@ def test_npy_with_conditions_becomes_shards(convert, capsys):
 
 
 def test_conditions_without_npy_are_refused(refused):
-    save_cifar10("cifar")
+    save_cifar10("cifar", X, LABEL, test=(X[:3], LABEL[:3]))
     line = refused("--cifar10 cifar --npy-condition c.npy --to shards")
     assert "--npy-condition must be given with --npy, got --cifar10" in line
 

@@ -13,6 +13,8 @@ import jax.random as jr
 import numpy as np
 import pytest
 from fields import filled
+from image_files import save_mnist
+from processes import Killed
 
 from mf_eqx import checkpoint, data, run, vae
 
@@ -157,13 +159,8 @@ def test_larger_images_are_resized_before_they_are_cropped(convert, prepare_late
 def test_training_images_of_idx_files_are_encoded_in_grey_and_test_images_are_left_out(
     convert, prepare_latents, refused
 ):
-    os.mkdir("mnist")
     x = np.random.default_rng(1).integers(0, 256, (9, 8, 12), np.uint8)
-    for part, rows in (("train", x), ("t10k", x[:2])):
-        sizes = b"".join(size.to_bytes(4, "big") for size in rows.shape)
-        pathlib.Path(f"mnist/{part}-images-idx3-ubyte").write_bytes(bytes([0, 0, 8, 3]) + sizes + rows.tobytes())
-        label = bytes(range(len(rows)))
-        pathlib.Path(f"mnist/{part}-labels-idx1-ubyte").write_bytes(bytes([0, 0, 8, 1]) + sizes[:4] + label)
+    save_mnist("mnist", (x, np.arange(9)), (x[:2], np.arange(2)))
     tokenizer = grey_tokenizer()
     statistics = vae.LatentStatistics((1.0, 2.0, 3.0), (4.0, 5.0, 6.0))
     vae.save_autoencoder("grey", tokenizer, statistics)
@@ -242,10 +239,6 @@ def test_statistics_are_those_of_the_config_and_no_others(convert, prepare_laten
 
 
 # Parts
-
-
-class Killed(BaseException):
-    """What no script can catch by mistake."""
 
 
 @pytest.mark.parametrize("parts_before", [0, 1, 2])

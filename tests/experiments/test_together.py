@@ -9,6 +9,7 @@ import sys
 import jax.random as jr
 import numpy as np
 import pytest
+from image_files import save_idx, save_mnist
 from processes import ended, free_address, TESTS
 
 import mf_eqx as mfx
@@ -19,6 +20,8 @@ for package in ("tyro", "matplotlib", "sklearn", "beartype", "grain", "orbax.che
 pytestmark = pytest.mark.rehearsal
 
 ROOT = TESTS.parent
+IMAGES = (np.arange(2560) ** 2 % 256).reshape(40, 8, 8)
+LABEL = np.arange(40) % 10
 
 # Of every script that trains with several processes: two steps of a minuscule network, both logged.
 DIT = "--log-every 1 --depth 1 --heads 2 --width 8"
@@ -96,20 +99,6 @@ def save_latents(folder):
     (folder / "latents.json").write_text(json.dumps(notes))
 
 
-def save_idx(path):
-    """Images of 8 x 8 pixels."""
-    path.write_bytes(bytes([0, 0, 8, 3, 0, 0, 0, 40, 0, 0, 0, 8, 0, 0, 0, 8]) + bytes(i * i % 256 for i in range(2560)))
-
-
-def save_mnist(folder):
-    """The same images as training and as test images, with labels."""
-    folder.mkdir()
-    for part in ("train", "t10k"):
-        save_idx(folder / f"{part}-images-idx3-ubyte")
-        label = bytes([0, 0, 8, 1, 0, 0, 0, 40]) + bytes(i % 10 for i in range(40))
-        (folder / f"{part}-labels-idx1-ubyte").write_bytes(label)
-
-
 def save_network(path):
     """What images.py leaves, of a network that has learnt nothing."""
     field = mfx.DiT((1, 8, 8), mfx.DiTSize(1, 8, 2, 4), labels=10, key=jr.key(0))
@@ -134,8 +123,8 @@ def test_two_processes_train_to_the_end_as_one_does(name, tmp_path):
     alone, together = tmp_path / "alone", tmp_path / "together"
     for folder in (alone, together):
         save_latents(folder / "data" / "imagenet256")
-        save_idx(folder / "idx")
-        save_mnist(folder / "mnist")
+        save_idx(folder / "idx", IMAGES)
+        save_mnist(folder / "mnist", (IMAGES, LABEL), (IMAGES, LABEL))
         save_network(folder / "base.safetensors")
     several = ("--coordinator", free_address(), "--processes", "2", "--process")
     processes = [start_script(name, together, *several, process) for process in "01"]

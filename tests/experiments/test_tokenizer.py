@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from image_files import save_mnist
+from processes import Killed
 
 from mf_eqx import checkpoint, data, run, vae
 
@@ -22,20 +24,15 @@ PLACE = pathlib.Path("/usr/share/datasets/fashion-mnist")
 installed = pytest.mark.skipif(not PLACE.exists(), reason="apt install dataset-fashion-mnist")
 
 
-class Killed(BaseException):
-    pass
-
-
 def save_files(folder, side=8):
-    """The four files of a set like MNIST, squares of the brightness of their class: 200 to train on, 40 darker ones."""
-    folder.mkdir()
-    for part, count in (("train", 200), ("t10k", 40)):
-        label = (np.arange(count) % 10).astype(np.uint8)
-        x = DRAWS.integers(0, 20, (count, side, side), np.uint8)
-        x[:, 2:-2, 2:-2] += (20 * label[:, None, None] + (30 if part == "train" else 0)).astype(np.uint8)
-        sizes = b"".join(size.to_bytes(4, "big") for size in x.shape)
-        (folder / f"{part}-images-idx3-ubyte").write_bytes(bytes([0, 0, 8, 3]) + sizes + x.tobytes())
-        (folder / f"{part}-labels-idx1-ubyte").write_bytes(bytes([0, 0, 8, 1]) + sizes[:4] + label.tobytes())
+    """Files as of MNIST, squares of the brightness of their class: 200 to train on, 40 darker ones."""
+    parts = []
+    for count, brighter in ((200, 30), (40, 0)):
+        label = np.arange(count) % 10
+        x = DRAWS.integers(0, 20, (count, side, side))
+        x[:, 2:-2, 2:-2] += 20 * label[:, None, None] + brighter
+        parts.append((x, label))
+    save_mnist(folder, *parts)
 
 
 @pytest.fixture(scope="module")
