@@ -95,11 +95,8 @@ class Config(run.Settings):
     """Seed of everything random."""
 
     def __post_init__(self):
-        self.check()
+        self.check(steps=0, warmup=0, seed=0)
         run.check_sizes(self, batch=1 << 20, width=1 << 14, multipliers=1 << 10, blocks=32)
-        for name, bound in {"steps": 0, "warmup": 0, "seed": 0}.items():
-            if getattr(self, name) < bound:
-                raise ValueError(f"{name} must be >= {bound}, got {getattr(self, name)}")
         if not 0 < self.learning_rate < 1:
             raise ValueError(f"learning_rate must lie in (0, 1), got {self.learning_rate}")
         if not all(0 <= beta < 1 for beta in self.betas):

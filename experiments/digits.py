@@ -106,11 +106,7 @@ class Config(run.Settings):
     """Seed of everything random."""
 
     def __post_init__(self):
-        self.check()
-        least = {"steps": 0, "warmup": 0, "seed": 0, "width": 1, "depth": 1, "heads": 1, "patch": 1}
-        for name, bound in least.items():
-            if getattr(self, name) < bound:
-                raise ValueError(f"{name} must be >= {bound}, got {getattr(self, name)}")
+        self.check(steps=0, warmup=0, seed=0, width=1, depth=1, heads=1, patch=1)
         run.check_sizes(self, width=1 << 12, depth=100)
         if not 0.02 <= self.holdout <= 0.49:
             raise ValueError(f"holdout must lie in [0.02, 0.49], got {self.holdout}")
