@@ -96,8 +96,3 @@ def _check_range(name: str, leaf: Shaped[np.ndarray, "rows ..."], numbers: Int[n
         first = tuple(np.argwhere(wrong)[0])
         rule = f"must fit into {used}, which JAX uses without jax_enable_x64"
         raise ValueError(f"{name} {rule}, got {leaf[first]} in row {numbers[first[0]]}")
-
-
-def as_json(row: RowCondition) -> dict[str, Any]:
-    """Names, shapes and dtypes of the arrays of one row's condition in a form that JSON can hold."""
-    return {name: [list(leaf.shape), str(leaf.dtype)] for name, leaf in by_name("condition", row).items()}

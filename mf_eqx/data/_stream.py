@@ -22,9 +22,9 @@ import numpy as np
 from jaxtyping import Int
 
 from .._batch import Batch
+from .._leaves import by_name, shapes
 from .._sharding import Parallelism
 from .._validate import as_count, Count
-from . import _condition
 from ._source import AbstractSource, check_source, check_taken
 
 _SAMPLED = 64
@@ -117,7 +117,9 @@ class Stream:
             "seed": self.seed if self.shuffle else None,
         }
         # Without conditions the description stays what it was before there were any, so that older runs go on.
-        return described if condition is None else described | {"condition": _condition.as_json(source.row_condition)}
+        if condition is not None:
+            described["condition"] = shapes(by_name("condition", source.row_condition))
+        return described
 
     def _rows(self, step: Count, positions: Int[np.ndarray, " local"]) -> Int[np.ndarray, " local"]:
         first = as_count("step", step, 0) * self.batch
