@@ -38,6 +38,7 @@ from sklearn.svm import SVC
 # Shapes and types are checked while the step is traced. JAXTYPING_DISABLE=1 turns this off.
 with install_import_hook("mf_eqx", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"):
     import guidance_flags
+    from image_samples import counted
 
     import mf_eqx as mfx
     from mf_eqx import checkpoint, data, metrics, picture, run
@@ -314,12 +315,8 @@ def save_samples(method: Method, field: mfx.AbstractField, path: Path, rows: int
     """A grid of digits, a column per class."""
     label = jnp.tile(jnp.arange(CLASSES), rows)
     x = generate(field, method.sampler, label, mfx.uniform_times(method.shown), jr.key(PICTURE_SEED))
-    title = f"{method.name}, {evaluations(method.shown)} per digit"
+    title = f"{method.name}, {counted(method.shown)} per digit"
     picture.save_image_grid(path, x.reshape(rows, CLASSES, 1, 8, 8), -1, 1, column_labels="0123456789", title=title)
-
-
-def evaluations(number: int) -> str:
-    return f"{number} evaluation{'s' if number > 1 else ''}"
 
 
 def save_comparison(path: Path, real: data.ArraySource, trained: list[tuple[Method, mfx.AbstractField]]) -> None:
@@ -329,7 +326,7 @@ def save_comparison(path: Path, real: data.ArraySource, trained: list[tuple[Meth
     for method, field in trained:
         for number in method.evaluations:
             x = generate(field, method.sampler, jnp.asarray(label), mfx.uniform_times(number), jr.key(PICTURE_SEED))
-            rows[f"{method.name}, {evaluations(number)}"] = np.asarray(x)
+            rows[f"{method.name}, {counted(number)}"] = np.asarray(x)
     columns = [str(digit) for digit in label]
     picture.save_image_grid(path, np.stack([*rows.values()]), -1, 1, row_labels=[*rows], column_labels=columns)
 
