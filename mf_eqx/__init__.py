@@ -36,7 +36,8 @@ the second line must be imported explicitly, so that a training job does not loa
     _sharding.py       meshes, and what lies where on them
     _fsdp.py           divided parameters in a step: one whole block at a time
     _generate.py       many samples, each by its number, on all devices
-    _train.py          TrainState, init_state, TrainStep, scan_steps
+    _train_state.py    TrainState, init_state
+    _train.py          TrainStep, scan_steps
     _quiet.py          Orbax without its messages
     _optional.py       packages that not every machine has
     _leaves.py         states as flat dictionaries, and back
@@ -192,13 +193,8 @@ from ._times import (
     TimePairs as TimePairs,
     UniformTimes as UniformTimes,
 )
-from ._train import (
-    Faults as Faults,
-    init_state as init_state,
-    scan_steps as scan_steps,
-    TrainState as TrainState,
-    TrainStep as TrainStep,
-)
+from ._train import scan_steps as scan_steps, TrainStep as TrainStep
+from ._train_state import Faults as Faults, init_state as init_state, TrainState as TrainState
 from ._trained import Trained as Trained
 from ._weight import (
     AbstractWeight as AbstractWeight,

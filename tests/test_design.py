@@ -30,7 +30,7 @@ LAYERS = {
     ],
     3: ["_abstract_objective", "_objective", "_sample", "exact", "metrics", "vae"],
     4: ["_batch_objective", "_ema", "_optimizer", "_sharding", "_fsdp", "_gradient"],
-    5: ["_generate", "_train"],
+    5: ["_generate", "_train_state", "_train"],
     6: ["checkpoint", "data", "measure", "picture", "released"],
     7: ["run"],
     9: ["__init__"],

@@ -35,7 +35,8 @@ from jaxtyping import Array, Key
 from .._batch import Batch
 from .._field import AbstractField
 from .._mean import Metrics
-from .._train import init_state, scan_steps, TrainState, TrainStep
+from .._train import scan_steps, TrainStep
+from .._train_state import init_state, TrainState
 from ..checkpoint import Checkpoints
 from ._directory import as_json, made_by, missing_lines, RunDirectory
 from ._lock import check_in_place

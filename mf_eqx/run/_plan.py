@@ -14,7 +14,8 @@ import jax.random as jr
 
 from .._batch import Batch
 from .._sharding import arrays_of
-from .._train import TrainState, TrainStep
+from .._train import TrainStep
+from .._train_state import TrainState
 from ..data import Stream
 from ..measure import compile_program, product_flops
 from ._directory import as_json

@@ -29,7 +29,8 @@ from .._leaves import leaves, shapes
 from .._model import describe, make_network
 from .._optimizer import copy
 from .._sharding import Parallelism
-from .._train import init_state, TrainState, TrainStep
+from .._train import TrainStep
+from .._train_state import init_state, TrainState
 from ..checkpoint import CheckpointError, Checkpoints, read_weights
 from ..vae import Autoencoder
 from ._processes import tell

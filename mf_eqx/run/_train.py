@@ -24,7 +24,8 @@ import numpy as np
 
 from .._batch import Batch
 from .._mean import Mean, Metrics, total
-from .._train import Faults, TrainState, TrainStep
+from .._train import TrainStep
+from .._train_state import Faults, TrainState
 from ..checkpoint import Checkpoints, Restored
 from ..data import Stream
 from ._directory import made_by, missing_lines, RunDirectory
