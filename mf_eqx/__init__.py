@@ -24,7 +24,8 @@ the second line must be imported explicitly, so that a training job does not loa
     _label_dropout.py  rows without their condition, and null conditions
     _drawn_guidance.py guidance drawn for each row, an input of the field
     _identity/         one file per method, and what holds of it
-    _objective.py      from a batch to a loss: boundary condition + identity; what any loss is: _abstract_objective.py
+    _abstract_objective.py  what any loss over a batch is
+    _objective.py      from a batch to a loss: boundary condition + identity
     _trained.py        which values of a field a training has learnt
     _batch_objective/  losses on whole batches of generated samples, one file each
     _gradient.py       gradients in turn: kinds of rows, micro-batches, devices

@@ -68,7 +68,7 @@ def test_common_settings_are_those_of_the_recipe_and_the_papers_those_of_the_fac
     flow = study.objective("FlowMatching", "common", 7)
     assert flow.identity is None and flow.identity_share == 0 and flow.weight.power == 0
     paper = study.objective("AlphaFlow", "paper", 7)
-    assert float(paper.identity_share) == 0.75 and paper.weight == mfx.AdaptiveWeight(offset=0.001)
+    assert float(paper.identity_share) == 0.75 and paper.weight == mfx.AdaptiveWeight(offset=0.001, mean=True)
     assert paper.label_dropout == recipe.label_dropout
 
 
