@@ -4,6 +4,7 @@ An average is a complete field, kept in float32 or better. It starts as a *copy*
 two places of a donated state is an error.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -45,17 +46,24 @@ class HalfLife(eqx.Module):
 
     def __call__(self, step: Int[Array, ""]) -> Scalar:
         """The decay of the step that is the `step`-th, counted from 1."""
+        return 1 - self.share(step)
+
+    def share(self, step: Int[Array, ""], interval: int = 1) -> Scalar:
+        """1 - d^k for an update after k steps, the last of them the `step`-th. For a long half-life 1 - d would lose
+        its digits in float32: for 2,000,000 images and a batch of 1 it would be 3% too large."""
         images = jnp.asarray(self.images, float)
         if self.rampup is not None:
             images = jnp.minimum(images, self.rampup * self.batch * (jnp.asarray(step, float) - 1))
-        return jnp.where(images > 0, 2.0 ** (-self.batch / jnp.where(images > 0, images, 1)), 0.0)
+        halvings = interval * self.batch / jnp.where(images > 0, images, 1)
+        return jnp.where(images > 0, -jnp.expm1(-math.log(2) * halvings), 1.0)
 
 
 class ExponentialAverage(eqx.Module):
     r"""The exponential moving average $a \leftarrow d^k a + (1 - d^k)\, \theta$, every k steps.
 
     **Arguments:** `decay` d per step, in [0, 1): 0.9999 in the ImageNet experiments; 0.99995 for CIFAR-10, whose code
-    also keeps 0.9999 and 0.9996; or a `HalfLife`. `interval` k: 1 by default; 16 in the CIFAR-10 code.
+    also keeps 0.9999 and 0.9996; or a `HalfLife`. `interval` k: 1 by default; 16 in the CIFAR-10 code. In float32 a
+    share 1 - d^k below some 1e-7 of a difference is rounded away: take a longer interval then.
     """
 
     decay: float | HalfLife = eqx.field(converter=lambda decay: decay if isinstance(decay, HalfLife) else float(decay))
@@ -64,8 +72,7 @@ class ExponentialAverage(eqx.Module):
     def __check_init__(self):
         if not isinstance(self.decay, HalfLife) and not 0 <= self.decay < 1:
             raise ValueError(f"decay must lie in [0, 1), got {self.decay}")
-        if self.interval < 1:
-            raise ValueError(f"interval must be >= 1, got {self.interval}")
+        check_sizes(interval=self.interval)
 
     def init(self, field: _Network) -> _Network:
         """The average before any step: a copy."""
@@ -73,8 +80,9 @@ class ExponentialAverage(eqx.Module):
 
     def update(self, average: _Network, field: _Network, step: Int[Array, ""]) -> _Network:
         """The average after `step` finished steps (counted from 1), where `field` holds the parameters at that step."""
-        decay = self.decay(step) if isinstance(self.decay, HalfLife) else self.decay
-        share = jnp.where(step % self.interval == 0, 1 - decay**self.interval, 0.0)
+        every = self.interval
+        share = self.decay.share(step, every) if isinstance(self.decay, HalfLife) else 1 - self.decay**every
+        share = jnp.where(step % every == 0, share, 0.0)
 
         def move(a: Any, p: Any) -> Any:
             return a + share.astype(a.dtype) * (p.astype(a.dtype) - a) if eqx.is_inexact_array(a) else a

@@ -75,6 +75,8 @@ class Generator(eqx.Module):
         check_field(self.field)
         check_key(self.key)
         check_sizes(data_shape=self.data_shape)
+        if not callable(self.method):
+            raise ValueError(f"method must be a function such as mfx.sample, got {self.method!r:.80}")
         if self.balanced and self.labels is None:
             raise ValueError("labels must be given if balanced is True, got None")
         self._check_labels("labels", self.labels)
@@ -99,7 +101,7 @@ class Generator(eqx.Module):
 
     def inputs(self, number: Int[ArrayLike, ""]) -> tuple[Float[Array, "*data"], Condition]:
         """The noise and the condition of a sample."""
-        number = jnp.asarray(number)
+        number = _wide(jnp.asarray(number))
         eps_key, label_key = jr.split(jr.fold_in(self.key, number))
         eps = jr.normal(eps_key, self.data_shape)
         if self.labels is None:
@@ -140,10 +142,7 @@ class Generator(eqx.Module):
 
         **Raises:** `ValueError` unless count >= 0, batch >= 1, and batch is a multiple of the number of devices.
         """
-        if count < 0:
-            raise ValueError(f"count must be >= 0, got {count}")
-        if batch < 1:
-            raise ValueError(f"batch must be >= 1, got {batch}")
+        count, batch = as_count("count", count, 0), as_count("batch", batch)
         local_rows = devices.positions(batch).astype(np.int32)
         replicated = devices.replicate(self)
         return (replicated(devices.place(start + local_rows, batch)) for start in range(0, count, batch))
@@ -177,7 +176,12 @@ def _as_numbers(numbers: Any) -> Int[Array, " rows"]:
         raise ValueError(f"numbers must be integers with one axis, got {given.dtype} of shape {given.shape}")
     if isinstance(given, np.ndarray) and given.size > 0 and not 0 <= given.min() <= given.max() < 2**31:
         raise ValueError(f"numbers must be in [0, 2^31), got {given.min()} to {given.max()}")
-    return jnp.asarray(given, None if isinstance(given, jax.Array) else jnp.int32)
+    return _wide(given) if isinstance(given, jax.Array) else jnp.asarray(given, jnp.int32)
+
+
+def _wide(numbers: Int[Array, "..."]) -> Int[Array, "..."]:
+    """Numbers of at least 32 bits: a remainder by 300 would be one by 44 in 8 bits."""
+    return numbers.astype(jnp.int32) if numbers.dtype.itemsize < 4 else numbers
 
 
 def _check_rows(condition: PyTree[Array], rows: int | None) -> None:

@@ -22,7 +22,7 @@ from ._custom_types import as_floats, at_least_float32, Condition, Time
 from ._field import AbstractField, check_field, with_checked_shapes
 from ._interpolant import AbstractInterpolant, LinearInterpolant
 from ._model.guidance import condition_at
-from ._validate import check_key, check_kind, on_host_if_known
+from ._validate import as_count, check_key, check_kind, on_host_if_known
 
 Times: TypeAlias = Sequence[float] | Real[Array | np.ndarray, " times"]
 _Evaluate: TypeAlias = Callable[[Float[Array, "*data"], Time, Time], Float[Array, "*data"]]
@@ -34,8 +34,7 @@ def uniform_times(steps: int) -> tuple[float, ...]:
 
     **Raises:** `ValueError` unless steps >= 1.
     """
-    if steps < 1:
-        raise ValueError(f"steps must be >= 1, got {steps}")
+    steps = as_count("steps", steps)
     return tuple(float(time) for time in np.linspace(1.0, 0.0, steps + 1))
 
 

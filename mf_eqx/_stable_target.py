@@ -29,7 +29,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int, Key
 
 from ._custom_types import Condition, Time
 from ._interpolant import AbstractInterpolant
-from ._validate import as_count, described
+from ._validate import as_count, as_labels, check_finite, described
 
 _DRAW = 0x53544654  # folds the key of a step away from the keys of its rows, which are folded with their index
 _LEAST_SIGMA = 1e-6
@@ -77,8 +77,9 @@ class StableTarget(eqx.Module):
             raise ValueError(f"x must be at least one reference, floating point; got {count} of {self.x.dtype}")
         if self.label is not None and self.label.shape != (count,):
             raise ValueError(f"label must be one for each of {count} references, got shape {self.label.shape}")
-        if self.label is not None and self.label.dtype.kind not in "iu":
-            raise ValueError(f"label must be integers, got {self.label.dtype}")
+        if self.label is not None:
+            as_labels("label", self.label)
+        check_finite("largest value of x", jnp.max(jnp.abs(jnp.asarray(self.x))))
         if self.number is not None and not as_count("number", self.number) <= count:
             raise ValueError(f"number must be at most {count}, the number of references, got {self.number}")
 
@@ -142,7 +143,8 @@ class StableTarget(eqx.Module):
             return jnp.ones(1, bool)
         if not leaves:
             raise ValueError("condition must be one integer label where references have labels, got None")
-        return (label.astype(jnp.int32) == leaves[0].astype(jnp.int32)) | dropped
+        with jax.numpy_dtype_promotion("standard"):
+            return (label == leaves[0]) | dropped
 
 
 _Differences: TypeAlias = tuple[

@@ -31,7 +31,7 @@ from ._row import Context
 from ._sharding import Parallelism
 from ._times import check_divisible
 from ._train_state import check_learnable, TrainState
-from ._validate import check_kind
+from ._validate import as_count, check_kind
 
 _Tree = TypeVar("_Tree")
 _Network = TypeVar("_Network", bound=eqx.Module)
@@ -87,14 +87,15 @@ class TrainStep(eqx.Module):
     def __check_init__(self):
         check_kind("objective", self.objective, AbstractObjective)
         check_optimizer(self.optimizer)
-        if self.accumulation < 1:
-            raise ValueError(f"accumulation must be >= 1, got {self.accumulation}")
+        as_count("accumulation", self.accumulation)
         if self.accumulation > 1 and self.objective.divisor is None:
             raise ValueError(f"accumulation must be 1 for a loss that is no mean over rows, got {self.accumulation}")
         if self.objective.divisor is not None and jax.tree.leaves(jax.eval_shape(self.objective.init)):
             raise ValueError("objective must have divisor None if it has a state, which parts of a batch cannot share")
         if self.objective.needs_teacher and self.teacher is None:
             raise ValueError("teacher must be one of the averages or a frozen field for this objective, got None")
+        if isinstance(self.teacher, bool):
+            raise ValueError(f"teacher must be the number of an average, a field or None, got {self.teacher}")
         if self.teacher is not None and not issubclass(self.objective.learns, AbstractField):
             name = type(self.objective).__name__
             raise ValueError(f"teacher must be None for {name}, which learns no field, got {self.teacher!r:.100}")

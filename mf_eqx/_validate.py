@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
-from jaxtyping import Array, ArrayLike, Shaped
+from jaxtyping import Array, ArrayLike, Integer, Shaped
 
 Count: TypeAlias = int | np.integer
 """A number of things."""
@@ -74,6 +74,16 @@ def as_count(name: str, value: Count, minimum: int = 1) -> int:
     if not _is_count(value, minimum):
         raise ValueError(f"{name} must be an integer >= {minimum}, got {value!r}")
     return int(value)
+
+
+def as_labels(name: str, labels: Any) -> Integer[Array, "..."]:
+    """`labels` as an array of JAX. **Raises:** `ValueError` unless they are integers which that array can hold."""
+    held = jnp.asarray(labels)
+    if held.dtype.kind not in "iu":
+        raise ValueError(f"{name} must be integers, got {held.dtype}")
+    if isinstance(labels, np.ndarray) and (changed := labels[np.asarray(held) != labels]).size:
+        raise ValueError(f"{name} must be representable in {held.dtype}, got {changed[0]}")
+    return held
 
 
 def check_sizes(**sizes: Count | Sequence[Count]) -> None:

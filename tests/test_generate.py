@@ -109,7 +109,8 @@ def test_each_of_two_processes_has_its_part_of_a_batch():
 
 
 @pytest.mark.parametrize(
-    ("count", "batch", "message"), [(4, 0, "batch must be >= 1, got 0"), (-1, 4, "count must be >= 0, got -1")]
+    ("count", "batch", "message"),
+    [(4, 0, "batch must be an integer >= 1, got 0"), (-1, 4, "count must be an integer >= 0, got -1")],
 )
 def test_numbers_that_make_no_batches_are_refused_at_once(count, batch, message):
     with pytest.raises(ValueError, match=message):
@@ -245,3 +246,16 @@ def test_no_label_and_fewer_labels_than_the_network_has_are_accepted(network):
 def test_null_that_the_network_lacks_is_refused(network, null):
     with pytest.raises(ValueError, match=r"null must lie in \[0, 3\] for a network with 3 labels, got"):
         mfx.GuidedField(network, 2, null)
+
+
+@pytest.mark.parametrize("dtype", [jnp.uint8, jnp.int8])
+def test_numbers_of_few_bits_have_the_conditions_of_others(dtype, unchecked):
+    condition = jnp.arange(300.0)
+    generator = mfx.Generator(make_field(), jr.key(4), SHAPE, condition=condition)
+    assert generator.inputs(jnp.asarray(100, dtype))[1] == 100
+    np.testing.assert_array_equal(generator(jnp.asarray([100], dtype)), generator([100]))
+
+
+def test_a_method_that_is_no_function_is_refused(unchecked):
+    with pytest.raises(ValueError, match=r"method must be a function such as mfx\.sample, got 'heun'"):
+        mfx.Generator(make_field(), jr.key(4), SHAPE, method="heun")

@@ -44,7 +44,7 @@ def test_uniform_times_run_from_one_to_zero():
 
 @pytest.mark.parametrize("steps", [0, -1])
 def test_uniform_times_need_a_step(steps):
-    with pytest.raises(ValueError, match=f"steps must be >= 1, got {steps}"):
+    with pytest.raises(ValueError, match=f"steps must be an integer >= 1, got {steps}"):
         mfx.uniform_times(steps)
 
 

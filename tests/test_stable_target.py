@@ -372,3 +372,11 @@ def test_exact_guidance_is_refused_without_all_it_needs():
     for message, given in cases.items():
         with pytest.raises(ValueError, match=message):
             make(*given)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_references_that_are_not_finite_and_labels_that_jax_would_change_are_refused():
+    with pytest.raises(ValueError, match="largest value of x must be finite"):
+        mfx.StableTarget(jnp.array([[1.0, jnp.nan]]))
+    with jax.enable_x64(False), pytest.raises(ValueError, match="label must be representable in int32"):
+        mfx.StableTarget(np.ones((2, 2), np.float32), np.array([0, 2**40]))

@@ -26,7 +26,7 @@ from jaxtyping import Array, Float, Key
 
 from .._custom_types import as_times, Condition, Time, TimeLike
 from .._field import AbstractField
-from .._validate import check_data_shape, check_kind
+from .._validate import as_count, check_data_shape, check_kind, check_sizes
 from ..nn import (
     AbstractAttention,
     AbstractConditionEmbedding,
@@ -179,14 +179,13 @@ class DiT(AbstractField):
         check_data_shape(data_shape)
         check_kind("size", size, DiTSize)
         channels, *sides = data_shape
-        if min(size) < 1:
-            raise ValueError(f"size must be positive throughout, got {size}")
+        check_sizes(**size._asdict())
         if not jnp.issubdtype(dtype, jnp.floating):
             raise ValueError(f"dtype must be floating point, got {dtype}")
         patches.check_patch(data_shape, size.patch)
         if size.width % (2 * len(sides)):
             raise ValueError(f"width must be a multiple of {2 * len(sides)} (sin-cos positions), got {size.width}")
-        if early_blocks is not None and not 1 <= early_blocks < size.depth:
+        if early_blocks is not None and as_count("early_blocks", early_blocks, 0) not in range(1, size.depth):
             raise ValueError(f"early_blocks must lie in [1, depth - 1 = {size.depth - 1}], got {early_blocks}")
         check_has_condition(guidance, labels, condition)
         patch_key, time_key, label_key, stack_key, modulation_key, out_key = jr.split(key, 6)

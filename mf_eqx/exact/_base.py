@@ -21,6 +21,14 @@ Velocity: TypeAlias = Callable[[Float[Array, "*data"], Time, Condition], Float[A
 """An instantaneous velocity v(z, t, condition): a Module of `mf_eqx.exact`, or any function."""
 
 
+def check_point(name: str, value: Float[Array, "..."], shape: tuple[int, ...]) -> None:
+    """Raises a `ValueError` unless `value` is one point of data of this shape, which it would otherwise broadcast
+    with."""
+    if value.shape != shape:
+        rule = f"the shape of one data point, {shape} (functions are per example: jax.vmap makes batches)"
+        raise ValueError(f"{name} must have {rule}, got {value.shape}")
+
+
 class AbstractDistribution(eqx.Module):
     """A distribution of data whose marginal velocity is known in closed form."""
 

@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Key
 from .._custom_types import as_times, Condition, Time, TimeLike
 from .._field import AbstractField
 from .._validate import check_finite, check_positive
+from ._base import check_point
 
 
 class GaussianAverageVelocity(AbstractField):
@@ -46,6 +47,7 @@ class GaussianAverageVelocity(AbstractField):
         *,
         key: Key[Array, ""] | None = None,
     ) -> Float[Array, "*data"]:
+        check_point("z", z, self.mean.shape)
         r, t = as_times(r, t, z)
         sigma_r, sigma_t = self._sigma(r), self._sigma(t)
         slope = ((t + r) - self.std**2 * (2 - t - r)) / (sigma_t * (sigma_t + sigma_r))

@@ -21,8 +21,8 @@ from jaxtyping import Array, Float, Int, Key, Real
 
 from .._custom_types import as_floats, as_scalar, Condition, Scalar, TimeLike
 from .._interpolant import AbstractInterpolant
-from .._validate import check_finite, check_positive
-from ._base import AbstractDistribution
+from .._validate import as_labels, check_finite, check_positive
+from ._base import AbstractDistribution, check_point
 
 
 class GaussianMixture(AbstractDistribution):
@@ -58,7 +58,7 @@ class GaussianMixture(AbstractDistribution):
         std = jnp.asarray(std, self.mean.dtype)
         self.std = jnp.broadcast_to(std, components) if std.ndim == 0 else std
         self.weight = jnp.asarray(np.ones(components) if weight is None else weight, self.mean.dtype)
-        self.label = None if label is None else jnp.asarray(label)
+        self.label = None if label is None else as_labels("label", label)
 
     def __check_init__(self):
         components = self.mean.shape[:1]
@@ -72,6 +72,7 @@ class GaussianMixture(AbstractDistribution):
                 raise ValueError(f"{name} must have one value per component, {components}, got shape {value.shape}")
         check_finite("mean", self.mean)
         check_positive("std", self.std)
+        check_positive(f"square of std in {self.std.dtype}", self.std**2)
         check_positive("weight", self.weight)
 
     def velocity(
@@ -88,6 +89,7 @@ class GaussianMixture(AbstractDistribution):
         **Returns:** for each component the mean of $v_t$, the standard deviation of $v_t$ in every direction,
         $|\dot\alpha_t \sigma_t - \dot\sigma_t \alpha_t|\, s_k / S_k$, and the component's posterior probability.
         """
+        check_point("z", z, self.mean.shape[1:])
         alpha, sigma, alpha_rate, sigma_rate = interpolant.rates(as_scalar("t", t, z))
         variance = (alpha * self.std) ** 2 + sigma**2
         offset = z - alpha * self.mean
@@ -113,13 +115,15 @@ class GaussianMixture(AbstractDistribution):
     def log_density(self, x: Float[Array, "*data"], condition: Condition = None) -> Scalar:
         r"""The logarithm of the density of the data, $\log \sum_k w_k N(x; m_k, s_k^2 I)$ with normalised weights, over
         the components with the label `condition`, or over all components if it is None."""
+        check_point("x", x, self.mean.shape[1:])
         log_weight = self._log_weight(condition)
         joint = log_weight + _log_normal(x - self.mean, self.std**2)
         return logsumexp(joint) - logsumexp(log_weight) - x.size / 2 * jnp.log(2 * jnp.pi)
 
     def _draw(self, key: Key[Array, ""], condition: Condition) -> tuple[Float[Array, "*data"], Int[Array, ""]]:
         component_key, noise_key = jr.split(key)
-        weight = self.weight if condition is None else jnp.where(self._labels() == condition, self.weight, 0)
+        log_weight = self._log_weight(condition)
+        weight = jnp.exp(log_weight - jnp.max(log_weight))  # whose sum is finite
         # A search in the cumulative weights requires one uniform number, instead of a Gumbel number for each of several
         # hundred components. A component of weight zero must have an interval of length zero, but a parallel cumulative
         # sum may round differently before and after it: so the sum is set to zero there, and `cummax` fills it in.

@@ -6,6 +6,7 @@ from jaxtyping import Array, Float, Key
 
 from .._custom_types import as_times, Condition, TimeLike
 from .._field import AbstractField
+from ._base import check_point
 
 
 class PointMassAverageVelocity(AbstractField):
@@ -29,5 +30,6 @@ class PointMassAverageVelocity(AbstractField):
         *,
         key: Key[Array, ""] | None = None,
     ) -> Float[Array, "*data"]:
+        check_point("z", z, self.point.shape)
         _, t = as_times(r, t, z)
         return (z - self.point) / t

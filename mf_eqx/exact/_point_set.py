@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Key, Real
 from .._custom_types import as_floats, as_scalar, Condition, TimeLike
 from .._interpolant import AbstractInterpolant
 from .._validate import check_finite, check_positive
-from ._base import AbstractDistribution
+from ._base import AbstractDistribution, check_point
 
 
 class PointSet(AbstractDistribution):
@@ -66,6 +66,7 @@ class PointSet(AbstractDistribution):
         self, interpolant: AbstractInterpolant, z: Float[Array, "*data"], t: TimeLike, condition: Condition = None
     ) -> Float[Array, "*data"]:
         _check_condition(condition)
+        check_point("z", z, self.points.shape[1:])
         alpha, sigma, alpha_rate, sigma_rate = interpolant.rates(as_scalar("t", t, z))
         offset = (z - alpha * self.points).reshape(len(self.points), -1)
         logits = jnp.log(self.weight) - jnp.sum(offset**2, axis=1) / (2 * sigma**2)

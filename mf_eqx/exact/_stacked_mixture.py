@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Key
 
 from .._custom_types import Condition, Scalar, TimeLike
 from .._interpolant import AbstractInterpolant
-from ._base import AbstractDistribution
+from ._base import AbstractDistribution, check_point
 from ._gaussian_mixture import GaussianMixture
 
 
@@ -41,7 +41,7 @@ class StackedMixture(AbstractDistribution):
         self, interpolant: AbstractInterpolant, z: Float[Array, " dim"], t: TimeLike, condition: Condition = None
     ) -> Float[Array, " dim"]:
         velocity = jax.vmap(lambda part: self.mixture.velocity(interpolant, part, t, condition))
-        return velocity(self._parts(z)).reshape(z.shape)
+        return velocity(self._parts("z", z)).reshape(z.shape)
 
     def sample(self, *, key: Key[Array, ""], condition: Condition = None) -> Float[Array, " dim"]:
         keys = jr.split(key, self.copies)
@@ -49,7 +49,8 @@ class StackedMixture(AbstractDistribution):
 
     def log_density(self, x: Float[Array, " dim"], condition: Condition = None) -> Scalar:
         """The logarithm of the density of the data: the sum over the copies."""
-        return jnp.sum(jax.vmap(lambda part: self.mixture.log_density(part, condition))(self._parts(x)))
+        return jnp.sum(jax.vmap(lambda part: self.mixture.log_density(part, condition))(self._parts("x", x)))
 
-    def _parts(self, x: Float[Array, " dim"]) -> Float[Array, "copies part"]:
+    def _parts(self, name: str, x: Float[Array, " dim"]) -> Float[Array, "copies part"]:
+        check_point(name, x, (self.copies * self.mixture.mean.shape[1],))
         return x.reshape(self.copies, -1)

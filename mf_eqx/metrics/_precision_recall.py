@@ -23,6 +23,9 @@ _DISTANCES_PER_BLOCK = 2**25
 _LARGEST_DIM_OF_DIFFERENCES = 64
 
 
+_SMALL_EXTENT = 1e-12  # of a sample; in float32 squares are rounded to zero below some 1e-23
+
+
 class PrecisionRecall(NamedTuple):
     """Shares in [0, 1]: of generated images that look real, and of real ones that can be generated."""
 
@@ -75,16 +78,20 @@ def precision_recall(
 
 def _centred(*samples: Float[Array | np.ndarray, "_ dim"]) -> list[Float[Array, "_ dim"]]:
     """All samples less about the mean of the last: near the origin, distances from products have smaller rounding
-    errors. The mean is rounded to few bits, so that the difference is exact for points of few bits, such as pixels."""
+    errors. The mean is rounded to few bits, so that the difference is exact for points of few bits, such as pixels.
+    Points very close to each other are scaled, so that the squares of their distances are not zero."""
     exact = [np.asarray(points) for points in samples]
     exact = [points.astype(np.promote_types(points.dtype, np.float32), copy=False) for points in exact]
     with np.errstate(over="ignore", invalid="ignore"):  # overflow to infinity is refused later
         centre = exact[-1].mean(axis=0, dtype=np.float64)
         extent = np.abs(exact[-1] - centre.astype(exact[-1].dtype)).max()
+        scale = 1.0
         if 0 < extent < np.inf:
             unit = 2.0 ** (np.floor(np.log2(extent)) - 3)
             centre = np.round(centre / unit) * unit
-        return [jnp.asarray((points - centre.astype(points.dtype)).astype(np.float32)) for points in exact]
+            scale = 1 / unit if extent < _SMALL_EXTENT else 1.0
+        near = [points - centre.astype(points.dtype) for points in exact]
+        return [jnp.asarray((points * points.dtype.type(scale)).astype(np.float32)) for points in near]
 
 
 @functools.partial(jax.jit, static_argnums=1)

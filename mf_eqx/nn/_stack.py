@@ -10,6 +10,8 @@ import jax
 import jax.random as jr
 from jaxtyping import Array, Float, Key, PyTree
 
+from .._validate import check_sizes
+
 _Block = TypeVar("_Block", bound=eqx.Module)
 
 Remat: TypeAlias = bool | Callable[..., Any]
@@ -84,8 +86,9 @@ class Stack(eqx.Module, Generic[_Block]):
         unroll: int | bool | None = 1,
         key: Key[Array, ""],
     ):
-        if depth < 1:
-            raise ValueError(f"depth must be >= 1, got {depth}")
+        check_sizes(depth=depth)
+        if not isinstance(remat, bool) and not callable(remat):
+            raise ValueError(f"remat must be True, False or a policy of jax.checkpoint, got {remat!r:.80}")
         self.blocks = eqx.filter_vmap(make_block)(jr.split(key, depth))
         self.depth = depth
         self.remat = remat

@@ -23,6 +23,7 @@ import numpy as np
 from .._foreign import fill, Origin
 from .._leaves import leaves
 from .._model import DiT
+from .._validate import check_kind
 from ..nn import end_duration
 from ._msgpack import flat
 
@@ -62,6 +63,11 @@ def fill_dit(field: DiT, tensors: Mapping[str, Any], path: str | Path) -> DiT:
 
 def check_field(field: DiT) -> None:
     """Refuses a field whose inputs differ from those of the released networks."""
+    check_kind("field", field, DiT)
+    if len(field.data_shape) != 3:
+        raise ValueError(f"field must be one of images, as the released network is, got data_shape {field.data_shape}")
+    if field.guidance is not None or field.stack.blocks.attention.query_norm is not None:
+        raise ValueError("field must have no guidance and no qk_norm, as the released network has none")
     times = field.embedding.times
     if times.variables is not end_duration or times.time_scale != 1:
         raise ValueError(f"field must embed (t, t - r) at scale 1, got {times.variables} at {times.time_scale}")

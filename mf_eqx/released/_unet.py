@@ -23,6 +23,8 @@ from jaxtyping import Shaped
 from .._foreign import fill, Origin
 from .._leaves import leaves
 from .._model import UNet
+from .._validate import check_kind
+from ..nn import end_duration
 
 _Shape: TypeAlias = tuple[int, ...]
 _Rule: TypeAlias = Callable[[_Shape], tuple[_Shape, Callable[[np.ndarray], np.ndarray]]]
@@ -44,8 +46,12 @@ def fill_unet(
     **Raises:** `ValueError` that names every tensor which is missing, unexpected, of another shape, or not finite, and
     for a resampling filter other than (1, 3, 3, 1).
     """
-    if field.embedding.label is not None:
-        raise ValueError("field must have no labels, as the released network has none")
+    check_kind("field", field, UNet)
+    embedding = field.embedding
+    if any(part is not None for part in (embedding.label, embedding.condition, embedding.guidance)):
+        raise ValueError("field must have no labels, no condition and no guidance, as the released network has none")
+    if not alternating and embedding.variables is not end_duration:
+        raise ValueError(f"field must embed (t, t - r), as the released network does, got {embedding.variables}")
     filters = [name for name in tensors if name.endswith(".resample_filter")]
     for name in filters:
         if tensors[name].shape != (1, 1, 4, 4) or not np.allclose(tensors[name], _FILTER, atol=1e-6):

@@ -7,7 +7,7 @@ import pytest
 import scipy.stats
 from jaxtyping import TypeCheckError
 
-from mf_eqx import LinearInterpolant, TrigonometricInterpolant
+from mf_eqx import exact, LinearInterpolant, TrigonometricInterpolant
 from mf_eqx.exact import GaussianMixture, PointSet
 
 PATHS = (LinearInterpolant(), TrigonometricInterpolant())
@@ -299,3 +299,48 @@ def test_means_may_be_integers():
 def test_condition_without_labels_is_refused():
     with pytest.raises(ValueError, match="label must be given"):
         velocity(GaussianMixture(PLANE[0], 0.1), PATHS[0], Z, T, jnp.asarray(1))
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("shape", [(5, 2), (1,), (3,), ()])
+@pytest.mark.parametrize(
+    "value",
+    [
+        lambda mixture, z: mixture.velocity(LinearInterpolant(), z, 0.5),
+        lambda mixture, z: mixture.log_density(z),
+        lambda mixture, z: exact.StackedMixture(mixture, 3).log_density(z),
+        lambda mixture, z: exact.StackedMixture(mixture, 3).velocity(LinearInterpolant(), z, 0.5),
+        lambda mixture, z: exact.PointSet(mixture.mean).velocity(LinearInterpolant(), z, 0.5),
+        lambda mixture, z: exact.GaussianAverageVelocity(mixture.mean[0], 0.3)(z, 0.0, 1.0),
+        lambda mixture, z: exact.PointMassAverageVelocity(mixture.mean[0])(z, 0.0, 1.0),
+    ],
+    ids=["velocity", "density", "stacked density", "stacked velocity", "points", "Gaussian", "point"],
+)
+def test_what_is_no_point_of_the_data_is_refused_and_not_broadcast(value, shape):
+    with pytest.raises(ValueError, match=r"must have the shape of one data point, .* jax\.vmap makes batches"):
+        value(exact.GaussianMixture(jnp.arange(10.0).reshape(5, 2), 1.0), jnp.ones(shape))
+
+
+def test_weights_may_have_a_sum_that_is_not_finite():
+    mixture = exact.GaussianMixture(jnp.array([[0.0], [100.0]], jnp.float32), 1.0, np.array([3e38, 3e38]))
+    share = jnp.mean(exact.draw(mixture, 1000, jr.key(0)) > 50)
+    assert 0.44 < share < 0.56  # the standard error is 0.016
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("label", "message"),
+    [
+        (np.array([0, 2**40]), "label must be representable in int32, got 1099511627776"),
+        (np.array([0.0, 1.0]), "label must be integers, got float"),
+    ],
+)
+def test_labels_that_jax_would_change_are_refused(label, message):
+    with jax.enable_x64(False), pytest.raises(ValueError, match=message):
+        exact.GaussianMixture(np.zeros((2, 2), np.float32), 1.0, label=label)
+
+
+@pytest.mark.parametrize("std", [1e-25, 1e25])
+def test_deviations_whose_squares_are_not_numbers_are_refused(std):
+    with jax.enable_x64(False), pytest.raises(ValueError, match="square of std in float32 must be > 0 and finite"):
+        exact.GaussianMixture(np.zeros((1, 2), np.float32), std)

@@ -191,7 +191,7 @@ def test_pictures_read_u_where_it_was_trained(cifar10, share, monkeypatch):
         ("--decays 0.9 0.9", r"--decays must be at least one number, each once, got \(0.9, 0.9\)"),
         ("--decays", r"--decays must be at least one number, each once, got \(\)"),
         ("--decays 1", r"decay must lie in \[0, 1\), got 1.0"),
-        ("--average-every 0", "interval must be >= 1, got 0"),
+        ("--average-every 0", "interval must be an integer >= 1, got 0"),
         ("--attention 7", r"--attention must be among the resolutions \[32, 16, 8\] of .*, got \[7\]"),
         ("--multipliers", r"--multipliers must be at least one number >= 1, got \(\)"),
         ("--width 6", "--width must be a positive multiple of 4, got 6"),

@@ -120,3 +120,12 @@ def test_shares_are_those_of_torch_fidelity(neighbours):
     generated, real = points(90, dim=20, seed=1, scale=0.8), points(60, dim=20)
     expected = theirs.calculate_precision_recall_full(torch.from_numpy(generated), torch.from_numpy(real), neighbours)
     np.testing.assert_allclose(precision_recall(generated, real, neighbours=neighbours), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("dim", [4, 100])
+def test_shares_do_not_depend_on_the_unit(dim):
+    generated, real = points(90, dim=dim, seed=1, scale=0.8), points(60, dim=dim)
+    expected = precision_recall(generated, real)
+    assert 0.1 < expected.precision < 1 or dim == 100
+    for unit in (2.0**-80, 2.0**30):
+        assert precision_recall(generated * np.float32(unit), real * np.float32(unit)) == expected

@@ -135,7 +135,7 @@ def test_program_does_not_grow_with_depth():
 
 
 def test_empty_stack_is_refused():
-    with pytest.raises(ValueError, match="depth must be >= 1, got 0"):
+    with pytest.raises(ValueError, match="depth must be an integer >= 1, got 0"):
         nn.Stack(lambda key: Block(nn.Linear(6, 6, key=key)), 0, key=jr.key(0))
 
 
@@ -253,3 +253,10 @@ def test_names_of_remat_keep_less_and_less():
     none, products, full = (kept(remat) for remat in nn.REMATS.values())
     assert list(nn.REMATS) == ["none", "products", "full"]
     assert none > products > full
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("remat", [None, "full"])
+def test_remat_that_is_no_policy_is_refused(remat):
+    with pytest.raises(ValueError, match=f"remat must be True, False or a policy of jax.checkpoint, got {remat!r}"):
+        nn.Stack(lambda key: Block(nn.Linear(6, 6, key=key)), 2, remat=remat, key=jr.key(0))

@@ -2,11 +2,12 @@
 
 from pathlib import Path
 
+import jax.random as jr
 import numpy as np
 import pytest
 
 import mf_eqx as mfx
-from mf_eqx import released
+from mf_eqx import nn, released
 
 PARITY = Path(__file__).parents[1] / "parity"
 
@@ -54,3 +55,18 @@ def test_a_tensor_that_tells_is_missed_by_its_name(name):
 def test_tensors_of_something_else_are_refused():
     with pytest.raises(ValueError, match=r"^unet: must hold the tensors of the network, but it lacks enc\.0x0_conv"):
         released.measure_unet({"weight": np.zeros(3)}, "unet")
+
+
+@pytest.mark.parametrize(
+    ("options", "rule"),
+    [
+        ({"labels": 3}, "field must have no labels, no condition and no guidance"),
+        ({"condition": 3}, "field must have no labels, no condition and no guidance"),
+        ({"time_variables": nn.end_start}, r"field must embed \(t, t - r\)"),
+    ],
+)
+def test_a_field_that_sees_something_else_is_refused(options, rule):
+    size = mfx.UNetSize(width=8, multipliers=(1,), blocks=1, attention=())
+    field = mfx.UNet((3, 4, 4), size, **options, key=jr.key(0))
+    with pytest.raises(ValueError, match=rule):
+        released.fill_unet(field, {}, "unet")

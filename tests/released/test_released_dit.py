@@ -271,6 +271,8 @@ def test_a_tree_that_does_not_tell_its_size_is_refused(name):
         ({"labels": None}, "field must have labels"),
         ({"time_variables": nn.end_start}, r"field must embed \(t, t - r\) at scale 1"),
         ({"time_scale": 1000.0}, r"field must embed \(t, t - r\) at scale 1"),
+        ({"guidance": True}, "field must have no guidance and no qk_norm"),
+        ({"qk_norm": True}, "field must have no guidance and no qk_norm"),
     ],
 )
 def test_a_field_that_sees_something_else_is_refused(options, rule):
