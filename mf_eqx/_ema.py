@@ -62,8 +62,8 @@ class ExponentialAverage(eqx.Module):
     r"""The exponential moving average $a \leftarrow d^k a + (1 - d^k)\, \theta$, every k steps.
 
     **Arguments:** `decay` d per step, in [0, 1): 0.9999 in the ImageNet experiments; 0.99995 for CIFAR-10, whose code
-    also keeps 0.9999 and 0.9996; or a `HalfLife`. `interval` k: 1 by default; 16 in the CIFAR-10 code. In float32 a
-    share 1 - d^k below some 1e-7 of a difference is rounded away: take a longer interval then.
+    also keeps 0.9999 and 0.9996; or a `HalfLife`. `interval` k: 1 by default; 16 in the CIFAR-10 code. An
+    average in float32 does not follow shares 1 - d^k much below 1e-7: take a longer interval then.
     """
 
     decay: float | HalfLife = eqx.field(converter=lambda decay: decay if isinstance(decay, HalfLife) else float(decay))
