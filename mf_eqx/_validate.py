@@ -81,7 +81,7 @@ def as_labels(name: str, labels: Any) -> Integer[Array, "..."]:
     held = jnp.asarray(labels)
     if held.dtype.kind not in "iu":
         raise ValueError(f"{name} must be integers, got {held.dtype}")
-    if isinstance(labels, np.ndarray) and (changed := labels[np.asarray(held) != labels]).size:
+    if isinstance(labels, np.ndarray) and (changed := labels[labels.astype(held.dtype) != labels]).size:
         raise ValueError(f"{name} must be representable in {held.dtype}, got {changed[0]}")
     return held
 

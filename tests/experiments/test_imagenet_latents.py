@@ -296,7 +296,7 @@ def save_weights(path):
         ("--data latents --batch 16", "batch must be at most the 12 latents in latents, got 16"),
         ("--data latents --batch 10", "--batch must be a positive multiple of 4"),
         ("--data latents --batch 8 --heads 5", "width must be a multiple of heads"),
-        ("--data latents --batch 8 --depth 0", r"size must be positive throughout, got DiTSize\(depth=0"),
+        ("--data latents --batch 8 --depth 0", "--depth must be an integer >= 1, got 0"),
         ("--data latents --batch 8 --patch 3", "patch must divide the sides of data_shape"),
         ("--data latents --batch 8 --vae missing.safetensors", "missing.safetensors"),
         (
