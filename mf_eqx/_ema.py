@@ -46,16 +46,19 @@ class HalfLife(eqx.Module):
 
     def __call__(self, step: Int[Array, ""]) -> Scalar:
         """The decay of the step that is the `step`-th, counted from 1."""
-        return 1 - self.share(step)
+        return 2.0 ** -self._halvings(step)
 
     def share(self, step: Int[Array, ""], interval: int = 1) -> Scalar:
         """1 - d^k for an update after k steps, the last of them the `step`-th. For a long half-life 1 - d would lose
         its digits in float32: for 2,000,000 images and a batch of 1 it would be 3% too large."""
+        return -jnp.expm1(-math.log(2) * interval * self._halvings(step))
+
+    def _halvings(self, step: Int[Array, ""]) -> Scalar:
+        """B / H_n, infinite at the first step of a ramp."""
         images = jnp.asarray(self.images, float)
         if self.rampup is not None:
             images = jnp.minimum(images, self.rampup * self.batch * (jnp.asarray(step, float) - 1))
-        halvings = interval * self.batch / jnp.where(images > 0, images, 1)
-        return jnp.where(images > 0, -jnp.expm1(-math.log(2) * halvings), 1.0)
+        return jnp.where(images > 0, self.batch / jnp.where(images > 0, images, 1), jnp.inf)
 
 
 class ExponentialAverage(eqx.Module):

@@ -84,7 +84,7 @@ def test_the_power_of_the_common_weight_changes_what_it_weighs_alone(study, lead
     )
     plain = leaderboard.Study(config)
     assert plain.objective("MeanFlow", "common", 7).weight.power == 0
-    assert plain.objective("AlphaFlow", "paper", 7).weight == mfx.AdaptiveWeight(offset=0.001)
+    assert plain.objective("AlphaFlow", "paper", 7).weight == mfx.AdaptiveWeight(offset=0.001, mean=True)
     changed = {cell for cell in leaderboard.cells(config) if plain.key(cell) != study.key(cell)}
     assert changed == {leaderboard.Cell("MeanFlow", "common", 0)}
     with pytest.raises(ValueError, match="power"):
