@@ -126,6 +126,7 @@ from ._identity import (
     imm_earlier_time as imm_earlier_time,
     ImprovedMeanFlow as ImprovedMeanFlow,
     InductiveMomentMatching as InductiveMomentMatching,
+    LagrangianDistillation as LagrangianDistillation,
     LagrangianSelfDistillation as LagrangianSelfDistillation,
     MeanFlow as MeanFlow,
     ModularMeanFlow as ModularMeanFlow,

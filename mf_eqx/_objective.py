@@ -18,7 +18,7 @@ on r = t rows, and on identity rows of an `AbstractIdentityWithVelocity`. Guidan
 Perceptual terms are added to the loss of a row.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any, NamedTuple
 
@@ -29,7 +29,7 @@ from jaxtyping import Array, Float, Key
 
 from ._abstract_objective import AbstractMeanObjective, AbstractObjective
 from ._batch import Batch
-from ._custom_types import at_least_float32, Condition, Scalar, Time
+from ._custom_types import at_least_float32, Scalar
 from ._drawn_guidance import DrawnGuidance, PowerLawScales
 from ._field import (
     AbstractField,
@@ -53,7 +53,7 @@ from ._mean import errors_by_kind, mean_of, Metrics, total
 from ._model import XPrediction
 from ._model.guidance import condition_at
 from ._perceptual import PerceptualTerm
-from ._row import Context, Drawing, Row
+from ._row import Context, Drawing, Row, Velocity
 from ._stable_target import StableTarget
 from ._times import AbstractTimes, as_share, check_batch_size, rows_per_group, split_rows, TimePairs
 from ._trained import Trained
@@ -100,12 +100,13 @@ class Objective(AbstractObjective):
     - `guidance`: None, or how the target is guided: by one `Guidance`, or by a `DrawnGuidance` that the field gets as
       an input; needs `label_dropout`, which names the null condition.
     - `label_dropout`: None, or how the condition is dropped.
-    - `velocity`: None, or a function v(z, t, condition) whose value replaces the conditional velocity $v_t$, as target
-      and as tangent: a trained Flow Matching field (distillation), or the marginal velocity itself
-      (`mf_eqx.exact.MarginalVelocity`), to measure the effect of the variance of $v_t$. No gradient passes through it.
-      It must be the velocity of the path, without the factor of `smallest_time`: an `XPrediction` has that factor
-      already and would get it twice. For rows whose condition was dropped, the function gets the null condition; an
-      exact mixture returns NaN for a label that it does not have, so wrap it.
+    - `velocity`: None, or what replaces the conditional velocity $v_t$, as target and as tangent: a trained field,
+    whose
+      u(z, t, t) or velocity head it is (distillation), or a function v(z, t, condition), such as the marginal velocity
+      itself (`mf_eqx.exact.MarginalVelocity`), to measure the effect of the variance of $v_t$. No gradient passes
+      through it, and a field is evaluated without dropout. It must be the velocity of the path, without the factor of
+      `smallest_time`: an `XPrediction` has that factor already and would get it twice. For rows whose condition was
+      dropped, it gets the null condition; an exact mixture returns NaN for a label that it does not have, so wrap it.
     - `stable_target`: None, or reference data from which $v_t$ is estimated with less variance than from the row's own
       x alone.
     - `exact_guidance`: whether `guidance` takes the velocities of `stable_target` with and without the label, in place
@@ -135,7 +136,7 @@ class Objective(AbstractObjective):
     weight: AbstractWeight = AdaptiveWeight()
     guidance: AbstractGuidance | None = None
     label_dropout: LabelDropout | None = None
-    velocity: Callable[[Float[Array, "*data"], Time, Condition], Float[Array, "*data"]] | None = None
+    velocity: Velocity | None = None
     stable_target: StableTarget | None = None
     exact_guidance: bool = False
     smallest_time: float = eqx.field(default=0.0, converter=float)
@@ -159,6 +160,11 @@ class Objective(AbstractObjective):
         for part in ("guidance", "velocity", "stable_target"):
             if facts.uses_pair and (given := getattr(self, part)) is not None:
                 raise ValueError(f"{part} must be None for {name}, which learns from x and eps alone; got {given}")
+        if facts.needs_velocity and self.velocity is None:
+            raise ValueError(f"velocity must be given for {name}, which learns from a known one; got None")
+        if facts.needs_velocity and self.guidance is not None:
+            rule = f"be None for {name}; guide the velocity itself, by a GuidedField"
+            raise ValueError(f"guidance must {rule}; got {self.guidance}")
         self._check_options_of_pixels()
         if self.velocity is not None and self.stable_target is not None:
             raise ValueError("stable_target must be None with a velocity, which replaces it; got both")
@@ -188,8 +194,9 @@ class Objective(AbstractObjective):
         if given > 0 and not isinstance(self.interpolant, LinearInterpolant):
             kind = type(self.interpolant).__name__
             raise ValueError(f"smallest_time must be 0 for any path but LinearInterpolant, got {given} and {kind}")
-        if given > 0 and self._facts.uses_pair:
-            raise ValueError(f"smallest_time must be 0 for {name}, which learns from x and eps alone; got {given}")
+        if given > 0 and (self._facts.uses_pair or self._facts.needs_velocity):
+            source = "x and eps" if self._facts.uses_pair else "a known velocity"
+            raise ValueError(f"smallest_time must be 0 for {name}, which learns from {source} alone; got {given}")
         if self.perceptual and not isinstance(self.identity, AbstractIdentityWithVelocity | None):
             rule = "be empty for an identity that is no AbstractIdentityWithVelocity"
             raise ValueError(f"perceptual must {rule}, got {len(self.perceptual)} terms for {name}")
@@ -234,13 +241,15 @@ class Objective(AbstractObjective):
     def trained(self) -> Trained:
         """Which values of a field it trains, for those who sample later."""
         facts, drops = self._facts, self._drop_probability > 0
-        average, velocity = self.identity_share > 0, self.identity_share < 1 or facts.trains_velocity
+        average, from_noise = self.identity_share > 0, self.time_pairs.at_noise == 1
+        velocity = self.identity_share < 1 or (facts.trains_velocity and not from_noise)
         return Trained(
             average=average,
             null_velocity=velocity and drops,
             null_average=average and drops and self._drops_any_row,
             velocity=velocity,
             ends_at_data=average and (facts.ends_at_data or self.time_pairs.at_data == 1),
+            one_step=average and from_noise,
             guidance=_guidance_range(self.guidance),
         )
 

@@ -9,6 +9,7 @@ micro-batches.
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any, TypeAlias
 
 import equinox as eqx
 import jax
@@ -26,6 +27,10 @@ from ._label_dropout import LabelDropout
 from ._model.guidance import condition_at
 from ._stable_target import StableTarget
 from ._times import AbstractTimes, draw_time, TimePairs
+
+Velocity: TypeAlias = AbstractField | Callable[[Float[Array, "*data"], Time, Condition], Float[Array, "*data"]]
+"""A velocity that is known everywhere: a function v(z, t, condition), or a field, whose u(z, t, t) or velocity head it
+is."""
 
 
 class Context(eqx.Module):
@@ -58,6 +63,7 @@ class Row(eqx.Module):
     - `x`, `eps`, `path`: data, noise and interpolant from which z was made. None if z was made otherwise; x and eps are
       also None if the objective has guidance, a `velocity` or a `stable_target`: a method that learns from x and eps
       would ignore these. An objective with perceptual terms always gives x.
+    - `velocity`: the objective's `velocity`, or None; `known_velocity` evaluates it.
     - `dropped`: whether the condition was dropped.
     - `predicted`: the field's own v(z, t) as the objective evaluated it for guidance, behind stop-gradient; None if it
       did not. `own_velocity` returns it.
@@ -73,6 +79,7 @@ class Row(eqx.Module):
     x: Float[Array, "*data"] | None
     eps: Float[Array, "*data"] | None
     path: AbstractInterpolant | None
+    velocity: Velocity | None
     dropped: Bool[Array, ""]
     predicted: Float[Array, "*data"] | None
 
@@ -89,13 +96,14 @@ class Row(eqx.Module):
         x: Float[Array, "*data"] | None = None,
         eps: Float[Array, "*data"] | None = None,
         path: AbstractInterpolant | None = None,
+        velocity: Velocity | None = None,
         dropped: Bool[Array, ""] | bool = False,
         predicted: Float[Array, "*data"] | None = None,
     ):
         self.z, self.v = z, v
         self.r, self.t = as_times(r, t, z)
         self.condition, self.key, self.context = condition, key, context
-        self.x, self.eps, self.path = x, eps, path
+        self.x, self.eps, self.path, self.velocity = x, eps, path, velocity
         self.dropped, self.predicted = jnp.asarray(dropped), predicted
 
     def at(self, time: TimeLike) -> Float[Array, "*data"]:
@@ -121,17 +129,41 @@ class Row(eqx.Module):
         condition = condition_at(self.condition, self.t, self.t)
         return instantaneous_velocity(stopped(field), self.z, self.t, condition, key=self.key)
 
+    def known_velocity(self, z: Float[Array, "*data"], t: TimeLike) -> Float[Array, "*data"]:
+        """The objective's `velocity` at any state and time, behind stop-gradient.
+
+        **Raises:** `ValueError` if the row has none.
+        """
+        if self.velocity is None:
+            raise ValueError("velocity must be given for its value at another state, but this row has none")
+        return evaluate_velocity(self.velocity, z, jnp.asarray(t, z.dtype), self.condition)
+
     def map(self, function: Callable[["Row"], PyTree[Array]]) -> PyTree[Array]:
-        """`function` applied to each row of a group. In a group, all arrays except those of `context` and `path` have a
-        leading axis."""
-        return jax.vmap(lambda row: function(_with_shared(row, self.context, self.path)))(
-            _with_shared(self, None, None)
-        )
+        """`function` applied to each row of a group. In a group, all arrays except those of `context`, `path` and
+        `velocity` have a leading axis."""
+        shared = _shared(self)
+        return jax.vmap(lambda row: function(_with_shared(row, shared)))(_with_shared(self, (None, None, None)))
 
 
-def _with_shared(row: Row, context: Context | None, path: AbstractInterpolant | None) -> Row:
-    """The row with this context and path, which all rows of a group share."""
-    return eqx.tree_at(lambda row: (row.context, row.path), row, (context, path), is_leaf=lambda node: node is None)
+def _shared(row: Row) -> tuple[Any, Any, Any]:
+    """The parts that all rows of a group share."""
+    return row.context, row.path, row.velocity
+
+
+def _with_shared(row: Row, shared: tuple[Any, Any, Any]) -> Row:
+    """The row with these shared parts."""
+    return eqx.tree_at(_shared, row, shared, is_leaf=lambda node: node is None)
+
+
+def evaluate_velocity(
+    velocity: Velocity, z: Float[Array, "*data"], t: Time, condition: Condition
+) -> Float[Array, "*data"]:
+    """The value of an objective's `velocity`, in the dtype of z and behind stop-gradient."""
+    if isinstance(velocity, AbstractField):
+        v = instantaneous_velocity(velocity, z, t, condition)
+    else:
+        v = velocity(z, t, condition)
+    return jax.lax.stop_gradient(with_checked_shapes(v, z, "velocity").astype(z.dtype))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,7 +183,7 @@ class Drawing:
     drop_probability: float
     label_dropout: LabelDropout | None
     guidance: AbstractGuidance | None
-    velocity: Callable[[Float[Array, "*data"], Time, Condition], Float[Array, "*data"]] | None
+    velocity: Velocity | None
     stable_target: StableTarget | None
     exact_guidance: bool
     smallest_time: float
@@ -169,9 +201,9 @@ class Drawing:
         """The rows of several examples, whose arrays have a leading axis. They share the times of the first one."""
 
         def draw(example: Batch) -> Row:
-            return _with_shared(self._draw(example, key, examples.index[0], None), None, None)
+            return _with_shared(self._draw(example, key, examples.index[0], None), (None, None, None))
 
-        return _with_shared(jax.vmap(draw)(examples), context, self.path)
+        return _with_shared(jax.vmap(draw)(examples), (context, self.path, self.velocity))
 
     def _draw(
         self, example: Batch, key: Key[Array, ""], times_index: Int[Array | np.ndarray, ""], context: Context | None
@@ -192,8 +224,7 @@ class Drawing:
         if self.stable_target is not None:
             v = self.stable_target.velocity(self.path, x, eps, t, condition, dropped, key=key)
         if self.velocity is not None:
-            v = with_checked_shapes(self.velocity(z, t, condition), z, "velocity")
-            v = jax.lax.stop_gradient(v.astype(z.dtype))
+            v = evaluate_velocity(self.velocity, z, t, condition)
         if self.guidance is not None:
             condition = self.guidance.condition(condition, r, t, key=jr.fold_in(drop_key, 1))
         if self.exact_guidance and self.guidance is not None and self.stable_target is not None:
@@ -202,8 +233,9 @@ class Drawing:
             v = jnp.where(dropped, v, with_checked_shapes(fixed_point, x, type(self.guidance).__name__))
         if self.smallest_time > 0:
             v = jnp.minimum(1, t / self.smallest_time) * v
-        pair = {"x": x, "eps": eps} if self.with_pair else {"x": x} if self.with_data else {}
-        return Row(z, v, r, t, condition, key=field_key, context=context, path=self.path, dropped=dropped, **pair)
+        known: dict[str, Any] = {"path": self.path, "velocity": self.velocity}
+        known |= {"x": x, "eps": eps} if self.with_pair else {"x": x} if self.with_data else {}
+        return Row(z, v, r, t, condition, key=field_key, context=context, dropped=dropped, **known)
 
     def _draw_times(self, key: Key[Array, ""]) -> tuple[TimeLike, TimeLike]:
         if self.is_boundary and self.boundary_times is not None:

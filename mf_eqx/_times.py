@@ -80,6 +80,8 @@ class TimePairs(eqx.Module):
       models, arXiv 2509.04394). A pair whose r was set to t keeps it.
     - `uniform`: the probability with which both draws are uniform in [0, 1] instead; 0.1 as an option in pixel MeanFlow
       (arXiv 2601.22158).
+    - `at_noise`: the probability with which t is set to 1, for more training of steps that start at noise. With 1, z is
+      noise in all of these rows, so that no data enter them (`LagrangianDistillation` learns from them).
     """
 
     times: AbstractTimes = LogitNormalTimes()
@@ -87,13 +89,14 @@ class TimePairs(eqx.Module):
     equal: float = eqx.field(default=0.0, converter=float)
     at_data: float = eqx.field(default=0.0, converter=float)
     uniform: float = eqx.field(default=0.0, converter=float)
+    at_noise: float = eqx.field(default=0.0, converter=float)
 
     def __check_init__(self):
         check_kind("times", self.times, AbstractTimes)
         if self.r_times is not None:
             check_kind("r_times", self.r_times, AbstractTimes)
-        for name, probability in (("equal", self.equal), ("at_data", self.at_data), ("uniform", self.uniform)):
-            if not 0 <= probability <= 1:
+        for name in ("equal", "at_data", "at_noise", "uniform"):
+            if not 0 <= (probability := getattr(self, name)) <= 1:
                 raise ValueError(f"{name} is a probability and must lie in [0, 1], got {probability}")
 
     def __call__(self, *, key: Key[Array, ""]) -> tuple[Time, Time]:
@@ -109,6 +112,8 @@ class TimePairs(eqx.Module):
         r, t = jnp.minimum(first, second), first if self.r_times is not None else jnp.maximum(first, second)
         if self.at_data > 0:
             r = jnp.where(jr.bernoulli(jr.fold_in(coin_key, 1), self.at_data), 0, r)
+        if self.at_noise > 0:
+            t = jnp.where(jr.bernoulli(jr.fold_in(coin_key, 4), self.at_noise), 1, t)
         return jnp.where(jr.bernoulli(coin_key, self.equal), t, r), t
 
 

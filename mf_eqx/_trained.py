@@ -16,8 +16,8 @@ class Trained(NamedTuple):
     - `velocity`: u(z, t, t); without it, Euler steps follow values that were never trained.
     - `ends_at_data`: whether u(z, r, t) for r < t was trained at r = 0 alone; then sample in one step, by
       `sample_consistency`, or by Euler steps.
-    - `one_step`: whether u(z, r, t) for r < t was trained at one pair of times alone, as by a `SampleObjective` of one
-      step; then sample in this step.
+    - `one_step`: whether u(z, r, t) for r < t was trained for one step alone: at one pair of times, as by a
+      `SampleObjective` of one step, or at t = 1 (`TimePairs.at_noise`); then sample in one step.
     - `guidance`: for a field that takes guidance as an input, the scales and intervals that were drawn; None if it
       takes none, or if they are not known.
     """

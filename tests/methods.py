@@ -11,6 +11,8 @@ METHODS = {
     "ModularMeanFlow": mfx.ModularMeanFlow(),
     "SplitMeanFlow": mfx.SplitMeanFlow(),
     "Shortcut": mfx.Shortcut(),
+    "LagrangianDistillation": mfx.LagrangianDistillation(),
+    "LagrangianDistillation with stopped derivative": mfx.LagrangianDistillation(stop_derivative=True),
     "LagrangianSelfDistillation": mfx.LagrangianSelfDistillation(),
     "TerminalVelocityMatching": mfx.TerminalVelocityMatching(),
     "AlphaFlow at its end": mfx.AlphaFlow(0.0),
@@ -40,17 +42,24 @@ EXACT = those(lambda facts: facts.exact)
 
 
 def taught_by(identity, teacher):
-    """The context of a method: with a teacher if it wants one, None if it wants nothing."""
-    return mfx.Context(jnp.zeros((), jnp.int32), teacher) if identity.facts.needs_teacher else None
+    """Options of a row: a context with the teacher, or its velocity, if the method wants it."""
+    context = mfx.Context(jnp.zeros((), jnp.int32), teacher) if identity.facts.needs_teacher else None
+    return {"context": context, "velocity": teacher if identity.facts.needs_velocity else None}
+
+
+def given_velocity(identity):
+    """Options of an objective: some velocity if the method wants one."""
+    return {"velocity": lambda z, t, condition: jnp.sin(z) - t} if identity.facts.needs_velocity else {}
 
 
 def guidance(identity, null):
     """Guidance and label dropout as options of an objective, as far as the method takes them."""
-    options = {"label_dropout": mfx.LabelDropout(0.1, null)}
-    return options if identity.facts.uses_pair else {**options, "guidance": mfx.Guidance(2.0, 0.5)}
+    options = {"label_dropout": mfx.LabelDropout(0.1, null), **given_velocity(identity)}
+    takes_none = identity.facts.uses_pair or identity.facts.needs_velocity
+    return options if takes_none else {**options, "guidance": mfx.Guidance(2.0, 0.5)}
 
 
 def trainer(identity, optimizer, averages, **options):
     """A step with half of the rows for the method, taught by the first average if it wants a teacher."""
-    objective = mfx.Objective(identity, identity_share=0.5, **options)
+    objective = mfx.Objective(identity, identity_share=0.5, **{**given_velocity(identity), **options})
     return mfx.TrainStep(objective, optimizer, averages, teacher=0 if identity.facts.needs_teacher else None)

@@ -158,8 +158,8 @@ def gaussian(z):
 def residual(identity):
     def function(z, r, t):
         pair = {"x": z, "eps": z + 1, "path": mfx.LinearInterpolant()}
-        context = taught_by(identity, Strict())
-        return identity.residual(Strict(), mfx.Row(z, jnp.cos(z), r, t, key=jr.key(0), context=context, **pair))
+        pair |= taught_by(identity, Strict())
+        return identity.residual(Strict(), mfx.Row(z, jnp.cos(z), r, t, key=jr.key(0), **pair))
 
     return function
 

@@ -24,6 +24,7 @@ from fields import GaussianField
 
 from mf_eqx import (
     AbstractField,
+    AbstractFieldWithVelocity,
     AbstractGuidance,
     AbstractIdentity,
     AbstractIdentityWithLoss,
@@ -510,6 +511,32 @@ def test_known_velocity_is_target_and_tangent(share):
 
     found = run(dataclasses.replace(objective, velocity=known_velocity), network(), Batch(x, condition))
     assert_same(found, by_hand(residuals))
+
+
+@pytest.mark.parametrize("head", [False, True])
+def test_a_field_in_the_place_of_the_velocity_is_read_at_equal_times(head):
+    class Head(AbstractFieldWithVelocity):
+        field: Network
+        has_velocity_head = True
+
+        def __call__(self, z, r, t, condition=None, *, key=None):
+            return self.field(z, r, t, condition)
+
+        def velocity(self, z, t, condition=None, *, key=None):
+            return -self.field(z, t, t, condition)
+
+        def with_velocity(self, z, r, t, condition=None, *, key=None):
+            return self(z, r, t, condition), self.velocity(z, t, condition)
+
+    teacher = network(1)
+    given = Head(teacher) if head else teacher
+    sign = -1 if head else 1
+    objective, batch = Objective(identity_share=0.5), Batch(data(8), labels(8))
+    found, expected = (
+        run(dataclasses.replace(objective, velocity=velocity), network(), batch)
+        for velocity in (given, lambda z, t, condition: sign * teacher(z, t, t, condition))
+    )
+    assert eqx.tree_equal(found, expected)
 
 
 def test_velocity_equal_to_the_conditional_one_changes_nothing():

@@ -81,10 +81,11 @@ def marginal(path):
 @eqx.filter_jit
 def residuals(identity, field, velocity, z, r, t):
     """Of many points at once; each row has a key of its own, as in an objective."""
-    keys, context = jr.split(jr.key(1), len(z)), taught_by(identity, field)
+    keys = jr.split(jr.key(1), len(z))
+    taught = taught_by(identity, field) | {"velocity": velocity}
 
     def residual(z, r, t, key):
-        return identity.residual(field, Row(z, velocity(z, t, None), r, t, key=key, context=context))
+        return identity.residual(field, Row(z, velocity(z, t, None), r, t, key=key, **taught))
 
     return jax.vmap(residual)(z, r, t, keys)
 
@@ -145,9 +146,9 @@ def test_a_field_with_wrong_times_leaves_a_residual_a_thousand_times_larger(meth
 @pytest.mark.parametrize("method", EXACT)
 def test_exact_field_satisfies_identity_outside_of_jit(method):
     velocity, field, (z, r, t) = marginal(PATHS[0])
-    context = taught_by(METHODS[method], field)
+    taught = taught_by(METHODS[method], field)
     for i in (NUMBER // 3, NUMBER - 1):
-        row = Row(z[i], velocity(z[i], t[i]), r[i], t[i], key=jr.key(2), context=context)
+        row = Row(z[i], velocity(z[i], t[i]), r[i], t[i], key=jr.key(2), **taught)
         assert largest(METHODS[method].residual(field, row)) < 1e-6
 
 

@@ -286,6 +286,17 @@ def test_a_part_of_the_pairs_starts_at_the_data_and_pairs_of_equal_times_stay():
     np.testing.assert_array_equal(r, t)
 
 
-def test_a_probability_of_starting_at_the_data_outside_of_its_range_is_refused():
-    with pytest.raises(ValueError, match=r"at_data is a probability and must lie in \[0, 1\], got 1.5"):
-        TimePairs(at_data=1.5)
+@pytest.mark.parametrize("share", [0.25, 1.0])
+def test_a_share_of_the_pairs_starts_at_the_noise_and_the_others_are_as_before(share):
+    keys = jr.split(jr.key(0), 2000)
+    r, t = jax.vmap(lambda key: TimePairs(UniformTimes(), at_noise=share)(key=key))(keys)
+    plain_r, plain_t = jax.vmap(lambda key: TimePairs(UniformTimes())(key=key))(keys)
+    assert abs(np.mean(t == 1) - share) < 0.03
+    np.testing.assert_array_equal(r, plain_r)
+    np.testing.assert_array_equal(t[t < 1], plain_t[t < 1])
+
+
+@pytest.mark.parametrize("name", ["at_data", "at_noise"])
+def test_a_probability_of_an_end_outside_of_its_range_is_refused(name):
+    with pytest.raises(ValueError, match=rf"{name} is a probability and must lie in \[0, 1\], got 1.5"):
+        TimePairs(**{name: 1.5})

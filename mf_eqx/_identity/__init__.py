@@ -20,6 +20,7 @@ from .facts import Facts as Facts
 from .flow_anchored_consistency import FlowAnchoredConsistency as FlowAnchoredConsistency
 from .improved_mean_flow import ImprovedMeanFlow as ImprovedMeanFlow
 from .inductive_moment_matching import InductiveMomentMatching as InductiveMomentMatching
+from .lagrangian_distillation import LagrangianDistillation as LagrangianDistillation
 from .lagrangian_self_distillation import LagrangianSelfDistillation as LagrangianSelfDistillation
 from .mean_flow import MeanFlow as MeanFlow
 from .modular_mean_flow import ModularMeanFlow as ModularMeanFlow

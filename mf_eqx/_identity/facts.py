@@ -32,6 +32,8 @@ class Facts:
       several steps are those of `sample_consistency`.
     - `learns_through_derivative`: whether the gradient goes through a derivative of the field. Attention whose
       derivative has no gradient, such as `CudnnAttention`, is then refused.
+    - `needs_velocity`: whether the method evaluates a velocity that is known everywhere, by `Row.known_velocity`. The
+      objective then needs a `velocity`, and guidance is refused: guide the `velocity` itself (`GuidedField`).
     - `needs_teacher`: whether the method evaluates `Context.teacher`. `TrainStep` then needs a teacher.
     - `needs_velocity_head`: whether the method needs a velocity head. Fields without one are then refused.
     - `group`: the number of rows that the loss compares. They share r and t, and are consecutive among the identity
@@ -52,6 +54,7 @@ class Facts:
     uses_pair: bool = False
     ends_at_data: bool = False
     learns_through_derivative: bool = False
+    needs_velocity: bool = False
     needs_teacher: bool = False
     needs_velocity_head: bool = False
     group: int = 1

@@ -43,15 +43,17 @@ SELF_DISTILLATION = Facts(
 """Facts of all methods that learn v from boundary rows, and u through a derivative."""
 
 
-def lagrangian_sides(field: AbstractField, row: Row) -> tuple[Float[Array, "*data"], Float[Array, "*data"]]:
+def lagrangian_sides(
+    field: AbstractField, row: Row, *, stop_derivative: bool = False
+) -> tuple[Float[Array, "*data"], Float[Array, "*data"]]:
     r"""The left side of the equation, and the end of the flow map.
 
-    **Returns:** $u - (t - r)\, \partial_r u$, with a gradient through both terms, and $X_{t \to r}(z)$ behind
-    stop-gradient.
+    **Returns:** $u - (t - r)\, \partial_r u$, with a gradient through u and, unless `stop_derivative`, its derivative,
+    and $X_{t \to r}(z)$ behind stop-gradient.
     """
     along_r = (jnp.zeros_like(row.z), 1.0, 0.0)
     u, slope = FusedJVP()(field, row.z, row.r, row.t, row.condition, tangent=along_r, key=row.key)
-    h = row.t - row.r
+    h, slope = row.t - row.r, jax.lax.stop_gradient(slope) if stop_derivative else slope
     return u - h * slope, jax.lax.stop_gradient(row.z - h * u)
 
 

@@ -7,13 +7,16 @@ from typing import Any
 from .base import AbstractIdentity, AbstractScheduledIdentity
 
 
-def identities_in(namespace: Mapping[str, Any], steps: int) -> dict[str, AbstractIdentity]:
+def identities_in(
+    namespace: Mapping[str, Any], steps: int, *, known_velocity: bool = False
+) -> dict[str, AbstractIdentity]:
     """Every method in a namespace such as `vars(mf_eqx)` or `globals()`, by name, with its paper's parameters.
 
     A method with schedules is made by `for_training(steps)`, any other without arguments; one that needs arguments is
     left out.
 
-    **Arguments:** `namespace`; `steps` of the training.
+    **Arguments:** `namespace`; `steps` of the training; `known_velocity` whether the objective will have a `velocity`,
+    without which the methods that need one are left out.
     """
     methods = {}
     for name, member in namespace.items():
@@ -23,7 +26,7 @@ def identities_in(namespace: Mapping[str, Any], steps: int) -> dict[str, Abstrac
             methods[name] = member.for_training(steps)
         elif not any(_is_required(parameter) for parameter in inspect.signature(member).parameters.values()):
             methods[name] = member()
-    return methods
+    return {name: method for name, method in methods.items() if known_velocity or not method.facts.needs_velocity}
 
 
 def _is_required(parameter: inspect.Parameter) -> bool:

@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Key, PyTree, Shaped
 from .._custom_types import at_least_float32, Condition, Time
 from .._field import AbstractField, with_checked_shapes
 from .._identity import AbstractIdentity, semigroup_residual
-from .._row import Context, Row
+from .._row import Context, Row, Velocity
 from .._validate import quotient
 
 
@@ -33,6 +33,7 @@ def relative_identity_residual(
     t: Float[Array, " rows"],
     condition: PyTree[Shaped[Array, "rows ..."]] = None,
     *,
+    velocity: Velocity | None = None,
     context: Context | None = None,
     key: Key[Array, ""] | None = None,
 ) -> Float[Array | np.ndarray, ""]:
@@ -44,7 +45,7 @@ def relative_identity_residual(
     conditional velocity, the residual of an identity that contains v is the noise of that velocity.
 
     **Arguments:** `identity`; `field`; `z` states at `t`; `v` their velocities; `r <= t`; `condition` one for each row,
-    or None; `context` for identities that require one; `key` for those that draw random numbers
+    or None; `velocity` and `context` for identities that require one; `key` for those that draw random numbers
     (`SplitMeanFlow`), else None.
 
     **Returns:** the ratio, 0 for an average velocity.
@@ -56,7 +57,7 @@ def relative_identity_residual(
     if facts.uses_pair or facts.group > 1 or facts.needs_velocity_head:
         name = type(identity).__name__
         raise ValueError(f"identity must be an equation of z and v alone here, got {name}")
-    return _root_ratio(_identity_residuals(identity, field, (z, v, r, t, condition), context, key), v)
+    return _root_ratio(_identity_residuals(identity, field, (z, v, r, t, condition), velocity, context, key), v)
 
 
 def relative_semigroup_residual(
@@ -104,12 +105,17 @@ class _WithoutDropout(AbstractField):
 
 @eqx.filter_jit
 def _identity_residuals(
-    identity: AbstractIdentity, field: AbstractField, rows: Any, context: Context | None, key: Key[Array, ""] | None
+    identity: AbstractIdentity,
+    field: AbstractField,
+    rows: Any,
+    velocity: Velocity | None,
+    context: Context | None,
+    key: Key[Array, ""] | None,
 ) -> Float[Array, "rows *data"]:
     without_dropout, keys = _WithoutDropout(field), None if key is None else jr.split(key, len(rows[0]))
 
     def residual(row, key):
-        drawn = Row(*row, key=key, context=context)
+        drawn = Row(*row, key=key, velocity=velocity, context=context)
         return with_checked_shapes(identity.residual(without_dropout, drawn), drawn.z, type(identity).__name__)
 
     return jax.vmap(residual)(rows, keys)

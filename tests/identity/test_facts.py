@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from methods import METHODS, those
+from methods import given_velocity, METHODS, those
 
 import mf_eqx as mfx
 
@@ -41,7 +41,8 @@ EXACT_VALUES = {
 def test_paper_settings_are_arguments_of_an_objective_and_no_defaults(method):
     settings = METHODS[method].facts.paper_settings or {}
     assert settings.keys() <= {"time_pairs", "boundary_times", "identity_share", "weight"}
-    objective, default = mfx.Objective(METHODS[method], **settings), mfx.Objective()
+    objective = mfx.Objective(METHODS[method], **given_velocity(METHODS[method]), **settings)
+    default = mfx.Objective()
     for name, value in settings.items():
         assert getattr(objective, name) == value != getattr(default, name)
 

@@ -19,9 +19,14 @@ class NeedsStrength(Own):
 
 
 def test_every_method_of_the_package_is_found_and_in_the_shared_list():
-    found = mfx.identities_in(vars(mfx), steps=100)
+    found = mfx.identities_in(vars(mfx), steps=100, known_velocity=True)
     assert all(name == type(identity).__name__ for name, identity in found.items())
     assert {type(identity) for identity in METHODS.values()} == {type(identity) for identity in found.values()}
+
+
+def test_without_a_known_velocity_the_methods_that_need_one_are_left_out():
+    every, without = (mfx.identities_in(vars(mfx), 1, known_velocity=known) for known in (True, False))
+    assert every.keys() - without.keys() == {"LagrangianDistillation"}
 
 
 def test_methods_of_ones_own_are_found_unless_they_need_arguments():

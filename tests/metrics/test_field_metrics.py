@@ -326,7 +326,7 @@ def test_table_is_made_of_the_errors_at_the_known_rows():
 def test_truth_satisfies_identity_and_a_wrong_field_does_not(method):
     identity, truth = METHODS[method], gaussian()
     z, r, t = states()
-    options = {"key": jr.key(3), "context": taught_by(identity, truth)}
+    options = {"key": jr.key(3), **taught_by(identity, truth)}
     v = velocities(truth, z, t)
     right, wrong = (
         relative_identity_residual(identity, WrongTimes(truth, np.array(share)), z, v, r, t, **options)
