@@ -76,7 +76,7 @@ def draw_rows(
         r, t = (jnp.asarray(time, x.dtype) for time in objective.time_pairs(key=times_key))
         z, v = path.state_and_velocity(x, eps, t)
         stable = stable_target.velocity(path, x, eps, t, key=references_key)
-        return Rows(z, r, t, truth(z, r, t), jnp.stack([v, stable, truth.velocity(z, t, None)]))
+        return Rows(z, r, t, truth(z, r, t), jnp.stack([v, stable, truth(z, t, t)]))
 
     return jax.lax.map(draw, jr.split(key, number), batch_size=50)
 

@@ -7,7 +7,8 @@ so one network holds both the one-step map and the velocity of Flow Matching.
 
 import abc
 import inspect
-from typing import Any, TypeGuard, TypeVar
+from collections.abc import Callable
+from typing import Any, TypeAlias, TypeGuard, TypeVar
 
 import equinox as eqx
 import jax
@@ -110,6 +111,20 @@ def instantaneous_velocity(
     if has_velocity_head(field):
         return field.velocity(z, t, condition, key=key)
     return field(z, t, t, condition, key=key)
+
+
+Velocity: TypeAlias = AbstractField | Callable[[Float[Array, "*data"], Time, Condition], Float[Array, "*data"]]
+"""An instantaneous velocity that is known everywhere: a function v(z, t, condition), such as a Module of
+`mf_eqx.exact`, or a field, whose velocity head or u(z, t, t) it is."""
+
+
+def velocity_at(
+    velocity: Velocity, z: Float[Array, "*data"], t: Time, condition: Condition = None
+) -> Float[Array, "*data"]:
+    """The value of a known velocity; a field is evaluated without dropout."""
+    if isinstance(velocity, AbstractField):
+        return instantaneous_velocity(velocity, z, t, condition)
+    return velocity(z, t, condition)
 
 
 class WithVelocity(eqx.Module):

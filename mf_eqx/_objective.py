@@ -37,6 +37,7 @@ from ._field import (
     has_velocity_head,
     instantaneous_velocity,
     stopped,
+    Velocity,
     with_checked_shapes,
 )
 from ._guidance import AbstractGuidance, GuidanceRange
@@ -53,7 +54,7 @@ from ._mean import errors_by_kind, mean_of, Metrics, total
 from ._model import XPrediction
 from ._model.guidance import condition_at
 from ._perceptual import PerceptualTerm
-from ._row import Context, Drawing, Row, Velocity
+from ._row import Context, Drawing, Row
 from ._stable_target import StableTarget
 from ._times import AbstractTimes, as_share, check_batch_size, rows_per_group, split_rows, TimePairs
 from ._trained import Trained

@@ -9,7 +9,7 @@ micro-batches.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -20,17 +20,13 @@ from jaxtyping import Array, Bool, Float, Int, Key, PyTree
 
 from ._batch import Batch
 from ._custom_types import as_times, at_least_float32, Condition, Time, TimeLike
-from ._field import AbstractField, instantaneous_velocity, stopped, with_checked_shapes
+from ._field import AbstractField, instantaneous_velocity, stopped, Velocity, velocity_at, with_checked_shapes
 from ._guidance import AbstractGuidance
 from ._interpolant import AbstractInterpolant
 from ._label_dropout import LabelDropout
 from ._model.guidance import condition_at
 from ._stable_target import StableTarget
 from ._times import AbstractTimes, draw_time, TimePairs
-
-Velocity: TypeAlias = AbstractField | Callable[[Float[Array, "*data"], Time, Condition], Float[Array, "*data"]]
-"""A velocity that is known everywhere: a function v(z, t, condition), or a field, whose u(z, t, t) or velocity head it
-is."""
 
 
 class Context(eqx.Module):
@@ -136,7 +132,7 @@ class Row(eqx.Module):
         """
         if self.velocity is None:
             raise ValueError("velocity must be given for its value at another state, but this row has none")
-        return evaluate_velocity(self.velocity, z, jnp.asarray(t, z.dtype), self.condition)
+        return _value(self.velocity, z, jnp.asarray(t, z.dtype), self.condition)
 
     def map(self, function: Callable[["Row"], PyTree[Array]]) -> PyTree[Array]:
         """`function` applied to each row of a group. In a group, all arrays except those of `context`, `path` and
@@ -155,15 +151,10 @@ def _with_shared(row: Row, shared: tuple[Any, Any, Any]) -> Row:
     return eqx.tree_at(_shared, row, shared, is_leaf=lambda node: node is None)
 
 
-def evaluate_velocity(
-    velocity: Velocity, z: Float[Array, "*data"], t: Time, condition: Condition
-) -> Float[Array, "*data"]:
-    """The value of an objective's `velocity`, in the dtype of z and behind stop-gradient."""
-    if isinstance(velocity, AbstractField):
-        v = instantaneous_velocity(velocity, z, t, condition)
-    else:
-        v = velocity(z, t, condition)
-    return jax.lax.stop_gradient(with_checked_shapes(v, z, "velocity").astype(z.dtype))
+def _value(velocity: Velocity, z: Float[Array, "*data"], t: Time, condition: Condition) -> Float[Array, "*data"]:
+    """The value of an objective's velocity, in the dtype of z and behind stop-gradient."""
+    v = with_checked_shapes(velocity_at(velocity, z, t, condition), z, "velocity")
+    return jax.lax.stop_gradient(v.astype(z.dtype))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -224,7 +215,7 @@ class Drawing:
         if self.stable_target is not None:
             v = self.stable_target.velocity(self.path, x, eps, t, condition, dropped, key=key)
         if self.velocity is not None:
-            v = evaluate_velocity(self.velocity, z, t, condition)
+            v = _value(self.velocity, z, t, condition)
         if self.guidance is not None:
             condition = self.guidance.condition(condition, r, t, key=jr.fold_in(drop_key, 1))
         if self.exact_guidance and self.guidance is not None and self.stable_target is not None:

@@ -7,7 +7,8 @@ r"""Exact fields: distributions whose velocity is known in closed form, and thei
 A distribution has a method for its marginal velocity (Eq. 1) on any interpolant. `MarginalVelocity` fixes the
 interpolant and is a function v(z, t | condition). `GuidedVelocity` combines two values of this function into $v_{cfg}$
 (Eq. 13). `AverageVelocity` integrates any such function to u(z, r, t | condition) by solving an ordinary differential
-equation, and is a field like every network:
+equation, and is a field like every network; given a network of Flow Matching, it is what a distillation of this network
+should learn:
 
     mixture = exact.GaussianMixture(mean, std, label=label)
     v = exact.MarginalVelocity(mixture, LinearInterpolant())
@@ -25,8 +26,9 @@ closed form; they are the references for everything above.
 Import this part explicitly (`from mf_eqx import exact`), because it imports diffrax.
 """
 
+from .._field import Velocity as Velocity
 from ._average_velocity import AverageVelocity as AverageVelocity
-from ._base import AbstractDistribution as AbstractDistribution, Velocity as Velocity
+from ._base import AbstractDistribution as AbstractDistribution
 from ._draw import Draw as Draw, draw as draw, DrawLabelled as DrawLabelled
 from ._gaussian import GaussianAverageVelocity as GaussianAverageVelocity
 from ._gaussian_mixture import GaussianMixture as GaussianMixture

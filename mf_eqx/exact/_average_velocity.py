@@ -17,9 +17,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Key
 
 from .._custom_types import as_times, Condition, TimeLike
-from .._field import AbstractField
+from .._field import AbstractField, Velocity, velocity_at
 from .._validate import check_positive
-from ._base import Velocity
 
 
 class AverageVelocity(AbstractField):
@@ -32,7 +31,8 @@ class AverageVelocity(AbstractField):
     **Arguments:**
 
     - `velocity`: called as (z, t, condition) for one example: a `MarginalVelocity`, a `GuidedVelocity` or any function.
-      Outside of jit a Module is better than a lambda, since every new lambda is compiled again.
+      Outside of jit a Module is better than a lambda, since every new lambda is compiled again. Or a field, whose
+      velocity head or u(z, t, t) is integrated: the average velocity that a trained Flow Matching network would have.
     - `rtol`, `atol`: tolerances of the adaptive steps. At 1e-10, identities hold with a residual of about 1e-9 at most;
       at 1e-8, of about 1e-7. `atol` has the unit of u, and must be > 0 because the solution starts at zero.
     - `solver`: a diffrax solver with an error estimate. At 1e-10 `Dopri8` takes half the steps of `Tsit5` and slightly
@@ -94,4 +94,4 @@ class AverageVelocity(AbstractField):
 def _slope(s: ArrayLike, y: Float[Array, "*data"], args) -> Float[Array, "*data"]:
     # Not a closure: outside of jit, diffrax compiles once per function and reads everything else from `args`.
     velocity, z, t, h, condition = args
-    return velocity(z - h * y, t - h * jnp.asarray(s, t.dtype), condition).astype(y.dtype)
+    return velocity_at(velocity, z - h * y, t - h * jnp.asarray(s, t.dtype), condition).astype(y.dtype)

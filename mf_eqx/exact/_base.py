@@ -1,4 +1,4 @@
-r"""The interfaces of exact velocities: a distribution of data, and the type of a velocity.
+r"""The interface of distributions of data whose velocity is exact.
 
 On a path $z_t = \alpha_t x + \sigma_t \epsilon$ the marginal velocity is a combination of two posterior means,
 
@@ -8,17 +8,12 @@ and the first of them gives the second: $E[\epsilon \mid z] = (z - \alpha_t E[x 
 """
 
 import abc
-from collections.abc import Callable
-from typing import TypeAlias
 
 import equinox as eqx
 from jaxtyping import Array, Float, Key
 
 from .._custom_types import Condition, Time
 from .._interpolant import AbstractInterpolant
-
-Velocity: TypeAlias = Callable[[Float[Array, "*data"], Time, Condition], Float[Array, "*data"]]
-"""An instantaneous velocity v(z, t, condition): a Module of `mf_eqx.exact`, or any function."""
 
 
 def check_point(name: str, value: Float[Array, "..."], shape: tuple[int, ...]) -> None:

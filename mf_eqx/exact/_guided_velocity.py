@@ -4,8 +4,8 @@ import equinox as eqx
 from jaxtyping import Array, Float
 
 from .._custom_types import as_scalar, Condition, TimeLike
+from .._field import Velocity, velocity_at
 from .._validate import check_finite
-from ._base import Velocity
 
 
 class GuidedVelocity(eqx.Module):
@@ -28,4 +28,5 @@ class GuidedVelocity(eqx.Module):
     def __call__(self, z: Float[Array, "*data"], t: TimeLike, condition: Condition = None) -> Float[Array, "*data"]:
         """v_cfg(z, t | condition)."""
         t = as_scalar("t", t, z)
-        return self.scale * self.velocity(z, t, condition) + (1 - self.scale) * self.velocity(z, t, None)
+        conditional, unconditional = (velocity_at(self.velocity, z, t, c) for c in (condition, None))
+        return self.scale * conditional + (1 - self.scale) * unconditional

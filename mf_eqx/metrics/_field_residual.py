@@ -18,9 +18,9 @@ import numpy as np
 from jaxtyping import Array, Float, Key, PyTree, Shaped
 
 from .._custom_types import at_least_float32, Condition, Time
-from .._field import AbstractField, with_checked_shapes
+from .._field import AbstractField, Velocity, with_checked_shapes
 from .._identity import AbstractIdentity, semigroup_residual
-from .._row import Context, Row, Velocity
+from .._row import Context, Row
 from .._validate import quotient
 
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import scipy.integrate
 
-from mf_eqx import LinearInterpolant, total_derivative, TrigonometricInterpolant
-from mf_eqx.exact import AverageVelocity, GaussianMixture, MarginalVelocity
+from mf_eqx import AbstractField, LinearInterpolant, total_derivative, TrigonometricInterpolant
+from mf_eqx.exact import AverageVelocity, GaussianAverageVelocity, GaussianMixture, MarginalVelocity
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -91,6 +91,18 @@ def test_function_and_module_give_the_same_field_and_get_the_condition():
     plain = evaluate(AverageVelocity(lambda z, t, condition: v(z, t, 1 - condition)), z, r, t, jnp.asarray(0))
     np.testing.assert_allclose(plain, evaluate(AverageVelocity(v), z, r, t, jnp.asarray(1)), rtol=1e-12)
     assert np.abs(plain - evaluate(AverageVelocity(v), z, r, t)).max() > 0.1
+
+
+def test_of_a_field_the_velocity_is_what_it_is_at_equal_times():
+    gaussian = GaussianAverageVelocity(np.array([0.7, -1.2]), 0.4)
+
+    class Network(AbstractField):
+        def __call__(self, z, r, t, condition=None, *, key=None):
+            return condition * gaussian(z, t, t)  # not an average at r < t
+
+    z, r, t = points()
+    found = evaluate(AverageVelocity(Network()), z, r, t, jnp.asarray(1.0))
+    np.testing.assert_allclose(found, evaluate(gaussian, z, r, t), rtol=1e-8, atol=1e-9)
 
 
 def test_one_example_outside_of_jit_equals_the_batch_inside():
