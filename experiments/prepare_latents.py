@@ -204,19 +204,19 @@ class Notes(NamedTuple):
     tokenizer: dict[str, Any]
     """Its size."""
     bfloat16: bool
-    class_names: list[str] | None = None
-    """Of the labels; None also in folders from before they were noted."""
-    statistics: dict[str, Any] = LatentStatistics().as_json()
-    """By which training standardises latents; those of Stable Diffusion in folders from before they were noted."""
-    grey: bool = False
-    holdout: float = 0.0
+    class_names: list[str] | None
+    """Of the labels."""
+    statistics: dict[str, Any]
+    """By which training standardises latents."""
+    grey: bool
+    holdout: float
     """Share of the images that was left out."""
 
     def of_tokenizer(self) -> checkpoint.Tokenizer:
         """What weights that are trained on these latents say of the tokenizer."""
-        size = AutoencoderSize(**{**self.tokenizer, "widths": tuple(self.tokenizer["widths"])})
+        widths, *numbers = (self.tokenizer[name] for name in AutoencoderSize._fields)
         statistics = LatentStatistics(**{name: tuple(values) for name, values in self.statistics.items()})
-        return checkpoint.Tokenizer(size, self.vae, statistics)
+        return checkpoint.Tokenizer(AutoencoderSize(tuple(widths), *numbers), self.vae, statistics)
 
 
 def read_notes(folder: str | Path) -> Notes:
@@ -227,8 +227,6 @@ def read_notes(folder: str | Path) -> Notes:
     path = Path(folder) / NOTES
     try:
         notes = Notes(**run.read_json_object(path))
-        if type(notes.size) is int:  # in folders from before there were other images than squares
-            notes = notes._replace(size=[notes.size] * 2)
         if type(notes.size) is not list or len(notes.size) != 2:
             raise ValueError(f"size must be height and width, got {notes.size!r:.40}")
         for name, most in {"rows": 1 << 40, "size": 1 << 16, "parts": 1 << 16}.items():
@@ -238,10 +236,8 @@ def read_notes(folder: str | Path) -> Notes:
         if type(notes.grey) is not bool or type(notes.holdout) not in (int, float) or not 0 <= notes.holdout < 1:
             rule = "grey must be true or false, and holdout a number in [0, 1)"
             raise ValueError(f"{rule}, got {notes.grey!r:.40} and {notes.holdout!r:.40}")
-        tokenizer = notes.of_tokenizer()
-        checkpoint.Notes(tokenizer=tokenizer)  # refuses what cannot be
-        size = tokenizer.size  # with what older folders do not say
-        return notes._replace(tokenizer={**size._asdict(), "widths": [*size.widths]})
+        checkpoint.Notes(tokenizer=notes.of_tokenizer())  # refuses what cannot be
+        return notes
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path}: must be the notes of prepare_latents.py, but cannot be read: {error}") from error
 
@@ -259,7 +255,6 @@ def begin(config: Config, made_of: Notes) -> None:
             os.link(beside, path)
         beside.unlink()
     saved = read_notes(config.to)._asdict()
-    del saved["class_names"]  # they follow from the images, and older folders lack them
     flags = [name for name in saved if name in Config.__dataclass_fields__]
     for name in dict.fromkeys([*flags, *saved]):  # what a flag says before what follows from it
         if (found := saved[name]) != (wanted := json.loads(json.dumps(getattr(made_of, name)))):

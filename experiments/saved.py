@@ -76,11 +76,7 @@ def open_subject(path: str, tokenizer_path: str, devices: mfx.Parallelism, *, bf
     weights = checkpoint.read_weights(path)
     how = {"dtype": jnp.bfloat16} if bfloat16 else {}
     field: Any = weights.fill(lambda: weights.make_network(**how), devices)
-    try:
-        notes = weights.notes or assumed_notes(weights.config, field.data_shape)
-    except (TypeError, ValueError) as error:
-        rule = "must have notes, or the configuration of a recipe"
-        raise ValueError(f"{path}: {rule}, got {weights.config!r:.80}: {error}") from error
+    notes = weights.notes or assumed_notes(field.data_shape)
     if tokenizer_path and notes.tokenizer is None:
         raise ValueError(f"--vae must be left out for {path}, whose values are no latents, got {tokenizer_path}")
     tokenizer = None
@@ -92,18 +88,13 @@ def open_subject(path: str, tokenizer_path: str, devices: mfx.Parallelism, *, bf
     return Subject(path, field, weights.network, weights.config, notes, devices.replicate(tokenizer))
 
 
-def assumed_notes(config: dict[str, Any], shape: tuple[int, ...]) -> checkpoint.Notes:
-    """Of a file without notes: what recipes wrote into its configuration before there were any, or what its shape
-    suggests."""
-    size = vae.AutoencoderSize(**config["tokenizer"]) if "tokenizer" in config else vae.SD_VAE
-    size = size._replace(widths=tuple(size.widths))
+def assumed_notes(shape: tuple[int, ...]) -> checkpoint.Notes:
+    """Of a file without notes: what its shape suggests."""
     channels = shape[0] if len(shape) == 3 else 0
-    is_latent = "tokenizer" in config or channels == size.latent
+    is_latent = channels == vae.SD_VAE.latent
     return checkpoint.Notes(
         pixels=(-1, 1) if is_latent or channels in (1, 3) else None,
-        tokenizer=checkpoint.Tokenizer(size, config.get("vae")) if is_latent else None,
-        steps=config.get("steps"),
-        decay=config.get("decay"),
+        tokenizer=checkpoint.Tokenizer(vae.SD_VAE) if is_latent else None,
     )
 
 

@@ -93,9 +93,8 @@ class Notes:
             size, digest, statistics = self.tokenizer
             known["tokenizer"] = {"size": size._asdict(), "digest": digest, "statistics": statistics.as_json()}
         if self.trained is not None:
-            known["trained"] = {name: value for name, value in self.trained._asdict().items() if value is not None}
-        if self.trained is not None and self.trained.guidance is not None:
-            known["trained"]["guidance"] = self.trained.guidance._asdict()
+            guidance = self.trained.guidance
+            known["trained"] = {**self.trained._asdict(), "guidance": None if guidance is None else guidance._asdict()}
         return known
 
 
@@ -137,20 +136,27 @@ def _are(kind: type, values: Any, number: int | None = None) -> bool:
 
 
 def notes_of_json(values: Mapping[str, Any]) -> Notes:
-    """The notes of which these are the JSON. **Raises:** `ValueError` if they are no notes."""
+    """The notes of which these are the JSON. **Raises:** `ValueError` if they are no notes, or lack a field of the
+    tokenizer or of what was trained."""
     known: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     try:
         if "tokenizer" in known:
             tokenizer = dict(known["tokenizer"])
             size = {**tokenizer["size"], "widths": tuple(tokenizer["size"]["widths"])}
-            # Files from before there were statistics have latents of Stable Diffusion.
-            statistics = LatentStatistics(**{name: tuple(v) for name, v in tokenizer.get("statistics", {}).items()})
-            known["tokenizer"] = Tokenizer(AutoencoderSize(**size), tokenizer["digest"], statistics)
+            statistics = LatentStatistics(**{name: tuple(v) for name, v in tokenizer["statistics"].items()})
+            known["tokenizer"] = Tokenizer(_whole(AutoencoderSize, size), tokenizer["digest"], statistics)
         if "trained" in known:
             trained = dict(known["trained"])
-            if "guidance" in trained:
+            if trained.get("guidance") is not None:
                 trained["guidance"] = GuidanceRange(**trained["guidance"])
-            known["trained"] = Trained(**trained)
+            known["trained"] = _whole(Trained, trained)
         return Notes(**known)
     except (TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"notes must be those of checkpoint.Notes, but cannot be read: {error}") from error
+
+
+def _whole(kind: Any, values: Mapping[str, Any]) -> Any:
+    """A named tuple of values for all its fields: those that have defaults must be there, too."""
+    if missing := [name for name in kind._fields if name not in values]:
+        raise TypeError(f"{kind.__name__} lacks {', '.join(missing)}")
+    return kind(**values)

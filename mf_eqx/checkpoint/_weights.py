@@ -38,9 +38,6 @@ from ._notes import Notes, notes_of_json
 _Field = TypeVar("_Field", bound=AbstractField)
 
 _FORMAT = "mf_eqx weights 2"
-_FIRST_FORMAT = "mf_eqx weights 1"
-"""Its text is the configuration alone; a script of that time wrote the description of its network into it."""
-_ARGUMENTS_IN_CONFIG = ("network", "data_shape", "size", "labels", "augmentation", "dropout")
 _LONGEST_HEADER = 100_000_000
 
 
@@ -158,8 +155,7 @@ def read_weights(path: str | Path) -> Weights:
     path = Path(path)
     rule = f"{path}: must be a file of save_weights"
     metadata, arrays = _read(path, rule)
-    is_first = metadata["format"] == _FIRST_FORMAT
-    text = metadata.get("config" if is_first else "about", "")
+    text = metadata.get("about", "")
     if metadata.get("sha256") != _digest(arrays, text):
         raise ValueError(f"{path}: must hold the weights as written, but their sha256 differs: the file is damaged")
     try:
@@ -168,7 +164,6 @@ def read_weights(path: str | Path) -> Weights:
         raise ValueError(f"{rule}, but its configuration cannot be read: {error}") from error
     if not isinstance(about, dict):
         raise ValueError(f"{rule}, whose configuration is a JSON object, got {type(about).__name__}")
-    about = _of_first_format(about) if is_first else about
     network, config, notes = (about.get(name) for name in ("network", "config", "notes"))
     if not (isinstance(network, dict | None) and isinstance(config, dict) and isinstance(notes, dict | None)):
         raise ValueError(f"{rule}, with objects for network, config and notes, got {text:.80}")
@@ -178,14 +173,8 @@ def read_weights(path: str | Path) -> Weights:
         raise ValueError(f"{path}: {error}") from error
 
 
-def _of_first_format(config: dict[str, Any]) -> dict[str, Any]:
-    is_described = isinstance(config.get("network"), str)
-    network = {name: config[name] for name in _ARGUMENTS_IN_CONFIG if name in config} if is_described else None
-    return {"network": network, "config": config}
-
-
 def _read(path: Path, rule: str) -> tuple[dict[str, str], dict[str, np.ndarray]]:
-    """The metadata of a file in one of our formats, and its arrays."""
+    """The metadata of a file in our format, and its arrays."""
     with optional("safetensors", extra=None):
         import safetensors
         import safetensors.numpy
@@ -194,7 +183,7 @@ def _read(path: Path, rule: str) -> tuple[dict[str, str], dict[str, np.ndarray]]
     try:
         # The metadata first: files from other programs may hold tensors of dtypes that NumPy lacks.
         metadata = _metadata(content)
-        is_ours = metadata.get("format") in (_FORMAT, _FIRST_FORMAT)
+        is_ours = metadata.get("format") == _FORMAT
         arrays = safetensors.numpy.load(content) if is_ours else {}
     except (safetensors.SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{rule}, but it cannot be read: {error}") from error

@@ -16,10 +16,7 @@ from .._json import read_json_object
 from . import _structure
 
 MANIFEST = "manifest.json"
-VERSION = 2
-"""The version of a folder without conditions, or with labels alone."""
-VERSION_WITH_CONDITION = 3
-"""The version of a folder with conditions that are no labels."""
+VERSION = 4
 
 
 class File(NamedTuple):
@@ -32,9 +29,9 @@ class File(NamedTuple):
 
 
 class Manifest(NamedTuple):
-    """The fields of the manifest, in the order in which they are written; `label` is None without labels. The last
-    three are optional: `row_condition` (as in `_structure`) and `condition` (the files of each of its arrays) are
-    written only with conditions that are no labels, `class_names` only if the names are known."""
+    """The fields of the manifest, in the order in which they are written; `label` is None without labels,
+    `row_condition` (as in `_structure`) and `condition` (the files of each of its arrays) without conditions that are
+    no labels, `class_names` if the names are not known."""
 
     version: int
     rows: int
@@ -44,13 +41,10 @@ class Manifest(NamedTuple):
     x: list[File]
     label: list[File] | None
     crc: list[File]
+    row_condition: dict[str, Any] | None
+    condition: list[list[File]] | None
+    class_names: list[str] | None
     digest: str
-    row_condition: dict[str, Any] | None = None
-    condition: list[list[File]] | None = None
-    class_names: list[str] | None = None
-
-
-_CONDITION = ("row_condition", "condition")
 
 
 def name_of_file(kind: str, number: int) -> str:
@@ -66,15 +60,13 @@ def as_text(manifest: Manifest) -> str:
 
 def _plain(manifest: Manifest) -> dict[str, Any]:
     """The manifest as dictionaries and lists, for JSON."""
-    files = {"x": manifest.x, "label": manifest.label, "crc": manifest.crc}
-    plain = manifest._asdict() | {
-        kind: None if several is None else [file._asdict() for file in several] for kind, several in files.items()
-    }
-    if manifest.class_names is None:
-        del plain["class_names"]
-    if manifest.condition is None:
-        return {field: value for field, value in plain.items() if field not in _CONDITION}
-    return plain | {"condition": [[file._asdict() for file in several] for several in manifest.condition]}
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, File):
+            return value._asdict()
+        return [plain(each) for each in value] if isinstance(value, list) else value
+
+    return {field: plain(value) for field, value in manifest._asdict().items()}
 
 
 def _digest(manifest: Manifest) -> str:
@@ -86,20 +78,15 @@ def _digest(manifest: Manifest) -> str:
 def read_manifest(path: Path) -> Manifest:
     """The manifest in a file. Every field and the digest are checked, but nothing is compared with other files."""
     values = read_json_object(path)
-    version = values.get("version", VERSION)
-    if version not in (VERSION, VERSION_WITH_CONDITION):
-        rule = f"{VERSION} or {VERSION_WITH_CONDITION}"
-        raise ValueError(f"{path}: version must be {rule}, got {_short(version)}: the data must be converted again")
-    with_condition = version == VERSION_WITH_CONDITION
-    left_out = {*(() if with_condition else _CONDITION), *(() if "class_names" in values else ("class_names",))}
-    wanted = [field for field in Manifest._fields if field not in left_out]
-    manifest = Manifest(**_fields(str(path), values, wanted))
+    if (version := values.get("version", VERSION)) != VERSION:
+        raise ValueError(f"{path}: version must be {VERSION}, got {_short(version)}: the data must be converted again")
+    manifest = Manifest(**_fields(str(path), values, Manifest._fields))
     _check_values(path, manifest)
     manifest = manifest._replace(
         x=_read_files(path, "x", manifest.x, None),
         label=None if manifest.label is None else _read_files(path, "label", manifest.label, len(manifest.x)),
         crc=_read_files(path, "crc", manifest.crc, len(manifest.x)),
-        condition=_read_condition(path, manifest) if with_condition else None,
+        condition=_read_condition(path, manifest),
     )
     if manifest.digest != (wanted := _digest(manifest)):
         rule = f"{wanted[:16]}..., the digest of the other fields"
@@ -145,8 +132,10 @@ def _read_files(path: Path, kind: str, values: list[Any], wanted: int | None) ->
     ]
 
 
-def _read_condition(path: Path, manifest: Manifest) -> list[list[File]]:
-    """The files of each array of the condition."""
+def _read_condition(path: Path, manifest: Manifest) -> list[list[File]] | None:
+    """The files of each array of the condition, None without one."""
+    if manifest.row_condition is None and manifest.condition is None:
+        return None
     try:
         arrays = len(jax.tree.leaves(_structure.from_json(manifest.row_condition)))
     except ValueError as error:

@@ -34,7 +34,7 @@ class ShardSource(AbstractSource):
     **Arguments:** `folder`; `verify` True to compare all data when the source is made.
 
     **Raises:** `OSError` if a file cannot be opened; `ValueError` that names the file, what was expected and what was
-    found, also for a folder of an earlier version; from `take`, `ValueError` that names file and row if a row differs
+    found, also for a folder of another version; from `take`, `ValueError` that names file and row if a row differs
     from what was written.
     """
 

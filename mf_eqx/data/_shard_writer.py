@@ -33,7 +33,7 @@ from .._leaves import by_name
 from .._validate import as_count, Count
 from . import _structure
 from ._file import PathLike
-from ._manifest import as_text, File, MANIFEST, Manifest, name_of_file, VERSION, VERSION_WITH_CONDITION
+from ._manifest import as_text, File, MANIFEST, Manifest, name_of_file, VERSION
 from ._npy import NUMBERS
 from ._row_checksums import row_checksums
 from ._source import AbstractSource, check_source, check_taken, name_in_errors
@@ -237,10 +237,11 @@ def _write_manifest(
     label = [shard.label for shard in written if shard.label is not None] or None
     shape, dtype = list(source.row_shape), source.dtype.newbyteorder("=").name
     names = None if source.class_names is None else list(source.class_names)
-    manifest = Manifest(VERSION, len(source), shape, dtype, source.labels, x, label, crc, "", class_names=names)
-    if structure is not None:
-        condition = [list(files) for files in zip(*(shard.condition for shard in written), strict=True)]
-        manifest = manifest._replace(version=VERSION_WITH_CONDITION, row_condition=structure, condition=condition)
+    arrays = [list(files) for files in zip(*(shard.condition for shard in written), strict=True)]
+    condition = None if structure is None else arrays
+    manifest = Manifest(
+        VERSION, len(source), shape, dtype, source.labels, x, label, crc, structure, condition, names, digest=""
+    )
     with named_in_errors(folder / MANIFEST), open(folder / MANIFEST, "x", encoding="ascii") as file:
         file.write(as_text(manifest))
         file.flush()

@@ -106,7 +106,7 @@ class Stream:
         digest.update(b"" if label is None else label.astype("<i8").tobytes())
         for leaf in jax.tree.leaves(condition):
             digest.update(np.ascontiguousarray(leaf).tobytes())
-        described = {
+        return {
             "rows": len(source),
             "row_shape": list(source.row_shape),
             "dtype": str(source.dtype),
@@ -115,11 +115,8 @@ class Stream:
             "digest": source.digest,
             "batch": self.batch,
             "seed": self.seed if self.shuffle else None,
+            "condition": shapes(by_name("condition", source.row_condition)),
         }
-        # Without conditions the description stays what it was before there were any, so that older runs go on.
-        if condition is not None:
-            described["condition"] = shapes(by_name("condition", source.row_condition))
-        return described
 
     def _rows(self, step: Count, positions: Int[np.ndarray, " local"]) -> Int[np.ndarray, " local"]:
         first = as_count("step", step, 0) * self.batch

@@ -289,7 +289,7 @@ class _CellRun:
             if changed and self.start < training.steps:
                 self.progress.note(f"{self.folder.root}: the setup has changed since it was saved: {changed}")
         self.lines = self.folder.drop_records_after(self.start)
-        written = self.lines if restored is None else restored.notes.get("lines", self.lines)
+        written = self.lines if restored is None else restored.notes["lines"]
         if written != self.lines:
             self.progress.note(missing_lines(self.folder, self.lines, written, self.start))
         return training.make_state() if restored is None else restored.state

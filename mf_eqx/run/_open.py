@@ -137,8 +137,7 @@ def _longer(path: Path) -> str:
 
 
 def _tell_of_others(config: Any, path: Path) -> None:
-    """Print which other run has the same configuration, by an earlier version of the script or under another name, or
-    the same but for the number of steps."""
+    """Print which other run has the same configuration under another name, or the same but for the number of steps."""
     for other in sorted(path.parent.glob("*/config.json")):
         with contextlib.suppress(OSError, ValueError):
             saved = _saved_config(other.parent) or {}

@@ -187,17 +187,15 @@ _SETTING = {"mf_eqx.run": "setting"}
 
 
 def recipe(config: Any, saved: dict[str, Any] | None = None) -> dict[str, Any]:
-    """The script's own fields, without settings: they must be the same when a run continues. An empty `start` is left
-    out, so that runs from the time before a script had this field are found.
+    """The script's own fields, without settings: they must be the same when a run continues.
 
-    **Arguments:** `config`; `saved` None, or the fields of an earlier run of the same script, from which those that are
-    settings of `config` are left out, too.
+    **Arguments:** `config`; `saved` None, or the fields of another run of the same script, whose recipe is returned.
     """
     common = {field.name for kind in (Settings, CellSettings) for field in dataclasses.fields(kind)}
     if dataclasses.is_dataclass(config):
         common |= {field.name for field in dataclasses.fields(config) if field.metadata == _SETTING}
     fields = as_json(config) if saved is None else saved
-    return {name: value for name, value in fields.items() if name not in common and (name, value) != ("start", "")}
+    return {name: value for name, value in fields.items() if name not in common}
 
 
 def default_name(config: Any) -> str:

@@ -22,11 +22,10 @@ from typing import Any
 
 import equinox as eqx
 import jax
-import jax.random as jr
 import optax
 
 from .._leaves import leaves, shapes
-from .._model import describe, make_network
+from .._model import describe
 from .._optimizer import copy
 from .._sharding import Parallelism
 from .._train import TrainStep
@@ -124,8 +123,6 @@ def _check_network(found: Mapping[str, Any] | None, field: eqx.Module, path: Pat
     wanted = description_of(field)
     if found is None or wanted is None:
         return
-    if found.get("network") == wanted["network"] and not isinstance(field, Autoencoder):
-        found = describe(eqx.filter_eval_shape(eqx.Partial(make_network, found, key=jr.key(0))))  # with all arguments
     for name in wanted:
         if name != "dropout" and found.get(name) != wanted[name]:
             raise ValueError(f"start must be of {name} {wanted[name]}, got {found.get(name)} in {path}")

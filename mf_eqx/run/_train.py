@@ -241,17 +241,15 @@ class _Training:
     def _restore_log(self, restored: Restored[TrainState] | None) -> None:
         """Remove from the log what was written after the restored step, and report lines that are missing before it."""
         self.lines = self.directory.drop_records_after(self.start)
-        written = self.lines if restored is None else restored.notes.get("lines", self.lines)
+        written = self.lines if restored is None else restored.notes["lines"]
         if written != self.lines:
             tell(missing_lines(self.directory, self.lines, written, self.start))
 
     def _check_notes(self, notes: Mapping[str, Any]) -> None:
         """Refuses a checkpoint of another configuration or of other data."""
         current = json.loads(json.dumps(self.notes))
-        config = notes.get("config", "")
-        saved = {**notes, "config": recipe(self.config, config) if isinstance(config, dict) else config}
         for name, subject in _MUST_AGREE.items():
-            if change := difference(saved.get(name, ""), current[name], name):
+            if change := difference(notes.get(name, ""), current[name], name):
                 rule = f"{subject} must be that of the run so far"
                 raise ValueError(f"{self.checkpoints.directory}: {rule}, but {change}")
 

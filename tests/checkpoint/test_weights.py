@@ -87,17 +87,6 @@ def test_a_network_is_filled_in_another_precision(path, field):
     np.testing.assert_array_equal(found.first.weight, field.first.weight)
 
 
-def test_weights_of_a_script_that_described_its_network_in_the_configuration_load(tmp_path):
-    field = filled(lambda: mfx.DiT((4, 4, 4), mfx.DiTSize(1, 8, 2, 2), labels=3, key=jr.key(0)))
-    size = {"depth": 1, "width": 8, "heads": 2, "patch": 2}
-    config = {"network": "DiT", "data_shape": [4, 4, 4], "size": size, "labels": 3, "steps": 7, "data": "latents"}
-    arrays = {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree.leaves_with_path(field)}
-    forged(tmp_path / "old", arrays, config=json.dumps(config))
-    assert_equal(checkpoint.load_weights(tmp_path / "old"), field)
-    weights = checkpoint.read_weights(tmp_path / "old")
-    assert (weights.config, weights.notes) == (config, None)
-
-
 class Own(nn.AbstractConditionEmbedding):
     """A condition embedding that only its owner knows."""
 
@@ -141,15 +130,21 @@ def test_notes_come_back(notes, field, tmp_path):
     assert checkpoint.read_weights(tmp_path / "a").notes == notes
 
 
-def test_older_notes_say_of_fewer_values_whether_they_were_trained():
-    trained = {"average": True, "null_velocity": True, "null_average": False}
-    assert notes_of_json({"trained": trained}).trained == mfx.Trained(True, True, False, True, False, False, None)
+TOKENIZER = NOTES.as_json()["tokenizer"]
 
 
-def test_older_notes_on_a_tokenizer_are_of_colours_and_of_the_scale_of_stable_diffusion():
-    size = {"widths": [4, 8], "blocks": 1, "latent": 4, "groups": 2}
-    found = notes_of_json({"tokenizer": {"size": size, "digest": None}}).tokenizer
-    assert found == checkpoint.Tokenizer(vae.AutoencoderSize((4, 8), 1, 4, 2, 3), None, vae.LatentStatistics())
+@pytest.mark.parametrize(
+    ("notes", "message"),
+    [
+        ({"trained": {"average": True, "null_velocity": True, "null_average": False}}, "Trained lacks velocity, ends_"),
+        ({"tokenizer": {name: TOKENIZER[name] for name in ("size", "digest")}}, "'statistics'"),
+        ({"tokenizer": {**TOKENIZER, "size": {"widths": [4, 8]}}}, "AutoencoderSize lacks blocks, latent, groups, cha"),
+    ],
+    ids=range(3),
+)
+def test_notes_that_say_less_than_they_must_are_refused(notes, message):
+    with pytest.raises(ValueError, match=f"notes must be those of checkpoint.Notes, but cannot be read: {message}"):
+        notes_of_json(notes)
 
 
 @pytest.mark.parametrize(
@@ -344,28 +339,28 @@ def test_an_empty_file_is_refused_as_such(tmp_path):
 
 
 def forged(path, arrays, **metadata):
-    """A file with these words beside its arrays, and the digest that belongs to them: of the format before the present
-    one, unless they say otherwise."""
+    """A file with these words beside its arrays, and the digest that belongs to them: of our format, unless they say
+    otherwise."""
     import safetensors.numpy
 
-    text = metadata.get("about", metadata.get("config", ""))
-    content = {"format": "mf_eqx weights 1", "sha256": digest(dict(sorted(arrays.items())), text)} | metadata
+    found = digest(dict(sorted(arrays.items())), metadata.get("about", ""))
+    content = {"format": "mf_eqx weights 2", "sha256": found} | metadata
     path.write_bytes(safetensors.numpy.save(arrays, {name: word for name, word in content.items() if word is not None}))
 
 
 @pytest.mark.parametrize(
     ("metadata", "message"),
     [
-        ({"config": "{}", "format": "mf_eqx weights 3"}, r"in the format 'mf_eqx weights 2', got 'mf_eqx weights 3'"),
-        ({"config": "{}", "format": None}, "in the format 'mf_eqx weights 2', got None"),
-        ({"config": "{}", "format": "9" * 999}, f"in the format 'mf_eqx weights 2', got '{'9' * 59}$"),
-        ({"config": "{}", "sha256": None}, "sha256 differs"),
+        ({"format": "mf_eqx weights 1"}, r"in the format 'mf_eqx weights 2', got 'mf_eqx weights 1'"),
+        ({"format": None}, "in the format 'mf_eqx weights 2', got None"),
+        ({"format": "9" * 999}, f"in the format 'mf_eqx weights 2', got '{'9' * 59}$"),
+        ({"about": "{}", "sha256": None}, "sha256 differs"),
         ({}, "but its configuration cannot be read: Expecting"),
-        ({"config": "{"}, "but its configuration cannot be read: Expecting"),
-        ({"config": "[" * 100_000}, "but its configuration cannot be read: it is nested more than 64 times"),
-        ({"config": '{"a":' * 100_000}, "but its configuration cannot be read: it is nested more than 64 times"),
-        ({"config": "1" * 10_000}, "but its configuration cannot be read: Exceeds the limit"),
-        ({"config": "[1]"}, "whose configuration is a JSON object, got list"),
+        ({"about": "{"}, "but its configuration cannot be read: Expecting"),
+        ({"about": "[" * 100_000}, "but its configuration cannot be read: it is nested more than 64 times"),
+        ({"about": '{"a":' * 100_000}, "but its configuration cannot be read: it is nested more than 64 times"),
+        ({"about": "1" * 10_000}, "but its configuration cannot be read: Exceeds the limit"),
+        ({"about": "[1]"}, "whose configuration is a JSON object, got list"),
     ],
     ids=range(10),
 )
@@ -390,7 +385,7 @@ def test_a_file_of_another_format_or_configuration_is_refused(metadata, message,
     ids=range(8),
 )
 def test_a_file_that_says_what_no_file_says_is_refused(about, message, tmp_path):
-    forged(tmp_path / "forged", {}, format="mf_eqx weights 2", about=json.dumps(about))
+    forged(tmp_path / "forged", {}, about=json.dumps(about))
     with pytest.raises(ValueError, match=message):
         checkpoint.read_weights(tmp_path / "forged")
 
@@ -406,7 +401,7 @@ def test_a_file_that_says_what_no_file_says_is_refused(about, message, tmp_path)
 )
 def test_a_file_of_a_network_that_cannot_be_made_is_refused(network, message, tmp_path):
     about = {"network": network, "config": {}}
-    forged(tmp_path / "forged", {}, format="mf_eqx weights 2", about=json.dumps(about))
+    forged(tmp_path / "forged", {}, about=json.dumps(about))
     with pytest.raises(ValueError, match=message):
         checkpoint.load_weights(tmp_path / "forged")
 

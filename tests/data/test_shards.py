@@ -122,7 +122,7 @@ def test_files_are_plain_npy(folder):
 def test_manifest_tells_every_file(folder):
     manifest = json.loads((folder / "manifest.json").read_text())
     assert {name: manifest[name] for name in ("version", "rows", "row_shape", "dtype", "labels")} == {
-        "version": 2,
+        "version": 4,
         "rows": 11,
         "row_shape": [2, 3],
         "dtype": "float32",
@@ -213,7 +213,7 @@ def test_manifest_of_as_many_shards_as_may_be_written_can_be_read():
         [_manifest.File(_manifest.name_of_file(kind, n), 1 << 20, 1 << 40, "0" * 64) for n in range(100)]
         for kind in ("x", "label", "crc")
     ]
-    text = _manifest.as_text(_manifest.Manifest(_manifest.VERSION, 100, [1], "uint8", 1, *files, ""))
+    text = _manifest.as_text(_manifest.Manifest(_manifest.VERSION, 100, [1], "uint8", 1, *files, None, None, None, ""))
     assert share * len(text) < _json._MAX_BYTES
     assert share * sum(map(text.count, ",[{")) < _json._MAX_VALUES
 
@@ -391,8 +391,8 @@ def test_file_that_holds_something_else_than_checksums_is_refused(folder):
         (b"1" * 10_000, "must be JSON, but it cannot be read: "),
         (b'{"x": [' + b"[], " * 1_100_000 + b"[]]}", "must be JSON, but it cannot be read: it has more than 1,048,576"),
         (b"[]", "must be an object, got list"),
-        (b"{}", "must have version, rows, .*; got no version, rows, row_shape, dtype, labels, x, label, crc, digest"),
-        (b'{"version": 1, "more": 1}', "version must be 2 or 3, got 1: the data must be converted again"),
+        (b"{}", "must have version, rows, .*; got no version, .*, row_condition, condition, class_names, digest"),
+        (b'{"version": 3, "more": 1}', "version must be 4, got 3: the data must be converted again"),
     ],
 )
 def test_manifest_that_is_none_is_refused(content, message, folder):
@@ -508,15 +508,10 @@ def test_manifest_tells_shapes_dtypes_and_files_of_conditions(conditions):
     more = [array | {"shape": [3], "dtype": "int16"}, {"kind": "list", "entries": [array, {"kind": "none"}]}]
     expected = {"joints": array | {"shape": [5], "dtype": "float64"}, "more": {"kind": "tuple", "entries": more}}
     assert manifest["row_condition"] == {"kind": "dict", "entries": expected}
-    assert (manifest["version"], manifest["labels"], manifest["label"]) == (3, None, None)
+    assert (manifest["version"], manifest["labels"], manifest["label"]) == (4, None, None)
     names = [[file["name"] for file in files] for files in manifest["condition"]]
     assert names == [[f"condition_{leaf}_0000{number}.npy" for number in range(3)] for leaf in range(3)]
     np.testing.assert_array_equal(np.load(conditions / names[0][1]), TREE["joints"][4:8])
-
-
-def test_folder_without_conditions_is_what_it_was_before_there_were_any(folder):
-    manifest = json.loads((folder / "manifest.json").read_text())
-    assert manifest["version"] == 2 and not {"row_condition", "condition"} & manifest.keys()
 
 
 def test_shards_with_conditions_can_be_written_again(conditions, tmp_path):
@@ -556,7 +551,7 @@ def entry(manifest, *path):
     ("change", "message"),
     [
         (lambda m: m.pop("condition"), "got no condition"),
-        (lambda m: m.update(version=2), "must have only .*, got row_condition, condition too"),
+        (lambda m: m.update(condition=None), "condition must be a list for each of the 3 arrays .*, got None"),
         (lambda m: m.update(row_condition=None), "row_condition must describe arrays, dictionaries, tuples and lists"),
         (lambda m: m["row_condition"].update(kind=["dict"]), "row_condition must describe arrays"),
         (lambda m: m["row_condition"].update(kind="list"), "row_condition must have entries that fit the kind list"),

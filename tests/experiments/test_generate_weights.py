@@ -208,14 +208,6 @@ def test_guidance_of_weights_that_say_nothing_is_a_warning(command, capsys):
     assert text in capsys.readouterr().err
 
 
-def test_what_older_recipes_wrote_into_configurations_is_understood(experiment):
-    tokenizer = {**TINY_VAE._asdict(), "widths": [4, 4]}
-    config = {"network": "DiT", "tokenizer": tokenizer, "vae": "0" * 64, "steps": 3, "decay": 0.9}
-    found = experiment("saved").assumed_notes(config, (4, 8, 8))
-    expected = checkpoint.Tokenizer(TINY_VAE, "0" * 64)
-    assert found == checkpoint.Notes(pixels=(-1, 1), tokenizer=expected, steps=3, decay=0.9)
-
-
 @pytest.mark.parametrize(
     ("steps", "sampler"), [pytest.param("", mfx.sample, marks=pytest.mark.slow), ("--euler", mfx.sample_euler)]
 )
@@ -334,12 +326,6 @@ def test_only_what_is_made_needs_a_package(command, monkeypatch):
     for place in ("x.npy", "x.png", "new/"):
         command(f"digits.safetensors --to {place} --dry-run")
     assert needed == [("matplotlib",), ("PIL",)]
-
-
-def test_a_configuration_that_is_not_of_a_recipe_is_refused_with_the_name_of_its_file(command, files, refusal_of):
-    checkpoint.save_weights("foreign.safetensors", files[1]["latent"], {"tokenizer": "sd-vae"})
-    message = "foreign.safetensors: must have notes, or the configuration of a recipe, got {'tokenizer': 'sd-vae'}: "
-    assert message in refusal_of(command, "foreign.safetensors")
 
 
 def test_weights_of_a_network_of_ones_own_are_refused_by_name(command, refusal_of):

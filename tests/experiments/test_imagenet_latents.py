@@ -1,7 +1,6 @@
 """The ImageNet script: presets with the paper's numbers, and its refusals. `test_rehearsal.py` trains by it."""
 
 import dataclasses
-import json
 import math
 import os
 import pathlib
@@ -14,6 +13,7 @@ import jax.random as jr
 import numpy as np
 import pytest
 from fields import filled, VelocityAlone
+from latent_files import save_latents
 
 import mf_eqx as mfx
 from mf_eqx import checkpoint, data, run, vae
@@ -265,21 +265,6 @@ def test_pictures_read_u_where_it_was_trained(latents, share, monkeypatch):
 
 # Bad input
 
-X = np.random.default_rng(0).uniform(0.1, 1, (12, 8, 4, 4)).astype(np.float16)
-
-TOKENIZER = {"widths": [4, 8], "blocks": 1, "latent": 4, "groups": 2}
-NOTES = {"images": "images", "rows": 12, "labels": 3, "size": 8, "parts": 1, "bfloat16": False}
-NOTES |= {"vae": "0" * 64, "tokenizer": TOKENIZER}
-
-
-def save_latents(folder, label, **changes):
-    """What prepare_latents.py leaves, as one part; `changes` of its notes."""
-    source = data.ArraySource(X, label, labels=None if label is None else 3)
-    os.makedirs(folder)
-    with open(f"{folder}/latents.json", "w") as file:
-        json.dump({**NOTES, **changes}, file)
-    data.write_shards(source, f"{folder}/part_0000")
-
 
 def save_weights(path):
     make = eqx.Partial(mfx.DiT, (4, 4, 4), mfx.DiTSize(1, 8, 2, 2), labels=3, key=jr.key(0))
@@ -343,9 +328,9 @@ def save_weights(path):
 )
 def test_bad_input_ends_in_one_line_and_leaves_no_run(latents, arguments, message, refusal_of, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    save_latents("latents", np.arange(12) % 3)
-    save_latents("bare", None)
-    save_latents("begun", np.arange(12) % 3, parts=2)
+    save_latents(pathlib.Path("latents"))
+    save_latents(pathlib.Path("bare"), labelled=False)
+    save_latents(pathlib.Path("begun"), parts=2)
     save_weights("other.safetensors")
     os.makedirs("images")
     pathlib.Path("images/latents.json").write_text("{}")

@@ -209,18 +209,6 @@ def test_folder_tells_what_it_was_made_of(convert, capsys):
     assert notes["statistics"] == {"mean": [0.0], "std": [1 / vae.SCALE]}
 
 
-def test_folders_from_before_there_were_statistics_are_those_of_stable_diffusion(convert, prepare_latents):
-    convert("--to latents --parts 2 --last-part 0")
-    path = pathlib.Path("latents/latents.json")
-    notes = json.loads(path.read_text())
-    del notes["statistics"], notes["tokenizer"]["channels"], notes["grey"], notes["holdout"]
-    notes["size"] = SIZE
-    path.write_text(json.dumps(notes))
-    assert prepare_latents.read_notes("latents").of_tokenizer().statistics == vae.LatentStatistics()
-    convert("--to latents --parts 2")
-    assert len(prepare_latents.open_latents("latents")) == 11
-
-
 def test_statistics_are_those_of_the_config_and_no_others(convert, prepare_latents, capsys, refused):
     path = pathlib.Path("vae/config.json")
     path.write_text(json.dumps({**json.loads(path.read_text()), "latents_mean": [1, 2, 3], "scaling_factor": 0.5}))
@@ -357,13 +345,13 @@ def test_notes_that_cannot_be_read_are_refused(convert, prepare_latents, refused
         {"parts": "1"},
         {"parts": 10**12},
         {"rows": None},
-        {"size": 0},
+        {"size": 8},
         {"size": [8]},
         {"size": "88"},
         {"grey": 1},
         {"holdout": 1},
         {"tokenizer": 3},
-        {"tokenizer": {}},
+        {"tokenizer": {"widths": [4, 8], "blocks": 1, "latent": 3, "groups": 2}},
         {"tokenizer": TINY._replace(latent="3")._asdict()},
         {"statistics": {"std": [0.0]}},
         {"statistics": {"mean": [1.0, 2.0]}},
@@ -374,7 +362,8 @@ def test_notes_that_cannot_be_read_are_refused(convert, prepare_latents, refused
     ids=str,
 )
 def test_notes_of_wrong_types_are_refused(changed, prepare_latents, tmp_path):
-    notes = prepare_latents.Notes("images", 1, None, [8, 8], 1, "0", TINY._asdict(), False)
+    of_latents = (None, vae.LatentStatistics().as_json(), False, 0.0)
+    notes = prepare_latents.Notes("images", 1, None, [8, 8], 1, "0", TINY._asdict(), False, *of_latents)
     (tmp_path / "latents.json").write_text(json.dumps(notes._asdict()))
     assert prepare_latents.read_notes(tmp_path).of_tokenizer() == checkpoint.Tokenizer(TINY, "0")
     (tmp_path / "latents.json").write_text(json.dumps(notes._asdict() | changed))

@@ -10,10 +10,11 @@ import jax.random as jr
 import numpy as np
 import pytest
 from image_files import save_idx, save_mnist
+from latent_files import save_latents
 from processes import ended, free_address, TESTS
 
 import mf_eqx as mfx
-from mf_eqx import checkpoint, data
+from mf_eqx import checkpoint
 
 for package in ("tyro", "matplotlib", "sklearn", "beartype", "grain", "orbax.checkpoint", "safetensors"):
     pytest.importorskip(package)
@@ -87,16 +88,6 @@ def test_no_script_touches_a_device_when_it_is_imported_or_makes_a_configuration
 
 def test_every_training_script_is_started_below_as_two_processes():
     assert {name for name, trains in imported().items() if trains} == set(TRAINING)
-
-
-def save_latents(folder):
-    """What prepare_latents.py leaves, of twelve images."""
-    draws = np.random.default_rng(0)
-    x = draws.uniform(0.1, 1, (12, 8, 4, 4)).astype(np.float16)
-    data.write_shards(data.ArraySource(x, np.arange(12) % 3, labels=3), folder / "part_0000")
-    notes = {"images": "images", "rows": 12, "labels": 3, "size": 8, "parts": 1, "bfloat16": False, "vae": "0" * 64}
-    notes["tokenizer"] = {"widths": [4, 8], "blocks": 1, "latent": 4, "groups": 2}
-    (folder / "latents.json").write_text(json.dumps(notes))
 
 
 def save_network(path):

@@ -19,13 +19,6 @@ class Started(Config):
     start: str = ""
 
 
-@dataclasses.dataclass(frozen=True)
-class Longer(run.Settings):
-    steps: int = run.setting(10)
-    rate: float = 0.1
-    start: str = ""
-
-
 def opened(root, **fields):
     return run.opened(Config(**fields), root=root, script="toys")
 
@@ -108,15 +101,13 @@ def test_a_run_of_several_trainings_is_continued_from_one_of_them(tmp_path, caps
     assert f"--start {directory.root}/a or --start {directory.root}/b begins a new run" in capsys.readouterr().out
 
 
-def test_a_run_of_before_its_steps_were_a_setting_is_named_and_continued_by_its_name(tmp_path, capsys):
-    old = made(tmp_path)
+def test_a_run_that_has_a_name_is_told_and_continued_by_its_name(tmp_path, capsys):
+    old = made(tmp_path, name="mine")
     made(tmp_path, name="of-a-test", test_run=True)  # is nothing to continue
-    now = Longer(steps=30)
-    with run.opened(now, root=tmp_path, script="toys") as directory:
-        assert directory.root != old
+    new = made(tmp_path)
     (line,) = capsys.readouterr().out.splitlines()
-    assert line == f"{directory.root}: a new run; {old} has the same configuration, and --name {old.name} continues it"
-    with run.opened(dataclasses.replace(now, name=old.name), root=tmp_path, script="toys") as directory:
+    assert line == f"{new}: a new run; {old} has the same configuration, and --name mine continues it"
+    with opened(tmp_path, name="mine") as directory:
         assert directory.root == old
     assert not capsys.readouterr().out
 

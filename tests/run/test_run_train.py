@@ -30,13 +30,6 @@ for package in ("grain", "orbax.checkpoint"):
 CONFIG = trainer.Config(steps=14, log_every=4, save_every=5, preview_every=6)  # six steps are an epoch
 
 
-@dataclasses.dataclass(frozen=True)
-class Longer(trainer.Config):
-    """The number of steps as a setting."""
-
-    steps: int = run.setting(20)
-
-
 COMPILED = _train._train_step
 due = None  # after which step which signal arrives
 
@@ -282,11 +275,6 @@ def test_another_configuration_is_refused_by_the_field(undisturbed):
     assert re.search(
         r"checkpoints: configuration must be that of the run so far, but config.share was 0.5, now 0.25", message
     )
-
-
-def test_a_run_of_before_its_steps_were_a_setting_goes_on(undisturbed):
-    config = Longer(**{field.name: getattr(CONFIG, field.name) for field in dataclasses.fields(CONFIG)})
-    assert bits(trainer.train(config, undisturbed[1])) == bits(undisturbed[0])
 
 
 def test_other_data_are_refused_by_what_differs(undisturbed):

@@ -15,7 +15,7 @@ import trainer
 
 import mf_eqx as mfx
 from mf_eqx import checkpoint, data, run, vae
-from mf_eqx.run._start import _check_network, description_of, started
+from mf_eqx.run._start import description_of, started
 
 for package in ("grain", "orbax.checkpoint", "safetensors"):
     pytest.importorskip(package)
@@ -192,16 +192,6 @@ def test_another_tokenizer_is_refused_by_its_size(tmp_path):
         started(str(tmp_path), functools.partial(tokenizer_state, step, 4), step)
     with pytest.raises(ValueError, match="start must be of network MLP, got Autoencoder in "):
         started(str(tmp_path), trainer.parts(16, False, False, 0.5, 1, None)[1], step)
-
-
-def test_arguments_that_an_older_description_lacks_have_their_defaults(tmp_path):
-    field = mfx.MLP(2, width=8, key=jr.key(0))
-    older = mfx.describe(field)
-    assert older.pop("time_variables")
-    _check_network(older, field, tmp_path)
-    other = mfx.MLP(2, width=8, time_variables=mfx.nn.end_start, key=jr.key(0))
-    with pytest.raises(ValueError, match="start must be of time_variables end_start, got end_duration in"):
-        _check_network(older, other, tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["weights", "checkpoint"])
