@@ -17,7 +17,7 @@ import optax
 import mf_eqx as mfx
 from mf_eqx import run
 from mf_eqx.checkpoint import digests
-from mf_eqx.run import _cells
+from mf_eqx.run import _cell_run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +82,7 @@ def judge(cell, state):
 
 def main(config):
     """Train several networks."""
-    pause, scan_steps = float(os.environ.get("PAUSE", "0")), _cells.scan_steps
+    pause, scan_steps = float(os.environ.get("PAUSE", "0")), _cell_run.scan_steps
 
     def slow(*arguments):
         if pause:
@@ -90,7 +90,7 @@ def main(config):
         time.sleep(pause)  # for signals to arrive at a known step
         return scan_steps(*arguments)
 
-    _cells.scan_steps = slow
+    _cell_run.scan_steps = slow
     trainings = {seed: training(seed, config.steps) for seed in range(config.cells)} | {"judged": None}
     with run.opened(config, root=os.environ.get("RUNS", "runs")) as directory:
         run.announce(config, trainings, directory)

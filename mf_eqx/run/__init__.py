@@ -44,7 +44,8 @@ from .._files import (
 )
 from .._json import read_json_object as read_json_object
 from .._optional import MissingDependency as MissingDependency, optional as optional, require as require
-from ._cells import announce as announce, train_cells as train_cells, Training as Training
+from ._cell_training import Training as Training
+from ._cells import announce as announce, train_cells as train_cells
 from ._cli import main as main
 from ._directory import RunDirectory as RunDirectory
 from ._ledger import Ledger as Ledger

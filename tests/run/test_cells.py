@@ -15,7 +15,7 @@ from processes import tree
 
 import mf_eqx as mfx
 from mf_eqx import checkpoint, run
-from mf_eqx.run import _cells
+from mf_eqx.run import _cell_run, _cells
 
 pytest.importorskip("orbax.checkpoint")
 
@@ -55,8 +55,8 @@ def no_training(unchecked, monkeypatch):
         calls.append(steps)
         return state, {}
 
-    monkeypatch.setattr(_cells, "scan_steps", scan_steps)
-    monkeypatch.setattr(_cells._CellRun, "_save", lambda self, state: None)
+    monkeypatch.setattr(_cell_run, "scan_steps", scan_steps)
+    monkeypatch.setattr(_cell_run.CellRun, "_save", lambda self, state: None)
     return calls
 
 
@@ -139,7 +139,7 @@ def test_a_test_run_does_two_steps_of_everything(directory):
 
 def signals_itself(directory, calls, number=signal.SIGTERM):
     """`scan_steps`, at whose call of that number the process gets a signal."""
-    scan_steps, done = _cells.scan_steps, iter(range(1, 10**6))
+    scan_steps, done = _cell_run.scan_steps, iter(range(1, 10**6))
 
     def scan(*arguments):
         if next(done) == calls:
@@ -159,7 +159,7 @@ def test_a_signal_ends_after_the_part_with_all_saved_and_the_rest_gives_the_same
     cells = {seed: training(seed, steps=8) for seed in range(3)}
     expected = trained(config(log_every=2), cells, run.RunDirectory(tmp_path / "other"))
     with monkeypatch.context() as patch:
-        patch.setattr(_cells, "scan_steps", signals_itself(directory, 6, number))
+        patch.setattr(_cell_run, "scan_steps", signals_itself(directory, 6, number))
         with pytest.raises(run.Stopped) as stopped:
             trained(config(log_every=2), cells, directory)
     assert (stopped.value.signal, stopped.value.step) == (number, 8 + 4)
@@ -189,7 +189,7 @@ def test_handlers_are_as_before_after_an_error_too(directory):
 
 
 def test_an_error_in_one_cell_saves_the_others(directory, monkeypatch):
-    scan_steps = _cells.scan_steps
+    scan_steps = _cell_run.scan_steps
 
     def scan(step, state, draw, steps):
         if isinstance(draw, Broken):
@@ -197,7 +197,7 @@ def test_an_error_in_one_cell_saves_the_others(directory, monkeypatch):
             raise KeyError("broken")
         return scan_steps(step, state, draw, steps)
 
-    monkeypatch.setattr(_cells, "scan_steps", scan)
+    monkeypatch.setattr(_cell_run, "scan_steps", scan)
     cells = {0: training(steps=10**6), 1: training(1, draw=Broken())}
     with pytest.raises(KeyError, match="broken"):
         trained(config(workers=2, log_every=1), cells, directory)
@@ -329,14 +329,14 @@ def test_another_version_is_told_where_a_training_goes_on(left, told, directory,
 
 
 def test_a_directory_that_is_moved_in_the_midst_ends_all_cells(tmp_path, monkeypatch):
-    scan_steps, calls = _cells.scan_steps, iter(range(10**6))
+    scan_steps, calls = _cell_run.scan_steps, iter(range(10**6))
 
     def scan(*arguments):
         if next(calls) == 2:
             directory.root.rename(tmp_path / "elsewhere")
         return scan_steps(*arguments)
 
-    monkeypatch.setattr(_cells, "scan_steps", scan)
+    monkeypatch.setattr(_cell_run, "scan_steps", scan)
     with pytest.raises(run.Moved), run.opened(config(), root=tmp_path, script="cells") as directory:
         trained(config(log_every=1, save_every=1), {seed: training(seed, steps=4) for seed in range(2)}, directory)
     assert not directory.root.exists()
@@ -376,32 +376,8 @@ def test_a_dry_run_counts_what_the_test_run_would_do(directory, capsys):
     assert not list(directory.root.iterdir())
 
 
-def test_programs_are_dropped_when_they_take_half_of_the_memory_mappings_of_a_process(monkeypatch):
-    traced = []
-
-    @jax.jit
-    def function(x):
-        traced.append(x)
-        return x + 1
-
-    def after(allowed):
-        def read_text(path):
-            return str(allowed)
-
-        monkeypatch.setattr(_cells.Path, "read_text", read_text)
-        function(jnp.zeros(()))
-        _cells.drop_programs_if_many()
-        function(jnp.zeros(()))
-        return len(traced)
-
-    if not os.path.exists("/proc/self/maps"):
-        pytest.skip("needs Linux")
-    assert after(allowed=10**9) == 1
-    assert after(allowed=10) == 2
-
-
 def test_programs_are_counted_after_every_cell(directory, monkeypatch):
     counted = []
-    monkeypatch.setattr(_cells, "drop_programs_if_many", lambda: counted.append(1))
+    monkeypatch.setattr(_cell_run, "drop_programs_if_many", lambda: counted.append(1))
     trained(config(), {name: training(name=name) for name in ("a", "b")}, directory)
     assert len(counted) == 2
