@@ -33,7 +33,6 @@ import image_sources
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, UInt8
 
 from mf_eqx import checkpoint, data, run
@@ -268,9 +267,9 @@ def tokenizer_path(path: str) -> str | Path:
     return download_autoencoder() if path == HUB else path
 
 
-def open_tokenizer(path: str, size: AutoencoderSize | None = None, dtype: DTypeLike = jnp.float32) -> Autoencoder:
-    """The tokenizer in a folder or file; without a size that of its config.json, or of Stable Diffusion."""
-    return load_autoencoder(tokenizer_path(path), size, dtype=dtype)
+def open_tokenizer(path: str, size: AutoencoderSize) -> Autoencoder:
+    """The tokenizer of this size in a folder or file."""
+    return load_autoencoder(tokenizer_path(path), size)
 
 
 def open_images(config: Config, of: AutoencoderSize) -> tuple[data.AbstractSource, Sequence[str] | None]:

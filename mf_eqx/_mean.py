@@ -12,6 +12,9 @@ from jaxtyping import Array, ArrayLike, Float
 
 from ._validate import quotient
 
+_BINS = 4
+"""Of t - r, for metrics."""
+
 
 class Mean(eqx.Module):
     """A mean as (total, count), so that the means of micro-batches and devices add up to the mean of the whole batch.
@@ -48,14 +51,14 @@ def mean_of(values: Float[Array, " batch"]) -> Mean:
     return Mean(jnp.sum(values), jnp.full((), values.size, values.dtype))
 
 
-def errors_by_kind(errors: Float[Array, " batch"], gaps: Float[Array, " batch"], bins: int = 4) -> Metrics:
+def errors_by_kind(errors: Float[Array, " batch"], gaps: Float[Array, " batch"]) -> Metrics:
     """Raw errors of rows with r = t (identity rows may be among them) and with r < t, also in equal bins of t - r."""
-    bin_of = jnp.where(gaps > 0, jnp.minimum((gaps * bins).astype(int), bins - 1), bins)
-    member = bin_of[:, None] == jnp.arange(bins + 1)
+    bin_of = jnp.where(gaps > 0, jnp.minimum((gaps * _BINS).astype(int), _BINS - 1), _BINS)
+    member = bin_of[:, None] == jnp.arange(_BINS + 1)
     total = jnp.sum(jnp.where(member, errors[:, None], 0), axis=0)  # not `member * errors`: a NaN must stay in its bin
     count = jnp.sum(member, axis=0, dtype=errors.dtype)
     return {
-        "boundary_error": Mean(total[bins], count[bins]),
-        "identity_error": Mean(jnp.sum(total[:bins]), jnp.sum(count[:bins])),
-        "identity_error_by_gap": Mean(total[:bins], count[:bins]),
+        "boundary_error": Mean(total[_BINS], count[_BINS]),
+        "identity_error": Mean(jnp.sum(total[:_BINS]), jnp.sum(count[:_BINS])),
+        "identity_error_by_gap": Mean(total[:_BINS], count[:_BINS]),
     }

@@ -28,6 +28,7 @@ from .._validate import as_count, Count
 from ._source import AbstractSource, check_source, check_taken
 
 _SAMPLED = 64
+_ON_DEVICES = 2
 
 
 class Stream:
@@ -142,10 +143,10 @@ def _order(rows: int, seed: int, shuffle: bool) -> Any:
     return (numbers.seed(seed).shuffle() if shuffle else numbers).repeat()
 
 
-def _prefetched(batches: Iterator[Batch], ahead: int = 2) -> Iterator[Batch]:
+def _prefetched(batches: Iterator[Batch]) -> Iterator[Batch]:
     """The same batches, each requested before the one in front of it is handed out: its transfer to the devices starts
     at once and runs in the background."""
-    waiting = collections.deque(itertools.islice(batches, ahead))
+    waiting = collections.deque(itertools.islice(batches, _ON_DEVICES))
     while waiting:
         yield waiting.popleft()
         waiting.extend(itertools.islice(batches, 1))

@@ -17,6 +17,8 @@ from ._figure import plain, save_figure
 
 _SIDE = 2.2
 _DPI = 100
+_HIGHEST = 10.0
+"""Of the colours of heat maps, so that one method that diverged does not make all others look alike."""
 
 
 def save_point_grid(
@@ -149,12 +151,11 @@ def save_heat_maps(
     row_label: str,
     column_label: str,
     value_label: str,
-    highest: float = 10.0,
     title: str | None = None,
 ) -> None:
     """Save heat maps as PNG on one logarithmic colour scale: for example an error in cells of (r, t), for every method.
 
-    Values above `highest` share its colour, so that one method that diverged does not make all others look alike.
+    Values above 10 share one colour.
 
     **Arguments:** `path` of the file; `maps` by name, values > 0, NaN for empty cells; `edges` of the cells along both
     axes; `row_label`, `column_label` of the axes, `value_label` of the colours; `title` above everything.
@@ -173,7 +174,7 @@ def save_heat_maps(
     for panel in grid.flat[len(values) :]:
         panel.remove()
     low = float(positive.min())
-    norm = LogNorm(low, max(min(float(positive.max()), highest), 1.01 * low))
+    norm = LogNorm(low, max(min(float(positive.max()), _HIGHEST), 1.01 * low))
     image = None
     for (name, map), panel in zip(values.items(), panels, strict=True):
         image = panel.pcolormesh(edges, edges, map, norm=norm, cmap="magma_r")

@@ -40,6 +40,9 @@ from ._table import table
 _Cell = TypeVar("_Cell")
 _Result = TypeVar("_Result")
 
+_SHOWN = ("boundary_error", "identity_error")
+"""Metrics of the progress line."""
+
 
 def announce(config: CellSettings, trainings: Mapping[_Cell, Training | None], directory: RunDirectory) -> None:
     """Print which trainings are finished or begun, if any are. A dry run prints what would be trained, and ends.
@@ -67,7 +70,6 @@ def train_cells(
     directory: RunDirectory,
     *,
     note: Callable[[_Cell, _Result], str] | None = None,
-    shown: Sequence[str] = ("boundary_error", "identity_error"),
 ) -> dict[_Cell, _Result]:
     """The result of each cell, computed in `config.workers` threads.
 
@@ -86,7 +88,6 @@ def train_cells(
     - `directory`: from `opened`.
     - `note`: a function from a cell and its result to a line that is printed. It is called in the main thread, as cells
       are finished.
-    - `shown`: metrics of the progress line.
 
     **Raises:** `Stopped` after SIGTERM or SIGINT; `NonFinite` after `config.most_faults` steps in a row without a
     finite loss and gradient; `CheckpointError`; `Moved` if the directory was moved; `ValueError` if a setting is
@@ -95,7 +96,7 @@ def train_cells(
     """
     config, trainings = _checked(config, trainings)
     steps = sum(training.steps for training in _to_train(trainings.values()))
-    with StopSignals() as signals, Progress(steps, shown=shown) as progress:
+    with StopSignals() as signals, Progress(steps, shown=_SHOWN) as progress:
         machine = made_by()
         runs = {
             cell: CellRun(config, training, directory, signals, progress, machine)
