@@ -98,7 +98,7 @@ def named(name: str, source: data.AbstractSource) -> data.AbstractSource:
 
 
 def write_array_record(path: Path, x: np.ndarray, label: np.ndarray) -> None:
-    with run.optional("array_record", extra=None):
+    with run.optional("array_record"):
         from array_record.python.array_record_module import ArrayRecordWriter
     writer = ArrayRecordWriter(str(path), "group_size:1")
     for row, value in zip(x, label, strict=True):
@@ -109,7 +109,7 @@ def write_array_record(path: Path, x: np.ndarray, label: np.ndarray) -> None:
 
 
 def write_images(folder: Path, x: np.ndarray, label: np.ndarray) -> None:
-    with run.optional("PIL", extra="images"):
+    with run.optional("PIL"):
         from PIL import Image
     for number, (row, value) in enumerate(zip(x, label, strict=False)):
         path = folder / str(value) / f"{number:06}.png"

@@ -54,7 +54,7 @@ def read_safetensors(path: str | Path) -> dict[str, Shaped[np.ndarray, "..."]]:
     **Raises:** `OSError` if it cannot be read; `ValueError` that names it if it is not a safetensors file, is cut off,
     or has a tensor of an unsupported dtype such as float8.
     """
-    with optional("safetensors", extra=None):
+    with optional("safetensors"):
         import safetensors
     content = read_regular(path)
     try:
@@ -83,7 +83,7 @@ def read_torch(path: str | Path) -> dict[str, Any]:
     """
     if is_legacy_torch(path):
         return read_legacy_torch(path)
-    with optional("torch", extra=None):
+    with optional("torch"):
         import torch  # pyright: ignore[reportMissingImports]
     with open_regular(path) as file:
         try:

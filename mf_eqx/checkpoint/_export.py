@@ -55,7 +55,7 @@ def export_sampler(
     **Raises:** `ValueError` for a field that cannot be sampled, see `sample`, or if `data_shape` or `platforms` is no
     tuple or list.
     """
-    with optional("flatbuffers", extra="export"):
+    with optional("flatbuffers"):
         import flatbuffers  # noqa: F401 # pyright: ignore[reportMissingImports] # jax.export uses it for writing
 
     def draw(eps: Any, *condition: Any) -> Any:

@@ -107,7 +107,7 @@ def save_weights(
     (averages are float32), if `field` cannot be called, such as a whole state, or if there are not as many
     `class_names` as labels. `OSError` if the file cannot be written; an existing file is then left unchanged.
     """
-    with optional("safetensors", extra=None):
+    with optional("safetensors"):
         import safetensors.numpy
     if not callable(field):
         raise ValueError(f"field must be a network, got {type(field).__name__}, which cannot be called")
@@ -175,7 +175,7 @@ def read_weights(path: str | Path) -> Weights:
 
 def _read(path: Path, rule: str) -> tuple[dict[str, str], dict[str, np.ndarray]]:
     """The metadata of a file in our format, and its arrays."""
-    with optional("safetensors", extra=None):
+    with optional("safetensors"):
         import safetensors
         import safetensors.numpy
     if not (content := read_regular(path)):

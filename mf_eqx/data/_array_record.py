@@ -178,7 +178,7 @@ def _open(path: Path) -> Any:
 
 
 def _reader_class() -> Any:
-    with optional("array_record", extra=None):
+    with optional("array_record"):
         from array_record.python.array_record_module import ArrayRecordReader
     return ArrayRecordReader
 

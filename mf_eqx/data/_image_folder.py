@@ -162,7 +162,7 @@ def _sorted_by_path(labelled: list[tuple[str, int]]) -> tuple[list[str], Int[np.
 
 
 def _pillow() -> Any:
-    with optional("PIL", extra="images"):
+    with optional("PIL"):
         from PIL import Image
     return Image
 

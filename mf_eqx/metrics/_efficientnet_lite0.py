@@ -34,7 +34,7 @@ from jaxtyping import Array, Float, Key
 
 from .._foreign import fill, Origin, read_safetensors
 from .._legacy_torch import read_legacy_torch
-from .._optional import EXTRA, optional
+from .._optional import optional
 from ._convolutions import norm_origins, random_weights
 from ._inception import Features
 
@@ -186,7 +186,7 @@ def load_efficientnet_lite0(path: str | Path | None = None) -> EfficientNetLite0
 def _installed_file() -> Path:
     package = importlib.util.find_spec(_PACKAGE)  # which does not import it
     if package is None or package.origin is None:
-        with optional(_PACKAGE, EXTRA[_PACKAGE]):
+        with optional(_PACKAGE):
             raise ModuleNotFoundError(name=_PACKAGE)
     return Path(package.origin).with_name("models") / _FILE
 

@@ -282,7 +282,7 @@ def convert_inception(torch_file: str | Path, safetensors_file: str | Path) -> N
 
     **Raises:** as for `load_inception`, for the torch file; `MissingDependency` without torch, where it is needed.
     """
-    with optional("safetensors", extra=None):
+    with optional("safetensors"):
         import safetensors.numpy
     tensors = _without_prefix({str(name): value for name, value in read_torch(torch_file).items()})
     _inception_with(tensors, torch_file)

@@ -63,7 +63,7 @@ def save_image(
 
     **Raises:** `ValueError` as `save_image_grid` does.
     """
-    with optional("PIL", extra="images"):
+    with optional("PIL"):
         from PIL import Image
 
     images = np.asarray(image)[None, None]

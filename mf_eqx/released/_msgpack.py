@@ -58,7 +58,7 @@ def read_flax(path: str | Path, part: str | None = None) -> dict[str, Any]:
 
 
 def _read_file(path: str | Path, part: str | None) -> dict[str, Any]:
-    with optional("msgpack", extra=None):
+    with optional("msgpack"):
         import msgpack
     with open_regular(path) as file:
         try:

@@ -31,7 +31,7 @@ class TensorBoardLogger(Logger):
     """
 
     def __init__(self, folder: Path, start: int = 0):
-        with optional("tensorboardX", extra="tensorboard"):
+        with optional("tensorboardX"):
             from tensorboardX import SummaryWriter
         purge_step = start + 1 if start else None
         # Files are named by the second: a run that continues within it would replace that of the run before.
@@ -53,7 +53,7 @@ class WandbLogger(Logger):
     """
 
     def __init__(self, project: str, name: str, folder: Path, config: Mapping[str, Any]):
-        with optional("wandb", extra="wandb"):
+        with optional("wandb"):
             import wandb  # pyright: ignore[reportMissingImports]
         self._run = wandb.init(
             project=project, name=name, id=_run_id(folder), resume="allow", dir=str(folder), config=dict(config)

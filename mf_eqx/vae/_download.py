@@ -19,7 +19,7 @@ def download_autoencoder(repository: str = "stabilityai/sd-vae-ft-mse", revision
 
     **Raises:** the errors of huggingface_hub, for example if the repository does not exist.
     """
-    with optional("huggingface_hub", extra="hub"):
+    with optional("huggingface_hub"):
         from huggingface_hub import snapshot_download  # pyright: ignore[reportMissingImports]
     wanted = [f"{folder}{name}" for folder in ("", "vae/") for name in ("config.json", WEIGHTS)]
     return Path(snapshot_download(repository, revision=revision, allow_patterns=wanted))

@@ -24,7 +24,7 @@ def save_autoencoder(folder: str | Path, tokenizer: Autoencoder, statistics: Lat
 
     **Raises:** `ValueError` for statistics of another number of channels; `OSError` if files cannot be written.
     """
-    with optional("safetensors", extra=None):
+    with optional("safetensors"):
         import safetensors.numpy
     statistics.check_channels(tokenizer.size.latent)
     tensors = {}

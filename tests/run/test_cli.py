@@ -273,13 +273,13 @@ def test_missing_file_is_one_line_with_its_name(capsys, tmp_path):
     assert str(path) in refusal(capsys, function=lambda config: path.read_bytes())
 
 
-def test_missing_package_is_one_line_with_the_extra(capsys):
+def test_missing_package_is_one_line_with_what_to_install(capsys):
     def function(config: Config) -> None:
         with run.optional("no_such_package"):
             import no_such_package  # noqa: F401 # pyright: ignore[reportMissingImports]
 
     line = refusal(capsys, function=function)
-    assert line == "script.py: error: no_such_package is not installed: pip install 'mf_eqx[experiments]'"
+    assert line == "script.py: error: no_such_package is not installed: pip install no_such_package"
 
 
 def test_traceback_is_kept_on_demand(monkeypatch):
