@@ -16,7 +16,6 @@ share the work. Sample i follows from the seed and i alone, whatever the batch a
 import dataclasses
 import itertools
 import math
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -283,22 +282,11 @@ def scale_of(generator: mfx.Generator) -> float:
 
 def save_array(job: Job) -> None:
     """All samples as float32, written as they become ready."""
-    part = Path(job.to).with_name(Path(job.to).name + ".part")
     header = {"descr": "<f4", "fortran_order": False, "shape": (job.number, *job.subject.shape)}
-    try:
-        with open(part, "wb") as file:  # a memory map would end the process if no space is left
-            np.lib.format.write_array_header_1_0(file, header)
-            for x in job.samples():
-                file.write(np.ascontiguousarray(x, "<f4").data)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(job.to)
-    except OSError as error:
-        if error.errno is not None:
-            error.filename = error.filename or job.to
-        raise
-    finally:
-        part.unlink(missing_ok=True)
+    with run.whole_file(job.to) as file:  # a memory map would end the process if no space is left
+        np.lib.format.write_array_header_1_0(file, header)
+        for x in job.samples():
+            file.write(np.ascontiguousarray(x, "<f4").data)
 
 
 def save_files(job: Job) -> None:

@@ -21,6 +21,18 @@ _TEMPORARY_SUFFIX = ".part"
 def write_whole(path: str | Path, *pieces: bytes | memoryview) -> None:
     """Write a file, and make its parent folders. At any moment its path holds the old content or all of the new one.
 
+    **Raises:** as `whole_file` does.
+    """
+    with whole_file(path) as file:
+        for piece in pieces:
+            file.write(piece)
+
+
+@contextlib.contextmanager
+def whole_file(path: str | Path) -> Iterator[IO[bytes]]:
+    """A context with a file to write, as by `write_whole`: what was written gets its path at the end, and is removed
+    after an error.
+
     **Raises:** `ValueError` if the path is a pipe, a device or the like, which a rename would replace; `OSError` that
     names the file, or the temporary one beside it, if it cannot be written or no space is left.
     """
@@ -32,8 +44,7 @@ def write_whole(path: str | Path, *pieces: bytes | memoryview) -> None:
     try:
         with named_in_errors(path), open(temporary, "wb", opener=_open_without_waiting) as file:
             _check_regular(file, temporary)
-            for piece in pieces:
-                file.write(piece)
+            yield file
             file.flush()
             os.fsync(file.fileno())  # otherwise a loss of power may keep the new name without the content
         temporary.replace(path)

@@ -40,6 +40,7 @@ from .._files import (
     check_writable as check_writable,
     save_array as save_array,
     sha256_of_file as sha256_of_file,
+    whole_file as whole_file,
     write_whole as write_whole,
 )
 from .._json import read_json_object as read_json_object
