@@ -148,9 +148,7 @@ def persistent_cache() -> Iterator[None]:
 
 def save_figure(path: Path, costs: dict[Cell, list[measure.Cost]]) -> None:
     """A bar per program, in three parts."""
-    with run.optional("matplotlib"):
-        from matplotlib.figure import Figure
-    figure = Figure(figsize=(9, 0.4 * len(costs) + 1.2), dpi=100, layout="constrained")
+    figure = picture.new_figure(9, 0.4 * len(costs) + 1.2)
     panel, left = figure.subplots(), np.zeros(len(costs))
     for part in ("trace", "lower", "compile"):
         width = np.array([np.median([getattr(c, f"{part}_seconds") for c in many]) for many in costs.values()])

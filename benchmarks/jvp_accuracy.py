@@ -229,10 +229,8 @@ def judge(config: Config, precision: str, time_scale: float | None, rows: Rows, 
 
 def save_figure(path: Path, config: Config, errors: list[Error]) -> None:
     """Per time scale: the finite difference against its step, the JVP as a level line; colours are precisions."""
-    with run.optional("matplotlib"):
-        from matplotlib.figure import Figure
     shown = panels(config)
-    figure = Figure(figsize=(5.2 * len(shown), 4), dpi=100, layout="constrained")
+    figure = picture.new_figure(5.2 * len(shown), 4)
     subplots = figure.subplots(1, len(shown), sharey=True, squeeze=False).flat
     for (title, scale, precisions), panel in zip(shown, subplots, strict=True):
         for i, precision in enumerate(precisions):

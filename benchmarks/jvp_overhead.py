@@ -366,9 +366,7 @@ def describe(measurements: list[Measurement], peak: float) -> str:
 
 def save_figure(path: Path, groups: list[list[Measurement]]) -> None:
     """Per setting: times relative to Flow Matching beside operations, and time against operations with the fit."""
-    with run.optional("matplotlib"):
-        from matplotlib.figure import Figure
-    figure = Figure(figsize=(12, 4.2 * len(groups)), dpi=100, layout="constrained")
+    figure = picture.new_figure(12, 4.2 * len(groups))
     for (bars, plane), measurements in zip(figure.subplots(len(groups), 2, squeeze=False), groups, strict=True):
         known = [m for m in measurements if m.times is not None]
         if not known or known[0].name != FLOW_MATCHING:

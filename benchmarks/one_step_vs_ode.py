@@ -339,10 +339,9 @@ def save_figure(path: Path, judged: list[tuple[Problem, list[Point]]]) -> None:
     """Per problem: distance against evaluations and against seconds, a line per family, a colour per network."""
     with run.optional("matplotlib"):
         from matplotlib import colormaps
-        from matplotlib.figure import Figure
         from matplotlib.lines import Line2D
         from matplotlib.ticker import NullFormatter
-    figure = Figure(figsize=(12, 4.6 * len(judged)), dpi=100, layout="constrained")
+    figure = picture.new_figure(12, 4.6 * len(judged))
     panels = figure.subplots(len(judged), 2, squeeze=False)
     networks = [name for name in judged[0][0].fields if name != FLOW_MATCHING]
     colour = colormaps["tab10" if len(networks) <= 10 else "tab20"]

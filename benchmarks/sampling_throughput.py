@@ -84,9 +84,7 @@ def make_call(config: Config, cell: Cell, field: mfx.AbstractField) -> Any:
 
 def save_figure(path: Path, rates: dict[Cell, float]) -> None:
     """Samples per second against the batch size."""
-    with run.optional("matplotlib"):
-        from matplotlib.figure import Figure
-    figure = Figure(figsize=(6, 4), dpi=100, layout="constrained")
+    figure = picture.new_figure(6, 4)
     panel = figure.subplots()
     for model, evaluations in dict.fromkeys((cell.model, cell.evaluations) for cell in rates):
         points = sorted((c.batch, r) for c, r in rates.items() if (c.model, c.evaluations) == (model, evaluations))

@@ -57,11 +57,9 @@ class Column(NamedTuple):
 
 
 def draw(path: Path, columns: Sequence[Column], ours: str, papers: str) -> None:
-    with run.optional("matplotlib"):
-        from matplotlib.figure import Figure
     width = min(4, len(columns))
     height = -(-len(columns) // width)
-    figure = Figure(figsize=(3.4 * width, 3.9 * height), dpi=100, layout="constrained")
+    figure = picture.new_figure(3.4 * width, 3.9 * height)
     panels = figure.subplots(2 * height, width, squeeze=False, gridspec_kw={"height_ratios": [3, 2] * height})
     for i, column in enumerate(columns):
         above, below = panels[2 * (i // width), i % width], panels[2 * (i // width) + 1, i % width]

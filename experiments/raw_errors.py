@@ -118,9 +118,7 @@ def stage(
 
 def save_figure(path: Path, stages: Sequence[dict[str, Any]]) -> None:
     """Errors by gap, with either velocity, and the distance of samples."""
-    with run.optional("matplotlib"):
-        from matplotlib.figure import Figure
-    figure = Figure(figsize=(12, 3.6), dpi=100, layout="constrained")
+    figure = picture.new_figure(12, 3.6)
     panels = figure.subplots(1, 3)
     panels[1].sharey(panels[0])
     steps = [found["step"] for found in stages]

@@ -279,11 +279,8 @@ def save(config: Config, results: Mapping[Cell, Result], directory: run.RunDirec
 
 def save_figure(path: Path, config: Config, results: Mapping[Cell, Result]) -> None:
     """The raw error of rows with r = t by step, every seed: a row of panels for each case, a panel for each remedy."""
-    with run.optional("matplotlib"):
-        from matplotlib.figure import Figure
     remedies = list(dict.fromkeys(cell.remedy for cell in results))
-    size = (2.1 * len(remedies), 2.4 * len(config.cases))
-    figure = Figure(figsize=size, dpi=100, layout="constrained")
+    figure = picture.new_figure(2.1 * len(remedies), 2.4 * len(config.cases))
     panels = figure.subplots(len(config.cases), len(remedies), squeeze=False, sharex="row", sharey="row")
     for row, case in zip(panels, config.cases, strict=True):
         row[0].set_ylabel(CASES[case]().title, fontsize="x-small")

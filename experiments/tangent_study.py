@@ -229,9 +229,7 @@ def as_table(lines: list[dict[str, Any]]) -> str:
 
 def save_figure(path: Path, config: Config, results: Mapping[Cell, Result], found: Mapping[int, gm.Moments]) -> None:
     """Top: gradients, colours are stages (batches in the last panel). Bottom: best b, and quality of every seed."""
-    with run.optional("matplotlib"):
-        from matplotlib.figure import Figure
-    figure = Figure(figsize=(16, 7.5), dpi=100, layout="constrained")
+    figure = picture.new_figure(16, 7.5)
     (bias, cosine, variance, error), (best, *qualities) = figure.subplots(2, 4)
     grid, batches, last = np.linspace(0, 1, 41), np.logspace(0, 7, 71), list(found)[-1]
     for i, (steps, moments) in enumerate(found.items()):

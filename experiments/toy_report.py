@@ -201,9 +201,7 @@ def save_error_maps(path: Path, data: str, entries: Sequence[Entry]) -> None:
 def save_error_against_time(path: Path, panels: Mapping[str, tuple[Sequence[Entry], Mapping[str, float]]]) -> None:
     """A panel per data set with the error of u against the CPU time of the training, a line per method with the common
     settings, bars from the least to the largest of the seeds."""
-    with run.optional("matplotlib"):
-        from matplotlib.figure import Figure
-    figure = Figure(figsize=(4.6 * len(panels) + 2.6, 5), dpi=100, layout="constrained")
+    figure = picture.new_figure(4.6 * len(panels) + 2.6, 5)
     methods = dict.fromkeys(e.cell.method for entries, _ in panels.values() for e in entries)
     styles = {
         method: {"color": f"C{i % 10}", "marker": MARKERS[i % len(MARKERS)], "linestyle": ("-", "--")[i // 10 % 2]}

@@ -8,13 +8,13 @@
     save_heat_maps      a number in each cell of a grid, such as an error over (r, t)
     save_curves         metrics of runs over steps
     save_trends         one number against another, in several series
-    save_figure         any other figure of matplotlib
+    save_figure         any other figure of matplotlib (`new_figure` makes one)
 
 This module is imported explicitly (`from mf_eqx import picture`).
 """
 
 from ._curves import save_curves as save_curves
-from ._figure import save_figure as save_figure
+from ._figure import new_figure as new_figure, save_figure as save_figure
 from ._image_grid import save_image as save_image, save_image_grid as save_image_grid
 from ._plane import (
     Flow as Flow,

@@ -8,8 +8,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from jaxtyping import Float
 
-from .._optional import optional
-from ._figure import plain, save_figure
+from ._figure import new_figure, plain, save_figure
 
 Record: TypeAlias = Mapping[str, Any]
 
@@ -36,8 +35,6 @@ def save_curves(
 
     **Raises:** `ValueError` if there are no records, or a name is in none of them.
     """
-    with optional("matplotlib"):
-        from matplotlib.figure import Figure
 
     runs = dict(records) if isinstance(records, Mapping) else {"": records}
     known = list(dict.fromkeys(name for run in runs.values() for record in run for name in record if name != "step"))
@@ -50,7 +47,7 @@ def save_curves(
         raise ValueError(f"names must be among {', '.join(known)}; got {', '.join(missing)}")
     columns = len(names) if len(names) <= 3 else math.ceil(math.sqrt(len(names)))
     rows = math.ceil(len(names) / columns)
-    figure = Figure(figsize=(4.2 * columns, 3.0 * rows), dpi=100, layout="constrained")
+    figure = new_figure(4.2 * columns, 3.0 * rows)
     panels = figure.subplots(rows, columns, squeeze=False).flat
     for name, panel in zip(names, panels, strict=False):
         _draw_metric(panel, name, runs)

@@ -1,10 +1,23 @@
-"""What all figures of matplotlib have in common: how they are written, and texts that are shown as they are."""
+"""How all figures of matplotlib are made and written, and texts that are shown as they are."""
 
 import io
 from pathlib import Path
 from typing import Any
 
 from .._files import write_whole
+from .._optional import optional
+
+
+def new_figure(width: float, height: float) -> Any:
+    """An empty figure of matplotlib, which keeps its parts from overlapping. It needs no display.
+
+    **Arguments:** `width` and `height` in hundreds of pixels.
+
+    **Raises:** `MissingDependency` without matplotlib.
+    """
+    with optional("matplotlib"):
+        from matplotlib.figure import Figure
+    return Figure(figsize=(width, height), dpi=100, layout="constrained")
 
 
 def save_figure(path: str | Path, figure: Any) -> None:

@@ -13,10 +13,9 @@ from jaxtyping import Array, Float
 from .._field import AbstractField
 from .._optional import optional
 from .._validate import check_positive, check_sizes
-from ._figure import plain, save_figure
+from ._figure import new_figure, plain, save_figure
 
 _SIDE = 2.2
-_DPI = 100
 _HIGHEST = 10.0
 """Of the colours of heat maps, so that one method that diverged does not make all others look alike."""
 
@@ -198,10 +197,8 @@ def _check(
 
 
 def _panels(rows: int, columns: int, title: str | None, *, side: float = _SIDE) -> tuple[Any, Any]:
-    with optional("matplotlib"):
-        from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(side * columns + 0.6, side * rows + 0.6), dpi=_DPI, layout="constrained")
+    figure = new_figure(side * columns + 0.6, side * rows + 0.6)
     if title is not None:
         figure.suptitle(plain(title))
     return figure, figure.subplots(rows, columns, squeeze=False)

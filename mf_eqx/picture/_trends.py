@@ -7,8 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .._optional import optional
-from ._figure import plain, save_figure
+from ._figure import new_figure, plain, save_figure
 
 
 class Series(NamedTuple):
@@ -31,9 +30,7 @@ def save_trends(path: str | Path, panels: Mapping[str, Sequence[Series]], parame
 
     **Raises:** `MissingDependency` without matplotlib.
     """
-    with optional("matplotlib"):
-        from matplotlib.figure import Figure
-    figure = Figure(figsize=(3.6 * len(panels), 3.6), dpi=100, layout="constrained")
+    figure = new_figure(3.6 * len(panels), 3.6)
     for (title, series), panel in zip(panels.items(), figure.subplots(1, len(panels), squeeze=False).flat, strict=True):
         for each in series:
             points = np.array([(x, y) for x, seeds in each.values.items() for y in seeds if y > least])
