@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike, Integer, Shaped
 
 Count: TypeAlias = int | np.integer
@@ -108,6 +109,12 @@ def check_kind(name: str, value: Any, kind: type) -> None:
         raise ValueError(f"{name} must be an instance of {kind.__name__}, got {value!r:.100}")
 
 
+def check_floating(name: str, dtype: DTypeLike) -> None:
+    """Raises a `ValueError` unless `dtype` is that of floating-point numbers."""
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"{name} must be floating point, got {dtype}")
+
+
 def check_key(key: Any) -> None:
     """Raises a `ValueError` if `key` is no key, such as a seed, or one of `rbg` or `unsafe_rbg`: what a row draws from
     these under `vmap` depends on the batch that it is in."""
@@ -129,6 +136,12 @@ def check_data_shape(shape: Sequence[Count]) -> None:
     if not isinstance(shape, Sequence) or len(shape) not in (2, 3):
         raise ValueError(f"data_shape must be (channels, height, width) or (channels, length), got {shape}")
     check_sizes(data_shape=shape)
+
+
+def check_z(z: Array | np.ndarray, data_shape: tuple[int, ...]) -> None:
+    """Raises a `ValueError` unless `z` has the data_shape of the network that is given it."""
+    if z.shape != data_shape:
+        raise ValueError(f"z must have the data_shape {data_shape}, got {z.shape}")
 
 
 def _is_count(value: Any, minimum: int = 1) -> bool:

@@ -26,7 +26,7 @@ from jaxtyping import Array, Float, Key
 
 from .._custom_types import as_times, Condition, Time, TimeLike
 from .._field import AbstractField
-from .._validate import as_count, check_data_shape, check_kind, check_sizes
+from .._validate import as_count, check_data_shape, check_floating, check_kind, check_sizes, check_z
 from ..nn import (
     AbstractAttention,
     AbstractConditionEmbedding,
@@ -180,8 +180,7 @@ class DiT(AbstractField):
         check_kind("size", size, DiTSize)
         channels, *sides = data_shape
         check_sizes(**size._asdict())
-        if not jnp.issubdtype(dtype, jnp.floating):
-            raise ValueError(f"dtype must be floating point, got {dtype}")
+        check_floating("dtype", dtype)
         patches.check_patch(data_shape, size.patch)
         if size.width % (2 * len(sides)):
             raise ValueError(f"width must be a multiple of {2 * len(sides)} (sin-cos positions), got {size.width}")
@@ -246,8 +245,7 @@ class DiT(AbstractField):
         *,
         key: Key[Array, ""] | None = None,
     ) -> Float[Array, "channels *sides"]:
-        if z.shape != self.data_shape:
-            raise ValueError(f"z must have the data_shape {self.data_shape}, got {z.shape}")
+        check_z(z, self.data_shape)
         r, t = as_times(r, t, z)
         tokens = self._tokens(z.astype(self.dtype))
         if self.early_blocks is None:

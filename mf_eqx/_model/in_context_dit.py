@@ -26,6 +26,7 @@ from jaxtyping import Array, Float, Key
 
 from .._custom_types import as_times, Condition, TimeLike
 from .._field import AbstractFieldWithVelocity
+from .._validate import check_floating, check_z
 from ..nn import (
     AbstractAttention,
     AbstractConditionEmbedding,
@@ -41,6 +42,7 @@ from ..nn import (
     XLAAttention,
 )
 from ..nn._attention import head_size
+from ..nn._condition_embedding import null_label_of
 from . import patches
 from .guidance import GuidanceCondition
 from .in_context_block import InContextBlock, InContextHead, stack_blocks
@@ -118,8 +120,7 @@ class InContextDiT(AbstractFieldWithVelocity):
         key: Key[Array, ""],
     ):
         check_size(data_shape, size)
-        if not jnp.issubdtype(dtype, jnp.floating):
-            raise ValueError(f"dtype must be floating point, got {dtype}")
+        check_floating("dtype", dtype)
         patch_key, embedding_key, trunk_key, average_key, velocity_key = jr.split(key, 5)
         values = data_shape[0] * size.patch ** (len(data_shape) - 1)
         stack = functools.partial(stack_blocks, size=size, attention=attention, remat=remat, unroll=unroll)
@@ -149,9 +150,7 @@ class InContextDiT(AbstractFieldWithVelocity):
     @property
     def null_label(self) -> int:
         """The label that means "no label". **Raises:** `ValueError` without labels."""
-        if (label := self.embedding.label) is None:
-            raise ValueError("labels must be given for a null label to exist, got None")
-        return label.null_label
+        return null_label_of(self.embedding.label)
 
     @property
     def has_velocity_head(self) -> bool:
@@ -242,8 +241,7 @@ class InContextDiT(AbstractFieldWithVelocity):
         self, z: Float[Array, "channels *sides"], r: TimeLike, t: TimeLike, condition: Condition
     ) -> tuple[Float[Array, "tokens width"], Float[np.ndarray, "tokens pairs"]]:
         """All tokens after the trunk, and the angles of their positions."""
-        if z.shape != self.data_shape:
-            raise ValueError(f"z must have the data_shape {self.data_shape}, got {z.shape}")
+        check_z(z, self.data_shape)
         r, t = as_times(r, t, z)
         prefix = self.embedding(r, t, condition).astype(self.dtype)
         of_data = patches.cut(z.astype(self.dtype), self.patch)

@@ -25,7 +25,7 @@ from jaxtyping import Array, Float, Key
 
 from .._custom_types import as_times, at_least_float32, Condition, TimeLike
 from .._field import AbstractField
-from .._validate import check_positive, check_sizes
+from .._validate import check_floating, check_positive, check_sizes, check_z
 from ..nn import (
     AbstractConditionEmbedding,
     cast,
@@ -123,8 +123,8 @@ class MLP(AbstractField):
             raise ValueError(f"fourier_features must be >= 0, got {fourier_features}")
         check_positive("fourier_scale", fourier_scale)
         check_has_condition(guidance, labels, condition)
-        if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
-            raise ValueError(f"dtype must be floating point, got {dtype}")
+        if dtype is not None:
+            check_floating("dtype", dtype)
         first_key, time_key, label_key, stack_key, out_key = jr.split(key, 5)
         self.frequencies = None
         if fourier_features:
@@ -183,8 +183,7 @@ class MLP(AbstractField):
         *,
         key: Key[Array, ""] | None = None,
     ) -> Float[Array, " size"]:
-        if z.shape != (size := self.data_shape):
-            raise ValueError(f"z must have the shape {size}, got {z.shape}")
+        check_z(z, self.data_shape)
         r, t = as_times(r, t, z)
         dtype = np.promote_types(self.out.weight.dtype, z.dtype) if self.dtype is None else self.dtype
         c = jax.nn.silu(embed(self.embedding, self.guidance, r, t, condition)).astype(dtype)

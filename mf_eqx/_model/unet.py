@@ -25,7 +25,7 @@ from jaxtyping import Array, Float, Key
 
 from .._custom_types import as_times, Condition, TimeLike
 from .._field import AbstractField
-from .._validate import as_tuple, check_kind
+from .._validate import as_tuple, check_floating, check_kind, check_z
 from ..nn import (
     AbstractAttention,
     AbstractConditionEmbedding,
@@ -37,7 +37,7 @@ from ..nn import (
     TimeVariables,
     XLAAttention,
 )
-from ..nn._condition_embedding import as_argument
+from ..nn._condition_embedding import as_argument, null_label_of
 from .guidance import GuidanceCondition
 from .unet_block import ALMOST_ZERO, make_convolution, make_group_norm, UNetBlock
 from .unet_embedding import UNetCondition, UNetEmbedding
@@ -152,9 +152,7 @@ class UNet(AbstractField):
 
         **Raises:** `ValueError` without labels.
         """
-        if self.embedding.label is None:
-            raise ValueError("labels must be given for a null label to exist, got None")
-        return self.embedding.label.null_label
+        return null_label_of(self.embedding.label)
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -180,8 +178,7 @@ class UNet(AbstractField):
         *,
         key: Key[Array, ""] | None = None,
     ) -> Float[Array, "channels *sides"]:
-        if z.shape != self.data_shape:
-            raise ValueError(f"z must have the data_shape {self.data_shape}, got {z.shape}")
+        check_z(z, self.data_shape)
         r, t = as_times(r, t, z)
         c = self.embedding(r, t, condition).astype(self.dtype)
         keys = iter([None] * self._stacks if key is None else jr.split(key, self._stacks))
@@ -229,5 +226,4 @@ def _check_arguments(augmentation: int, dropout: float, dtype: DTypeLike) -> Non
         raise ValueError(f"augmentation must be >= 0, got {augmentation}")
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout must lie in [0, 1), got {dropout}")
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise ValueError(f"dtype must be floating point, got {dtype}")
+    check_floating("dtype", dtype)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from .._validate import as_count, Count
+from .._validate import as_count, check_floating, Count
 
 
 def resize_tensorflow1(
@@ -57,8 +57,7 @@ def resize_half_pixel(
 
 
 def _check(x: Float[Array, "*rows height width"]) -> None:
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise ValueError(f"x must be floating point, got {x.dtype}")
+    check_floating("x", x.dtype)
     if x.ndim < 2 or 0 in x.shape[-2:]:
         raise ValueError(f"x must be (..., height, width), neither of them 0, got {x.shape}")
 

@@ -177,6 +177,13 @@ def embedded_condition(
     return vector
 
 
+def null_label_of(embedding: LabelEmbedding | None) -> int:
+    """The label that means "no label". **Raises:** `ValueError` without labels."""
+    if embedding is None:
+        raise ValueError("labels must be given for a null label to exist, got None")
+    return embedding.null_label
+
+
 def check_one_embedding(label: LabelEmbedding | None, condition: AbstractConditionEmbedding | None) -> None:
     """Raises a `ValueError` if both embeddings are given."""
     if label is not None and condition is not None:
@@ -206,9 +213,7 @@ class ConditionEmbedding(eqx.Module):
 
         **Raises:** `ValueError` without labels.
         """
-        if self.label is None:
-            raise ValueError("labels must be given for a null label to exist, got None")
-        return self.label.null_label
+        return null_label_of(self.label)
 
     def __call__(self, r: TimeLike, t: TimeLike, condition: Condition) -> Float[Array, " width"]:
         embedded = self.times(r, t)

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Key
 
 from .._custom_types import at_least_float32
 from .._leaves import digest, leaves
+from .._validate import check_floating
 from ..nn import cast
 from ._blocks import conv, DownLevel, Middle, norm, UpLevel
 from ._moments import Moments
@@ -130,8 +131,7 @@ class Autoencoder(eqx.Module):
             raise ValueError(f"size must be positive throughout, got {size}")
         if any(width % size.groups for width in size.widths):
             raise ValueError(f"widths must be multiples of the {size.groups} groups, got {size.widths}")
-        if not jnp.issubdtype(dtype, jnp.floating):
-            raise ValueError(f"dtype must be floating point, got {dtype}")
+        check_floating("dtype", dtype)
         encoder_key, moments_key, latent_key, decoder_key = jr.split(key, 4)
         self.encoder = Encoder(size, key=encoder_key)
         self.to_moments = conv(2 * size.latent, 2 * size.latent, kernel=1, key=moments_key)
@@ -179,8 +179,7 @@ class Autoencoder(eqx.Module):
         """
         if latent.ndim != 3 or latent.shape[0] != self.size.latent or 0 in latent.shape:
             raise ValueError(f"latent must be ({self.size.latent}, height, width), none of them 0, got {latent.shape}")
-        if not jnp.issubdtype(latent.dtype, jnp.floating):
-            raise ValueError(f"latent must be floating point, got {latent.dtype}")
+        check_floating("latent", latent.dtype)
         decoder_input = cast(self.from_latent, self.dtype)(latent.astype(self.dtype))
         x = cast(self.decoder, self.dtype)(decoder_input)
         return x.astype(np.promote_types(latent.dtype, jnp.float32))
