@@ -131,22 +131,22 @@ class Result(NamedTuple):
     """Milliseconds per step, with the wait."""
 
 
-class Training(NamedTuple):
+class StepAndState(NamedTuple):
     """A step and its state, compiled once."""
 
     step: mfx.TrainStep
     make_state: Callable[[], mfx.TrainState]
 
 
-def make_training() -> Training:
+def make_training() -> StepAndState:
     prepare = data.InTurn([data.FromPixels(), data.RandomFlip()])
     optimizer = optax.adam(1e-4)
     step = mfx.TrainStep(mfx.Objective(), optimizer, prepare=prepare)
     field = mfx.DiT(SHAPE, SIZE, labels=LABELS, key=jr.key(0))
-    return Training(step, lambda: mfx.init_state(field, optimizer, key=jr.key(1)))
+    return StepAndState(step, lambda: mfx.init_state(field, optimizer, key=jr.key(1)))
 
 
-def measured(config: Config, source: data.AbstractSource, training: Training) -> Result:
+def measured(config: Config, source: data.AbstractSource, training: StepAndState) -> Result:
     rng = np.random.default_rng(1)
     chosen = [rng.integers(0, len(source), config.batch) for _ in range(config.batches)]
     take = seconds_of(lambda: [source.take(rows) for rows in chosen]) / config.batches
@@ -165,7 +165,7 @@ def seconds_of(function: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def train(config: Config, stream: data.Stream, training: Training) -> tuple[float, float]:
+def train(config: Config, stream: data.Stream, training: StepAndState) -> tuple[float, float]:
     """Seconds of waiting, and of everything, in a loop of steps after the first two."""
     state, wait, began = training.make_state(), 0.0, 0.0
     for number, batch in enumerate(waiting := Waiting(stream.batches(0, config.steps + 2))):

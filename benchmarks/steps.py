@@ -261,7 +261,7 @@ def count_collectives(program: measure.Program[Any]) -> dict[str, int]:
 # Operations
 
 
-class Passes(NamedTuple):
+class Operations(NamedTuple):
     """Operations in matrix products and convolutions for one row: a forward pass, and a tangent pass in units of it."""
 
     forward: float
@@ -269,13 +269,13 @@ class Passes(NamedTuple):
 
 
 @functools.cache
-def count_passes(model: str | OwnNetwork) -> Passes:
+def count_passes(model: str | OwnNetwork) -> Operations:
     """From the program of one row, as it is traced."""
     field, *row = _row(Setting(model))
     if (forward := measure.product_flops(lambda f, z, t, c: f(z, t, t, c), field, *row)) == 0:
         raise ValueError(f"network must have matrix products or convolutions, got {model} without any")
     both = measure.product_flops(lambda f, z, t, c: mfx.total_derivative(f, z, z, t, t, c), field, *row)
-    return Passes(forward, both / forward - 1)
+    return Operations(forward, both / forward - 1)
 
 
 @functools.cache

@@ -16,7 +16,7 @@ import image_samples
 import image_sources
 import jax.numpy as jnp
 import numpy as np
-from ablation_recipes import Cost, digest_of, Judge, Numbers, Recipe
+from ablation_recipes import CpuSeconds, digest_of, Judge, Numbers, Recipe
 from ablation_tables import Setting
 from jaxtyping import Array, install_import_hook, Key
 
@@ -72,7 +72,9 @@ def fashion_mnist(
     details = {**size, **judging, "images": digest_of(parts.train, parts.test)}
     options = {"details": details, "prepare": data.FromPixels(), "sampler": sampler, "beside": beside}
     options |= {"ordered": ("distance", "FD classifier", "W2 lite0", "W2 classifier"), "has_floor": True}
-    return Recipe(len(fashion.CLASSES), make_field, draw, open_judge, distance, numbers, Cost(0.042, 41), **options)
+    return Recipe(
+        len(fashion.CLASSES), make_field, draw, open_judge, distance, numbers, CpuSeconds(0.042, 41), **options
+    )
 
 
 def make_judge(

@@ -56,7 +56,7 @@ class Judge(NamedTuple):
     floor: Mapping[str, float] = {}
 
 
-class Cost(NamedTuple):
+class CpuSeconds(NamedTuple):
     """Seconds of CPU time, on the machine of RESULTS.md.
 
     **Arguments:** `step` of a step in the centre; `cell` for compiling and judging a cell.
@@ -83,7 +83,7 @@ class Recipe(NamedTuple):
     open_judge: Callable[[Path], Judge]
     distance: str
     numbers: Numbers
-    cost: Cost
+    cost: CpuSeconds
     details: Mapping[str, Any] = {}
     prepare: Callable[[mfx.Batch, Key[Array, ""]], mfx.Batch] | None = None
     sampler: image_samples.Sampler | None = None
@@ -147,7 +147,7 @@ def eight_gaussians(steps: int = 4000) -> Recipe:
     draw = exact.DrawLabelled(mixture, numbers.batch)
     distance = "energy distance of one-step samples to the data, per class"
     ordered = ("distance", "distance to the guided truth")
-    open_judge, cost = lambda folder: judge_points(mixture), Cost(0.006, 5)
+    open_judge, cost = lambda folder: judge_points(mixture), CpuSeconds(0.006, 5)
     return Recipe(CLASSES, make_field, draw, open_judge, distance, numbers, cost, ordered=ordered)
 
 
@@ -216,4 +216,4 @@ def handwritten_digits(steps: int = 1500) -> Recipe:
     details = {name: getattr(config, name) for name in ("depth", "heads", "patch", "holdout")}
     details |= {"split_seed": config.seed, "images": digest_of(parts.train, parts.holdout)}
     options = {"details": details, "has_floor": True}
-    return Recipe(digits.CLASSES, make_field, draw, open_judge, distance, numbers, Cost(0.065, 15), **options)
+    return Recipe(digits.CLASSES, make_field, draw, open_judge, distance, numbers, CpuSeconds(0.065, 15), **options)

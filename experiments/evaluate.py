@@ -262,7 +262,7 @@ def counted(batches: Iterable[_Tree], progress: run.Progress, start: int = 0) ->
 # The rows of the table
 
 
-class Row(NamedTuple):
+class TableRow(NamedTuple):
     """How one row is generated."""
 
     times: tuple[float, ...]
@@ -290,10 +290,10 @@ class Row(NamedTuple):
         return f"{steps}{grid}{scale}{interval}"
 
 
-def rows_of(config: Config) -> list[Row]:
+def rows_of(config: Config) -> list[TableRow]:
     grids = [mfx.uniform_times(steps) for steps in config.evaluations] + [config.times] * bool(config.times)
     guidance = [*itertools.product(config.guidance_scale, config.guidance_interval)]
-    return list(dict.fromkeys(Row(times, *of_row) for times in grids or [(1.0, 0.0)] for of_row in guidance))
+    return list(dict.fromkeys(TableRow(times, *of_row) for times in grids or [(1.0, 0.0)] for of_row in guidance))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -322,7 +322,7 @@ class Evaluation:
             "reference": yardstick.reference_digest,
         }
 
-    def generator(self, row: Row) -> mfx.Generator:
+    def generator(self, row: TableRow) -> mfx.Generator:
         """What makes the samples of a row."""
         config, labels = self.config, self.subject.labels
         is_balanced = labels is not None and config.labels == "balanced"
@@ -365,7 +365,7 @@ def judge(
     job: Evaluation,
     yardstick: Yardstick,
     reference: tuple[metrics.FeatureMoments, Any],
-    row: Row,
+    row: TableRow,
     report: Callable[[Iterable[Array]], Iterable[Array]],
 ) -> dict[str, Any]:
     """The numbers of one row; `report` is told of its batches."""
@@ -380,7 +380,7 @@ def judge(
     return {**dataclasses.asdict(quality), **counts, **rate, **job.made_with()}
 
 
-def fill(job: Evaluation, yardstick: Yardstick, ledger: run.Ledger, missing: Mapping[Row, dict[str, Any]]) -> None:
+def fill(job: Evaluation, yardstick: Yardstick, ledger: run.Ledger, missing: Mapping[TableRow, dict[str, Any]]) -> None:
     """Compute the rows that are missing, each with its settings, and keep them as they come."""
     if not missing and not job.config.save_reference:
         return
@@ -394,7 +394,7 @@ def fill(job: Evaluation, yardstick: Yardstick, ledger: run.Ledger, missing: Map
             progress.update(start + steps, {})
 
 
-def table(job: Evaluation, results: Mapping[Row, dict[str, Any]]) -> str:
+def table(job: Evaluation, results: Mapping[TableRow, dict[str, Any]]) -> str:
     """All rows, and what their numbers must not be read without."""
 
     def spread_of(pair: tuple[float, float] | None) -> str | None:
@@ -431,7 +431,7 @@ def remarks(job: Evaluation, found: Mapping[str, Any]) -> Iterator[str]:
         yield "Inception has RANDOM weights: these numbers rehearse the command and mean nothing beyond that."
 
 
-def plan(job: Evaluation, root: Path, rows: Iterable[Row], missing: Mapping[Row, Any]) -> str:
+def plan(job: Evaluation, root: Path, rows: Iterable[TableRow], missing: Mapping[TableRow, Any]) -> str:
     """What would be computed."""
     config, subject = job.config, job.subject
     what = f"{subject.network['network']} of {subject.parameters:,} parameters, images of shape {subject.shape}"
@@ -441,7 +441,7 @@ def plan(job: Evaluation, root: Path, rows: Iterable[Row], missing: Mapping[Row,
     return "\n".join([f"{root}: {what}; {work}", "", run.table(lines, ["row", "state"])])
 
 
-def save_picture(job: Evaluation, row: Row, path: Path) -> None:
+def save_picture(job: Evaluation, row: TableRow, path: Path) -> None:
     """Eight rows of noise, always the same; with labels, columns of up to ten of these."""
     shape, labels = job.subject.field.data_shape, job.subject.labels
     columns = min(labels, 10) if labels else 8

@@ -280,7 +280,7 @@ def scale_of(generator: mfx.Generator) -> float:
     return float(getattr(generator.field, "scale", 1.0))
 
 
-def save_array(job: Job) -> None:
+def save_npy(job: Job) -> None:
     """All samples as float32, written as they become ready."""
     header = {"descr": "<f4", "fortran_order": False, "shape": (job.number, *job.subject.shape)}
     with run.whole_file(job.to) as file:  # a memory map would end the process if no space is left
@@ -331,7 +331,7 @@ def main(config: Config) -> None:
     if config.dry_run:
         return run.tell(f"would be written to {job.to}")
     Path(job.to).parent.mkdir(parents=True, exist_ok=True)
-    save = save_files if is_folder(job.to) else save_array if job.to.endswith(".npy") else save_picture
+    save = save_files if is_folder(job.to) else save_npy if job.to.endswith(".npy") else save_picture
     save(job)
     turn = f", labels in turn: {', '.join(job.names)}" if job.names else ""
     run.tell(f"{job.to}{turn if len(turn) < 200 else ''}")

@@ -60,7 +60,7 @@ class Parts(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings(run.Settings):
+class ImageSettings(run.Settings):
     """The base of the configuration of a script that trains on images: which ones."""
 
     data: tuple[str, ...] = ("images",)
@@ -94,7 +94,7 @@ class Settings(run.Settings):
         use for.
         """
         parts = open_parts(self.data, self.test, size=self.size, holdout=self.holdout, grey=self.grey)
-        if self.holdout != Settings.holdout:
+        if self.holdout != ImageSettings.holdout:
             check_holdout(self.data, self.test, self.holdout)
         check_size(parts.train, self.size)
         return parts

@@ -167,7 +167,7 @@ class Config(run.Settings):
         mfx.check_batch_size(self.batch, objective(self, 1000).identity_share)
         mfx.ExponentialAverage(self.decay)
         side = 4 * max(self.patch, 1)
-        eqx.filter_eval_shape(lambda: make_network(self, (4, side, side), 10, jr.key(0)))  # a real key needs a device
+        eqx.filter_eval_shape(lambda: network_of(self, (4, side, side), 10, jr.key(0)))  # a real key needs a device
 
 
 def check_improved(config: Config) -> None:
@@ -223,10 +223,10 @@ def objective(config: Config, labels: int) -> mfx.Objective:
 
 def make_field(config: Config, source: data.AbstractSource, key: Key[Array, ""]) -> mfx.DiT | mfx.InContextDiT:
     channels, height, width = source.row_shape
-    return make_network(config, (channels // 2, height, width), source.labels, key)
+    return network_of(config, (channels // 2, height, width), source.labels, key)
 
 
-def make_network(
+def network_of(
     config: Config, shape: tuple[int, int, int], labels: int | None, key: Key[Array, ""]
 ) -> mfx.DiT | mfx.InContextDiT:
     sizes = config.depth, config.width, config.heads, config.patch
@@ -317,7 +317,7 @@ def save_samples(config: Config, field: mfx.AbstractField, decoder: Decoder, pat
 
 
 def open_images(
-    config: Config, latents: data.AbstractSource, notes: prepare_latents.Notes, tokenizer: vae.Autoencoder
+    config: Config, latents: data.AbstractSource, notes: prepare_latents.LatentNotes, tokenizer: vae.Autoencoder
 ) -> image_sources.Parts:
     """The images of which the latents are, and test images."""
     if not (config.test or notes.holdout or image_sources.has_test_images(Path(config.images[0]))):

@@ -65,7 +65,7 @@ Shape: TypeAlias = tuple[int, int, int]
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(image_sources.Settings):
+class Config(image_sources.ImageSettings):
     """A run on images. Times in [0, 1]; pixels in [-1, 1]."""
 
     labels: bool = True

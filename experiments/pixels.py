@@ -56,7 +56,7 @@ LITE0_SIDE = 96
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(image_sources.Settings):
+class Config(image_sources.ImageSettings):
     """A run of pixel MeanFlow. Times in [0, 1]; pixels in [-1, 1]."""
 
     labels: bool = True

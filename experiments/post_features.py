@@ -122,4 +122,4 @@ def moments(space: Space, source: data.AbstractSource, count: int) -> metrics.Fe
     x = source.take(image_sources.spread(len(source), count)).x
     parts = [_features(space, jnp.asarray(part / np.float32(127.5) - 1)) for part in image_sources.in_parts(x, AT_ONCE)]
     features = np.concatenate([*map(np.asarray, parts)])[:count]
-    return metrics.RunningMoments.of(features).moments()
+    return metrics.AccumulatedMoments.of(features).moments()

@@ -189,7 +189,7 @@ def part_folder(to: str, number: int) -> Path:
     return Path(to) / f"part_{number:04}"
 
 
-class Notes(NamedTuple):
+class LatentNotes(NamedTuple):
     """What every part of a folder of latents is made of."""
 
     images: str
@@ -218,14 +218,14 @@ class Notes(NamedTuple):
         return checkpoint.Tokenizer(AutoencoderSize(tuple(widths), *numbers), self.vae, statistics)
 
 
-def read_notes(folder: str | Path) -> Notes:
+def read_notes(folder: str | Path) -> LatentNotes:
     """What a folder of latents is made of.
 
     **Raises:** `OSError` if it cannot be read; `ValueError` that names the file if it says something else.
     """
     path = Path(folder) / NOTES
     try:
-        notes = Notes(**run.read_json_object(path))
+        notes = LatentNotes(**run.read_json_object(path))
         if type(notes.size) is not list or len(notes.size) != 2:
             raise ValueError(f"size must be height and width, got {notes.size!r:.40}")
         for name, most in {"rows": 1 << 40, "size": 1 << 16, "parts": 1 << 16}.items():
@@ -241,7 +241,7 @@ def read_notes(folder: str | Path) -> Notes:
         raise ValueError(f"{path}: must be the notes of prepare_latents.py, but cannot be read: {error}") from error
 
 
-def begin(config: Config, made_of: Notes) -> None:
+def begin(config: Config, made_of: LatentNotes) -> None:
     """The folder of all parts, new or of the same images and weights; several processes may begin it at once."""
     path = Path(config.to) / NOTES
     if not path.exists():
@@ -292,8 +292,8 @@ def notes_on(
     names: Sequence[str] | None,
     tokenizer: Autoencoder,
     statistics: LatentStatistics,
-) -> Notes:
-    return Notes(
+) -> LatentNotes:
+    return LatentNotes(
         images=" ".join(str(Path(path).resolve()) for path in config.images),
         rows=len(images),
         labels=images.labels,

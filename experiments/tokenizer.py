@@ -66,7 +66,7 @@ PICTURE_SEED = 2**31 - 1
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(image_sources.Settings):
+class Config(image_sources.ImageSettings):
     """A run of a tokenizer. Pixels in [-1, 1]."""
 
     widths: tuple[int, ...] = (32, 64, 64)

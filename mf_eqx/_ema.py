@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from ._custom_types import Scalar
-from ._validate import check_positive, check_sizes
+from ._validate import check_counts, check_positive
 
 _Network = TypeVar("_Network", bound=eqx.Module)
 
@@ -40,7 +40,7 @@ class HalfLife(eqx.Module):
 
     def __check_init__(self):
         check_positive("images", self.images)
-        check_sizes(batch=self.batch)
+        check_counts(batch=self.batch)
         if self.rampup is not None:
             check_positive("rampup", self.rampup)
 
@@ -75,7 +75,7 @@ class ExponentialAverage(eqx.Module):
     def __check_init__(self):
         if not isinstance(self.decay, HalfLife) and not 0 <= self.decay < 1:
             raise ValueError(f"decay must lie in [0, 1), got {self.decay}")
-        check_sizes(interval=self.interval)
+        check_counts(interval=self.interval)
 
     def init(self, field: _Network) -> _Network:
         """The average before any step: a copy."""

@@ -23,10 +23,10 @@ from ._drawn_guidance import WithGuidance
 from ._field import AbstractField, check_field
 from ._guidance import GuidedField
 from ._leaves import by_name
-from ._model import check_labels
+from ._model import check_labels_fit
 from ._sample import as_grid, sample
 from ._sharding import Parallelism
-from ._validate import as_count, check_key, check_sizes, Count, described, on_host_if_known
+from ._validate import as_count, check_counts, check_key, Count, described, on_host_if_known
 
 
 def _as_arrays(condition: PyTree[Any]) -> PyTree[Array]:
@@ -74,7 +74,7 @@ class Generator(eqx.Module):
     def __check_init__(self):
         check_field(self.field)
         check_key(self.key)
-        check_sizes(data_shape=self.data_shape)
+        check_counts(data_shape=self.data_shape)
         if not callable(self.method):
             raise ValueError(f"method must be a function such as mfx.sample, got {self.method!r:.80}")
         if self.balanced and self.labels is None:
@@ -89,7 +89,7 @@ class Generator(eqx.Module):
     def _check_labels(self, name: str, condition: PyTree[Any]) -> None:
         """Refuses labels that the network lacks."""
         field = self.field.field if isinstance(self.field, GuidedField | WithGuidance) else self.field
-        check_labels(name, condition, field)
+        check_labels_fit(name, condition, field)
 
     def __call__(self, numbers: Int[ArrayLike, " rows"] | Sequence[Any]) -> Float[Array, "rows *data"]:
         """The samples with these numbers, on the devices that hold the numbers.

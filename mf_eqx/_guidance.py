@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Key
 from ._custom_types import as_scalar, as_times, Condition, Scalar, Time, TimeLike
 from ._field import AbstractField, check_field
 from ._label_dropout import check_null, LabelDropout, null_shaped_as
-from ._model import check_labels
+from ._model import check_labels_fit
 from ._validate import check_positive
 
 
@@ -198,7 +198,7 @@ class GuidedField(AbstractField):
         check_field(self.field)
         check_positive("scale", self.scale, or_zero=True)
         check_null(self.null)
-        check_labels("null", self.null, self.field)
+        check_labels_fit("null", self.null, self.field)
 
     def __call__(
         self,

@@ -78,7 +78,7 @@ def on_host(leaf: Any) -> np.ndarray:
     return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
 
 
-def digest(arrays: Mapping[str, Any], start: str = "") -> str:
+def digest_of_arrays(arrays: Mapping[str, Any], start: str = "") -> str:
     """SHA-256 of the text `start` and of all arrays with their names, in this order, as hexadecimal digits."""
     sha256 = hashlib.sha256(start.encode())
     for name, array in arrays.items():

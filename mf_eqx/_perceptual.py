@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Key, PyTree
 
 from ._custom_types import Scalar
 from ._row import Row
-from ._validate import check_positive, check_sizes
+from ._validate import check_counts, check_positive
 from ._weight import AbstractWeight, AdaptiveWeight, weight_of
 
 _CROP = 0x43524F50  # folded into a row's key
@@ -53,7 +53,7 @@ class PerceptualTerm(eqx.Module):
     def __check_init__(self):
         if not callable(self.features):
             raise ValueError(f"features must be a function of an image, got {self.features!r:.100}")
-        check_sizes(size=self.size)
+        check_counts(size=self.size)
         if len(self.size) != 2:
             raise ValueError(f"size must be a height and a width, got {self.size}")
         check_positive("coefficient", self.coefficient, or_zero=True)

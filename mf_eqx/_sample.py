@@ -24,7 +24,7 @@ from ._interpolant import AbstractInterpolant, LinearInterpolant
 from ._model.guidance import condition_at
 from ._validate import as_count, check_key, check_kind, on_host_if_known
 
-Times: TypeAlias = Sequence[float] | Real[Array | np.ndarray, " times"]
+TimeGrid: TypeAlias = Sequence[float] | Real[Array | np.ndarray, " times"]
 _Evaluate: TypeAlias = Callable[[Float[Array, "*data"], Time, Time], Float[Array, "*data"]]
 """A field with its condition, as a function of z, r and t."""
 
@@ -43,7 +43,7 @@ def sample(
     eps: Real[ArrayLike, "*data"] | Sequence[Any],
     condition: Condition = None,
     *,
-    times: Times = (1.0, 0.0),
+    times: TimeGrid = (1.0, 0.0),
     unroll: bool = False,
 ) -> Float[Array, "*data"]:
     """One sample by average velocities (Alg. 2), one evaluation of the field per interval of `times`.
@@ -68,7 +68,7 @@ def sample_consistency(
     eps: Real[ArrayLike, "*data"] | Sequence[Any],
     condition: Condition = None,
     *,
-    times: Times,
+    times: TimeGrid,
     key: Key[Array, ""],
     interpolant: AbstractInterpolant = LinearInterpolant(),
     unroll: bool = False,
@@ -104,7 +104,7 @@ def sample_euler(
     eps: Real[ArrayLike, "*data"] | Sequence[Any],
     condition: Condition = None,
     *,
-    times: Times,
+    times: TimeGrid,
     unroll: bool = False,
 ) -> Float[Array, "*data"]:
     """One sample of the ODE dz/dt = u(z, t, t) by Euler's method: arguments as `sample`, one evaluation per step."""
@@ -116,7 +116,7 @@ def sample_heun(
     eps: Real[ArrayLike, "*data"] | Sequence[Any],
     condition: Condition = None,
     *,
-    times: Times,
+    times: TimeGrid,
     unroll: bool = False,
 ) -> Float[Array, "*data"]:
     """One sample of the ODE dz/dt = u(z, t, t) by Heun's method: arguments as `sample`, two evaluations per step."""
@@ -129,7 +129,7 @@ def sample_heun(
     return _integrate(field, step, eps, condition, times, unroll)
 
 
-def check_times(times: Times) -> None:
+def check_times(times: TimeGrid) -> None:
     """Raises a `ValueError` unless `times` is a strictly decreasing grid of at least two times in [0, 1]. Of times that
     JAX traces, it is known only how many they are."""
     grid = on_host_if_known(times)
@@ -140,7 +140,7 @@ def check_times(times: Times) -> None:
         raise ValueError(f"times must be a strictly decreasing sequence of at least two times in [0, 1], got {times}")
 
 
-def as_grid(times: Times) -> tuple[float, ...]:
+def as_grid(times: TimeGrid) -> tuple[float, ...]:
     """`times` as numbers, which no `filter_jit` traces. **Raises:** as `check_times`."""
     check_times(times)
     if (grid := on_host_if_known(times)) is None:
@@ -153,7 +153,7 @@ def _integrate(
     step: Callable[..., Float[Array, "*data"]],
     eps: Real[ArrayLike, "*data"] | Sequence[Any],
     condition: Condition,
-    times: Times,
+    times: TimeGrid,
     unroll: bool,
     *more: Array,
 ) -> Float[Array, "*data"]:

@@ -87,13 +87,13 @@ def as_labels(name: str, labels: Any) -> Integer[Array, "..."]:
     return held
 
 
-def check_sizes(**sizes: Count | Sequence[Count]) -> None:
-    """Raises a `ValueError` unless each of `sizes`, one integer or several, is >= 1."""
-    for name, size in sizes.items():
-        if not isinstance(size, Sequence):
-            as_count(name, size)
-        elif not all(_is_count(element) for element in size):
-            raise ValueError(f"{name} must be of integers >= 1, got {size}")
+def check_counts(**counts: Count | Sequence[Count]) -> None:
+    """Raises a `ValueError` unless each of `counts`, one integer or several, is >= 1."""
+    for name, count in counts.items():
+        if not isinstance(count, Sequence):
+            as_count(name, count)
+        elif not all(_is_count(element) for element in count):
+            raise ValueError(f"{name} must be of integers >= 1, got {count}")
 
 
 def as_tuple(name: str, values: Any, example: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -135,7 +135,7 @@ def check_data_shape(shape: Sequence[Count]) -> None:
     """Raises a `ValueError` unless `shape` is that of an image or of a sequence, channels first."""
     if not isinstance(shape, Sequence) or len(shape) not in (2, 3):
         raise ValueError(f"data_shape must be (channels, height, width) or (channels, length), got {shape}")
-    check_sizes(data_shape=shape)
+    check_counts(data_shape=shape)
 
 
 def check_z(z: Array | np.ndarray, data_shape: tuple[int, ...]) -> None:

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mf_eqx._leaves import by_name, digest
+from mf_eqx._leaves import by_name, digest_of_arrays
 
 ARRAYS = {"b": np.asarray([[1, 2], [3, 4]], np.int16), "a": np.asarray(2.5, np.float32), "c": jnp.ones(3, jnp.bfloat16)}
 
@@ -14,7 +14,7 @@ ARRAYS = {"b": np.asarray([[1, 2], [3, 4]], np.int16), "a": np.asarray(2.5, np.f
 def test_digest_is_that_of_a_text_and_of_names_types_shapes_and_bytes_in_order():
     content = b"text" + b"b int16 (2, 2);" + b"\1\0\2\0\3\0\4\0" + b"a float32 ();" + b"\0\0\x20\x40"
     content += b"c bfloat16 (3,);" + b"\x80\x3f" * 3
-    assert digest(ARRAYS, "text") == hashlib.sha256(content).hexdigest()
+    assert digest_of_arrays(ARRAYS, "text") == hashlib.sha256(content).hexdigest()
 
 
 @pytest.mark.parametrize(
@@ -27,12 +27,12 @@ def test_digest_is_that_of_a_text_and_of_names_types_shapes_and_bytes_in_order()
     ],
 )
 def test_digest_tells_values_shapes_types_and_names_apart(other):
-    assert digest({"b": ARRAYS["b"]}) != digest(other)
+    assert digest_of_arrays({"b": ARRAYS["b"]}) != digest_of_arrays(other)
 
 
 def test_transposed_array_has_the_digest_of_its_values():
     values = np.arange(6).reshape(2, 3)
-    assert digest({"a": np.asfortranarray(values)}) == digest({"a": values})
+    assert digest_of_arrays({"a": np.asfortranarray(values)}) == digest_of_arrays({"a": values})
 
 
 def test_leaves_are_named_as_in_python():

@@ -13,7 +13,7 @@ from methods import guidance, METHODS, trainer
 
 import mf_eqx as mfx
 from mf_eqx import checkpoint, data, exact, metrics, nn, vae
-from mf_eqx._validate import check_finite, check_positive, check_sizes, described
+from mf_eqx._validate import check_counts, check_finite, check_positive, described
 
 KEY = jr.key(0)
 
@@ -175,7 +175,7 @@ def test_argument_of_another_kind_is_refused_by_name(make, message):
 
 @pytest.mark.parametrize("size", [1, np.int64(3), (1, 2), []])
 def test_sizes_of_at_least_one_are_taken(size):
-    check_sizes(size=size)
+    check_counts(size=size)
 
 
 @pytest.mark.parametrize("check", [check_finite, check_positive])

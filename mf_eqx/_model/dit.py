@@ -26,7 +26,7 @@ from jaxtyping import Array, Float, Key
 
 from .._custom_types import as_times, Condition, Time, TimeLike
 from .._field import AbstractField
-from .._validate import as_count, check_data_shape, check_floating, check_kind, check_sizes, check_z
+from .._validate import as_count, check_counts, check_data_shape, check_floating, check_kind, check_z
 from ..nn import (
     AbstractAttention,
     AbstractConditionEmbedding,
@@ -179,7 +179,7 @@ class DiT(AbstractField):
         check_data_shape(data_shape)
         check_kind("size", size, DiTSize)
         channels, *sides = data_shape
-        check_sizes(**size._asdict())
+        check_counts(**size._asdict())
         check_floating("dtype", dtype)
         patches.check_patch(data_shape, size.patch)
         if size.width % (2 * len(sides)):

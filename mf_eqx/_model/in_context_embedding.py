@@ -9,7 +9,7 @@ from jax.nn.initializers import normal, variance_scaling
 from jaxtyping import Array, Float, Key
 
 from .._custom_types import Condition, Time
-from .._validate import check_finite, check_kind, check_sizes, described
+from .._validate import check_counts, check_finite, check_kind, described
 from ..nn import (
     AbstractConditionEmbedding,
     AbstractConditionTokens,
@@ -72,7 +72,7 @@ class InContextEmbedding(eqx.Module):
         key: Key[Array, ""],
     ):
         check_kind("tokens", counts, TokenCounts)
-        check_sizes(tokens=counts)
+        check_counts(tokens=counts)
         check_finite("time_scale", time_scale)
         if labels is not None and condition is not None:
             rule = "labels must be None with a condition, whose tokens may hold a LabelEmbedding"

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from .._validate import check_data_shape, check_kind, check_sizes
+from .._validate import check_counts, check_data_shape, check_kind
 from ..nn._attention import head_size
 from . import patches
 
@@ -44,8 +44,8 @@ def check_size(data_shape: tuple[int, ...], size: InContextDiTSize) -> None:
     """Raises a `ValueError` unless the numbers of `size` fit one another and data of this shape."""
     check_data_shape(data_shape)
     check_kind("size", size, InContextDiTSize)
-    check_sizes(size=size[:5])
-    check_sizes(**{name: size._asdict()[name] for name in ("mlp", "bottleneck") if size._asdict()[name] is not None})
+    check_counts(size=size[:5])
+    check_counts(**{name: size._asdict()[name] for name in ("mlp", "bottleneck") if size._asdict()[name] is not None})
     patches.check_patch(data_shape, size.patch)
     if size.head_depth >= size.depth:
         raise ValueError(f"head_depth must be below the depth {size.depth}, got {size.head_depth}")

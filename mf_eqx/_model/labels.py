@@ -15,7 +15,7 @@ from .unet import UNet, UNetCondition
 from .x_prediction import XPrediction
 
 
-def check_labels(name: str, condition: Condition, field: AbstractField) -> None:
+def check_labels_fit(name: str, condition: Condition, field: AbstractField) -> None:
     """Raises a `ValueError` if `condition`, which is called `name`, has labels that a network of this package lacks, of
     one row or of several: under `jax.vmap` the table of the network would silently return another row. Other fields,
     other conditions and values that JAX traces pass."""

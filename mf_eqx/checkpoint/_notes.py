@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 from .._guidance import GuidanceRange
 from .._trained import Trained
-from .._validate import check_kind, check_sizes
+from .._validate import check_counts, check_kind
 from ..vae import AutoencoderSize, LatentStatistics
 
 
@@ -102,7 +102,7 @@ def _check_tokenizer(tokenizer: Tokenizer) -> None:
     """Raises a `ValueError` for a tokenizer that cannot be, and for statistics of other channels than its latents."""
     size, digest, statistics = tokenizer
     check_kind("size", size, AutoencoderSize)
-    check_sizes(**size._asdict())
+    check_counts(**size._asdict())
     if not isinstance(digest, str | None):
         raise ValueError(f"digest must be a text or None, got {digest!r:.80}")
     check_kind("statistics", statistics, LatentStatistics)

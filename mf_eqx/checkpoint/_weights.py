@@ -29,7 +29,7 @@ import numpy as np
 from .._field import AbstractField
 from .._files import read_regular, write_whole
 from .._json import parse_json
-from .._leaves import compare, digest, fill_shapes, leaves, listed, on_host, shapes, without_key_dtype
+from .._leaves import compare, digest_of_arrays, fill_shapes, leaves, listed, on_host, shapes, without_key_dtype
 from .._model import describe, make_network
 from .._optional import optional
 from .._sharding import Parallelism
@@ -230,4 +230,4 @@ def _on_devices(field: _Field, parallelism: Parallelism | None) -> _Field:
 
 def _digest(arrays: Mapping[str, np.ndarray], text: str) -> str:
     """SHA-256 of arrays with their names, whatever their order in a file, and of a text."""
-    return digest(dict(sorted(arrays.items())), text)
+    return digest_of_arrays(dict(sorted(arrays.items())), text)

@@ -15,7 +15,7 @@ from jaxtyping import Int, Shaped
 from .._files import open_regular
 from .._optional import optional
 from .._validate import Count
-from ._check import as_labels
+from ._check import as_label_count
 from ._file import as_paths, name_of, PathLike
 from ._npy import LONGEST_HEADER, parse_header
 from ._source import AbstractSource, Rows
@@ -106,7 +106,7 @@ class ArrayRecordSource(AbstractSource):
         labels: Count | None = None,
     ):
         self._paths, self._decode = as_paths("paths", paths), decode
-        self.name, self.labels = name_of(self._paths), None if labels is None else as_labels(labels)
+        self.name, self.labels = name_of(self._paths), None if labels is None else as_label_count(labels)
         self._readers = [_open(path) for path in self._paths]
         self._ends = np.cumsum([reader.num_records() for reader in self._readers])
         x, label = self._read_and_decode(0, 0)

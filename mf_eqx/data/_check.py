@@ -15,7 +15,7 @@ _MOST_LABELS = 1 << 31
 """With so many labels, the largest one is the largest int32."""
 
 
-def as_labels(labels: Count) -> int:
+def as_label_count(labels: Count) -> int:
     """A number of different labels as an int. **Raises:** `ValueError` unless labels 0 to `labels` - 1 are int32."""
     labels = as_count("labels", labels)
     if labels > _MOST_LABELS:
@@ -46,7 +46,7 @@ def check_rows(
     if x.shape[1:] != data_shape:
         raise ValueError(f"x must have rows of shape {data_shape}, got {x.shape[1:]}")
     check_dtype(x.dtype)
-    check_finite(x, np.arange(len(x)) if numbers is None else numbers)
+    check_finite_rows(x, np.arange(len(x)) if numbers is None else numbers)
     if (label is None) != (labels is None):
         found = "no label" if label is None else "a label"
         raise ValueError(f"label must be given if and only if labels is, got {found} with labels = {labels}")
@@ -60,7 +60,7 @@ def check_dtype(dtype: np.dtype) -> None:
         raise ValueError(f"x must be uint8 or floating point of at most 64 bits, got {dtype}")
 
 
-def check_finite(x: Shaped[np.ndarray, "rows *data"], numbers: Int[np.ndarray, " rows"], name: str = "x") -> None:
+def check_finite_rows(x: Shaped[np.ndarray, "rows *data"], numbers: Int[np.ndarray, " rows"], name: str = "x") -> None:
     """Refuses values that are not finite in the dtype in which they reach the device. Arguments: rows of data, their
     numbers in error messages, and the name of the data there."""
     if x.dtype == np.uint8:
@@ -88,7 +88,7 @@ def check_labels(
         raise ValueError(f"label must have one value for each of the {rows} rows, got shape {label.shape}")
     if not np.issubdtype(label.dtype, np.integer):
         raise ValueError(f"label must be an integer, got {label.dtype}")
-    number = _MOST_LABELS if labels is None else as_labels(labels)
+    number = _MOST_LABELS if labels is None else as_label_count(labels)
     wrong = (label < 0) | (label >= number)
     if wrong.any():
         row = int(np.argmax(wrong))

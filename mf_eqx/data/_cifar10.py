@@ -17,7 +17,7 @@ from jaxtyping import UInt8
 from .._files import read_regular
 from ._byte_arrays import read_plain_pickle
 from ._file import open_unpacked, PathLike
-from ._source import ArraySource, check_labels
+from ._source import ArraySource, count_labels
 from ._tar import TarReader
 
 _CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
@@ -128,7 +128,7 @@ def _decode_binary(name: str, content: bytes) -> _Part:
     if not content or len(content) % size:
         raise ValueError(f"{name}: must hold a whole number of records of {size:,} bytes, got {len(content):,} bytes")
     records = np.frombuffer(content, np.uint8).reshape(-1, size)
-    check_labels(name, records[:, 0], len(records), _LABELS)
+    count_labels(name, records[:, 0], len(records), _LABELS)
     return _Part(records[:, 1:].reshape(-1, 3, 32, 32), records[:, 0])
 
 

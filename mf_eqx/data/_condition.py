@@ -82,7 +82,7 @@ def check_values(condition: PyTree[Any], numbers: Int[np.ndarray, " rows"]) -> N
     """
     for name, leaf in by_name("condition", condition).items():
         if jnp.issubdtype(leaf.dtype, jnp.floating):
-            _check.check_finite(leaf, numbers, name)
+            _check.check_finite_rows(leaf, numbers, name)
         elif jnp.issubdtype(leaf.dtype, jnp.integer):
             _check_range(name, leaf, numbers)
 

@@ -16,7 +16,7 @@ from jaxtyping import Shaped
 from .._files import read_up_to
 from .._validate import as_count, Count
 from ._file import most_unpacked, open_unpacked, PathLike
-from ._source import ArraySource, check_labels
+from ._source import ArraySource, count_labels
 
 _DTYPES = {0x08: "u1", 0x09: "i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
 _MOST_AXES = 8
@@ -55,7 +55,7 @@ def read_idx(
         return ArraySource(x, labels=labels, class_names=class_names, name=str(images))
     values = _read(Path(label), most_bytes)
     labels = len(class_names) if class_names is not None and labels is None else labels
-    labels = check_labels(str(label), values, len(x), labels)
+    labels = count_labels(str(label), values, len(x), labels)
     return ArraySource(x, values, labels=labels, class_names=class_names, name=str(images))
 
 

@@ -16,7 +16,7 @@ from .._files import open_regular
 from .._leaves import by_name
 from .._validate import Count
 from ._file import as_paths, name_of, PathLike
-from ._source import AbstractSource, check_labels, Rows
+from ._source import AbstractSource, count_labels, Rows
 
 NUMBERS = "biuf"
 """Kinds of dtypes that a .npy file may have here: booleans, signed and unsigned integers, floating point."""
@@ -190,7 +190,7 @@ def _read_labels(paths: list[Path], x: _Files, labels: Count | None) -> tuple[In
     for path, part, x_path, rows in zip(paths, parts, x.paths, x.rows_per_file, strict=True):
         if part.shape != (rows,):
             raise ValueError(f"{path}: must have shape ({rows},) for the rows of {x_path}, got {part.shape}")
-    number = max(check_labels(str(path), part, len(part), labels) for path, part in zip(paths, parts, strict=True))
+    number = max(count_labels(str(path), part, len(part), labels) for path, part in zip(paths, parts, strict=True))
     return np.concatenate([part.astype(np.int32) for part in parts]), number
 
 

@@ -95,7 +95,7 @@ class ArraySource(AbstractSource):
         if label is not None and labels is None and class_names is not None:
             labels = len(class_names)
         self.name, self.x, self.row_shape, self.dtype = name, x, x.shape[1:], x.dtype.newbyteorder("=")
-        self.label, self.labels = label, None if label is None else check_labels(name, label, len(x), labels)
+        self.label, self.labels = label, None if label is None else count_labels(name, label, len(x), labels)
         with name_in_errors(name):
             self.class_names = check_class_names(class_names, self.labels)
             self.condition = None if condition is None else _condition.as_arrays(condition, len(x))
@@ -126,7 +126,7 @@ def _check_kind(name: str, label: Any, condition: Any) -> None:
         raise ValueError(f"{name}: label must be {rule}, got {found}")
 
 
-def check_labels(name: str, label: Shaped[np.ndarray, "..."], rows: int, labels: Count | None) -> int:
+def count_labels(name: str, label: Shaped[np.ndarray, "..."], rows: int, labels: Count | None) -> int:
     """How many different labels there are. Refuses anything but an integer in [0, labels) for each row.
 
     **Arguments:** `name` of the file or source, put in front of error messages; `label` the labels; `rows` how many
@@ -171,7 +171,7 @@ def check_source(source: AbstractSource) -> None:
             raise ValueError(f"must have at least one row and no empty axis, got {found}")
         _check.check_dtype(source.dtype)
         if source.labels is not None:
-            _check.as_labels(source.labels)
+            _check.as_label_count(source.labels)
         check_class_names(source.class_names, source.labels)
         if source.labels is not None and source.row_condition is not None:
             raise ValueError(f"labels must be None with a row_condition, got {source.labels}")
@@ -185,7 +185,7 @@ def check_taken(source: AbstractSource, rows: Int[np.ndarray, " rows"], taken: R
     """
     _check_shape_and_dtype(source, rows, taken)
     with name_in_errors(source.name):
-        _check.check_finite(taken.x, rows)
+        _check.check_finite_rows(taken.x, rows)
         if taken.label is not None:
             _check.check_labels(taken.label, len(rows), source.labels, rows)
         _condition.check_values(taken.condition, rows)

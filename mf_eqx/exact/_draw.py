@@ -6,7 +6,7 @@ import jax.random as jr
 from jaxtyping import Array, Float, Key
 
 from .._batch import Batch
-from .._validate import check_sizes
+from .._validate import check_counts
 from ._base import AbstractDistribution
 from ._gaussian_mixture import GaussianMixture
 
@@ -21,7 +21,7 @@ class Draw(eqx.Module):
     batch: int
 
     def __check_init__(self):
-        check_sizes(batch=self.batch)
+        check_counts(batch=self.batch)
 
     def __call__(self, key: Key[Array, ""]) -> Batch:
         return Batch(draw(self.distribution, self.batch, key))
@@ -37,7 +37,7 @@ class DrawLabelled(eqx.Module):
     batch: int
 
     def __check_init__(self):
-        check_sizes(batch=self.batch)
+        check_counts(batch=self.batch)
 
     def __call__(self, key: Key[Array, ""]) -> Batch:
         return Batch(*jax.vmap(lambda key: self.distribution.labelled_sample(key=key))(jr.split(key, self.batch)))
@@ -49,5 +49,5 @@ def draw(distribution: AbstractDistribution, number: int, key: Key[Array, ""]) -
 
     **Arguments:** `distribution`; `number` of samples, at least one; each new number is compiled again; `key`.
     """
-    check_sizes(number=number)
+    check_counts(number=number)
     return jax.vmap(lambda key: distribution.sample(key=key))(jr.split(key, number))

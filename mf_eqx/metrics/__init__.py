@@ -12,9 +12,9 @@ from ._efficientnet_lite0 import (
     load_efficientnet_lite0 as load_efficientnet_lite0,
 )
 from ._feature_moments import (
+    AccumulatedMoments as AccumulatedMoments,
     FeatureMoments as FeatureMoments,
     load_moments as load_moments,
-    RunningMoments as RunningMoments,
     save_moments as save_moments,
 )
 from ._features import (

@@ -8,7 +8,7 @@ $$\mu + \frac{m}{n + m} \delta, \qquad S + T + \frac{n m}{n + m}\, \delta \delta
 Features are centred before they are squared: if the squared mean were subtracted from sums of squares, most digits of
 the difference could be lost.
 
-    total = functools.reduce(operator.add, map(RunningMoments.of, batches))
+    total = functools.reduce(operator.add, map(AccumulatedMoments.of, batches))
     save_moments("cifar10.npz", total.moments(protocol="CIFAR-train"))
 
 Reference: Updating Formulae and a Pairwise Algorithm for Computing Sample Variances, Chan, Golub and LeVeque, 1979.
@@ -53,7 +53,7 @@ class FeatureMoments:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class RunningMoments:
+class AccumulatedMoments:
     """Moments of the features so far; the moments of two sets are combined by `+`, in any order.
 
     **Arguments:** `count` of features; `mean`; `scatter` the sum of centred products, float64.
@@ -64,7 +64,7 @@ class RunningMoments:
     scatter: Float[np.ndarray, "features features"]
 
     @classmethod
-    def of(cls, features: Float[Array | np.ndarray, "rows features"]) -> "RunningMoments":
+    def of(cls, features: Float[Array | np.ndarray, "rows features"]) -> "AccumulatedMoments":
         """The moments of one batch.
 
         **Raises:** `ValueError` if it has no row or values that are not finite.
@@ -77,12 +77,12 @@ class RunningMoments:
         centred = wide - mean
         return cls(len(wide), mean, centred.T @ centred)
 
-    def __add__(self, other: "RunningMoments") -> "RunningMoments":
+    def __add__(self, other: "AccumulatedMoments") -> "AccumulatedMoments":
         count = self.count + other.count
         delta = other.mean - self.mean
         scatter = self.scatter + other.scatter
         scatter += np.outer(delta, delta * (self.count * (other.count / count)))
-        return RunningMoments(count, self.mean + delta * (other.count / count), scatter)
+        return AccumulatedMoments(count, self.mean + delta * (other.count / count), scatter)
 
     def moments(self, protocol: str | None = None, weights: str | None = None) -> FeatureMoments:
         """Mean and unbiased covariance of the features so far.

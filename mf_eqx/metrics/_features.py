@@ -20,9 +20,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, UInt8
 
-from .._leaves import digest, leaves, on_host
+from .._leaves import digest_of_arrays, leaves, on_host
 from .._validate import as_count, Count
-from ._feature_moments import FeatureMoments, RunningMoments
+from ._feature_moments import AccumulatedMoments, FeatureMoments
 from ._inception import Features
 from ._protocol import Protocol
 
@@ -46,7 +46,7 @@ class FeatureExtractor(eqx.Module):
 
     def digest(self) -> str:
         """A sha256 of the network's arrays, which identifies the weights that results were computed with."""
-        return digest(dict(sorted(leaves(self.network).items())))
+        return digest_of_arrays(dict(sorted(leaves(self.network).items())))
 
 
 class SampleFeatures(NamedTuple):
@@ -82,7 +82,7 @@ def collect_features(
     features = [*_stream(extractor, batches, count)]
     pooled, logits = (np.concatenate(parts) for parts in zip(*features, strict=True))
     pieces = np.array_split(pooled, range(_ROWS_PER_PIECE, len(pooled), _ROWS_PER_PIECE))  # few, large products
-    total = functools.reduce(operator.add, map(RunningMoments.of, pieces))
+    total = functools.reduce(operator.add, map(AccumulatedMoments.of, pieces))
     return SampleFeatures(pooled, logits, total.moments(extractor.protocol.name, extractor.digest()))
 
 
@@ -93,7 +93,7 @@ def stream_moments(
 
     **Arguments, Raises:** as for `collect_features`.
     """
-    parts = (RunningMoments.of(part.pooled) for part in _stream(extractor, batches, count))
+    parts = (AccumulatedMoments.of(part.pooled) for part in _stream(extractor, batches, count))
     total = functools.reduce(operator.add, parts)
     return total.moments(extractor.protocol.name, extractor.digest())
 

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from .._validate import check_finite, check_positive
 from ._distance import check_samples
-from ._feature_moments import RunningMoments
+from ._feature_moments import AccumulatedMoments
 
 _ROWS_PER_PIECE = 4096
 
@@ -83,7 +83,7 @@ def _fit(
     """The mean of the features, the weights of the centred features, and the share of each class."""
     count = len(features)
     pieces = (features[start : start + _ROWS_PER_PIECE] for start in range(0, count, _ROWS_PER_PIECE))
-    total = functools.reduce(operator.add, map(RunningMoments.of, pieces))
+    total = functools.reduce(operator.add, map(AccumulatedMoments.of, pieces))
     share = np.bincount(index, minlength=classes) / count
     sums = [features[index == number].sum(axis=0, dtype=np.float64) for number in range(classes)]
     std = np.sqrt(np.diag(total.scatter) / count)

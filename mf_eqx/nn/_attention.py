@@ -27,7 +27,7 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, Float, Key
 
-from .._validate import check_sizes
+from .._validate import check_counts
 from ._linear import Linear
 from ._norm import RMSNorm
 
@@ -227,7 +227,7 @@ class SelfAttention(eqx.Module):
 def head_size(width: int, heads: int) -> int:
     """The size of each of `heads` heads over `width`. **Raises:** `ValueError` unless `width` and `heads` are >= 1 and
     `heads` divides `width`."""
-    check_sizes(width=width)
+    check_counts(width=width)
     if heads < 1 or width % heads:
         raise ValueError(f"width must be a multiple of heads, got width {width} and heads {heads}")
     return width // heads

@@ -20,7 +20,7 @@ from jax.nn.initializers import normal
 from jaxtyping import Array, Float, Key
 
 from .._custom_types import at_least_float32, Condition, Label, TimeLike
-from .._validate import as_count, check_sizes, described, on_host_if_known
+from .._validate import as_count, check_counts, described, on_host_if_known
 from ._linear import Linear
 from ._time_embedding import TimePairEmbedding
 
@@ -64,7 +64,7 @@ class LabelEmbedding(AbstractConditionEmbedding):
         init: jax.nn.initializers.Initializer = normal(0.02),
         key: Key[Array, ""],
     ):
-        check_sizes(labels=labels, width=width)
+        check_counts(labels=labels, width=width)
         self.table = init(key, (labels + 1, width), jnp.float32)
 
     @property
@@ -111,7 +111,7 @@ class VectorEmbedding(AbstractConditionEmbedding):
         init: jax.nn.initializers.Initializer = normal(0.02),
         key: Key[Array, ""],
     ):
-        check_sizes(size=size, width=width)
+        check_counts(size=size, width=width)
         hidden_key, out_key = jr.split(key)
         self.hidden = Linear(size, width, init=init, key=hidden_key)
         self.out = Linear(width, width, init=init, key=out_key)

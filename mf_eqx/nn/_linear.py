@@ -7,7 +7,7 @@ import jax.random as jr
 from jax.nn.initializers import Initializer
 from jaxtyping import Array, Float, Key
 
-from .._validate import check_sizes
+from .._validate import check_counts
 
 
 class Linear(eqx.Module):
@@ -34,7 +34,7 @@ class Linear(eqx.Module):
         init: Initializer = jax.nn.initializers.xavier_uniform(),
         key: Key[Array, ""],
     ):
-        check_sizes(in_size=in_size, out_size=out_size)
+        check_counts(in_size=in_size, out_size=out_size)
         self.weight = init(key, (in_size, out_size), jnp.float32)
         self.bias = jnp.zeros(out_size, jnp.float32) if bias else None
 

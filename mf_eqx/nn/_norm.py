@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from .._custom_types import at_least_float32
-from .._validate import check_positive, check_sizes
+from .._validate import check_counts, check_positive
 
 
 def layer_norm(x: Float[Array, "*rows width"], *, epsilon: float = 1e-6) -> Float[Array, "*rows width"]:
@@ -65,7 +65,7 @@ class RMSNorm(eqx.Module):
     epsilon: float = eqx.field(static=True)
 
     def __init__(self, size: int, *, epsilon: float = 1e-6):
-        check_sizes(size=size)
+        check_counts(size=size)
         check_positive("epsilon", epsilon)
         self.weight = jnp.ones(size, jnp.float32)
         self.epsilon = epsilon
@@ -101,7 +101,7 @@ class GroupNorm(eqx.Module):
     epsilon: float = eqx.field(static=True)
 
     def __init__(self, groups: int, channels: int, *, epsilon: float = 1e-6):
-        check_sizes(channels=channels)
+        check_counts(channels=channels)
         check_positive("epsilon", epsilon)
         if groups < 1 or channels % groups:
             raise ValueError(f"channels must be a multiple of groups, got {channels} channels and {groups} groups")

@@ -6,7 +6,7 @@ For rotations of queries and keys by their positions, see `rotary_angles`.
 import numpy as np
 from jaxtyping import Float
 
-from .._validate import check_sizes
+from .._validate import check_counts
 
 
 def sinusoidal_positions(height: int, width: int, size: int) -> Float[np.ndarray, "tokens size"]:
@@ -17,7 +17,7 @@ def sinusoidal_positions(height: int, width: int, size: int) -> Float[np.ndarray
 
     **Arguments:** `height`, `width` of the grid of tokens; `size` a positive multiple of 4.
     """
-    check_sizes(height=height, width=width)
+    check_counts(height=height, width=width)
     if size < 4 or size % 4:
         raise ValueError(f"size must be a positive multiple of 4, got {size}")
     rows, columns = np.meshgrid(np.arange(height), np.arange(width), indexing="ij")
@@ -36,7 +36,7 @@ def sinusoidal_line_positions(length: int, size: int) -> Float[np.ndarray, "toke
 
     **Arguments:** `length` number of tokens; `size` a positive multiple of 2.
     """
-    check_sizes(length=length)
+    check_counts(length=length)
     if size < 2 or size % 2:
         raise ValueError(f"size must be a positive multiple of 2, got {size}")
     angles = np.arange(length).reshape(-1, 1) * 10_000.0 ** (-np.arange(size // 2) / (size // 2))

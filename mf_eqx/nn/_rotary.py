@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Array, Float, Key
 
 from .._custom_types import at_least_float32
-from .._validate import check_sizes
+from .._validate import check_counts
 from ._attention import AbstractAttention, head_size, XLAAttention
 from ._linear import Linear
 from ._norm import RMSNorm
@@ -31,7 +31,7 @@ def rotary_line_angles(length: int, size: int, *, base: float = 10_000.0) -> Flo
 
     **Arguments:** `length` number of tokens; `size` of a head, the d above, a positive multiple of 2; `base` the b.
     """
-    check_sizes(length=length)
+    check_counts(length=length)
     return _angles(np.arange(length), _checked(size, 2), base)
 
 
@@ -43,7 +43,7 @@ def rotary_angles(height: int, width: int, size: int, *, base: float = 10_000.0)
 
     **Arguments:** `height`, `width` of the grid of tokens; `size` of a head, a positive multiple of 4; `base` as above.
     """
-    check_sizes(height=height, width=width)
+    check_counts(height=height, width=width)
     half = _checked(size, 4) // 2
     rows, columns = np.meshgrid(np.arange(height), np.arange(width), indexing="ij")
     return np.concatenate([_angles(positions.ravel(), half, base) for positions in (rows, columns)], axis=-1)

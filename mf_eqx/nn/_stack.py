@@ -10,7 +10,7 @@ import jax
 import jax.random as jr
 from jaxtyping import Array, Float, Key, PyTree
 
-from .._validate import check_sizes
+from .._validate import check_counts
 
 _Block = TypeVar("_Block", bound=eqx.Module)
 
@@ -86,7 +86,7 @@ class Stack(eqx.Module, Generic[_Block]):
         unroll: int | bool | None = 1,
         key: Key[Array, ""],
     ):
-        check_sizes(depth=depth)
+        check_counts(depth=depth)
         if not isinstance(remat, bool) and not callable(remat):
             raise ValueError(f"remat must be True, False or a policy of jax.checkpoint, got {remat!r:.80}")
         self.blocks = eqx.filter_vmap(make_block)(jr.split(key, depth))

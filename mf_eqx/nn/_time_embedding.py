@@ -19,7 +19,7 @@ from jax.nn.initializers import normal
 from jaxtyping import Array, Float, Key
 
 from .._custom_types import as_scalar, as_times, at_least_float32, ScalarLike, Time, TimeLike
-from .._validate import check_finite, check_sizes
+from .._validate import check_counts, check_finite
 from ._linear import Linear
 
 TimeVariables: TypeAlias = Callable[[Time, Time], tuple[Time, ...]]
@@ -102,7 +102,7 @@ class TimePairEmbedding(eqx.Module):
         init: jax.nn.initializers.Initializer = normal(0.02),
         key: Key[Array, ""],
     ):
-        check_sizes(width=width)
+        check_counts(width=width)
         check_finite("time_scale", time_scale)
         check_even_size(size)
         count = len(variables(jnp.zeros(()), jnp.ones(())))

@@ -23,7 +23,7 @@ from jax.nn.initializers import normal
 from jaxtyping import Array, Float, Key
 
 from .._custom_types import as_scalar
-from .._validate import check_sizes
+from .._validate import check_counts
 from ._condition_embedding import AbstractConditionEmbedding
 from ._linear import Linear
 from ._time_embedding import check_even_size, sinusoidal_embedding
@@ -60,7 +60,7 @@ class ConditionTokens(AbstractConditionTokens):
     embedding: AbstractConditionEmbedding
 
     def __init__(self, count: int, width: int, embedding: AbstractConditionEmbedding, *, key: Key[Array, ""]):
-        check_sizes(count=count, width=width)
+        check_counts(count=count, width=width)
         self.vectors = width**-0.5 * jr.normal(key, (count, width), jnp.float32)
         self.embedding = embedding
 

@@ -10,12 +10,12 @@ from jaxtyping import Float
 
 from ._figure import new_figure, plain, save_figure
 
-Record: TypeAlias = Mapping[str, Any]
+LogRecord: TypeAlias = Mapping[str, Any]
 
 
 def save_curves(
     path: str | Path,
-    records: Sequence[Record] | Mapping[str, Sequence[Record]],
+    records: Sequence[LogRecord] | Mapping[str, Sequence[LogRecord]],
     names: Sequence[str] | None = None,
     *,
     title: str | None = None,
@@ -58,7 +58,7 @@ def save_curves(
     save_figure(path, figure)
 
 
-def _draw_metric(panel: Any, name: str, runs: Mapping[str, Sequence[Record]]) -> None:
+def _draw_metric(panel: Any, name: str, runs: Mapping[str, Sequence[LogRecord]]) -> None:
     finite_values = []
     for run, records in runs.items():
         steps, values = _series(records, name)
@@ -84,7 +84,7 @@ def _bin(name: str, i: int, bins: int) -> str:
 
 
 def _series(
-    records: Sequence[Record], name: str
+    records: Sequence[LogRecord], name: str
 ) -> tuple[Float[np.ndarray, " record"], Float[np.ndarray, "record curve"]]:
     """Steps and values of a metric where it was logged; null becomes NaN."""
     pairs = [(record["step"], np.ravel(record[name]).astype(float)) for record in records if name in record]

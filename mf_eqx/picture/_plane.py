@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from .._field import AbstractField
 from .._optional import optional
-from .._validate import check_positive, check_sizes
+from .._validate import check_counts, check_positive
 from ._figure import new_figure, plain, save_figure
 
 _SIDE = 2.2
@@ -61,7 +61,7 @@ def save_point_panels(
 
     **Raises:** `ValueError` without any points, if limit <= 0, or if columns < 1.
     """
-    check_sizes(columns=columns)
+    check_counts(columns=columns)
     _check({name: [sample] for name, sample in points.items()}, [""], limit)
     columns = min(columns, len(points))
     figure, panels = _panels(-(-len(points) // columns), columns, title)

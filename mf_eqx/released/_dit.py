@@ -57,11 +57,11 @@ def fill_dit(field: DiT, tensors: Mapping[str, Any], path: str | Path) -> DiT:
 
     **Raises:** `ValueError` that names every tensor which is missing, unexpected, of another shape, or not finite.
     """
-    check_field(field)
+    check_is_as_released(field)
     return fill(field, dict(origins(field, flax_name, _converted)), flat(tensors, path), path)
 
 
-def check_field(field: DiT) -> None:
+def check_is_as_released(field: DiT) -> None:
     """Refuses a field whose inputs differ from those of the released networks."""
     check_kind("field", field, DiT)
     if len(field.data_shape) != 3:

@@ -28,7 +28,7 @@ from jaxtyping import Array, Float, Key, Shaped
 from .._foreign import fill, Origin
 from .._model import DiT
 from ..nn import sinusoidal_positions, TimePairEmbedding
-from ._dit import check_field, Convert, origins, Shape
+from ._dit import check_is_as_released, Convert, origins, Shape
 
 _POSITIONS = "pos_embed"
 
@@ -45,7 +45,7 @@ def fill_sit(
     **Raises:** `ValueError` that names every tensor which is missing, unexpected, of another shape, or not finite;
     also if the position embedding is not that of `mf_eqx.DiT`.
     """
-    check_field(field)
+    check_is_as_released(field)
     _check_positions(field, tensors, path)
     return fill(field, _origins(field, key), tensors, path, ignored=(_POSITIONS,))
 

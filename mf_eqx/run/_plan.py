@@ -92,7 +92,7 @@ def batch_shapes(stream: Stream) -> Batch:
     )
 
 
-def describe(
+def plan_of_training(
     config: Settings, step: TrainStep, make_state: Callable[[], TrainState], stream: Stream, steps: int
 ) -> str:
     """A text with the configuration, parameters, placement of arrays, and memory. The step is compiled, not run."""

@@ -27,7 +27,7 @@ from ._values import fetch, short
 
 
 @runtime_checkable
-class Stream(Protocol):
+class TextOutput(Protocol):
     """The methods that a text stream must have."""
 
     def write(self, text: str, /) -> Any: ...
@@ -96,7 +96,7 @@ class Progress:
         work: Work | None = None,
         doing: str = "compiling the first step",
         silent: bool = False,
-        stream: Stream | None = None,
+        stream: TextOutput | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ):
         if total < 0:

@@ -31,7 +31,7 @@ from ..data import Stream
 from ._directory import made_by, missing_lines, RunDirectory
 from ._lock import check_in_place
 from ._loggers import Logger, TensorBoardLogger, WandbLogger
-from ._plan import check_disk, describe, work_of_step
+from ._plan import check_disk, plan_of_training, work_of_step
 from ._processes import agree, is_first, once, Stopped, StopSignals, tell, together
 from ._progress import Progress
 from ._settings import difference, recipe, Settings
@@ -111,7 +111,7 @@ def train(
     if config.test_run:
         config, steps = dataclasses.replace(config, save_every=1, log_every=1, preview_every=1), min(steps, 2)
     if config.dry_run:
-        tell(describe(config, step, make_state, stream, steps))
+        tell(plan_of_training(config, step, make_state, stream, steps))
         if start:
             started(start, make_state, step)
         raise SystemExit(0)

@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Key
 
 from .._custom_types import at_least_float32
-from .._leaves import digest, leaves
+from .._leaves import digest_of_arrays, leaves
 from .._validate import check_floating
 from ..nn import cast
 from ._blocks import conv, DownLevel, Middle, norm, UpLevel
@@ -147,7 +147,7 @@ class Autoencoder(eqx.Module):
 
     def digest(self) -> str:
         """SHA-256 of all parameters and their paths. It identifies the weights, whatever file they were read from."""
-        return digest(leaves(self))
+        return digest_of_arrays(leaves(self))
 
     def encode(self, x: Float[Array, "colours height width"]) -> Moments:
         r"""The posterior of an image: $\mu$ and $\sigma$, where $\log \sigma^2$ is clipped to [-30, 20].

@@ -8,7 +8,7 @@ from typing import Any
 from .._json import read_json_object
 from .._leaves import listed
 from ._autoencoder import AutoencoderSize, SD_VAE
-from ._moments import as_floats, LatentStatistics, SCALE
+from ._moments import as_float_tuple, LatentStatistics, SCALE
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 CONFIG = "config.json"
@@ -120,7 +120,8 @@ def read_latent_statistics(path: str | Path) -> LatentStatistics:
     channels = _size_in(config).latent
     try:
         numbers = {
-            name: as_floats(name, value if name.startswith("latents") else [value]) for name, value in found.items()
+            name: as_float_tuple(name, value if name.startswith("latents") else [value])
+            for name, value in found.items()
         }
         (scale,) = numbers.get("scaling_factor", (SCALE,))
         mean = numbers.get("latents_mean", numbers.get("shift_factor", (0.0,)))

@@ -65,7 +65,7 @@ class LatentStatistics:
 
     def __post_init__(self):
         for name in ("mean", "std"):
-            object.__setattr__(self, name, as_floats(name, getattr(self, name)))
+            object.__setattr__(self, name, as_float_tuple(name, getattr(self, name)))
         if min(self.std) < _SMALLEST:
             raise ValueError(f"std must be > 0 in float32, got {self.std!r:.80}")
         if len({len(self.mean), len(self.std)} - {1}) > 1:
@@ -119,7 +119,7 @@ class LatentStatistics:
         return jnp.asarray(values, latent.dtype).reshape(-1, 1, 1)
 
 
-def as_floats(name: str, values: Any) -> tuple[float, ...]:
+def as_float_tuple(name: str, values: Any) -> tuple[float, ...]:
     """`values` as a tuple of floats. **Raises:** `ValueError` unless they are a tuple or a list of real numbers, at
     least one, and none too large for float32."""
     values = as_tuple(name, values, (0.0,))

@@ -16,7 +16,7 @@ from fields import filled, refilled
 
 import mf_eqx as mfx
 from mf_eqx import checkpoint, nn, run, vae
-from mf_eqx._leaves import digest
+from mf_eqx._leaves import digest_of_arrays
 from mf_eqx.checkpoint._notes import notes_of_json
 
 pytest.importorskip("safetensors")
@@ -343,7 +343,7 @@ def forged(path, arrays, **metadata):
     otherwise."""
     import safetensors.numpy
 
-    found = digest(dict(sorted(arrays.items())), metadata.get("about", ""))
+    found = digest_of_arrays(dict(sorted(arrays.items())), metadata.get("about", ""))
     content = {"format": "mf_eqx weights 2", "sha256": found} | metadata
     path.write_bytes(safetensors.numpy.save(arrays, {name: word for name, word in content.items() if word is not None}))
 

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mf_eqx.data._source import AbstractSource, ArraySource, check_labels, JoinedSource, Rows
+from mf_eqx.data._source import AbstractSource, ArraySource, count_labels, JoinedSource, Rows
 from mf_eqx.data._stream import Stream
 
 X = np.arange(24, dtype=np.float32).reshape(4, 2, 3)
@@ -97,7 +97,7 @@ def test_no_rows_are_refused():
 )
 def test_bad_labels_are_refused(label, message):
     with pytest.raises(ValueError, match=message):
-        check_labels("file", label, 4, 3)
+        count_labels("file", label, 4, 3)
 
 
 # Several as one

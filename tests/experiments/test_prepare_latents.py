@@ -363,7 +363,7 @@ def test_notes_that_cannot_be_read_are_refused(convert, prepare_latents, refused
 )
 def test_notes_of_wrong_types_are_refused(changed, prepare_latents, tmp_path):
     of_latents = (None, vae.LatentStatistics().as_json(), False, 0.0)
-    notes = prepare_latents.Notes("images", 1, None, [8, 8], 1, "0", TINY._asdict(), False, *of_latents)
+    notes = prepare_latents.LatentNotes("images", 1, None, [8, 8], 1, "0", TINY._asdict(), False, *of_latents)
     (tmp_path / "latents.json").write_text(json.dumps(notes._asdict()))
     assert prepare_latents.read_notes(tmp_path).of_tokenizer() == checkpoint.Tokenizer(TINY, "0")
     (tmp_path / "latents.json").write_text(json.dumps(notes._asdict() | changed))

@@ -8,7 +8,7 @@ import zipfile
 import numpy as np
 import pytest
 
-from mf_eqx.metrics import FeatureMoments, load_moments, RunningMoments, save_moments
+from mf_eqx.metrics import AccumulatedMoments, FeatureMoments, load_moments, save_moments
 
 
 def features(rows=60, dim=5, seed=0):
@@ -17,7 +17,7 @@ def features(rows=60, dim=5, seed=0):
 
 
 def total(batches):
-    return functools.reduce(operator.add, map(RunningMoments.of, batches))
+    return functools.reduce(operator.add, map(AccumulatedMoments.of, batches))
 
 
 @pytest.mark.parametrize("bounds", [[], [1], [30], [7, 8, 41, 59]])
@@ -30,7 +30,7 @@ def test_moments_of_batches_are_those_of_the_whole(bounds):
 
 
 def test_order_of_addition_does_not_matter():
-    a, b, c = (RunningMoments.of(part) for part in np.split(features(), [11, 40]))
+    a, b, c = (AccumulatedMoments.of(part) for part in np.split(features(), [11, 40]))
     left, right = (a + b) + c, c + (b + a)
     np.testing.assert_allclose(left.scatter, right.scatter, rtol=1e-12)
     np.testing.assert_allclose(left.mean, right.mean, rtol=1e-13)
@@ -51,7 +51,7 @@ def test_float32_features_are_summed_in_float64():
 
 
 def test_adding_leaves_the_terms_as_they_were():
-    a, b = RunningMoments.of(features()), RunningMoments.of(features(seed=1))
+    a, b = AccumulatedMoments.of(features()), AccumulatedMoments.of(features(seed=1))
     before = a.scatter.copy()
     assert (a + b) + b is not a
     np.testing.assert_array_equal(a.scatter, before)
@@ -59,19 +59,19 @@ def test_adding_leaves_the_terms_as_they_were():
 
 def test_single_feature_has_no_covariance():
     with pytest.raises(ValueError, match="at least 2 for a covariance, got 1"):
-        RunningMoments.of(features(1)).moments()
+        AccumulatedMoments.of(features(1)).moments()
 
 
 def test_features_that_are_not_finite_are_refused():
     x = features()
     x[4, 2] = np.nan
     with pytest.raises(ValueError, match="features must be finite, got 1 values that are not"):
-        RunningMoments.of(x)
+        AccumulatedMoments.of(x)
 
 
 @pytest.mark.parametrize("name", ["mean", "cov"])
 def test_moments_that_are_not_finite_are_not_saved(name, tmp_path):
-    moments = RunningMoments.of(features()).moments()
+    moments = AccumulatedMoments.of(features()).moments()
     moments = dataclasses.replace(moments, **{name: np.where(getattr(moments, name) == moments.cov[0, 0], 1, np.nan)})
     with pytest.raises(ValueError, match=rf"{name} must be finite, got \d+ values that are not"):
         save_moments(tmp_path / "moments.npz", moments)
@@ -80,11 +80,11 @@ def test_moments_that_are_not_finite_are_not_saved(name, tmp_path):
 
 def test_empty_batch_of_features_is_refused():
     with pytest.raises(ValueError, match=r"rows >= 1, got \(0, 5\)"):
-        RunningMoments.of(features()[:0])
+        AccumulatedMoments.of(features()[:0])
 
 
 def test_saved_moments_are_loaded_bit_for_bit(tmp_path):
-    saved = RunningMoments.of(features()).moments("ADM", "12ab")
+    saved = AccumulatedMoments.of(features()).moments("ADM", "12ab")
     save_moments(tmp_path / "new" / "moments.npz", saved)
     loaded = load_moments(tmp_path / "new" / "moments.npz")
     np.testing.assert_array_equal(loaded.mean, saved.mean)
@@ -158,7 +158,7 @@ def test_array_without_a_name_is_refused(tmp_path):
 
 def test_damaged_moments_are_refused(tmp_path):
     path = tmp_path / "moments.npz"
-    save_moments(path, RunningMoments.of(features()).moments())
+    save_moments(path, AccumulatedMoments.of(features()).moments())
     content = bytearray(path.read_bytes())
     content[content.index(b"NUMPY") + 150] ^= 1
     path.write_bytes(content)
@@ -194,7 +194,7 @@ def test_moments_that_announce_more_than_memory_are_refused(tmp_path):
 
 
 def test_saved_moments_are_the_same_bytes_at_any_time(tmp_path, monkeypatch):
-    moments = RunningMoments.of(features()).moments()
+    moments = AccumulatedMoments.of(features()).moments()
     save_moments(tmp_path / "a", moments)
     monkeypatch.setattr(time, "time", lambda: 2e9)
     monkeypatch.setattr(time, "localtime", lambda *_: time.gmtime(2e9))

@@ -8,11 +8,11 @@ import pytest
 
 import mf_eqx
 from mf_eqx.metrics import (
+    AccumulatedMoments,
     frechet_distance,
     inception_score,
     kernel_inception_distance,
     precision_recall,
-    RunningMoments,
     sample_quality,
     SampleFeatures,
 )
@@ -21,7 +21,7 @@ from mf_eqx.metrics import (
 def samples(rows=40, seed=0, protocol="ADM", weights="12ab34cd56"):
     generator = np.random.default_rng(seed)
     pooled = generator.standard_normal((rows, 6)).astype(np.float32)
-    moments = RunningMoments.of(pooled).moments(protocol, weights)
+    moments = AccumulatedMoments.of(pooled).moments(protocol, weights)
     return SampleFeatures(pooled, generator.standard_normal((rows, 5)).astype(np.float32), moments)
 
 

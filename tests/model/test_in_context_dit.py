@@ -12,7 +12,7 @@ from in_context_reference import in_context_dit, total_derivative
 
 import mf_eqx as mfx
 from mf_eqx import checkpoint, nn
-from mf_eqx._model import check_labels
+from mf_eqx._model import check_labels_fit
 
 SMALL = mfx.InContextDiTSize(depth=3, width=16, heads=2, patch=2, head_depth=1)
 COUNTS = mfx.TokenCounts(condition=3, scale=2, start=1, end=1, time=2)
@@ -478,7 +478,7 @@ def test_what_does_not_fit_is_refused_by_name(message):
 def test_a_generator_refuses_labels_that_the_field_lacks(condition):
     field = known_shapes(guidance=isinstance(condition, mfx.GuidanceCondition))
     with pytest.raises(ValueError, match=r"condition must lie in \[0, 4\] for a network with 4 labels, got 5"):
-        check_labels("condition", condition, field)
+        check_labels_fit("condition", condition, field)
 
 
 # From training to a sampler

@@ -8,7 +8,7 @@ from fields import filled
 
 import mf_eqx as mfx
 from mf_eqx import checkpoint
-from mf_eqx._model import check_labels
+from mf_eqx._model import check_labels_fit
 from mf_eqx.exact import GaussianAverageVelocity, PointMassAverageVelocity
 
 POINT, MEAN, STD = np.array([0.7, -1.2]), np.array([0.4, 0.9]), 0.6
@@ -102,7 +102,7 @@ def test_field_has_the_shape_labels_and_velocity_head_of_its_network():
     assert (field.data_shape, field.null_label, field.has_velocity_head) == ((1, 4, 4), 3, True)
     assert not mfx.has_velocity_head(mfx.XPrediction(PointOfData()))
     with pytest.raises(ValueError, match=r"condition must lie in \[0, 3\] for a network with 3 labels, got 4"):
-        check_labels("condition", np.asarray([0, 4]), field)
+        check_labels_fit("condition", np.asarray([0, 4]), field)
 
 
 REFUSED = {
