@@ -28,7 +28,7 @@ import jax
 import numpy as np
 from jaxtyping import Shaped
 
-from .._files import named_in_errors
+from .._files import named_in_errors, write_whole
 from .._leaves import by_name
 from .._validate import as_count, Count
 from . import _structure
@@ -242,7 +242,4 @@ def _write_manifest(
     manifest = Manifest(
         VERSION, len(source), shape, dtype, source.labels, x, label, crc, structure, condition, names, digest=""
     )
-    with named_in_errors(folder / MANIFEST), open(folder / MANIFEST, "x", encoding="ascii") as file:
-        file.write(as_text(manifest))
-        file.flush()
-        os.fsync(file.fileno())
+    write_whole(folder / MANIFEST, as_text(manifest).encode("ascii"))

@@ -11,7 +11,7 @@ import pytest
 
 import mf_eqx as mfx
 from mf_eqx import data, run
-from mf_eqx.checkpoint import Checkpoints
+from mf_eqx.checkpoint._step_folders import StepFolders
 from mf_eqx.run import _plan
 
 pytest.importorskip("grain")
@@ -137,19 +137,19 @@ def test_a_disk_must_have_space_for_all_checkpoints_at_once_and_for_the_averages
 ):
     """The checkpoints are counted in a directory in which every save of the run is one folder."""
     config, steps = run.Settings(**settings), 10_500
-    checkpoints = Checkpoints(tmp_path, keep_last=config.keep_last, keep_every=config.keep_every or None)
+    folders = StepFolders(tmp_path, config.keep_last, config.keep_every or None)
 
     def saved_until(last, start=0):
         """The largest number of checkpoints at once."""
         most = 0
         for step in sorted({*range(config.save_every, last, config.save_every), last} - {*range(start + 1), 0}):
-            checkpoints.path(step).mkdir()
-            most = max(most, len(checkpoints.steps()))
-            checkpoints._prune(step)
+            folders.path(step).mkdir()
+            most = max(most, len(folders.steps()))
+            folders.prune(step)
         return most
 
     saved_until(stopped)
-    before = checkpoints.steps()
+    before = folders.steps()
     number = saved_until(steps, stopped) - len(before)
     field = mfx.MLP(2, width=4, depth=1, key=jr.key(0))
     state = mfx.init_state(field, optax.sgd(0.1), key=jr.key(1))
