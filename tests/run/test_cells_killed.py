@@ -14,7 +14,7 @@ import pytest
 from processes import Ended, ended, LONGEST, signalled_until_it_ends, TESTS, tree
 
 from mf_eqx import run
-from mf_eqx.run import _cells
+from mf_eqx.run import _cell_run
 
 for package in ("orbax.checkpoint", "tyro"):
     pytest.importorskip(package)
@@ -37,7 +37,7 @@ def finished(root, *flags):
     out, err = io.StringIO(), io.StringIO()
     quiet = contextlib.redirect_stdout(out), contextlib.redirect_stderr(err)
     with pytest.MonkeyPatch.context() as patch, quiet[0], quiet[1]:
-        patch.setattr(_cells, "scan_steps", lambda *_: pytest.fail("trained"))
+        patch.setattr(_cell_run, "scan_steps", lambda *_: pytest.fail("trained"))
         patch.setattr(sys, "argv", ["cell_trainer.py"])
         patch.setenv("RUNS", str(root))
         try:
