@@ -6,6 +6,7 @@
     python experiments/leaderboard.py --settings common paper           and with the settings of each method's paper
     python experiments/leaderboard.py --power 0                         without the adaptive weight of images.py
     python experiments/leaderboard.py --data photos --size 32           on images of your own
+    python experiments/leaderboard.py --teacher ema.safetensors         distil a network of Flow Matching
 
 Network, optimiser, batch and average are those of `images.py --preset quick`. With the common settings a method has the
 share of rows, the times and the adaptive weight of that preset; with those of its paper it has what
@@ -14,6 +15,12 @@ whose rows with r < t do not use the velocity of the data (`weighted` says why).
 each is trained for as many steps as make the operations of `--steps` steps of MeanFlow (`mf_eqx.measure.relative_cost`
 counts matrix products and convolutions; of AlphaFlow, whose steps differ, it takes the most expensive one). Flow
 Matching samples by Euler's method, all others along their average velocity.
+
+With `--teacher` the methods distil a network of Flow Matching, such as `fashion.py --preset quick --identity-share 0
+--power 0` leaves in ema.safetensors: each training starts from this network and learns from its velocity, guided by
+`--teacher-scale`, in place of the velocity of the data. A teacher's own flow is known: its velocity is integrated by an
+adaptive solver, and the table has each method's error of u(z, 0, 1) to it. `DataFree` is `LagrangianDistillation` from
+noise alone. Methods that learn from pairs of data and noise cannot be taught and are left out.
 
 Results of finished trainings are in runs/leaderboard/all/cells.jsonl, and a training that is there is not done again. A
 run that was stopped, or killed, continues by the same command. RESULTS.md has the figures.
@@ -37,6 +44,7 @@ from ablation_cells import samples_name
 from ablation_images import figures
 from ablation_recipes import digest_of, DIVERGED
 from ablation_report import rounded, spread
+from image_teacher import Teacher
 from images import image_classifier, image_judge, image_samples
 from jaxtyping import Array, install_import_hook, Key
 
@@ -45,7 +53,7 @@ with install_import_hook("mf_eqx", "beartype.beartype(conf=beartype.BeartypeConf
     import mf_eqx as mfx
     from mf_eqx import data, measure, picture, run
 
-FLOW_MATCHING = "FlowMatching"
+FLOW_MATCHING, DATA_FREE = "FlowMatching", "DataFree"
 EVALUATIONS, EULER_STEPS = (1, 4), images.EULER_STEPS
 """Evaluations per judged image: along the average velocity, and in Euler steps for Flow Matching."""
 MOST_BYTES = 1 << 32
@@ -60,6 +68,12 @@ COLUMNS = {
     "right class, lowest class": "lowest class",
 }
 """The figures that are shown, and their headers."""
+FLOW = "error to the teacher's flow"
+"""One more with a teacher, of u(z, 0, 1)."""
+TAUGHT = (
+    "All start from the teacher and learn its velocity. Error to the teacher's flow: E|u - u*|^2 / E|u*|^2 of "
+    "u(z, 0, 1), with u* the average of the teacher's velocity by an adaptive solver.",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +96,10 @@ class Config(run.CellSettings):
     settings: tuple[str, ...] = ("common",)
     """common: the share and times of images.py, and --power, for every method; paper: the share, times and weight of
     each method's own paper, for methods whose paper's are known."""
+    teacher: str | None = None
+    """Weights of a network of Flow Matching to distil: what images.py --identity-share 0 leaves in ema.safetensors."""
+    teacher_scale: float = 1.0
+    """Scale of guidance of the teacher, 1 for none; needs labels, and a teacher that was trained without them, too."""
     power: float = images.PRESETS["quick"][1].power
     """Power p of the adaptive weight (Eq. 22) with the common settings, >= 0; 0 leaves it out for all methods."""
     seeds: int = 1
@@ -103,9 +121,13 @@ class Config(run.CellSettings):
         self.check(seeds=1, steps=1, samples=2, size=1)
         run.check_sizes(self, seeds=100, samples=1 << 20, size=1 << 14)
         mfx.AdaptiveWeight(self.power)
+        if self.teacher is None and self.teacher_scale != 1:
+            raise ValueError(f"teacher_scale must be left out without a teacher, got {self.teacher_scale}")
+        if self.teacher is not None and self.settings != ("common",):
+            raise ValueError(f"settings must be common with a teacher, got {' '.join(self.settings)}")
         run.check_among(self, settings=toy_2d.SETTINGS)
         if self.methods:
-            run.check_among(self, methods=methods(self.identity))
+            run.check_among(self, methods=methods(self))
         if not cells(self):
             raise ValueError("settings must have common, or a method whose paper's settings are known, got none")
 
@@ -118,8 +140,18 @@ class Cell(NamedTuple):
     seed: int
 
 
-def methods(own: str | None) -> list[str]:
-    return [FLOW_MATCHING, *toy_2d.identities(own, 1)]
+def identities(config: Config, steps: int) -> dict[str, mfx.AbstractIdentity]:
+    """Of all methods but Flow Matching, for a training of so many steps; with a teacher, those that can be taught."""
+    taught = config.teacher is not None
+    found = toy_2d.identities(config.identity, steps, taught)
+    if not taught:
+        return found
+    found = {name: identity for name, identity in found.items() if not identity.facts.uses_pair}
+    return {**found, DATA_FREE: mfx.LagrangianDistillation(stop_derivative=True)}
+
+
+def methods(config: Config) -> list[str]:
+    return [*([] if config.teacher else [FLOW_MATCHING]), *identities(config, 1)]
 
 
 def weighted(identity: mfx.AbstractIdentity | None) -> bool:
@@ -134,13 +166,13 @@ def weighted(identity: mfx.AbstractIdentity | None) -> bool:
 
 def cells(config: Config) -> list[Cell]:
     """All trainings, by seed first: two seeds of one method side by side would both compile its program."""
-    known = toy_2d.identities(config.identity, 1)
+    known = identities(config, 1)
     of_paper = [name for name, identity in known.items() if identity.facts.paper_settings is not None]
     return [
         Cell(method, settings, seed)
         for seed in range(config.seeds)
         for settings in config.settings
-        for method in config.methods or methods(config.identity)
+        for method in config.methods or methods(config)
         if settings == "common" or method in of_paper
     ]
 
@@ -174,6 +206,9 @@ class Study:
         if height % (patch := images.size_of(self.base).patch) or width % patch:
             raise ValueError(f"data must have sides that are multiples of {patch}, got {height} x {width}")
         self.shape, self.labels = (channels, height, width), self.train.labels if config.labels else None
+        self.teacher: Teacher | None = None
+        if config.teacher is not None:
+            self.teacher = Teacher(config.teacher, config.teacher_scale, self.shape, self.labels)
         rows = self.train.take(np.arange(len(self.train)))
         label = None if self.labels is None else jnp.asarray(rows.label)
         self.draw = data.DrawRows(jnp.asarray(rows.x), label, self.base.batch)
@@ -189,20 +224,24 @@ class Study:
 
     def objective(self, method: str, settings: str, steps: int) -> mfx.Objective:
         """That of a training of so many steps, by which schedules of some methods go."""
-        identity = toy_2d.identities(self.config.identity, steps).get(method)
+        identity = identities(self.config, steps).get(method)
         if settings == "paper":
             assert identity is not None and identity.facts.paper_settings is not None
             dropout = None if self.labels is None else mfx.LabelDropout(self.base.label_dropout, self.labels)
             return mfx.Objective(identity, label_dropout=dropout, **identity.facts.paper_settings)
         share = 0.0 if identity is None else self.base.identity_share
         recipe = dataclasses.replace(self.base, identity_share=share, power=self.power(method, settings))
-        return dataclasses.replace(images.objective(recipe, self.labels), identity=identity)
+        changes: dict[str, Any] = {"identity": identity}
+        changes |= {} if self.teacher is None else {"velocity": self.teacher.velocity}
+        if method == DATA_FREE:
+            changes |= {"identity_share": 1, "time_pairs": mfx.TimePairs(mfx.UniformTimes(), at_noise=1)}
+        return dataclasses.replace(images.objective(recipe, self.labels), **changes)
 
     def power(self, method: str, settings: str) -> float | None:
         """Power of the adaptive weight. None with the settings of a paper, which have a weight of their own."""
         if settings == "paper":
             return None
-        return self.config.power if weighted(toy_2d.identities(self.config.identity, 1).get(method)) else 0.0
+        return self.config.power if weighted(identities(self.config, 1).get(method)) else 0.0
 
     def cost(self, method: str, settings: str) -> float:
         field = eqx.filter_eval_shape(self.make_field, jr.key(0))
@@ -223,16 +262,20 @@ class Study:
         prepare, teacher = images.prepare(self.base, self.labels), 0 if loss.needs_teacher else None
         return Method(cost, steps, mfx.TrainStep(loss, images.optimizer(self.base), averages, prepare, teacher=teacher))
 
-    def make_field(self, key: Key[Array, ""]) -> mfx.DiT | mfx.UNet:
+    def make_field(self, key: Key[Array, ""]) -> mfx.AbstractField:
+        """A new network, or the teacher."""
+        if self.teacher is not None:
+            return self.teacher.field
         return images.make_field(self.base, self.shape, self.labels, key)
 
     def recipe(self, cell: Cell) -> dict[str, Any]:
         """Everything that a training depends on but the code."""
-        own = self.config.identity if cell.method not in methods(None) else None
+        own = self.config.identity if not hasattr(mfx, cell.method) else None
         unused = UNUSED | {field.name for field in dataclasses.fields(run.Settings)}
         values = {name: value for name, value in dataclasses.asdict(self.base).items() if name not in unused}
         values |= {**cell._asdict(), "steps": self.methods[cell[:2]].steps, "train": self.train.digest}
         values["power"] = self.power(*cell[:2])
+        values |= {} if self.teacher is None else {"teacher": self.teacher.digest}
         return values | {"own": own and toy_2d.own_methods(own)[1]}
 
     def key(self, cell: Cell) -> dict[str, Any]:
@@ -242,6 +285,10 @@ class Study:
     def real_key(self) -> dict[str, Any]:
         """The same of the figures of real images."""
         return {"real": True, "train": self.train.digest, "labels": self.labels} | self.judging
+
+    def teacher_key(self) -> dict[str, Any]:
+        """The same of the figures of the teacher."""
+        return self.real_key() | {"real": False, "teacher": self.teacher and self.teacher.digest}
 
     def training(self, cell: Cell) -> run.Training:
         field_key, run_key = jr.split(jr.key(cell.seed))
@@ -253,8 +300,10 @@ class Study:
     def sampler(self, method: str) -> image_samples.Sampler:
         if method == FLOW_MATCHING:
             how, evaluations = mfx.sample_euler, EULER_STEPS
+        elif method == DATA_FREE:  # which knows one step alone
+            how, evaluations = mfx.sample, EVALUATIONS[:1]
         else:
-            facts = toy_2d.identities(self.config.identity, 1)[method].facts
+            facts = identities(self.config, 1)[method].facts
             how, evaluations = mfx.sample_consistency if facts.ends_at_data else mfx.sample, EVALUATIONS
         return image_samples.Sampler(method, how, evaluations, 1, self.labels, self.class_names)
 
@@ -275,6 +324,11 @@ def train_missing(study: Study, directory: run.RunDirectory, ledger: run.Ledger)
     label = np.zeros(study.count, np.int32) if judge.label is None else judge.label
     if study.real_key() not in ledger:
         ledger.put(study.real_key(), figures(*judge.real_images()))
+    if study.teacher is not None and study.teacher_key() not in ledger:
+        sampler = study.sampler(FLOW_MATCHING)._replace(method=study.teacher.sample)
+        field, seed = study.teacher.field, image_samples.JUDGED_SEED
+        found = judge.samples("teacher", ((n, sampler(field, label, n, seed)) for n in EULER_STEPS), search=False)
+        ledger.put(study.teacher_key(), {str(each.evaluations): figures(each) for each in found})
 
     def judged(cell: Cell, state: mfx.TrainState | None) -> dict[str, dict[str, float]]:
         """Figures by number of evaluations, none of a training that diverged."""
@@ -285,7 +339,10 @@ def train_missing(study: Study, directory: run.RunDirectory, ledger: run.Ledger)
         shown = sampler(field, sampler.columns()[0], sampler.evaluations[0], image_samples.PICTURE_SEED)
         run.save_array(directory.path(samples_name(study.key(cell))), shown)
         made = ((number, sampler(field, label, number, image_samples.JUDGED_SEED)) for number in sampler.evaluations)
-        return {str(found.evaluations): figures(found) for found in judge.samples(cell.method, made, search=False)}
+        found = {str(each.evaluations): figures(each) for each in judge.samples(cell.method, made, search=False)}
+        if study.teacher is not None:
+            found["1"][FLOW] = study.teacher.error(field)
+        return found
 
     def note(cell: Cell, result: dict[str, dict[str, float]]) -> str:
         ledger.put(study.key(cell), result)
@@ -329,19 +386,25 @@ def lines_of(study: Study, ledger: run.Ledger) -> list[Line]:
 
 def report(study: Study, ledger: run.Ledger, lines: Sequence[Line]) -> str:
     """A row for each method, and what real images score."""
-    real = ledger[study.real_key()]
+    real, last = ledger[study.real_key()], EULER_STEPS[-1]
     shown = {name: text for name, text in COLUMNS.items() if math.isfinite(real.get(name, math.nan))}
     headers = ["", "power", "steps", "cost of a step"]
     headers += [f"{text}, {number}" for text in shown.values() for number in EVALUATIONS]
+    headers += [FLOW] if study.teacher else []
     rows: list[tuple[object, ...]] = []
     for line in lines:
         cost, steps, _ = study.methods[line[:2]]
-        scores = (line.values(number, name) for name in shown for number in EVALUATIONS)
+        scores = [line.values(number, name) for name in shown for number in EVALUATIONS]
+        scores += [line.values(1, FLOW)] if study.teacher else []
         diverged = not math.isfinite(line.distance)
         texts = ["diverged" if diverged else None if values is None else spread(values) for values in scores]
         rows.append((line.name, study.power(*line[:2]), steps, f"{cost:.2f}", *texts))
     best = [value for name in shown for value in (rounded(real[name], 3), *[None] * (len(EVALUATIONS) - 1))]
-    rows.append(("real images", None, None, None, *best))
+    beyond = [None] if study.teacher else []
+    if study.teacher is not None:
+        scores = (ledger[study.teacher_key()][str(number)][name] for name in shown for number in EVALUATIONS)
+        rows.append(("teacher, Euler steps", None, None, None, *(rounded(score, 3) for score in scores), None))
+    rows.append(("real images", None, None, None, *best, *beyond))
     commits = sorted({str(ledger.commit(study.key(cell))) for cell in cells(study.config)})
     config = study.config
     sentences = [
@@ -355,13 +418,18 @@ def report(study: Study, ledger: run.Ledger, lines: Sequence[Line]) -> str:
         "operations divided by those of a step of Flow Matching, which samples by Euler's method. The row of real",
         "images: training images beside the test images, and what is read in test images. Methods that learn",
         "u(z, 0, t) alone take new noise before a further evaluation.",
+        *TAUGHT[: study.teacher is not None],
         f"Commits: {', '.join(commits)}.",
     ]
     text = f"{' '.join(sentences)}\n\n{run.table(rows, headers)}"
     for line in lines:
         if line.method == FLOW_MATCHING and math.isfinite(line.distance):
-            scores = [f"{COLUMNS[name]} {spread(line.values(EULER_STEPS[-1], name) or ())}" for name in shown]
-            text += f"\n\nFlow Matching in {EULER_STEPS[-1]} Euler steps: {', '.join(scores)}."
+            scores = [f"{COLUMNS[name]} {spread(line.values(last, name) or ())}" for name in shown]
+            text += f"\n\nFlow Matching in {last} Euler steps: {', '.join(scores)}."
+    if study.teacher is not None:
+        values = ledger[study.teacher_key()][str(last)]
+        text += f"\n\nThe teacher in {last} Euler steps: "
+        text += f"{', '.join(f'{COLUMNS[name]} {rounded(values[name], 3)}' for name in shown)}."
     return text
 
 

@@ -78,9 +78,11 @@ def own_methods(path: str) -> tuple[dict[str, type], str]:
 
 
 @functools.cache
-def identities(own: str | None, steps: int) -> dict[str, mfx.AbstractIdentity]:
-    """The identities of mf_eqx, and those of a Python file of the user's own, for a training of that many steps."""
-    return mfx.identities_in(vars(mfx) if own is None else {**vars(mfx), **own_methods(own)[0]}, steps)
+def identities(own: str | None, steps: int, known_velocity: bool = False) -> dict[str, mfx.AbstractIdentity]:
+    """The identities of mf_eqx, and those of a Python file of the user's own, for a training of that many steps; those
+    that need a known velocity only if there is one."""
+    names = vars(mfx) if own is None else {**vars(mfx), **own_methods(own)[0]}
+    return mfx.identities_in(names, steps, known_velocity=known_velocity)
 
 
 def methods(own: str | None = None) -> list[str]:

@@ -74,7 +74,7 @@ def test_common_settings_are_those_of_the_recipe_and_the_papers_those_of_the_fac
 
 @pytest.mark.rehearsal
 def test_the_power_of_the_common_weight_changes_what_it_weighs_alone(study, leaderboard):
-    known = leaderboard.methods(None)
+    known = leaderboard.methods(study.config)
     names = {"MeanFlow", "AlphaFlow", "SoFlow", "ContinuousConsistency"}
     others = {"FlowMatching", "TerminalVelocityMatching", "Shortcut", "ConsistencyTraining"}
     assert names | others <= {*known} and others.isdisjoint(name for name in known if study.power(name, "common"))
