@@ -28,7 +28,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from ._abstract_objective import AbstractMeanObjective, AbstractObjective
-from ._batch import Batch
+from ._batch import Batch, check_eps
 from ._custom_types import at_least_float32, Scalar
 from ._drawn_guidance import DrawnGuidance, PowerLawScales
 from ._field import (
@@ -270,6 +270,11 @@ class Objective(AbstractObjective):
         dtype = getattr(batch.x, "dtype", None)
         if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
             raise ValueError(f"x must be one floating-point array here (TrainStep.prepare can convert it), got {dtype}")
+        check_eps(batch)
+        if self.stable_target is not None and batch.eps is not None:
+            raise ValueError(
+                "stable_target must be None for batches with eps, since it is for Gaussian noise; got both"
+            )
         if self.label_dropout is not None:
             self.label_dropout.check(batch.condition)
 

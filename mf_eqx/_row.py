@@ -204,7 +204,7 @@ class Drawing:
         times_key = jr.split(jr.fold_in(key, times_index), 4)[1]
         x = at_least_float32(example.x)
         r, t = (jnp.asarray(time, x.dtype) for time in self._draw_times(times_key))
-        eps = jr.normal(eps_key, x.shape, x.dtype)
+        eps = jr.normal(eps_key, x.shape, x.dtype) if example.eps is None else jnp.asarray(example.eps, x.dtype)
         pair = tuple(self.path.state_and_velocity(x, eps, t))
         z, v = with_checked_shapes(pair, x, type(self.path).__name__, several=True)
         dropped, condition = jnp.asarray(False), example.condition

@@ -1188,12 +1188,14 @@ def test_batch_without_conditions_is_refused_where_conditions_are_dropped():
 @pytest.mark.parametrize(("condition", "index"), [(5, None), (None, 5), (3, 4)])
 def test_batch_of_unequal_lengths_is_refused(condition, index):
     condition, index = (None if length is None else jnp.arange(length) for length in (condition, index))
-    with pytest.raises(ValueError, match=r"x, condition and index must share their leading batch axis, got .*\(4,\)"):
+    with pytest.raises(
+        ValueError, match=r"x, condition, index and eps must share their leading batch axis, got .*\(4,\)"
+    ):
         Batch(data(4), condition, index)
 
 
 def test_batch_without_a_batch_axis_is_refused():
-    with pytest.raises(ValueError, match=r"x, condition and index must share their leading batch axis, got \[\(\)\]"):
+    with pytest.raises(ValueError, match=r"eps must share their leading batch axis, got \[\(\)\]"):
         Batch(jnp.zeros(()))
 
 

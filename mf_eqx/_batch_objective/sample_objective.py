@@ -27,7 +27,7 @@ import jax.random as jr
 from jaxtyping import Array, Float, Key, PyTree
 
 from .._abstract_objective import AbstractObjective
-from .._batch import Batch
+from .._batch import Batch, check_eps
 from .._custom_types import at_least_float32, Scalar
 from .._field import AbstractField
 from .._mean import Mean, Metrics
@@ -152,9 +152,11 @@ class SampleObjective(AbstractObjective):
         dtype = getattr(batch.x, "dtype", None)
         if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
             raise ValueError(f"x must be one floating-point array here (TrainStep.prepare can convert it), got {dtype}")
+        check_eps(batch)
 
         def generated(example: Batch) -> Float[Array, "*data"]:
-            eps = jr.normal(jr.fold_in(key, example.index), example.x.shape, at_least_float32(example.x).dtype)
+            dtype, own_key = at_least_float32(example.x).dtype, jr.fold_in(key, example.index)
+            eps = jr.normal(own_key, example.x.shape, dtype) if example.eps is None else jnp.asarray(example.eps, dtype)
             return self.method(field, eps, example.condition, times=self.times, unroll=self.unroll)
 
         return jax.vmap(generated)(batch)

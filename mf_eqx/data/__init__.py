@@ -19,11 +19,13 @@ from ._draw import DrawRows as DrawRows
 from ._idx import read_idx as read_idx
 from ._image_folder import ImageFolderSource as ImageFolderSource
 from ._npy import NpySource as NpySource
+from ._optimal_pairs import optimal_pairs as optimal_pairs
 from ._prepare import (
     FromPixels as FromPixels,
     InTurn as InTurn,
     RandomFlip as RandomFlip,
     SamplePosterior as SamplePosterior,
+    TakeEps as TakeEps,
     WithoutLabel as WithoutLabel,
 )
 from ._shard_source import ShardSource as ShardSource

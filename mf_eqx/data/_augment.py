@@ -80,7 +80,7 @@ class EDMAugmentation(eqx.Module):
     - `turned`: probability that a stretch has a random direction; otherwise it is along the rows.
 
     **Raises:** `ValueError` if a probability lies outside [0, 1], `scale` or `shift` is negative or not finite; when
-    called, if images are not floating point or have another shape.
+    called, if images are not floating point or have another shape, or if rows have an eps.
     """
 
     probability: float = 0.12
@@ -97,6 +97,8 @@ class EDMAugmentation(eqx.Module):
             check_positive(name, getattr(self, name), or_zero=True)
 
     def __call__(self, row: Batch, key: Key[Array, ""]) -> Batch:
+        if row.eps is not None:
+            raise ValueError("eps must be None for EDMAugmentation, which moves x alone, got an array")
         drawn = self.draw(key)
         x = self.apply(jnp.asarray(row.x), drawn)
         return Batch(x, UNetCondition(row.condition, self.label(drawn)), row.index)

@@ -8,6 +8,7 @@ since values are known only on the device: floating-point images are assumed to 
 parts that augment images in floating point.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -45,7 +46,7 @@ class WithoutLabel(eqx.Module):
     """The row without its condition, for training a field without labels on data that have labels."""
 
     def __call__(self, row: Batch, key: Key[jax.Array, ""]) -> Batch:
-        return Batch(row.x, None, row.index)
+        return dataclasses.replace(row, condition=None)
 
 
 class FromPixels(eqx.Module):
@@ -59,12 +60,12 @@ class FromPixels(eqx.Module):
         if x.dtype != jnp.uint8:
             raise ValueError(f"x must be uint8 for FromPixels, pixels 0 to 255, got {x.dtype}")
         # Clipped, because a compiler may multiply by the rounded value of 1 / 127.5 instead of dividing.
-        return Batch(jnp.clip(x.astype(jnp.float32) / 127.5 - 1, -1, 1), row.condition, row.index)
+        return dataclasses.replace(row, x=jnp.clip(x.astype(jnp.float32) / 127.5 - 1, -1, 1))
 
 
 class RandomFlip(eqx.Module):
-    """The row with the last axis of x reversed at random, which mirrors images left to right. The dtype may be any and
-    does not change.
+    """The row with the last axis of x, and of eps if there is one, reversed at random, which mirrors images left to
+    right. The dtype may be any and does not change.
 
     **Arguments:** `probability` of mirroring, in [0, 1].
     """
@@ -76,8 +77,9 @@ class RandomFlip(eqx.Module):
             raise ValueError(f"probability must lie in [0, 1], got {self.probability}")
 
     def __call__(self, row: Batch, key: Key[jax.Array, ""]) -> Batch:
-        x = jnp.asarray(row.x)
-        return Batch(jnp.where(jr.bernoulli(key, self.probability), x[..., ::-1], x), row.condition, row.index)
+        mirrored = jr.bernoulli(key, self.probability)
+        x, eps = jax.tree.map(lambda leaf: jnp.where(mirrored, leaf[..., ::-1], leaf), (jnp.asarray(row.x), row.eps))
+        return dataclasses.replace(row, x=x, eps=eps)
 
 
 class SamplePosterior(eqx.Module):
@@ -104,4 +106,32 @@ class SamplePosterior(eqx.Module):
             rule = "be (channels, height, width) with an even number of channels"
             raise ValueError(f"x must {rule} for SamplePosterior, got shape {x.shape}")
         latent = Moments(*jnp.split(at_least_float32(x), 2)).sample(key=key)
-        return Batch(self.statistics.standardise(latent), row.condition, row.index)
+        return dataclasses.replace(row, x=self.statistics.standardise(latent))
+
+
+class TakeEps(eqx.Module):
+    """The row with a part of its condition as its eps, so that any source can bring pairs of ends. For the data
+
+        data.ArraySource(x, condition={"eps": eps})
+
+    the condition of the row is then None; with further parts it is the dictionary without this one, or, if `keep` names
+    one of them, such as a label, this part alone.
+
+    **Arguments:** `name` of the part; `keep` the name of the part that becomes the condition, or None.
+
+    **Raises:** `ValueError`, when called, if the condition is no dictionary with these names, or if the row has an eps.
+    """
+
+    name: str = "eps"
+    keep: str | None = None
+
+    def __call__(self, row: Batch, key: Key[jax.Array, ""]) -> Batch:
+        known = sorted(row.condition) if isinstance(row.condition, dict) else type(row.condition).__name__
+        if not isinstance(row.condition, dict) or {self.name, self.keep or self.name} - row.condition.keys():
+            rule = f"be a dictionary with {self.name}{'' if self.keep is None else f' and {self.keep}'}"
+            raise ValueError(f"condition must {rule} for TakeEps, got {known}")
+        if row.eps is not None:
+            raise ValueError("eps must be None for TakeEps, got an array")
+        rest = {name: part for name, part in row.condition.items() if name != self.name}
+        condition = (rest or None) if self.keep is None else rest[self.keep]
+        return dataclasses.replace(row, condition=condition, eps=row.condition[self.name])
