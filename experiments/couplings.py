@@ -63,9 +63,7 @@ class Config(run.CellSettings):
     def __post_init__(self):
         self.check(seeds=1, steps=1, batch=2, samples=10, group=2, pairs=2)
         run.check_sizes(self, seeds=100, batch=1 << 20, samples=10**6, group=1 << 12, pairs=10**7)
-        if self.data not in toy_problems.DATA or self.data == toy_problems.STACKED:
-            known = [name for name in toy_problems.DATA if name != toy_problems.STACKED]
-            raise ValueError(f"data must be one of {', '.join(known)}, got {self.data}")
+        run.check_among(self, data=[name for name in toy_problems.DATA if name != toy_problems.STACKED])
         if self.pairs % self.group:
             raise ValueError(f"pairs must be a multiple of group = {self.group}, got {self.pairs}")
         if self.batch % 2:
@@ -209,10 +207,11 @@ def save(
     floor = toy_problems.quality(problem, exact.draw(problem.distribution, config.samples, jr.key(1)))
     headers = ("pairs", "trained", *next(iter(results.values())).figures)
     text = (
-        f"{config.data}, mean of {config.seeds} seeds. TV: total variation to the density (data: "
+        f"{config.data}, seeds: {config.seeds}. TV: total variation to the density (data: "
         f"{floor.total_variation:.2g}), W2: sliced Wasserstein distance to the data (data: "
-        f"{floor.sliced_wasserstein:.2g}), at 1, 2, 4 evaluations; Flow Matching by Euler's method. Mean of |eps - x|^2: "
-        f"{', '.join(f'{name} {length:.3g}' for name, length in lengths.items())}.\n\n{run.table(rows, headers)}"
+        f"{floor.sliced_wasserstein:.2g}), at 1, 2, 4 evaluations; Flow Matching by Euler's method. Mean of "
+        f"|eps - x|^2: {', '.join(f'{name} {length:.3g}' for name, length in lengths.items())}."
+        f"\n\n{run.table(rows, headers)}"
     )
     directory.save_results(text, [{**cell._asdict(), **result.figures} for cell, result in results.items()])
     shown = {f"{c.coupling}, {c.method}": r.samples for c, r in results.items() if c.seed == 0}

