@@ -51,6 +51,26 @@ def parse_json(content: bytes, *, finite: bool = True) -> Any:
     return value
 
 
+def readable_json(name: str, value: Any, *, finite: bool = True) -> str:
+    """The text of a value which `parse_json` reads again.
+
+    **Arguments:** `name` of the value, for errors; `value` of any types that JSON can hold; `finite` as for
+    `parse_json`.
+
+    **Raises:** `ValueError` that names the value if JSON cannot hold it, or if its text is beyond the limits of
+    `parse_json`.
+    """
+    rule = f"{name} must be JSON that can be read again"
+    try:
+        text = json.dumps(value)
+        parse_json(text.encode(), finite=finite)
+    except RecursionError:
+        raise ValueError(f"{rule}, but it is nested more than {_MAX_DEPTH} times") from None
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{rule}, but {error}") from error
+    return text
+
+
 def _check_depth(value: Any) -> None:
     values = [value]
     for _ in range(_MAX_DEPTH):

@@ -101,12 +101,13 @@ class Checkpoints:
 
         **Arguments:** `step` number of finished steps, which may be an array of one number; `state` any PyTree, of
         which the arrays are written: those of NumPy come back as JAX's; `notes` any JSON values, which `load` returns:
-        configuration, versions, position in the data.
+        configuration, versions, position in the data. Their text, with the record of the arrays, has at most 64 MiB
+        and about a million values, nested at most 64 times.
 
         **Raises:** `ValueError` if `step` is no integer >= 0, if there are checkpoints of later steps, which the next
-        `load` would return in place of this one (those that this object's `load` skipped do not count), or if JAX does
-        not have the dtype of a NumPy array; `CheckpointError` if this save cannot be started, or the previous one
-        failed.
+        `load` would return in place of this one (those that this object's `load` skipped do not count), if JAX does not
+        have the dtype of a NumPy array, or if `notes` are no JSON within these limits; `CheckpointError` if this save
+        cannot be started, or the previous one failed.
         """
         self.wait()
         given: Any = step
@@ -121,8 +122,8 @@ class Checkpoints:
             )
         state = with_arrays_of_jax(state)
         arrays, found = leaves(state), digests(state)
+        record = record_text(step, shapes(arrays), found, notes or {})
         with self._as_checkpoint_error(step, "could not be saved"):
-            record = record_text(step, shapes(arrays), found, notes or {})
             if jax.process_index() == 0:
                 self.directory.mkdir(parents=True, exist_ok=True)
                 for replaced in {step, *self._passed_over}:

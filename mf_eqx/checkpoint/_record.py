@@ -1,14 +1,13 @@
 """The record of one step: a JSON file beside its arrays, which has a checksum of its own."""
 
 import hashlib
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from .._files import remove
-from .._json import parse_json, read_json_object
+from .._json import parse_json, read_json_object, readable_json
 from .._leaves import listed
 from ._agreement import Damage
 
@@ -20,10 +19,13 @@ def record_text(step: int, leaves: Mapping[str, Any], digests: Mapping[str, Any]
 
     **Arguments:** `step`; `leaves` shape and dtype of each array by its path in the state; `digests` of the same
     arrays; `notes` any JSON values.
+
+    **Raises:** `ValueError` if the record could not be read again, since its text is beyond the limits of JSON.
     """
     record = {"format": _FORMAT, "step": step, "leaves": leaves, "digests": digests, "notes": notes}
-    text = json.dumps(record)
-    return json.dumps({"record": text, "sha256": _sha256(text)})
+    name = "the record of a checkpoint, with its notes,"
+    text = readable_json(name, record, finite=False)
+    return readable_json(name, {"record": text, "sha256": _sha256(text)})
 
 
 def write_record(path: Path, text: str) -> None:

@@ -28,7 +28,7 @@ import numpy as np
 
 from .._field import AbstractField
 from .._files import read_regular, write_whole
-from .._json import parse_json
+from .._json import parse_json, readable_json
 from .._leaves import compare, digest_of_arrays, fill_shapes, leaves, listed, on_host, shapes, without_key_dtype
 from .._model import describe, make_network
 from .._optional import optional
@@ -100,14 +100,17 @@ def save_weights(
     - `field`: usually an average. An `MLP`, `DiT`, `InContextDiT` or `UNet` is described (`mf_eqx.describe`) if that is
       possible; with a condition embedding of your own, or with parameters in another dtype than new ones have, it is
       not: `load_weights` then needs `make_field`.
-    - `config`: any values that JSON can represent, such as those of which a network of your own is made.
+    - `config`: any values that JSON can represent, such as those of which a network of your own is made. Its text has,
+      with the notes, at most 64 MiB and about a million values, nested at most 64 times.
     - `notes`: what those who sample should know.
 
     **Raises:** `ValueError` for arrays in bfloat16, float8 and similar dtypes, which safetensors cannot read into NumPy
-    (averages are float32), if `field` cannot be called, such as a whole state, or if there are not as many
-    `class_names` as labels. `OSError` if the file cannot be written; an existing file is then left unchanged.
+    (averages are float32), if `field` cannot be called, such as a whole state, if there are not as many
+    `class_names` as labels, or if `config` is no JSON within these limits. `OSError` if the file cannot be written; an
+    existing file is then left unchanged.
     """
     with optional("safetensors"):
+        import safetensors
         import safetensors.numpy
     if not callable(field):
         raise ValueError(f"field must be a network, got {type(field).__name__}, which cannot be called")
@@ -123,10 +126,14 @@ def save_weights(
         if labels and notes.class_names and len(notes.class_names) != labels:
             raise ValueError(f"class_names must be {labels}, one for each label, got {len(notes.class_names)}")
         about["notes"] = notes.as_json()
+    text = readable_json("config, with the notes,", about, finite=False)
     if jax.process_index() == 0:
-        text = json.dumps(about)
         content = {"format": _FORMAT, "about": text, "sha256": _digest(arrays, text)}
-        write_whole(path, *_with_ordered_header(safetensors.numpy.save(arrays, content)))
+        try:
+            file = safetensors.numpy.save(arrays, content)
+        except safetensors.SafetensorError as error:  # quotes are escaped twice, and the header has a bound of its own
+            raise ValueError(f"config, with the notes, must fit into a safetensors header: {error}") from error
+        write_whole(path, *_with_ordered_header(file))
 
 
 def load_weights(

@@ -1,5 +1,6 @@
 """Weights as files: exactly what was written comes back, or a refusal that names the file."""
 
+import functools
 import json
 import os
 import sys
@@ -21,6 +22,7 @@ from mf_eqx.checkpoint._notes import notes_of_json
 
 pytest.importorskip("safetensors")
 
+DEEP = functools.reduce(lambda inner, _: [inner], range(64), [])
 CONFIG = {"width": 8, "labels": 3, "name": "päth"}
 
 
@@ -453,8 +455,30 @@ def test_notes_may_be_lists(unchecked):
 
 
 def test_a_configuration_that_json_cannot_hold_leaves_nothing(field, tmp_path):
-    with pytest.raises(TypeError, match="not JSON serializable"):
+    with pytest.raises(ValueError, match=r"config, with the notes, must be JSON .*, but .* not JSON serializable"):
         checkpoint.save_weights(tmp_path / "a", field, {"path": object()})
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("config", "notes", "message"),
+    [
+        ({"deep": DEEP}, None, "it is nested more than 64 times"),
+        ({"many": "," * (1 << 21)}, None, "it has more than 1,048,576 values"),
+        ({"long": "a" * (1 << 26)}, None, "it has 67,108,.* bytes, more than 67,108,864"),
+        ({}, checkpoint.Notes(class_names=("a",) * (1 << 21)), "it has more than 1,048,576 values"),
+    ],
+    ids=range(4),
+)
+def test_a_configuration_or_notes_that_could_not_be_read_again_leave_nothing(config, notes, message, tmp_path):
+    with pytest.raises(ValueError, match=f"config, with the notes, must be JSON that can be read again, but {message}"):
+        checkpoint.save_weights(tmp_path / "a", Kinds("float32"), config, notes)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_configuration_whose_quotes_make_the_header_too_long_leaves_nothing(tmp_path):
+    with pytest.raises(ValueError, match=r"config, with the notes, must fit into a safetensors header: .*too large"):
+        checkpoint.save_weights(tmp_path / "a", Kinds("float32"), {"long": '"' * 33_000_000})
     assert not list(tmp_path.iterdir())
 
 
