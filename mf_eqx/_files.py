@@ -5,6 +5,7 @@ import errno
 import hashlib
 import io
 import os
+import secrets
 import shutil
 import stat
 from collections.abc import Iterator
@@ -16,10 +17,12 @@ import numpy as np
 _READ_BYTES = 1 << 20
 
 _TEMPORARY_SUFFIX = ".part"
+_MOST_NAME_BYTES = 255
 
 
 def write_whole(path: str | Path, *pieces: bytes | memoryview) -> None:
-    """Write a file, and make its parent folders. At any moment its path holds the old content or all of the new one.
+    """Write a file, and make its parent folders. At any moment its path holds the old content or all of the new one,
+    also if several processes write it at once.
 
     **Raises:** as `whole_file` does.
     """
@@ -40,10 +43,9 @@ def whole_file(path: str | Path) -> Iterator[IO[bytes]]:
     if path.exists() and not path.is_file():
         raise ValueError(_not_regular(path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + _TEMPORARY_SUFFIX)
+    temporary = path.with_name(_temporary_name(path.name))
     try:
-        with named_in_errors(path), open(temporary, "wb", opener=_open_without_waiting) as file:
-            _check_regular(file, temporary)
+        with named_in_errors(path), open(temporary, "xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())  # otherwise a loss of power may keep the new name without the content
@@ -51,6 +53,13 @@ def whole_file(path: str | Path) -> Iterator[IO[bytes]]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def _temporary_name(name: str) -> str:
+    """A name that no other process uses, so that two of them may write the same file: the later one replaces it. It has
+    at most as many bytes as file systems allow."""
+    ending = f".{secrets.token_hex(8)}{_TEMPORARY_SUFFIX}"
+    return os.fsencode(name)[: _MOST_NAME_BYTES - len(ending)].decode(errors="ignore") + ending
 
 
 def save_array(path: str | Path, array: np.ndarray) -> None:

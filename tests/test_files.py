@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mf_eqx import checkpoint, data, metrics, released, run, vae
-from mf_eqx._files import append, check_writable, read_regular, remove, remove_temporary_files, write_whole
+from mf_eqx._files import append, check_writable, read_regular, remove, remove_temporary_files, whole_file, write_whole
 
 
 def test_file_and_its_folders_are_made(tmp_path):
@@ -102,6 +102,21 @@ def test_a_directory_is_removed_with_what_it_holds_but_for_what_links_in_it_poin
     assert [entry.name for entry in tmp_path.iterdir()] == ["elsewhere"]
 
 
+@pytest.mark.parametrize("name", ["a" * 255, "ä" * 127, "🙂" * 63], ids=["ascii", "two bytes", "four bytes"])
+def test_a_file_may_have_the_longest_name(name, tmp_path):
+    write_whole(tmp_path / name, b"content")
+    assert {entry.name: entry.read_bytes() for entry in tmp_path.iterdir()} == {name: b"content"}
+
+
+def test_two_writers_of_one_file_do_not_tear_it(tmp_path):
+    with whole_file(tmp_path / "file") as first:
+        first.write(b"first")
+        with whole_file(tmp_path / "file") as second:
+            second.write(b"the second")
+        assert (tmp_path / "file").read_bytes() == b"the second"
+    assert {entry.name: entry.read_bytes() for entry in tmp_path.iterdir()} == {"file": b"first"}
+
+
 KILLED = """
 import os, pathlib, sys
 from mf_eqx._files import write_whole
@@ -178,7 +193,6 @@ READERS = {
     "read_json_object": ("a", lambda folder: run.read_json_object(folder / "a")),
     "sha256_of_file": ("a", lambda folder: run.sha256_of_file(folder / "a")),
     "write_whole": ("a", lambda folder: write_whole(folder / "a", b"")),
-    "write_whole_beside": ("a.part", lambda folder: write_whole(folder / "a", b"")),
     "add_session": ("summary.json", lambda folder: run.RunDirectory(folder).add_session(0, 1, {"steps": 1, "wall": 1})),
     "append": ("a", lambda folder: append(folder / "a", b"")),
 }
