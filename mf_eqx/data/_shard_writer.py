@@ -66,15 +66,16 @@ def write_shards(
     - `source`: any source of uint8, float16, float32 or float64, which are the dtypes that can be trained on and stored
       in .npy files. float64 stays float64 in the files; training without `jax_enable_x64` converts it to float32. A
       condition that is no label must be made of dictionaries with text as keys, tuples, lists and arrays.
-    - `folder`: where to write; it must not exist or must be empty.
+    - `folder`: where to write; it must not exist or must be empty. Of a symbolic link, it is the folder to which the
+      link points.
     - `rows_per_shard`: the number of rows in every shard but the last. A `ShardSource` keeps one file open per shard.
     - `progress`: called with the number of rows written so far.
 
     **Raises:** `ValueError` if `rows_per_shard` is not an integer >= 1 or gives more than 50,000 shards (fewer if a
-    condition has several arrays), if `folder` is not empty, if `source` has no rows or another dtype, or if `source`
-    returns rows of another shape or dtype than it declares, values that are not finite (float64 values are checked as
-    float32 if `jax_enable_x64` is off), or labels out of range; errors about values name the row. `OSError` if the
-    folder cannot be written.
+    condition has several arrays), if `folder` is not empty or is the current directory, if `source` has no rows or
+    another dtype, or if `source` returns rows of another shape or dtype than it declares, values that are not finite
+    (float64 values are checked as float32 if `jax_enable_x64` is off), or labels out of range; errors about values name
+    the row. `OSError` if the folder cannot be written, or is a mount point.
     """
     rows_per_shard = as_count("rows_per_shard", rows_per_shard)
     check_source(source)
@@ -86,8 +87,9 @@ def write_shards(
         raise ValueError(
             f"rows_per_shard must give at most {most:,} shards, got {rows_per_shard} with {number:,} shards"
         )
-    target = Path(folder)
+    target = Path(os.path.realpath(folder))
     _check_free(target)
+    _check_replaceable(target)
     with _renamed_at_the_end(target) as partial:
         starts = range(0, len(source), rows_per_shard)
         written = [
@@ -111,16 +113,37 @@ def _structure_of(source: AbstractSource) -> dict[str, Any] | None:
 def _check_free(target: Path) -> None:
     if target.exists() and not target.is_dir():
         raise ValueError(f"{target}: must be a new or empty folder, got a file")
+    if target.is_symlink():
+        raise ValueError(f"{target}: must be a new or empty folder, got a symbolic link to itself")
     if target.exists() and any(target.iterdir()):
         raise ValueError(f"{target}: must be a new or empty folder, got one with files")
+
+
+def _check_replaceable(target: Path) -> None:
+    """Refuses an empty folder that the rename at the end could not replace."""
+    if not target.exists():
+        return
+    if target.samefile(os.curdir):
+        raise ValueError(f"{target}: must be a folder that can be replaced, got the current directory")
+    aside = _beside(target)
+    try:
+        os.rename(target, aside)
+    except OSError as error:
+        reason = f"{error.strerror}: must be a folder that can be replaced, no mount point"
+        raise OSError(error.errno, reason, str(target)) from error
+    os.rename(aside, target)
+
+
+def _beside(target: Path) -> Path:
+    return target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
 
 
 @contextlib.contextmanager
 def _renamed_at_the_end(target: Path) -> Iterator[Path]:
     """A context with a new folder beside `target`: it is renamed to `target` at the end, or deleted after an error."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    _delete_abandoned(target.absolute())
-    partial = target.absolute().with_name(f".{target.absolute().name}.{secrets.token_hex(4)}.partial")
+    _delete_abandoned(target)
+    partial = _beside(target)
     partial.mkdir()
     try:
         yield partial

@@ -1,5 +1,6 @@
 """Shards hold what the source held, are whole or not there, and tell when they are no longer what was written."""
 
+import errno
 import functools
 import hashlib
 import json
@@ -163,6 +164,41 @@ def test_progress_of_verifying_counts_rows(folder):
 def test_empty_folder_is_filled(tmp_path):
     (tmp_path / "s").mkdir()
     assert len(ShardSource(write(tmp_path / "s"))) == 11
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_folder_to_which_a_link_points_is_filled(exists, tmp_path):
+    if exists:
+        (tmp_path / "there").mkdir()
+    (tmp_path / "link").symlink_to("there")
+    write(tmp_path / "link")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "there"]
+    assert len(ShardSource(tmp_path / "there")) == len(ShardSource(tmp_path / "link")) == 11
+
+
+def busy(source, target):
+    raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), source, None, target)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (".", "must be a folder that can be replaced, got the current directory"),
+        ("loop", "must be a new or empty folder, got a symbolic link to itself"),
+        ("mount", "Device or resource busy: must be a folder that can be replaced, no mount point: '.*mount'"),
+    ],
+)
+def test_folder_that_no_rename_can_replace_is_refused_before_rows_are_read(name, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    if name == "loop":
+        (tmp_path / "loop").symlink_to("loop")
+    if name == "mount":
+        (tmp_path / "mount").mkdir()
+        monkeypatch.setattr(os, "rename", busy)
+    before, read = list(tmp_path.iterdir()), []
+    with pytest.raises((ValueError, OSError), match=message):
+        write_shards(Wrong(lambda rows: read.append(rows) or rows), name)
+    assert not read and list(tmp_path.iterdir()) == before
 
 
 def test_folder_with_files_is_refused_and_left_alone(tmp_path):
