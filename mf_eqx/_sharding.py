@@ -37,6 +37,9 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Int, PyTree
 
+from ._leaves import by_name
+from ._validate import as_count
+
 _Tree = TypeVar("_Tree")
 
 
@@ -51,7 +54,8 @@ class Parallelism(eqx.Module):
       communication than it saves in memory.
     - `devices`: by default all devices of all processes. Neighbours in this sequence hold parts of the same copy.
 
-    **Raises:** `ValueError` unless data x fsdp is the number of devices.
+    **Raises:** `ValueError` unless data x fsdp is the number of devices, which is at least one, or if one of the
+    numbers is no integer in its range.
     """
 
     mesh: Mesh = eqx.field(static=True)
@@ -66,9 +70,12 @@ class Parallelism(eqx.Module):
         devices: Sequence[Any] | None = None,
     ):
         devices = jax.devices() if devices is None else devices
-        if fsdp < 1 or len(devices) % fsdp:
+        if len(devices) < 1:
+            raise ValueError("devices must be at least one, got none")
+        fsdp, least_size = as_count("fsdp", fsdp), as_count("least_size", least_size, 0)
+        if len(devices) % fsdp:
             raise ValueError(f"fsdp must divide the number of devices, {len(devices)}, got {fsdp}")
-        data = len(devices) // fsdp if data is None else data
+        data = len(devices) // fsdp if data is None else as_count("data", data)
         if data * fsdp != len(devices):
             raise ValueError(f"data x fsdp must be the number of devices, {len(devices)}, got {data} x {fsdp}")
         auto = (AxisType.Auto, AxisType.Auto)
@@ -163,9 +170,19 @@ class Parallelism(eqx.Module):
 
         **Arguments:** `tree` of arrays on the host, whose leading axis has the rows at `positions(rows)` in this order;
         `rows` number of rows of the global batch, by default the number in `tree`, which is right for a single process.
+
+        **Raises:** `ValueError` if `tree` has no arrays, or if an array has another number of rows than that of
+        `positions(rows)`; as `positions`.
         """
-        rows = len(jax.tree.leaves(tree)[0]) if rows is None else rows
+        if not (named := by_name("tree", tree)):
+            raise ValueError("tree must have at least one array, got none")
+        if scalars := [name for name, leaf in named.items() if np.ndim(leaf) == 0]:
+            raise ValueError(f"{scalars[0]} must have a leading axis of rows, got a scalar")
+        rows = len(next(iter(named.values()))) if rows is None else rows
         local_positions = self.positions(rows)
+        for name, leaf in named.items():
+            if len(leaf) != len(local_positions):
+                raise ValueError(f"{name} must have {len(local_positions)} rows, got {len(leaf)}")
 
         def put(leaf: Any) -> jax.Array:
             def part(index: Any) -> Any:

@@ -202,6 +202,38 @@ def test_gathered_and_spread_trees_keep_what_is_no_array(one):
 def test_devices_that_the_axes_do_not_fill_are_refused(on_devices):
     assert on_devices["refused"] == [
         "fsdp must divide the number of devices, 8, got 3",
-        "fsdp must divide the number of devices, 8, got 0",
+        "fsdp must be an integer >= 1, got 0",
         "data x fsdp must be the number of devices, 8, got 4 x 4",
     ]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"fsdp": 1.0}, "fsdp must be an integer >= 1, got 1.0"),
+        ({"fsdp": True}, "fsdp must be an integer >= 1, got True"),
+        ({"data": 1.0}, "data must be an integer >= 1, got 1.0"),
+        ({"least_size": -1}, "least_size must be an integer >= 0, got -1"),
+        ({"devices": []}, "devices must be at least one, got none"),
+    ],
+    ids=range(5),
+)
+def test_numbers_that_make_no_mesh_are_refused(unchecked, options, message):
+    with pytest.raises(ValueError, match=message):
+        mfx.Parallelism(**{"devices": jax.devices()[:1], **options})
+
+
+@pytest.mark.parametrize(
+    ("tree", "rows", "message"),
+    [
+        ({"a": np.zeros(4), "b": np.zeros(5)}, None, r"tree\['b'\] must have 4 rows, got 5"),
+        ({"a": np.zeros(4), "b": np.zeros((3, 2))}, None, r"tree\['b'\] must have 4 rows, got 3"),
+        ({"a": np.zeros(4)}, 2, r"tree\['a'\] must have 2 rows, got 4"),
+        ({"a": np.zeros(4), "b": np.zeros(())}, 4, r"tree\['b'\] must have a leading axis of rows, got a scalar"),
+        ({}, None, "tree must have at least one array, got none"),
+    ],
+    ids=range(5),
+)
+def test_rows_that_are_not_those_of_the_batch_are_refused(one, tree, rows, message):
+    with pytest.raises(ValueError, match=message):
+        one.place(tree, rows)
