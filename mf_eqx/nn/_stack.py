@@ -10,7 +10,7 @@ import jax
 import jax.random as jr
 from jaxtyping import Array, Float, Key, PyTree
 
-from .._validate import check_counts
+from .._validate import as_count
 
 _Block = TypeVar("_Block", bound=eqx.Module)
 
@@ -65,10 +65,13 @@ class Stack(eqx.Module, Generic[_Block]):
     - `make_block`: function from a key to a block; all blocks must have the same structure.
     - `depth`: number of blocks.
     - `remat`: what the backward pass recomputes, see `Remat`.
-    - `unroll`: blocks per loop iteration, True for no loop at all. None: `known_unroll` decides when the stack is
+    - `unroll`: blocks per loop iteration: an integer >= 1, or False for 1; True, or any number from `depth` on, for no
+      loop at all. None: `known_unroll` decides when the stack is
       called, but a stack with `gathering` always has a loop. Compile time grows with it, and XLA's FLOP count is only
       right without a loop.
     - `key`.
+
+    **Raises:** `ValueError` if `depth`, `remat` or `unroll` is none of these.
     """
 
     blocks: _Block
@@ -86,14 +89,15 @@ class Stack(eqx.Module, Generic[_Block]):
         unroll: int | bool | None = 1,
         key: Key[Array, ""],
     ):
-        check_counts(depth=depth)
+        depth = as_count("depth", depth)
         if not isinstance(remat, bool) and not callable(remat):
             raise ValueError(f"remat must be True, False or a policy of jax.checkpoint, got {remat!r:.80}")
         self.blocks = eqx.filter_vmap(make_block)(jr.split(key, depth))
         self.depth = depth
         self.remat = remat
         # A number, because True == 1: a jitted function would reuse a scanned stack's program for an unrolled one.
-        self.unroll = depth if unroll is True else 1 if unroll is False else unroll
+        unroll = depth if unroll is True else 1 if unroll is False else unroll
+        self.unroll = None if unroll is None else as_count("unroll", unroll)
         self.gather = None
 
     def gathering(self, gather: Callable[[Any], Any]) -> "Stack[_Block]":

@@ -260,3 +260,9 @@ def test_names_of_remat_keep_less_and_less():
 def test_remat_that_is_no_policy_is_refused(remat):
     with pytest.raises(ValueError, match=f"remat must be True, False or a policy of jax.checkpoint, got {remat!r}"):
         nn.Stack(lambda key: Block(nn.Linear(6, 6, key=key)), 2, remat=remat, key=jr.key(0))
+
+
+@pytest.mark.parametrize("unroll", [2.5, 0, -1, "all"])
+def test_unroll_that_is_no_number_of_blocks_is_refused(unchecked, unroll):
+    with pytest.raises(ValueError, match=f"unroll must be an integer >= 1, got {unroll!r}"):
+        nn.Stack(lambda key: nn.Linear(2, 2, key=key), 2, unroll=unroll, key=jr.key(0))
