@@ -4,7 +4,8 @@
     for x in generator.batches(50_000, 256, Parallelism()):
         ...
 
-Sample i depends only on the key and on i, not on the batch size or the devices.
+Sample i depends only on the key and on i, not on the batch size, the devices or `jax_enable_x64`. Its noise is drawn in
+float32, or in float64 for a field with parameters in float64: these draws differ.
 """
 
 import inspect
@@ -16,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike, Float, Int, Key, PyTree, Real
 
 from ._custom_types import as_floats, Condition
@@ -23,7 +25,7 @@ from ._drawn_guidance import WithGuidance
 from ._field import AbstractField, check_field
 from ._guidance import GuidedField
 from ._leaves import by_name
-from ._model import check_labels_fit
+from ._model import check_labels_fit, number_of_labels
 from ._sample import as_grid, sample
 from ._sharding import Parallelism
 from ._validate import as_count, check_counts, check_key, Count, described, on_host_if_known
@@ -54,7 +56,8 @@ class Generator(eqx.Module):
       axis of n rows, of which sample i has row i mod n.
     - `method`: `sample`, along average velocities; `sample_euler`, `sample_heun`, along v = u(z, t, t); or
       `sample_consistency`, for u(z, 0, t) alone. A method with an argument `key` gets one of the sample's own.
-    - `unroll`: whether to unroll the loop over the steps, see `sample`.
+    - `unroll`: whether to unroll the loop over the steps. True is much faster for convolutional networks on CPUs:
+      inside a loop XLA does not use its fast kernels for convolutions, see `sample`.
 
     **Raises:** `ValueError` if `field`, `times`, `labels`, `balanced`, `condition` or `data_shape` is not valid, if
     both `labels` and `condition` are given, or if a network of this package, also in a `GuidedField` or a
@@ -88,8 +91,10 @@ class Generator(eqx.Module):
 
     def _check_labels(self, name: str, condition: PyTree[Any]) -> None:
         """Refuses labels that the network lacks."""
-        field = self.field.field if isinstance(self.field, GuidedField | WithGuidance) else self.field
-        check_labels_fit(name, condition, field)
+        check_labels_fit(name, condition, self._network())
+
+    def _network(self) -> AbstractField:
+        return self.field.field if isinstance(self.field, GuidedField | WithGuidance) else self.field
 
     def __call__(self, numbers: Int[ArrayLike, " rows"] | Sequence[Any]) -> Float[Array, "rows *data"]:
         """The samples with these numbers, on the devices that hold the numbers.
@@ -103,10 +108,10 @@ class Generator(eqx.Module):
         """The noise and the condition of a sample."""
         number = _wide(jnp.asarray(number))
         eps_key, label_key = jr.split(jr.fold_in(self.key, number))
-        eps = jr.normal(eps_key, self.data_shape)
+        eps = jr.normal(eps_key, self.data_shape, _dtype_of_noise(self.field))
         if self.labels is None:
             return eps, jax.tree.map(lambda leaf: leaf[number % len(leaf)], self.condition)
-        return eps, number % self.labels if self.balanced else jr.randint(label_key, (), 0, self.labels)
+        return eps, number % self.labels if self.balanced else jr.randint(label_key, (), 0, self.labels, jnp.int32)
 
     def from_noise(
         self, eps: Real[ArrayLike, "rows *data"] | Sequence[Any], condition: PyTree[Any] = None
@@ -114,7 +119,8 @@ class Generator(eqx.Module):
         """Samples from given noise and conditions.
 
         **Arguments:** `eps` noise, one row for each sample; `condition` None, or a PyTree of arrays with the same
-        leading axis. For a generator with `labels` K, integer labels in [0, K], where K means "no label". New noise of
+        leading axis. For a generator with `labels` K, integer labels in [0, K], where K means "no label",
+        also for a network of this package that has more labels. New noise of
         row i, where `method` draws some, is that of sample i.
 
         **Raises:** `ValueError` if the condition is missing though the generator has `labels` or a `condition`, if it
@@ -125,7 +131,10 @@ class Generator(eqx.Module):
         if condition is None and (self.labels is not None or self.condition is not None):
             raise ValueError("condition must be given for a generator with labels or a condition, got None")
         if self.labels is not None:
-            return _generated(self, eps, _as_labels(condition, len(eps), self.labels), numbers)
+            labels = _as_labels(condition, len(eps), self.labels)
+            null = number_of_labels(self._network())
+            labels = labels if null is None else jnp.where(labels == self.labels, null, labels)
+            return _generated(self, eps, labels, numbers)
         condition = _as_arrays(condition)
         _check_rows(condition, len(eps))
         self._check_labels("condition", condition)
@@ -166,6 +175,12 @@ def _generated(
         return generator.method(generator.field, eps, condition, **options, **more)
 
     return jax.vmap(generate)(eps, condition, numbers)
+
+
+def _dtype_of_noise(field: AbstractField) -> DTypeLike:
+    """Float32, or float64 for a field with parameters in float64."""
+    dtypes = (leaf.dtype for leaf in jax.tree.leaves(field) if eqx.is_inexact_array(leaf))
+    return jnp.float64 if jnp.float64 in dtypes else jnp.float32
 
 
 def _as_numbers(numbers: Any) -> Int[Array, " rows"]:

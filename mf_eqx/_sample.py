@@ -137,7 +137,10 @@ def check_times(times: TimeGrid) -> None:
         return
     falls = grid is not None and grid.ndim == 1 and len(grid) >= 2 and (np.diff(grid.astype(float)) < 0).all()
     if grid is None or not falls or grid[0] > 1 or grid[-1] < 0:
-        raise ValueError(f"times must be a strictly decreasing sequence of at least two times in [0, 1], got {times}")
+        is_number = grid is not None and grid.ndim == 0 and grid.dtype.kind in "iu" and grid > 0
+        hint = f": mfx.uniform_times({times}) makes one of {times} steps" if is_number else ""
+        rule = "a strictly decreasing sequence of at least two times in [0, 1]"
+        raise ValueError(f"times must be {rule}, got {times}{hint}")
 
 
 def as_grid(times: TimeGrid) -> tuple[float, ...]:

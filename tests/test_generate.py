@@ -108,6 +108,18 @@ def test_each_of_two_processes_has_its_part_of_a_batch():
     np.testing.assert_allclose(np.concatenate(found), first_samples(16, count=16).ravel(), rtol=1e-5, atol=1e-6)
 
 
+def test_samples_do_not_depend_on_whether_float64_is_allowed(network):
+    expected = mfx.Generator(network, jr.key(4), (2,), labels=LABELS)(range(9))
+    with jax.enable_x64(True):
+        found = mfx.Generator(network, jr.key(4), (2,), labels=LABELS)(range(9))
+    assert found.dtype == expected.dtype == jnp.float32
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_noise_of_a_field_in_float64_is_in_float64(x64):
+    assert make_generator().field.weight.dtype == make_generator().inputs(0)[0].dtype == jnp.float64
+
+
 @pytest.mark.parametrize(
     ("count", "batch", "message"),
     [(4, 0, "batch must be an integer >= 1, got 0"), (-1, 4, "count must be an integer >= 0, got -1")],
@@ -240,6 +252,13 @@ def test_no_label_and_fewer_labels_than_the_network_has_are_accepted(network):
     assert mfx.Generator(network, jr.key(0), (2,), labels=2).labels == 2
     samples = mfx.Generator(network, jr.key(0), (2,), condition=np.array([LABELS, 0]))([0, 1])
     assert np.isfinite(samples).all()
+
+
+def test_no_label_beside_noise_is_that_of_a_network_with_more_labels(network):
+    eps = jr.normal(jr.key(1), (3, 2))
+    found = mfx.Generator(network, jr.key(0), (2,), labels=2).from_noise(eps, [0, 1, 2])
+    expected = mfx.Generator(network, jr.key(0), (2,)).from_noise(eps, np.array([0, 1, LABELS]))
+    np.testing.assert_array_equal(found, expected)
 
 
 @pytest.mark.parametrize("null", [4, -1, np.int32(4), np.asarray(4)])

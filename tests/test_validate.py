@@ -150,7 +150,10 @@ OF_ANOTHER_KIND = {
     "number for multipliers": (lambda: unet(multipliers=2), "multipliers must be a tuple or a list, .* got 2"),
     "number for attention": (lambda: unet(attention=8), "attention must be a tuple or a list, .* got 8"),
     "part for parts": (lambda: data.InTurn(data.FromPixels()), "parts must be a tuple or a list, .* got FromPixels"),
-    "steps for times": (lambda: mfx.Generator(generator().field, KEY, (2,), 4), "times must .* sequence .* got 4"),
+    "steps for times": (
+        lambda: mfx.Generator(generator().field, KEY, (2,), 4),
+        "times must .* got 4: mfx.uniform_times.4. makes one of 4",
+    ),
     "network for a teacher": (
         lambda: mfx.TrainStep(mfx.Objective(), STEP.optimizer, teacher=eqx.nn.Linear(2, 2, key=KEY)),
         "field must be callable as .* got Linear, which takes",
@@ -308,6 +311,7 @@ FLOATS = {
     "RMSNorm.epsilon": lambda value: nn.RMSNorm(2, epsilon=value),
     "TimePairEmbedding.time_scale": lambda value: nn.TimePairEmbedding(4, time_scale=value, key=KEY),
     "TimePairs.at_data": lambda value: mfx.TimePairs(at_data=value),
+    "TimePairs.at_noise": lambda value: mfx.TimePairs(at_noise=value),
     "TimePairs.equal": lambda value: mfx.TimePairs(equal=value),
     "TimePairs.uniform": lambda value: mfx.TimePairs(uniform=value),
     "TransitionModel.offset": lambda value: mfx.TransitionModel(offset=value),

@@ -25,7 +25,7 @@ from .in_context_size import (
     PMF_H16 as PMF_H16,
     PMF_L16 as PMF_L16,
 )
-from .labels import check_labels_fit as check_labels_fit
+from .labels import check_labels_fit as check_labels_fit, number_of_labels as number_of_labels
 from .mlp import MLP as MLP
 from .unet import UNet as UNet
 from .unet_embedding import UNetCondition as UNetCondition

@@ -15,18 +15,24 @@ from .unet import UNet, UNetCondition
 from .x_prediction import XPrediction
 
 
+def number_of_labels(field: AbstractField) -> int | None:
+    """The number of labels of a network of this package, which is also its null label; None for one without labels, and
+    for other fields."""
+    field = field.field if isinstance(field, XPrediction) else field
+    embedding = getattr(getattr(field, "embedding", None), "label", None)
+    ours = isinstance(field, MLP | DiT | InContextDiT | UNet) and isinstance(embedding, LabelEmbedding)
+    return embedding.null_label if ours else None
+
+
 def check_labels_fit(name: str, condition: Condition, field: AbstractField) -> None:
     """Raises a `ValueError` if `condition`, which is called `name`, has labels that a network of this package lacks, of
     one row or of several: under `jax.vmap` the table of the network would silently return another row. Other fields,
     other conditions and values that JAX traces pass."""
-    field = field.field if isinstance(field, XPrediction) else field
-    embedding = getattr(getattr(field, "embedding", None), "label", None)
-    if not isinstance(field, MLP | DiT | InContextDiT | UNet) or not isinstance(embedding, LabelEmbedding):
+    if (most := number_of_labels(field)) is None:
         return
     if isinstance(condition, GuidanceCondition):
         condition = condition.condition
     labels = condition.label if isinstance(condition, UNetCondition) else condition
     known = on_host_if_known(labels) if isinstance(labels, jax.Array | np.ndarray | np.generic | int) else None
-    most = embedding.null_label
     if known is not None and (wrong := (known < 0) | (known > most)).any():
         raise ValueError(f"{name} must lie in [0, {most}] for a network with {most} labels, got {known[wrong].flat[0]}")
