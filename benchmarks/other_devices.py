@@ -133,7 +133,7 @@ class Target(NamedTuple):
                 found = topologies.get_topology_desc(f"{self.name}:{layout}", platform="tpu")
         except (NotImplementedError, RuntimeError) as error:
             is_missing = isinstance(error, NotImplementedError) or "not installed" in str(error)
-            what = "needs its compiler (the extra `compilers`)" if is_missing else "is not known to its compiler"
+            what = "needs its compiler, pip install -e '.[compilers]'" if is_missing else "is not known to its compiler"
             raise ValueError(f"device {self.name} {what}: {error}") from error
         return list(found.devices)
 
