@@ -20,6 +20,9 @@ from jaxtyping import Array, Float, Int, Key, UInt8
 from mf_eqx import data, run
 
 STEPS, BATCH, PEAK_RATE = 2000, 128, 2e-3
+ENOUGH, IN_A_ROW = 1e-3, 100
+"""A loss after which nothing is left to learn, if it stays below for so many steps: a few images are then known by
+heart."""
 FEATURES = 128
 MOST_NUMBERS = 1 << 14
 """Of an image; means over squares of pixels are read where there are more."""
@@ -93,7 +96,8 @@ def make(source: data.AbstractSource, seed: int = 0) -> Classifier:
 def fit(
     classifier: Classifier, stream: data.Stream, steps: int, update: Callable[[int, Float[Array, ""]], None]
 ) -> Classifier:
-    """Trained by Adam, with a rate that falls to 0."""
+    """Trained by Adam, with a rate that falls to 0; until each of the last `IN_A_ROW` steps had a loss below `ENOUGH`,
+    or to the end."""
     optimizer = optax.adam(optax.cosine_decay_schedule(PEAK_RATE, steps))
 
     @eqx.filter_jit
@@ -105,10 +109,16 @@ def fit(
         return eqx.apply_updates(classifier, change), state, loss
 
     state = optimizer.init(eqx.filter(classifier, eqx.is_array))
+    losses: list[Float[Array, ""]] = []
     for number in range(steps):
         batch = stream[number]
         classifier, state, loss = step(classifier, state, jnp.asarray(prepared(batch.x)), batch.condition)
         update(number + 1, loss)
+        losses.append(loss)
+        if len(losses) == IN_A_ROW:  # not in every step, which would wait for its loss
+            if np.max(jax.device_get(losses)) < ENOUGH:
+                break
+            losses = []
     return classifier
 
 

@@ -52,6 +52,22 @@ def test_parts_are_equally_large_and_hold_all_images_in_order(judging, size):
     np.testing.assert_array_equal(np.concatenate(parts)[:5], X[:5])
 
 
+# The classifier
+
+
+def test_training_ends_when_nothing_is_left_to_learn_and_not_before(classifying, monkeypatch):
+    monkeypatch.setattr(classifying, "IN_A_ROW", 4)
+
+    def steps_done(label, labels):
+        source, done = data.ArraySource(BRIGHT, label, labels=labels), []
+        stream = data.Stream(source, 8)
+        classifying.fit(classifying.make(source), stream, 10, lambda step, loss: done.append(step))
+        return len(done)
+
+    assert steps_done(np.zeros_like(LABEL), 1) == 4  # one class: the loss is 0
+    assert steps_done(LABEL, 3) == 10
+
+
 # Coverage
 
 
