@@ -49,7 +49,7 @@ def own_file(name: str, place: str) -> OwnFile:
     if not Path(path).is_file() or Path(path).suffix != ".py":
         raise ValueError(f"{name} must be a Python file, got {path}")
     try:
-        return _read(path)
+        return _read(path, str(Path(path).resolve()))
     except Exception as error:
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
         where = f"{path}, line {lines[-1]}" if lines else path
@@ -59,8 +59,8 @@ def own_file(name: str, place: str) -> OwnFile:
 
 
 @functools.cache
-def _read(path: str) -> OwnFile:
-    sys.path.append(str(Path(path).resolve().parent))
+def _read(path: str, resolved: str) -> OwnFile:
+    sys.path.append(str(Path(resolved).parent))
     return OwnFile(runpy.run_path(path), digest(Path(path).read_text(encoding="utf-8")))
 
 
@@ -100,25 +100,28 @@ def own_identity(name: str, place: str, steps: int) -> AbstractIdentity:
 
 
 def own_network(
-    name: str, place: str, shape: tuple[int, ...], condition: Condition = None
+    name: str, place: str, shape: tuple[int, ...], condition: Condition = None, *, labels: int | None = None
 ) -> Callable[..., AbstractField]:
     """A function that makes a network of a user's own from a key, `make(key=key)`.
 
-    The class is called as those of `mf_eqx` are: `Net(size, key=key)` for vectors, `Net(shape, key=key)` otherwise.
+    The class is called as those of `mf_eqx` are: `Net(size, key=key)` for vectors, `Net(shape, key=key)` otherwise,
+    with `labels=labels` if the data have labels and the class has such an argument.
 
     **Arguments:** `name`, `place` as for `own_class`; `shape` of one row of data; `condition` of one row, arrays or
-    their shapes, with which the network is tried.
+    their shapes, with which the network is tried; `labels` how many different labels the data have, or None.
 
     **Raises:** as `own_class`, and `ValueError` if the network cannot be made so, or does not take and return data of
     this shape. (It is traced once, and nothing is computed.)
     """
     cls: Any = own_class(name, place, AbstractField)
     size = shape[0] if len(shape) == 1 else shape
-    call = f"{cls.__name__}({size}, key=key)(z, r, t{'' if condition is None else ', condition'})"
+    options = {} if labels is None or "labels" not in inspect.signature(cls).parameters else {"labels": labels}
+    given = f"{size}, labels={labels}" if options else f"{size}"
+    call = f"{cls.__name__}({given}, key=key)(z, r, t{'' if condition is None else ', condition'})"
     row, time = jax.ShapeDtypeStruct(shape, jnp.float32), jax.ShapeDtypeStruct((), jnp.float32)
     try:
         u = eqx.filter_eval_shape(
-            lambda z, r, t, c: cls(size, key=jr.key(0))(z, r, t, c),
+            lambda z, r, t, c: cls(size, **options, key=jr.key(0))(z, r, t, c),
             *(row, time, time, condition),
         )
     except Exception as error:
@@ -126,7 +129,7 @@ def own_network(
         raise ValueError(f"{rule}, got {type(error).__name__}: {error}") from error
     if (found := getattr(u, "shape", None)) != shape:
         raise ValueError(f"{name} must return the shape of z, {shape}, got {found} from {call}")
-    return functools.partial(cls, size)
+    return functools.partial(cls, size, **options)
 
 
 def _parts(place: str) -> tuple[str, str | None]:

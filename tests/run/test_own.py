@@ -88,6 +88,17 @@ def test_network_is_tried_with_a_condition_if_there_is_one(mine):
     assert run.own_network("network", f"{mine}:Net", (2,), label)(key=jr.key(0)).layer.in_features == 2
 
 
+def test_a_class_that_takes_labels_gets_their_number(mine, tmp_path):
+    text = MINE.replace("size, *, key", "size, labels=5, *, key").replace("Linear(size, size,", "Linear(labels, size,")
+    (tmp_path / "labels.py").write_text(text.replace("self.layer(z)", "self.layer.weight[:, condition]"))
+    label, place = jax.ShapeDtypeStruct((), jnp.int32), f"{tmp_path}/labels.py:Net"
+    sizes = [
+        run.own_network("network", place, (2,), label, labels=n)(key=jr.key(0)).layer.in_features for n in (3, None)
+    ]
+    assert sizes == [3, 5]
+    assert run.own_network("network", f"{mine}:Net", (2,), label, labels=3)(key=jr.key(0)).layer.in_features == 2
+
+
 def test_identity_is_made_without_arguments(mine):
     assert type(run.own_identity("identity", f"{mine}:Mix", 1)).__name__ == "Mix"
     with pytest.raises(ValueError, match="identity must be a class that can be made without arguments, got Scaled"):
@@ -123,6 +134,16 @@ def test_another_file_is_not_run(tmp_path):
     (tmp_path / "notes.txt").write_text("notes")
     with pytest.raises(ValueError, match=r"network must be a Python file, got .*notes\.txt"):
         run.own_file("network", str(tmp_path / "notes.txt"))
+
+
+def test_a_file_of_the_same_name_in_another_folder_is_another_file(mine, tmp_path, monkeypatch):
+    (tmp_path / "below").mkdir()
+    (tmp_path / "below" / "mine.py").write_text("WIDTH = 3\n")
+    found = []
+    for folder in (tmp_path, tmp_path / "below"):
+        monkeypatch.chdir(folder)
+        found.append(run.own_file("own", "mine.py"))
+    assert found[0].digest == run.own_file("own", mine).digest and found[1].members["WIDTH"] == 3
 
 
 def test_digest_is_that_of_the_text(mine, tmp_path):
