@@ -6,7 +6,8 @@
     python experiments/fashion.py --preset guided              with guidance inside the target: 94 minutes
     python experiments/fashion.py --preset gpu                 a large network, for a GPU, not run yet
     python experiments/fashion.py --preset quick --network unet     20 minutes on one CPU core
-    python experiments/fashion.py --identity-share 0 --power 0      Flow Matching with the same network
+    python experiments/fashion.py --identity-share 0           Flow Matching with the same network
+    python experiments/fashion.py --method Shortcut            another method; --identity mine.py:Mix one of your own
     python experiments/fashion.py --data folder                the same four IDX files from elsewhere, gzipped or not
 
 This is images.py with these data: 60,000 images to train on and 10,000 to test with, of 28 x 28 pixels in grey, ten

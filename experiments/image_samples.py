@@ -33,6 +33,8 @@ class Sampler(NamedTuple):
     """Scale and interval, for a network that takes guidance as an input."""
     decode: Callable[[Float[Array, "rows *data"]], Float[Array, "rows channels height width"]] | None = None
     """From what the field generates to images, for a field of latents."""
+    data_shape: tuple[int, ...] | None = None
+    """Shape of what the field generates, for a field that does not tell it."""
 
     @property
     def all_names(self) -> Sequence[str]:
@@ -44,7 +46,7 @@ class Sampler(NamedTuple):
     ) -> Float[np.ndarray, "rows channels height width"]:
         """An image for each label, from the noise of this seed."""
         times, key = mfx.uniform_times(evaluations), jr.key(seed)
-        shape = field.data_shape  # pyright: ignore[reportAttributeAccessIssue]
+        shape = self.data_shape or field.data_shape  # pyright: ignore[reportAttributeAccessIssue]
         field = field if self.guidance is None else mfx.WithGuidance(field, *self.guidance)
         options = {"method": self.method, "unroll": jax.default_backend() == "cpu"}  # XLA:CPU is slow in loops
         generator = mfx.Generator(field, key, shape, times, labels=self.labels, **options)

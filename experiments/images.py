@@ -1,4 +1,5 @@
-"""Images of one's own in one evaluation: a DiT or a U-Net, with labels or without, trained from scratch by MeanFlow.
+"""Images of one's own in one evaluation: a DiT or a U-Net, with labels or without, trained from scratch by MeanFlow or
+another method.
 
     python experiments/images.py --data photos --size 64                        a folder, or a folder for each class
     python experiments/images.py --data /usr/share/datasets/fashion-mnist       IDX files; CIFAR-10; shards
@@ -6,6 +7,9 @@
     python experiments/images.py --data photos --size 64 --preset guided        guidance inside the target; needs labels
     python experiments/images.py --data photos --size 64 --preset any-guidance  one network, guided at sampling
     python experiments/images.py --data photos --size 48 64 --network unet --flips        48 rows of 64 pixels
+    python experiments/images.py --data photos --size 64 --method AlphaFlow     another method of mf_eqx
+    python experiments/images.py --data photos --size 64 --identity mine.py:Mix            a method of your own
+    python experiments/images.py --data photos --size 64 --network mine.py:Net             a network of your own
     python experiments/images.py --data photos --size 64 --dry-run              what it takes, before it is started
 
 A run that was stopped, or killed, continues by the same command, on any number of devices and processes that divides
@@ -22,11 +26,12 @@ import dataclasses
 import itertools
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
@@ -46,6 +51,10 @@ with install_import_hook("mf_eqx", "beartype.beartype(conf=beartype.BeartypeConf
 
 EVALUATIONS, EULER_STEPS = (1, 2, 4), (1, 4, 16)
 """Evaluations per judged image: along the average velocity, and in Euler steps for Flow Matching."""
+POWER = 0.5
+"""Power of the adaptive weight, of methods that have one by default."""
+SHOWN = 1000
+"""Test images of which some are shown, where none are judged."""
 MOST_REFERENCES = 1 << 32
 """Bytes that the images of stable targets may take on each device."""
 SIZES = {
@@ -58,6 +67,8 @@ SIZES = {
 }
 UNUSED = {"dit": ("multipliers", "blocks", "attention", "dropout"), "unet": ("depth", "heads", "patch")}
 """Fields of the configuration that are those of another network."""
+OF_NETWORKS = ("width", *UNUSED["dit"], *UNUSED["unet"], "bfloat16", "remat", "guidance_input")
+"""Fields that say how these networks are made, and do nothing for a network of one's own."""
 
 
 Shape: TypeAlias = tuple[int, int, int]
@@ -70,10 +81,13 @@ class Config(image_sources.ImageSettings):
 
     labels: bool = True
     """Use the labels of the data, if there are any."""
-    network: Literal["dit", "unet"] = "dit"
-    """A diffusion transformer or a U-Net."""
+    network: str = "dit"
+    """dit, a diffusion transformer; unet, a U-Net; or a network of your own, as mine.py:Net, or mine.py if the file
+    defines one: a subclass of mf_eqx.AbstractField that is made as Net(shape, key=key), shape being channels, height
+    and width, or as Net(shape, labels=10, key=key) if it has this argument and the data have labels. A label is its
+    condition; in rows without a label it is the number of labels."""
     network_size: Literal["small", "medium", "large"] = "medium"
-    """Size of the network. A value of 0 or () below means: as in this size."""
+    """Size of the network, unless it is your own. A value of 0 or () below means: as in this size."""
     width: int = 0
     """Width of the DiT's tokens, a multiple of heads and of 4; channels of the U-Net, a multiple of 4."""
     depth: int = 0
@@ -92,8 +106,14 @@ class Config(image_sources.ImageSettings):
     """Dropout rate within the U-Net's blocks."""
     start: str = ""
     """Weights or checkpoints of the same network to start from: a .safetensors file, or the directory of a run."""
+    method: str | None = None
+    """A method of mf_eqx by the name of its class, such as AlphaFlow or Shortcut; by default MeanFlow, with
+    guidance_input ImprovedMeanFlow. Flow Matching is --identity-share 0."""
+    identity: str | None = None
+    """A method of your own in place of these, as mine.py:Mix, or mine.py if the file defines one: a subclass of
+    mf_eqx.AbstractIdentity that can be made without arguments."""
     steps: int = run.setting(24_000)
-    """Training steps; more continue a finished run."""
+    """Training steps; more continue a finished run, unless its method has a schedule, which is made for them."""
     batch: int = 16
     """Images per step; a multiple of the denominator of identity_share. On a CPU, where a small batch takes hardly more
     time per image, four steps of 16 images do far more than one of 64."""
@@ -104,12 +124,15 @@ class Config(image_sources.ImageSettings):
     decay: float = 0.9995
     """Decay per step of the parameter average that generates."""
     identity_share: float = 0.5
-    """Share of rows with r < t, which carry the MeanFlow identity; in [0, 1]. 0 is Flow Matching."""
+    """Share of rows with r < t, which carry the equation of the method; in [0, 1]. 0 is Flow Matching."""
     times: tuple[float, float] = (-0.4, 1.0)
     """Mean and standard deviation of the logit of both times, drawn apart and sorted, or of the one time of Flow
     Matching; by default the paper's. 0 and 2 are nearly uniform."""
-    power: float = 0.5
-    """Adaptive weight's power p (Eq. 22)."""
+    power: float | None = None
+    """Adaptive weight's power p (Eq. 22), 0 for no weight. By default 0.5 for methods whose rows with r < t use the
+    velocity of the data, such as MeanFlow, and 0 for all others, such as Shortcut, and for Flow Matching: without the
+    noise of this velocity the errors of these rows are small, and a weight that favours small errors lets them win,
+    though wrong fields, such as u = 0, solve most of these equations, too."""
     offset: float = 0.01
     """Adaptive weight's offset c (Eq. 22)."""
     references: int = 0
@@ -140,40 +163,110 @@ class Config(image_sources.ImageSettings):
     """What the backward pass computes again, to save memory: nothing; all but products with weights and convolutions;
     all but each block's input."""
     samples: int = run.setting(10_000)
-    """Images that are judged, at most as many as are held out."""
+    """Images that are judged, at most as many as are held out; 0 for none, which leaves pictures and weights."""
     seed: int = 0
     """Seed of everything random."""
 
     def __post_init__(self):
         self.check_images()
-        self.check(steps=0, warmup=0, seed=0, references=0, samples=2)
+        self.check(steps=0, warmup=0, seed=0, references=0, samples=0)
         self.check(width=0, depth=0, heads=0, patch=0, blocks=0)
         run.check_sizes(self, batch=1 << 20, width=1 << 14, depth=1000, multipliers=1 << 10, blocks=32)
         run.check_sizes(self, samples=1 << 20)
+        if self.samples == 1:
+            raise ValueError("samples must be 0 or at least 2, got 1")
         if not 0 < self.learning_rate < 1:
             raise ValueError(f"learning_rate must lie in (0, 1), got {self.learning_rate}")
-        for name in UNUSED[self.network]:
+        if self.network not in SIZES:
+            check_own_network(self)
+        for name in UNUSED.get(self.network, ()):
             if value := getattr(self, name):
                 raise ValueError(f"{name} must be left out with --network {self.network}, which has none, got {value}")
         if not 0 <= self.augmentation <= 1:
             raise ValueError(f"augmentation must lie in [0, 1], got {self.augmentation}")
+        check_method(self)
         if self.labels:
             guided_at_all = guided(self) or self.guidance_input
             guidance_flags.check_dropout(self.label_dropout, self.identity_share, guided=guided_at_all)
         check_guidance(self, self.labels)
         if self.augmentation and self.network != "unet":
-            raise ValueError(f"augmentation must be 0 for a DiT, which is not told of it, got {self.augmentation}")
+            kind = "a DiT" if self.network == "dit" else "a network of your own"
+            raise ValueError(f"augmentation must be 0 for {kind}, which is not told of it, got {self.augmentation}")
         if self.augmentation and self.labels and self.label_dropout:
             raise ValueError("augmentation must be 0 with label_dropout, which drops what is told of it; or labels off")
         if self.augmentation and self.references:
             raise ValueError(f"references must be 0 with augmentation, got {self.references}")
         # What the parts themselves refuse is refused here, where a flag can be named.
-        mfx.check_batch_size(self.batch, objective(self, 10 if self.labels else None).identity_share)
+        loss = objective(self, 10 if self.labels else None)
+        group = 1 if loss.identity is None else loss.identity.facts.group
+        mfx.check_batch_size(self.batch, loss.identity_share, group=group)
         mfx.ExponentialAverage(self.decay)
         prepare(self, 10)
         if self.network == "dit":  # a U-Net must know the side of images
             side = size_of(self).patch
             eqx.filter_eval_shape(lambda: make_field(self, (3, side, side), 10, jr.key(0)))  # a real key needs a device
+
+
+def identity_of(config: Config) -> mfx.AbstractIdentity | None:
+    """The method, with its schedules made for the steps of the run; None for Flow Matching."""
+    if not config.identity_share:
+        return None
+    if config.identity is not None:
+        return run.own_identity("identity", config.identity, config.steps)
+    default = "ImprovedMeanFlow" if config.guidance_input else "MeanFlow"
+    return mfx.identities_in(vars(mfx), config.steps)[config.method or default]
+
+
+def training_name(config: Config) -> str:
+    """What must not change when a run continues, beside the recipe itself: the content of a file of one's own, and the
+    number of steps that a schedule is made for."""
+    own = {"identity": config.identity, "network": None if config.network in SIZES else config.network}
+    parts = [f"{place} ({run.own_file(name, place).digest})" for name, place in own.items() if place is not None]
+    if isinstance(identity := identity_of(config), mfx.AbstractScheduledIdentity):
+        parts.append(f"{type(identity).__name__} for {config.steps} steps")
+    return ", ".join(parts)
+
+
+def weighted(identity: mfx.AbstractIdentity | None) -> bool:
+    """Whether a method has the adaptive weight by default.
+
+    Where rows with r < t do not use the velocity v of the data, their errors are free of its noise and soon far below
+    those of rows with r = t. A weight that favours small errors lets such rows win, though wrong fields, such as u = 0,
+    solve most of these equations, too. With p = 0.5 four of these methods learnt nothing on Fashion-MNIST (RESULTS.md).
+    """
+    return identity is not None and identity.facts.uses_velocity
+
+
+def check_own_network(config: Config) -> None:
+    """Refuses what is no class of a file, and flags that are those of other networks."""
+    if ".py" not in config.network:
+        raise ValueError(f"network must be {', '.join(SIZES)} or a class as mine.py:Net, got {config.network}")
+    run.own_class("network", config.network, mfx.AbstractField)
+    check_left_out(config, OF_NETWORKS, f"with --network {config.network}, a network of your own")
+
+
+def check_method(config: Config) -> None:
+    """Refuses methods that are not there, and what a method cannot be combined with."""
+    run.check_among(config, method=mfx.identities_in(vars(mfx), 1))
+    given = config.identity or config.method
+    if config.identity is not None and config.method is not None:
+        raise ValueError(f"method must be left out with identity, which is one, got {config.method}")
+    if given is not None and not config.identity_share:
+        raise ValueError(f"identity_share must be > 0 for {given}, got 0, which is Flow Matching")
+    if (identity := identity_of(config)) is None:
+        return
+    name, facts = type(identity).__name__, identity.facts
+    if facts.needs_velocity_head:
+        raise ValueError(f"identity must be a method without a velocity head, which no network here has, got {name}")
+    if facts.uses_pair and config.references:
+        rule = f"be 0 for {name}, which learns from pairs of an image and noise"
+        raise ValueError(f"references must {rule}, got {config.references}")
+    if facts.uses_pair or (facts.group > 1 and facts.uses_velocity):
+        reason = "which learns from pairs of an image and noise" if facts.uses_pair else "whose rows share times"
+        if guided(config):
+            raise ValueError(f"scale must be 1 and mix 0 for {name}, {reason}, got {config.scale} and {config.mix}")
+        if config.guidance_input:
+            raise ValueError(f"guidance_input must be left out for {name}, {reason}, got True")
 
 
 def guided(config: Config) -> bool:
@@ -212,7 +305,10 @@ def size_of(config: Config) -> Any:
     return size._replace(**{name: value for name in size._fields if (value := getattr(config, name))})
 
 
-def make_field(config: Config, shape: Shape, labels: int | None, key: Key[Array, ""]) -> mfx.DiT | mfx.UNet:
+def make_field(config: Config, shape: Shape, labels: int | None, key: Key[Array, ""]) -> mfx.AbstractField:
+    if config.network not in SIZES:
+        label = None if labels is None else jax.ShapeDtypeStruct((), jnp.int32)
+        return run.own_network("network", config.network, shape, label, labels=labels)(key=key)
     how: dict[str, Any] = {
         "dtype": jnp.bfloat16 if config.bfloat16 else jnp.float32,
         "remat": mfx.nn.REMATS[config.remat],
@@ -226,18 +322,18 @@ def make_field(config: Config, shape: Shape, labels: int | None, key: Key[Array,
 
 
 def objective(config: Config, labels: int | None, target: mfx.StableTarget | None = None) -> mfx.Objective:
-    times, guidance = mfx.LogitNormalTimes(*config.times), None
-    identity: mfx.AbstractIdentity | None = mfx.MeanFlow() if config.identity_share else None
+    times, identity, guidance = mfx.LogitNormalTimes(*config.times), identity_of(config), None
     if guided(config):
         guidance = mfx.Guidance(config.scale, config.mix, config.interval)
     elif config.guidance_input:  # which evaluates the velocity that improved MeanFlow takes as its tangent anyway
-        guidance, identity = mfx.DrawnGuidance(), mfx.ImprovedMeanFlow()
+        guidance = mfx.DrawnGuidance()
+    power = config.power if config.power is not None else POWER if weighted(identity) else 0.0
     return mfx.Objective(
         identity,
         time_pairs=mfx.TimePairs(times),
         boundary_times=None if config.identity_share else times,
         identity_share=config.identity_share,
-        weight=mfx.AdaptiveWeight(config.power, config.offset),
+        weight=mfx.AdaptiveWeight(power, config.offset),
         guidance=guidance,
         label_dropout=None if labels is None else mfx.LabelDropout(config.label_dropout, labels),
         stable_target=target,
@@ -270,12 +366,14 @@ def stable_target(
 
 def make_samplers(config: Config, labels: int | None, class_names: Sequence[str] | None) -> list[image_samples.Sampler]:
     """How images are made: one way, or one for each scale of guidance. Pictures show the last."""
-    names = None if labels is None else class_names
+    names, identity = None if labels is None else class_names, identity_of(config)
+    if identity is None:
+        steps = EULER_STEPS
+        return [image_samples.Sampler("Flow Matching", mfx.sample_euler, steps, steps[-1], labels, names)]
+    name, along = type(identity).__name__, mfx.sample_consistency if identity.facts.ends_at_data else mfx.sample
     if config.guidance_input:
-        return at_scales("Improved MeanFlow", config.sample_scale, config.sample_interval, labels, names)
-    if config.identity_share:
-        return [image_samples.Sampler("MeanFlow", mfx.sample, EVALUATIONS, EVALUATIONS[0], labels, names)]
-    return [image_samples.Sampler("Flow Matching", mfx.sample_euler, EULER_STEPS, EULER_STEPS[-1], labels, names)]
+        return at_scales(name, config.sample_scale, config.sample_interval, labels, names, along)
+    return [image_samples.Sampler(name, along, EVALUATIONS, EVALUATIONS[0], labels, names)]
 
 
 def at_scales(
@@ -284,9 +382,10 @@ def at_scales(
     interval: tuple[float, float],
     labels: int | None,
     class_names: Sequence[str] | None,
+    along: Callable[..., Any] = mfx.sample,
 ) -> list[image_samples.Sampler]:
     """One evaluation or several, at each scale of guidance."""
-    how = mfx.sample, EVALUATIONS, EVALUATIONS[0], labels, class_names
+    how = along, EVALUATIONS, EVALUATIONS[0], labels, class_names
     return [image_samples.Sampler(f"{name}, guidance {scale:g}", *how, (scale, interval)) for scale in scales]
 
 
@@ -316,19 +415,20 @@ def main(config: Config, class_names: Sequence[str] | None = None) -> None:
     labels = train.labels if config.labels else None
     field_key, run_key = jr.split(jr.key(config.seed))
     parallelism = run.parallelism(config)
+    loss = objective(config, labels, stable_target(config, train, labels, parallelism))
     step = mfx.TrainStep(
-        objective(config, labels, stable_target(config, train, labels, parallelism)),
+        loss,
         optimizer(config),
         [mfx.ExponentialAverage(config.decay)],
         prepare(config, labels),
+        teacher=0 if loss.needs_teacher else None,
         accumulation=config.accumulation,
         parallelism=parallelism,
     )
     stream = data.Stream(train, config.batch, seed=config.seed, parallelism=parallelism)
-    samplers = make_samplers(config, labels, names)
-
     channels, height, width = train.row_shape
     shape = (channels, height, width)
+    samplers = [sampler._replace(data_shape=shape) for sampler in make_samplers(config, labels, names)]
 
     def make_state() -> mfx.TrainState:
         field = make_field(config, shape, labels, field_key)
@@ -339,12 +439,15 @@ def main(config: Config, class_names: Sequence[str] | None = None) -> None:
 
     with run.opened(config) as directory:
         run.tell(f"{len(train):,} {train.name}, {len(test):,} {test.name}, labels: {labels or 'none'}")
-        spaces = image_judge.feature_spaces() if run.is_first() else []
-        options = {"steps": config.steps, "preview": preview, "start": config.start}
-        state = run.train(config, step, make_state, stream, directory, **options)
-        save_weights(config, directory, state, names, objective(config, labels).trained)
+        spaces = image_judge.feature_spaces() if config.samples and run.is_first() else []
+        options = {"name": training_name(config), "preview": preview, "start": config.start}
+        state = run.train(config, step, make_state, stream, directory, steps=config.steps, **options)
+        about = {"data": list(config.data), "test": list(config.test), "holdout": config.holdout}  # which it never saw
+        if config.network not in SIZES:  # which does not tell it
+            about |= {"data_shape": shape, "labels": labels}
+        save_weights(config, directory, state, names, loss.trained, about)
         if run.is_first():
-            field, most = run.local(state.averages[0]), 10 if config.test_run else config.samples
+            field, most = run.local(state.averages[0]), min(config.samples, 10 if config.test_run else 1 << 20)
             finish(samplers, field, spaces, train, test, directory, most=most, test_run=config.test_run)
 
 
@@ -354,8 +457,9 @@ def save_weights(
     state: mfx.TrainState,
     names: Sequence[str] | None,
     trained: mfx.Trained,
+    about: dict[str, Any],
 ) -> None:
-    """The average as weights."""
+    """The average as weights, with what `about` says of data and network."""
     notes = checkpoint.Notes(
         pixels=(-1, 1),
         class_names=tuple(names) if names and config.labels else None,
@@ -363,7 +467,6 @@ def save_weights(
         steps=int(state.step),
         decay=config.decay,
     )
-    about = {"data": list(config.data), "test": list(config.test), "holdout": config.holdout}  # which it never saw
     checkpoint.save_weights(directory.path("ema.safetensors"), state.averages[0], about, notes)
 
 
@@ -378,14 +481,16 @@ def finish(
     most: int,
     test_run: bool,
 ) -> None:
-    """Pictures, and what at most so many samples of each sampler score."""
+    """Pictures, and what at most so many samples of each sampler score; pictures alone if it is 0."""
     began, last = time.perf_counter(), samplers[-1]
     if records := directory.records():
         picture.save_curves(directory.path("curves.png"), records)
     image_samples.save_samples(last, field, directory.path("samples.png"), rows=8)
     count = min(most, len(test), len(train))
-    shown = test.take(image_sources.spread(len(test), count))
+    shown = test.take(image_sources.spread(len(test), count or min(SHOWN, len(test))))
     image_samples.save_comparison(samplers, field, shown, directory.path("comparison.png"))
+    if not count:
+        return print(f"Nothing was judged. Weights and pictures are in {directory.root}.")
 
     classifier = None
     if last.labels is not None:

@@ -11,13 +11,13 @@
 Network, optimiser, batch and average are those of `images.py --preset quick`. With the common settings a method has the
 share of rows, the times and the adaptive weight of that preset; with those of its paper it has what
 `Facts.paper_settings` says. The weight is left out of Flow Matching, of losses that some methods bring, and of methods
-whose rows with r < t do not use the velocity of the data (`weighted` says why). Methods differ in what a step costs, so
-each is trained for as many steps as make the operations of `--steps` steps of MeanFlow (`mf_eqx.measure.relative_cost`
-counts matrix products and convolutions; of AlphaFlow, whose steps differ, it takes the most expensive one). Flow
-Matching samples by Euler's method, all others along their average velocity.
+whose rows with r < t do not use the velocity of the data (`images.weighted` says why). Methods differ in what a step
+costs, so each is trained for as many steps as make the operations of `--steps` steps of MeanFlow
+(`mf_eqx.measure.relative_cost` counts matrix products and convolutions; of AlphaFlow, whose steps differ, it takes the
+most expensive one). Flow Matching samples by Euler's method, all others along their average velocity.
 
-With `--teacher` the methods distil a network of Flow Matching, such as `fashion.py --preset quick --identity-share 0
---power 0` leaves in ema.safetensors: each training starts from this network and learns from its velocity, guided by
+With `--teacher` the methods distil a network of Flow Matching, such as `fashion.py --preset quick --identity-share 0`
+leaves in ema.safetensors: each training starts from this network and learns from its velocity, guided by
 `--teacher-scale`, in place of the velocity of the data. A teacher's own flow is known: its velocity is integrated by an
 adaptive solver, and the table has each method's error of u(z, 0, 1) to it. `DataFree` is `LagrangianDistillation` from
 noise alone. Methods that learn from pairs of data and noise cannot be taught and are left out.
@@ -58,7 +58,8 @@ EVALUATIONS, EULER_STEPS = (1, 4), images.EULER_STEPS
 """Evaluations per judged image: along the average velocity, and in Euler steps for Flow Matching."""
 MOST_BYTES = 1 << 32
 """Of all training images, which are kept on the device."""
-UNUSED = {"data", "test", "size", "holdout", "steps", "samples", "remat", "sample_scale", "sample_interval"}
+UNUSED = {"data", "test", "size", "holdout", "method", "identity", "steps", "samples", "remat"}
+UNUSED |= {"sample_scale", "sample_interval"}
 """Fields of `images.py` on which no training here depends: it depends on the images themselves."""
 COLUMNS = {
     "distance": "FD lite0",
@@ -100,7 +101,7 @@ class Config(run.CellSettings):
     """Weights of a network of Flow Matching to distil: what images.py --identity-share 0 leaves in ema.safetensors."""
     teacher_scale: float = 1.0
     """Scale of guidance of the teacher, 1 for none; needs labels, and a teacher that was trained without them, too."""
-    power: float = images.PRESETS["quick"][1].power
+    power: float = images.POWER
     """Power p of the adaptive weight (Eq. 22) with the common settings, >= 0; 0 leaves it out for all methods."""
     seeds: int = 1
     """Trainings of each method, from seeds 0, 1, ..."""
@@ -152,16 +153,6 @@ def identities(config: Config, steps: int) -> dict[str, mfx.AbstractIdentity]:
 
 def methods(config: Config) -> list[str]:
     return [*([] if config.teacher else [FLOW_MATCHING]), *identities(config, 1)]
-
-
-def weighted(identity: mfx.AbstractIdentity | None) -> bool:
-    """Whether a method has the adaptive weight.
-
-    Where rows with r < t do not use the velocity v of the data, their errors are free of its noise and soon far below
-    those of rows with r = t. A weight that favours small errors lets such rows win, though wrong fields, such as u = 0,
-    solve most of these equations, too. With p = 0.5 four of these methods learnt nothing on Fashion-MNIST (RESULTS.md).
-    """
-    return identity is not None and identity.facts.uses_velocity
 
 
 def cells(config: Config) -> list[Cell]:
@@ -241,7 +232,7 @@ class Study:
         """Power of the adaptive weight. None with the settings of a paper, which have a weight of their own."""
         if settings == "paper":
             return None
-        return self.config.power if weighted(identities(self.config, 1).get(method)) else 0.0
+        return self.config.power if images.weighted(identities(self.config, 1).get(method)) else 0.0
 
     def cost(self, method: str, settings: str) -> float:
         field = eqx.filter_eval_shape(self.make_field, jr.key(0))

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
+from own_methods import OWN, OWN_NETWORK
 
 import mf_eqx as mfx
 from mf_eqx import checkpoint, data, run
@@ -130,6 +131,21 @@ def test_a_finished_run_goes_on_to_more_steps(finished, images, monkeypatch, cap
     assert run.RunDirectory(finished).records()[-1]["step"] == 5
 
 
+@pytest.mark.rehearsal
+def test_a_run_by_a_method_of_ones_own_goes_on_with_the_same_file_alone(images, here, refusal_of, room, monkeypatch):
+    monkeypatch.setattr(images, "finish", lambda *given, **options: None)
+    (here / "mine.py").write_text(OWN)
+    flags = f"{SMALL} --identity mine.py:Mine --steps 1 --warmup 1".split()
+    run.main(images.main, images.PRESETS, argv=flags)
+    (config,) = here.glob("runs/*/*/config.json")
+    run.main(images.main, images.PRESETS, argv=[*flags, "--steps", "2"])
+    assert run.RunDirectory(config.parent).records()[-1]["step"] == 2
+    (here / "mine.py").write_text(OWN + "# changed\n")
+    run._own._read.cache_clear()
+    line = refusal_of(run.main, images.main, images.PRESETS, argv=[*flags, "--steps", "3"], progress=True)
+    assert re.search(r"training must be that of the run so far, but training was mine.py:Mine \(\w+\), now mine", line)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "flags",
@@ -140,15 +156,24 @@ def test_a_finished_run_goes_on_to_more_steps(finished, images, monkeypatch, cap
         "--preset quick --network unet --width 4",
         "--preset any-guidance --depth 1 --heads 2 --sample-scale 1 6 --sample-interval 0.2 0.8",
         "--preset any-guidance --network unet --width 4 --multipliers 1 --blocks 1 --sample-scale 3",
+        "--depth 1 --heads 2 --method TerminalVelocityMatching --mix 0.5",
+        "--depth 1 --heads 2 --method InductiveMomentMatching",
+        "--depth 1 --heads 2 --method ContinuousConsistency",
+        "--depth 1 --heads 2 --identity mine.py:Mine --guidance-input --sample-scale 3",
     ],
 )
 def test_every_kind_of_network_and_target_trains(flags, images, here):
+    (here / "mine.py").write_text(OWN)
     run.main(images.main, images.PRESETS, argv=f"{DATA} {flags} --test-run".split())
     (row, *_, last) = json.loads(next(here.glob("runs/*/*/results.json")).read_text())
     assert np.isfinite(row["frechet"]["pixels"])
     expected = ("Flow Matching", 16) if "--identity-share 0" in flags else ("MeanFlow", 4)
+    if "--method" in flags:
+        expected = flags.split("--method ")[1].split()[0], 4
+    if "mine.py" in flags:
+        expected = "Mine, guidance 3", 4
     if "any-guidance" in flags:
-        expected = f"Improved MeanFlow, guidance {6 if '6' in flags else 3}", 4
+        expected = f"ImprovedMeanFlow, guidance {6 if '6' in flags else 3}", 4
         (weights,) = here.glob("runs/*/*/ema.safetensors")
         assert checkpoint.read_weights(weights).notes.trained.guidance == mfx.GuidanceRange(1.0, 8.0, 0.5)
     assert (last["what"], last["evaluations"]) == expected
@@ -279,6 +304,45 @@ def test_flow_matching_draws_one_time_and_mean_flow_the_larger_of_two(images):
     assert images.objective(images.Config(), 3).boundary_times is None
 
 
+def test_every_method_is_made_for_the_steps_of_the_run_and_sampled_by_its_name(images):
+    known = mfx.identities_in(vars(mfx), 100)
+    for name, identity in known.items():
+        config = images.Config(method=name, steps=100)
+        assert repr(images.objective(config, 3).identity) == repr(identity)
+        (sampler,) = images.make_samplers(config, 3, None)
+        expected = mfx.sample_consistency if identity.facts.ends_at_data else mfx.sample
+        assert (sampler.name, sampler.method) == (name, expected)
+    assert repr(known["AlphaFlow"]) != repr(mfx.AlphaFlow.for_training(200))
+
+
+def test_methods_whose_rows_do_not_use_the_velocity_of_the_data_get_no_weight_unless_it_is_asked_for(images):
+    powers = {
+        name: images.objective(images.Config(method=name), 3).weight.power for name in mfx.identities_in(vars(mfx), 1)
+    }
+    assert {name: powers[name] for name in ("MeanFlow", "AlphaFlow", "Shortcut", "InductiveMomentMatching")} == {
+        "MeanFlow": 0.5,
+        "AlphaFlow": 0.5,
+        "Shortcut": 0.0,
+        "InductiveMomentMatching": 0.0,
+    }
+    assert images.objective(images.Config(identity_share=0.0), 3).weight.power == 0
+    assert images.objective(images.Config(method="Shortcut", power=0.5), 3).weight.power == 0.5
+
+
+def test_guidance_as_an_input_trains_improved_mean_flow_unless_another_method_is_asked_for(images):
+    given = [images.objective(images.Config(guidance_input=True, method=name), 3) for name in (None, "MeanFlow")]
+    assert [type(loss.identity) for loss in given] == [mfx.ImprovedMeanFlow, mfx.MeanFlow]
+    assert all(isinstance(loss.guidance, mfx.DrawnGuidance) for loss in given)
+
+
+def test_more_steps_are_another_training_of_a_method_with_a_schedule_alone(images):
+    def name(**options):
+        return images.training_name(images.Config(**options))
+
+    assert name(steps=100) == name(steps=200) == ""
+    assert name(method="AlphaFlow", steps=100) == "AlphaFlow for 100 steps" != name(method="AlphaFlow", steps=200)
+
+
 def test_a_class_without_test_images_is_white_in_the_comparison(images, monkeypatch):
     drawn, samples = [], images.image_samples
     monkeypatch.setattr(samples.picture, "save_image_grid", lambda path, x, *others, **options: drawn.append(x))
@@ -306,6 +370,8 @@ def refused(images, tmp_path_factory):
         save_folder("pets")
         save_mnist("mnist")
         image_files.save_idx("others", X[:, 0])
+        (root / "mine.py").write_text(OWN)
+        (root / "net.py").write_text(OWN_NETWORK)
         os.makedirs("empty")
         data.write_shards(data.ArraySource(X.astype(np.float32)), "floats")
     return root
@@ -357,7 +423,34 @@ def refused(images, tmp_path_factory):
         ("--heads 5", "--width must be a multiple of heads"),
         ("--batch 7", "--batch must be a positive multiple of 2"),
         ("--holdout 1", r"--holdout must lie in \(0, 1\), got 1.0"),
-        ("--network mlp", "--network"),
+        ("--network mlp", "--network must be dit, unet or a class as mine.py:Net, got mlp"),
+        (
+            "--network net.py:Other",
+            "--network must name a subclass of AbstractField in net.py, which has Net; got Other",
+        ),
+        ("--network net.py:Net --width 8", "--width must be left out with --network net.py:Net, a network of your own"),
+        ("--network net.py --preset gpu", "--bfloat16 must be left out with --network net.py, a network of your own"),
+        ("--network net.py --preset any-guidance", "--guidance-input must be left out with --network net.py"),
+        ("--network net.py --augmentation 0.1", "--augmentation must be 0 for a network of your own"),
+        ("--samples 1", "--samples must be 0 or at least 2, got 1"),
+        ("--method Mean", "--method must be among AlignYourFlow, .*; got Mean"),
+        ("--identity mine.py", "--identity must be FILE.py:CLASS .*; got mine.py, which defines Mine, Triples"),
+        ("--identity mine.py:Mine --method MeanFlow", "--method must be left out with identity, which is one, got Mea"),
+        ("--method Shortcut --identity-share 0", "--identity-share must be > 0 for Shortcut, got 0, which is Flow Mat"),
+        ("--method Shortcut --identity-share 1", "--identity-share must be below 1 for Shortcut"),
+        ("--identity mine.py:Triples", "--batch must be a positive multiple of 6 .* for groups of 3 rows.*, got 16"),
+        (
+            "--identity mine.py:Triples --batch 18 --mix 0.5",
+            "--scale must be 1 and mix 0 for Triples, whose rows share times, got 1.0 and 0.5",
+        ),
+        (
+            "--method ConsistencyTraining --guidance-input",
+            "--guidance-input must be left out for Cons.*, which learns from pairs of an image and noise, got True",
+        ),
+        (
+            "--method InductiveMomentMatching --references 8",
+            "--references must be 0 for Ind.*, which learns from pairs of an image and noise, got 8",
+        ),
         ("--learning-rate 2", r"--learning-rate must lie in \(0, 1\), got 2.0"),
         ("--label-dropout 0 --mix 0.5", "--label-dropout must be > 0 with guidance"),
         ("--augmentation 0.1", "--augmentation must be 0 for a DiT"),
