@@ -66,6 +66,9 @@ class Config:
 
     weights: str = ""
     """File of weights to judge, as cifar10.py leaves them: an average with the description of its network."""
+    network: str = ""
+    """For weights of a network of your own, which they do not describe: its class, as mine.py:Net, or mine.py if the
+    file defines one. It is made as in the training, for the shape and the labels that images.py leaves."""
     vae: str = ""
     """Folder or .safetensors file of the tokenizer, or "hub" to download the paper's, for a network of latents."""
     inception: str = ""
@@ -135,9 +138,10 @@ class Config:
 def check_flags(config: Config) -> None:
     """Refuses flags that are missing, and those that do not go together."""
     needed = ["protocol", "reference"] if config.protocol == LITE0 else ["inception", "protocol", "reference"]
+    others = {"weights": "", "inception": f", or --protocol {LITE0}, which needs no file, or --grid-only"}
     for name in ["weights"] if config.grid_only else ["weights", *needed]:
         if not getattr(config, name):
-            raise ValueError(f"--{name} must be given{'' if name == 'weights' else ', or --grid-only'}, got none")
+            raise ValueError(f"--{name} must be given{others.get(name, ', or --grid-only')}, got none")
     if config.protocol == LITE0 and config.inception:
         raise ValueError(f"--inception must be left out with --protocol {LITE0}, got {config.inception}")
     if config.batch % config.at_once:
@@ -168,7 +172,8 @@ class Yardstick(NamedTuple):
 
 def open_subject(config: Config, devices: mfx.Parallelism) -> saved.Subject:
     """**Raises:** `OSError`, `ValueError` for files that hold something else, or flags that do not fit the network."""
-    subject = saved.open_subject(config.weights, config.vae, devices, bfloat16=config.bfloat16)
+    how = {"bfloat16": config.bfloat16, "own_network": config.network}
+    subject = saved.open_subject(config.weights, config.vae, devices, **how)
     if subject.is_latent:
         raise ValueError(f"--vae must be given for a network of latents, such as {config.weights}, got none")
     if not subject.is_image:
@@ -177,8 +182,8 @@ def open_subject(config: Config, devices: mfx.Parallelism) -> saved.Subject:
         raise ValueError(f"{config.weights}: samples must be {rule}, got {found}")
     for steps in sorted({len(row.times) - 1 for row in rows_of(config)}, reverse=True):
         saved.check_steps(subject, steps, euler=config.euler)
-    how = {"euler": config.euler, "untrained": config.untrained_guidance}
-    saved.check_guidance(subject, config.guidance_scale, config.guidance_interval, **how)
+    guidance = {"euler": config.euler, "untrained": config.untrained_guidance}
+    saved.check_guidance(subject, config.guidance_scale, config.guidance_interval, **guidance)
     return subject
 
 
@@ -312,6 +317,8 @@ class Evaluation:
         config, subject, yardstick = self.config, self.subject, self.yardstick
         names = ["euler", "bfloat16", *(["samples", "seed", "reference_count"] if yardstick else [])]
         known = {"weights": self.digest, **{name: getattr(config, name) for name in names}}
+        if config.network:
+            known["network"] = run.own_file("network", config.network).digest
         known["vae"] = subject.tokenizer and subject.tokenizer.digest()
         if yardstick is None:
             return known
@@ -337,7 +344,7 @@ class Evaluation:
 
     def made_with(self) -> dict[str, Any]:
         """What numbers do not depend on, or that is known by digests alone."""
-        files = {name: getattr(self.config, name) for name in ("weights", "vae", "inception", "reference")}
+        files = {name: getattr(self.config, name) for name in ("weights", "network", "vae", "inception", "reference")}
         versions = {"jax": jax.__version__, "equinox": eqx.__version__, "mf_eqx": mfx.__version__}
         device = {"kind": jax.devices()[0].device_kind, "count": jax.device_count()}
         batch = {"batch": self.config.batch, "at_once": self.config.at_once}
@@ -443,7 +450,7 @@ def plan(job: Evaluation, root: Path, rows: Iterable[TableRow], missing: Mapping
 
 def save_picture(job: Evaluation, row: TableRow, path: Path) -> None:
     """Eight rows of noise, always the same; with labels, columns of up to ten of these."""
-    shape, labels = job.subject.field.data_shape, job.subject.labels
+    shape, labels = job.subject.data_shape, job.subject.labels
     columns = min(labels, 10) if labels else 8
     eps = jr.normal(jr.key(PICTURE_SEED), (8, 1 if labels else columns, *shape))
     eps = jnp.broadcast_to(eps, (8, columns, *shape)).reshape(-1, *shape)

@@ -6,6 +6,7 @@
     python experiments/generate.py --weights imf.safetensors --guidance-scale 8 --guidance-interval 0.4 0.65
     python experiments/generate.py --weights imf.safetensors --guidance-scale 1 2 4 8      one noise over the scales
     python experiments/generate.py --weights policy.safetensors --condition observations.npy --to actions.npy
+    python experiments/generate.py --weights ema.safetensors --network mine.py:Net         of a network of your own
     python experiments/generate.py ... --dry-run                  what it would make, without making it
 
 The weights are a file of `checkpoint.save_weights`, as every recipe here leaves it. It says what the network is, what
@@ -42,6 +43,9 @@ class Config:
 
     weights: str = ""
     """File of weights, as the recipes leave it."""
+    network: str = ""
+    """For weights of a network of your own, which they do not describe: its class, as mine.py:Net, or mine.py if the
+    file defines one. It is made as in the training, for the shape and the labels that images.py and toy_2d.py leave."""
     to: str = ""
     """Where to: NAME.png is one picture of all samples, NAME.npy one array, and a folder (new or empty, written
     with a slash at its end) gets a PNG file for each sample. Arrays have the values that the network makes (in the
@@ -321,7 +325,8 @@ def main(config: Config) -> None:
     if not config.weights:
         raise ValueError("--weights must be given, got none")
     devices = mfx.Parallelism()
-    job = plan(config, open_subject(config.weights, config.vae, devices, bfloat16=config.bfloat16), devices)
+    how = {"bfloat16": config.bfloat16, "own_network": config.network}
+    job = plan(config, open_subject(config.weights, config.vae, devices, **how), devices)
     run.tell(described(job))
     if is_folder(job.to):
         run.require("PIL")

@@ -17,7 +17,7 @@ import prepare_latents
 from jaxtyping import Array, Float
 
 import mf_eqx as mfx
-from mf_eqx import checkpoint, vae
+from mf_eqx import checkpoint, run, vae
 
 
 class Subject(NamedTuple):
@@ -29,6 +29,11 @@ class Subject(NamedTuple):
     config: dict[str, Any]
     notes: checkpoint.Notes
     tokenizer: vae.Autoencoder | None
+
+    @property
+    def data_shape(self) -> tuple[int, ...]:
+        """Of what the network generates."""
+        return tuple(self.network.get("data_shape") or self.field.data_shape)
 
     @property
     def labels(self) -> int | None:
@@ -48,8 +53,8 @@ class Subject(NamedTuple):
     def shape(self) -> tuple[int, ...]:
         """Of a sample, decoded if that is possible."""
         if self.tokenizer is None:
-            return self.field.data_shape
-        sides = (self.tokenizer.factor * side for side in self.field.data_shape[1:])
+            return self.data_shape
+        sides = (self.tokenizer.factor * side for side in self.data_shape[1:])
         return self.tokenizer.size.channels, *sides
 
     @property
@@ -67,16 +72,28 @@ class Subject(NamedTuple):
         return sum(leaf.size for leaf in jax.tree.leaves(eqx.filter(self.field, eqx.is_array)))
 
 
-def open_subject(path: str, tokenizer_path: str, devices: mfx.Parallelism, *, bfloat16: bool) -> Subject:
+def open_subject(
+    path: str, tokenizer_path: str, devices: mfx.Parallelism, *, bfloat16: bool, own_network: str = ""
+) -> Subject:
     """**Raises:** `OSError`, `ValueError` for files that hold something else, or that do not belong together."""
     if Path(path).is_dir():  # of a run: digits.py has its files one folder further down
         found = sorted(str(file) for place in ("*", "*/*") for file in Path(path).glob(f"{place}.safetensors"))
         hint = f", which has {', '.join(found[:5])}" if found else ""
         raise ValueError(f"--weights must be a file of weights, got the folder {path}{hint}")
     weights = checkpoint.read_weights(path)
-    how = {"dtype": jnp.bfloat16} if bfloat16 else {}
-    field: Any = weights.fill(lambda: weights.make_network(**how), devices)
-    notes = weights.notes or assumed_notes(field.data_shape)
+    network, how = weights.network, {"dtype": jnp.bfloat16} if bfloat16 else {}
+    if own_network:
+        if bfloat16:
+            raise ValueError(f"--bfloat16 must be left out with --network {own_network}, a network of your own")
+        make_own, network = make_own_network(weights, own_network)
+        field: Any = weights.fill(lambda: make_own(key=jr.key(0)), devices)
+    elif network is None:
+        rule = "must describe its network, an MLP, DiT, InContextDiT or UNet, or --network mine.py:Net be given"
+        raise ValueError(f"{path}: {rule}, got neither")
+    else:
+        field = weights.fill(lambda: weights.make_network(**how), devices)
+    shape = tuple(network.get("data_shape") or field.data_shape)
+    notes = weights.notes or assumed_notes(shape)
     if tokenizer_path and notes.tokenizer is None:
         raise ValueError(f"--vae must be left out for {path}, whose values are no latents, got {tokenizer_path}")
     tokenizer = None
@@ -84,8 +101,28 @@ def open_subject(path: str, tokenizer_path: str, devices: mfx.Parallelism, *, bf
         tokenizer = prepare_latents.open_tokenizer(tokenizer_path, notes.tokenizer.size)
         if notes.tokenizer.digest not in (None, tokenizer.digest()):
             raise ValueError(f"--vae must hold the tokenizer that {path} was trained with, got {tokenizer_path}")
-    assert weights.network is not None
-    return Subject(path, field, weights.network, weights.config, notes, devices.replicate(tokenizer))
+    return Subject(path, field, network, weights.config, notes, devices.replicate(tokenizer))
+
+
+def make_own_network(
+    weights: checkpoint.Weights, place: str
+) -> tuple[Callable[..., mfx.AbstractField], dict[str, Any]]:
+    """What makes the network of a file of one's own, and its description.
+
+    **Arguments:** `weights` whose configuration has `data_shape` and, if there are any, `labels`; `place` of the class.
+    """
+    if weights.network is not None:
+        found = f"{weights.network['network']}, got {place}"
+        raise ValueError(f"--network must be left out for {weights.path}, whose network is described: {found}")
+    shape, labels = weights.config.get("data_shape"), weights.config.get("labels")
+    sizes = [*(shape if isinstance(shape, list) and shape else [None]), 1 if labels is None else labels]
+    if not all(type(size) is int and size > 0 for size in sizes):
+        rule = "must say its data_shape, and labels if it has any, in its configuration, as images.py leaves it"
+        raise ValueError(f"{weights.path}: {rule}, for --network; got {shape!r:.60} and {labels!r:.60}")
+    label = None if labels is None else jax.ShapeDtypeStruct((), jnp.int32)
+    make = run.own_network("--network", place, tuple(sizes[:-1]), label, labels=labels)
+    name = run.own_class("--network", place, mfx.AbstractField).__name__
+    return make, {"network": name, "data_shape": shape, "labels": labels}
 
 
 def assumed_notes(shape: tuple[int, ...]) -> checkpoint.Notes:
@@ -218,7 +255,7 @@ def make_generator(
     return mfx.Generator(
         guided,
         jr.key(seed),
-        field.data_shape,
+        subject.data_shape,
         times,
         method=method_of(subject, len(times) - 1, euler=euler),
         # Convolutions in loops are slow on CPUs; long programs compile for long.

@@ -616,7 +616,10 @@ def save_weights(config: Config, cell: Cell, field: mfx.AbstractField, report: r
         std=None if unit is None else unit.size,
     )
     path = report.path(f"{title_of(cell.data)}_{cell.method}.safetensors")
-    checkpoint.save_weights(path, network, {"data": title_of(cell.data)}, notes)
+    about = {"data": title_of(cell.data)}
+    if config.network is not None:  # which does not tell it
+        about |= {"data_shape": (2 * copies_of(cell.data),)}
+    checkpoint.save_weights(path, network, about, notes)
 
 
 PLAIN = Config(

@@ -410,7 +410,10 @@ def refused(judge, refusal_of):
     ("arguments", "message"),
     [
         ("", "--weights must be given, got none"),
-        ("--weights dit.safetensors", "--inception must be given, or --grid-only, got none"),
+        (
+            "--weights dit.safetensors",
+            "--inception must be given, or --protocol lite0, which .*, or --grid-only, got none",
+        ),
         ("--weights dit.safetensors --inception random", "--protocol must be given, or --grid-only"),
         (f"{ARGUMENTS} --protocol fid", "--protocol"),
         (f"{ARGUMENTS} --samples 0", "--samples must be >= 10, got 0"),
@@ -446,7 +449,7 @@ def test_bad_input_ends_in_one_line_and_leaves_nothing(arguments, message, refus
 def test_weights_of_no_known_network_are_refused_by_name(refused):
     checkpoint.save_weights("own.safetensors", mfx.GuidedField(mfx.MLP(2, width=4, depth=1, key=jr.key(0)), 1, None))
     line = refused("--weights own.safetensors --grid-only")
-    assert "own.safetensors: must describe its network" in line
+    assert "own.safetensors: must describe its network" in line and "or --network mine.py:Net be given" in line
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import jax.random as jr
 import numpy as np
 import pytest
 from fields import filled
+from own_methods import OWN_NETWORK
 
 import mf_eqx as mfx
 from mf_eqx import checkpoint, nn, run, vae
@@ -130,6 +131,41 @@ def test_each_vector_of_a_file_conditions_a_sample(command, files):
     assert command("robot.safetensors --condition vectors.npy") == ["robot.npy"]
     expected = samples(files[1]["robot"], 4, np.load("vectors.npy").astype(np.float32))
     np.testing.assert_allclose(np.load("robot.npy"), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.fixture
+def own(files, command):
+    """Weights of a network of one's own, and the file that it is in."""
+    pathlib.Path("mine.py").write_text(OWN_NETWORK)
+    field = filled(lambda: run.own_network("network", "mine.py:Net", (3, 4, 6), labels=2)(key=jr.key(0)))
+    notes, about = checkpoint.Notes(class_names=("cat", "dog"), pixels=(-1, 1)), {"data_shape": (3, 4, 6), "labels": 2}
+    checkpoint.save_weights("own.safetensors", field, about, notes)
+    checkpoint.save_weights("silent.safetensors", field)
+    return field
+
+
+def test_weights_of_a_network_of_ones_own_are_opened_with_its_file(own, command):
+    command("own.safetensors --network mine.py:Net --to x.npy --label dog --number 3 --seed 2")
+    generator = mfx.Generator(own, jr.key(2), (3, 4, 6), condition=jnp.array([1]))
+    np.testing.assert_allclose(np.load("x.npy"), generator(np.arange(3)), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("own.safetensors", "own.saf.*: must describe its network, .* or --network mine.py:Net be given, got neither"),
+        ("own.safetensors --network mine.py:Other", "--network must name a subclass of AbstractField in mine.py"),
+        ("own.safetensors --network mine.py --bfloat16", "--bfloat16 must be left out with --network mine.py"),
+        (
+            "plain.safetensors --network mine.py",
+            "--network must be left out for plain.saf.* described: DiT, got mine.p",
+        ),
+        ("silent.safetensors --network mine.py", "silent.saf.*: must say its data_shape, .* for --network; got None"),
+    ],
+)
+def test_a_network_of_ones_own_that_does_not_fit_its_weights_is_refused(own, command, refusal_of, flags, message):
+    line = refusal_of(command, flags)
+    assert re.search(message, line), line
 
 
 # Pictures
