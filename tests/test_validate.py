@@ -49,9 +49,9 @@ EMPTY = {
         f"DiT of {name} 0": (lambda name=name: dit(**{name: 0}), f"{name} must be an integer >= 1, got 0")
         for name in mfx.DiTSize._fields
     },
-    "U-Net of width 0": (lambda: unet(width=0), "width must be a positive multiple of 4, got 0"),
-    "U-Net of blocks 0": (lambda: unet(blocks=0), "blocks must be >= 1, got 0"),
-    "U-Net of multiplier 0": (lambda: unet(multipliers=(0,)), "multipliers must be at least one number >= 1, got"),
+    "U-Net of width 0": (lambda: unet(width=0), "width must be an integer >= 1, got 0"),
+    "U-Net of blocks 0": (lambda: unet(blocks=0), "blocks must be an integer >= 1, got 0"),
+    "U-Net of multiplier 0": (lambda: unet(multipliers=(0,)), "multipliers must be of integers >= 1, got"),
     "Linear from 0": (lambda: nn.Linear(0, 3, key=KEY), "in_size must be an integer >= 1, got 0"),
     "Linear to 0": (lambda: nn.Linear(3, 0, key=KEY), "out_size must be an integer >= 1, got 0"),
     "GroupNorm of 0 groups": (lambda: nn.GroupNorm(0, 4), "channels must be a multiple of groups, got 4 .* 0 groups"),

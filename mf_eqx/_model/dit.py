@@ -26,7 +26,7 @@ from jaxtyping import Array, Float, Key
 
 from .._custom_types import as_times, Condition, Time, TimeLike
 from .._field import AbstractField
-from .._validate import as_count, check_counts, check_data_shape, check_floating, check_kind, check_z
+from .._validate import as_count, check_data_shape, check_floating, check_kind, check_z
 from ..nn import (
     AbstractAttention,
     AbstractConditionEmbedding,
@@ -178,8 +178,9 @@ class DiT(AbstractField):
     ):
         check_data_shape(data_shape)
         check_kind("size", size, DiTSize)
+        data_shape = tuple(map(int, data_shape))
         channels, *sides = data_shape
-        check_counts(**size._asdict())
+        size = DiTSize(*(as_count(name, value) for name, value in size._asdict().items()))
         check_floating("dtype", dtype)
         patches.check_patch(data_shape, size.patch)
         if size.width % (2 * len(sides)):
@@ -208,7 +209,7 @@ class DiT(AbstractField):
         )
         self.modulation = Linear(size.width, 2 * size.width, init=zeros, key=modulation_key)
         self.out = Linear(size.width, values, init=zeros, key=out_key)
-        self.data_shape = tuple(data_shape)
+        self.data_shape = data_shape
         self.patch = size.patch
         self.dtype = jnp.dtype(dtype)
         self.early_blocks = early_blocks

@@ -47,7 +47,7 @@ from . import patches
 from .guidance import GuidanceCondition
 from .in_context_block import InContextBlock, InContextHead, stack_blocks
 from .in_context_embedding import InContextEmbedding, TokenCounts
-from .in_context_size import check_size, InContextDiTSize
+from .in_context_size import as_size, InContextDiTSize
 
 
 class InContextDiT(AbstractFieldWithVelocity):
@@ -119,7 +119,8 @@ class InContextDiT(AbstractFieldWithVelocity):
         unroll: int | bool = 1,
         key: Key[Array, ""],
     ):
-        check_size(data_shape, size)
+        size = as_size(data_shape, size)
+        data_shape = tuple(map(int, data_shape))
         check_floating("dtype", dtype)
         patch_key, embedding_key, trunk_key, average_key, velocity_key = jr.split(key, 5)
         values = data_shape[0] * size.patch ** (len(data_shape) - 1)
@@ -144,7 +145,7 @@ class InContextDiT(AbstractFieldWithVelocity):
         if size.learned_positions:
             length = self.embedding.length + math.prod(patches.grid(data_shape, size.patch))
             self.positions = 0.02 * jr.normal(jr.fold_in(patch_key, 2), (length, size.width), jnp.float32)
-        self.data_shape, self.patch, self.grid = tuple(data_shape), size.patch, bool(size.grid)
+        self.data_shape, self.patch, self.grid = data_shape, size.patch, bool(size.grid)
         self.dtype = jnp.dtype(dtype)
 
     @property

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from .._validate import check_counts, check_data_shape, check_kind
+from .._validate import as_count, check_data_shape, check_kind
 from ..nn._attention import head_size
 from . import patches
 
@@ -40,12 +40,16 @@ PMF_L16 = _PMF._replace(depth=32, width=1024, heads=16)
 PMF_H16 = _PMF._replace(depth=48, width=1280, heads=16, bottleneck=256)
 
 
-def check_size(data_shape: tuple[int, ...], size: InContextDiTSize) -> None:
-    """Raises a `ValueError` unless the numbers of `size` fit one another and data of this shape."""
+def as_size(data_shape: tuple[int, ...], size: InContextDiTSize) -> InContextDiTSize:
+    """`size` of numbers of Python. **Raises:** `ValueError` unless they fit one another and data of this shape."""
     check_data_shape(data_shape)
     check_kind("size", size, InContextDiTSize)
-    check_counts(size=size[:5])
-    check_counts(**{name: size._asdict()[name] for name in ("mlp", "bottleneck") if size._asdict()[name] is not None})
+    numbers = {name: value for name, value in size._asdict().items() if name not in ("learned_positions", "grid")}
+    optional = {"mlp", "bottleneck"}
+    counts = {
+        name: as_count(name, value) for name, value in numbers.items() if not (name in optional and value is None)
+    }
+    size = size._replace(**counts)
     patches.check_patch(data_shape, size.patch)
     if size.head_depth >= size.depth:
         raise ValueError(f"head_depth must be below the depth {size.depth}, got {size.head_depth}")
@@ -54,3 +58,4 @@ def check_size(data_shape: tuple[int, ...], size: InContextDiTSize) -> None:
     if size.grid and head_size(size.width, size.heads) % 4:
         rule = "width must give heads whose size is a multiple of 4 (rotary positions in a grid)"
         raise ValueError(f"{rule}, got width {size.width}, heads {size.heads}")
+    return size

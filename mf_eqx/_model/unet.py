@@ -25,7 +25,7 @@ from jaxtyping import Array, Float, Key
 
 from .._custom_types import as_times, Condition, TimeLike
 from .._field import AbstractField
-from .._validate import as_tuple, check_floating, check_kind, check_z
+from .._validate import check_floating, check_kind, check_z
 from ..nn import (
     AbstractAttention,
     AbstractConditionEmbedding,
@@ -41,7 +41,7 @@ from ..nn._condition_embedding import as_argument, null_label_of
 from .guidance import GuidanceCondition
 from .unet_block import ALMOST_ZERO, make_convolution, make_group_norm, UNetBlock
 from .unet_embedding import UNetCondition, UNetEmbedding
-from .unet_size import BlockPlan, check_size, down_plans, UNetSize, up_plans
+from .unet_size import as_size, BlockPlan, down_plans, UNetSize, up_plans
 
 
 class UNet(AbstractField):
@@ -112,9 +112,8 @@ class UNet(AbstractField):
         key: Key[Array, ""],
     ):
         check_kind("size", size, UNetSize)
-        levels = {name: as_tuple(name, getattr(size, name), (16,)) for name in ("multipliers", "attention")}
-        size = size._replace(**levels)
-        check_size(data_shape, size)
+        size = as_size(data_shape, size)
+        data_shape = tuple(map(int, data_shape))
         _check_arguments(augmentation, dropout, dtype)
         channels, rows, sides = data_shape[0], data_shape[1], len(data_shape) - 1
         embedded = 4 * size.width
@@ -142,7 +141,7 @@ class UNet(AbstractField):
         outputs = size.multipliers[0] * size.width
         self.norm = make_group_norm(outputs)
         self.last = make_convolution(sides, outputs, channels, 3, scale=ALMOST_ZERO, key=last_key)
-        self.data_shape = tuple(data_shape)
+        self.data_shape = data_shape
         self.size = size
         self.dtype = jnp.dtype(dtype)
 

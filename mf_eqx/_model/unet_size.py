@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from .._validate import check_data_shape
+from .._validate import as_count, as_tuple, check_counts, check_data_shape
 
 
 class UNetSize(NamedTuple):
@@ -26,14 +26,19 @@ class UNetSize(NamedTuple):
 UNET_CIFAR10 = UNetSize(width=128, multipliers=(2, 2, 2), blocks=4, attention=(16,))
 
 
-def check_size(data_shape: tuple[int, ...], size: UNetSize) -> None:
-    """Raises a `ValueError` unless data of this shape can be resampled to all resolutions of `size`."""
+def as_size(data_shape: tuple[int, ...], size: UNetSize) -> UNetSize:
+    """`size` of tuples and of numbers of Python.
+
+    **Raises:** `ValueError` unless they are counts, and data of this shape can be resampled to all resolutions.
+    """
     check_data_shape(data_shape)
-    if size.width < 4 or size.width % 4:
+    levels = {name: as_tuple(name, getattr(size, name), (16,)) for name in ("multipliers", "attention")}
+    check_counts(**levels)
+    levels = {name: tuple(map(int, values)) for name, values in levels.items()}
+    size = size._replace(width=as_count("width", size.width), blocks=as_count("blocks", size.blocks), **levels)
+    if size.width % 4:
         raise ValueError(f"width must be a positive multiple of 4, got {size.width}")
-    if size.blocks < 1:
-        raise ValueError(f"blocks must be >= 1, got {size.blocks}")
-    if not size.multipliers or min(size.multipliers) < 1:
+    if not size.multipliers:
         raise ValueError(f"multipliers must be at least one number >= 1, got {size.multipliers}")
     rows = [data_shape[1] >> level for level in range(len(size.multipliers))]
     if unknown := [number for number in size.attention if number not in rows]:
@@ -42,6 +47,7 @@ def check_size(data_shape: tuple[int, ...], size: UNetSize) -> None:
     if any(side % multiple for side in data_shape[1:]):
         rule = f"multipliers must be fewer, or the sides of data_shape divisible by {multiple}"
         raise ValueError(f"{rule}, got {len(rows)} multipliers and {data_shape}")
+    return size
 
 
 class BlockPlan(NamedTuple):

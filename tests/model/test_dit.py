@@ -523,6 +523,23 @@ def test_heads_that_do_not_divide_the_width_are_refused():
         eqx.filter_eval_shape(lambda: mfx.DiT(SHAPE, SMALL._replace(heads=3), key=jr.key(0)))
 
 
+@pytest.mark.parametrize(("name", "value"), [("depth", 2.0), ("width", True), ("heads", 1.5), ("patch", 0)])
+def test_size_that_is_no_count_is_refused(unchecked, name, value):
+    with pytest.raises(ValueError, match=f"{name} must be an integer >= 1, got {value}"):
+        mfx.DiT(SHAPE, SMALL._replace(**{name: value}), key=jr.key(0))
+
+
+@pytest.mark.filterwarnings("error")
+def test_sizes_of_numpy_make_the_same_network_as_those_of_python(unchecked):
+    shape, size = tuple(np.array(SHAPE)), mfx.DiTSize(*np.array(SMALL))
+    network, of_python = (
+        eqx.filter_eval_shape(lambda given=given: mfx.DiT(*given, key=jr.key(0)))
+        for given in ((shape, size), (SHAPE, SMALL))
+    )
+    assert repr(network.arguments) == repr(of_python.arguments)
+    assert jax.tree.structure(network) == jax.tree.structure(of_python)
+
+
 def test_width_without_quarters_is_refused():
     with pytest.raises(ValueError, match=r"width must be a multiple of 4.*got 6"):
         mfx.DiT(SHAPE, SMALL._replace(width=6), key=jr.key(0))

@@ -510,16 +510,31 @@ def test_image_that_cannot_be_halved_often_enough_is_refused(shape):
     ("change", "message"),
     [
         ({"width": 6}, "width must be a positive multiple of 4, got 6"),
-        ({"width": 0}, "width must be a positive multiple of 4, got 0"),
+        ({"width": 0}, "width must be an integer >= 1, got 0"),
         ({"multipliers": ()}, r"multipliers must be at least one number >= 1, got \(\)"),
-        ({"multipliers": (1, 0)}, r"multipliers must be at least one number >= 1, got \(1, 0\)"),
-        ({"blocks": 0}, "blocks must be >= 1, got 0"),
+        ({"multipliers": (1, 0)}, r"multipliers must be of integers >= 1, got \(1, 0\)"),
+        ({"blocks": 0}, "blocks must be an integer >= 1, got 0"),
+        ({"width": 8.0}, "width must be an integer >= 1, got 8.0"),
+        ({"blocks": True}, "blocks must be an integer >= 1, got True"),
+        ({"multipliers": (1, 1.5)}, r"multipliers must be of integers >= 1, got \(1, 1.5\)"),
+        ({"attention": (8.0,)}, r"attention must be of integers >= 1, got \(8.0,\)"),
         ({"attention": (16,)}, r"attention must be among the resolutions \[8, 4\] of data_shape \(3, 8, 4\), got .16"),
     ],
 )
-def test_size_that_makes_no_network_is_refused(change, message):
+def test_size_that_makes_no_network_is_refused(unchecked, change, message):
     with pytest.raises(ValueError, match=message):
         mfx.UNet(SHAPE, SMALL._replace(**change), key=jr.key(0))
+
+
+@pytest.mark.filterwarnings("error")
+def test_sizes_of_numpy_make_the_same_network_as_those_of_python(unchecked):
+    size = mfx.UNetSize(np.int64(4), (np.int32(1), np.int64(1)), np.int64(1), (np.int64(4),))
+    network, of_python = (
+        eqx.filter_eval_shape(lambda given=given: mfx.UNet(*given, key=jr.key(0)))
+        for given in ((tuple(np.array(SHAPE)), size), (SHAPE, mfx.UNetSize(4, (1, 1), 1, (4,))))
+    )
+    assert repr(network.size) == repr(of_python.size) and network.data_shape == SHAPE
+    assert jax.tree.structure(network) == jax.tree.structure(of_python)
 
 
 @pytest.mark.parametrize(
