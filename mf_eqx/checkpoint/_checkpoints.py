@@ -71,13 +71,12 @@ class Checkpoints:
     Only one process tree at a time may save: `run.train` locks the run's directory. All processes of a multi-process
     run must call every method together.
 
-    **Raises:** `ValueError` unless keep_last >= 1 and keep_every >= 1.
+    **Raises:** `ValueError` unless keep_last and keep_every are integers >= 1.
     """
 
     def __init__(self, directory: str | Path, *, keep_last: int = 2, keep_every: int | None = None):
-        for name, value in (("keep_last", keep_last), ("keep_every", keep_every)):
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be >= 1, got {value}")
+        keep_last = as_count("keep_last", keep_last)
+        keep_every = None if keep_every is None else as_count("keep_every", keep_every)
         self.directory = Path(directory).absolute()
         self._folders = StepFolders(self.directory, keep_last, keep_every)
         self._pending: tuple[int, Any] | None = None

@@ -52,10 +52,11 @@ def test_newer_step_that_was_passed_over_does_not_count_as_kept(tmp_path):
     assert found.step == 3 and not found.passed_over
 
 
+@pytest.mark.parametrize("value", [0, 2.0, True])
 @pytest.mark.parametrize("name", ["keep_last", "keep_every"])
-def test_keeping_fewer_than_one_is_refused(tmp_path, name):
-    with pytest.raises(ValueError, match=f"{name} must be >= 1, got 0"):
-        Checkpoints(tmp_path, **{name: 0})
+def test_keeping_what_is_no_count_is_refused(tmp_path, unchecked, name, value):
+    with pytest.raises(ValueError, match=f"{name} must be an integer >= 1, got {value}"):
+        Checkpoints(tmp_path, **{name: value})
 
 
 # What others left there
