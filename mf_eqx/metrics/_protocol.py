@@ -58,8 +58,10 @@ def floor_to_pixels(x: Float[Array, "*axes"]) -> UInt8[Array, "*axes"]:
     r"""Samples in [-1, 1] as pixels, the level below: $\lfloor 255\, \mathrm{clip}(x/2 + 1/2, 0, 1) \rfloor$.
 
     The authors' CIFAR-10 code does the same (it then divides by 255, and torchmetrics multiplies again: both are exact
-    in float32 for all 256 levels). Pixels that are mapped to [-1, 1] and back may change: 63 of the 256 levels become
-    one lower. Give real images as uint8, as they are in the file, without flips.
+    in float32 for all 256 levels). Pixels that are mapped to [-1, 1] and back may change, depending on how the
+    map rounds: of the 256 levels, 63 become one lower after 2 (p / 255) - 1, 47 after `data.FromPixels`, and 32 after
+    `data.FromPixels` in a jitted function, where a compiler multiplies by 1 / 127.5. Give real images as uint8, as they
+    are in the file, without flips.
 
     **Arguments, Raises:** as for `round_to_pixels`.
     """

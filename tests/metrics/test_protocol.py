@@ -3,6 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import mf_eqx as mfx
+from mf_eqx import data
 from mf_eqx.metrics import (
     ADM,
     CIFAR_TRAIN,
@@ -28,6 +30,21 @@ def test_rounding_gives_the_nearest_level():
     # Where float32 cannot tell on which side of a step a sample lies, either level is right.
     sure = np.abs(exact - np.round(exact)) > 1e-4
     np.testing.assert_array_equal(np.asarray(round_to_pixels(jnp.asarray(SAMPLES)))[sure], np.floor(exact)[sure])
+
+
+def test_flooring_lowers_as_many_levels_of_mapped_pixels_as_the_docstring_says():
+    p, from_pixels = np.arange(256, dtype=np.uint8), data.FromPixels()
+
+    def of_package(p):
+        return from_pixels(mfx.Batch(p, None, np.array(0)), jax.random.key(0)).x
+
+    for mapped, known in (
+        (jnp.asarray(2 * (p.astype(np.float32) / 255) - 1), {63}),
+        (of_package(p), {32, 47}),
+        (jax.jit(of_package)(p), {32, 47}),
+    ):
+        lower = np.asarray(p, int) - np.asarray(floor_to_pixels(mapped), int)
+        assert set(lower) == {0, 1} and lower.sum() in known
 
 
 def test_flooring_gives_the_level_below():
