@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from .._custom_types import as_floats, at_least_float32, Scalar
-from .._validate import check_finite, check_positive
+from .._validate import as_count, check_finite, check_positive
 from ._distance import nan_unless_finite
 
 
@@ -120,8 +120,8 @@ def total_variation(
     **Returns:** a number in [0, 1], up to the error of the midpoint rule.
 
     **Raises:** `ValueError` if `x` is not (sample, dim) with at least one point, a value is not finite, the corners do
-    not have one number per dimension, low < high does not hold, or `bins` or `nodes` is below 1. Under `jax.jit` values
-    are not known: there the result is NaN if one is not finite.
+    not have one number per dimension, low < high does not hold, or `bins` or `nodes` is no integer >= 1. Under
+    `jax.jit` values are not known: there the result is NaN if one is not finite.
     """
     if np.ndim(x) != 2 or min(np.shape(x)) < 1:
         raise ValueError(f"`x` must have shape (sample, dim) with at least one point, got {np.shape(x)}.")
@@ -131,8 +131,7 @@ def total_variation(
         raise ValueError(f"`low` and `high` must be {dim} numbers each, with low < high, got {low} and {high}.")
     check_finite("low", corners[0])
     check_finite("high", corners[1])
-    if bins < 1 or nodes < 1:
-        raise ValueError(f"`bins` and `nodes` must be at least 1, got {bins} and {nodes}.")
+    bins, nodes = as_count("bins", bins), as_count("nodes", nodes)
     x = at_least_float32(as_floats(x))
     check_finite("`x`", x)
     points, volume = _midpoints(*corners, bins * nodes)

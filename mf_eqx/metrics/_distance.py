@@ -27,10 +27,12 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from .._custom_types import as_floats
-from .._validate import check_finite, check_positive, on_host_if_known
+from .._validate import as_count, check_finite, check_positive, on_host_if_known
 
 # Bounds the temporary of distances between all pairs: 2**20 differences are 4 MiB in float32.
 _DIFFERENCES_PER_BLOCK = 2**20
+# Of the bandwidth of a kernel: more give a factor that float32 cannot hold.
+_MOST_HALVINGS = 63
 
 
 def check_samples(*, least: int = 1, **samples: Any) -> None:
@@ -82,13 +84,12 @@ def sliced_wasserstein(
     **Returns:** the distance, a scalar of at least float32.
 
     **Raises:** `ValueError` if `a` or `b` is not (sample, dim) with at least one point, if their dims differ, if a
-    value is not finite, or if `projections` is below one. Under `jax.jit` values are not known: there the result is NaN
-    if one is not finite.
+    value is not finite, or if `projections` is no integer >= 1. Under `jax.jit` values are not known: there the
+    result is NaN if one is not finite.
 
     **Reference:** Sliced and Radon Wasserstein Barycenters of Measures, Bonneel, Rabin, Peyré and Pfister, 2015.
     """
-    if projections < 1:
-        raise ValueError(f"`projections` must be at least 1, got {projections}.")
+    projections = as_count("projections", projections)
     a, b = _checked(a, b)
     directions = _directions(projections, a.shape[1], a.dtype, key=key)
     distance = _root_mean_square(_sorted(_projected(a, directions)), _sorted(_projected(b, directions)))
@@ -152,14 +153,14 @@ def maximum_mean_discrepancy(
     float32.
 
     **Raises:** `ValueError` if `a` or `b` is not (sample, dim) with at least one point, if their dims differ, if a
-    value is not finite, if `bandwidth` is not positive, or if `halvings` is negative. Under `jax.jit` values are not
-    known: there the result is NaN if one is not finite.
+    value is not finite, if `bandwidth` is not positive, or if `halvings` is no integer in [0, 63]. Under `jax.jit`
+    values are not known: there the result is NaN if one is not finite.
 
     **Reference:** A Kernel Two-Sample Test, Gretton, Borgwardt, Rasch, Schölkopf and Smola, 2012.
     """
     check_positive("bandwidth", bandwidth)
-    if halvings < 0:
-        raise ValueError(f"`halvings` must be >= 0, got {halvings}.")
+    if (halvings := as_count("halvings", halvings, 0)) > _MOST_HALVINGS:
+        raise ValueError(f"halvings must be at most {_MOST_HALVINGS}, got {halvings}")
     a, b = _checked(a, b)
     a, b = a / bandwidth, b / bandwidth
     kernel = functools.partial(_kernel, halvings)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Array, Float
 
-from .._validate import check_finite
+from .._validate import as_count, check_finite
 
 
 class MeanAndStd(NamedTuple):
@@ -33,8 +33,8 @@ def inception_score(logits: Float[Array | np.ndarray, "rows classes"], *, splits
 
     **Returns:** mean, in [1, classes], and standard deviation over splits.
 
-    **Raises:** `ValueError` if `logits` is not (rows, classes), if there are fewer rows than splits, or if a logit is
-    not finite.
+    **Raises:** `ValueError` if `logits` is not (rows, classes), if `splits` is no integer >= 1, if there are
+    fewer rows than splits, or if a logit is not finite.
 
     **Reference:** Improved Techniques for Training GANs, Salimans, Goodfellow, Zaremba, Cheung, Radford and Chen, 2016,
     arXiv 1606.03498.
@@ -42,8 +42,8 @@ def inception_score(logits: Float[Array | np.ndarray, "rows classes"], *, splits
     if len(shape := np.shape(logits)) != 2 or shape[1] < 1:
         raise ValueError(f"logits must have shape (rows, classes), got {shape}")
     rows = len(logits)
-    if not 1 <= splits <= rows:
-        raise ValueError(f"splits must be at least 1 and at most the {rows} rows, got {splits}")
+    if (splits := as_count("splits", splits)) > rows:
+        raise ValueError(f"splits must be at most the {rows} rows, got {splits}")
     check_finite("logits", logits)
     bounds = [split * rows // splits for split in range(splits + 1)]
     scores = [_score(np.asarray(logits[a:b], np.float64)) for a, b in itertools.pairwise(bounds)]

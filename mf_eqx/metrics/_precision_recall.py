@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from .._validate import check_finite
+from .._validate import as_count, check_finite
 from ._distance import check_samples
 
 # Bounds the temporary of squared distances: 2**25 of them are 128 MiB in float32.
@@ -55,16 +55,17 @@ def precision_recall(
     **Arguments:** `generated`, `real` features, one point per row; `neighbours` k.
 
     **Raises:** `ValueError` if a sample is not (sample, dim) with more than `neighbours` points, if their dims differ,
-    if a value is not finite or so large that the square of a distance is not, or if `neighbours` is below one.
+    if a value is not finite or so large that the square of a distance is not, or if `neighbours` is no
+    integer >= 1.
 
     **Reference:** Improved Precision and Recall Metric for Assessing Generative Models, Kynkäänniemi, Karras, Laine,
     Lehtinen and Aila, 2019, arXiv 1904.06991.
     """
     check_samples(generated=generated, real=real)
-    if not 1 <= neighbours < min(len(generated), len(real)):
+    neighbours = as_count("neighbours", neighbours)
+    if neighbours >= min(len(generated), len(real)):
         raise ValueError(
-            f"neighbours must be at least 1 and below the numbers of points, {len(generated)} and {len(real)}, "
-            f"got {neighbours}"
+            f"neighbours must be below the numbers of points, {len(generated)} and {len(real)}, got {neighbours}"
         )
     check_finite("`generated`", generated)
     check_finite("`real`", real)

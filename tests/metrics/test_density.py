@@ -269,10 +269,10 @@ def test_corners_that_span_no_box_are_refused(low, high):
         total_variation(np.zeros((3, 2)), flat_log_density, low=low, high=high)
 
 
-@pytest.mark.parametrize(("bins", "nodes"), [(0, 4), (-1, 4), (32, 0)])
-def test_fewer_than_one_cell_or_node_is_refused(bins, nodes):
-    with pytest.raises(ValueError, match=f"`bins` and `nodes` must be at least 1, got {bins} and {nodes}"):
-        total_variation(np.zeros((3, 1)), flat_log_density, low=[0], high=[1], bins=bins, nodes=nodes)
+@pytest.mark.parametrize(("name", "value"), [("bins", 0), ("bins", -1), ("bins", 8.0), ("nodes", 0), ("nodes", 2.5)])
+def test_cells_and_nodes_that_are_no_counts_are_refused(unchecked, name, value):
+    with pytest.raises(ValueError, match=f"{name} must be an integer >= 1, got {value}"):
+        total_variation(np.zeros((3, 1)), flat_log_density, low=[0], high=[1], **{name: value})
 
 
 @pytest.mark.parametrize(

@@ -199,9 +199,17 @@ def test_bandwidth_that_is_not_positive_is_refused(bandwidth):
         maximum_mean_discrepancy(jnp.zeros((4, 2)), jnp.zeros((4, 2)), bandwidth=bandwidth)
 
 
-def test_negative_number_of_halvings_is_refused():
-    with pytest.raises(ValueError, match="`halvings` must be >= 0, got -1"):
-        maximum_mean_discrepancy(jnp.zeros((4, 2)), jnp.zeros((4, 2)), halvings=-1)
+@pytest.mark.parametrize(
+    ("halvings", "message"),
+    [(-1, "an integer >= 0, got -1"), (2.5, "an integer >= 0, got 2.5"), (64, "at most 63, got 64")],
+)
+def test_halvings_out_of_range_are_refused(unchecked, halvings, message):
+    with pytest.raises(ValueError, match=f"halvings must be {message}"):
+        maximum_mean_discrepancy(jnp.zeros((4, 2)), jnp.zeros((4, 2)), halvings=halvings)
+
+
+def test_maximum_mean_discrepancy_of_the_most_halvings_is_finite():
+    assert np.isfinite(maximum_mean_discrepancy(jnp.zeros((4, 2)), jnp.ones((4, 2)), halvings=63))
 
 
 # All
@@ -317,7 +325,7 @@ def test_values_that_float32_does_not_hold_are_refused(distance):
         distance(np.array([[0.0], [1e300]]), np.zeros((2, 1)))
 
 
-@pytest.mark.parametrize("projections", [0, -3])
-def test_fewer_than_one_projection_is_refused(projections):
-    with pytest.raises(ValueError, match=f"`projections` must be at least 1, got {projections}"):
+@pytest.mark.parametrize("projections", [0, -3, 2.5, True])
+def test_projections_that_are_no_count_are_refused(unchecked, projections):
+    with pytest.raises(ValueError, match=f"projections must be an integer >= 1, got {projections}"):
         sliced_wasserstein(jnp.zeros((4, 2)), jnp.zeros((4, 2)), projections=projections, key=KEY)

@@ -46,9 +46,12 @@ def test_float32_logits_are_scored_in_float64():
     assert inception_score(x) == inception_score(x.astype(np.float64))
 
 
-@pytest.mark.parametrize("splits", [0, 21])
-def test_splits_without_rows_are_refused(splits):
-    with pytest.raises(ValueError, match=f"at most the 20 rows, got {splits}"):
+@pytest.mark.parametrize(
+    ("splits", "message"),
+    [(0, "an integer >= 1, got 0"), (2.0, "an integer >= 1, got 2.0"), (21, "at most the 20 rows, got 21")],
+)
+def test_splits_that_are_no_count_or_have_no_rows_are_refused(unchecked, splits, message):
+    with pytest.raises(ValueError, match=f"splits must be {message}"):
         inception_score(logits(20), splits=splits)
 
 

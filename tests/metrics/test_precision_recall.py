@@ -88,9 +88,16 @@ def test_distant_samples_have_neither():
 
 
 @pytest.mark.usefixtures("unchecked")
-@pytest.mark.parametrize(("rows", "neighbours"), [(20, 0), (3, 3)])
-def test_wrong_numbers_of_neighbours_are_refused(rows, neighbours):
-    with pytest.raises(ValueError, match=f"below the numbers of points, {rows} and 20, got {neighbours}"):
+@pytest.mark.parametrize(
+    ("rows", "neighbours", "message"),
+    [
+        (20, 0, "an integer >= 1, got 0"),
+        (20, 3.0, "an integer >= 1, got 3.0"),
+        (3, 3, "below the numbers of points, 3 and 20, got 3"),
+    ],
+)
+def test_wrong_numbers_of_neighbours_are_refused(rows, neighbours, message):
+    with pytest.raises(ValueError, match=f"neighbours must be {message}"):
         precision_recall(points(rows), points(20), neighbours=neighbours)
 
 
