@@ -5,8 +5,9 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Real
 
 from .._guidance import GuidanceRange
 from .._trained import Trained
@@ -73,14 +74,18 @@ class Notes:
         if self.std is not None and not (_are(float, (self.std,)) and 0 < self.std < math.inf):
             raise ValueError(f"std must be > 0 and finite, got {self.std!r:.80}")
 
-    def in_unit_of_data(
-        self, x: Float[Array | np.ndarray, "rows first *rest"]
-    ) -> Float[np.ndarray, "rows first *rest"]:
-        """Samples in the unit of the data, std x + mean; as they are if neither is known.
+    def in_unit_of_data(self, x: Real[Array | np.ndarray, "rows *data"]) -> Real[np.ndarray, "rows *data"]:
+        """Samples in the unit of the data, std x + mean, in floating point; as they are if neither is known.
 
-        **Raises:** `ValueError` if `mean` has neither one number nor as many as the first axis of a row.
+        **Raises:** `ValueError` if `x` has fewer axes than two, or if `mean` has neither one number nor as many as the
+        first axis of a row.
         """
         x = np.asarray(x)
+        if self.mean is None and self.std is None:
+            return x
+        if x.ndim < 2:
+            raise ValueError(f"x must have rows of at least one axis, got shape {x.shape}")
+        x = x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(np.float32)
         if self.mean is not None and len(self.mean) not in (1, x.shape[1]):
             raise ValueError(f"mean must have one number or {x.shape[1]}, as rows of x, got {len(self.mean)}")
         mean = np.asarray(self.mean or 0, x.dtype).reshape(-1, *[1] * (x.ndim - 2))

@@ -13,9 +13,10 @@ A file holds arrays, each under its path in the field, and a text of JSON with `
 SHA-256 of all of them is checked whenever it is read.
 """
 
-import contextlib
 import dataclasses
+import inspect
 import json
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -31,6 +32,7 @@ from .._files import read_regular, write_whole
 from .._json import parse_json, readable_json
 from .._leaves import compare, digest_of_arrays, fill_shapes, leaves, listed, on_host, shapes, without_key_dtype
 from .._model import describe, make_network
+from .._model.description import Network
 from .._optional import optional
 from .._sharding import Parallelism
 from ._notes import Notes, notes_of_json
@@ -58,11 +60,14 @@ class Weights:
     def fill(self, make_field: Callable[[], _Field], parallelism: Parallelism | None = None) -> _Field:
         """The field that `make_field()` returns, with the arrays of the file.
 
-        **Arguments:** `make_field`, of whose result only the shapes and dtypes of arrays and everything that is not an
-        array are used; `parallelism` None for one device.
+        **Arguments:** `make_field` a function of no arguments (that of `load_weights` gets the configuration), of whose
+        result only the shapes and dtypes of arrays and everything that is not an array are used; `parallelism` None for
+        one device.
 
-        **Raises:** `ValueError` if the arrays are not those of the field (with the paths that differ).
+        **Raises:** `ValueError` if `make_field` is no such function, such as a network, or if the arrays are not those
+        of the field (with the paths that differ).
         """
+        _check_function(make_field, "no arguments, such as weights.make_network")
         wanted = eqx.filter_eval_shape(make_field)
         expected = {name: without_key_dtype(leaf) for name, leaf in leaves(wanted).items()}
         compare(shapes(self.arrays), shapes(expected), self.path)
@@ -99,7 +104,7 @@ def save_weights(
     - `path`: of the file.
     - `field`: usually an average. An `MLP`, `DiT`, `InContextDiT` or `UNet` is described (`mf_eqx.describe`) if that is
       possible; with a condition embedding of your own, or with parameters in another dtype than new ones have, it is
-      not: `load_weights` then needs `make_field`.
+      not: `load_weights` then needs `make_field`. A warning tells of such a dtype.
     - `config`: any values that JSON can represent, such as those of which a network of your own is made. Its text has,
       with the notes, at most 64 MiB and about a million values, nested at most 64 times.
     - `notes`: what those who sample should know.
@@ -119,8 +124,14 @@ def save_weights(
         rule = "have arrays of dtypes that safetensors can read into NumPy"
         raise ValueError(f"field must {rule}, got {listed(unknown)}: cast them to float32")
     about: dict[str, Any] = {"network": None, "config": dict(config or {})}
-    with contextlib.suppress(ValueError):
+    try:
         about["network"] = describe(field)
+    except ValueError:
+        floats = {str(array.dtype) for array in arrays.values() if array.dtype.kind == "f"}
+        if isinstance(field, Network) and (others := sorted(floats - {"float32"})):
+            reason = f"its parameters are not all float32, got {', '.join(others)}"
+            hint = "load_weights needs make_field; cast them to float32 to do without"
+            warnings.warn(f"{path}: the network is not described, since {reason}: {hint}", stacklevel=2)
     if notes is not None:
         labels = about["network"] and about["network"]["labels"]
         if labels and notes.class_names and len(notes.class_names) != labels:
@@ -140,16 +151,27 @@ def load_weights(
     path: str | Path,
     make_field: Callable[[dict[str, Any]], AbstractField] | None = None,
     parallelism: Parallelism | None = None,
+    **how: Any,
 ) -> Any:
     """The field in a file of `save_weights`. `read_weights` returns it with its description, configuration and notes.
 
     **Arguments:** `path` of the file; `make_field` None for a network that describes itself, or a function that makes a
-    field of the right structure from the configuration, see `Weights.fill`; `parallelism` None for one device.
+    field of the right structure from the configuration, see `Weights.fill`; `parallelism` None for one device; `how`
+    for a network that describes itself: any of `dtype`, `attention`, `remat` and `unroll`, as for
+    `mf_eqx.make_network`.
 
-    **Raises:** as `read_weights`, `Weights.fill` and `Weights.make_network`.
+    To compute in bfloat16, give `dtype=jnp.bfloat16`: parameters stay in float32, and are cast where they are used. To
+    cast the parameters of a field does not change the precision in which it computes.
+
+    **Raises:** `ValueError` if `make_field` is no function of one argument, or is given with `how`; otherwise as
+    `read_weights`, `Weights.fill` and `Weights.make_network`.
     """
+    if make_field is not None:
+        if how:
+            raise ValueError(f"{', '.join(how)} must be left out where make_field makes the field, got {how}")
+        _check_function(make_field, "one argument, the configuration", {})
     weights = read_weights(path)
-    made = weights.make_network if make_field is None else lambda: make_field(weights.config)
+    made = (lambda: weights.make_network(**how)) if make_field is None else (lambda: make_field(weights.config))
     return weights.fill(made, parallelism)
 
 
@@ -178,6 +200,17 @@ def read_weights(path: str | Path) -> Weights:
         return Weights(path, network, config, None if notes is None else notes_of_json(notes), arrays)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def _check_function(make_field: Any, arguments: str, *given: Any) -> None:
+    """Refuses what cannot be called with these arguments."""
+    try:
+        inspect.signature(make_field).bind(*given)
+    except TypeError as error:
+        found = getattr(make_field, "__name__", type(make_field).__name__)
+        raise ValueError(f"make_field must be a function of {arguments}, got {found}: {error}") from error
+    except ValueError:  # of some functions in C no signature is known
+        pass
 
 
 def _read(path: Path, rule: str) -> tuple[dict[str, str], dict[str, np.ndarray]]:

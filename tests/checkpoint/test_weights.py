@@ -89,6 +89,36 @@ def test_a_network_is_filled_in_another_precision(path, field):
     np.testing.assert_array_equal(found.first.weight, field.first.weight)
 
 
+def test_a_network_is_loaded_in_another_precision(path, field):
+    found = checkpoint.load_weights(path, dtype=jnp.bfloat16)
+    assert found.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(found.first.weight, field.first.weight)
+
+
+def test_options_of_networks_of_the_package_are_refused_beside_a_function(path):
+    with pytest.raises(ValueError, match="dtype must be left out where make_field makes the field"):
+        checkpoint.load_weights(path, make_field, dtype=jnp.bfloat16)
+
+
+@pytest.mark.parametrize("given", ["network", "function of a configuration", "number"])
+def test_what_does_not_make_a_field_is_refused(unchecked, path, field, given):
+    weights = checkpoint.read_weights(path)
+    make = {"network": field, "function of a configuration": make_field, "number": 3}[given]
+    with pytest.raises(ValueError, match=r"make_field must be a function of no arguments, such as .*, got"):
+        weights.fill(make)
+    if given != "function of a configuration":
+        with pytest.raises(ValueError, match="make_field must be a function of one argument, the configuration, got"):
+            checkpoint.load_weights(path, make)
+
+
+def test_a_network_that_is_saved_without_its_description_because_of_its_dtype_is_named(field, tmp_path):
+    half = nn.cast(field, jnp.float16)
+    with pytest.warns(UserWarning, match="a: the network is not described, since its parameters are not all float32"):
+        checkpoint.save_weights(tmp_path / "a", half, CONFIG)
+    found = checkpoint.load_weights(tmp_path / "a", lambda config: nn.cast(make_field(config), jnp.float16))
+    assert_equal(found, half)
+
+
 class Own(nn.AbstractConditionEmbedding):
     """A condition embedding that only its owner knows."""
 
@@ -194,6 +224,18 @@ def test_samples_go_back_to_the_unit_of_the_data():
     np.testing.assert_array_equal(checkpoint.Notes().in_unit_of_data(x), x)
     with pytest.raises(ValueError, match="mean must have one number or 2, as rows of x, got 3"):
         checkpoint.Notes(mean=(1.0, 2.0, 3.0)).in_unit_of_data(x)
+
+
+def test_samples_of_integers_go_back_to_the_unit_of_the_data_in_floating_point():
+    notes = checkpoint.Notes(mean=(0.5,), std=0.25)
+    found = notes.in_unit_of_data(np.arange(4).reshape(2, 2))
+    np.testing.assert_array_equal(found, np.array([[0.5, 0.75], [1, 1.25]], np.float32))
+    assert found.dtype == np.float32
+
+
+def test_samples_without_rows_are_refused():
+    with pytest.raises(ValueError, match=r"x must have rows of at least one axis, got shape \(3,\)"):
+        checkpoint.Notes(std=2.0).in_unit_of_data(np.zeros(3))
 
 
 def test_class_names_are_as_many_as_labels(field, tmp_path):
