@@ -1,5 +1,7 @@
 """Batches: rows of training data, each with its number."""
 
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -48,3 +50,11 @@ def check_eps(batch: Batch) -> None:
     shape, (dtype, found) = jnp.shape(batch.x), (batch.eps.dtype, batch.eps.shape)
     if found != shape or not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"eps must be floating-point numbers of the shape of x, {shape}, got {dtype} of shape {found}")
+
+
+def check_batch(name: str, batch: Any) -> None:
+    """Raises a `ValueError` unless `batch`, which is called `name`, is a `Batch`."""
+    if not isinstance(batch, Batch):
+        is_array = isinstance(batch, jax.Array | np.ndarray)
+        found = f"an array of shape {batch.shape}" if is_array else type(batch).__name__
+        raise ValueError(f"{name} must be a Batch, such as mfx.Batch(x), got {found}")

@@ -28,7 +28,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from ._abstract_objective import AbstractMeanObjective, AbstractObjective
-from ._batch import Batch, check_eps
+from ._batch import Batch, check_batch, check_eps
 from ._custom_types import at_least_float32, Scalar
 from ._drawn_guidance import DrawnGuidance, PowerLawScales
 from ._field import (
@@ -266,6 +266,7 @@ class Objective(AbstractObjective):
         return [(part, rows) for part, rows in parts if rows.index.shape[0]]
 
     def _check(self, batch: Batch) -> None:
+        check_batch("batch", batch)
         check_batch_size(batch.index.shape[0], self.identity_share, group=self._facts.group)
         dtype = getattr(batch.x, "dtype", None)
         if dtype is None or not jnp.issubdtype(dtype, jnp.floating):

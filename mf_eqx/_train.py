@@ -19,7 +19,7 @@ import optax
 from jaxtyping import Array, Bool, Key, PyTree
 
 from ._abstract_objective import AbstractObjective
-from ._batch import Batch
+from ._batch import Batch, check_batch
 from ._custom_types import at_least_float32, Scalar
 from ._ema import as_averages, ExponentialAverage
 from ._field import AbstractField, check_field
@@ -106,7 +106,7 @@ class TrainStep(eqx.Module):
 
     def __call__(self, state: TrainState[_Network], batch: Batch) -> tuple[TrainState[_Network], Metrics]:
         check_kind("state", state, TrainState)
-        check_kind("batch", batch, Batch)
+        check_batch("batch", batch)
         if len(state.averages) != len(self.averages):
             raise ValueError(f"averages must be as many as the state's {len(state.averages)}, got {len(self.averages)}")
         self.check_batch_size(batch.index.shape[0])
@@ -154,7 +154,7 @@ def _train_step(constant: tuple[TrainStep, Batch], state: TrainState[_Network]) 
     prepare_key, objective_key = jr.split(jr.fold_in(state.key, state.step))
     if (prepare := train_step.prepare) is not None:
         batch = jax.vmap(lambda row: prepare(row, jr.fold_in(prepare_key, row.index)))(batch)
-        check_kind("the result of prepare", batch, Batch)
+        check_batch("the result of prepare", batch)
     differentiate = Differentiation(
         train_step.objective,
         train_step.accumulation,

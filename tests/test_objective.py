@@ -436,6 +436,14 @@ def test_no_gradient_passes_through_a_users_weight():
     assert_same(careless, (careful[0], careful[2]))
 
 
+@pytest.mark.parametrize(
+    ("batch", "got"), [(np.zeros((8, 2)), r"an array of shape \(8, 2\)"), ([1, 2], "list"), (None, "NoneType")]
+)
+def test_what_is_no_batch_is_refused_in_one_line(unchecked, batch, got):
+    with pytest.raises(ValueError, match=f"^batch must be a Batch, such as mfx.Batch.x., got {got}$"):
+        Objective(MeanFlow())(network(), batch, key=jr.key(0))
+
+
 def test_default_identity_share_is_a_quarter():
     assert Objective().identity_share == Fraction(1, 4)
 

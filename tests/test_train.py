@@ -927,3 +927,13 @@ def test_batch_that_the_accumulation_steps_do_not_divide_is_refused():
     step = mfx.TrainStep(Probe(), OPTIMIZER, AVERAGES, accumulation=3)
     with pytest.raises(ValueError, match=r"x 1 \(data shards\) x 3 \(accumulation steps\) = 3, got 8"):
         step(state(), mfx.Batch(jnp.zeros((ROWS, DIM))))
+
+
+def test_an_array_in_place_of_a_batch_is_refused_in_one_line(unchecked):
+    optimizer = optax.sgd(0.1)
+    state = mfx.init_state(mfx.MLP(2, width=4, depth=1, key=jr.key(0)), optimizer, key=jr.key(1))
+    step = mfx.TrainStep(mfx.Objective(mfx.MeanFlow()), optimizer)
+    with pytest.raises(
+        ValueError, match=r"^batch must be a Batch, such as mfx.Batch\(x\), got an array of shape \(8, 2\)"
+    ):
+        step(state, jnp.zeros((8, 2)))

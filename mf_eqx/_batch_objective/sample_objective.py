@@ -27,7 +27,7 @@ import jax.random as jr
 from jaxtyping import Array, Float, Key, PyTree
 
 from .._abstract_objective import AbstractObjective
-from .._batch import Batch, check_eps
+from .._batch import Batch, check_batch, check_eps
 from .._custom_types import at_least_float32, Scalar
 from .._field import AbstractField
 from .._mean import Mean, Metrics
@@ -149,6 +149,7 @@ class SampleObjective(AbstractObjective):
         return total, ({"loss": Mean(total, jnp.ones((), total.dtype)), **metrics}, tuple(states))
 
     def _samples(self, field: AbstractField, batch: Batch, key: Key[Array, ""]) -> Float[Array, "rows *data"]:
+        check_batch("batch", batch)
         dtype = getattr(batch.x, "dtype", None)
         if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
             raise ValueError(f"x must be one floating-point array here (TrainStep.prepare can convert it), got {dtype}")

@@ -21,7 +21,7 @@ import jax.random as jr
 from jaxtyping import Array, Float, Key
 
 from .._abstract_objective import AbstractMeanObjective
-from .._batch import Batch
+from .._batch import Batch, check_batch
 from .._custom_types import at_least_float32, Scalar
 from .._mean import mean_of, Metrics
 from .._perceptual import PerceptualTerm
@@ -68,6 +68,7 @@ class AutoencoderObjective(AbstractMeanObjective):
     ) -> tuple[Scalar, Metrics]:
         """The pair `(loss, metrics)`; `field` is the tokenizer."""
         check_kind("field", field, Autoencoder)
+        check_batch("batch", batch)
         metrics = jax.vmap(lambda row: self._of_row(field, row, jr.fold_in(key, row.index)))(batch)
         means = {name: mean_of(values) for name, values in metrics.items()}
         return jnp.asarray(means["loss"].value), means
