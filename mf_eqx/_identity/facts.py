@@ -34,7 +34,8 @@ class Facts:
       derivative has no gradient, such as `CudnnAttention`, is then refused.
     - `needs_velocity`: whether the method evaluates a velocity that is known everywhere, by `Row.known_velocity`. The
       objective then needs a `velocity`, and guidance is refused: guide the `velocity` itself (`GuidedField`).
-    - `needs_teacher`: whether the method evaluates `Context.teacher`. `TrainStep` then needs a teacher.
+    - `needs_teacher`: whether the method evaluates `Context.teacher`. `TrainStep` then needs a teacher; without
+      `needs_teacher`, `Row.context` may be None.
     - `needs_velocity_head`: whether the method needs a velocity head. Fields without one are then refused.
     - `group`: the number of rows that the loss compares. They share r and t, and are consecutive among the identity
       rows.
