@@ -88,8 +88,9 @@ def test_presets_are_the_numbers_of_the_paper(latents, name):
 def test_quick_is_the_quick_preset_of_images(latents, experiment):
     images = experiment("images")
     ours, theirs = latents.PRESETS["quick"][1], images.PRESETS["quick"][1]
-    same = ("batch", "learning_rate", "decay", "identity_share", "times", "power", "offset", "label_dropout", "samples")
+    same = ("batch", "learning_rate", "decay", "identity_share", "times", "offset", "label_dropout", "samples")
     assert {name: getattr(ours, name) for name in same} == {name: getattr(theirs, name) for name in same}
+    assert latents.mfx.AdaptiveWeight(ours.power, ours.offset) == images.objective(theirs, 10).weight
     assert (ours.depth, ours.width, ours.heads) == images.size_of(theirs)[:3]
     steps, warmup = (60_000 / ours.batch * epochs for epochs in (ours.epochs, ours.warmup_epochs))
     assert (round(steps), round(warmup)) == (theirs.steps, theirs.warmup)
