@@ -94,7 +94,7 @@ def own_identity(name: str, place: str, steps: int) -> AbstractIdentity:
     **Raises:** as `own_class`, and `ValueError` if the class needs arguments.
     """
     cls = own_class(name, place, AbstractIdentity)
-    if not (made := identities_in({cls.__name__: cls}, steps)):
+    if not (made := identities_in({cls.__name__: cls}, steps, known_velocity=True)):
         raise ValueError(f"{name} must be a class that can be made without arguments, got {cls.__name__}")
     return made[cls.__name__]
 
