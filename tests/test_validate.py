@@ -116,8 +116,8 @@ OF_ANOTHER_KIND = {
     ),
     "identity for objective": (lambda: mfx.TrainStep(mfx.MeanFlow(), STEP.optimizer), "objective .* got MeanFlow"),
     "batch for state": (lambda: STEP(BATCH, state()), "state .* TrainState, got Batch"),
-    "array for batch": (lambda: STEP(state(), BATCH.x), r"batch .* Batch, got Array\(\[\[1., 1.\]"),
-    "array of prepare": (lambda: prepared(lambda row, key: row.x), "the result of prepare .* Batch, got"),
+    "array for batch": (lambda: STEP(state(), BATCH.x), r"batch must be a Batch, .* got an array of shape \(4, 2\)"),
+    "array of prepare": (lambda: prepared(lambda row, key: row.x), "the result of prepare .* Batch, .* got"),
     "seed for key": (
         lambda: mfx.init_state(generator().field, STEP.optimizer, key=0),
         r"key must be .* jax.random.key\(0\), got 0",

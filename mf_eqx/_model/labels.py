@@ -20,8 +20,9 @@ def number_of_labels(field: AbstractField) -> int | None:
     for other fields."""
     field = field.field if isinstance(field, XPrediction) else field
     embedding = getattr(getattr(field, "embedding", None), "label", None)
-    is_ours = isinstance(field, MLP | DiT | InContextDiT | UNet)
-    return embedding.null_label if is_ours and isinstance(embedding, LabelEmbedding) else None
+    if not isinstance(field, MLP | DiT | InContextDiT | UNet) or not isinstance(embedding, LabelEmbedding):
+        return None
+    return embedding.null_label
 
 
 def check_labels_fit(name: str, condition: Condition, field: AbstractField) -> None:
