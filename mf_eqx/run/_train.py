@@ -45,10 +45,6 @@ Preview = Callable[[TrainState, Path], None]
 
 _MUST_AGREE = {"config": "configuration", "data": "data", "training": "training"}
 """Notes of a checkpoint that must be the same in a run that continues from it."""
-
-
-_SHOWN = ("loss", "boundary_error", "identity_error")
-"""Metrics of the progress line, of those that there are."""
 _MEANS_OVER = 100
 """The largest number of steps over which the progress line averages metrics."""
 
@@ -67,6 +63,7 @@ def train(
     steps: int,
     name: str = "",
     preview: Preview | None = None,
+    shown: Sequence[str] = ("loss", "boundary_error", "identity_error"),
     loggers: Sequence[Logger] = (),
     start: str = "",
 ) -> TrainState:
@@ -90,6 +87,7 @@ def train(
     - `name`: the name of this training, if one run has several: checkpoints of another training are refused.
     - `preview`: draws a picture of a state into a PNG file. It is called in all processes, since the state is
       distributed over them; the first process keeps its file, the others write to a temporary directory.
+    - `shown`: metrics of the progress line, of those that there are.
     - `loggers`: destinations of metrics besides metrics.jsonl, TensorBoard and Weights & Biases.
     - `start`: empty, or what a run begins from that has no checkpoint yet: a file of `save_weights`, or a directory of
       checkpoints, also that of a run. From weights it gets the network. From a checkpoint it gets the network, the
@@ -127,6 +125,7 @@ def train(
             steps=steps,
             name=name,
             preview=preview,
+            shown=shown,
             loggers=loggers,
             origin=start,
         )
@@ -163,6 +162,7 @@ class _Training:
     steps: int
     name: str
     preview: Preview | None
+    shown: Sequence[str]
     loggers: Sequence[Logger]
     origin: str
 
@@ -194,7 +194,7 @@ class _Training:
             self.progress = Progress(
                 self.steps,
                 start=self.start,
-                shown=_SHOWN,
+                shown=self.shown,
                 window=min(self.config.log_every, _MEANS_OVER),
                 work=work,
                 silent=not is_first(),

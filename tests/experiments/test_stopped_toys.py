@@ -19,6 +19,7 @@ COMMANDS = {
     "weight_bias": "--data three_gaussians --powers 0 --offsets 1 --steps 1500 --seeds 1 --samples 50 --rows 10",
     "tangent_study": "--data three_gaussians --tangents 1 --steps 1500 --stages 1500 --seeds 1 --width 16 --depth 1 "
     "--samples 50 --rows 10 --gradient-rows 64",
+    "couplings": "--data three_gaussians --steps 1500 --pairs 512 --group 64 --batch 8 --samples 50",
     "ablations": "--only 1a --seeds 1 --steps 1500",
 }
 
