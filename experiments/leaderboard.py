@@ -46,7 +46,7 @@ from ablation_recipes import digest_of, DIVERGED
 from ablation_report import rounded, spread
 from image_teacher import Teacher
 from images import image_classifier, image_judge, image_samples
-from jaxtyping import Array, install_import_hook, Key
+from jaxtyping import Array, install_import_hook, Int, Key
 
 # Shapes and types are checked while the step is traced. JAXTYPING_DISABLE=1 turns this off.
 with install_import_hook("mf_eqx", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"):
@@ -299,6 +299,14 @@ class Study:
         return image_samples.Sampler(method, how, evaluations, 1, self.labels, self.class_names)
 
 
+def scores(
+    judge: image_judge.Judge, sampler: image_samples.Sampler, field: mfx.AbstractField, label: Int[np.ndarray, " rows"]
+) -> dict[str, dict[str, float]]:
+    """Figures of the samples of a field by number of evaluations."""
+    made = ((number, sampler(field, label, number, image_samples.JUDGED_SEED)) for number in sampler.evaluations)
+    return {str(found.evaluations): figures(found) for found in judge.samples(sampler.name, made, search=False)}
+
+
 def train_missing(study: Study, directory: run.RunDirectory, ledger: run.Ledger) -> None:
     """Train and judge the cells that are not in the ledger, and judge real images."""
     config, every = study.config, cells(study.config)
@@ -317,9 +325,7 @@ def train_missing(study: Study, directory: run.RunDirectory, ledger: run.Ledger)
         ledger.put(study.real_key(), figures(*judge.real_images()))
     if study.teacher is not None and study.teacher_key() not in ledger:
         sampler = study.sampler(FLOW_MATCHING)._replace(method=study.teacher.sample)
-        field, seed = study.teacher.field, image_samples.JUDGED_SEED
-        found = judge.samples("teacher", ((n, sampler(field, label, n, seed)) for n in EULER_STEPS), search=False)
-        ledger.put(study.teacher_key(), {str(each.evaluations): figures(each) for each in found})
+        ledger.put(study.teacher_key(), scores(judge, sampler, study.teacher.field, label))
 
     def judged(cell: Cell, state: mfx.TrainState | None) -> dict[str, dict[str, float]]:
         """Figures by number of evaluations, none of a training that diverged."""
@@ -329,16 +335,15 @@ def train_missing(study: Study, directory: run.RunDirectory, ledger: run.Ledger)
         sampler, field = study.sampler(cell.method), state.averages[0]
         shown = sampler(field, sampler.columns()[0], sampler.evaluations[0], image_samples.PICTURE_SEED)
         run.save_array(directory.path(samples_name(study.key(cell))), shown)
-        made = ((number, sampler(field, label, number, image_samples.JUDGED_SEED)) for number in sampler.evaluations)
-        found = {str(each.evaluations): figures(each) for each in judge.samples(cell.method, made, search=False)}
+        found = scores(judge, sampler, field, label)
         if study.teacher is not None:
             found["1"][FLOW] = study.teacher.error(field)
         return found
 
     def note(cell: Cell, result: dict[str, dict[str, float]]) -> str:
         ledger.put(study.key(cell), result)
-        scores = [f"{values['distance']:.4g} at {number}" for number, values in result.items()]
-        what = f"FD lite0 {', '.join(scores)}" if scores else "diverged"
+        distances = [f"{values['distance']:.4g} at {number}" for number, values in result.items()]
+        what = f"FD lite0 {', '.join(distances)}" if distances else "diverged"
         return f"{cell.method}, {cell.settings} settings, seed {cell.seed}: {what}"
 
     run.train_cells(config, trainings, judged, directory, note=note)
@@ -377,7 +382,7 @@ def lines_of(study: Study, ledger: run.Ledger) -> list[Line]:
 
 def report(study: Study, ledger: run.Ledger, lines: Sequence[Line]) -> str:
     """A row for each method, and what real images score."""
-    real, last = ledger[study.real_key()], EULER_STEPS[-1]
+    real = ledger[study.real_key()]
     shown = {name: text for name, text in COLUMNS.items() if math.isfinite(real.get(name, math.nan))}
     headers = ["", "power", "steps", "cost of a step"]
     headers += [f"{text}, {number}" for text in shown.values() for number in EVALUATIONS]
@@ -385,17 +390,18 @@ def report(study: Study, ledger: run.Ledger, lines: Sequence[Line]) -> str:
     rows: list[tuple[object, ...]] = []
     for line in lines:
         cost, steps, _ = study.methods[line[:2]]
-        scores = [line.values(number, name) for name in shown for number in EVALUATIONS]
-        scores += [line.values(1, FLOW)] if study.teacher else []
+        found = [line.values(number, name) for name in shown for number in EVALUATIONS]
+        found += [line.values(1, FLOW)] if study.teacher else []
         diverged = not math.isfinite(line.distance)
-        texts = ["diverged" if diverged else None if values is None else spread(values) for values in scores]
+        texts = ["diverged" if diverged else None if values is None else spread(values) for values in found]
         rows.append((line.name, study.power(*line[:2]), steps, f"{cost:.2f}", *texts))
     best = [value for name in shown for value in (rounded(real[name], 3), *[None] * (len(EVALUATIONS) - 1))]
-    beyond = [None] if study.teacher else []
     if study.teacher is not None:
-        scores = (ledger[study.teacher_key()][str(number)][name] for name in shown for number in EVALUATIONS)
-        rows.append(("teacher, Euler steps", None, None, None, *(rounded(score, 3) for score in scores), None))
-    rows.append(("real images", None, None, None, *best, *beyond))
+        taught = ledger[study.teacher_key()]
+        texts = [rounded(taught[str(number)][name], 3) for name in shown for number in EVALUATIONS]
+        rows.append(("teacher, Euler steps", None, None, None, *texts, None))
+        best.append(None)
+    rows.append(("real images", None, None, None, *best))
     commits = sorted({str(ledger.commit(study.key(cell))) for cell in cells(study.config)})
     config = study.config
     sentences = [
@@ -412,16 +418,25 @@ def report(study: Study, ledger: run.Ledger, lines: Sequence[Line]) -> str:
         *TAUGHT[: study.teacher is not None],
         f"Commits: {', '.join(commits)}.",
     ]
-    text = f"{' '.join(sentences)}\n\n{run.table(rows, headers)}"
-    for line in lines:
-        if line.method == FLOW_MATCHING and math.isfinite(line.distance):
-            scores = [f"{COLUMNS[name]} {spread(line.values(last, name) or ())}" for name in shown]
-            text += f"\n\nFlow Matching in {last} Euler steps: {', '.join(scores)}."
+    return "\n\n".join([" ".join(sentences), run.table(rows, headers), *by_euler(study, ledger, lines, [*shown])])
+
+
+def by_euler(study: Study, ledger: run.Ledger, lines: Sequence[Line], names: Sequence[str]) -> list[str]:
+    """What Flow Matching, or the teacher, scores in the largest number of Euler steps."""
+    last = EULER_STEPS[-1]
+    found = [
+        ("Flow Matching", [spread(line.values(last, name) or ()) for name in names])
+        for line in lines
+        if line.method == FLOW_MATCHING and math.isfinite(line.distance)
+    ]
     if study.teacher is not None:
         values = ledger[study.teacher_key()][str(last)]
-        text += f"\n\nThe teacher in {last} Euler steps: "
-        text += f"{', '.join(f'{COLUMNS[name]} {rounded(values[name], 3)}' for name in shown)}."
-    return text
+        found.append(("The teacher", [rounded(values[name], 3) for name in names]))
+    return [
+        f"{who} in {last} Euler steps: "
+        f"{', '.join(f'{COLUMNS[name]} {text}' for name, text in zip(names, texts, strict=True))}."
+        for who, texts in found
+    ]
 
 
 def save_picture(study: Study, directory: run.RunDirectory, lines: Sequence[Line], report: run.RunDirectory) -> None:

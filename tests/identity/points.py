@@ -1,4 +1,4 @@
-"""What tests of identities share: one point of a path with the velocity there, two fields, and times that are not
+"""What tests of identities share: one point of a path with the velocity there, some fields, and times that are not
 random."""
 
 import jax
@@ -40,6 +40,17 @@ class Curved(AbstractField):
 
 def curved():
     return Curved(jnp.asarray(np.random.default_rng(0).normal(size=(3, 3))))
+
+
+class Quadratic(AbstractField):
+    """u = a z + b r^2 + c t."""
+
+    a: jax.Array
+    b: jax.Array
+    c: jax.Array
+
+    def __call__(self, z, r, t, condition=None, *, key=None):
+        return self.a * z + self.b * r**2 + self.c * t
 
 
 class Fixed(AbstractTimes):

@@ -6,21 +6,11 @@ import optax
 import pytest
 from fields import filled, FusedAttention
 from methods import trainer
+from points import Quadratic
 
 import mf_eqx as mfx
 
 pytestmark = pytest.mark.usefixtures("x64")
-
-
-class Quadratic(mfx.AbstractField):
-    """u = a z + b r^2 + c t."""
-
-    a: jax.Array
-    b: jax.Array
-    c: jax.Array
-
-    def __call__(self, z, r, t, condition=None, *, key=None):
-        return self.a * z + self.b * r**2 + self.c * t
 
 
 def field():
