@@ -209,8 +209,8 @@ def _check_rows(condition: PyTree[Array], rows: int | None) -> None:
 
 
 def _as_labels(labels: Any, rows: int, count: int) -> Int[Array, " rows"]:
-    """Labels as an array, of which those outside of [0, count] are refused: the table of a network would silently
-    return another row."""
+    """Labels as an array, of which those outside of [0, count] are refused: the table of a network would return
+    NaN for them."""
     labels = jnp.asarray(labels) if isinstance(labels, Sequence) else labels
     if not isinstance(labels, jax.Array | np.ndarray) or labels.shape != (rows,) or labels.dtype.kind not in "iu":
         raise ValueError(f"condition must be one integer label for each of {rows} samples, got {described(labels)}")

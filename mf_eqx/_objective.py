@@ -51,7 +51,7 @@ from ._identity import (
 from ._interpolant import AbstractInterpolant, LinearInterpolant
 from ._label_dropout import LabelDropout
 from ._mean import errors_by_kind, mean_of, Metrics, total
-from ._model import XPrediction
+from ._model import check_labels_fit, XPrediction
 from ._model.guidance import condition_at
 from ._perceptual import PerceptualTerm
 from ._row import Context, Drawing, Row
@@ -291,6 +291,8 @@ class Objective(AbstractObjective):
         if isinstance(field, XPrediction) and field.smallest_time != self.smallest_time:
             rule = f"be {field.smallest_time}, that of the XPrediction, whose velocities are bounded by it"
             raise ValueError(f"smallest_time must {rule}, got {self.smallest_time}")
+        if self.label_dropout is not None:
+            check_labels_fit("label_dropout.null", self.label_dropout.null, field)
         draw, group = self._drawing(boundary), 1 if boundary else self._facts.group
 
         def evaluate(example: Batch) -> tuple[Scalar, Scalar, Scalar, Scalar | None, Scalar | None]:

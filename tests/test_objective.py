@@ -45,6 +45,7 @@ from mf_eqx import (
     LogitNormalTimes,
     Mean,
     MeanFlow,
+    MLP,
     Objective,
     PowerLawScales,
     Row,
@@ -1043,6 +1044,14 @@ def test_condition_that_null_does_not_resemble_is_refused(condition):
     message = rf"condition must have the structure of label_dropout.null, PyTreeDef\(\*\); got PyTreeDef\({structure}\)"
     with pytest.raises(ValueError, match=message):
         objective(network(), rows, key=jr.key(0))
+
+
+@pytest.mark.parametrize("jit", [lambda function: function, eqx.filter_jit])
+def test_null_label_that_the_network_lacks_is_refused(jit):
+    field = MLP(SIZE, width=4, depth=1, labels=3, key=jr.key(0))
+    objective, batch = Objective(label_dropout=LabelDropout(0.1, 4)), Batch(data(4), jnp.zeros(4, int))
+    with pytest.raises(ValueError, match=r"label_dropout.null must lie in \[0, 3\] for a network with 3 labels, got 4"):
+        jit(objective)(field, batch, key=jr.key(0))
 
 
 @pytest.mark.parametrize(

@@ -27,8 +27,8 @@ def number_of_labels(field: AbstractField) -> int | None:
 
 def check_labels_fit(name: str, condition: Condition, field: AbstractField) -> None:
     """Raises a `ValueError` if `condition`, which is called `name`, has labels that a network of this package lacks, of
-    one row or of several: under `jax.vmap` the table of the network would silently return another row. Other fields,
-    other conditions and values that JAX traces pass."""
+    one row or of several: under `jax.vmap` they would give NaN. Other fields, other conditions and values that JAX
+    traces pass."""
     if (most := number_of_labels(field)) is None:
         return
     if isinstance(condition, GuidanceCondition):

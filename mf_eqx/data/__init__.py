@@ -6,9 +6,9 @@
         state, metrics = train_step(state, batch)
 
 The step number is the whole state of a stream. A jitted step cannot raise an error for bad values: a label out of range
-silently reads another row of the embedding table, and one NaN reaches all parameters. So data from outside are checked
-on the host, before they are put on a device. Import this part explicitly (`from mf_eqx import data`); the first
-`Stream` imports Grain.
+gives NaN, or another row of the table in a network of one's own, and one NaN reaches all parameters. So data from
+outside are checked on the host, before they are put on a device. Import this part explicitly (`from mf_eqx import
+data`); the first `Stream` imports Grain.
 """
 
 from ._array_record import ArrayRecordSource as ArrayRecordSource, decode_npy as decode_npy

@@ -25,9 +25,10 @@ from .._batch import Batch
 from .._leaves import by_name, shapes
 from .._sharding import Parallelism
 from .._validate import as_count, Count
-from ._source import AbstractSource, check_source, check_taken
+from ._source import AbstractSource, ArraySource, check_source, check_taken
 
 _SAMPLED = 64
+_MOST_COMPARED = 2**28  # bytes: a fraction of a second
 _ON_DEVICES = 2
 
 
@@ -98,10 +99,11 @@ class Stream:
         return _prefetched(map(self._place, host))
 
     def fingerprint(self) -> dict[str, Any]:
-        """A description of the data and their order, which differs between streams of different batches. If the source
-        has no digest, only 64 of its rows are compared."""
+        """A description of the data and their order, which differs between streams of different batches. Of a source
+        without a digest only 64 rows are compared, unless it is an `ArraySource` of at most 256 MiB."""
         source = self.source
-        sampled = np.unique(np.linspace(0, len(source) - 1, _SAMPLED).astype(np.int64))
+        rows = len(source) if isinstance(source, ArraySource) and source.x.nbytes <= _MOST_COMPARED else _SAMPLED
+        sampled = np.unique(np.linspace(0, len(source) - 1, rows).astype(np.int64))
         x, label, condition = source.take(sampled)
         digest = hashlib.sha256(np.ascontiguousarray(x).tobytes())
         digest.update(b"" if label is None else label.astype("<i8").tobytes())

@@ -47,8 +47,8 @@ class LabelEmbedding(AbstractConditionEmbedding):
     """A table with one row per label and one more for "no label".
 
     **Arguments:** `labels` number of labels; `width` of a row; `init` normal with standard deviation 0.02 as in DiT;
-    `key`. If JAX traces the label, a label outside [0, labels] reads another row without an error, as in any lookup:
-    check labels on the host.
+    `key`. If JAX traces the label, one outside [0, labels] gives NaN, where an ordinary lookup would return another
+    row: check labels on the host, where an error can name them.
 
     **Raises:** `ValueError` if `labels` or `width` is below 1; when called, unless the label is one integer of shape ()
     and, where its value is known, in [0, labels].
@@ -85,7 +85,7 @@ class LabelEmbedding(AbstractConditionEmbedding):
             )
         if value is not None and not 0 <= value <= self.null_label:
             raise ValueError(f"condition must be a label in [0, {self.null_label}], got {value}")
-        return self.table[label]
+        return self.table.at[label].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
 
 
 class VectorEmbedding(AbstractConditionEmbedding):

@@ -24,9 +24,10 @@ import numpy as np
 
 from .._batch import Batch
 from .._mean import Mean, Metrics, total
+from .._model import number_of_labels
 from .._train import TrainStep
 from .._train_state import Faults, TrainState
-from ..checkpoint import Checkpoints, Restored
+from ..checkpoint import CheckpointError, Checkpoints, Restored
 from ..data import Stream
 from ._directory import made_by, missing_lines, RunDirectory
 from ._lock import check_in_place
@@ -105,7 +106,7 @@ def train(
     """
     config.check()
     step.check_batch_size(stream.batch)
-    _check_labels(step, stream)
+    _check_labels(step, make_state, stream)
     if config.test_run:
         config, steps = dataclasses.replace(config, save_every=1, log_every=1, preview_every=1), min(steps, 2)
     if config.dry_run:
@@ -132,14 +133,15 @@ def train(
         return training.run(closing)
 
 
-def _check_labels(step: TrainStep, stream: Stream) -> None:
-    """Refuses data with the null label, or larger ones: an embedding table would return a wrong row for them."""
+def _check_labels(step: TrainStep, make_state: Callable[[], TrainState], stream: Stream) -> None:
+    """Refuses data with the null label, and with labels that the network lacks."""
     dropout = getattr(step.objective, "label_dropout", None)
     null = None if dropout is None else dropout.null
-    if isinstance(null, int) and stream.source.labels is not None and stream.source.labels > null:
-        raise ValueError(
-            f"{stream.source.name}: labels must be at most {null}, the null label, got {stream.source.labels}"
-        )
+    known = number_of_labels(eqx.filter_eval_shape(make_state).field)
+    name, labels = stream.source.name, stream.source.labels
+    for most, meaning in [(null, "the null label"), (known, "those of the network")]:
+        if isinstance(most, int) and labels is not None and labels > most:
+            raise ValueError(f"{name}: labels must be at most {most}, {meaning}, got {labels}")
 
 
 def _loggers(config: Settings, directory: RunDirectory, start: int) -> Iterator[Logger]:
@@ -205,6 +207,10 @@ class _Training:
                         state = self._advance(state, batch)
                     self._finish_saving()
             finally:
+                # Whoever catches an error may start again at once. Other processes may have ended: no waiting for them.
+                if jax.process_count() == 1:
+                    with contextlib.suppress(CheckpointError):
+                        self._finish_saving()
                 with contextlib.suppress(OSError):  # a full disk was reported by the write that failed before
                     self._summarise()
         return state

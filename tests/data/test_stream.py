@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import mf_eqx as mfx
-from mf_eqx.data import AbstractSource, ArraySource, Rows, Stream
+from mf_eqx.data import AbstractSource, ArraySource, JoinedSource, Rows, Stream
 
 pytest.importorskip("grain")
 
@@ -320,11 +320,22 @@ def test_stream_of_other_batches_has_another_fingerprint(other):
     assert other().fingerprint() != stream().fingerprint()
 
 
+def test_fingerprint_of_a_source_in_memory_has_all_of_its_rows():
+    x, label = np.zeros((10_000, 1), np.float32), np.zeros(10_000, np.int32)
+    expected = Stream(ArraySource(x, label, labels=2), BATCH).fingerprint()
+    for row in (0, 17, 9_999):
+        assert Stream(ArraySource(changed(x, row), label, labels=2), BATCH).fingerprint() != expected
+        assert Stream(ArraySource(x, changed(label, row), labels=2), BATCH).fingerprint() != expected
+
+
 def test_fingerprint_of_a_long_source_has_its_ends():
     x = np.zeros((10_000, 1), np.float32)
-    expected = Stream(ArraySource(x), BATCH).fingerprint()
+
+    def fingerprint(x):
+        return Stream(JoinedSource([ArraySource(x)], name="joined"), BATCH).fingerprint()
+
     for row in (0, 9_999):
-        assert Stream(ArraySource(changed(x, row)), BATCH).fingerprint() != expected
+        assert fingerprint(changed(x, row)) != fingerprint(x)
 
 
 def test_unshuffled_streams_of_all_seeds_are_the_same():

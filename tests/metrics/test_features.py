@@ -111,6 +111,10 @@ def test_images_that_are_spread_over_devices_are_gathered():
     np.testing.assert_array_equal(spread.pooled, collect_features(EXTRACTOR, [x]).pooled)
 
 
+def test_samples_beyond_one_are_no_pixels():
+    assert len(collect_features(EXTRACTOR, [10 * images(), jnp.ones((2, 3, 4, 4))]).pooled) == 22
+
+
 def test_sample_that_is_not_finite_is_named_by_its_number():
     x = images().at[13, 0, 1, 1].set(jnp.nan)
     with pytest.raises(ValueError, match="samples must be finite, got NaN or infinity in sample 13"):
@@ -126,6 +130,8 @@ def test_sample_that_is_not_finite_is_named_by_its_number():
         ([jnp.zeros((2, 3, 4, 4), int)], None, "floating point or pixels in uint8, got int"),
         ([jnp.zeros((2, 3, 4, 4))], 3, "must hold 3 images, got 2"),
         ([], None, "must hold at least 1 images, got 0"),
+        ([jnp.full((2, 3, 4, 4), 7.0)], None, r"float32 must be samples in \[-1, 1\], got pixels: .* up to 7"),
+        ([np.full((2, 3, 4, 4), 255, np.float16)], None, "float16 must be samples .* got pixels: .* up to 255"),
         ([jnp.zeros((2, 3, 0, 4))], None, r"none of them 0, got \(2, 3, 0, 4\)"),
         ([jnp.zeros((2, 3, 4, 4))], 0, "count must be an integer >= 2, got 0"),
         ([jnp.zeros((2, 3, 4, 4))], 1, "count must be an integer >= 2, got 1"),

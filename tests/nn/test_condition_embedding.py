@@ -116,6 +116,13 @@ def test_label_out_of_range_is_refused_where_its_value_is_known(label):
         nn.LabelEmbedding(3, 4, key=jr.key(0))(label)
 
 
+def test_label_out_of_range_gives_no_row_of_another_where_it_is_traced():
+    layer = nn.LabelEmbedding(3, 4, key=jr.key(0))
+    rows = jax.vmap(layer)(jnp.asarray([0, 3, -1, 4, 2**31 - 1]))
+    np.testing.assert_array_equal(rows[:2], layer.table[np.array([0, 3])])
+    assert np.isnan(rows[2:]).all()
+
+
 @pytest.mark.parametrize("make", [mlp, dit, unet, unet_condition], ids=lambda make: make.__name__)
 def test_label_missing_or_in_vain_is_refused_by_every_network(make):
     field, z, condition = make()

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import io
 import json
@@ -18,10 +19,12 @@ import equinox as eqx
 import jax
 import jax.random as jr
 import numpy as np
+import optax
 import pytest
 import trainer
 
-from mf_eqx import _train, checkpoint, run
+import mf_eqx as mfx
+from mf_eqx import _train, checkpoint, data, run
 from mf_eqx.run import _stopwatch, _train as run_train
 
 for package in ("grain", "orbax.checkpoint"):
@@ -378,6 +381,32 @@ def test_bad_steps_of_before_a_stop_are_counted_and_not_told_again(tmp_path, cap
     with pytest.raises(run.NonFinite, match="3 steps in a row up to step 5"):
         trained(tmp_path, config)
     assert re.findall(r"in step (\d), skipped", capsys.readouterr().err) == ["5"]
+
+
+# What a run refuses, and an error on the way
+
+
+@pytest.mark.parametrize(("dropout", "meaning"), [(mfx.LabelDropout(0.1, 3), "null label"), (None, "of the network")])
+def test_data_with_labels_beyond_those_of_the_network_are_refused(dropout, meaning, tmp_path):
+    step = mfx.TrainStep(mfx.Objective(label_dropout=dropout), optax.adam(1e-3))
+    field = mfx.MLP(2, width=4, depth=1, labels=3, key=jr.key(0))
+    source = data.ArraySource(np.zeros((32, 2), np.float32), np.zeros(32, np.int32), labels=4, name="four")
+    make_state = functools.partial(mfx.init_state, field, step.optimizer, [], key=jr.key(0))
+    with (
+        run.opened(CONFIG, root=tmp_path, script="labels") as directory,
+        pytest.raises(ValueError, match=rf"four: labels must be at most 3, .*{meaning}, got 4"),
+    ):
+        run.train(CONFIG, step, make_state, data.Stream(source, 16), directory, steps=1)
+
+
+def test_an_error_leaves_no_unfinished_save_for_the_next_run_of_this_process(tmp_path):
+    def preview(state, path):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        trained(tmp_path, preview=preview)
+    (root,) = (tmp_path / "trainer").iterdir()
+    assert steps_on_disk(run.RunDirectory(root)) == [5]
 
 
 # What a run leaves
