@@ -86,12 +86,14 @@ class Config:
     samples: int = 50_000
     """Images to generate for each row of the table."""
     evaluations: tuple[int, ...] = ()
-    """Numbers of equal steps from noise to data, a row for each; 1 if no times are given either. A consistency model,
-    whose u was trained at r = 0 alone, goes to the data in each of them and takes new noise before the next."""
+    """Numbers of equal steps from noise to data, a row for each; 1 if no times are given either."""
     times: tuple[float, ...] = ()
     """The times of the steps of one more row, falling from 1 to 0."""
     euler: bool = False
     """Step along v = u(z, t, t), as Flow Matching does, instead of by average velocities."""
+    new_noise: float | None = None
+    """Share of the noise before each evaluation but the first that is new, from 0 to 1 (mfx.sample_consistency). By
+    default 1 for a consistency model, whose u was trained at r = 0 alone, and 0 for others."""
     guidance_scale: tuple[float, ...] = (1.0,)
     """Scales of guidance, a row for each; 1 is none. For networks that take guidance as an input, the scale is that
     input and costs nothing. For others a scale other than 1 takes two evaluations, w u(z, r, t | label) + (1 - w) u(z,
@@ -182,6 +184,7 @@ def open_subject(config: Config, devices: mfx.Parallelism) -> saved.Subject:
         raise ValueError(f"{config.weights}: samples must be {rule}, got {found}")
     for steps in sorted({len(row.times) - 1 for row in rows_of(config)}, reverse=True):
         saved.check_steps(subject, steps, euler=config.euler)
+    saved.check_new_noise(subject, config.new_noise, euler=config.euler)
     guidance = {"euler": config.euler, "untrained": config.untrained_guidance}
     saved.check_guidance(subject, config.guidance_scale, config.guidance_interval, **guidance)
     return subject
@@ -315,7 +318,7 @@ class Evaluation:
     def common(self) -> dict[str, Any]:
         """What all rows share, and what their numbers depend on beyond rounding."""
         config, subject, yardstick = self.config, self.subject, self.yardstick
-        names = ["euler", "bfloat16", *(["samples", "seed", "reference_count"] if yardstick else [])]
+        names = ["euler", "new_noise", "bfloat16", *(["samples", "seed", "reference_count"] if yardstick else [])]
         known = {"weights": self.digest, **{name: getattr(config, name) for name in names}}
         if config.network:
             known["network"] = run.own_file("network", config.network).digest
@@ -334,7 +337,8 @@ class Evaluation:
         config, labels = self.config, self.subject.labels
         is_balanced = labels is not None and config.labels == "balanced"
         how = {"seed": config.seed, "scale": row.scale, "interval": row.interval, "euler": config.euler}
-        return saved.make_generator(self.subject, row.times, **how, labels=labels, balanced=is_balanced)
+        how |= {"new_noise": config.new_noise, "labels": labels, "balanced": is_balanced}
+        return saved.make_generator(self.subject, row.times, **how)
 
     def images(self, batches: Iterable[Array]) -> Iterator[Array]:
         """Samples as images, with pixels in [-1, 1] as protocols expect them."""

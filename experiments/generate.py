@@ -15,6 +15,7 @@ share the work. Sample i follows from the seed and i alone, whatever the batch a
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Iterator
@@ -67,12 +68,14 @@ class Config:
     untrained_guidance: bool = False
     """Allow scales and an interval that were not drawn in training, for a network that takes guidance as an input."""
     evaluations: int | None = None
-    """Number of equal steps from noise to data; by default 1, or 32 with --euler. A consistency model, whose u was
-    trained at r = 0 alone, goes to the data in each of them and takes new noise before the next."""
+    """Number of equal steps from noise to data; by default 1, or 32 with --euler."""
     times: tuple[float, ...] = ()
     """The times of the steps, falling from 1 to 0, in place of --evaluations."""
     euler: bool = False
     """Step along v = u(z, t, t), as Flow Matching does, instead of by average velocities."""
+    new_noise: float | None = None
+    """Share of the noise before each evaluation but the first that is new, from 0 to 1 (mfx.sample_consistency). By
+    default 1 for a consistency model, whose u was trained at r = 0 alone, and 0 for others."""
     number: int | None = None
     """Number of samples, of each scale if there are several. By default: in a picture of several scales one for each
     label, or eight if there is one label or none; otherwise one for each row of --condition; eight for each label in a
@@ -152,6 +155,7 @@ def plan(config: Config, subject: Subject, devices: mfx.Parallelism) -> Job:
     default = EULER_STEPS if euler else post_trained_evaluations(subject.config) or 1
     times = config.times or mfx.uniform_times(config.evaluations or default)
     check_steps(subject, len(times) - 1, euler=euler)
+    saved.check_new_noise(subject, config.new_noise, euler=euler)
     how = {"euler": euler, "untrained": config.untrained_guidance}
     check_guidance(subject, config.guidance_scale, (config.guidance_interval,), **how)
     to = place(config, subject)
@@ -169,8 +173,10 @@ def plan(config: Config, subject: Subject, devices: mfx.Parallelism) -> Job:
         raise ValueError(f"--number must be {rule}, got {found}{hint}")
     if scales > 1 and number > (most := 100):  # each is a column
         raise ValueError(f"--number must be at most {most} in a picture of several scales, got {number}")
-    how = {"interval": config.guidance_interval, "seed": config.seed, "euler": euler, "condition": condition}
-    generators = tuple(make_generator(subject, times, scale=scale, **how) for scale in config.guidance_scale)
+    how = {"interval": config.guidance_interval, "seed": config.seed, "euler": euler, "new_noise": config.new_noise}
+    generators = tuple(
+        make_generator(subject, times, scale=scale, condition=condition, **how) for scale in config.guidance_scale
+    )
     shards, wanted = devices.shards, min(config.batch, number)
     batch = -(-wanted // shards) * shards
     return Job(subject, generators, labels, number, batch, to, devices)
@@ -309,7 +315,8 @@ def described(job: Job) -> str:
     of = ", ".join([f"{subject.network['network']} of {subject.parameters:,} parameters", *notes])
     steps = len(generator.times) - 1
     how = f"{steps} {'Euler step' if generator.method is mfx.sample_euler else 'evaluation'}{'s' * (steps > 1)}"
-    how += ", new noise before each but the first" * (generator.method is mfx.sample_consistency)
+    if isinstance(generator.method, functools.partial):
+        how += ", {new_noise:.0%} new noise before each but the first".format(**generator.method.keywords)
     field, guided = generator.field, ""
     if any(isinstance(each.field, mfx.GuidedField | mfx.WithGuidance) for each in job.generators):
         guided = f", guidance {', '.join(f'{scale_of(each):g}' for each in job.generators)}"

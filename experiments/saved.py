@@ -1,5 +1,6 @@
 """Saved weights, opened so that samples can be made of them: what `generate.py` and `evaluate.py` share."""
 
+import functools
 import itertools
 import math
 import sys
@@ -173,12 +174,32 @@ def check_steps(subject: Subject, steps: int, *, euler: bool) -> None:
         raise ValueError(f"--evaluations must be {rule} for {subject.path}, {reason}, got {steps}")
 
 
-def method_of(subject: Subject, steps: int, *, euler: bool) -> Callable[..., Array]:
-    """How samples are made. A network whose u was trained at r = 0 alone takes new noise before each further step."""
-    trained = subject.notes.trained
-    if not euler and trained is not None and trained.ends_at_data and steps > 1:
-        return mfx.sample_consistency
-    return mfx.sample_euler if euler else mfx.sample
+def check_new_noise(subject: Subject, given: float | None, *, euler: bool) -> None:
+    """Refuses a share of new noise that the network, or its way of sampling, cannot have."""
+    if given is not None and not 0 <= given <= 1:
+        raise ValueError(f"--new-noise must lie in [0, 1], got {given}")
+    if given and euler:
+        raise ValueError(f"--new-noise must be 0 for Euler steps, got {given}")
+    if given not in (None, 1) and only_to_data(subject):
+        reason = "whose u was trained at r = 0 alone"
+        raise ValueError(f"--new-noise must be 1 or left out for {subject.path}, {reason}, got {given}")
+
+
+def only_to_data(subject: Subject) -> bool:
+    return subject.notes.trained is not None and subject.notes.trained.ends_at_data
+
+
+def method_of(subject: Subject, steps: int, *, euler: bool, new_noise: float | None) -> Callable[..., Array]:
+    """How samples are made; `new_noise` as the flag of that name."""
+    if euler:
+        return mfx.sample_euler
+    share = new_noise_of(subject, new_noise)
+    return functools.partial(mfx.sample_consistency, new_noise=share) if share and steps > 1 else mfx.sample
+
+
+def new_noise_of(subject: Subject, given: float | None) -> float:
+    """The share of new noise: as given, or the default."""
+    return float(only_to_data(subject)) if given is None else given
 
 
 def post_trained_evaluations(about: dict[str, Any]) -> int | None:
@@ -244,6 +265,7 @@ def make_generator(
     scale: float,
     interval: Interval,
     euler: bool,
+    new_noise: float | None,
     **conditions: Any,
 ) -> mfx.Generator:
     """What makes the samples; `conditions` as for `mfx.Generator`."""
@@ -257,7 +279,7 @@ def make_generator(
         jr.key(seed),
         subject.data_shape,
         times,
-        method=method_of(subject, len(times) - 1, euler=euler),
+        method=method_of(subject, len(times) - 1, euler=euler, new_noise=new_noise),
         # Convolutions in loops are slow on CPUs; long programs compile for long.
         unroll=isinstance(field, mfx.UNet) and jax.default_backend() == "cpu" and len(times) <= 9,
         **conditions,

@@ -5,10 +5,11 @@ A field that knows average velocities jumps over a whole interval,
 $$z_r = z_t - (t - r)\, u(z_t, r, t) \qquad (12),$$
 
 so one evaluation, u(eps, 0, 1), gives a sample. A consistency model knows only the jumps to r = 0, and between two of
-them new noise leads back to an earlier time. A field trained by Flow Matching knows only v(z, t) = u(z, t, t) and needs
+them new noise leads back to the next time. A field trained by Flow Matching knows only v(z, t) = u(z, t, t) and needs
 an ODE solver; Euler and Heun are the baselines. All functions are per example: the caller makes batches by `jax.vmap`.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
@@ -70,33 +71,56 @@ def sample_consistency(
     *,
     times: TimeGrid,
     key: Key[Array, ""],
+    new_noise: float = 1.0,
     interpolant: AbstractInterpolant = LinearInterpolant(),
     unroll: bool = False,
 ) -> Float[Array, "*data"]:
-    r"""One sample of a method that learns u(z, 0, t) alone (`Facts.ends_at_data`), one evaluation per interval of
-    `times`. Each evaluation goes to the data, and new noise leads back to the next time s of the grid:
+    r"""One sample with new noise after each evaluation of u but the last, one evaluation per interval of `times`.
 
-    $$x = z_t - t\, u(z_t, 0, t), \qquad z_s = \alpha_s x + \sigma_s \epsilon', \qquad
-    \epsilon' \sim \mathcal{N}(0, I).$$
+    From t to the next time r of the grid it goes to a time s <= r, and new noise leads back to r:
 
-    On the grid (1, 0) it is `sample`.
+    $$z_s = z_t - (t - s)\, u(z_t, s, t), \qquad
+    z_r = \frac{\alpha_r}{\alpha_s} z_s + \gamma\, \sigma_r \epsilon', \qquad \epsilon' \sim \mathcal{N}(0, I),$$
 
-    **Arguments:** as `sample`, and `key` for the new noise; `interpolant` the path of the training.
+    where s is the time with $\sigma_s / \alpha_s = \sqrt{1 - \gamma^2}\, \sigma_r / \alpha_r$. If u is exact, the
+    states have the right distribution for every $\gamma$, since the variances of old and new noise add up to
+    $\sigma_r^2$. With $\gamma = 1$, s is 0: that is the sampling of consistency models, the only one for methods that
+    learn u(z, 0, t) alone (`Facts.ends_at_data`). With $\gamma = 0$, or on the grid (1, 0), it is `sample`.
 
-    **Raises:** as `sample`, and for a key or an interpolant of another kind.
+    **Arguments:** as `sample`, and `key` for the new noise; `new_noise` $\gamma$ in [0, 1]; `interpolant` the path of
+    the training, whose noise must be independent of the data (`Batch.eps` is not).
 
-    Source: Consistency Models, Song, Dhariwal, Chen, Sutskever, 2023, arXiv 2303.01469, Alg. 1.
+    **Raises:** as `sample`, and for `new_noise` outside of [0, 1], and a key or an interpolant of another kind.
+
+    Source: Consistency Models, Song, Dhariwal, Chen, Sutskever, 2023, arXiv 2303.01469, Alg. 1; $\gamma$-sampling of
+    Consistency Trajectory Models, Kim et al., 2024, arXiv 2310.02279.
     """
-
     check_times(times)
     check_key(key)
     check_kind("interpolant", interpolant, AbstractInterpolant)
+    if not 0 <= new_noise <= 1:
+        raise ValueError(f"new_noise must lie in [0, 1], got {new_noise}")
 
     def step(u: _Evaluate, z: Float[Array, "*data"], r: Time, t: Time, key: Key[Array, ""]) -> Float[Array, "*data"]:
-        noise = jr.normal(key, z.shape, z.dtype)
-        return interpolant.state_and_velocity(z - t * u(z, jnp.zeros_like(t), t), noise, r)[0]
+        s = _time_of_less_noise(interpolant, r, math.sqrt(1 - new_noise**2))
+        less = interpolant.alpha(r) / interpolant.alpha(s) * (z - (t - s) * u(z, s, t))
+        return less + new_noise * interpolant.sigma(r) * jr.normal(key, z.shape, z.dtype)
 
     return _integrate(field, step, eps, condition, times, unroll, jr.split(key, len(times) - 1))
+
+
+def _time_of_less_noise(path: AbstractInterpolant, r: Time, share: float) -> Time:
+    """The time s <= r at which the ratio of noise to data is `share` times that at r, by bisection."""
+    if share in (0, 1):
+        return share * r
+
+    def halve(_: Array, bounds: tuple[Time, Time]) -> tuple[Time, Time]:
+        low, high = bounds
+        middle = (low + high) / 2
+        beyond = path.sigma(middle) * path.alpha(r) > share * path.sigma(r) * path.alpha(middle)
+        return jnp.where(beyond, low, middle), jnp.where(beyond, middle, high)
+
+    return jax.lax.fori_loop(0, jnp.finfo(r.dtype).nmant + 2, halve, (jnp.zeros_like(r), r))[0]
 
 
 def sample_euler(

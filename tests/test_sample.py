@@ -14,7 +14,8 @@ from mf_eqx import exact
 pytestmark = pytest.mark.usefixtures("x64")
 
 CONSISTENCY = functools.partial(mfx.sample_consistency, key=jr.key(7))
-SAMPLERS = [mfx.sample, mfx.sample_euler, mfx.sample_heun, CONSISTENCY]
+PATHS = [mfx.LinearInterpolant(), mfx.TrigonometricInterpolant()]
+SAMPLERS = [mfx.sample, mfx.sample_euler, mfx.sample_heun, CONSISTENCY, functools.partial(CONSISTENCY, new_noise=0.5)]
 GRIDS = [(1.0, 0.0), (1.0, 0.4, 0.0), (1.0, 0.75, 0.5, 0.1, 0.0)]
 
 
@@ -119,7 +120,7 @@ class ToDataField(mfx.AbstractField):
         return jnp.where(r == 0, gaussian()(z, r, t), jnp.nan)
 
 
-@pytest.mark.parametrize("path", [mfx.LinearInterpolant(), mfx.TrigonometricInterpolant()])
+@pytest.mark.parametrize("path", PATHS)
 def test_each_jump_goes_to_the_data_and_new_noise_leads_back_along_the_path(path):
     times, key, z = (1.0, 0.6, 0.2, 0.0), jr.key(3), noise()
     for i in range(3):
@@ -129,6 +130,48 @@ def test_each_jump_goes_to_the_data_and_new_noise_leads_back_along_the_path(path
         z = alpha * x + sigma * jr.normal(jr.split(key, 3)[i], (2,))
     found = mfx.sample_consistency(ToDataField(), noise(), times=times, key=key, interpolant=path)
     np.testing.assert_allclose(found, z, rtol=1e-13)
+
+
+class OnePoint(mfx.AbstractField):
+    """The average velocity of data at one point, along any path."""
+
+    path: mfx.AbstractInterpolant
+
+    def __call__(self, z, r, t, condition=None, *, key=None):
+        eps = (z - self.path.alpha(t)) / self.path.sigma(t)
+        return (z - self.path.alpha(r) - self.path.sigma(r) * eps) / (t - r)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("new_noise", [0.0, 0.3, 0.8, 1.0])
+def test_new_noise_replaces_its_share_of_the_old(path, new_noise):
+    times, key = (1.0, 0.7, 0.2), jr.key(3)
+    eps = noise()
+    for new_key in jr.split(key, 2):
+        eps = np.sqrt(1 - new_noise**2) * eps + new_noise * jr.normal(new_key, (2,))
+    found = mfx.sample_consistency(OnePoint(path), noise(), times=times, key=key, new_noise=new_noise, interpolant=path)
+    np.testing.assert_allclose(found, path.alpha(0.2) + path.sigma(0.2) * eps, rtol=1e-12)
+
+
+@pytest.mark.parametrize("times", GRIDS)
+def test_without_new_noise_it_is_sampling_by_average_velocities(times):
+    found = CONSISTENCY(gaussian(), noise(), times=times, new_noise=0)
+    np.testing.assert_allclose(found, mfx.sample(gaussian(), noise(), times=times), rtol=1e-14)
+
+
+def test_samples_with_some_new_noise_have_the_moments_of_the_data():
+    def draw(eps, key):
+        return mfx.sample_consistency(gaussian(), eps, times=(1.0, 0.9, 0.5, 0.0), key=key, new_noise=0.6)
+
+    x = jax.vmap(draw)(noise(20_000, 2), jr.split(jr.key(1), 20_000))
+    np.testing.assert_allclose(x.mean(0), gaussian().mean, atol=0.012)
+    np.testing.assert_allclose(x.std(0), gaussian().std, atol=0.008)
+
+
+@pytest.mark.parametrize("new_noise", [-0.1, 1.1, float("nan")])
+def test_a_share_of_new_noise_outside_of_zero_and_one_is_refused(new_noise):
+    with pytest.raises(ValueError, match=rf"new_noise must lie in \[0, 1\], got {new_noise}"):
+        CONSISTENCY(gaussian(), noise(), times=(1.0, 0.0), new_noise=new_noise)
 
 
 def test_one_jump_is_one_step():

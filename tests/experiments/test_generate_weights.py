@@ -1,5 +1,6 @@
 """Saved weights become pictures and arrays by one command: their content, the defaults, and what is refused."""
 
+import functools
 import os
 import pathlib
 import re
@@ -225,9 +226,17 @@ def test_a_dry_run_tells_what_it_would_make_and_leaves_nothing(command, capsys):
 
 def test_weights_that_know_only_averages_to_the_data_take_new_noise_before_a_further_evaluation(command, files, capsys):
     command("ends.safetensors --label 1 --number 2 --evaluations 2")
-    assert "2 evaluations, new noise before each but the first" in capsys.readouterr().out
+    assert "2 evaluations, 100% new noise before each but the first" in capsys.readouterr().out
     expected = samples(files[1]["ends"], 2, [1], times=(1.0, 0.5, 0.0), method=mfx.sample_consistency)
     np.testing.assert_allclose(np.load("ends.npy"), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_share_of_new_noise_is_taken_before_a_further_evaluation(command, files, capsys):
+    command("digits.safetensors --to x.npy --label 1 --number 2 --evaluations 2 --new-noise 0.5")
+    assert "2 evaluations, 50% new noise before each but the first" in capsys.readouterr().out
+    method = functools.partial(mfx.sample_consistency, new_noise=0.5)
+    expected = samples(files[1]["digits"], 2, [1], times=(1.0, 0.5, 0.0), method=method)
+    np.testing.assert_allclose(np.load("x.npy"), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_weights_that_know_only_averages_to_the_data_make_one_evaluation_guided_or_not(command, files):
@@ -332,6 +341,9 @@ def test_several_scales_are_rows_of_one_picture_of_the_same_noise(command, files
         ("plain.safetensors --vae vae", "--vae must be left out for plain.safetensors, whose values are no latents"),
         ("plain.safetensors --to x.jpg", r"--to must end in .png, in .npy, or in / for a folder, got x.jpg"),
         ("ends.safetensors --to x.png", "--to must end in .npy for ends.*, whose notes give no range of pixels, got x"),
+        ("ends.safetensors --new-noise 0.5", "--new-noise must be 1 or left out for ends.*, whose u .* r = 0 alone"),
+        ("flow.safetensors --euler --new-noise 0.5", "--new-noise must be 0 for Euler steps, got 0.5"),
+        ("digits.safetensors --new-noise 2", r"--new-noise must lie in \[0, 1\], got 2"),
         ("ends.safetensors --euler", "--euler must be left out for ends.*, whose u was not trained at r = t, got --eu"),
         ("one.safetensors --evaluations 2", "--evaluations must be 1 for one.*, .* trained in one step alone, got 2"),
         ("one.safetensors --times 1 0.5 0", "--evaluations must be 1 for one.*, .* trained in one step alone, got 2"),
