@@ -75,6 +75,7 @@ from ._batch_objective import (
     PopulationMoments as PopulationMoments,
     QueuedFeatures as QueuedFeatures,
     QueuedPopulation as QueuedPopulation,
+    RewardObjective as RewardObjective,
     RunningMoments as RunningMoments,
     RunningPopulation as RunningPopulation,
     SampleObjective as SampleObjective,

@@ -92,14 +92,20 @@ def pytest_sessionfinish(session):
     """Fails if the processes of a parallel run needed more memory than they may."""
     if hasattr(session.config, "workeroutput"):
         session.config.workeroutput["highest"] = HIGHEST
-    elif sum(found["peak"] for found in PEAKS) > MOST_MEMORY:
+    elif needed() > MOST_MEMORY:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def needed():
+    """Bytes that the processes of a parallel run needed together."""
+    return sum(found["peak"] for found in PEAKS)
 
 
 def pytest_terminal_summary(terminalreporter):
     if PEAKS:
         found = " + ".join(f"{found['peak'] / 1e9:.2f} ({found['test']})" for found in PEAKS)
-        terminalreporter.write_line(f"peak memory of the test processes: {found} GB; at most {MOST_MEMORY / 1e9:g} GB")
+        result = "passed" if needed() <= MOST_MEMORY else "FAILED"
+        terminalreporter.write_line(f"memory {result}: peaks of {found} GB, together at most {MOST_MEMORY / 1e9:g} GB")
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -10,4 +10,5 @@ from .population import (
     RunningMoments as RunningMoments,
     RunningPopulation as RunningPopulation,
 )
+from .reward_objective import RewardObjective as RewardObjective
 from .sample_objective import AbstractSampleLoss as AbstractSampleLoss, SampleObjective as SampleObjective

@@ -1,0 +1,181 @@
+r"""Fine-tuning towards a reward, from samples of the field itself and without a derivative of the reward.
+
+An average of the trained field, the old one, makes samples x, whose rewards say which to imitate and which to avoid:
+
+$$A_i = \frac{R_i - \text{mean}}{\text{standard deviation}}, \qquad
+\rho_i = \tfrac12 + \tfrac12\, \mathrm{clip}(A_i / A_{\max}, -1, 1).$$
+
+Each sample gets new noise, z = (1 - t) x + t eps with v = eps - x, and the velocities that the MeanFlow identity makes
+of the trained and of the old average velocity, with the derivative of the old one in both,
+
+$$V = u_\theta(z, r, t) + (t - r)\, \mathrm{sg}\, \frac{d u_{old}}{dt}, \qquad V_{old} = u_{old}(z, r, t) + (t - r)
+\frac{d u_{old}}{dt},$$
+
+are moved apart: $V_{old} + \beta (V - V_{old})$ towards v of good samples, $V_{old} - \beta (V - V_{old})$ towards v of
+bad ones. Without the weights of `RewardObjective` the minimum is known,
+
+$$V = V_{old} + \tfrac{2}{\beta}\, \mathrm{E}[\rho | z]\, (V_{+} - V_{old}), \qquad
+V_{+} = \mathrm{E}[\rho v | z] / \mathrm{E}[\rho | z],$$
+
+where $V_{+}$ is the velocity of samples that are drawn again in proportion to $\rho$.
+"""
+
+from collections.abc import Callable
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+from jaxtyping import Array, Float, Key
+
+from .._abstract_objective import AbstractObjective
+from .._batch import Batch, check_batch
+from .._custom_types import at_least_float32, Condition, Scalar
+from .._derivative import AbstractDerivative, FusedJVP
+from .._field import AbstractField, stopped
+from .._mean import Mean, mean_of, Metrics
+from .._row import Context
+from .._sample import as_grid, sample
+from .._times import TimePairs, UniformTimes
+from .._trained import Trained
+from .._validate import as_count, check_positive, with_checked_scalar
+
+
+class RewardObjective(AbstractObjective):
+    r"""The loss of a field that is to be rewarded more (MeanFlowNFT; with r = t alone it is DiffusionNFT):
+
+    $$L = \frac{A_{\max}}{\beta} \Big[\rho\, \frac{|t (V_{old} + \beta (V - V_{old}) - v)|^2}{w_+} + (1 - \rho)\,
+    \frac{|t (V_{old} - \beta (V - V_{old}) - v)|^2}{w_-}\Big],$$
+
+    with $w_\pm$ the mean absolute value of the entries of the same difference. It needs the old field as teacher:
+    `TrainStep(..., averages=[ExponentialAverage(0.9)], teacher=0)`. A batch gives the conditions of the samples, and
+    their shape; its x is not used. The advantages A are of the whole batch, so it is differentiated at once, without
+    accumulation. Start from a trained field, and watch samples: a reward says nothing about diversity.
+
+    **Arguments:**
+
+    - `reward`: R, a function of a sample and its condition that returns a number. It need not be differentiable.
+    - `group`: how many rows in succession get the condition of the first of them, and are compared with their own mean;
+      None to compare all rows. With conditions of different difficulty, groups keep that out of the advantages.
+    - `strength`: $\beta$.
+    - `most`: $A_{\max}$.
+    - `time_pairs`: of (r, t) at which the field is trained; a quarter has r = t and a quarter r = 0 by default.
+    - `times`: the grid of times along which the old field makes samples.
+    - `derivative`: the engine that computes $du_{old}/dt$ along v.
+    - `adaptive`: whether the two terms are divided by $w_\pm$; False for the squares alone, whose minimum is known.
+
+    **Metrics:** `loss`; `reward`, the mean over the samples of the old field; `change`, $|V - V_{old}|^2$ per number.
+
+    **Raises:** `ValueError` unless `strength` and `most` are > 0 and `group` is None or a count >= 2; when called,
+    without a teacher, for batches with `eps`, if `group` does not divide the rows, or if a reward is no number.
+
+    Source: MeanFlowNFT: Bringing Forward-Process RL to Average-Velocity Generators, Huang, Zhou, Zhang, Bo, Pang, 2026,
+    arXiv 2607.15273, from the authors' code; DiffusionNFT, arXiv 2509.16117. There the old field follows the trained
+    one more slowly from step to step (a decay that grows to 0.5), and du/dt is a central difference.
+    """
+
+    reward: Callable[[Float[Array, "*data"], Condition], Scalar]
+    group: int | None = None
+    strength: float = eqx.field(default=0.1, converter=float)
+    most: float = eqx.field(default=5.0, converter=float)
+    time_pairs: TimePairs = TimePairs(UniformTimes(), equal=0.25, at_data=0.25)
+    times: tuple[float, ...] = eqx.field(converter=as_grid, default=(1.0, 0.0))
+    derivative: AbstractDerivative = FusedJVP()
+    adaptive: bool = True
+
+    def __check_init__(self):
+        check_positive("strength", self.strength)
+        check_positive("most", self.most)
+        if self.group is not None:
+            as_count("group", self.group, 2)
+
+    @property
+    def divisor(self) -> None:
+        return None
+
+    @property
+    def needs_teacher(self) -> bool:
+        return True
+
+    @property
+    def trained(self) -> Trained:
+        """Which values of a field it trains, for those who sample later."""
+        pairs = self.time_pairs
+        return Trained(pairs.equal < 1, False, False, pairs.equal > 0, ends_at_data=pairs.at_data == 1)
+
+    def parts(self, batch: Batch) -> list[tuple[AbstractObjective, Batch]]:
+        return [(self, batch)]
+
+    def init(self) -> None:
+        return None
+
+    def evaluate(
+        self, field: AbstractField, batch: Batch, state: None, *, key: Key[Array, ""], context: Context | None = None
+    ) -> tuple[Scalar, tuple[Metrics, None]]:
+        if context is None or context.teacher is None:
+            raise ValueError("context must hold the old field as teacher, got none")
+        old, batch = stopped(context.teacher), self._with_shared_conditions(batch)
+
+        def generated(example: Batch) -> tuple[Float[Array, "*data"], Scalar]:
+            eps = _noise(example, jr.fold_in(key, example.index))
+            x = sample(old, eps, example.condition, times=self.times)
+            return x, with_checked_scalar(self.reward(x, example.condition), "the reward of a sample")
+
+        x, rewards = jax.lax.stop_gradient(jax.vmap(generated)(batch))
+
+        def loss_of_row(example: Batch, x: Float[Array, "*data"], rho: Scalar) -> tuple[Scalar, Scalar]:
+            return self._loss_of_row(field, old, x, example, rho, jr.fold_in(jr.fold_in(key, example.index), 1))
+
+        losses, changes = jax.vmap(loss_of_row)(batch, x, self._shares(rewards))
+        loss = losses.mean()
+        metrics = {"loss": Mean(loss, jnp.ones((), loss.dtype)), "reward": mean_of(rewards), "change": mean_of(changes)}
+        return loss, (metrics, None)
+
+    def _with_shared_conditions(self, batch: Batch) -> Batch:
+        check_batch("batch", batch)
+        if batch.eps is not None:
+            raise ValueError("eps must be None for samples of the field itself, got some")
+        rows = batch.index.shape[0]
+        if self.group is None:
+            return batch
+        if rows % self.group:
+            raise ValueError(f"group must divide the {rows} rows of a batch, got {self.group}")
+        shared = jax.tree.map(lambda leaf: jnp.repeat(leaf[:: self.group], self.group, axis=0), batch.condition)
+        return Batch(batch.x, shared, batch.index)
+
+    def _shares(self, rewards: Float[Array, " rows"]) -> Float[Array, " rows"]:
+        """The shares rho of rows that are to be imitated."""
+        groups = rewards.reshape(-1, self.group or rewards.shape[0])
+        above = (groups - groups.mean(1, keepdims=True)).ravel()
+        advantage = above / jnp.maximum(rewards.std(), jnp.finfo(rewards.dtype).tiny)
+        return 0.5 + 0.5 * jnp.clip(advantage / self.most, -1, 1)
+
+    def _loss_of_row(
+        self,
+        field: AbstractField,
+        old: AbstractField,
+        x: Float[Array, "*data"],
+        example: Batch,
+        rho: Scalar,
+        key: Key[Array, ""],
+    ) -> tuple[Scalar, Scalar]:
+        """The loss of one sample at one pair of times, and the square of the change there."""
+        time_key, noise_key, field_key = jr.split(key, 3)
+        r, t = (time.astype(x.dtype) for time in self.time_pairs(key=time_key))
+        eps = jr.normal(noise_key, x.shape, x.dtype)
+        z, v = (1 - t) * x + t * eps, eps - x
+        u_old, rate = self.derivative(old, z, r, t, example.condition, tangent=(v, 0.0, 1.0), key=None)
+        change = field(z, r, t, example.condition, key=field_key) - jax.lax.stop_gradient(u_old)
+        error = jax.lax.stop_gradient(u_old + (t - r) * rate) - v
+
+        def loss(sign: float) -> Scalar:
+            difference = t * (error + sign * self.strength * change)
+            size = jnp.maximum(jnp.abs(difference).mean(), 1e-5) if self.adaptive else 1.0
+            return jnp.square(difference).mean() / jax.lax.stop_gradient(size)
+
+        value = rho * loss(1.0) + (1 - rho) * loss(-1.0)
+        return self.most / self.strength * value, jnp.square(change).mean()
+
+
+def _noise(example: Batch, key: Key[Array, ""]) -> Float[Array, "*data"]:
+    return jr.normal(jr.fold_in(key, 0), example.x.shape, at_least_float32(example.x).dtype)

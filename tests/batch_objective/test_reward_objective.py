@@ -1,0 +1,178 @@
+"""Fine-tuning towards a reward: the loss by hand, its known minimum, and that rewards rise."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import optax
+import pytest
+from affine_field import affine
+from fields import GaussianField
+from jax.scipy.special import ndtr, ndtri
+
+import mf_eqx as mfx
+
+BATCH = mfx.Batch(np.zeros((64, 2)))
+BOUNDARY = mfx.TimePairs(mfx.UniformTimes(), equal=1)
+
+
+def first(x, condition):
+    return x[0]
+
+
+@eqx.filter_jit
+def evaluated(objective, field, old, batch=BATCH):
+    context = mfx.Context(jnp.zeros((), jnp.int32), old)
+    return objective.evaluate(field, batch, None, key=jr.key(0), context=context)
+
+
+def test_loss_is_that_of_its_formula(x64):
+    field, old = affine(jnp.float64), GaussianField(jnp.array([0.5, -0.3]), 0.6)
+    objective = mfx.RewardObjective(first, strength=0.3, most=2.0)
+    loss, (metrics, _) = evaluated(objective, field, old)
+    eps = jax.vmap(lambda i: jr.normal(jr.fold_in(jr.fold_in(jr.key(0), i), 0), (2,)))(BATCH.index)
+    x = jax.vmap(lambda eps: mfx.sample(old, eps))(eps)
+    share = 0.5 + 0.5 * np.clip((x[:, 0] - x[:, 0].mean()) / x[:, 0].std() / 2, -1, 1)
+    losses, changes = [], []
+    for i in range(64):
+        time_key, noise_key, _ = jr.split(jr.fold_in(jr.fold_in(jr.key(0), i), 1), 3)
+        r, t = objective.time_pairs(key=time_key)
+        eps = jr.normal(noise_key, (2,))
+        z, v = (1 - t) * x[i] + t * eps, eps - x[i]
+        u_old, rate = mfx.total_derivative(old, z, v, r, t)
+        average, past = (u + (t - r) * rate for u in (field(z, r, t), u_old))
+        good, bad = (z - t * (past + sign * 0.3 * (average - past)) - x[i] for sign in (1, -1))
+        terms = [
+            share[i] * np.mean(good**2) / np.mean(np.abs(good)),
+            (1 - share[i]) * np.mean(bad**2) / np.mean(np.abs(bad)),
+        ]
+        losses.append(2.0 / 0.3 * sum(terms))
+        changes.append(np.mean((average - past) ** 2))
+    np.testing.assert_allclose(loss, np.mean(losses), rtol=1e-10)
+    np.testing.assert_allclose(metrics["change"].value, np.mean(changes), rtol=1e-10)
+    np.testing.assert_allclose(metrics["reward"].value, x[:, 0].mean(), rtol=1e-10)
+
+
+class TwoSides(mfx.AbstractField):
+    """Samples near 3 and -3, which a positive and a negative noise become, and their velocity at r = t; on one side of
+    them, the velocity is that of the samples of this side alone."""
+
+    side: float | None = None
+
+    def posterior(self, z, t):
+        """For each side the probability that z at t comes from it, and its velocity."""
+        variance = (0.3 * (1 - t)) ** 2 + t**2
+        means = jnp.array([-3.0, 3.0])
+        offset = z - (1 - t) * means
+        velocity = -means + (t - (1 - t) * 0.09) / variance * offset
+        return jax.nn.softmax(-(offset**2) / (2 * variance)), velocity
+
+    def __call__(self, z, r, t, condition=None, *, key=None):
+        share, velocity = self.posterior(z, t)
+        p = ndtr(jnp.abs(z)) * 2 - 1
+        sample = jnp.sign(z) * 3 + 0.3 * ndtri(jnp.where(z > 0, p, 1 - p))
+        return jnp.where(r == t, (share * velocity).sum(keepdims=True), z - sample)
+
+
+class Towards(mfx.AbstractField):
+    """`scale` times the change at which the loss without its weights is least, for a reward of the upper side."""
+
+    scale: float
+    strength: float
+
+    def __call__(self, z, r, t, condition=None, *, key=None):
+        share, velocity = TwoSides().posterior(z, t)
+        old = TwoSides()(z, r, t)
+        return old + self.scale * 2 / self.strength * share[1] * (velocity[1] - old)
+
+
+def test_loss_without_its_weights_is_least_where_the_theorem_says(x64):
+    objective = mfx.RewardObjective(
+        lambda x, condition: jnp.sign(x[0]), most=1, strength=0.4, time_pairs=BOUNDARY, adaptive=False
+    )
+    batch = mfx.Batch(np.zeros((200_000, 1)))
+    found = [evaluated(objective, Towards(scale, 0.4), TwoSides(), batch)[0] for scale in (0.0, 1.0, 2.0)]
+    low, middle, high = map(float, found)
+    least = 1 + (low - high) / (2 * (low - 2 * middle + high))  # of the parabola through three points
+    assert abs(least - 1) < 0.02  # the standard error is 0.006
+
+
+def test_old_velocity_has_no_gradient_if_all_rewards_are_equal():
+    def gradient(reward, **options):
+        objective = mfx.RewardObjective(reward, **options)
+        batch = mfx.Batch(BATCH.x, np.repeat(np.arange(16.0), 4))
+        field = affine()
+        return eqx.filter_grad(lambda field: evaluated(objective, field, affine(), batch)[0])(field).shift
+
+    np.testing.assert_allclose(gradient(lambda x, c: jnp.ones(())), 0, atol=1e-5)
+    np.testing.assert_allclose(gradient(lambda x, c: c, group=4), 0, atol=1e-5)
+    assert np.abs(gradient(lambda x, c: c)).max() > 0.01
+
+
+def test_rows_of_a_group_have_the_condition_of_the_first():
+    condition = np.arange(64, dtype=np.float32)
+    _, (metrics, _) = evaluated(
+        mfx.RewardObjective(lambda x, c: c, group=4), affine(), affine(), mfx.Batch(BATCH.x, condition)
+    )
+    assert metrics["reward"].value == condition[::4].mean()
+
+
+@pytest.mark.parametrize("times", [(1.0, 0.0), (1.0, 0.5, 0.0)])
+def test_training_raises_the_reward_and_leaves_the_rest(times):
+    def reward(x, condition):
+        return -jnp.abs(x[0] - 1)
+
+    objective = mfx.RewardObjective(reward, times=times)
+    step = mfx.TrainStep(objective, optax.adam(0.01), [mfx.ExponentialAverage(0.9)], teacher=0)
+    field = GaussianField(jnp.array([0.0, -0.5]), 0.5)
+    state = mfx.init_state(field, step.optimizer, step.averages, objective, key=jr.key(0))
+    for _ in range(150):
+        state, metrics = step(state, mfx.Batch(np.zeros((256, 2), np.float32)))
+    np.testing.assert_allclose(state.field.mean, [1.0, -0.5], atol=0.12)
+    assert state.faults.total == 0 and metrics["reward"].value > -0.5
+
+
+def test_samples_are_those_of_the_old_field():
+    reward = evaluated(mfx.RewardObjective(first), GaussianField(jnp.zeros(2), 1.0), affine())[1][0]["reward"].value
+    eps = jax.vmap(lambda i: jr.normal(jr.fold_in(jr.fold_in(jr.key(0), i), 0), (2,)))(BATCH.index)
+    np.testing.assert_allclose(reward, jax.vmap(lambda eps: mfx.sample(affine(), eps))(eps)[:, 0].mean(), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("pairs", "trained"),
+    [
+        (mfx.TimePairs(equal=0.25), (True, False, False, True, False)),
+        (mfx.TimePairs(equal=1), (False, False, False, True, False)),
+        (mfx.TimePairs(at_data=1), (True, False, False, False, True)),
+    ],
+)
+def test_what_is_trained_is_known(pairs, trained):
+    assert mfx.RewardObjective(first, time_pairs=pairs).trained == mfx.Trained(*trained)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: mfx.RewardObjective(first, strength=0), "strength must be > 0"),
+        (lambda: mfx.RewardObjective(first, most=-1), "most must be > 0"),
+        (lambda: mfx.RewardObjective(first, group=1), "group must be an integer >= 2, got 1"),
+        (lambda: mfx.RewardObjective(first, times=(0, 1)), "times must be a strictly decreasing"),
+        (lambda: evaluated(mfx.RewardObjective(first), affine(), None), "context must hold the old field as teacher"),
+        (lambda: evaluated(mfx.RewardObjective(first, group=5), affine(), affine()), "group must divide the 64 rows"),
+        (lambda: evaluated(mfx.RewardObjective(lambda x, c: x), affine(), affine()), "the reward of a sample must be"),
+        (
+            lambda: evaluated(mfx.RewardObjective(first), affine(), affine(), mfx.Batch(BATCH.x, eps=BATCH.x)),
+            "eps must be None for samples of the field itself",
+        ),
+        (lambda: mfx.TrainStep(mfx.RewardObjective(first), optax.sgd(0.1)), "teacher must be one of the averages or"),
+        (
+            lambda: mfx.TrainStep(mfx.RewardObjective(first), optax.sgd(0.1), teacher=affine(), accumulation=2),
+            "accumulation must be 1 for a loss that is no mean over rows, got 2",
+        ),
+    ],
+)
+def test_what_cannot_be_is_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
