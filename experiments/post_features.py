@@ -17,7 +17,7 @@ import image_sources
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from mf_eqx import data, metrics, run
 
@@ -66,6 +66,15 @@ class OfClassifier(eqx.Module):
 
     def __call__(self, x: Float[Array, "channels height width"]) -> Float[Array, " features"]:
         return self.classifier(self.averaged(x))[0]
+
+
+class Read(eqx.Module):
+    """The probability that the classifier of a space gives an image its label."""
+
+    space: OfClassifier
+
+    def __call__(self, x: Float[Array, "channels height width"], label: Int[Array, ""]) -> Float[Array, ""]:
+        return jax.nn.softmax(self.space.classifier(self.space.averaged(x))[1])[label]
 
 
 class Lite0(eqx.Module):

@@ -1,14 +1,17 @@
-"""Post-training of saved weights by losses on whole batches of generated images: the Frechet distance, or drifting.
+"""Post-training of saved weights by losses on whole batches of generated images: the Frechet distance, drifting, or a
+reward.
 
     python experiments/post_train.py --start runs/digits/1a2b3c4d/meanflow/ema_0.997.safetensors
     python experiments/post_train.py --start runs/fashion/1a2b3c4d/ema.safetensors
     python experiments/post_train.py --start ema.safetensors --preset lite0
     python experiments/post_train.py --start ema.safetensors --preset drifting
+    python experiments/post_train.py --start ema.safetensors --preset reward
     python experiments/post_train.py --start ema.safetensors --evaluations 2 --queue 5000
 
 The weights are those of digits.py, images.py or fashion.py, the data those that they were trained with unless --data
 names others; what was held out then is held out again. A step generates a batch, each image under the label of a row of
-the data, and moves the distribution of its features towards that of the data: `mfx.FrechetLoss`, `mfx.Drifting`. A
+the data, and moves the distribution of its features towards that of the data: `mfx.FrechetLoss`, `mfx.Drifting`. Or it
+rewards the probability that a classifier gives the wanted label, without its derivative: `mfx.RewardObjective`. A
 Frechet distance is divided by the variance of the data in its feature space, or, with --relative, by its own value.
 Before the first step, the running moments or the queue of generated features are filled with images of the weights that
 training starts from. The average ends as ema.safetensors, which generate.py and evaluate.py read. A run that was
@@ -58,8 +61,8 @@ class Config(run.Settings):
     holdout: float | None = None
     """Share of the data that is held out if there are no test images, in (0, 1), as in images.py; by default that which
     the weights never saw."""
-    loss: Literal["frechet", "drifting"] = "frechet"
-    """Frechet distance of features, or drifting."""
+    loss: Literal["frechet", "drifting", "reward"] = "frechet"
+    """Frechet distance of features, drifting, or the reward of being read as the wanted label by a classifier."""
     features: tuple[post_features.Name, ...] = ("pixels", "classifier")
     """Spaces of features, whose losses are added: pixels; classifier, another one than that which judges; lite0. A
     small classifier alone does not see noise between pixels, which then grows."""
@@ -126,7 +129,7 @@ class Config(run.Settings):
 
     def check_unused(self) -> None:
         """Refuses what another flag leaves without a use."""
-        unused = {"frechet": ("scales",), "drifting": UNUSED_IN_DRIFTING}[self.loss]
+        unused = {"frechet": ("scales",), "drifting": UNUSED_IN_DRIFTING, "reward": UNUSED_IN_REWARD}[self.loss]
         reasons = dict.fromkeys(unused, f"--loss {self.loss}")
         reasons |= {"population_decay": "--queue"} if self.queue else {}
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
@@ -139,12 +142,18 @@ class Config(run.Settings):
         return mfx.QueuedPopulation(self.queue) if self.queue else mfx.RunningPopulation(self.population_decay)
 
     @property
+    def spaces(self) -> tuple[post_features.Name, ...]:
+        """The spaces of features that are trained in; that of the classifier that rewards is one."""
+        return ("classifier",) if self.loss == "reward" else self.features
+
+    @property
     def population_size(self) -> int:
         """Samples that moments are of."""
         return self.queue or round(self.batch / (1 - self.population_decay))
 
 
 UNUSED_IN_DRIFTING = ("queue", "population_decay", "refresh", "reference", "relative")
+UNUSED_IN_REWARD = (*UNUSED_IN_DRIFTING, "scales", "features", "feature_weights")
 LEAST_ROWS = 4
 """For drifting, the fewest rows of each label in a batch, on average: only samples and data of the same label act on
 each other."""
@@ -187,7 +196,9 @@ def open_data(config: Config, weights: checkpoint.Weights, shape: tuple[int, ...
         if labels is not None and (part.labels is None or part.labels > labels):
             rule = f"images with the {labels} labels of the network"
             raise ValueError(f"--data must be {rule}, got {part.labels} in the {part.name}")
-    if "classifier" in config.features and parts.train.labels is None:
+    if config.loss == "reward" and labels is None:
+        raise ValueError(f"--loss must not be reward for {weights.path}, a network without labels")
+    if "classifier" in config.spaces and parts.train.labels is None:
         raise ValueError(f"--features must be without classifier for {parts.train.name}, without labels")
     return parts
 
@@ -230,11 +241,13 @@ def objective(
     parallelism: mfx.Parallelism | None,
     *,
     unroll: bool,
-) -> mfx.SampleObjective:
-    """The losses in all spaces, with the moments of the training images."""
+) -> mfx.SampleObjective | mfx.RewardObjective:
+    """The losses in all spaces, with the moments of the training images, or the reward."""
     weights = config.feature_weights or (1.0,) * len(spaces)
     times = mfx.uniform_times(config.evaluations)
     place = (lambda loss: loss) if parallelism is None else parallelism.replicate
+    if config.loss == "reward":
+        return mfx.RewardObjective(place(post_features.Read(spaces[0].features)), times=times)
     if config.loss == "drifting":
         losses = tuple(place(mfx.Drifting(space.features, config.scales)) for space in spaces)
         return mfx.SampleObjective(losses, weights, times, unroll=unroll)
@@ -252,10 +265,10 @@ def objective(
 def check_numbers(config: Config, train: data.AbstractSource, labels: int | None) -> None:
     """Refuses moments of fewer images than features, which say little of a distribution, and batches in which a label
     has too few rows to drift."""
-    if config.loss == "drifting":
-        if config.batch < (least := LEAST_ROWS * (labels or 1)):
-            rule = f"{least} for drifting, {LEAST_ROWS} rows for each of {labels or 1} labels"
-            raise ValueError(f"--batch must be at least {rule}, got {config.batch}")
+    if config.loss == "drifting" and config.batch < (least := LEAST_ROWS * (labels or 1)):
+        rule = f"{least} for drifting, {LEAST_ROWS} rows for each of {labels or 1} labels"
+        raise ValueError(f"--batch must be at least {rule}, got {config.batch}")
+    if config.loss != "frechet":
         return
     found, count = config.population_size, min(config.reference, len(train))
     for name in config.features:
@@ -269,7 +282,7 @@ def check_numbers(config: Config, train: data.AbstractSource, labels: int | None
 
 def filled_state(
     config: Config,
-    loss: mfx.SampleObjective,
+    loss: mfx.SampleObjective | mfx.RewardObjective,
     field: mfx.AbstractField,
     train: data.AbstractSource,
     parts: data.InTurn,
@@ -277,6 +290,8 @@ def filled_state(
 ) -> Any:
     """The populations of the losses with images of the network that training starts from. The labels are those of the
     first batches of a stream, and all of it is the same in a run that continues."""
+    if isinstance(loss, mfx.RewardObjective):
+        return loss.init()
     key, stream = jr.key(config.seed + 1), data.Stream(train, config.batch, seed=config.seed + 1)
 
     def batches() -> Iterator[mfx.Batch]:
@@ -307,11 +322,12 @@ def main(config: Config) -> None:
         judging = image_judge.feature_spaces() if run.is_first() else []
         folder = directory.root.parent
         read = {"steps": 2 if config.test_run else image_classifier.STEPS}
-        spaces = [post_features.make_space(name, train, folder, **read) for name in config.features]
+        spaces = [post_features.make_space(name, train, folder, **read) for name in config.spaces]
         loss = objective(config, spaces, train, parallelism, unroll=is_unrolled)
         parts = data.InTurn((*([] if labels else [data.WithoutLabel()]), data.FromPixels()))
         averages = [mfx.ExponentialAverage(config.decay)]
-        step = mfx.TrainStep(loss, optimizer(config), averages, parts, parallelism=parallelism)
+        teacher = 0 if loss.needs_teacher else None
+        step = mfx.TrainStep(loss, optimizer(config), averages, parts, parallelism=parallelism, teacher=teacher)
         place = (lambda tree: tree) if parallelism is None else parallelism.replicate
         filled = filled_state(config, loss, start, train, parts, place)
 
@@ -325,7 +341,7 @@ def main(config: Config) -> None:
         options: dict[str, Any] = {"steps": config.steps, "preview": preview, "start": config.start}
         # A run does not go on from other weights, nor with other features.
         options["name"] = run.digest([run.sha256_of_file(config.start), *map(post_features.digest, spaces)])
-        options["shown"] = ("loss", "frechet_distance", "drift")
+        options["shown"] = ("loss", "frechet_distance", "drift", "reward")
         state = run.train(config, step, eqx.Partial(make_state, filled), stream, directory, **options)
         save_weights(config, directory, state, weights, loss)
         if run.is_first():
@@ -340,14 +356,15 @@ def save_weights(
     directory: run.RunDirectory,
     state: mfx.TrainState,
     weights: checkpoint.Weights,
-    loss: mfx.SampleObjective,
+    loss: mfx.SampleObjective | mfx.RewardObjective,
 ) -> None:
     """The average as weights, which know what they come from."""
     assert weights.notes is not None
     changed = {"trained": loss.trained, "steps": int(state.step), "decay": config.decay}
     notes = dataclasses.replace(weights.notes, **changed)
-    about = {"loss": config.loss, "features": list(config.features), "evaluations": config.evaluations}
-    about["start"] = run.sha256_of_file(config.start)
+    about = {"loss": config.loss, "features": list(config.spaces), "start": run.sha256_of_file(config.start)}
+    if config.loss != "reward":  # which trains u at all times
+        about["evaluations"] = config.evaluations
     history = {"post_training": [*weights.config.get("post_training", ()), about]}
     path = directory.path("ema.safetensors")
     checkpoint.save_weights(path, state.averages[0], {**data_of(config, weights), **history}, notes)
@@ -384,13 +401,13 @@ def change(config: Config, results: list[image_judge.Result]) -> str:
     a classifier were used, the scores by the judging classifier are in a table of their own, since it is of the same
     kind."""
     spaces = [name for name in results[0].frechet or () if name != image_judge.CLASSIFIER]
-    rows = [row for name in spaces if name not in config.features for row in scores(results, name)]
-    if spaces[-1] not in config.features:  # in which the judge counts classes one by one
+    rows = [row for name in spaces if name not in config.spaces for row in scores(results, name)]
+    if spaces[-1] not in config.spaces:  # in which the judge counts classes one by one
         rows += compared(results, "covered, lowest class", lambda row: image_judge.least(row.coverage_by_class))
     read = scores(results, image_judge.CLASSIFIER)
     read += compared(results, "right class read", lambda row: row.agreement)
     read += compared(results, "right class read, lowest", lambda row: image_judge.least(row.agreement_by_class))
-    if image_judge.CLASSIFIER not in config.features:
+    if image_judge.CLASSIFIER not in config.spaces:
         return table("Not trained in", rows + read)
     apart = "By a classifier of the same kind as that which was trained with, from another seed"
     return f"{table('Not trained in', rows)}\n\n{table(apart, read)}"
@@ -426,6 +443,7 @@ PRESETS = {
         Config(features=("pixels", "lite0"), steps=215, learning_rate=4e-5, warmup=20),
     ),
     "drifting": ("drifting in the same spaces", Config(loss="drifting", batch=256, learning_rate=1e-4)),
+    "reward": ("the probability that a classifier gives the wanted label", Config(loss="reward", decay=0.9)),
 }
 
 if __name__ == "__main__":

@@ -214,6 +214,7 @@ def test_weights_are_trained_on_again_and_other_numbers_of_evaluations_are_refus
         "--feature-weights 1 0.5 --evaluations 2",
         "--preset drifting --batch 16",
         "--features pixels --queue 64",
+        "--preset reward --batch 16 --evaluations 2",
     ],
 )
 def test_every_loss_runs_to_the_end_and_moves_the_network(flags, post_train, here):
@@ -233,6 +234,15 @@ def test_drifting_learns(post_train, here):
     )
     *_, before, after = json.loads(only("runs/*/*/results.json", here).read_text())
     assert after["frechet"]["pixels"] < before["frechet"]["pixels"] / 2
+
+
+@pytest.mark.slow
+def test_weights_of_a_reward_take_any_number_of_evaluations(post_train, experiment, here):
+    run.main(post_train.main, post_train.PRESETS, argv=f"{SMALL} --preset reward --test-run".split())
+    generate, weights = experiment("generate"), only("runs/*/*/ema.safetensors", here)
+    for number in "12":
+        flags = ["--weights", str(weights), "--number", "2", "--to", "x.npy", "--evaluations", number]
+        run.main(generate.main, generate.Config(), argv=flags)
 
 
 @pytest.mark.slow
@@ -411,6 +421,11 @@ def refused(post_train, tmp_path_factory):
             "--queue must be left out with --loss drifting, which does not use it, got 200",
         ),
         ("--loss drifting --relative", "--relative must be left out with --loss drifting"),
+        ("--loss reward --features pixels", "--features must be left out with --loss reward, which does not use it"),
+        (
+            "--start plain.safetensors --data idx --holdout 0.2 --loss reward",
+            "--loss must not be reward for plain.*, a",
+        ),
         ("--scales 0.1", "--scales must be left out with --loss frechet, which does not use it"),
         (
             "--start base.safetensors --batch 8",
