@@ -189,6 +189,7 @@ from ._schedule import at_step as at_step, Schedule as Schedule, SigmoidSchedule
 from ._sharding import Parallelism as Parallelism, Placement as Placement
 from ._stable_target import StableTarget as StableTarget
 from ._times import (
+    AbstractLimitedTimes as AbstractLimitedTimes,
     AbstractTimes as AbstractTimes,
     check_batch_size as check_batch_size,
     LogitNormalTimes as LogitNormalTimes,

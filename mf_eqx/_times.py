@@ -3,8 +3,8 @@ r"""Time samplers: at which (r, t) an objective is evaluated, and which rows car
 Three independent choices:
 
 1. a distribution of one time (`UniformTimes`, `LogitNormalTimes`);
-2. how two draws become a pair r <= t (`TimePairs`): sorted draws of one distribution, or t and r from two distributions
-   with r = min(r, t); optionally r = t with a given probability;
+2. how two draws become a pair r <= t (`TimePairs`): sorted draws of one distribution, t and r from two distributions
+   with r = min(r, t), or first the gap t - r and then r; optionally r = t with a given probability;
 3. which rows of a batch carry the identity at all: the static strided split (`split_rows`).
 
 The authors' codes mix 2 and 3: their ImageNet code sets r = t on a prefix of each device's batch, their CIFAR-10 code
@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
-from jaxtyping import Array, Key
+from jaxtyping import Array, ArrayLike, Key
 
 from ._custom_types import Time
 from ._validate import check_finite, check_kind, check_positive, with_checked_scalar
@@ -38,14 +38,25 @@ class AbstractTimes(eqx.Module):
         """One draw."""
 
 
-class UniformTimes(AbstractTimes):
+class AbstractLimitedTimes(AbstractTimes):
+    """A distribution of one time in [0, 1] that can also be drawn below a limit."""
+
+    @abc.abstractmethod
+    def below(self, limit: Time, *, key: Key[Array, ""]) -> Time:
+        """One draw, given that it does not exceed `limit` in [0, 1]."""
+
+
+class UniformTimes(AbstractLimitedTimes):
     """Times drawn from Uniform(0, 1): "uniform(0, 1)" of Tab. 1d."""
 
     def __call__(self, *, key: Key[Array, ""]) -> Time:
         return jr.uniform(key)
 
+    def below(self, limit: Time, *, key: Key[Array, ""]) -> Time:
+        return limit * jr.uniform(key, dtype=limit.dtype)
 
-class LogitNormalTimes(AbstractTimes):
+
+class LogitNormalTimes(AbstractLimitedTimes):
     r"""Times $t = \mathrm{sigmoid}(\mu + s n)$ with $n \sim N(0, 1)$: "lognorm(mu, sigma)" of the paper.
 
     **Arguments:** `mean` the paper's $\mu$, finite; `std` its $\sigma$, > 0 and finite. Values in use: (-0.4, 1.0) in
@@ -62,6 +73,11 @@ class LogitNormalTimes(AbstractTimes):
 
     def __call__(self, *, key: Key[Array, ""]) -> Time:
         return jax.nn.sigmoid(self.mean + self.std * jr.normal(key))
+
+    def below(self, limit: Time, *, key: Key[Array, ""]) -> Time:
+        largest = jax.scipy.special.ndtr((jax.scipy.special.logit(limit) - self.mean) / self.std)
+        normal = jax.scipy.special.ndtri(largest * jr.uniform(key, dtype=limit.dtype))
+        return jnp.minimum(jax.nn.sigmoid(self.mean + self.std * normal), limit)
 
 
 class TimePairs(eqx.Module):
@@ -82,6 +98,8 @@ class TimePairs(eqx.Module):
       (arXiv 2601.22158).
     - `at_noise`: the probability with which t is set to 1, for more training of steps that start at noise. With 1, z is
       noise in all of these rows, so that no data enter them (`LagrangianDistillation` learns from them).
+    - `gap_times`: a distribution of the gap t - r, which is then drawn first, and r from `times`, given that r + gap is
+      at most 1 (terminal velocity matching, arXiv 2511.19797). Only without `r_times` and `uniform`.
     """
 
     times: AbstractTimes = LogitNormalTimes()
@@ -90,11 +108,18 @@ class TimePairs(eqx.Module):
     at_data: float = eqx.field(default=0.0, converter=float)
     uniform: float = eqx.field(default=0.0, converter=float)
     at_noise: float = eqx.field(default=0.0, converter=float)
+    gap_times: AbstractTimes | None = None
 
     def __check_init__(self):
         check_kind("times", self.times, AbstractTimes)
         if self.r_times is not None:
             check_kind("r_times", self.r_times, AbstractTimes)
+        if self.gap_times is not None:
+            check_kind("gap_times", self.gap_times, AbstractTimes)
+            check_kind("times with gap_times", self.times, AbstractLimitedTimes)
+            if self.r_times is not None or self.uniform != 0:
+                others = f"r_times={self.r_times}, uniform={self.uniform}"
+                raise ValueError(f"gap_times must be None with r_times or uniform, got {others}")
         for name in ("equal", "at_data", "at_noise", "uniform"):
             if not 0 <= (probability := getattr(self, name)) <= 1:
                 raise ValueError(f"{name} is a probability and must lie in [0, 1], got {probability}")
@@ -102,6 +127,20 @@ class TimePairs(eqx.Module):
     def __call__(self, *, key: Key[Array, ""]) -> tuple[Time, Time]:
         """One pair `(r, t)`."""
         first_key, second_key, coin_key = jr.split(key, 3)
+        if self.gap_times is None:
+            r, t = self._of_two(first_key, second_key, coin_key)
+        else:
+            r, t = self._with_gap(self.gap_times, first_key, second_key)
+        if self.at_data > 0:
+            r = jnp.where(jr.bernoulli(jr.fold_in(coin_key, 1), self.at_data), 0, r)
+        if self.at_noise > 0:
+            t = jnp.where(jr.bernoulli(jr.fold_in(coin_key, 4), self.at_noise), 1, t)
+        return jnp.where(jr.bernoulli(coin_key, self.equal), t, r), t
+
+    def _of_two(
+        self, first_key: Key[Array, ""], second_key: Key[Array, ""], coin_key: Key[Array, ""]
+    ) -> tuple[Time, Time]:
+        """r and t from two draws."""
         first = draw_time(self.times, first_key)
         second = draw_time(self.times if self.r_times is None else self.r_times, second_key)
         if self.uniform > 0:
@@ -109,17 +148,25 @@ class TimePairs(eqx.Module):
             first, second = (
                 jnp.where(is_uniform, jr.uniform(key), time) for key, time in zip(keys, (first, second), strict=True)
             )
-        r, t = jnp.minimum(first, second), first if self.r_times is not None else jnp.maximum(first, second)
-        if self.at_data > 0:
-            r = jnp.where(jr.bernoulli(jr.fold_in(coin_key, 1), self.at_data), 0, r)
-        if self.at_noise > 0:
-            t = jnp.where(jr.bernoulli(jr.fold_in(coin_key, 4), self.at_noise), 1, t)
-        return jnp.where(jr.bernoulli(coin_key, self.equal), t, r), t
+        return jnp.minimum(first, second), first if self.r_times is not None else jnp.maximum(first, second)
+
+    def _with_gap(
+        self, gap_times: AbstractTimes, first_key: Key[Array, ""], second_key: Key[Array, ""]
+    ) -> tuple[Time, Time]:
+        """r and t from t - r and r."""
+        assert isinstance(self.times, AbstractLimitedTimes)
+        gap = draw_time(gap_times, second_key)
+        r = _as_time(self.times.below(1 - gap, key=first_key), self.times)
+        return r, jnp.minimum(r + gap, 1)
 
 
 def draw_time(times: AbstractTimes, key: Key[Array, ""]) -> Time:
     """One draw of `times`. **Raises:** `ValueError` unless it is a scalar."""
-    return jnp.asarray(with_checked_scalar(times(key=key), f"a time of {type(times).__name__}"))
+    return _as_time(times(key=key), times)
+
+
+def _as_time(time: ArrayLike, times: AbstractTimes) -> Time:
+    return jnp.asarray(with_checked_scalar(time, f"a time of {type(times).__name__}"))
 
 
 def as_share(share: Fraction | float | int | str) -> Fraction:

@@ -27,6 +27,9 @@ PAIRS = {
     "coin": TimePairs(equal=0.5),
     "minimum and coin": V1,
     "sorted, a tenth uniform": TimePairs(LogitNormalTimes(0.8, 0.8), uniform=0.1),
+    "gap": TimePairs(gap_times=LogitNormalTimes(-0.8, 1.0)),
+    "gap, uniform": TimePairs(UniformTimes(), gap_times=LogitNormalTimes(-0.8, 1.0)),
+    "gap, mostly long": TimePairs(LogitNormalTimes(4.0, 1.6), gap_times=LogitNormalTimes(4.0, 1.6)),
 }
 
 
@@ -75,6 +78,21 @@ def test_default_times_have_the_quantiles_of_the_papers_lognorm(level):
 def test_logit_normal_refuses_a_std_that_is_not_positive(std):
     with pytest.raises(ValueError, match=f"std must be > 0 and finite, got {std}"):
         LogitNormalTimes(0.0, std)
+
+
+@pytest.mark.parametrize("limit", [1e-3, 0.3, 1.0])
+@pytest.mark.parametrize("times", [UniformTimes(), *(LogitNormalTimes(*pair) for pair in LOGIT_NORMALS)], ids=str)
+def test_times_below_a_limit_follow_the_truncated_distribution_function(times, limit):
+    draws = draw(functools.partial(times.below, jnp.asarray(limit)))
+    assert (draws <= limit).all()
+    uniform = isinstance(times, UniformTimes)
+    cdf = scipy.stats.uniform.cdf if uniform else functools.partial(logit_normal_cdf, times.mean, times.std)
+    assert scipy.stats.kstest(draws, lambda x: cdf(x) / cdf(limit)).statistic < KS_BOUND
+
+
+@pytest.mark.parametrize("times", [UniformTimes(), LogitNormalTimes()], ids=str)
+def test_times_below_zero_are_zero(times):
+    np.testing.assert_array_equal(draw(functools.partial(times.below, jnp.asarray(0.0))), 0)
 
 
 # Pairs
@@ -134,6 +152,39 @@ def test_uniform_pairs_of_two_distributions_keep_the_minimum():
     assert scipy.stats.kstest(t, "uniform").statistic < KS_BOUND
     assert scipy.stats.kstest(r, lambda x: 1 - (1 - x) ** 2).statistic < KS_BOUND
     assert abs((r == t).mean() - 0.5) < 4 * np.sqrt(0.25 / DRAWS)
+
+
+@pytest.mark.parametrize("name", ["gap", "gap, uniform"])
+def test_gap_follows_its_distribution(name):
+    r, t = draw(PAIRS[name])
+    assert scipy.stats.kstest(t - r, functools.partial(logit_normal_cdf, -0.8, 1.0)).statistic < KS_BOUND
+
+
+@pytest.mark.parametrize("name", ["gap", "gap, uniform"])
+def test_r_follows_its_distribution_below_the_complement_of_the_gap(name):
+    """Its distribution function at r, over that at the limit, is then uniform, whatever the gap."""
+    r, t = (time.astype(float) for time in draw(PAIRS[name]))
+    cdf = functools.partial(logit_normal_cdf, -0.4, 1.0) if name == "gap" else scipy.stats.uniform.cdf
+    for part in (t - r < 0.3, t - r >= 0.3):
+        level = (cdf(r) / cdf(1 - (t - r)))[part]
+        assert scipy.stats.kstest(level, "uniform").statistic < KS_BOUND * np.sqrt(DRAWS / len(level))
+
+
+def test_gap_takes_only_times_with_a_limit():
+    class Half(AbstractTimes):
+        def __call__(self, *, key):
+            return jnp.asarray(0.5)
+
+    r, t = draw(TimePairs(gap_times=Half()))
+    np.testing.assert_allclose(t - r, 0.5, rtol=0, atol=1e-7)
+    with pytest.raises(ValueError, match="times with gap_times must be an instance of AbstractLimitedTimes, got "):
+        TimePairs(Half(), gap_times=UniformTimes())
+
+
+@pytest.mark.parametrize("options", [{"r_times": UniformTimes()}, {"uniform": 0.1}], ids=["r_times", "uniform"])
+def test_gap_excludes_other_rules(options):
+    with pytest.raises(ValueError, match="gap_times must be None with r_times or uniform, got r_times="):
+        TimePairs(gap_times=UniformTimes(), **options)
 
 
 def test_coin_keeps_t():

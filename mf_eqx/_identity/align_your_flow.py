@@ -7,9 +7,8 @@ Flow Matching's direction remains. This direction is, up to a factor 2, the nega
 / (|g| + c))\, |g|^2$, where the target inside of g is behind stop-gradient.
 
 The paper distils: v_t is then the velocity of a frozen, guided field (`Objective.velocity`). Its $\rho$ rises over
-10,000 steps; it draws the length of [r, t] first, as a logit-normal number of (-0.8, 1), then r uniformly. Sorted
-uniform times come nearest: r is uniform there, too, and the mean length is 0.33 in place of 0.34. |g| is the Euclidean
-length here; whether the authors divide by the number of dimensions is not known to us.
+10,000 steps; it draws t - r first, as a logit-normal number of (-0.8, 1), then r uniformly. |g| is the Euclidean length
+here, as in two re-implementations by others; code of the authors, which would decide these details, is not known to us.
 
 Source: Align Your Flow: Scaling Continuous-Time Flow Map Distillation, Sabour, Fidler, Kreis, 2025, arXiv 2506.14603.
 """
@@ -24,7 +23,7 @@ from .._derivative import AbstractDerivative, FusedJVP
 from .._field import AbstractField
 from .._row import Row
 from .._schedule import as_schedule, at_step, Schedule
-from .._times import TimePairs, UniformTimes
+from .._times import LogitNormalTimes, TimePairs, UniformTimes
 from .._validate import check_positive
 from .base import AbstractIdentityWithLoss, AbstractScheduledIdentity
 from .facts import Facts
@@ -56,7 +55,8 @@ class AlignYourFlow(AbstractIdentityWithLoss, AbstractScheduledIdentity):
 
     @property
     def facts(self) -> Facts:
-        settings = {"identity_share": 1, "time_pairs": TimePairs(UniformTimes())}
+        pairs = TimePairs(UniformTimes(), gap_times=LogitNormalTimes(-0.8, 1.0))
+        settings = {"identity_share": 1, "time_pairs": pairs}
         return Facts(exact=self.rho == 1, passes=self.derivative.passes, paper_settings=settings)
 
     def residual_and_loss(self, field: AbstractField, row: Row) -> tuple[Float[Array, "*data"], Scalar]:

@@ -4,14 +4,15 @@ With $s = t - \alpha (t - r)$ and $z_s = z_t - (t - s)\, v_t$, which is one Eule
 
 $$u(z_t, r, t) = \alpha v_t + (1 - \alpha)\, u(z_s, r, s).$$
 
-The paper weighs the squared residual of this, $S$, by $\alpha / (S + c)$. Here the residual is divided by $\alpha$: it
-is then MeanFlow's with $(1 - \alpha) (u - u(z_s, r, s)) / \alpha$ for $(t - r)\, du/dt$ (in bfloat16 mostly rounding at
-a small $\alpha$: compute in float32). The weight $1 / (S / \alpha^2 + c)$ on its square gives the paper's gradient with
-offset $\alpha^2 c$; with a fixed offset it would vanish as $\alpha \to 0$. `paper_settings` are those of B/2 with
-guidance; without it, and for XL/2, half of the rows carry the identity.
+Here the residual is divided by $\alpha$: it is then MeanFlow's with $(1 - \alpha) (u - u(z_s, r, s)) / \alpha$ in place
+of $(t - r)\, du/dt$ (in bfloat16 mostly rounding at a small $\alpha$: compute in float32). With S the mean square of
+the undivided residual, the weight $1 / (S / \alpha^2 + c)$ gives the gradient of $\alpha S / (S + \alpha^2 c)$, which
+the paper derives (Section G.2); it then has c for $\alpha^2 c$, so that the gradient vanishes as $\alpha \to 0$.
+`paper_settings` are those of B/2 with guidance (Tab. 3). Without it, and for XL/2, half of the rows carry the identity;
+for XL/2 $\alpha$ falls from 1/2 to 5/6 of the training, and the authors clip targets with $\alpha > 0$ to [-4, 4].
 
 Source: AlphaFlow: Understanding and Improving MeanFlow Models, Zhang, Siarohin, Menapace, Vasilkovsky, Tulyakov, Qu,
-Skorokhodov, 2025, arXiv 2510.20771.
+Skorokhodov, 2025, arXiv 2510.20771, and the authors' code.
 """
 
 import equinox as eqx
@@ -35,7 +36,7 @@ class AlphaFlow(AbstractScheduledIdentity):
 
     **Arguments:** `alpha` in [0, 1] or a schedule of it: from 1 to 0 along a sigmoid in the paper. Values below
     `clip` count as 0, where the residual is that of `MeanFlow`, and values above 1 - `clip` as 1, where it is u - v.
-    Each step computes only one of the three residuals. `derivative` the engine that computes du/dt for `MeanFlow`.
+    Each step computes one of the three residuals. `derivative` the engine that computes du/dt for `MeanFlow`.
     """
 
     alpha: Schedule = eqx.field(converter=as_schedule("alpha", 0.0, 1.0))

@@ -9,9 +9,11 @@ the mean squared error to the target over dimensions, the loss is $\sin(\pi t / 
 The boundary rows of the objective are the anchor. The paper adds both losses on the same rows. Its anchor loss has one
 more term, one minus the cosine similarity of u(z, t, t) and v. Its network has no r, and sees the time -t on anchor
 rows (the "expanded interval"). Times are $t = \frac{2}{\pi} \arctan e^n$ with n normal, mean -0.8 and deviation 1.6;
-`paper_settings` has the nearest logit-normal times.
+`paper_settings` has the nearest logit-normal times. The authors distil by default: v_t is then that of a frozen field,
+guided by 1.75 for $t \le 0.875$.
 
-Source: FACM: Flow-Anchored Consistency Models, 2025, arXiv 2507.03738, and the authors' code.
+Source: FACM: Flow-Anchored Consistency Models, Peng, Zhu, Liu, Wu, Li, Sun, Wu, 2025, arXiv 2507.03738, and the
+authors' code.
 """
 
 import equinox as eqx

@@ -7,9 +7,9 @@ $$u(z_t, r, t) - (t - r)\, \partial_r u(z_t, r, t) = v(X_{t \to r}(z_t), r),$$
 where v is the network's own u(z, r, r). The gradient passes through the whole left side, including the derivative.
 
 The authors' loss has a learnt weight, $e^{-w(r, t)} |\Delta|^2 + w(r, t)$, for this and the boundary term.
-`paper_settings` leave it out. `AdaptiveWeight` comes nearest, with the error of the row itself in place of the mean
-error at (r, t); but with it (p = 0.5) the method learnt nothing on Fashion-MNIST, where it learns with
-`ConstantWeight`.
+`paper_settings`, those for CIFAR-10, leave it out. `AdaptiveWeight` comes nearest, with the error of the row itself in
+place of the mean error at (r, t); but with it (p = 0.5) the method learnt nothing on Fashion-MNIST, where it learns
+with `ConstantWeight`.
 
 Source: How to build a consistency model: Learning flow maps via self-distillation, Boffi, Albergo, Vanden-Eijnden,
 2025, arXiv 2505.18825, and the authors' code; the equation is from Flow map matching, the same authors, 2024, arXiv

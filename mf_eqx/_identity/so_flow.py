@@ -8,9 +8,9 @@ The left side minus the right side, divided by t - l as in the paper's loss, is 
 $\alpha = k$: the two methods differ in schedule and weights. There is no derivative.
 
 The paper's loss weighs by $1 / (\overline{\Delta^2} + 0.01)^p$ with the *mean* over dimensions, p = 0.5 or 1
-(`paper_settings`: 1). In the authors' code the
-gradient of boundary rows has a factor 2 that the others lack. The gradient of a residual here is that of u(z, r, t), as
-in the authors' code, and not 1/k times as large.
+(`paper_settings`: 1, the authors' default). In the authors' code t - r and t - l are at least 1e-4, guidance can fade
+out towards t = 1, and the gradient of boundary rows has a factor 2 that the others lack. The gradient of a residual
+here is that of u(z, r, t), as in the authors' code, and not 1/k times as large.
 
 Source: SoFlow: Solution Flow Models for One-Step Generative Modeling, Luo, Yuan, Liu, 2025, arXiv 2512.15657, and the
 authors' code.

@@ -6,7 +6,8 @@ $$(t - r)\, u(z_t, r, t) = (t - s)\, u(z_t, s, t) + (s - r)\, u(z_s, r, s).$$
 
 Source: SplitMeanFlow: Interval Splitting Consistency in Few-Step Generative Modeling, Guo, Wang, Ye, Yu, Zhang, et al.,
 2025, arXiv 2507.16884. Progressive self-distillation (PSD) in How to build a consistency model, Boffi, Albergo,
-Vanden-Eijnden, 2025, arXiv 2505.18825, is the same equation, with s uniform here and in the middle in `Shortcut`.
+Vanden-Eijnden, 2025, arXiv 2505.18825, is the same equation, with s uniform here and in the middle in `Shortcut`. Since
+the former paper is on speech, `paper_settings` are those of PSD for CIFAR-10, without its learnt weight.
 """
 
 import jax
@@ -21,6 +22,7 @@ from .._row import Row
 from .._times import AbstractTimes, UniformTimes
 from .base import AbstractIdentity
 from .facts import Facts
+from .lagrangian_self_distillation import SELF_DISTILLATION
 
 _SPLIT = 0x53504C49  # large, since for small i jr.fold_in(key, i) is jr.split(key, n)[i], which a field may use
 
@@ -60,7 +62,11 @@ class SplitMeanFlow(AbstractIdentity):
 
     @property
     def facts(self) -> Facts:
-        return Facts(degenerate=True, trains_velocity=False, uses_velocity=False, passes=Passes(forward=2))
+        settings = SELF_DISTILLATION.paper_settings
+        passes = Passes(forward=2)
+        return Facts(
+            degenerate=True, trains_velocity=False, uses_velocity=False, passes=passes, paper_settings=settings
+        )
 
     def residual(self, field: AbstractField, row: Row) -> Float[Array, "*data"]:
         if row.key is None:

@@ -3,10 +3,16 @@ r"""Terminal velocity matching: the Lagrangian equation with the velocity of an 
 $$u(z_t, r, t) - (t - r)\, \partial_r u(z_t, r, t) = \bar v(X_{t \to r}(z_t), r), \qquad
 X_{t \to r}(z) = z - (t - r)\, u(z, r, t),$$
 
-with $\bar v(z, r) = \bar u(z, r, r)$ of an exponential average of the parameters, of decay 0.99 in the paper. Weights
-of the paper that depend on the scale of guidance are left out.
+with $\bar v(z, r) = \bar u(z, r, r)$ of an exponential average of the parameters, of decay 0.99. The gradient passes
+through the whole left side, but not through X (Eq. 12 of the paper).
 
-Source: Terminal Velocity Matching, Zhou, Parger, Haque, Song, 2025, arXiv 2511.19797.
+Each example of the paper has a row with r < t and a boundary row, with times of its own; here half of the rows are of
+each kind, which weighs the two losses equally, too. With guidance of scale $\omega$, an input of the network, the paper
+divides both losses by $\omega^2$, takes the velocity without condition from the averaged copy, and sets $\omega = 1$
+where the condition is dropped (Eq. 14 and 15). `Guidance` has no such weight, and takes the network's own velocity.
+
+Source: Terminal Velocity Matching, Zhou, Parger, Haque, Song, 2025, arXiv 2511.19797; `paper_settings` are those of all
+configurations in the authors' code.
 """
 
 import dataclasses
@@ -17,9 +23,13 @@ from jaxtyping import Array, Float
 from .._field import AbstractField
 from .._model.guidance import condition_at
 from .._row import Row
+from .._times import LogitNormalTimes, TimePairs
+from .._weight import ConstantWeight
 from .base import AbstractIdentity
 from .facts import Facts
 from .lagrangian_self_distillation import lagrangian_sides, SELF_DISTILLATION
+
+_TIMES = LogitNormalTimes(-0.4, 1.0)
 
 
 class TerminalVelocityMatching(AbstractIdentity):
@@ -34,7 +44,13 @@ class TerminalVelocityMatching(AbstractIdentity):
 
     @property
     def facts(self) -> Facts:
-        return dataclasses.replace(SELF_DISTILLATION, needs_teacher=True, paper_settings=None)
+        settings = {
+            "identity_share": 0.5,
+            "time_pairs": TimePairs(_TIMES, gap_times=LogitNormalTimes(-0.8, 1.0)),
+            "boundary_times": _TIMES,
+            "weight": ConstantWeight(mean=True),
+        }
+        return dataclasses.replace(SELF_DISTILLATION, needs_teacher=True, paper_settings=settings)
 
     def residual(self, field: AbstractField, row: Row) -> Float[Array, "*data"]:
         if row.context is None or row.context.teacher is None:

@@ -4,15 +4,16 @@ $$u(z_t, r, t) = v_t - (t - r)\, \frac{d}{dt} u(z_t, r, t), \qquad
 \text{loss} = \frac{1}{\sqrt{\tan t - \tan r + \sigma}} \cdot \frac{e}{\mathrm{sg}(e) + c}$$
 
 with e the mean squared residual over dimensions. The paper derives the identity for several paths, with a
-parametrisation of the transition for each; its published models use the linear path, on which it is MeanFlow's. This
-class uses MeanFlow's identity on every path. The published models compute du/dt by a central difference,
-`CentralDifference(0.005)`.
+parametrisation of the transition for each; its models use the linear path, on which it is MeanFlow's. This class uses
+MeanFlow's identity on every path. The paper's models compute du/dt by a central difference, `CentralDifference(0.005)`.
 
-They weigh boundary rows in the same way. The authors' code adds to e one minus the cosine similarity of u and its
-target, which is not done here. With guidance, the authors' code still takes the derivative along the unguided path;
-here it is along the guided velocity, as in MeanFlow.
+They weigh boundary rows in the same way. To e they add one minus the cosine similarity of u and its target (Alg. 1),
+which is not done here. With guidance, $v_t + 0.75\, (u_c - u_\varnothing)$ for $0.3 \le t \le 0.8$ with u(z, t, t) of
+an averaged copy, the authors' code still takes the derivative along the unguided path; here it is along the guided
+velocity, as in MeanFlow.
 
-Source: Transition Models: Rethinking the Generative Learning Objective, 2025, arXiv 2509.04394, and the authors' code.
+Source: Transition Models: Rethinking the Generative Learning Objective, Wang, Zhang, Yue, Yue, Li, Ouyang, Bai, 2025,
+arXiv 2509.04394, and the authors' code, from which `paper_settings` are.
 """
 
 import equinox as eqx

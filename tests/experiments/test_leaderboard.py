@@ -45,7 +45,7 @@ def test_every_method_is_there_and_the_papers_settings_where_they_are_known(lead
     known = {"FlowMatching", *mfx.identities_in(vars(mfx), 1)}
     assert {cell.method for cell in cells if cell.settings == "common"} == known
     of_paper = {cell.method for cell in cells if cell.settings == "paper"}
-    assert {"MeanFlow", "ConsistencyTraining"} <= of_paper and not {"FlowMatching", "Shortcut"} & of_paper
+    assert {"MeanFlow", "ConsistencyTraining"} <= of_paper and not {"FlowMatching", "ModularMeanFlow"} & of_paper
     assert len(set(cells)) == len(cells) and [cell.seed for cell in cells] == sorted(cell.seed for cell in cells)
 
 

@@ -155,7 +155,7 @@ def test_every_identity_is_a_method_and_trained_by_default_with_both_settings(to
     expected |= {(name, "paper", 1) for name in found if found[name].facts.paper_settings is not None}
     expected |= {("Exact", "common", 1)}
     assert {(cell.method, cell.settings, cell.part) for cell in cells} == expected
-    assert ("MeanFlow", "paper", 1) in expected and ("Shortcut", "paper", 1) not in expected
+    assert ("MeanFlow", "paper", 1) in expected and ("ModularMeanFlow", "paper", 1) not in expected
     assert len(cells) == 2 * len(expected) - 1  # the exact field has no seeds
     both = [toy_2d.cells(toy_2d.Config(settings=settings)) for settings in (("common", "paper"), ("paper", "common"))]
     assert set(both[0]) == set(both[1])

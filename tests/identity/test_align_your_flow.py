@@ -1,6 +1,5 @@
 import jax
 import jax.numpy as jnp
-import jax.random as jr
 import numpy as np
 import pytest
 from fields import Cubic
@@ -46,11 +45,3 @@ def test_regularisation_ends_at_one_percent_after_a_tenth_of_the_training():
 def test_values_without_meaning_are_refused(rho, offset, name):
     with pytest.raises(ValueError, match=f"{name} must"):
         mfx.AlignYourFlow(rho, offset)
-
-
-def test_sorted_uniform_times_have_the_mean_length_of_the_paper():
-    r, t = jax.vmap(lambda key: mfx.AlignYourFlow().facts.paper_settings["time_pairs"](key=key))(
-        jr.split(jr.key(0), 10_000)
-    )
-    length = jax.nn.sigmoid(jr.normal(jr.key(1), 10_000) - 0.8)
-    np.testing.assert_allclose(jnp.mean(t - r), jnp.mean(length), rtol=0, atol=0.02)

@@ -14,8 +14,19 @@ SELF_DISTILLATION = {"time_pairs": UNIFORM, "boundary_times": mfx.UniformTimes()
 EXACT_VALUES = {
     "MeanFlow": {},
     "ImprovedMeanFlow": {"identity_share": 1 / 2},
-    "TerminalVelocityMatching": None,
-    "Shortcut": None,
+    "TerminalVelocityMatching": {
+        "identity_share": 1 / 2,
+        "time_pairs": mfx.TimePairs(mfx.LogitNormalTimes(-0.4, 1.0), gap_times=mfx.LogitNormalTimes(-0.8, 1.0)),
+        "boundary_times": mfx.LogitNormalTimes(-0.4, 1.0),
+        "weight": mfx.ConstantWeight(mean=True),
+    },
+    "ModularMeanFlow": None,
+    "Shortcut": {"time_pairs": UNIFORM, "boundary_times": mfx.UniformTimes(), "weight": mfx.ConstantWeight(mean=True)},
+    "SplitMeanFlow": SELF_DISTILLATION,
+    "AlignYourFlow": {
+        "identity_share": 1,
+        "time_pairs": mfx.TimePairs(mfx.UniformTimes(), gap_times=mfx.LogitNormalTimes(-0.8, 1.0)),
+    },
     "LagrangianSelfDistillation": SELF_DISTILLATION,
     "EulerianSelfDistillation": SELF_DISTILLATION,
     "AlphaFlow by a schedule": {
