@@ -8,7 +8,7 @@ Flow Matching's direction remains. This direction is, up to a factor 2, the nega
 
 The paper distils: v_t is then the velocity of a frozen, guided field (`Objective.velocity`). Its $\rho$ rises over
 10,000 steps; it draws t - r first, as a logit-normal number of (-0.8, 1), then r uniformly. |g| is the Euclidean length
-here, as in two re-implementations by others; code of the authors, which would decide these details, is not known to us.
+here. All these details are as in re-implementations by others: we have seen no code of the authors.
 
 Source: Align Your Flow: Scaling Continuous-Time Flow Map Distillation, Sabour, Fidler, Kreis, 2025, arXiv 2506.14603.
 """
