@@ -84,6 +84,8 @@ class Config(run.Settings):
     """Largest number of training images whose features are the reference of Frechet distances."""
     scales: tuple[float, ...] = (0.02, 0.05, 0.2)
     """Scales of drifting, in units of the mean distance of features."""
+    anchor: float = 0.0
+    """With a reward, the weight of the squared distance of u from that of the weights that training starts from."""
     steps: int = 300
     """Steps. The learning rate decays over all of them, so that more are another run."""
     batch: int = 128
@@ -123,13 +125,17 @@ class Config(run.Settings):
         self.check_unused()
         # What the parts themselves refuse is refused here, where a flag can be named.
         mfx.Drifting(scales=self.scales)
+        if not 0 <= self.anchor < float("inf"):
+            raise ValueError(f"anchor must be >= 0 and finite, got {self.anchor}")
         mfx.ExponentialAverage(self.decay)
         if not 0 <= self.population_decay < 1:
             raise ValueError(f"population_decay must lie in [0, 1), got {self.population_decay}")
 
     def check_unused(self) -> None:
         """Refuses what another flag leaves without a use."""
-        unused = {"frechet": ("scales",), "drifting": UNUSED_IN_DRIFTING, "reward": UNUSED_IN_REWARD}[self.loss]
+        unused = {"frechet": ("scales", "anchor"), "drifting": UNUSED_IN_DRIFTING, "reward": UNUSED_IN_REWARD}[
+            self.loss
+        ]
         reasons = dict.fromkeys(unused, f"--loss {self.loss}")
         reasons |= {"population_decay": "--queue"} if self.queue else {}
         defaults = {field.name: field.default for field in dataclasses.fields(self)}
@@ -152,8 +158,9 @@ class Config(run.Settings):
         return self.queue or round(self.batch / (1 - self.population_decay))
 
 
-UNUSED_IN_DRIFTING = ("queue", "population_decay", "refresh", "reference", "relative")
-UNUSED_IN_REWARD = (*UNUSED_IN_DRIFTING, "scales", "features", "feature_weights")
+UNUSED_BUT_IN_FRECHET = ("queue", "population_decay", "refresh", "reference", "relative")
+UNUSED_IN_DRIFTING = (*UNUSED_BUT_IN_FRECHET, "anchor")
+UNUSED_IN_REWARD = (*UNUSED_BUT_IN_FRECHET, "scales", "features", "feature_weights")
 LEAST_ROWS = 4
 """For drifting, the fewest rows of each label in a batch, on average: only samples and data of the same label act on
 each other."""
@@ -237,6 +244,7 @@ def digits_as_images(config: digits.Config) -> image_sources.Parts:
 def objective(
     config: Config,
     spaces: list[post_features.Space],
+    start: mfx.AbstractField,
     train: data.AbstractSource,
     parallelism: mfx.Parallelism | None,
     *,
@@ -247,7 +255,8 @@ def objective(
     times = mfx.uniform_times(config.evaluations)
     place = (lambda loss: loss) if parallelism is None else parallelism.replicate
     if config.loss == "reward":
-        return mfx.RewardObjective(place(post_features.Read(spaces[0].features)), times=times)
+        held = {"reference": start, "anchor": config.anchor} if config.anchor else {}
+        return place(mfx.RewardObjective(post_features.Read(spaces[0].features), times=times, **held))
     if config.loss == "drifting":
         losses = tuple(place(mfx.Drifting(space.features, config.scales)) for space in spaces)
         return mfx.SampleObjective(losses, weights, times, unroll=unroll)
@@ -323,7 +332,7 @@ def main(config: Config) -> None:
         folder = directory.root.parent
         read = {"steps": 2 if config.test_run else image_classifier.STEPS}
         spaces = [post_features.make_space(name, train, folder, **read) for name in config.spaces]
-        loss = objective(config, spaces, train, parallelism, unroll=is_unrolled)
+        loss = objective(config, spaces, start, train, parallelism, unroll=is_unrolled)
         parts = data.InTurn((*([] if labels else [data.WithoutLabel()]), data.FromPixels()))
         averages = [mfx.ExponentialAverage(config.decay)]
         teacher = 0 if loss.needs_teacher else None

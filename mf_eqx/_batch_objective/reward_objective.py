@@ -50,7 +50,9 @@ class RewardObjective(AbstractObjective):
     with $w_\pm$ the mean absolute value of the entries of the same difference. It needs the old field as teacher:
     `TrainStep(..., averages=[ExponentialAverage(0.9)], teacher=0)`. A batch gives the conditions of the samples, and
     their shape; its x is not used. The advantages A are of the whole batch, so it is differentiated at once, without
-    accumulation. Start from a trained field, and watch samples: a reward says nothing about diversity.
+    accumulation. Start from a trained field, and watch samples: a reward says nothing about diversity, and they lose
+    it. A `reference`, such as the field that training starts from, holds them back by a further term, $\kappa\, |u -
+    u_{ref}|^2$ per number.
 
     **Arguments:**
 
@@ -62,12 +64,14 @@ class RewardObjective(AbstractObjective):
     - `time_pairs`: of (r, t) at which the field is trained; a quarter has r = t and a quarter r = 0 by default.
     - `times`: the grid of times along which the old field makes samples.
     - `derivative`: the engine that computes $du_{old}/dt$ along v.
+    - `reference`, `anchor`: a frozen field, or None, and $\kappa$.
     - `adaptive`: whether the two terms are divided by $w_\pm$; False for the squares alone, whose minimum is known.
 
     **Metrics:** `loss`; `reward`, the mean over the samples of the old field; `change`, $|V - V_{old}|^2$ per number.
 
-    **Raises:** `ValueError` unless `strength` and `most` are > 0 and `group` is None or a count >= 2; when called,
-    without a teacher, for batches with `eps`, if `group` does not divide the rows, or if a reward is no number.
+    **Raises:** `ValueError` unless `strength` and `most` are > 0, `anchor` is > 0 with a `reference` and 0 without, and
+    `group` is None or a count >= 2; when called, without a teacher, for batches with `eps`, if `group` does not divide
+    the rows, or if a reward is no number.
 
     Source: MeanFlowNFT: Bringing Forward-Process RL to Average-Velocity Generators, Huang, Zhou, Zhang, Bo, Pang, 2026,
     arXiv 2607.15273, from the authors' code; DiffusionNFT, arXiv 2509.16117. There the old field follows the trained
@@ -81,11 +85,17 @@ class RewardObjective(AbstractObjective):
     time_pairs: TimePairs = TimePairs(UniformTimes(), equal=0.25, at_data=0.25)
     times: tuple[float, ...] = eqx.field(converter=as_grid, default=(1.0, 0.0))
     derivative: AbstractDerivative = FusedJVP()
+    reference: AbstractField | None = None
+    anchor: float = eqx.field(default=0.0, converter=float)
     adaptive: bool = True
 
     def __check_init__(self):
         check_positive("strength", self.strength)
         check_positive("most", self.most)
+        check_positive("anchor", self.anchor, or_zero=True)
+        if (self.reference is None) != (self.anchor == 0):
+            given = "none" if self.reference is None else type(self.reference).__name__
+            raise ValueError(f"anchor must be > 0 if and only if there is a reference, got {self.anchor} and {given}")
         if self.group is not None:
             as_count("group", self.group, 2)
 
@@ -165,7 +175,8 @@ class RewardObjective(AbstractObjective):
         eps = jr.normal(noise_key, x.shape, x.dtype)
         z, v = (1 - t) * x + t * eps, eps - x
         u_old, rate = self.derivative(old, z, r, t, example.condition, tangent=(v, 0.0, 1.0), key=None)
-        change = field(z, r, t, example.condition, key=field_key) - jax.lax.stop_gradient(u_old)
+        u = field(z, r, t, example.condition, key=field_key)
+        change = u - jax.lax.stop_gradient(u_old)
         error = jax.lax.stop_gradient(u_old + (t - r) * rate) - v
 
         def loss(sign: float) -> Scalar:
@@ -173,8 +184,11 @@ class RewardObjective(AbstractObjective):
             size = jnp.maximum(jnp.abs(difference).mean(), 1e-5) if self.adaptive else 1.0
             return jnp.square(difference).mean() / jax.lax.stop_gradient(size)
 
-        value = rho * loss(1.0) + (1 - rho) * loss(-1.0)
-        return self.most / self.strength * value, jnp.square(change).mean()
+        value = self.most / self.strength * (rho * loss(1.0) + (1 - rho) * loss(-1.0))
+        if self.reference is not None:
+            u_reference = stopped(self.reference)(z, r, t, example.condition, key=None)
+            value = value + self.anchor * jnp.square(u - u_reference).mean()
+        return value, jnp.square(change).mean()
 
 
 def _noise(example: Batch, key: Key[Array, ""]) -> Float[Array, "*data"]:

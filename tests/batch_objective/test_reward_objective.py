@@ -98,6 +98,18 @@ def test_loss_without_its_weights_is_least_where_the_theorem_says(x64):
     assert abs(least - 1) < 0.02  # the standard error is 0.006
 
 
+def test_a_reference_adds_the_square_of_the_difference_from_it():
+    def loss(field, **options):
+        objective = mfx.RewardObjective(first, time_pairs=BOUNDARY, **options)
+        return evaluated(objective, field, affine())[0]
+
+    moved = eqx.tree_at(lambda field: field.shift, affine(), affine().shift + jnp.array([0.3, 0.1]))
+    for field, square in ((affine(), 0.0), (moved, (0.3**2 + 0.1**2) / 2)):
+        added = loss(field, reference=affine(), anchor=4.0) - loss(field)
+        np.testing.assert_allclose(added, 4 * square, atol=2e-5)
+    assert not jnp.any(eqx.filter_grad(lambda other: loss(moved, reference=other, anchor=4.0))(affine()).shift)
+
+
 def test_old_velocity_has_no_gradient_if_all_rewards_are_equal():
     def gradient(reward, **options):
         objective = mfx.RewardObjective(reward, **options)
@@ -157,6 +169,11 @@ def test_what_is_trained_is_known(pairs, trained):
     [
         (lambda: mfx.RewardObjective(first, strength=0), "strength must be > 0"),
         (lambda: mfx.RewardObjective(first, most=-1), "most must be > 0"),
+        (lambda: mfx.RewardObjective(first, anchor=1), "anchor must be > 0 if and only if .* got 1.0 and none"),
+        (
+            lambda: mfx.RewardObjective(first, reference=affine()),
+            "anchor must be > 0 if and only .* got 0.0 and Affine",
+        ),
         (lambda: mfx.RewardObjective(first, group=1), "group must be an integer >= 2, got 1"),
         (lambda: mfx.RewardObjective(first, times=(0, 1)), "times must be a strictly decreasing"),
         (lambda: evaluated(mfx.RewardObjective(first), affine(), None), "context must hold the old field as teacher"),

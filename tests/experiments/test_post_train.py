@@ -214,7 +214,7 @@ def test_weights_are_trained_on_again_and_other_numbers_of_evaluations_are_refus
         "--feature-weights 1 0.5 --evaluations 2",
         "--preset drifting --batch 16",
         "--features pixels --queue 64",
-        "--preset reward --batch 16 --evaluations 2",
+        "--preset reward --batch 16 --evaluations 2 --anchor 0.5",
     ],
 )
 def test_every_loss_runs_to_the_end_and_moves_the_network(flags, post_train, here):
@@ -290,7 +290,8 @@ def test_the_classifier_that_is_trained_with_is_another_one_than_the_judge(post_
 def test_populations_are_filled_with_images_of_the_start_under_labels_of_the_data(post_train):
     source, features = data.ArraySource(X, LABEL), post_train.post_features
     config = post_train.Config(batch=16, queue=100, features=("pixels",))
-    loss = post_train.objective(config, [features.Space("pixels", features.Pixels())], source, None, unroll=False)
+    space = features.Space("pixels", features.Pixels())
+    loss = post_train.objective(config, [space], network(), source, None, unroll=False)
     parts, field = data.InTurn((data.FromPixels(),)), network()
     state, again = (post_train.filled_state(config, loss, field, source, parts, lambda tree: tree) for _ in range(2))
     assert state[0].population.count == 100
@@ -312,7 +313,8 @@ def test_training_begins_with_a_full_population(finished, post_train):
         config = post_train.Config(start="base.safetensors", batch=16, features=("pixels",), refresh=1)
         source = post_train.open_data(config, weights, (1, 8, 8)).train
     pixels = post_train.post_features.make_space("pixels", source, finished, steps=0)
-    loss, parts = post_train.objective(config, [pixels], source, None, unroll=False), data.InTurn((data.FromPixels(),))
+    loss = post_train.objective(config, [pixels], network(), source, None, unroll=False)
+    parts = data.InTurn((data.FromPixels(),))
     (state,) = post_train.filled_state(config, loss, network(), source, parts, lambda tree: tree)
     batch = jax.vmap(lambda row: parts(row, jr.key(0)))(data.Stream(source, 16, seed=0)[0])
     _, (found, _) = loss.evaluate(network(), batch, loss.init(), key=jr.key(0))
@@ -421,6 +423,8 @@ def refused(post_train, tmp_path_factory):
             "--queue must be left out with --loss drifting, which does not use it, got 200",
         ),
         ("--loss drifting --relative", "--relative must be left out with --loss drifting"),
+        ("--anchor 1", "--anchor must be left out with --loss frechet, which does not use it"),
+        ("--loss reward --anchor -1", "--anchor must be >= 0 and finite, got -1.0"),
         ("--loss reward --features pixels", "--features must be left out with --loss reward, which does not use it"),
         (
             "--start plain.safetensors --data idx --holdout 0.2 --loss reward",
