@@ -25,7 +25,7 @@ from ._model.guidance import condition_at
 from ._validate import as_count, check_key, check_kind, on_host_if_known
 
 TimeGrid: TypeAlias = Sequence[float] | Real[Array | np.ndarray, " times"]
-_Evaluate: TypeAlias = Callable[[Float[Array, "*data"], Time, Time], Float[Array, "*data"]]
+Evaluate: TypeAlias = Callable[[Float[Array, "*data"], Time, Time], Float[Array, "*data"]]
 """A field with its condition, as a function of z, r and t."""
 
 
@@ -60,7 +60,7 @@ def sample(
     empty, or if the field cannot be called as an `AbstractField` is, returns another shape, or holds a `BatchNorm`,
     which needs a batch.
     """
-    return _integrate(field, lambda u, z, r, t: z - (t - r) * u(z, r, t), eps, condition, times, unroll)
+    return integrate(field, lambda u, z, r, t: z - (t - r) * u(z, r, t), eps, condition, times, unroll)
 
 
 def sample_consistency(
@@ -92,11 +92,11 @@ def sample_consistency(
     check_key(key)
     check_kind("interpolant", interpolant, AbstractInterpolant)
 
-    def step(u: _Evaluate, z: Float[Array, "*data"], r: Time, t: Time, key: Key[Array, ""]) -> Float[Array, "*data"]:
+    def step(u: Evaluate, z: Float[Array, "*data"], r: Time, t: Time, key: Key[Array, ""]) -> Float[Array, "*data"]:
         noise = jr.normal(key, z.shape, z.dtype)
         return interpolant.state_and_velocity(z - t * u(z, jnp.zeros_like(t), t), noise, r)[0]
 
-    return _integrate(field, step, eps, condition, times, unroll, jr.split(key, len(times) - 1))
+    return integrate(field, step, eps, condition, times, unroll, jr.split(key, len(times) - 1))
 
 
 def sample_euler(
@@ -108,7 +108,7 @@ def sample_euler(
     unroll: bool = False,
 ) -> Float[Array, "*data"]:
     """One sample of the ODE dz/dt = u(z, t, t) by Euler's method: arguments as `sample`, one evaluation per step."""
-    return _integrate(field, lambda u, z, r, t: z - (t - r) * u(z, t, t), eps, condition, times, unroll)
+    return integrate(field, lambda u, z, r, t: z - (t - r) * u(z, t, t), eps, condition, times, unroll)
 
 
 def sample_heun(
@@ -121,12 +121,12 @@ def sample_heun(
 ) -> Float[Array, "*data"]:
     """One sample of the ODE dz/dt = u(z, t, t) by Heun's method: arguments as `sample`, two evaluations per step."""
 
-    def step(u: _Evaluate, z: Float[Array, "*data"], r: Time, t: Time) -> Float[Array, "*data"]:
+    def step(u: Evaluate, z: Float[Array, "*data"], r: Time, t: Time) -> Float[Array, "*data"]:
         v = u(z, t, t)
         predicted = z - (t - r) * v
         return z - (t - r) / 2 * (v + u(predicted, r, r))
 
-    return _integrate(field, step, eps, condition, times, unroll)
+    return integrate(field, step, eps, condition, times, unroll)
 
 
 def check_times(times: TimeGrid) -> None:
@@ -151,7 +151,7 @@ def as_grid(times: TimeGrid) -> tuple[float, ...]:
     return tuple(map(float, grid))
 
 
-def _integrate(
+def integrate(
     field: AbstractField,
     step: Callable[..., Float[Array, "*data"]],
     eps: Real[ArrayLike, "*data"] | Sequence[Any],
