@@ -32,6 +32,7 @@ _More = TypeVar("_More")
 Reward: TypeAlias = Callable[[Float[Array, "*data"]], Scalar]
 """What an example is worth."""
 
+
 def sample_with_reward(
     field: AbstractField,
     eps: Real[ArrayLike, "*data"] | Sequence[Any],

@@ -97,7 +97,10 @@ def test_samples_with_the_mean_of_the_posterior_have_less_than_its_variance():
     variance, observed = 0.09, 1.5
     gain = STD**2 / (STD**2 + variance)
     field, eps = exact.GaussianAverageVelocity(jnp.zeros(1), STD), noise(20_000, 1)
-    reward = functools.partial(lambda x: -jnp.sum((observed - x) ** 2) / 2)
+
+    def reward(x):
+        return -jnp.sum((observed - x) ** 2) / 2
+
     x = jax.vmap(lambda eps: mfx.sample_with_reward(field, eps, reward=reward, scale=gain))(eps)
     np.testing.assert_allclose(x.mean(), gain * observed, atol=0.004)
     np.testing.assert_allclose(x.var(), (1 - gain) ** 2 * STD**2, rtol=0.05)  # the posterior: (1 - gain) STD^2
@@ -228,7 +231,7 @@ def test_unrolled_steps_are_the_same(through_field):
     ],
 )
 @pytest.mark.parametrize("through_field", [False, True])
-def test_wrong_arguments_are_refused(options, message, through_field):
+def test_wrong_arguments_are_refused(unchecked, options, message, through_field):
     with pytest.raises(ValueError, match=message):
         guided(noise(), through_field=through_field, **options)
 
