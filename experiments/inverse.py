@@ -32,7 +32,7 @@ with install_import_hook("mf_eqx", "beartype.beartype(conf=beartype.BeartypeConf
     import digits
     import image_sources
     import saved
-    from inverse_problems import Images, Judge, Problem, problems, Way, ways
+    from inverse_problems import Figures, Images, Judge, Problem, problems, Way, ways
 
     import mf_eqx as mfx
     from mf_eqx import data, picture, run
@@ -150,16 +150,13 @@ def trained(config: Config, directory: run.RunDirectory) -> Subject:
 
 
 class Row(NamedTuple):
-    """One row of the table: figures as of `Judge`."""
+    """One row of the table."""
 
     problem: str
     way: str
-    evaluations: int | None = None
-    scale: float | None = None
-    observed: float = 0.0
-    psnr: float = 0.0
-    spread: float = 0.0
-    frechet: float = 0.0
+    evaluations: int | None
+    scale: float | None
+    figures: Figures
 
 
 HEADERS = ("look-ahead, reward", "evaluations", "scale", "error, seen", "PSNR, not seen", "spread", "Frechet distance")
@@ -195,13 +192,13 @@ def compare(config: Config, subject: Subject, problem: Problem, progress: Callab
     judges = {name: Judge(problem, part, problem.observe(part.x), reference) for name, part in parts.items()}
     truth, observed = subject.test.x, judges["test"].observed
     rows = [
-        Row(problem.name, name, **judges["test"].figures(x[None]))
+        Row(problem.name, name, None, None, judges["test"].figures(x[None]))
         for name, x in (("the images themselves", truth), ("the observation", observed))
     ]
     shown = {"observed": observed}
     for way in ways(config.evaluations):
         scale, x = restored(config, subject, way, judges)
-        rows.append(Row(problem.name, way.name, way.evaluations, scale, **judges["test"].figures(x)))
+        rows.append(Row(problem.name, way.name, way.evaluations, scale, judges["test"].figures(x)))
         shown[f"{way.name}, {way.evaluations}"] = x[0]
         progress()
     return Comparison(rows, {**shown, "truth": truth})
@@ -228,10 +225,11 @@ def save(found: list[Comparison], directory: run.RunDirectory) -> None:
     """A table for each problem, and a picture with a row for each way and columns of each problem."""
     texts = []
     for rows, _ in found:
-        cells = [(r.way, r.evaluations, r.scale, *(f"{value:.3g}" for value in r[4:])) for r in rows]
+        cells = [(r.way, r.evaluations, r.scale, *(f"{value:.3g}" for value in r.figures)) for r in rows]
         texts.append(f"{rows[0].problem}:\n\n{run.table(cells, HEADERS)}")
     text = "\n\n".join(texts)
-    directory.save_results(text, [row._asdict() for rows, _ in found for row in rows])
+    every = [row for rows, _ in found for row in rows]
+    directory.save_results(text, [{**row._asdict(), "figures": row.figures._asdict()} for row in every])
     names = [name for name in found[0].shown if name.rpartition(", ")[2] not in UNSHOWN]
     images = [np.concatenate([shown[name][:SHOWN] for _, shown in found]) for name in names]
     labels = [rows[0].problem if i == 0 else "" for rows, _ in found for i in range(SHOWN)]

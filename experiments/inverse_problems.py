@@ -119,6 +119,20 @@ def restore(
     return jax.vmap(each_row, in_axes=(0, None, None))(eps, observed, label)
 
 
+class Figures(NamedTuple):
+    """Of restorations, in the unit of the images, which are in [-1, 1].
+
+    **Arguments:** `observed` root mean square error of what was seen; `psnr` in dB, and `spread` between restorations
+    of one image, of what was not seen (of all, where it was seen with noise); `frechet` distance in pixels to images of
+    the training, of one restoration of each image.
+    """
+
+    observed: float
+    psnr: float
+    spread: float
+    frechet: float
+
+
 class Judge(NamedTuple):
     """Images, what is seen of them, and figures of their restorations."""
 
@@ -137,20 +151,18 @@ class Judge(NamedTuple):
         made = restore(field, way, projection, jnp.asarray(self.observed), label, eps, jnp.float32(scale))
         return np.clip(made, -1, 1)
 
-    def figures(self, x: Float[np.ndarray, "samples rows *image"]) -> dict[str, float]:
-        """`observed`: error of what was seen, `psnr` in dB and `spread` of what was not (of all, where there is noise);
-        Frechet distance to images of the training, the mean over samples. Images are in [-1, 1]."""
+    def figures(self, x: Float[np.ndarray, "samples rows *image"]) -> Figures:
         made = np.asarray(x, np.float64).reshape(*x.shape[:2], -1)
         truth, observed = (each.reshape(len(each), -1) for each in (self.images.x, self.observed))
         seen = self.problem.projection
         judged = seen if self.problem.noise else np.eye(len(seen)) - seen
         off, wrong = (np.sum(part**2, axis=-1).mean() for part in (made @ seen - observed, (made - truth) @ judged))
+        variance = np.sum(np.var(made @ judged, axis=0, ddof=1), axis=-1).mean() if len(made) > 1 else 0.0
         with np.errstate(divide="ignore"):  # of the truth itself
             psnr = 10 * np.log10(4 * np.trace(judged) / wrong)
-        variance = np.sum(np.var(made @ judged, axis=0, ddof=1), axis=-1).mean() if len(made) > 1 else 0.0
-        return {
-            "observed": float(off / np.trace(seen)) ** 0.5,
-            "psnr": float(psnr),
-            "spread": float(variance / np.trace(judged)) ** 0.5,
-            "frechet": float(np.mean([metrics.frechet_distance(each, self.reference) for each in made])),
-        }
+        return Figures(
+            observed=float(off / np.trace(seen)) ** 0.5,
+            psnr=float(psnr),
+            spread=float(variance / np.trace(judged)) ** 0.5,
+            frechet=float(np.mean([metrics.frechet_distance(each, self.reference) for each in made])),
+        )
