@@ -64,8 +64,8 @@ def sample_with_reward(
     - `iterations`: number n of steps of the ascent.
     - `through_field`: False changes the look-ahead and needs only the gradient of R (FMRG-E). True changes the state
       by the derivative of the field (FMRG-J), which keeps changes near to what the field can make.
-    - `straight`: True for steps along the straight line to the look-ahead, w = u(z, 0, t) (the authors' `flow_map1`,
-      without it `flow_map2`).
+    - `straight`: True for steps along the straight line to the look-ahead, w = u(z, 0, t), which leave the flow where
+      that is curved: for two steps or so (the authors' `flow_map1`; without it `flow_map2`).
 
     To guide only the first part of the way, end `times` at a time s > 0 and give the result to `sample` with times
     from s to 0. For a field that has learnt only v(z, t) = u(z, t, t), give one that returns it at all r.
