@@ -32,6 +32,7 @@ the second line must be imported explicitly, so that a training job does not loa
     _model/            DiT, in-context DiT, U-Net and MLP; networks that predict data
     nn/                public blocks: attention, embeddings, stacks (scan, remat), what optimisers must know of them
     _sample.py         n-step sampling of u, of consistency models, and of v by Euler and Heun
+    _reward.py         sampling towards a reward, by the look-ahead of a flow map
     _ema.py            averages of the parameters
     _optimizer.py      which optimisers a step can serve, and what it hands them
     _sharding.py       meshes, and what lies where on them
@@ -177,6 +178,7 @@ from ._model import (
 )
 from ._objective import Objective as Objective
 from ._perceptual import PerceptualTerm as PerceptualTerm
+from ._reward import sample_with_reward as sample_with_reward
 from ._row import Context as Context, Row as Row
 from ._sample import (
     sample as sample,

@@ -26,7 +26,7 @@ from ._model.guidance import condition_at
 from ._validate import as_count, check_key, check_kind, on_host_if_known
 
 TimeGrid: TypeAlias = Sequence[float] | Real[Array | np.ndarray, " times"]
-_Evaluate: TypeAlias = Callable[[Float[Array, "*data"], Time, Time], Float[Array, "*data"]]
+Evaluate: TypeAlias = Callable[[Float[Array, "*data"], Time, Time], Float[Array, "*data"]]
 """A field with its condition, as a function of z, r and t."""
 
 
@@ -61,7 +61,7 @@ def sample(
     empty, or if the field cannot be called as an `AbstractField` is, returns another shape, or holds a `BatchNorm`,
     which needs a batch.
     """
-    return _integrate(field, lambda u, z, r, t: z - (t - r) * u(z, r, t), eps, condition, times, unroll)
+    return integrate(field, lambda u, z, r, t: z - (t - r) * u(z, r, t), eps, condition, times, unroll)
 
 
 def sample_consistency(
@@ -101,12 +101,12 @@ def sample_consistency(
     if not 0 <= new_noise <= 1:
         raise ValueError(f"new_noise must lie in [0, 1], got {new_noise}")
 
-    def step(u: _Evaluate, z: Float[Array, "*data"], r: Time, t: Time, key: Key[Array, ""]) -> Float[Array, "*data"]:
+    def step(u: Evaluate, z: Float[Array, "*data"], r: Time, t: Time, key: Key[Array, ""]) -> Float[Array, "*data"]:
         s = _time_of_less_noise(interpolant, r, math.sqrt(1 - new_noise**2))
         less = interpolant.alpha(r) / interpolant.alpha(s) * (z - (t - s) * u(z, s, t))
         return less + new_noise * interpolant.sigma(r) * jr.normal(key, z.shape, z.dtype)
 
-    return _integrate(field, step, eps, condition, times, unroll, jr.split(key, len(times) - 1))
+    return integrate(field, step, eps, condition, times, unroll, jr.split(key, len(times) - 1))
 
 
 def _time_of_less_noise(path: AbstractInterpolant, r: Time, share: float) -> Time:
@@ -132,7 +132,7 @@ def sample_euler(
     unroll: bool = False,
 ) -> Float[Array, "*data"]:
     """One sample of the ODE dz/dt = u(z, t, t) by Euler's method: arguments as `sample`, one evaluation per step."""
-    return _integrate(field, lambda u, z, r, t: z - (t - r) * u(z, t, t), eps, condition, times, unroll)
+    return integrate(field, lambda u, z, r, t: z - (t - r) * u(z, t, t), eps, condition, times, unroll)
 
 
 def sample_heun(
@@ -145,12 +145,12 @@ def sample_heun(
 ) -> Float[Array, "*data"]:
     """One sample of the ODE dz/dt = u(z, t, t) by Heun's method: arguments as `sample`, two evaluations per step."""
 
-    def step(u: _Evaluate, z: Float[Array, "*data"], r: Time, t: Time) -> Float[Array, "*data"]:
+    def step(u: Evaluate, z: Float[Array, "*data"], r: Time, t: Time) -> Float[Array, "*data"]:
         v = u(z, t, t)
         predicted = z - (t - r) * v
         return z - (t - r) / 2 * (v + u(predicted, r, r))
 
-    return _integrate(field, step, eps, condition, times, unroll)
+    return integrate(field, step, eps, condition, times, unroll)
 
 
 def check_times(times: TimeGrid) -> None:
@@ -175,7 +175,7 @@ def as_grid(times: TimeGrid) -> tuple[float, ...]:
     return tuple(map(float, grid))
 
 
-def _integrate(
+def integrate(
     field: AbstractField,
     step: Callable[..., Float[Array, "*data"]],
     eps: Real[ArrayLike, "*data"] | Sequence[Any],
