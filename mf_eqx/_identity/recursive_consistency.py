@@ -30,7 +30,7 @@ from .._field import AbstractField, stopped
 from .._row import Row
 from .._schedule import as_schedule, at_step, Schedule
 from .._times import TimePairs, UniformTimes
-from .._validate import as_count
+from .._validate import as_count, check_positive
 from .._weight import AdaptiveWeight
 from .average_of_steps import average_of_steps
 from .base import AbstractIdentityWithLoss
@@ -44,8 +44,8 @@ class RecursiveConsistency(AbstractIdentityWithLoss):
 
     **Arguments:** `order` N >= 1; `step` $\delta$ in (0, 1] or a schedule; `conditional` $\beta$ in [0, 1] or a
     schedule, for a first step along $\beta v + (1 - \beta)\, u(z, t, t)$, which needs boundary rows unless it is 1;
-    `by_teacher` whether $\bar u$ is the teacher's, which must then be given, or the field's own; `clip` of g in the
-    loss, > 0, `math.inf` for none. The defaults are those of TwinFlow's code. Compute in float32.
+    `by_teacher` whether $\bar u$ is the teacher's, which must then be given, or the field's own; `clip` the largest
+    magnitude of g in the loss, > 0. The defaults are those of TwinFlow's code. Compute in float32.
     """
 
     order: int = eqx.field(default=2, converter=lambda order: as_count("order", order))
@@ -55,8 +55,9 @@ class RecursiveConsistency(AbstractIdentityWithLoss):
     clip: float = eqx.field(default=1.0, converter=float)
 
     def __check_init__(self):
-        if self.step == 0 or not self.clip > 0:
-            raise ValueError(f"step and clip must be > 0, got step = {self.step} and clip = {self.clip}")
+        check_positive("clip", self.clip)
+        if self.step == 0:
+            raise ValueError("step must be > 0, got 0.0")
 
     @property
     def facts(self) -> Facts:

@@ -64,7 +64,7 @@ def test_residual_and_loss_are_those_of_the_code(order, step, t):
     np.testing.assert_allclose(loss, loss_of(g, t - R), rtol=1e-11)
 
 
-@pytest.mark.parametrize("clip", [0.1, 1.0, 3.0, math.inf])
+@pytest.mark.parametrize("clip", [0.1, 1.0, 3.0, 1e6])
 def test_the_largest_magnitude_of_the_residual_in_the_loss_can_be_chosen(clip):
     at, (u, ubar) = taught(), fields()
     g = direction(u, ubar, at, 2, 0.01)
@@ -200,13 +200,13 @@ def test_boundary_rows_are_needed_along_the_fields_own_velocity():
     [
         ({"order": 0}, "order must be an integer >= 1, got 0"),
         ({"order": True}, "order must be an integer >= 1, got True"),
-        ({"step": 0.0}, r"step and clip must be > 0, got step = 0.0 and clip = 1.0"),
+        ({"step": 0.0}, "step must be > 0, got 0.0"),
         ({"step": -0.1}, r"step must lie in \[0, 1\] or be a schedule, got -0.1"),
         ({"step": 1.5}, r"step must lie in \[0, 1\] or be a schedule, got 1.5"),
         ({"step": math.nan}, r"step must lie in \[0, 1\] or be a schedule, got nan"),
         ({"conditional": 1.5}, r"conditional must lie in \[0, 1\] or be a schedule, got 1.5"),
-        ({"clip": 0.0}, "step and clip must be > 0, got step = 0.01 and clip = 0.0"),
-        ({"clip": math.nan}, "step and clip must be > 0, got step = 0.01 and clip = nan"),
+        ({"clip": 0.0}, "clip must be > 0 and finite, got 0.0"),
+        ({"clip": math.nan}, "clip must be > 0 and finite, got nan"),
     ],
 )
 def test_values_without_meaning_are_refused(options, text):
