@@ -132,6 +132,7 @@ from ._identity import (
     LagrangianSelfDistillation as LagrangianSelfDistillation,
     MeanFlow as MeanFlow,
     ModularMeanFlow as ModularMeanFlow,
+    RecursiveConsistency as RecursiveConsistency,
     semigroup_residual as semigroup_residual,
     Shortcut as Shortcut,
     SoFlow as SoFlow,

@@ -27,6 +27,10 @@ METHODS = {
     "ConsistencyTraining by iCT": mfx.ConsistencyTraining.improved(1),
     "ContinuousConsistency": mfx.ContinuousConsistency(),
     "FlowAnchoredConsistency": mfx.FlowAnchoredConsistency(),
+    "RecursiveConsistency": mfx.RecursiveConsistency(),
+    "RecursiveConsistency of order 1 by itself": mfx.RecursiveConsistency(1, by_teacher=False),
+    "RecursiveConsistency of order 4": mfx.RecursiveConsistency(4, step=0.1),
+    "RecursiveConsistency along its own velocity": mfx.RecursiveConsistency(1, 0.05, 0.0, by_teacher=False),
     "TransitionModel": mfx.TransitionModel(),
     "InductiveMomentMatching": mfx.InductiveMomentMatching(),
 }

@@ -28,6 +28,7 @@ from mf_eqx import (
     LinearInterpolant,
     MeanFlow,
     Objective,
+    RecursiveConsistency,
     Row,
     SoFlow,
     TrigonometricInterpolant,
@@ -152,10 +153,18 @@ def test_exact_field_satisfies_identity_outside_of_jit(method):
         assert largest(METHODS[method].residual(field, row)) < 1e-6
 
 
-@pytest.mark.parametrize("method", [AlphaFlow, SoFlow])
+FINITE_STEPS = {
+    "AlphaFlow": AlphaFlow,
+    "SoFlow": SoFlow,
+    **{f"RecursiveConsistency of order {n}": functools.partial(RecursiveConsistency, n) for n in (1, 2, 4)},
+    "RecursiveConsistency along its own velocity": functools.partial(RecursiveConsistency, 2, conditional=0.0),
+}
+
+
+@pytest.mark.parametrize("method", FINITE_STEPS)
 def test_a_method_of_finite_steps_leaves_a_residual_of_first_order_in_them(method):
     velocity, field, points = marginal(PATHS[0])
-    coarse, fine = (residuals(method(step), field, velocity, *points) for step in (0.04, 0.02))
+    coarse, fine = (residuals(FINITE_STEPS[method](step), field, velocity, *points) for step in (0.04, 0.02))
     ratio = np.linalg.norm(coarse, axis=1) / np.linalg.norm(fine, axis=1)
     assert 1.9 < np.median(ratio) < 2.1
 

@@ -301,6 +301,7 @@ FLOATS = {
     "PerceptualTerm.coefficient": lambda value: mfx.PerceptualTerm(jnp.tanh, (4, 4), value),
     "PerceptualTerm.smallest_crop": lambda value: mfx.PerceptualTerm(jnp.tanh, (4, 4), smallest_crop=value),
     "Protocol.centre": lambda value: dataclasses.replace(metrics.LITE0, centre=value),
+    "RecursiveConsistency.clip": lambda value: mfx.RecursiveConsistency(clip=value),
     "RandomFlip.probability": data.RandomFlip,
     "PowerLawScales.largest": lambda value: mfx.PowerLawScales(largest=value),
     "PowerLawScales.power": mfx.PowerLawScales,

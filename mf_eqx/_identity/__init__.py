@@ -25,6 +25,7 @@ from .lagrangian_self_distillation import LagrangianSelfDistillation as Lagrangi
 from .mean_flow import MeanFlow as MeanFlow
 from .modular_mean_flow import ModularMeanFlow as ModularMeanFlow
 from .namespace import identities_in as identities_in
+from .recursive_consistency import RecursiveConsistency as RecursiveConsistency
 from .shortcut import Shortcut as Shortcut
 from .so_flow import SoFlow as SoFlow
 from .split_mean_flow import semigroup_residual as semigroup_residual, SplitMeanFlow as SplitMeanFlow

@@ -30,6 +30,7 @@ from .._validate import check_positive
 from .._weight import ConstantWeight
 from .base import AbstractIdentityWithLoss
 from .facts import Facts
+from .unit_step import root_loss
 
 _OFFSET = 1e-3
 _TIMES = LogitNormalTimes(-0.93, 1.85)
@@ -60,6 +61,4 @@ class FlowAnchoredConsistency(AbstractIdentityWithLoss):
         u, dudt = self.derivative(field, *at, tangent=(row.v, 0.0, 1.0), key=row.key)
         residual = u - jax.lax.stop_gradient(row.v - (row.t - row.r) * dudt)
         way = (1 - (1 - row.t) ** self.power) * jnp.clip(residual, -1, 1)
-        error = jnp.mean((u - jax.lax.stop_gradient(u - way)) ** 2)
-        weight = jnp.sin(jnp.pi / 2 * row.t) / jnp.sqrt(jax.lax.stop_gradient(error) + _OFFSET)
-        return residual, weight * error
+        return residual, jnp.sin(jnp.pi / 2 * row.t) * root_loss(u, way, _OFFSET)

@@ -28,6 +28,7 @@ from .._weight import ConstantWeight
 from .base import AbstractIdentity
 from .facts import Facts
 from .lagrangian_self_distillation import lagrangian_sides, SELF_DISTILLATION
+from .teacher import teacher_of
 
 _TIMES = LogitNormalTimes(-0.4, 1.0)
 
@@ -53,8 +54,7 @@ class TerminalVelocityMatching(AbstractIdentity):
         return dataclasses.replace(SELF_DISTILLATION, needs_teacher=True, paper_settings=settings)
 
     def residual(self, field: AbstractField, row: Row) -> Float[Array, "*data"]:
-        if row.context is None or row.context.teacher is None:
-            raise ValueError("context must have a teacher for TerminalVelocityMatching, got none")
+        teacher = teacher_of(row, type(self).__name__)
         left, end = lagrangian_sides(field, row)
         condition = condition_at(row.condition, row.r, row.r)
-        return left - jax.lax.stop_gradient(row.context.teacher(end, row.r, row.r, condition, key=None))
+        return left - jax.lax.stop_gradient(teacher(end, row.r, row.r, condition, key=None))

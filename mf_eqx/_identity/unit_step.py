@@ -21,3 +21,12 @@ def unit_step_loss(
     error = jnp.mean(residual**2) if root_mean_square else jnp.sum(residual**2)
     scale = jnp.asarray(factor, error.dtype)
     return jax.lax.stop_gradient(scale / (scale * jnp.sqrt(error) + offset)) * error
+
+
+def root_loss(u: Float[Array, "*data"], way: Float[Array, "*data"], offset: float) -> Scalar:
+    r"""The loss $e / \sqrt{\mathrm{sg}(e) + c}$ with e the mean of squares over dimensions of `way`.
+
+    **Arguments:** `u` the only value through which a gradient passes; `way` from its target to it; `offset` c.
+    """
+    error = jnp.mean((u - jax.lax.stop_gradient(u - way)) ** 2)
+    return error / jnp.sqrt(jax.lax.stop_gradient(error) + offset)

@@ -11,7 +11,7 @@ from mf_eqx import measure
 
 NAMES = (
     "MeanFlow on every row", "MeanFlow", "stopped JVP", "finite difference", "guided on every row", "guided",
-    "ConsistencyTraining", "EulerianSelfDistillation", "ImprovedMeanFlow", "ModularMeanFlow", "Shortcut",
+    "ConsistencyTraining", "EulerianSelfDistillation", "ImprovedMeanFlow", "ModularMeanFlow", "RecursiveConsistency",
 )  # fmt: skip
 
 

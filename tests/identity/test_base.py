@@ -185,7 +185,7 @@ def test_residual_at_equal_times_is_that_between_field_and_teacher_if_no_velocit
 @pytest.mark.parametrize("identity", that(lambda facts: True))
 def test_residual_is_the_same_under_jit(identity):
     found = eqx.filter_jit(residual)(identity, network())
-    np.testing.assert_allclose(found, residual(identity, network()), rtol=0, atol=1e-14)
+    np.testing.assert_allclose(found, residual(identity, network()), rtol=1e-14, atol=1e-14)  # some are above 10
 
 
 def test_identity_that_states_no_facts_cannot_be_made():
