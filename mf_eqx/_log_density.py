@@ -72,8 +72,9 @@ def sample_with_log_density(
     kernel that is not an `mf_eqx.nn.AbstractAttention`.
     """
     check_times(times)
-    u, eps = with_condition(in_forward_mode(field), eps, condition)
+    field = in_forward_mode(field)
     stopped = has_stopped_tangent(field)
+    u, eps = with_condition(field, eps, condition)
 
     def step(state: SampleWithLogDensity, r: Time, t: Time) -> SampleWithLogDensity:
         z, log_density, orientation = state

@@ -82,9 +82,11 @@ def reverse_kullback_leibler(
     check_finite("true_log_density", true_log_density)
     ratio = np.asarray(log_density, np.float64) - np.asarray(true_log_density, np.float64)
     weight = np.exp(ratio.min() - ratio)  # the largest is 1
+    with np.errstate(over="ignore"):
+        mean_weight = np.exp(np.log(np.mean(weight)) - ratio.min())
     return ReverseKullbackLeibler(
         divergence=float(np.mean(ratio)),
         standard_error=float(np.std(ratio, ddof=1) / np.sqrt(ratio.size)),
         effective_share=float(np.mean(weight) ** 2 / np.mean(weight**2)),
-        mean_weight=float(np.exp(np.log(np.mean(weight)) - ratio.min())),
+        mean_weight=float(mean_weight),
     )
