@@ -1,5 +1,5 @@
-"""Distances of a generated sample to a sample of the truth or its density, errors of a field, and the quality of images (FID
-and its relatives)."""
+"""Distances between a generated sample and a sample of the truth or its density, errors of a field, and the quality of
+images (FID and its relatives)."""
 
 from ._density import mode_coverage as mode_coverage, total_variation as total_variation
 from ._density_ratio import (
