@@ -341,7 +341,7 @@ def with_target(objective: mfx.Objective, config: Config, data: str) -> mfx.Obje
     return objective
 
 
-def distribution(config: Config, data: str) -> exact.AbstractDistribution:
+def distribution(config: Config, data: str) -> toy_problems.Distribution:
     return distribution_of(data, config.blur, config.points)
 
 
@@ -450,6 +450,7 @@ def own_values(config: Config, cell: Cell) -> dict[str, Any]:
 def key_of(config: Config, cell: Cell) -> dict[str, Any]:
     """What a judged cell is found by."""
     found = recipe(config, cell) | {name: getattr(config, name) for name in JUDGING}
+    found["density"] = True  # older results have none
     return found | {"sampler": "consistency"} if ends_at_data(config, cell.method) else found
 
 
@@ -559,7 +560,8 @@ def train_missing(config: Config, directory: run.RunDirectory, ledger: run.Ledge
         ledger.put(key_of(config, cell), result)
         return (
             f"{' '.join(map(str, cell))}: error of u {result['overall']:.3g}, at (0, 1) {result['one_step']:.3g}; "
-            f"sliced W2 at one evaluation {result['quality'][0]['sliced_wasserstein']:.3g}"
+            f"sliced W2 at one evaluation {result['quality'][0]['sliced_wasserstein']:.3g}, "
+            f"KL {result['density']['divergence']:.3g}"
         )
 
     run.train_cells(config, trainings, judge_cell, directory, note=note)

@@ -6,7 +6,7 @@ A field is held against that truth, and its samples against the density.
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import equinox as eqx
 import jax
@@ -40,6 +40,8 @@ EDGES = tuple(np.linspace(0, 1, 9).tolist())
 PATH = mfx.LinearInterpolant()
 JUDGED_PAIRS = mfx.TimePairs(mfx.UniformTimes())
 
+Distribution: TypeAlias = exact.GaussianMixture | exact.StackedMixture
+
 
 class JudgedKeys(NamedTuple):
     """Of everything that is judged: the same for all methods and seeds."""
@@ -67,7 +69,7 @@ def mixture_of(name: str, blur: float = BLUR, points: int = POINTS) -> exact.Gau
     return mixture_of_points(name, blur, points) if is_own(name) else DATA[name]()
 
 
-def distribution_of(name: str, blur: float = BLUR, points: int = POINTS) -> exact.AbstractDistribution:
+def distribution_of(name: str, blur: float = BLUR, points: int = POINTS) -> Distribution:
     mixture, copies = mixture_of(name, blur, points), copies_of(name)
     return exact.StackedMixture(mixture, copies) if copies > 1 else mixture
 
@@ -96,7 +98,7 @@ class Problem(NamedTuple):
 
     name: str
     mixture: exact.GaussianMixture
-    distribution: exact.AbstractDistribution
+    distribution: Distribution
     truth: exact.AverageVelocity
     known: metrics.FieldTruth
     data: Float[Array, "samples dim"]
@@ -170,6 +172,40 @@ def large_distance(problem: Problem, x: Float[Array, "rows dim"]) -> float:
     return float(metrics.sliced_wasserstein(x, data, key=judged_keys().slices))
 
 
+class Density(NamedTuple):
+    """How far the density of samples of one evaluation is from that of the data: as `metrics.ReverseKullbackLeibler`,
+    and the share of samples where the map from noise to data turns space over. NaN where quality is."""
+
+    divergence: float
+    standard_error: float
+    effective_share: float
+    mean_weight: float
+    turned_over: float
+
+
+def density(problem: Problem, field: mfx.AbstractField) -> Density:
+    eps = jr.normal(judged_keys().noise, problem.data.shape)
+    found, true, orientation = log_densities(field, problem.distribution, eps)
+    if not (np.isfinite(found).all() and np.isfinite(true).all()):
+        return Density(*[math.nan] * len(Density._fields))
+    return Density(*metrics.reverse_kullback_leibler(found, true), float(np.mean(np.asarray(orientation) < 0)))
+
+
+@eqx.filter_jit
+def log_densities(
+    field: mfx.AbstractField, distribution: Distribution, eps: Float[Array, "rows dim"]
+) -> tuple[Float[Array, " rows"], Float[Array, " rows"], Float[Array, " rows"]]:
+    """Of samples of one evaluation: the log-density of the model, that of the data, and the orientation of the map."""
+
+    def one(eps: Float[Array, " dim"]) -> tuple[Float[Array, ""], ...]:
+        x, log_density, orientation = mfx.sample_with_log_density(field, eps)
+        return log_density, distribution.log_density(x), orientation
+
+    # As many tangents as numbers are held at a time; an exact field integrates: see `generate`.
+    rows = 50 if isinstance(field, exact.AverageVelocity) else max(8192 // eps.shape[1], 1)
+    return jax.lax.map(one, eps, batch_size=min(rows, len(eps)))
+
+
 def judge(problem: Problem, field: mfx.AbstractField, large_samples: int, ends_at_data: bool = False) -> dict[str, Any]:
     """How near a field is to the truth, and its samples to the data, as JSON holds it. `ends_at_data` as in `Facts`.
 
@@ -192,6 +228,7 @@ def judge(problem: Problem, field: mfx.AbstractField, large_samples: int, ends_a
         "identity": float(identity),
         "semigroup": float(metrics.relative_semigroup_residual(field, rows.z, rows.r, rows.t)),
         "large_sliced_wasserstein": large,
+        "density": density(problem, field)._asdict(),
         "quality": [{"evaluations": n, **q._asdict()} for n, q in zip(EVALUATIONS, judged, strict=True)],
         "error_by_cell": np.asarray(errors.cells.value).tolist(),
     }

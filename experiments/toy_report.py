@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax.random as jr
 import numpy as np
 from jaxtyping import install_import_hook
-from toy_problems import Cell, copies_of, EDGES, EVALUATIONS, judged_keys, Problem, Quality, samples_of
+from toy_problems import Cell, copies_of, Density, EDGES, EVALUATIONS, judged_keys, Problem, Quality, samples_of
 
 # Shapes and types are checked while the step is traced. JAXTYPING_DISABLE=1 turns this off.
 with install_import_hook("mf_eqx", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"):
@@ -44,6 +44,9 @@ class Line(NamedTuple):
     def quality(self, evaluations: int, name: str) -> list[float]:
         return [found["quality"][EVALUATIONS.index(evaluations)][name] for found in self.found]
 
+    def density(self, name: str) -> list[float]:
+        return [found["density"][name] for found in self.found]
+
     @property
     def error(self) -> float:
         return float(np.mean(self.values("overall")))
@@ -68,7 +71,7 @@ def spread(values: Sequence[float]) -> str:
 
 BOARD = (
     *("", "settings", "error of u", "r = t", "(0, 1)", "W2 of many, 1 step", "W2, 1 step", "2 steps"),
-    *("TV, 1 step", "2 steps", "time of a step", "error at equal time", "W2"),
+    *("TV, 1 step", "2 steps", "KL, 1 step", "time of a step", "error at equal time", "W2"),
 )
 
 
@@ -98,7 +101,7 @@ def tables(
     ]
     best = [f"{floor['quality'][0][name]:.2g}" for name in ("sliced_wasserstein", "total_variation")]
     many = f"{floor['large_sliced_wasserstein']:.2g}"
-    rows.append(("samples of the data", "", *[None] * 3, many, best[0], None, best[1], *[None] * 4))
+    rows.append(("samples of the data", "", *[None] * 3, many, best[0], None, best[1], *[None] * 5))
     shown = len(BOARD) if costs else len(BOARD) - 3
     text = f"## {data}\n\n{run.table([row[:shown] for row in rows], BOARD[:shown])}"
     if costs:
@@ -108,7 +111,7 @@ def tables(
         text += f"\n\nThese learn u(z, 0, t) alone, so further evaluations take new noise: {names}."
     if faults := [f"{line.method} ({n})" for line in whole if (n := sum(line.values("faults")))]:
         text += f"\n\nSteps without a finite gradient, which were left out: {', '.join(faults)}."
-    return f"{text}\n\n{details(whole, floor)}"
+    return f"{text}\n\n{details(whole, floor)}\n\n{densities(whole)}"
 
 
 def judged(line: Line, at_data: bool) -> list[str | None]:
@@ -119,7 +122,7 @@ def judged(line: Line, at_data: bool) -> list[str | None]:
     distances = [None if is_exact else spread(line.values("large_sliced_wasserstein"))]
     for name in ("sliced_wasserstein", "total_variation"):
         distances += [spread(line.quality(1, name)), spread(line.quality(2, name))]
-    return errors + distances
+    return [*errors, *distances, spread(line.density("divergence"))]
 
 
 def timed(
@@ -159,6 +162,17 @@ def details(lines: Sequence[Line], floor: Mapping[str, Any]) -> str:
             rows.append((*(start if number == 1 else ("", "", number, None, None)), *distances))
     at_best = [floor["quality"][0][name] for name in Quality._fields]
     rows.append(("samples of the data", "", "", None, None, *at_best))
+    return run.table(rows, headers)
+
+
+def densities(lines: Sequence[Line]) -> str:
+    """The densities of samples of one evaluation against that of the data; means over seeds."""
+    headers = ("", "settings", "KL in nats", "standard error", "effective share", "mean weight", "turned over")
+    ordered = sorted(lines, key=lambda line: float(np.nan_to_num(np.mean(line.density("divergence")), nan=math.inf)))
+    rows = [
+        (line.method, line.settings, *(float(np.mean(line.density(name))) for name in Density._fields))
+        for line in ordered
+    ]
     return run.table(rows, headers)
 
 

@@ -33,6 +33,7 @@ the second line must be imported explicitly, so that a training job does not loa
     nn/                public blocks: attention, embeddings, stacks (scan, remat), what optimisers must know of them
     _sample.py         n-step sampling of u, of consistency models, and of v by Euler and Heun
     _reward.py         sampling towards a reward, by the look-ahead of a flow map
+    _log_density.py    samples with their exact density under the model
     _ema.py            averages of the parameters
     _optimizer.py      which optimisers a step can serve, and what it hands them
     _sharding.py       meshes, and what lies where on them
@@ -146,6 +147,10 @@ from ._interpolant import (
     TrigonometricInterpolant as TrigonometricInterpolant,
 )
 from ._label_dropout import LabelDropout as LabelDropout
+from ._log_density import (
+    sample_with_log_density as sample_with_log_density,
+    SampleWithLogDensity as SampleWithLogDensity,
+)
 from ._mean import Mean as Mean, Metrics as Metrics, total as total
 from ._model import (
     describe as describe,

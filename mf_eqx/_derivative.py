@@ -94,9 +94,9 @@ class FusedJVP(AbstractDerivative):
         key: Key[Array, ""] | None,
     ) -> tuple[Values, Values]:
         r, t = as_times(r, t, z)
-        field = _in_forward_mode(field)
+        field = in_forward_mode(field)
         u, dudt = _jvp(field, z, r, t, condition, tangent, key)
-        return u, refuse_gradient(dudt, (u, z, r, t, tangent[0])) if _has_stopped_tangent(field) else dudt
+        return u, refuse_gradient(dudt, (u, z, r, t, tangent[0])) if has_stopped_tangent(field) else dudt
 
 
 class StoppedJVP(AbstractDerivative):
@@ -126,7 +126,7 @@ class StoppedJVP(AbstractDerivative):
     ) -> tuple[Values, Values]:
         r, t = as_times(r, t, z)
         u: Values = field(z, r, t, condition, key=key)
-        teacher = _in_forward_mode(stopped(field))
+        teacher = in_forward_mode(stopped(field))
         _, dudt = _jvp(teacher, *stopped((z, r, t, condition, tangent)), key)
         return u, refuse_gradient(dudt, (u, z, r, t, tangent[0]))
 
@@ -233,10 +233,11 @@ def _is_attention(node: object) -> bool:
     return isinstance(node, AbstractAttention)
 
 
-def _in_forward_mode(field: _Field) -> _Field:
+def in_forward_mode(field: _Field) -> _Field:
     """`field` with every attention replaced by the form that forward mode can differentiate."""
     return jax.tree.map(lambda node: node.forward_mode() if _is_attention(node) else node, field, is_leaf=_is_attention)
 
 
-def _has_stopped_tangent(field: AbstractField | WithVelocity) -> bool:
+def has_stopped_tangent(field: AbstractField | WithVelocity) -> bool:
+    """Whether derivatives of `field` by forward mode carry no gradient, because of the form that its attention has."""
     return any(isinstance(node, StoppedTangent) for node in jax.tree.leaves(field, is_leaf=_is_attention))

@@ -11,12 +11,13 @@ an ODE solver; Euler and Heun are the baselines. All functions are per example: 
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike, Float, Key, Real
 
 from ._custom_types import as_floats, at_least_float32, Condition, Time
@@ -28,6 +29,7 @@ from ._validate import as_count, check_key, check_kind, on_host_if_known
 TimeGrid: TypeAlias = Sequence[float] | Real[Array | np.ndarray, " times"]
 Evaluate: TypeAlias = Callable[[Float[Array, "*data"], Time, Time], Float[Array, "*data"]]
 """A field with its condition, as a function of z, r and t."""
+_State = TypeVar("_State")
 
 
 def uniform_times(steps: int) -> tuple[float, ...]:
@@ -175,6 +177,36 @@ def as_grid(times: TimeGrid) -> tuple[float, ...]:
     return tuple(map(float, grid))
 
 
+def with_condition(
+    field: AbstractField, eps: Real[ArrayLike, "*data"] | Sequence[Any], condition: Condition
+) -> tuple[Evaluate, Float[Array, "*data"]]:
+    """`field` with its condition, and `eps` in float32 or better.
+
+    **Raises:** `ValueError` for a field or noise that cannot be sampled from; the function that is returned raises one
+    if the field returns another shape.
+    """
+    check_field(field)
+    eps = at_least_float32(as_floats(eps))
+    if eps.size < 1:
+        raise ValueError(f"eps must hold at least one value, got shape {eps.shape}")
+
+    def u(z: Float[Array, "*data"], r: Time, t: Time) -> Float[Array, "*data"]:
+        return with_checked_shapes(field(z, r, t, condition_at(condition, r, t)), z)
+
+    return u, eps
+
+
+def over_intervals(
+    step: Callable[..., _State], initial: _State, times: TimeGrid, dtype: DTypeLike, unroll: bool, *more: Array
+) -> _State:
+    """The state after `step(state, r, t, ...)` for each interval of `times`, which also gets its row of `more`."""
+    grid = jnp.asarray(times, dtype)
+    intervals = (grid[1:], grid[:-1], *more)
+    if len(times) == 2:  # JAX would make a loop of this single step, unrolled or not
+        return step(initial, *(each[0] for each in intervals))
+    return jax.lax.scan(lambda state, row: (step(state, *row), None), initial, intervals, unroll=unroll)[0]
+
+
 def integrate(
     field: AbstractField,
     step: Callable[..., Float[Array, "*data"]],
@@ -186,19 +218,5 @@ def integrate(
 ) -> Float[Array, "*data"]:
     """The state after `step(u, z, r, t, ...)` for each interval, which also gets its row of `more`."""
     check_times(times)
-    check_field(field)
-    eps = at_least_float32(as_floats(eps))
-    if eps.size < 1:
-        raise ValueError(f"eps must hold at least one value, got shape {eps.shape}")
-    grid = jnp.asarray(times, eps.dtype)
-
-    def u(z: Float[Array, "*data"], r: Time, t: Time) -> Float[Array, "*data"]:
-        return with_checked_shapes(field(z, r, t, condition_at(condition, r, t)), z)
-
-    def scan_step(z: Float[Array, "*data"], interval: Sequence[Array]) -> tuple[Float[Array, "*data"], None]:
-        return step(u, z, *interval).astype(z.dtype), None
-
-    intervals = (grid[1:], grid[:-1], *more)
-    if len(times) == 2:  # JAX would make a loop of this single step, unrolled or not
-        return scan_step(eps, [each[0] for each in intervals])[0]
-    return jax.lax.scan(scan_step, eps, intervals, unroll=unroll)[0]
+    u, eps = with_condition(field, eps, condition)
+    return over_intervals(lambda z, *row: step(u, z, *row).astype(z.dtype), eps, times, eps.dtype, unroll, *more)

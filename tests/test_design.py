@@ -28,7 +28,10 @@ LAYERS = {
         *("_guidance", "_drawn_guidance", "_label_dropout", "_trained", "_model", "_row", "_weight", "_perceptual"),
         *("_schedule", "_identity"),
     ],
-    3: ["_abstract_objective", "_objective", "_sample", "_reward", "exact", "metrics", "vae"],
+    3: [
+        *("_abstract_objective", "_objective", "_sample", "_reward", "_log_density"),
+        *("exact", "metrics", "vae"),
+    ],
     4: ["_batch_objective", "_ema", "_optimizer", "_sharding", "_fsdp", "_gradient"],
     5: ["_generate", "_train_state", "_train"],
     6: ["checkpoint", "data", "measure", "picture", "released"],

@@ -1,7 +1,11 @@
-"""Distances between a generated sample and a sample of the truth, errors of a field, and the quality of images (FID
-and its relatives)."""
+"""Distances between a generated sample and a sample of the truth or its density, errors of a field, and the quality of
+images (FID and its relatives)."""
 
 from ._density import mode_coverage as mode_coverage, total_variation as total_variation
+from ._density_ratio import (
+    reverse_kullback_leibler as reverse_kullback_leibler,
+    ReverseKullbackLeibler as ReverseKullbackLeibler,
+)
 from ._distance import (
     energy_distance as energy_distance,
     maximum_mean_discrepancy as maximum_mean_discrepancy,

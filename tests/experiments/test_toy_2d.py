@@ -126,12 +126,20 @@ def test_exact_field_scores_the_noise_floor_at_any_number_of_evaluations(toys, r
 
 
 @pytest.mark.rehearsal
+def test_exact_field_has_the_density_of_the_data(rows):
+    density = rows["Exact"]["density"]
+    assert abs(density["divergence"]) < 1e-3 and density["effective_share"] > 0.999  # float32, tolerances of 1e-5
+    assert abs(density["mean_weight"] - 1) < 1e-3 and density["turned_over"] == 0
+
+
+@pytest.mark.rehearsal
 def test_wrong_tangent_shows_in_every_column_that_it_can_touch(rows):
     right, wrong = rows["MeanFlow"], rows["WrongTangent"]
     for place in ("overall", "one_step", "identity", "semigroup"):
         assert wrong[place] > 1.5 * right[place], place  # seen: 2 to 13 times
     for name in LOWER_IS_BETTER:
         assert wrong["quality"][0][name] > 1.5 * right["quality"][0][name], name
+    assert wrong["density"]["divergence"] > 1.5 * right["density"]["divergence"]
     assert wrong["quality"][0]["mode_coverage"] < right["quality"][0]["mode_coverage"] - 0.1
     # Rows with r = t are plain Flow Matching whatever the tangent.
     assert wrong["diagonal"] < 2 * right["diagonal"]
@@ -216,7 +224,9 @@ def test_a_file_of_ones_own_needs_methods_with_names_of_their_own(toy_2d, tmp_pa
 def entry(toys, toy_report, method, steps, error, *, part=1.0, settings="common", seed=0):
     quality = [dict.fromkeys(toys.Quality._fields, error) | {"evaluations": n} for n in toys.EVALUATIONS]
     names = ("overall", "diagonal", "one_step", "identity", "semigroup", "large_sliced_wasserstein")
-    found = dict.fromkeys(names, error) | {"faults": 0, "quality": quality, "error_by_cell": [[error]]}
+    density = dict.fromkeys(toys.Density._fields, error)
+    found = dict.fromkeys(names, error) | {"faults": 0, "quality": quality, "density": density}
+    found["error_by_cell"] = [[error]]
     return toy_report.Entry(toys.Cell("two_moons", method, seed, settings, part), steps, found)
 
 
@@ -245,7 +255,7 @@ def test_methods_that_end_at_the_data_come_last_without_what_they_do_not_learn(t
     text = toy_report.tables("two_moons", entries, {}, entries[0].found, ["Ends"])
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.split("\n\n")[1].splitlines()]
     assert [row[0] for row in rows[2:]] == ["MeanFlow", "Ends", "samples of the data"]
-    assert rows[3] == ["Ends", "common", "-", *["0.01"] * 7]
+    assert rows[3] == ["Ends", "common", "-", *["0.01"] * 8]
     assert "These learn u(z, 0, t) alone, so further evaluations take new noise: Ends." in text
     assert "left out: Ends (3)." in text
 
@@ -303,6 +313,21 @@ def test_flow_matching_samples_by_euler(toys):
     np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)  # two programs, which may round otherwise
 
 
+def test_density_of_a_gaussian_is_judged_against_that_of_the_data(toys):
+    from mf_eqx import exact
+
+    mixture = exact.GaussianMixture(np.array([[0.5, -0.5]], np.float32), 0.3)
+    problem = toys.Problem("one", mixture, mixture, None, None, np.zeros((400, 2), np.float32), 1.0)
+    same, wider = (exact.GaussianAverageVelocity(mixture.mean[0], std) for std in (0.3, 0.6))
+    found = toys.density(problem, same)
+    np.testing.assert_allclose(found, (0, 0, 1, 1, 0), atol=1e-4)
+    found = toys.density(problem, wider)
+    assert abs(found.divergence - (2**2 - 1 - 2 * math.log(2))) < 4 * found.standard_error < 1
+    assert found.turned_over == 0
+    nowhere = exact.GaussianAverageVelocity(np.full(2, np.float32(np.finfo(np.float32).max)), 0.3)
+    assert np.isnan(toys.density(problem, nowhere)).all()
+
+
 @pytest.mark.slow
 def test_stacked_data_are_learnt_by_a_dit_and_judged_in_all_their_dimensions(toy_2d, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -311,6 +336,7 @@ def test_stacked_data_are_learnt_by_a_dit_and_judged_in_all_their_dimensions(toy
     rows = json.loads((report_in(tmp_path) / "results.json").read_text())
     assert len(rows) == 5
     assert all(np.isfinite(list(quality.values())).all() for row in rows for quality in row["quality"])
+    assert all(np.isfinite(list(row["density"].values())).all() for row in rows)
     assert (report_in(tmp_path) / "error_against_time.png").exists()
 
 
