@@ -179,6 +179,9 @@ class Config(run.CellSettings):
     large_samples: int = 50000
     """Generated samples, and as many real ones, for one more sliced W2 at one evaluation, whose noise floor is
     lower."""
+    new_noise: float = 0.0
+    """Share of the noise before evaluations after the first that is new, from 0 to 1 (mfx.sample_consistency); always 1
+    for methods that learn u(z, 0, t) alone."""
     rows: int = 2000
     """Rows (z, r, t) at which fields are held against the truth."""
     most_faults: int = 10**6
@@ -208,6 +211,8 @@ class Config(run.CellSettings):
             raise ValueError(f"shorter must lie in (0, 1), got {wrong[0]}")
         if len(set(self.shorter)) < len(self.shorter):
             raise ValueError(f"shorter must differ from each other, got {', '.join(map(str, self.shorter))}")
+        if not 0 <= self.new_noise <= 1:
+            raise ValueError(f"new_noise must lie in [0, 1], got {self.new_noise}")
         if not self.clip > 0:
             raise ValueError(f"clip must be > 0, got {self.clip}")
         if not self.fourier_scale > 0:
@@ -414,7 +419,7 @@ def training(config: Config, cell: Cell) -> run.Training | None:
     return run.Training(name, step, field, draw, steps_of(config, cell), run_key, settings)
 
 
-JUDGING = ("samples", "large_samples", "rows")
+JUDGING = ("samples", "large_samples", "rows")  # and new_noise, where it has an effect
 CHOICE = ("data", "blur", "points", "network", "methods", "identity", "settings", "seeds", "steps", "shorter", "quick")
 
 
@@ -427,7 +432,7 @@ def recipe(config: Config, cell: Cell) -> dict[str, Any]:
     """Everything that the cell's training depends on but the code; of the exact field, its data set alone."""
     if cell.method == "Exact":
         return {"data": cell.data, "method": cell.method, **own_values(config, cell)}
-    unused = {*JUDGING, *CHOICE, *(field.name for field in dataclasses.fields(run.CellSettings))}
+    unused = {*JUDGING, "new_noise", *CHOICE, *(field.name for field in dataclasses.fields(run.CellSettings))}
     unused |= {*(OF_MLP if is_stacked(cell.data) else OF_DIT), *(OF_COMMON if cell.settings == "paper" else ())}
     values = {name: value for name, value in dataclasses.asdict(config).items() if name not in unused}
     own = own_methods(config.identity)[1] if config.identity is not None and cell.method not in methods() else None
@@ -451,13 +456,19 @@ def key_of(config: Config, cell: Cell) -> dict[str, Any]:
     """What a judged cell is found by."""
     found = recipe(config, cell) | {name: getattr(config, name) for name in JUDGING}
     found["density"] = True  # older results have none
-    return found | {"sampler": "consistency"} if ends_at_data(config, cell.method) else found
+    share = new_noise_of(config, cell.method)
+    return found | {"new_noise": share} if share else found
 
 
 def ends_at_data(config: Config, method: str) -> bool:
     """Whether a method learns u(z, 0, t) alone, so that more than one evaluation takes new noise."""
     identity = identities(config.identity, 1).get(method)
     return identity is not None and identity.facts.ends_at_data
+
+
+def new_noise_of(config: Config, method: str) -> float:
+    """The share of new noise before further evaluations."""
+    return 1.0 if ends_at_data(config, method) else config.new_noise
 
 
 def field_of(cell: Cell, problem: Problem, state: mfx.TrainState | None) -> mfx.AbstractField:
@@ -553,8 +564,8 @@ def train_missing(config: Config, directory: run.RunDirectory, ledger: run.Ledge
     def judge_cell(cell: Cell, state: mfx.TrainState | None) -> dict[str, Any]:
         problem = problem_of(config, cell.data)
         faults = 0 if state is None else int(state.faults.total)
-        field, at_data = field_of(cell, problem, state), ends_at_data(config, cell.method)
-        return judge(problem, field, config.large_samples, at_data) | {"faults": faults}
+        field, new_noise = field_of(cell, problem, state), new_noise_of(config, cell.method)
+        return judge(problem, field, config.large_samples, new_noise) | {"faults": faults}
 
     def note(cell: Cell, result: dict[str, Any]) -> str:
         ledger.put(key_of(config, cell), result)
@@ -586,6 +597,8 @@ def write_report(config: Config, directory: run.RunDirectory, ledger: run.Ledger
         save_pictures(config, data, directory, report)
     if any(costs for _, costs in panels.values()):
         toy_report.save_error_against_time(report.path("error_against_time.png"), panels)
+    if config.new_noise:
+        texts.append(f"Share of new noise before evaluations after the first: {config.new_noise:g}.")
     commits = sorted({str(ledger.commit(key_of(config, cell))) for cell in results})
     text = "\n\n".join([*texts, f"Commits: {', '.join(commits)}."])
     report.save_results(
@@ -600,7 +613,7 @@ def save_pictures(config: Config, data: str, directory: run.RunDirectory, report
     trainings = {cell: training(config, cell) for cell in cells(config) if cell.data == data and cell[2:] == kind}
     fields = run.train_cells(config, trainings, lambda cell, state: field_of(cell, problem, state), directory)
     shown = {cell.method: field for cell, field in fields.items()}
-    toy_report.save_pictures(report, problem, shown, [name for name in shown if ends_at_data(config, name)])
+    toy_report.save_pictures(report, problem, shown, {name: new_noise_of(config, name) for name in shown})
     for cell, field in fields.items():
         if cell.method != "Exact":
             save_weights(config, cell, field, report)

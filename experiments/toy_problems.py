@@ -118,28 +118,26 @@ def make_problem(name: str, *, samples: int, rows: int, blur: float = BLUR, poin
 
 @eqx.filter_jit
 def generate(
-    field: mfx.AbstractField, eps: Float[Array, "rows dim"], number: int, ends_at_data: bool = False
+    field: mfx.AbstractField, eps: Float[Array, "rows dim"], number: int, new_noise: float = 0.0
 ) -> Float[Array, "rows dim"]:
-    """Samples at `number` evaluations; `ends_at_data` as in `Facts`."""
+    """Samples at `number` evaluations; `new_noise` as for `sample_consistency`."""
     # An exact field integrates: in one vmap every row would wait for the slowest.
     rows = 50 if isinstance(field, exact.AverageVelocity) else len(eps)
     times, keys = mfx.uniform_times(number), jr.split(judged_keys().renewal, len(eps))
 
     def one(row: tuple[Float[Array, " dim"], Key[Array, ""]]) -> Float[Array, " dim"]:
         eps, key = row
-        if ends_at_data:
-            return mfx.sample_consistency(field, eps, times=times, key=key)
+        if new_noise:
+            return mfx.sample_consistency(field, eps, times=times, key=key, new_noise=new_noise)
         return mfx.sample(field, eps, times=times)
 
     return jax.lax.map(one, (eps, keys), batch_size=min(rows, len(eps)))
 
 
-def samples_of(
-    problem: Problem, field: mfx.AbstractField, ends_at_data: bool = False
-) -> list[Float[Array, "rows dim"]]:
+def samples_of(problem: Problem, field: mfx.AbstractField, new_noise: float = 0.0) -> list[Float[Array, "rows dim"]]:
     """Samples at each number of evaluations, from the same noise for every field."""
     eps = jr.normal(judged_keys().noise, problem.data.shape)
-    return [generate(field, eps, number, ends_at_data) for number in EVALUATIONS]
+    return [generate(field, eps, number, new_noise) for number in EVALUATIONS]
 
 
 class Quality(NamedTuple):
@@ -206,8 +204,8 @@ def log_densities(
     return jax.lax.map(one, eps, batch_size=min(rows, len(eps)))
 
 
-def judge(problem: Problem, field: mfx.AbstractField, large_samples: int, ends_at_data: bool = False) -> dict[str, Any]:
-    """How near a field is to the truth, and its samples to the data, as JSON holds it. `ends_at_data` as in `Facts`.
+def judge(problem: Problem, field: mfx.AbstractField, large_samples: int, new_noise: float = 0.0) -> dict[str, Any]:
+    """How near a field is to the truth, and its samples to the data, as JSON holds it. `new_noise` as for `generate`.
 
     `overall`, `diagonal`, `one_step` are E|u - u*|² / E|u*|² over uniform pairs (r, t), at r = t, and at (0, 1);
     `identity`, `semigroup` the root-mean-square residuals of the equations, relative to the velocity.
@@ -216,7 +214,7 @@ def judge(problem: Problem, field: mfx.AbstractField, large_samples: int, ends_a
     identity = metrics.relative_identity_residual(
         mfx.MeanFlow(), field, rows.z, problem.known.diagonal.u, rows.r, rows.t
     )
-    judged = [quality(problem, x) for x in samples_of(problem, field, ends_at_data)]
+    judged = [quality(problem, x) for x in samples_of(problem, field, new_noise)]
     large = None
     if not isinstance(field, exact.AverageVelocity):  # it would integrate for minutes
         eps = jr.normal(judged_keys().noise, (large_samples, problem.data.shape[1]))

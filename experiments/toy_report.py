@@ -180,11 +180,11 @@ def save_pictures(
     report: run.RunDirectory,
     problem: Problem,
     fields: Mapping[str, mfx.AbstractField],
-    at_data: Sequence[str],
+    new_noise: Mapping[str, float],
 ) -> None:
-    """Samples and flows by method; `at_data` as for `tables`."""
+    """Samples and flows by method; `new_noise` its share before further evaluations, by method."""
     name, limit = problem.name, problem.limit
-    samples = {method: samples_of(problem, field, method in at_data) for method, field in fields.items()}
+    samples = {method: samples_of(problem, field, new_noise[method]) for method, field in fields.items()}
     samples["data"] = [problem.data]
     shown = {method: [np.asarray(x)[:, :2] for x in row] for method, row in samples.items()}
     counts = [f"{number} evaluation{'s' if number > 1 else ''}" for number in EVALUATIONS]

@@ -417,6 +417,7 @@ def test_network_is_the_one_that_is_asked_for(toy_2d):
         ("--fourier-scale 0", "--fourier-scale must be > 0, got 0.0"),
         ("--methods ConsistencyTraining --marginal", "--marginal must be False for ConsistencyTraining"),
         ("--decay 1", "--decay must lie in"),
+        ("--new-noise 2", r"--new-noise must lie in \[0, 1\], got 2"),
     ],
 )
 def test_bad_input_ends_in_one_line(toy_2d, arguments, message, refusal_of, tmp_path, monkeypatch):
