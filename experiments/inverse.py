@@ -120,9 +120,11 @@ def opened_weights(config: Config) -> Subject:
         raise ValueError(f"--weights must be of images in [-1, 1], got values of shape {shape} in {config.weights}")
     if trained is not None and not (trained.average and trained.velocity and not trained.one_step):
         raise ValueError(f"--weights must be of a network with u trained at all r <= t, got {config.weights}")
-    if not (paths := config.data or about.get("data")):
+    paths = config.data or about.get("data")
+    are_digits = paths == "digits" and {"holdout", "seed"} <= {*about}
+    if not paths or not (are_digits or isinstance(paths, list | tuple)):
         raise ValueError(f"--data must be given for {config.weights}, which does not name its data, got none")
-    if paths == "digits":
+    if are_digits:
         _, train, test = digits.load(digits.Config(holdout=about["holdout"], seed=about["seed"]))
     else:
         where = {"size": shape[1:], "holdout": about.get("holdout") or 0.1, "grey": shape[0] == 1}
