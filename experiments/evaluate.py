@@ -318,8 +318,10 @@ class Evaluation:
     def common(self) -> dict[str, Any]:
         """What all rows share, and what their numbers depend on beyond rounding."""
         config, subject, yardstick = self.config, self.subject, self.yardstick
-        names = ["euler", "new_noise", "bfloat16", *(["samples", "seed", "reference_count"] if yardstick else [])]
+        names = ["euler", "bfloat16", *(["samples", "seed", "reference_count"] if yardstick else [])]
         known = {"weights": self.digest, **{name: getattr(config, name) for name in names}}
+        if not config.euler and (share := saved.new_noise_of(subject, config.new_noise)):
+            known["new_noise"] = share
         if config.network:
             known["network"] = run.own_file("network", config.network).digest
         known["vae"] = subject.tokenizer and subject.tokenizer.digest()

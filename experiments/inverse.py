@@ -11,8 +11,8 @@ An observation is y = A x, with noise or without. `mfx.sample_with_reward` bends
 small |y - A x|^2, by looking ahead to where a state will end. A flow map says where: z - t u(z, 0, t). A network of
 Flow Matching can only go on along its velocity: z - t v(z, t), the mean of all images that the state may come from.
 Both are read from one network here, and are compared at equal numbers of evaluations; the reward changes the look-ahead
-(E), or the state through the network (J, which takes as many passes backwards). Each row has the scale of --scales that
-is best on images of the training. A network with labels is given the label of the image.
+(E), or the state through the network (J, which takes a pass backwards for each step). Each row has the scale of
+--scales that is best on images of the training. A network with labels is given the label of the image.
 
 The mean of all possible images has the least squared error, and looks like none of them: so the table has the Frechet
 distance, too. RESULTS.md beside this file has the figures.
@@ -118,7 +118,7 @@ def opened_weights(config: Config) -> Subject:
     shape, about, trained = subject.data_shape, subject.config, subject.notes.trained
     if not subject.is_image or subject.pixels != (-1, 1):
         raise ValueError(f"--weights must be of images in [-1, 1], got values of shape {shape} in {config.weights}")
-    if trained is not None and not (trained.average and trained.velocity and not trained.one_step):
+    if trained is not None and (not (trained.average and trained.velocity) or trained.one_step or trained.ends_at_data):
         raise ValueError(f"--weights must be of a network with u trained at all r <= t, got {config.weights}")
     paths = config.data or about.get("data")
     are_digits = paths == "digits" and {"holdout", "seed"} <= {*about}

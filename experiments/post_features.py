@@ -68,7 +68,7 @@ class OfClassifier(eqx.Module):
         return self.classifier(self.averaged(x))[0]
 
 
-class Read(eqx.Module):
+class LabelProbability(eqx.Module):
     """The probability that the classifier of a space gives an image its label."""
 
     space: OfClassifier

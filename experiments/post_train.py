@@ -43,6 +43,7 @@ with install_import_hook("mf_eqx", "beartype.beartype(conf=beartype.BeartypeConf
     import image_samples
     import image_sources
     import post_features
+    import saved
 
     import mf_eqx as mfx
     from mf_eqx import checkpoint, data, run
@@ -96,7 +97,7 @@ class Config(run.Settings):
     warmup: int = 50
     """Steps of linear warm-up."""
     decay: float = 0.98
-    """Decay per step of the parameter average that is judged."""
+    """Decay per step of the parameter average that is judged, and that with a reward makes the samples."""
     samples: int = run.setting(10_000)
     """Images that are judged, at most as many as are held out."""
     seed: int = 0
@@ -166,8 +167,8 @@ LEAST_ROWS = 4
 each other."""
 
 
-def open_weights(path: str) -> checkpoint.Weights:
-    """Those of a network that makes images in [-1, 1], of labels or of nothing."""
+def open_weights(path: str, loss: str) -> checkpoint.Weights:
+    """Those of a network that makes images in [-1, 1], of labels or of nothing, which `loss` can train on."""
     if not path:
         raise ValueError("--start must be given, got none")
     try:
@@ -177,8 +178,14 @@ def open_weights(path: str) -> checkpoint.Weights:
     notes, network = weights.notes, weights.network
     if notes is None or notes.pixels != (-1, 1) or notes.tokenizer is not None:
         raise ValueError(f"--start must be of images in [-1, 1], as the notes of images.py say, got {notes} in {path}")
-    if notes.trained is not None and not notes.trained.average:
+    trained = notes.trained
+    if trained is not None and not trained.average:
         raise ValueError(f"--start must be of a network with u trained at r < t, got one of Flow Matching in {path}")
+    if loss == "reward" and (
+        saved.post_trained_evaluations(weights.config)
+        or (trained is not None and (trained.ends_at_data or trained.one_step))
+    ):
+        raise ValueError(f"--start must be of a network with u trained at all r < t for a reward, got {path}")
     if network is None or network.get("guidance") or network.get("condition"):
         raise ValueError(f"--start must be of a network that takes labels or nothing, got {network} in {path}")
     return weights
@@ -244,19 +251,15 @@ def digits_as_images(config: digits.Config) -> image_sources.Parts:
 def objective(
     config: Config,
     spaces: list[post_features.Space],
-    start: mfx.AbstractField,
     train: data.AbstractSource,
     parallelism: mfx.Parallelism | None,
     *,
     unroll: bool,
-) -> mfx.SampleObjective | mfx.RewardObjective:
-    """The losses in all spaces, with the moments of the training images, or the reward."""
+) -> mfx.SampleObjective:
+    """The losses in all spaces, with the moments of the training images."""
     weights = config.feature_weights or (1.0,) * len(spaces)
     times = mfx.uniform_times(config.evaluations)
     place = (lambda loss: loss) if parallelism is None else parallelism.replicate
-    if config.loss == "reward":
-        held = {"reference": start, "anchor": config.anchor} if config.anchor else {}
-        return place(mfx.RewardObjective(post_features.Read(spaces[0].features), times=times, **held))
     if config.loss == "drifting":
         losses = tuple(place(mfx.Drifting(space.features, config.scales)) for space in spaces)
         return mfx.SampleObjective(losses, weights, times, unroll=unroll)
@@ -269,6 +272,22 @@ def objective(
         losses.append(place(loss))
         scaled.append(weight if config.relative else weight / float(np.trace(known.cov)))
     return mfx.SampleObjective(losses, tuple(scaled), times, unroll=unroll)
+
+
+def reward_objective(
+    config: Config,
+    space: post_features.Space,
+    start: mfx.AbstractField,
+    parallelism: mfx.Parallelism | None,
+    *,
+    unroll: bool,
+) -> mfx.RewardObjective:
+    """The reward of the classifier of a space, held to the network that training starts from."""
+    assert isinstance(space.features, post_features.OfClassifier)
+    held: dict[str, Any] = {"reference": start, "anchor": config.anchor} if config.anchor else {}
+    reward, times = post_features.LabelProbability(space.features), mfx.uniform_times(config.evaluations)
+    loss = mfx.RewardObjective(reward, times=times, unroll=unroll, **held)
+    return loss if parallelism is None else parallelism.replicate(loss)
 
 
 def check_numbers(config: Config, train: data.AbstractSource, labels: int | None) -> None:
@@ -318,7 +337,7 @@ def optimizer(config: Config) -> optax.GradientTransformation:
 def main(config: Config) -> None:
     """Post-train saved weights, then judge them beside those they started from."""
     run.require("matplotlib", "safetensors", "sklearn")
-    weights = open_weights(config.start)
+    weights = open_weights(config.start, config.loss)
     start: Any = weights.fill(weights.make_network)
     train, test, names = open_data(config, weights, start.data_shape)
     labels = labels_of(weights)
@@ -332,7 +351,10 @@ def main(config: Config) -> None:
         folder = directory.root.parent
         read = {"steps": 2 if config.test_run else image_classifier.STEPS}
         spaces = [post_features.make_space(name, train, folder, **read) for name in config.spaces]
-        loss = objective(config, spaces, start, train, parallelism, unroll=is_unrolled)
+        if config.loss == "reward":
+            loss = reward_objective(config, spaces[0], start, parallelism, unroll=is_unrolled)
+        else:
+            loss = objective(config, spaces, train, parallelism, unroll=is_unrolled)
         parts = data.InTurn((*([] if labels else [data.WithoutLabel()]), data.FromPixels()))
         averages = [mfx.ExponentialAverage(config.decay)]
         teacher = 0 if loss.needs_teacher else None

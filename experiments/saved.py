@@ -180,7 +180,9 @@ def check_new_noise(subject: Subject, given: float | None, *, euler: bool) -> No
         raise ValueError(f"--new-noise must lie in [0, 1], got {given}")
     if given and euler:
         raise ValueError(f"--new-noise must be 0 for Euler steps, got {given}")
-    if given not in (None, 1) and only_to_data(subject):
+    if given and (wanted := post_trained_evaluations(subject.config)):
+        raise ValueError(f"--new-noise must be 0 for {subject.path}, post-trained for samples of {wanted}, got {given}")
+    if not euler and given not in (None, 1) and only_to_data(subject):
         reason = "whose u was trained at r = 0 alone"
         raise ValueError(f"--new-noise must be 1 or left out for {subject.path}, {reason}, got {given}")
 

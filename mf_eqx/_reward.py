@@ -51,7 +51,7 @@ def sample_with_reward(
     For an observation y = A x, `reward` is -|y - A x|^2 / 2.
 
     It climbs the reward along one trajectory, as an optimal control does. It samples neither the density tilted by
-    exp(reward) nor a posterior: what it gives for many eps differs less than that would. For data N(m, s^2) with an
+    exp(reward) nor a posterior: samples from many eps vary less than those would. For data N(m, s^2) with an
     observation of x of variance $\sigma^2$, the scale with which one step has the mean of the posterior, K = s^2 / (s^2
     + $\sigma^2$), gives variance (1 - K)^2 s^2 where the posterior has (1 - K) s^2.
 
@@ -60,7 +60,8 @@ def sample_with_reward(
     - `reward`: R, a function of one example that returns a floating-point scalar, differentiable in reverse mode.
     - `scale`: the step length $\lambda$ >= 0 of the ascent; 0 is `sample`, unless `straight`. Its unit is that of x^2
       divided by that of R: for a squared error as above, and a matrix A whose largest singular value is 1, it must be
-      below 2.
+      below 2. Without `through_field` the control does not shrink with the step: the more steps, the more it overrules
+      the field. (The authors' loss is |y - A x|^2: their scale is half as large for the same effect.)
     - `iterations`: number n of steps of the ascent.
     - `through_field`: False changes the look-ahead and needs only the gradient of R (FMRG-E). True changes the state
       by the derivative of the field (FMRG-J), which keeps changes near to what the field can make.

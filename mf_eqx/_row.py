@@ -40,6 +40,13 @@ class Context(eqx.Module):
     teacher: AbstractField | None = None
 
 
+def teacher_of(context: Context | None, name: str) -> AbstractField:
+    """The teacher that `name`, a method or an objective, evaluates without a key. **Raises:** `ValueError` without."""
+    if context is None or context.teacher is None:
+        raise ValueError(f"context must have a teacher for {name}, got none")
+    return context.teacher
+
+
 class Row(eqx.Module):
     r"""One example, as a method gets it. No array has a batch axis.
 

@@ -77,7 +77,7 @@ def sample_consistency(
     interpolant: AbstractInterpolant = LinearInterpolant(),
     unroll: bool = False,
 ) -> Float[Array, "*data"]:
-    r"""One sample with new noise after each evaluation of u but the last, one evaluation per interval of `times`.
+    r"""One sample with new noise after each evaluation of u that does not end at the data, one per interval of `times`.
 
     From t to the next time r of the grid it goes to a time s <= r, and new noise leads back to r:
 
@@ -87,7 +87,7 @@ def sample_consistency(
     where s is the time with $\sigma_s / \alpha_s = \sqrt{1 - \gamma^2}\, \sigma_r / \alpha_r$. If u is exact, the
     states have the right distribution for every $\gamma$, since the variances of old and new noise add up to
     $\sigma_r^2$. With $\gamma = 1$, s is 0: that is the sampling of consistency models, the only one for methods that
-    learn u(z, 0, t) alone (`Facts.ends_at_data`). With $\gamma = 0$, or on the grid (1, 0), it is `sample`.
+    learn u(z, 0, t) alone (`Facts.ends_at_data`). With $\gamma = 0$, or in one step to 0, it is `sample`.
 
     **Arguments:** as `sample`, and `key` for the new noise; `new_noise` $\gamma$ in [0, 1]; `interpolant` the path of
     the training, whose noise must be independent of the data (`Batch.eps` is not).
@@ -102,9 +102,11 @@ def sample_consistency(
     check_kind("interpolant", interpolant, AbstractInterpolant)
     if not 0 <= new_noise <= 1:
         raise ValueError(f"new_noise must lie in [0, 1], got {new_noise}")
+    new_noise = float(new_noise)
+    share_of_old = math.sqrt(1 - new_noise**2)
 
     def step(u: Evaluate, z: Float[Array, "*data"], r: Time, t: Time, key: Key[Array, ""]) -> Float[Array, "*data"]:
-        s = _time_of_less_noise(interpolant, r, math.sqrt(1 - new_noise**2))
+        s = _time_of_less_noise(interpolant, r, share_of_old)
         less = interpolant.alpha(r) / interpolant.alpha(s) * (z - (t - s) * u(z, s, t))
         return less + new_noise * interpolant.sigma(r) * jr.normal(key, z.shape, z.dtype)
 

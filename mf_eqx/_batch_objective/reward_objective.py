@@ -12,7 +12,8 @@ $$V = u_\theta(z, r, t) + (t - r)\, \mathrm{sg}\, \frac{d u_{old}}{dt}, \qquad V
 \frac{d u_{old}}{dt},$$
 
 are moved apart: $V_{old} + \beta (V - V_{old})$ towards v of good samples, $V_{old} - \beta (V - V_{old})$ towards v of
-bad ones. Without the weights of `RewardObjective` the minimum is known,
+bad ones. At r = t, without the weights of `RewardObjective` and without a reference, the minimum is known for an exact
+old field,
 
 $$V = V_{old} + \tfrac{2}{\beta}\, \mathrm{E}[\rho | z]\, (V_{+} - V_{old}), \qquad
 V_{+} = \mathrm{E}[\rho v | z] / \mathrm{E}[\rho | z],$$
@@ -34,7 +35,8 @@ from .._custom_types import at_least_float32, Condition, Scalar
 from .._derivative import AbstractDerivative, FusedJVP
 from .._field import AbstractField, stopped
 from .._mean import Mean, mean_of, Metrics
-from .._row import Context
+from .._model.guidance import condition_at
+from .._row import Context, teacher_of
 from .._sample import as_grid, sample
 from .._times import TimePairs, UniformTimes
 from .._trained import Trained
@@ -47,31 +49,32 @@ class RewardObjective(AbstractObjective):
     $$L = \frac{A_{\max}}{\beta} \Big[\rho\, \frac{|t (V_{old} + \beta (V - V_{old}) - v)|^2}{w_+} + (1 - \rho)\,
     \frac{|t (V_{old} - \beta (V - V_{old}) - v)|^2}{w_-}\Big],$$
 
-    with $w_\pm$ the mean absolute value of the entries of the same difference. It needs the old field as teacher:
-    `TrainStep(..., averages=[ExponentialAverage(0.9)], teacher=0)`. A batch gives the conditions of the samples, and
-    their shape; its x is not used. The advantages A are of the whole batch, so it is differentiated at once, without
-    accumulation. Start from a trained field, and watch samples: a reward says nothing about diversity, and they lose
-    it. A `reference`, such as the field that training starts from, holds them back by a further term, $\kappa\, |u -
-    u_{ref}|^2$ per number.
+    with $w_\pm$ the mean absolute value of the entries of the same difference, and at least 1e-5. It needs the old
+    field as teacher: `TrainStep(..., averages=[ExponentialAverage(0.9)], teacher=0)`. A batch gives the conditions of
+    the samples, and their shape; its x is not used. The advantages A are of the whole batch, so it is differentiated at
+    once, without accumulation. Start from a trained field, and watch samples: a reward says nothing about diversity,
+    and they lose it. A `reference`, such as the field that training starts from, holds them back by a further term,
+    $\kappa\, |u - u_{ref}|^2$ per number.
 
     **Arguments:**
 
     - `reward`: R, a function of a sample and its condition that returns a number. It need not be differentiable.
-    - `group`: how many rows in succession get the condition of the first of them, and are compared with their own mean;
-      None to compare all rows. With conditions of different difficulty, groups keep that out of the advantages.
+    - `group`: how many rows in succession get the condition of the first of them, and are compared with their own mean,
+      in units of the deviation of all rows; None to compare all rows. With conditions of different difficulty, groups
+      keep that out of the advantages.
     - `strength`: $\beta$.
-    - `most`: $A_{\max}$.
+    - `largest_advantage`: $A_{\max}$.
     - `time_pairs`: of (r, t) at which the field is trained; a quarter has r = t and a quarter r = 0 by default.
-    - `times`: the grid of times along which the old field makes samples.
+    - `times`, `unroll`: of the samples that the old field makes, as for `sample`.
     - `derivative`: the engine that computes $du_{old}/dt$ along v.
     - `reference`, `anchor`: a frozen field, or None, and $\kappa$.
     - `adaptive`: whether the two terms are divided by $w_\pm$; False for the squares alone, whose minimum is known.
 
     **Metrics:** `loss`; `reward`, the mean over the samples of the old field; `change`, $|V - V_{old}|^2$ per number.
 
-    **Raises:** `ValueError` unless `strength` and `most` are > 0, `anchor` is > 0 with a `reference` and 0 without, and
-    `group` is None or a count >= 2; when called, without a teacher, for batches with `eps`, if `group` does not divide
-    the rows, or if a reward is no number.
+    **Raises:** `ValueError` unless `strength` and `largest_advantage` are > 0, `anchor` is > 0 with a `reference` and 0
+    without, and `group` is None or a count >= 2; when called, without a teacher, for batches with `eps`, if `group`
+    does not divide the rows, or unless a reward is one number.
 
     Source: MeanFlowNFT: Bringing Forward-Process RL to Average-Velocity Generators, Huang, Zhou, Zhang, Bo, Pang, 2026,
     arXiv 2607.15273, from the authors' code; DiffusionNFT, arXiv 2509.16117. There the old field follows the trained
@@ -81,9 +84,10 @@ class RewardObjective(AbstractObjective):
     reward: Callable[[Float[Array, "*data"], Condition], Scalar]
     group: int | None = None
     strength: float = eqx.field(default=0.1, converter=float)
-    most: float = eqx.field(default=5.0, converter=float)
-    time_pairs: TimePairs = TimePairs(UniformTimes(), equal=0.25, at_data=0.25)
+    largest_advantage: float = eqx.field(default=5.0, converter=float)
+    time_pairs: TimePairs = TimePairs(UniformTimes(), equal=0.25, at_data=1 / 3)
     times: tuple[float, ...] = eqx.field(converter=as_grid, default=(1.0, 0.0))
+    unroll: bool = False
     derivative: AbstractDerivative = FusedJVP()
     reference: AbstractField | None = None
     anchor: float = eqx.field(default=0.0, converter=float)
@@ -91,7 +95,7 @@ class RewardObjective(AbstractObjective):
 
     def __check_init__(self):
         check_positive("strength", self.strength)
-        check_positive("most", self.most)
+        check_positive("largest_advantage", self.largest_advantage)
         check_positive("anchor", self.anchor, or_zero=True)
         if (self.reference is None) != (self.anchor == 0):
             given = "none" if self.reference is None else type(self.reference).__name__
@@ -110,8 +114,15 @@ class RewardObjective(AbstractObjective):
     @property
     def trained(self) -> Trained:
         """Which values of a field it trains, for those who sample later."""
-        pairs = self.time_pairs
-        return Trained(pairs.equal < 1, False, False, pairs.equal > 0, ends_at_data=pairs.at_data == 1)
+        pairs, average = self.time_pairs, self.time_pairs.equal < 1
+        return Trained(
+            average=average,
+            null_velocity=False,
+            null_average=False,
+            velocity=pairs.equal > 0,
+            ends_at_data=average and pairs.at_data == 1,
+            one_step=average and pairs.at_noise == 1,
+        )
 
     def parts(self, batch: Batch) -> list[tuple[AbstractObjective, Batch]]:
         return [(self, batch)]
@@ -122,14 +133,13 @@ class RewardObjective(AbstractObjective):
     def evaluate(
         self, field: AbstractField, batch: Batch, state: None, *, key: Key[Array, ""], context: Context | None = None
     ) -> tuple[Scalar, tuple[Metrics, None]]:
-        if context is None or context.teacher is None:
-            raise ValueError("context must hold the old field as teacher, got none")
-        old, batch = stopped(context.teacher), self._with_shared_conditions(batch)
+        old, batch = stopped(teacher_of(context, type(self).__name__)), self._with_shared_conditions(batch)
 
         def generated(example: Batch) -> tuple[Float[Array, "*data"], Scalar]:
             eps = _noise(example, jr.fold_in(key, example.index))
-            x = sample(old, eps, example.condition, times=self.times)
-            return x, with_checked_scalar(self.reward(x, example.condition), "the reward of a sample")
+            x = sample(old, eps, example.condition, times=self.times, unroll=self.unroll)
+            reward = with_checked_scalar(self.reward(x, example.condition), "the reward of a sample")
+            return x, jnp.asarray(reward, jnp.promote_types(jnp.result_type(reward), x.dtype))
 
         x, rewards = jax.lax.stop_gradient(jax.vmap(generated)(batch))
 
@@ -145,20 +155,21 @@ class RewardObjective(AbstractObjective):
         check_batch("batch", batch)
         if batch.eps is not None:
             raise ValueError("eps must be None for samples of the field itself, got some")
-        rows = batch.index.shape[0]
-        if self.group is None:
+        rows, group = batch.index.shape[0], self.group
+        if group is None:
             return batch
-        if rows % self.group:
-            raise ValueError(f"group must divide the {rows} rows of a batch, got {self.group}")
-        shared = jax.tree.map(lambda leaf: jnp.repeat(leaf[:: self.group], self.group, axis=0), batch.condition)
+        if rows % group:
+            raise ValueError(f"group must divide the {rows} rows of a batch, got {group}")
+        shared = jax.tree.map(lambda leaf: jnp.repeat(leaf[::group], group, axis=0), batch.condition)
         return Batch(batch.x, shared, batch.index)
 
     def _shares(self, rewards: Float[Array, " rows"]) -> Float[Array, " rows"]:
         """The shares rho of rows that are to be imitated."""
         groups = rewards.reshape(-1, self.group or rewards.shape[0])
+        groups = groups - groups[:, :1]  # equal rewards are then zeros, whatever a mean is rounded to
         above = (groups - groups.mean(1, keepdims=True)).ravel()
-        advantage = above / jnp.maximum(rewards.std(), jnp.finfo(rewards.dtype).tiny)
-        return 0.5 + 0.5 * jnp.clip(advantage / self.most, -1, 1)
+        deviation = jnp.maximum((rewards - rewards[0]).std(), jnp.finfo(rewards.dtype).tiny)
+        return 0.5 + 0.5 * jnp.clip(above / deviation / self.largest_advantage, -1, 1)
 
     def _loss_of_row(
         self,
@@ -174,8 +185,9 @@ class RewardObjective(AbstractObjective):
         r, t = (time.astype(x.dtype) for time in self.time_pairs(key=time_key))
         eps = jr.normal(noise_key, x.shape, x.dtype)
         z, v = (1 - t) * x + t * eps, eps - x
-        u_old, rate = self.derivative(old, z, r, t, example.condition, tangent=(v, 0.0, 1.0), key=None)
-        u = field(z, r, t, example.condition, key=field_key)
+        condition = condition_at(example.condition, r, t)
+        u_old, rate = self.derivative(old, z, r, t, condition, tangent=(v, 0.0, 1.0), key=None)
+        u = field(z, r, t, condition, key=field_key)
         change = u - jax.lax.stop_gradient(u_old)
         error = jax.lax.stop_gradient(u_old + (t - r) * rate) - v
 
@@ -184,9 +196,9 @@ class RewardObjective(AbstractObjective):
             size = jnp.maximum(jnp.abs(difference).mean(), 1e-5) if self.adaptive else 1.0
             return jnp.square(difference).mean() / jax.lax.stop_gradient(size)
 
-        value = self.most / self.strength * (rho * loss(1.0) + (1 - rho) * loss(-1.0))
+        value = self.largest_advantage / self.strength * (rho * loss(1.0) + (1 - rho) * loss(-1.0))
         if self.reference is not None:
-            u_reference = stopped(self.reference)(z, r, t, example.condition, key=None)
+            u_reference = stopped(self.reference)(z, r, t, condition, key=None)
             value = value + self.anchor * jnp.square(u - u_reference).mean()
         return value, jnp.square(change).mean()
 

@@ -10,9 +10,9 @@ residual g is the left side minus the right, over $\delta$; for N = 1 that of `A
 \delta / (t - r)$. The loss is $w e / \sqrt{\mathrm{sg}(e) + 10^{-6}}$, e the mean of $\mathrm{clip}(g, -1, 1)^2$ and
 $w = \tan(0.4 \pi (1 - t + r)) + 1$, here divided by its value at r = t. An exact field leaves a g of order $\delta$.
 
-Four quarters of the rows have (r, t) = (0, 1); r in [0.95 t, t]; r in [0, t]; the adversary's, left out here. Boundary
-rows replace the second; in the others `paper_settings` set r = 0 and t = 1 in half each, independently. Guidance is
-`Guidance(1.0, 0.5)`, with velocities of the averaged copy.
+Quarters of TwinFlow's rows have (r, t) = (0, 1); r in [0.95 t, t]; r in [0, t]; and the adversary's, left out here. In
+`paper_settings` a quarter are boundary rows; of the others half have r = 0 and half t = 1, independently. TwinFlow
+guides as `Guidance(1.0, 0.5)` does, but with velocities of its averaged copy.
 
 Source: Any-step Generation via N-th Order Recursive Consistent Velocity Field Estimation, Sun, Lin, ICLR 2026, by way
 of the code of TwinFlow, Cheng, Sun, Li, Lin, 2025, arXiv 2512.05150. Euler Mean Flows, Li, Sun, Chen, He, Zhu, 2026,
@@ -27,7 +27,7 @@ from jaxtyping import Array, Float
 from .._custom_types import Scalar
 from .._derivative import Passes
 from .._field import AbstractField, stopped
-from .._row import Row
+from .._row import Row, teacher_of
 from .._schedule import as_schedule, at_step, Schedule
 from .._times import TimePairs, UniformTimes
 from .._validate import as_count, check_positive
@@ -35,7 +35,6 @@ from .._weight import AdaptiveWeight
 from .average_of_steps import average_of_steps
 from .base import AbstractIdentityWithLoss
 from .facts import Facts
-from .teacher import teacher_of
 from .unit_step import root_loss
 
 
@@ -72,7 +71,8 @@ class RecursiveConsistency(AbstractIdentityWithLoss):
         if self.conditional != 1:
             predicted = row.own_velocity(field)
             v = predicted + at_step(self.conditional, row.context).astype(v.dtype) * (v - predicted)
-        along, key = (teacher_of(row, type(self).__name__), None) if self.by_teacher else (stopped(field), row.key)
+        teacher = teacher_of(row.context, "RecursiveConsistency") if self.by_teacher else None
+        along, key = (stopped(field), row.key) if teacher is None else (teacher, None)
         at = row.z - part * gap * v, row.r, row.r + (1 - part) * gap
         average = average_of_steps(along, *at, self.order, row.condition, key=key)
         residual = u - jax.lax.stop_gradient(row.v - (1 - part) * (u - average) / part)

@@ -22,13 +22,12 @@ from jaxtyping import Array, Float
 
 from .._field import AbstractField
 from .._model.guidance import condition_at
-from .._row import Row
+from .._row import Row, teacher_of
 from .._times import LogitNormalTimes, TimePairs
 from .._weight import ConstantWeight
 from .base import AbstractIdentity
 from .facts import Facts
 from .lagrangian_self_distillation import lagrangian_sides, SELF_DISTILLATION
-from .teacher import teacher_of
 
 _TIMES = LogitNormalTimes(-0.4, 1.0)
 
@@ -54,7 +53,7 @@ class TerminalVelocityMatching(AbstractIdentity):
         return dataclasses.replace(SELF_DISTILLATION, needs_teacher=True, paper_settings=settings)
 
     def residual(self, field: AbstractField, row: Row) -> Float[Array, "*data"]:
-        teacher = teacher_of(row, type(self).__name__)
+        teacher = teacher_of(row.context, type(self).__name__)
         left, end = lagrangian_sides(field, row)
         condition = condition_at(row.condition, row.r, row.r)
         return left - jax.lax.stop_gradient(teacher(end, row.r, row.r, condition, key=None))

@@ -17,8 +17,8 @@ and it can be negative. Substituting x for $\epsilon$ in the mean of $\hat w = q
 $$E\, \hat w = \int q(X(\epsilon))\, \Big| \det \frac{\partial X}{\partial \epsilon} \Big|\, d\epsilon
 = E_{x \sim q}\, \#\{\epsilon: X(\epsilon) = x\}:$$
 
-the mean number of noises that make a point of the data. Above 1 it proves that the map folds; below 1 that some data
-are made by no noise.
+the mean number of noises that make a point of the data. If this expectation is above 1 the map folds, and if it is
+below 1 some data are made by no noise. Its estimate has large errors where few samples have most of the weight.
 """
 
 from typing import NamedTuple
@@ -54,8 +54,8 @@ def reverse_kullback_leibler(
     $$\mathrm{KL} \approx \frac1n \sum_i \ell_i, \qquad \ell_i = \log p(x_i) - \log q(x_i), \qquad
     \mathrm{share} = \frac{(\sum_i w_i)^2}{n \sum_i w_i^2}, \quad w_i = e^{-\ell_i}.$$
 
-    The divergence punishes samples where the truth has little density, and the share of mass that samples lack: a
-    density that is too high elsewhere. It hardly sees a lost mode of little mass: of a model without a share m of the
+    The divergence punishes samples where the truth has little density, and, by a density that is too high elsewhere,
+    mass that samples lack. It hardly sees a lost mode of little mass: of a model without a share m of the
     mass it is -log(1 - m). A few samples far from all data determine it: at a distance of k standard deviations from a
     Gaussian component each has about $k^2 / 2$ nats. The effective share is blind to such samples, whose weights are
     0, and punishes places to which the model gives too little density; from a finite sample it is too high if it has

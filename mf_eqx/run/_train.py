@@ -135,13 +135,14 @@ def train(
 
 def _check_labels(step: TrainStep, make_state: Callable[[], TrainState], stream: Stream) -> None:
     """Refuses data with the null label, and with labels that the network lacks."""
+    if (labels := stream.source.labels) is None:
+        return
     dropout = getattr(step.objective, "label_dropout", None)
     null = None if dropout is None else dropout.null
     known = number_of_labels(eqx.filter_eval_shape(make_state).field)
-    name, labels = stream.source.name, stream.source.labels
     for most, meaning in [(null, "the null label"), (known, "those of the network")]:
-        if isinstance(most, int) and labels is not None and labels > most:
-            raise ValueError(f"{name}: labels must be at most {most}, {meaning}, got {labels}")
+        if isinstance(most, int) and labels > most:
+            raise ValueError(f"{stream.source.name}: labels must be at most {most}, {meaning}, got {labels}")
 
 
 def _loggers(config: Settings, directory: RunDirectory, start: int) -> Iterator[Logger]:

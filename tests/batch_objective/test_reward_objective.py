@@ -29,7 +29,7 @@ def evaluated(objective, field, old, batch=BATCH):
 
 def test_loss_is_that_of_its_formula(x64):
     field, old = affine(jnp.float64), GaussianField(jnp.array([0.5, -0.3]), 0.6)
-    objective = mfx.RewardObjective(first, strength=0.3, most=2.0)
+    objective = mfx.RewardObjective(first, strength=0.3, largest_advantage=2.0)
     loss, (metrics, _) = evaluated(objective, field, old)
     eps = jax.vmap(lambda i: jr.normal(jr.fold_in(jr.fold_in(jr.key(0), i), 0), (2,)))(BATCH.index)
     x = jax.vmap(lambda eps: mfx.sample(old, eps))(eps)
@@ -89,7 +89,7 @@ class Towards(mfx.AbstractField):
 
 def test_loss_without_its_weights_is_least_where_the_theorem_says(x64):
     objective = mfx.RewardObjective(
-        lambda x, condition: jnp.sign(x[0]), most=1, strength=0.4, time_pairs=BOUNDARY, adaptive=False
+        lambda x, condition: jnp.sign(x[0]), largest_advantage=1, strength=0.4, time_pairs=BOUNDARY, adaptive=False
     )
     batch = mfx.Batch(np.zeros((200_000, 1)))
     found = [evaluated(objective, Towards(scale, 0.4), TwoSides(), batch)[0] for scale in (0.0, 1.0, 2.0)]
@@ -117,8 +117,8 @@ def test_old_velocity_has_no_gradient_if_all_rewards_are_equal():
         field = affine()
         return eqx.filter_grad(lambda field: evaluated(objective, field, affine(), batch)[0])(field).shift
 
-    np.testing.assert_allclose(gradient(lambda x, c: jnp.ones(())), 0, atol=1e-5)
-    np.testing.assert_allclose(gradient(lambda x, c: c, group=4), 0, atol=1e-5)
+    np.testing.assert_allclose(gradient(lambda x, c: jnp.full((), 0.1)), 0, atol=1e-5)  # whose mean is not 0.1
+    np.testing.assert_allclose(gradient(lambda x, c: c / 10, group=4), 0, atol=1e-5)
     assert np.abs(gradient(lambda x, c: c)).max() > 0.01
 
 
@@ -128,6 +128,48 @@ def test_rows_of_a_group_have_the_condition_of_the_first():
         mfx.RewardObjective(lambda x, c: c, group=4), affine(), affine(), mfx.Batch(BATCH.x, condition)
     )
     assert metrics["reward"].value == condition[::4].mean()
+
+
+@pytest.mark.parametrize("reward", [lambda x, c: x[0] > 0, lambda x, c: (x[0] > 0).astype(int), first])
+def test_a_reward_may_be_any_number(reward):
+    loss, (metrics, _) = evaluated(mfx.RewardObjective(reward), affine(), affine())
+    assert np.isfinite(loss) and metrics["reward"].value.dtype == jnp.float32
+
+
+def test_weights_of_both_terms_have_no_gradient(x64):
+    """The slope in the direction of the change: with frozen weights it is that of the two squares."""
+    objective = mfx.RewardObjective(lambda x, c: jnp.sign(x[0]), largest_advantage=1, strength=0.5, time_pairs=BOUNDARY)
+    old, batch = GaussianField(jnp.zeros(1), 1.0), mfx.Batch(np.zeros((2, 1)))
+
+    def loss(shift):
+        moved = eqx.tree_at(lambda field: field.mean, old, jnp.full(1, shift))
+        return evaluated(objective, moved, old, batch)[0]
+
+    def by_hand(shift, frozen):
+        total = 0.0
+        for i in range(2):
+            first_key = jr.fold_in(jr.fold_in(jr.key(0), i), 0)
+            x = mfx.sample(old, jr.normal(first_key, (1,)))
+            time_key, noise_key, _ = jr.split(jr.fold_in(jr.fold_in(jr.key(0), i), 1), 3)
+            _, t = objective.time_pairs(key=time_key)
+            eps = jr.normal(noise_key, (1,))
+            z, v = (1 - t) * x + t * eps, eps - x
+            before = old(z, t, t)
+            change = GaussianField(jnp.full(1, shift), 1.0)(z, t, t) - before
+            held = GaussianField(jnp.full(1, frozen), 1.0)(z, t, t) - before
+            for sign, share in zip((1, -1), shares[i], strict=True):
+                difference, size = (t * (before + sign * 0.5 * part - v) for part in (change, held))
+                total += share / 0.5 * jnp.mean(difference**2) / jnp.mean(jnp.abs(size)) / 2
+        return total
+
+    rewards = [
+        float(jnp.sign(mfx.sample(old, jr.normal(jr.fold_in(jr.fold_in(jr.key(0), i), 0), (1,)))[0])) for i in (0, 1)
+    ]
+    above = np.array(rewards) - np.mean(rewards)
+    rho = 0.5 + 0.5 * np.clip(above / max(np.std(rewards), 1e-300), -1, 1)
+    shares = [(share, 1 - share) for share in rho]
+    np.testing.assert_allclose(loss(0.3), by_hand(0.3, 0.3), rtol=1e-9)
+    np.testing.assert_allclose(jax.grad(loss)(0.3), jax.grad(by_hand)(0.3, 0.3), rtol=1e-6)
 
 
 @pytest.mark.parametrize("times", [(1.0, 0.0), (1.0, 0.5, 0.0)])
@@ -157,6 +199,7 @@ def test_samples_are_those_of_the_old_field():
         (mfx.TimePairs(equal=0.25), (True, False, False, True, False)),
         (mfx.TimePairs(equal=1), (False, False, False, True, False)),
         (mfx.TimePairs(at_data=1), (True, False, False, False, True)),
+        (mfx.TimePairs(at_noise=1), (True, False, False, False, False, True)),
     ],
 )
 def test_what_is_trained_is_known(pairs, trained):
@@ -168,7 +211,7 @@ def test_what_is_trained_is_known(pairs, trained):
     ("make", "message"),
     [
         (lambda: mfx.RewardObjective(first, strength=0), "strength must be > 0"),
-        (lambda: mfx.RewardObjective(first, most=-1), "most must be > 0"),
+        (lambda: mfx.RewardObjective(first, largest_advantage=-1), "largest_advantage must be > 0"),
         (lambda: mfx.RewardObjective(first, anchor=1), "anchor must be > 0 if and only if .* got 1.0 and none"),
         (
             lambda: mfx.RewardObjective(first, reference=affine()),
@@ -176,7 +219,10 @@ def test_what_is_trained_is_known(pairs, trained):
         ),
         (lambda: mfx.RewardObjective(first, group=1), "group must be an integer >= 2, got 1"),
         (lambda: mfx.RewardObjective(first, times=(0, 1)), "times must be a strictly decreasing"),
-        (lambda: evaluated(mfx.RewardObjective(first), affine(), None), "context must hold the old field as teacher"),
+        (
+            lambda: evaluated(mfx.RewardObjective(first), affine(), None),
+            "context must have a teacher for RewardObjective, got none",
+        ),
         (lambda: evaluated(mfx.RewardObjective(first, group=5), affine(), affine()), "group must divide the 64 rows"),
         (lambda: evaluated(mfx.RewardObjective(lambda x, c: x), affine(), affine()), "the reward of a sample must be"),
         (

@@ -32,8 +32,9 @@ def weights(tmp_path_factory):
     folder = tmp_path_factory.mktemp("weights")
     field = filled(lambda: mfx.DiT((1, 8, 8), mfx.DiTSize(1, 8, 2, 4), labels=10, key=jr.key(0)))
 
-    def save(name, trained=True, **about):
-        notes = checkpoint.Notes(pixels=(-1, 1), trained=mfx.Trained(trained, False, False))
+    def save(name, trained=True, ends_at_data=False, **about):
+        learnt = mfx.Trained(trained, False, False, ends_at_data=ends_at_data)
+        notes = checkpoint.Notes(pixels=(-1, 1), trained=learnt)
         path = folder / f"{name}.safetensors"
         checkpoint.save_weights(path, field, {"data": "digits", "holdout": 0.2, "seed": 0, **about}, notes)
         return str(path)
@@ -154,6 +155,7 @@ def test_bad_input_ends_in_one_line(inverse, arguments, message, refusal_of, tmp
     ("arguments", "changed", "message"),
     [
         ([], {"trained": False}, "--weights must be of a network with u trained at all r <= t, got"),
+        ([], {"ends_at_data": True}, "--weights must be of a network with u trained at all r <= t, got"),
         ([], {"data": None}, "--data must be given for .* which does not name its data, got none"),
         (["--images", "400"], {}, "--images must be at most 360, the number of held-out digits, got 400"),
     ],

@@ -291,7 +291,7 @@ def test_populations_are_filled_with_images_of_the_start_under_labels_of_the_dat
     source, features = data.ArraySource(X, LABEL), post_train.post_features
     config = post_train.Config(batch=16, queue=100, features=("pixels",))
     space = features.Space("pixels", features.Pixels())
-    loss = post_train.objective(config, [space], network(), source, None, unroll=False)
+    loss = post_train.objective(config, [space], source, None, unroll=False)
     parts, field = data.InTurn((data.FromPixels(),)), network()
     state, again = (post_train.filled_state(config, loss, field, source, parts, lambda tree: tree) for _ in range(2))
     assert state[0].population.count == 100
@@ -313,7 +313,7 @@ def test_training_begins_with_a_full_population(finished, post_train):
         config = post_train.Config(start="base.safetensors", batch=16, features=("pixels",), refresh=1)
         source = post_train.open_data(config, weights, (1, 8, 8)).train
     pixels = post_train.post_features.make_space("pixels", source, finished, steps=0)
-    loss = post_train.objective(config, [pixels], network(), source, None, unroll=False)
+    loss = post_train.objective(config, [pixels], source, None, unroll=False)
     parts = data.InTurn((data.FromPixels(),))
     (state,) = post_train.filled_state(config, loss, network(), source, parts, lambda tree: tree)
     batch = jax.vmap(lambda row: parts(row, jr.key(0)))(data.Stream(source, 16, seed=0)[0])
@@ -366,6 +366,7 @@ def refused(post_train, tmp_path_factory):
         save("guided.safetensors", network(guidance=True))
         save("unknown.safetensors", about={})
         save("flow.safetensors", trained=mfx.Trained(False, True, False))
+        save("average.safetensors", trained=mfx.Trained(True, True, False, ends_at_data=True))
         save("large.safetensors", mfx.DiT((1, 16, 16), mfx.DiTSize(1, 16, 2, 4), labels=3, key=jr.key(0)))
         save("two.safetensors", network(2))
         save("plain.safetensors", network(None))
@@ -425,6 +426,7 @@ def refused(post_train, tmp_path_factory):
         ("--loss drifting --relative", "--relative must be left out with --loss drifting"),
         ("--anchor 1", "--anchor must be left out with --loss frechet, which does not use it"),
         ("--loss reward --anchor -1", "--anchor must be >= 0 and finite, got -1.0"),
+        ("--start average.safetensors --loss reward", "--start must be of a network with u trained at all r < t for"),
         ("--loss reward --features pixels", "--features must be left out with --loss reward, which does not use it"),
         (
             "--start plain.safetensors --data idx --holdout 0.2 --loss reward",
