@@ -270,12 +270,13 @@ def test_steps_along_the_velocity_are_those_of_euler(judge, seen, fields):
 
 
 def test_new_noise_is_drawn_and_is_part_of_what_a_row_is_found_by(judge, seen, fields):
-    found = [judge(f"{ARGUMENTS} --evaluations 2 --samples 10 --batch 10 {flags}") for flags in ("", "--new-noise 0.5")]
+    for flags in ("", "--new-noise 0.5"):  # in one folder, which has a table of both
+        judge(f"{ARGUMENTS} --evaluations 2 --samples 10 --batch 10 {flags}")
     method = functools.partial(mfx.sample_consistency, new_noise=0.5)
     field = fields[1]["dit"]
     expected = mfx.Generator(field, jr.key(0), field.data_shape, (1.0, 0.5, 0.0), method=method)(np.arange(10))
     np.testing.assert_allclose(seen[-1], expected, rtol=1e-5, atol=2e-5)
-    assert not np.allclose(seen[1], seen[-1]) and len(found) == 2
+    assert not np.allclose(seen[1], seen[-1])
 
 
 # What was done is not done again
