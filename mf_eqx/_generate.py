@@ -8,6 +8,7 @@ Sample i depends only on the key and on i, not on the batch size, the devices or
 float32, or in float64 for a field with parameters in float64: these draws differ.
 """
 
+import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -54,8 +55,10 @@ class Generator(eqx.Module):
     - `balanced`: sample i has the label i mod K instead.
     - `condition`: None, or the conditions of a field that has others than labels: a PyTree of arrays with a leading
       axis of n rows, of which sample i has row i mod n.
-    - `method`: `sample`, along average velocities; `sample_euler`, `sample_heun`, along v = u(z, t, t); or
-      `sample_consistency`, for u(z, 0, t) alone. A method with an argument `key` gets one of the sample's own.
+    - `method`: `sample`, along average velocities; `sample_euler`, `sample_heun`, along v = u(z, t, t);
+      `sample_consistency`, for u(z, 0, t) alone; or another function with their arguments, such as
+      `functools.partial(sample_consistency, new_noise=0.5)` or one of `sample_with_reward`. A method with an argument
+      of the name `key` gets one of the sample's own.
     - `unroll`: whether to unroll the loop over the steps. True is much faster for convolutional networks on CPUs:
       inside a loop XLA does not use its fast kernels for convolutions, see `sample`.
 
@@ -80,6 +83,9 @@ class Generator(eqx.Module):
         check_counts(data_shape=self.data_shape)
         if not callable(self.method):
             raise ValueError(f"method must be a function such as mfx.sample, got {self.method!r:.80}")
+        for name in ("times", "unroll", "key"):
+            if isinstance(self.method, functools.partial) and name in self.method.keywords:
+                raise ValueError(f"method must leave {name} to the generator, got {self.method!r:.80}")
         if self.balanced and self.labels is None:
             raise ValueError("labels must be given if balanced is True, got None")
         self._check_labels("labels", self.labels)

@@ -58,10 +58,11 @@ def sample_with_reward(
     **Arguments:** as `sample`, and
 
     - `reward`: R, a function of one example that returns a floating-point scalar, differentiable in reverse mode.
-    - `scale`: the step length $\lambda$ >= 0 of the ascent; 0 is `sample`, unless `straight`. Its unit is that of x^2
-      divided by that of R: for a squared error as above, and a matrix A whose largest singular value is 1, it must be
-      below 2. Without `through_field` the control does not shrink with the step: the more steps, the more it overrules
-      the field. (The authors' loss is |y - A x|^2: their scale is half as large for the same effect.)
+    - `scale`: the step length $\lambda$ >= 0 of the ascent, unchecked if JAX traces it; 0 is `sample`, unless
+      `straight`. Its unit is that of x^2 divided by that of R: for a squared error as above, and a matrix A whose
+      largest singular value is 1, it must be below 2. Without `through_field` the control does not shrink with the
+      step: the more steps, the more it overrules the field. (The authors' loss is |y - A x|^2: their scale is half as
+      large for the same effect.)
     - `iterations`: number n of steps of the ascent.
     - `through_field`: False changes the look-ahead and needs only the gradient of R (FMRG-E). True changes the state
       by the derivative of the field (FMRG-J), which keeps changes near to what the field can make.

@@ -89,8 +89,8 @@ def sample_consistency(
     $\sigma_r^2$. With $\gamma = 1$, s is 0: that is the sampling of consistency models, the only one for methods that
     learn u(z, 0, t) alone (`Facts.ends_at_data`). With $\gamma = 0$, or in one step to 0, it is `sample`.
 
-    **Arguments:** as `sample`, and `key` for the new noise; `new_noise` $\gamma$ in [0, 1]; `interpolant` the path of
-    the training, whose noise must be independent of the data (`Batch.eps` is not).
+    **Arguments:** as `sample`, and `key` for the new noise, one for each sample; `new_noise` $\gamma$ in [0, 1];
+    `interpolant` the path of the training, whose noise must be independent of the data (`Batch.eps` is not).
 
     **Raises:** as `sample`, and for `new_noise` outside of [0, 1], and a key or an interpolant of another kind.
 

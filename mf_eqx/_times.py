@@ -98,8 +98,8 @@ class TimePairs(eqx.Module):
       (arXiv 2601.22158).
     - `at_noise`: the probability with which t is set to 1, for more training of steps that start at noise. With 1, z is
       noise in all of these rows, so that no data enter them (`LagrangianDistillation` learns from them).
-    - `gap_times`: a distribution of the gap t - r, which is then drawn first, and r from `times`, given that r + gap is
-      at most 1 (terminal velocity matching, arXiv 2511.19797). Only without `r_times` and `uniform`.
+    - `gap_times`: a distribution of the gap t - r, in [0, 1], which is then drawn first, and r from `times`, given that
+      t is at most 1 (terminal velocity matching, arXiv 2511.19797). Only without `r_times` and `uniform`.
     """
 
     times: AbstractTimes = LogitNormalTimes()

@@ -65,8 +65,9 @@ class TrainStep(eqx.Module):
 
     A step whose loss, gradient, update or new objective state is not finite leaves field, optimiser state, averages and
     the objective's state unchanged. The step number still increases, so that the next step gets other rows, and
-    `TrainState.faults` counts the step. To check the update, the optimiser's update is computed twice: with Adam this
-    costs 2 to 3% of a step at batch 16 on a CPU; with Muon its matrix products are computed twice.
+    `TrainState.faults` counts the step. (If no step is finite, the data may have labels that the network lacks.) To
+    check the update, the optimiser's update is computed twice: with Adam this costs 2 to 3% of a step at batch 16 on a
+    CPU; with Muon its matrix products are computed twice.
 
     **Returns** (when called with a state and a batch): the new state and the metrics, those of the objective and
     `gradient_norm`. The old state is donated; using it again raises an error.

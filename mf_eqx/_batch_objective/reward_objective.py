@@ -58,7 +58,8 @@ class RewardObjective(AbstractObjective):
 
     **Arguments:**
 
-    - `reward`: R, a function of a sample and its condition that returns a number. It need not be differentiable.
+    - `reward`: R, a function of a sample and its condition that returns a finite number; another makes the loss NaN. It
+      need not be differentiable. Samples follow a reward without a bound as far as it leads.
     - `group`: how many rows in succession get the condition of the first of them, and are compared with their own mean,
       in units of the deviation of all rows; None to compare all rows. With conditions of different difficulty, groups
       keep that out of the advantages.
@@ -70,7 +71,8 @@ class RewardObjective(AbstractObjective):
     - `reference`, `anchor`: a frozen field, or None, and $\kappa$.
     - `adaptive`: whether the two terms are divided by $w_\pm$; False for the squares alone, whose minimum is known.
 
-    **Metrics:** `loss`; `reward`, the mean over the samples of the old field; `change`, $|V - V_{old}|^2$ per number.
+    **Metrics:** `loss`, which may rise while the reward does; `reward`, the mean over the samples of the old field;
+    `change`, $|V - V_{old}|^2$ per number.
 
     **Raises:** `ValueError` unless `strength` and `largest_advantage` are > 0, `anchor` is > 0 with a `reference` and 0
     without, and `group` is None or a count >= 2; when called, without a teacher, for batches with `eps`, if `group`
@@ -94,6 +96,8 @@ class RewardObjective(AbstractObjective):
     adaptive: bool = True
 
     def __check_init__(self):
+        if not callable(self.reward):
+            raise ValueError(f"reward must be a function of a sample and its condition, got {self.reward!r:.80}")
         check_positive("strength", self.strength)
         check_positive("largest_advantage", self.largest_advantage)
         check_positive("anchor", self.anchor, or_zero=True)

@@ -39,12 +39,12 @@ from .unit_step import root_loss
 
 
 class RecursiveConsistency(AbstractIdentityWithLoss):
-    r"""The residual $g = u - \mathrm{sg}(v - (t - r - \delta) (u - \sum_i u_i / N) / \delta)$, with the loss above.
+    r"""The residual $g = u - \mathrm{sg}(v - (t - r - \delta) (u - \sum_i u_i / N) / \delta)$, with a loss of its own.
 
-    **Arguments:** `order` N >= 1; `step` $\delta$ in (0, 1] or a schedule; `conditional` $\beta$ in [0, 1] or a
-    schedule, for a first step along $\beta v + (1 - \beta)\, u(z, t, t)$, which needs boundary rows unless it is 1;
-    `by_teacher` whether $\bar u$ is the teacher's, which must then be given, or the field's own; `clip` the largest
-    magnitude of g in the loss, > 0. The defaults are those of TwinFlow's code. Compute in float32.
+    **Arguments:** `order` N >= 1; `step` $\delta$ in (0, 1] or a schedule, at most t - r; `conditional` $\beta$ in [0,
+    1] or a schedule, for a first step along $\beta v + (1 - \beta)\, u(z, t, t)$, which needs boundary rows unless it
+    is 1; `by_teacher` whether $\bar u$ is the teacher's, or the field's own; `clip` the largest |g| in the loss, > 0.
+    Defaults are TwinFlow's. Compute in float32. `identity_error` is large: it is of errors of u divided by $\delta$.
     """
 
     order: int = eqx.field(default=2, converter=lambda order: as_count("order", order))

@@ -77,8 +77,8 @@ def collect_features(
     2, or None for all. Samples need not lie in [-1, 1], since those of a network may lie outside: they are clipped.
 
     **Raises:** `ValueError` if a value of a sample is not finite (a NaN would become a black pixel), if a batch does
-    not contain such images, if it has whole numbers above 1 in floating point (pixels), if batches end before `count`,
-    or if `count` is not an integer >= 2.
+    not contain such images, if it looks like pixels in floating point (whole numbers beyond 1, or none below 0 and some
+    above 16), if batches end before `count`, or if `count` is not an integer >= 2.
     """
     features = [*_stream(extractor, batches, count)]
     pooled, logits = (np.concatenate(parts) for parts in zip(*features, strict=True))
@@ -123,5 +123,6 @@ def _check_images(x: _Batch) -> None:
         raise ValueError(f"batches must be images of shape {rule}, got {x.shape}")
     if x.dtype != np.uint8 and not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"batches must be samples in floating point or pixels in uint8, got {x.dtype}")
-    if x.dtype != np.uint8 and (x > 1).any() and (x == jnp.round(x)).all():  # samples of order 1 are fractions
-        raise ValueError(f"batches of {x.dtype} must be samples in [-1, 1], got pixels: whole numbers up to {x.max()}")
+    if x.dtype != np.uint8 and (x > 1).any() and ((x == jnp.round(x)).all() or (x.min() >= 0 and x.max() > 16)):
+        found = f"numbers from {x.min()} to {x.max()}, which look like those of pixels in [0, 255]"
+        raise ValueError(f"batches of {x.dtype} must be samples in [-1, 1], got {found}")

@@ -210,6 +210,7 @@ def test_what_is_trained_is_known(pairs, trained):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (lambda: mfx.RewardObjective(3.0), "reward must be a function of a sample and its condition, got 3.0"),
         (lambda: mfx.RewardObjective(first, strength=0), "strength must be > 0"),
         (lambda: mfx.RewardObjective(first, largest_advantage=-1), "largest_advantage must be > 0"),
         (lambda: mfx.RewardObjective(first, anchor=1), "anchor must be > 0 if and only if .* got 1.0 and none"),
