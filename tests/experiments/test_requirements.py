@@ -40,7 +40,7 @@ def trains_one_network(path):
     return re.search(r"^class Config\(\w+\.Settings\)", text, re.MULTILINE) and '    weights: str = ""\n' not in text
 
 
-@pytest.mark.parametrize("path", filter(trains_one_network, SCRIPTS), ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", [*filter(trains_one_network, SCRIPTS)], ids=lambda p: p.stem)
 def test_every_recipe_that_trains_one_network_may_start_from_another_run(path):
     text = path.read_text()
     assert '    start: str = ""\n' in text
