@@ -120,7 +120,7 @@ def test_restorations_of_saved_weights_leave_a_table_and_a_picture(inverse, weig
     assert "lower half hidden" in (directory / "results.md").read_text()
 
 
-@pytest.mark.rehearsal
+@pytest.mark.slow
 def test_without_weights_a_network_is_trained_first(inverse, tmp_path, monkeypatch):
     directory = run_in(tmp_path, monkeypatch, inverse, "--test-run")
     assert [*directory.glob("meanflow/*.safetensors")] and (directory / "restored.png").exists()
