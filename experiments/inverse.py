@@ -216,6 +216,8 @@ def main(config: Config) -> None:
         return run.tell(f"would restore {config.images} images in {len(ways(config.evaluations))} ways")
     with run.opened(config) as directory:
         subject = weights or trained(config, directory)
+        if not run.is_first():
+            return None
         solved = problems(subject.test.x.shape[1:], config.noise)
         done = itertools.count(1)
         with run.Progress(len(solved) * len(ways(config.evaluations)), doing="compiling") as progress:

@@ -275,11 +275,10 @@ def test_numbers_of_few_bits_have_the_conditions_of_others(dtype, unchecked):
     np.testing.assert_array_equal(generator(jnp.asarray([100], dtype)), generator([100]))
 
 
-@pytest.mark.parametrize("given", [{"times": (1.0, 0.5, 0.0)}, {"unroll": True}, {"key": jr.key(0)}])
-def test_a_method_with_what_the_generator_gives_is_refused(given):
-    (name,) = given
+@pytest.mark.parametrize(("name", "value"), [("times", (1.0, 0.5, 0.0)), ("unroll", True), ("key", 0)])
+def test_a_method_with_what_the_generator_gives_is_refused(name, value):
     with pytest.raises(ValueError, match=f"method must leave {name} to the generator, got functools.partial"):
-        make_generator(labels=None, method=functools.partial(mfx.sample_consistency, **given))
+        make_generator(labels=None, method=functools.partial(mfx.sample_consistency, **{name: value}))
 
 
 def test_a_method_that_is_no_function_is_refused(unchecked):

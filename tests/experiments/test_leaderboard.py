@@ -294,7 +294,7 @@ def test_a_teacher_of_other_images_is_refused(leaderboard, teacher, tmp_path):
         taught(leaderboard, str(tmp_path / "files"), teacher, "MeanFlow")
 
 
-@pytest.mark.rehearsal
+@pytest.mark.slow  # and of nearly 2 GB
 def test_a_distillation_ends_in_a_table_with_its_teacher(
     leaderboard, files, teacher, room, tmp_path, monkeypatch, capsys
 ):

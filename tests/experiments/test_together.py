@@ -87,7 +87,8 @@ def test_no_script_touches_a_device_when_it_is_imported_or_makes_a_configuration
 
 
 def test_every_training_script_is_started_below_as_two_processes():
-    assert {name for name, trains in imported().items() if trains} == set(TRAINING)
+    without = {"inverse"}  # which trains by digits.py, and goes on in the first process alone
+    assert {name for name, trains in imported().items() if trains} - without == set(TRAINING)
 
 
 def save_network(path):
