@@ -1,6 +1,6 @@
 """Images from a part of them, in few evaluations and without training for it: half hidden, four pixels in one, noise.
 
-    python experiments/inverse.py                         trains on the handwritten digits first, half an hour in all
+    python experiments/inverse.py                         trains on the handwritten digits first
     python experiments/inverse.py --weights runs/digits/1a2b3c4d/meanflow/ema_0.997.safetensors    20 minutes, busy CPUs
     python experiments/inverse.py --weights ema.safetensors --data photos --images 20
     python experiments/inverse.py --dry-run               what would be trained, or restored
