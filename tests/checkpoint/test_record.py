@@ -59,16 +59,17 @@ def test_notes_that_are_not_finite_come_back(tmp_path):
 @pytest.mark.parametrize(
     ("notes", "message"),
     [
-        (functools.reduce(lambda inner, _: {"a": inner}, range(63), {}), "it is nested more than 64 times"),
-        ({"many": [0] * (1 << 20)}, "it has more than 1,048,576 values"),
-        ({"long": '"' * (1 << 24)}, "it has 67,.* bytes, more than 67,108,864"),  # in the file each takes four bytes
+        (lambda: functools.reduce(lambda inner, _: {"a": inner}, range(63), {}), "it is nested more than 64 times"),
+        (lambda: {"many": [0] * (1 << 20)}, "it has more than 1,048,576 values"),
+        # A quote takes four bytes in the file.
+        (lambda: {"long": '"' * (1 << 24)}, "it has 67,.* bytes, more than 67,108,864"),
     ],
     ids=range(3),
 )
 def test_notes_that_could_not_be_read_again_are_refused_when_they_are_saved(notes, message, tmp_path):
     checkpoints = saved(tmp_path, 1)
     with pytest.raises(ValueError, match=f"a checkpoint, with its notes, must be JSON that can be .*, but {message}"):
-        checkpoints.save(1, State(), notes)
+        checkpoints.save(1, State(), notes())
     assert checkpoints.load(State).passed_over == {}
 
 
