@@ -3,6 +3,7 @@ for it."""
 
 import contextlib
 import ctypes
+import functools
 import gc
 import importlib
 import importlib.util
@@ -43,8 +44,8 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 # Python's default looks for garbage so often that this takes a twentieth of the time, and it saves no memory.
 gc.set_threshold(50_000, 20, 100)
 MOST_MEMORY = 4e9  # bytes that all processes of a run may need together
-MOST_KEPT = 1.1e9  # bytes that a process may keep after a test; few tests need more than half as much besides
-ROOM = 4e8  # bytes of programs that are kept in any case: to drop them costs seconds, since they are compiled again
+MOST_KEPT = 1e9  # bytes that a process may keep after a test; few tests need more than half as much besides
+ROOM = 2.5e8  # bytes of programs that are kept in any case: to drop them costs seconds, since they are compiled again
 LEFT = [0]  # bytes that were left when programs were last dropped
 HIGHEST = {"peak": 0, "test": ""}  # bytes of this process, and the test in which it needed them
 PEAKS = []  # of all processes
@@ -109,9 +110,13 @@ def pytest_terminal_summary(terminalreporter):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def settled():
-    """What a module leaves behind is not searched for garbage again and again."""
+def settled(request):
+    """What the functions of a module keep is dropped after its tests, and what it leaves behind is not searched for
+    garbage again and again."""
     yield
+    for function in vars(request.module).values():
+        if isinstance(function, functools._lru_cache_wrapper) and function.__module__ == request.module.__name__:
+            function.cache_clear()
     gc.collect()
     gc.freeze()
 

@@ -9,6 +9,7 @@ from devices import run_on_devices
 
 import mf_eqx as mfx
 
+pytestmark = pytest.mark.rehearsal
 SLOW = pytest.mark.slow
 NETWORKS = ("DiT", "DiT without a loop", "in-context DiT", "U-Net")
 REST = ("block", "outside", "rows")

@@ -102,7 +102,8 @@ CONTEXT = mfx.Context(jnp.zeros((), jnp.int32))
 
 
 @pytest.mark.parametrize(
-    ("share", "make"), [(0.25, field), (0.25, in_a_loop), pytest.param(0.75, field, marks=SLOW), (1, field)]
+    ("share", "make"),
+    [pytest.param(0.25, field, marks=SLOW), (0.25, in_a_loop), pytest.param(0.75, field, marks=SLOW), (1, field)],
 )
 def test_kinds_of_rows_one_after_the_other_give_the_gradient_and_metrics_of_all_together(x64, share, make):
     objective, rate = mfx.Objective(identity_share=share), 0.1

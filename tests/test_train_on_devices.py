@@ -5,6 +5,7 @@ import re
 import pytest
 from devices import run_on_devices
 
+pytestmark = pytest.mark.rehearsal
 SLOW = pytest.mark.slow
 
 

@@ -263,7 +263,7 @@ def test_other_options_train(flags, pixels, here, monkeypatch):
     assert rows[-1]["what"] == ("pMF" if "--no-labels" in flags else "pMF, guidance 2")
 
 
-@pytest.mark.rehearsal
+@pytest.mark.slow
 def test_a_run_trains_and_saves_without_labels(pixels, here, monkeypatch):
     monkeypatch.setattr(pixels.image_judge, "feature_spaces", list)
     judged = []
