@@ -16,6 +16,13 @@ OBJECTIVES = {
     "SampleObjective": lambda: mfx.SampleObjective(
         (mfx.FrechetLoss(np.ones(2), np.eye(2), population=mfx.QueuedPopulation(100), refresh=2), mfx.Drifting())
     ),
+    # Each device has 8 rows, so that a group lies on two.
+    "RewardObjective": lambda: mfx.RewardObjective(
+        lambda x, condition: x[0] - x[1] ** 2,
+        group=16,
+        reference=mfx.MLP(2, width=16, depth=1, key=jr.key(2)),
+        anchor=0.5,
+    ),
     "InductiveMomentMatching": lambda: mfx.Objective(mfx.InductiveMomentMatching(), **PAIRS),
     "TerminalVelocityMatching": lambda: mfx.Objective(mfx.TerminalVelocityMatching(), **PAIRS),
 }

@@ -189,7 +189,9 @@ def on_devices():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["SampleObjective", "InductiveMomentMatching", "TerminalVelocityMatching"])
+@pytest.mark.parametrize(
+    "name", ["SampleObjective", "RewardObjective", "InductiveMomentMatching", "TerminalVelocityMatching"]
+)
 def test_eight_devices_train_as_one_does(on_devices, name):
     assert on_devices[name] < 1e-10
 
