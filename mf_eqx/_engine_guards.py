@@ -47,8 +47,8 @@ def refuse_custom_vjp(equations: Iterable[Any]) -> None:
     if any(equation.primitive.name == "custom_lin" for equation in equations):
         raise ValueError(
             "field must be differentiable in forward mode, got a jax.custom_vjp function between (z, r, t) and u. A "
-            "fused attention kernel must be an mf_eqx.nn.AbstractAttention, which engines replace; for anything else "
-            "use CentralDifference"
+            "fused attention kernel must be an mf_eqx.nn.AbstractAttention, which engines replace; the du/dt of "
+            "anything else needs CentralDifference"
         )
 
 

@@ -100,9 +100,7 @@ def sample_consistency(
     check_times(times)
     check_key(key)
     check_kind("interpolant", interpolant, AbstractInterpolant)
-    if not 0 <= new_noise <= 1:
-        raise ValueError(f"new_noise must lie in [0, 1], got {new_noise}")
-    new_noise = float(new_noise)
+    new_noise = _as_share("new_noise", new_noise)
     share_of_old = math.sqrt(1 - new_noise**2)
 
     def step(u: Evaluate, z: Float[Array, "*data"], r: Time, t: Time, key: Key[Array, ""]) -> Float[Array, "*data"]:
@@ -177,6 +175,14 @@ def as_grid(times: TimeGrid) -> tuple[float, ...]:
     if (grid := on_host_if_known(times)) is None:
         raise ValueError(f"times must be known when the program is compiled, got {times}")
     return tuple(map(float, grid))
+
+
+def _as_share(name: str, value: float) -> float:
+    if (known := on_host_if_known(value)) is None:
+        raise ValueError(f"{name} must be known when the program is compiled, got {value}")
+    if known.dtype.kind not in "fiu" or known.ndim or not 0 <= known <= 1:
+        raise ValueError(f"{name} must lie in [0, 1], got {value}")
+    return float(known)
 
 
 def with_condition(

@@ -168,7 +168,13 @@ def test_samples_with_some_new_noise_have_the_moments_of_the_data():
     np.testing.assert_allclose(x.std(0), gaussian().std, atol=0.008)
 
 
-@pytest.mark.parametrize("new_noise", [-0.1, 1.1, float("nan")])
+def test_a_share_of_new_noise_that_is_traced_is_refused(unchecked):
+    with pytest.raises(ValueError, match="new_noise must be known when the program is compiled, got"):
+        jax.jit(lambda share: CONSISTENCY(gaussian(), noise(), times=(1.0, 0.0), new_noise=share))(0.5)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("new_noise", [-0.1, 1.1, float("nan"), "0.5", None])
 def test_a_share_of_new_noise_outside_of_zero_and_one_is_refused(new_noise):
     with pytest.raises(ValueError, match=rf"new_noise must lie in \[0, 1\], got {new_noise}"):
         CONSISTENCY(gaussian(), noise(), times=(1.0, 0.0), new_noise=new_noise)
