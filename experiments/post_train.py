@@ -251,6 +251,20 @@ def digits_as_images(config: digits.Config) -> image_sources.Parts:
 def objective(
     config: Config,
     spaces: list[post_features.Space],
+    start: mfx.AbstractField,
+    train: data.AbstractSource,
+    parallelism: mfx.Parallelism | None,
+) -> mfx.SampleObjective | mfx.RewardObjective:
+    """The loss that was asked for. The steps of a U-Net are unrolled on CPUs, where its loops are slow."""
+    unroll = isinstance(start, mfx.UNet) and jax.default_backend() == "cpu"
+    if config.loss == "reward":
+        return reward_objective(config, spaces[0], start, parallelism, unroll=unroll)
+    return sample_objective(config, spaces, train, parallelism, unroll=unroll)
+
+
+def sample_objective(
+    config: Config,
+    spaces: list[post_features.Space],
     train: data.AbstractSource,
     parallelism: mfx.Parallelism | None,
     *,
@@ -342,7 +356,7 @@ def main(config: Config) -> None:
     train, test, names = open_data(config, weights, start.data_shape)
     labels = labels_of(weights)
     check_numbers(config, train, labels)
-    parallelism, is_unrolled = run.parallelism(config), isinstance(start, mfx.UNet) and jax.default_backend() == "cpu"
+    parallelism = run.parallelism(config)
     stream = data.Stream(train, config.batch, seed=config.seed, parallelism=parallelism)
     sampler = image_samples.Sampler("", mfx.sample, (config.evaluations,), config.evaluations, labels, names)
     with run.opened(config) as directory:
@@ -351,10 +365,7 @@ def main(config: Config) -> None:
         folder = directory.root.parent
         read = {"steps": 2 if config.test_run else image_classifier.STEPS}
         spaces = [post_features.make_space(name, train, folder, **read) for name in config.spaces]
-        if config.loss == "reward":
-            loss = reward_objective(config, spaces[0], start, parallelism, unroll=is_unrolled)
-        else:
-            loss = objective(config, spaces, train, parallelism, unroll=is_unrolled)
+        loss = objective(config, spaces, start, train, parallelism)
         parts = data.InTurn((*([] if labels else [data.WithoutLabel()]), data.FromPixels()))
         averages = [mfx.ExponentialAverage(config.decay)]
         teacher = 0 if loss.needs_teacher else None

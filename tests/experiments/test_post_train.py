@@ -291,7 +291,7 @@ def test_populations_are_filled_with_images_of_the_start_under_labels_of_the_dat
     source, features = data.ArraySource(X, LABEL), post_train.post_features
     config = post_train.Config(batch=16, queue=100, features=("pixels",))
     space = features.Space("pixels", features.Pixels())
-    loss = post_train.objective(config, [space], source, None, unroll=False)
+    loss = post_train.sample_objective(config, [space], source, None, unroll=False)
     parts, field = data.InTurn((data.FromPixels(),)), network()
     state, again = (post_train.filled_state(config, loss, field, source, parts, lambda tree: tree) for _ in range(2))
     assert state[0].population.count == 100
@@ -313,7 +313,7 @@ def test_training_begins_with_a_full_population(finished, post_train):
         config = post_train.Config(start="base.safetensors", batch=16, features=("pixels",), refresh=1)
         source = post_train.open_data(config, weights, (1, 8, 8)).train
     pixels = post_train.post_features.make_space("pixels", source, finished, steps=0)
-    loss = post_train.objective(config, [pixels], source, None, unroll=False)
+    loss = post_train.sample_objective(config, [pixels], source, None, unroll=False)
     parts = data.InTurn((data.FromPixels(),))
     (state,) = post_train.filled_state(config, loss, network(), source, parts, lambda tree: tree)
     batch = jax.vmap(lambda row: parts(row, jr.key(0)))(data.Stream(source, 16, seed=0)[0])
