@@ -41,12 +41,18 @@ def at_least_float32(x: Inexact[Array, "*any"] | Inexact[np.ndarray, "*any"]) ->
     return jnp.asarray(x, np.promote_types(x.dtype, np.float32))
 
 
-def as_floats(values: Any) -> Inexact[Array, "*any"]:
-    """`values` as a floating-point array: integers and bools become JAX's default float, other dtypes stay."""
+def as_floats(name: str, values: Any) -> Inexact[Array, "*any"]:
+    """`values` as a floating-point array: integers and bools become JAX's default float, other dtypes stay.
+
+    **Raises:** `ValueError` with the `name` of the argument unless they are numbers.
+    """
     if isinstance(values, np.ndarray) and values.dtype.kind in "iu" and values.dtype.itemsize > 4:
         values = values.astype(np.float64)  # JAX would take it for an int32 first
-    values = jnp.asarray(values)
-    return values if jnp.issubdtype(values.dtype, jnp.inexact) else values.astype(float)
+    try:
+        array = jnp.asarray(values)
+        return array if jnp.issubdtype(array.dtype, jnp.inexact) else array.astype(float)
+    except (TypeError, ValueError, NotImplementedError) as error:  # the last one for keys
+        raise ValueError(f"{name} must be an array of numbers, got {values!r:.100}") from error
 
 
 def as_scalar(

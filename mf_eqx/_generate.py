@@ -132,7 +132,7 @@ class Generator(eqx.Module):
         **Raises:** `ValueError` if the condition is missing though the generator has `labels` or a `condition`, if it
         has another number of rows, or, where values are known, if a label lies outside of [0, K].
         """
-        eps = as_floats(eps)
+        eps = as_floats("eps", eps)
         numbers = jnp.arange(len(eps))
         if condition is None and (self.labels is not None or self.condition is not None):
             raise ValueError("condition must be given for a generator with labels or a condition, got None")

@@ -161,12 +161,14 @@ def check_times(times: TimeGrid) -> None:
     grid = on_host_if_known(times)
     if grid is None and jnp.ndim(jnp.asarray(times)) == 1 and len(times) >= 2:
         return
-    falls = grid is not None and grid.ndim == 1 and len(grid) >= 2 and (np.diff(grid.astype(float)) < 0).all()
-    if grid is None or not falls or grid[0] > 1 or grid[-1] < 0:
-        is_number = grid is not None and grid.ndim == 0 and grid.dtype.kind in "iu" and grid > 0
-        hint = f": mfx.uniform_times({times}) makes one of {times} steps" if is_number else ""
-        rule = "a strictly decreasing sequence of at least two times in [0, 1]"
-        raise ValueError(f"times must be {rule}, got {times}{hint}")
+    if grid is not None and grid.ndim == 1 and len(grid) >= 2 and grid.dtype.kind not in "US":
+        grid = grid.astype(float)
+        if (np.diff(grid) < 0).all() and grid[0] <= 1 and grid[-1] >= 0:
+            return
+    is_number = grid is not None and grid.ndim == 0 and grid.dtype.kind in "iu" and grid > 0
+    hint = f": mfx.uniform_times({times}) makes one of {times} steps" if is_number else ""
+    rule = "a strictly decreasing sequence of at least two times in [0, 1]"
+    raise ValueError(f"times must be {rule}, got {times}{hint}")
 
 
 def as_grid(times: TimeGrid) -> tuple[float, ...]:
@@ -194,7 +196,7 @@ def with_condition(
     if the field returns another shape.
     """
     check_field(field)
-    eps = at_least_float32(as_floats(eps))
+    eps = at_least_float32(as_floats("eps", eps))
     if eps.size < 1:
         raise ValueError(f"eps must hold at least one value, got shape {eps.shape}")
 

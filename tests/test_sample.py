@@ -262,6 +262,19 @@ def test_noise_and_times_may_be_lists_and_arrays(sampler, times):
         np.testing.assert_array_equal(sampler(gaussian(), eps, times=times), expected)
 
 
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("make", [lambda: None, lambda: "noise", lambda: ["1", "2"], lambda: jr.key(0)])
+def test_noise_that_is_no_numbers_is_refused_by_name(make):
+    with pytest.raises(ValueError, match="eps must be an array of numbers, got "):
+        mfx.sample(gaussian(), make())
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_times_of_strings_are_refused():
+    with pytest.raises(ValueError, match=r"times must be a strictly decreasing .* got \['1', '0'\]"):
+        mfx.sample(gaussian(), noise(), times=["1", "0"])
+
+
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_noise_without_values_is_refused(sampler):
     with pytest.raises(ValueError, match=r"eps must hold at least one value, got shape \(0,\)"):

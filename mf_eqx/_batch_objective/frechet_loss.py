@@ -108,7 +108,7 @@ class FrechetLoss(AbstractSampleLoss):
         if np.ndim(mean) != 1 or wide.shape != 2 * np.shape(mean):
             found = f"{np.shape(mean)} and {wide.shape}"
             raise ValueError(f"mean and covariance must be of shapes (dim,) and (dim, dim), got {found}")
-        self.mean = at_least_float32(as_floats(mean))
+        self.mean = at_least_float32(as_floats("mean", mean))
         self.trace = jnp.asarray(np.trace(wide), self.mean.dtype)
         self.factor = jnp.asarray(_factor(wide), self.mean.dtype)
         self.features, self.population, self.relative = features, population, relative

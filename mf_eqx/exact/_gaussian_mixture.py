@@ -53,7 +53,7 @@ class GaussianMixture(AbstractDistribution):
         weight: Real[Array | np.ndarray, " component"] | None = None,
         label: Int[Array | np.ndarray, " component"] | None = None,
     ):
-        self.mean = as_floats(mean)
+        self.mean = as_floats("mean", mean)
         components = self.mean.shape[:1]
         std = jnp.asarray(std, self.mean.dtype)
         self.std = jnp.broadcast_to(std, components) if std.ndim == 0 else std

@@ -46,7 +46,7 @@ class PointSet(AbstractDistribution):
         points: Real[Array | np.ndarray, "point *data"],
         weight: Real[Array | np.ndarray, " point"] | None = None,
     ):
-        self.points = as_floats(points)
+        self.points = as_floats("points", points)
         weight = np.ones(self.points.shape[:1]) if weight is None else weight
         self.weight = jnp.asarray(weight, self.points.dtype)
 

@@ -64,8 +64,9 @@ def mode_coverage(
         raise ValueError(f"`label` must be integers, got {mode.dtype}.")
     if mode.min() < 0 or mode.max() >= components:
         raise ValueError(f"`label` must lie in [0, {components}), got {mode.min()} to {mode.max()}.")
-    x, mean, std, weight = (at_least_float32(as_floats(values)) for values in (x, mean, std, weight))
-    for name, values in (("`x`", x), ("`mean`", mean), ("`std`", std), ("`weight`", weight)):
+    given = {"`x`": x, "`mean`": mean, "`std`": std, "`weight`": weight}
+    x, mean, std, weight = (at_least_float32(as_floats(name, values)) for name, values in given.items())
+    for name, values in zip(given, (x, mean, std, weight), strict=True):
         check_finite(name, values)
     check_positive("`std`", std)
     check_positive("`weight`", weight, or_zero=True)
@@ -132,7 +133,7 @@ def total_variation(
     check_finite("low", corners[0])
     check_finite("high", corners[1])
     bins, nodes = as_count("bins", bins), as_count("nodes", nodes)
-    x = at_least_float32(as_floats(x))
+    x = at_least_float32(as_floats("`x`", x))
     check_finite("`x`", x)
     points, volume = _midpoints(*corners, bins * nodes)
     density = _densities(log_density, jnp.asarray(points, x.dtype)).reshape((bins, nodes) * dim)

@@ -172,7 +172,7 @@ def _checked(a, b) -> tuple[Float[Array, "sample_a dim"], Float[Array, "sample_b
     """Both samples in one precision, float32 or better."""
     check_samples(a=a, b=b)
     with np.errstate(over="ignore"):  # overflow to infinity is refused below
-        a, b = as_floats(a), as_floats(b)
+        a, b = as_floats("`a`", a), as_floats("`b`", b)
     # Generated points may be bfloat16 and the truth float32: they are promoted here, also under strict promotion.
     with jax.numpy_dtype_promotion("standard"):
         dtype = jnp.promote_types(jnp.promote_types(a.dtype, b.dtype), jnp.float32)
