@@ -171,6 +171,7 @@ def trained(accumulation, rows=256, steps=20):
     return leaves(start), leaves((current.field, current.averages)), jax.tree.map(np.asarray, values)
 
 
+@SLOW
 def test_four_times_64_rows_train_as_256_rows_do():
     (start, whole, metrics), (_, found, in_turn) = trained(1), trained(4)
     for result, expected in zip(found, whole, strict=True):

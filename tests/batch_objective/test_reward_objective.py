@@ -78,7 +78,7 @@ class TwoSides(mfx.AbstractField):
 class Towards(mfx.AbstractField):
     """`scale` times the change at which the loss without its weights is least, for a reward of the upper side."""
 
-    scale: float
+    scale: jax.Array
     strength: float
 
     def __call__(self, z, r, t, condition=None, *, key=None):
@@ -92,7 +92,8 @@ def test_loss_without_its_weights_is_least_where_the_theorem_says(x64):
         lambda x, condition: jnp.sign(x[0]), largest_advantage=1, strength=0.4, time_pairs=BOUNDARY, adaptive=False
     )
     batch = mfx.Batch(np.zeros((200_000, 1)))
-    found = [evaluated(objective, Towards(scale, 0.4), TwoSides(), batch)[0] for scale in (0.0, 1.0, 2.0)]
+    fields = [Towards(jnp.asarray(scale), 0.4) for scale in (0.0, 1.0, 2.0)]
+    found = [evaluated(objective, field, TwoSides(), batch)[0] for field in fields]
     low, middle, high = map(float, found)
     least = 1 + (low - high) / (2 * (low - 2 * middle + high))  # of the parabola through three points
     assert abs(least - 1) < 0.02  # the standard error is 0.006

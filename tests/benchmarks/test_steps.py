@@ -42,12 +42,8 @@ def test_every_method_is_a_variant(steps):
     assert found - set(steps.VARIANTS) == {"AlphaFlow"}  # its cost changes while it trains
 
 
-QUICK = ("guided",)
-
-
-@pytest.mark.parametrize(
-    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
 def test_formula_is_what_xla_counts(steps, setting, name):
     counted = steps.xla_flops("tiny", name) / steps.xla_flops("tiny", "Flow Matching")
     np.testing.assert_allclose(relative_flops(steps, setting, name), counted, rtol=0.01)

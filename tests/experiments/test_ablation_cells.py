@@ -151,6 +151,7 @@ def test_ten_steps_in_a_row_that_are_not_finite_are_recorded_as_diverged(cells, 
         assert {name: None if np.isnan(value) else value for name, value in found.items()} == wanted
 
 
+@pytest.mark.rehearsal
 def test_points_that_are_not_finite_or_far_away_are_judged_without_an_error(cells, recipes, monkeypatch):
     monkeypatch.setattr(recipes, "ROWS", 8)
     recipe = recipes.eight_gaussians()

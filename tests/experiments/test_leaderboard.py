@@ -250,6 +250,7 @@ def taught(leaderboard, files, teacher, *methods, **options):
     return leaderboard.Study(leaderboard.Config(data=(files,), methods=methods, steps=10, teacher=teacher, **options))
 
 
+@pytest.mark.rehearsal
 def test_a_teacher_gives_the_velocity_and_the_start(leaderboard, files, teacher):
     study = taught(leaderboard, files, teacher, "MeanFlow", "LagrangianDistillation", "DataFree", teacher_scale=2.0)
     for kind, (_, _, step) in study.methods.items():
@@ -268,6 +269,7 @@ def test_methods_that_cannot_be_taught_are_left_out(leaderboard, teacher):
     assert not {"FlowMatching", "ConsistencyTraining", "InductiveMomentMatching"} & {*found}
 
 
+@pytest.mark.rehearsal
 def test_the_error_to_the_flow_is_that_of_the_exact_average(leaderboard, files, teacher):
     study = taught(leaderboard, files, teacher, "MeanFlow")
     average = exact.AverageVelocity(study.teacher.velocity, rtol=1e-5, atol=1e-5)

@@ -267,6 +267,7 @@ def test_outside_the_trained_lengths_there_is_no_value(toys, toy_report):
     assert values == [None, "0.01", "0.005", "0.0025", None]
 
 
+@pytest.mark.rehearsal
 def test_time_of_a_step_is_measured_once_in_the_middle_of_a_training(toy_2d, tmp_path, monkeypatch):
     small = {"width": 8, "depth": 1, "batch": 8, "references": 0, "steps": 20, "methods": ("FlowMatching",)}
     config, ledger = toy_2d.Config(**small), run.Ledger(tmp_path / "cells.jsonl")
