@@ -60,8 +60,8 @@ def sample(
     **Returns:** the state at the last time, data if that is 0, in float32 or better.
 
     **Raises:** `ValueError` if `times` is not such a grid (of traced times only their number is known), if `eps` is
-    empty, or if the field cannot be called as an `AbstractField` is, returns another shape, or holds a `BatchNorm`,
-    which needs a batch.
+    empty or no numbers, or if the field cannot be called as an `AbstractField` is, returns another shape, or holds a
+    `BatchNorm`, which needs a batch.
     """
     return integrate(field, lambda u, z, r, t: z - (t - r) * u(z, r, t), eps, condition, times, unroll)
 
@@ -92,7 +92,8 @@ def sample_consistency(
     **Arguments:** as `sample`, and `key` for the new noise, one for each sample; `new_noise` $\gamma$ in [0, 1];
     `interpolant` the path of the training, whose noise must be independent of the data (`Batch.eps` is not).
 
-    **Raises:** as `sample`, and for `new_noise` outside of [0, 1], and a key or an interpolant of another kind.
+    **Raises:** as `sample`, and for `new_noise` that is traced or outside of [0, 1], and a key or an interpolant of
+    another kind.
 
     Source: Consistency Models, Song, Dhariwal, Chen, Sutskever, 2023, arXiv 2303.01469, Alg. 1; $\gamma$-sampling of
     Consistency Trajectory Models, Kim et al., 2024, arXiv 2310.02279.
