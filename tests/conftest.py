@@ -3,7 +3,6 @@ for it."""
 
 import contextlib
 import ctypes
-import functools
 import gc
 import importlib
 import importlib.util
@@ -115,7 +114,7 @@ def settled(request):
     garbage again and again."""
     yield
     for function in vars(request.module).values():
-        if isinstance(function, functools._lru_cache_wrapper) and function.__module__ == request.module.__name__:
+        if hasattr(function, "cache_clear") and getattr(function, "__module__", "") == request.module.__name__:
             function.cache_clear()
     gc.collect()
     gc.freeze()

@@ -125,6 +125,7 @@ write_whole(sys.argv[1], b"content")
 """
 
 
+@pytest.mark.rehearsal
 def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path):
     path = tmp_path / "run" / "part" / "summary.json"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}

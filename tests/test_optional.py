@@ -1,5 +1,3 @@
-import os
-import subprocess
 import sys
 
 import pytest
@@ -43,10 +41,3 @@ def test_what_is_needed_at_the_end_is_refused_at_once_with_its_extra(monkeypatch
 def test_other_errors_pass_unchanged():
     with pytest.raises(KeyError, match="x"), run.optional("matplotlib"):
         raise KeyError("x")
-
-
-def test_importing_run_loads_no_optional_package():
-    code = "import sys, mf_eqx.run; print([name for name in ('matplotlib', 'tyro', 'rich') if name in sys.modules])"
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True, env=environment)
-    assert ended.stdout == "[]\n"

@@ -330,6 +330,7 @@ def start(folder, *arguments, without=()):
     return subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, text=True)
 
 
+@pytest.mark.rehearsal
 def test_tiny_form_runs_from_its_command_line_and_needs_neither_tyro_nor_grain(tmp_path):
     out, _ = (process := start(tmp_path, "--only", "machine", without=("tyro", "grain"))).communicate()
     assert process.returncode == 0

@@ -270,6 +270,7 @@ def failures(tmp_path_factory):
     return run_on_devices("checkpoint/fail_to_write.py", root), root / "killed"
 
 
+@pytest.mark.rehearsal
 def test_run_that_ends_while_it_saves_leaves_the_step_before(failures):
     _, root = failures
     checkpoints = Checkpoints(root)
@@ -341,6 +342,7 @@ def on_devices(tmp_path_factory):
     return run_on_devices("checkpoint/restore_on_devices.py", tmp_path_factory.mktemp("restore"))
 
 
+@pytest.mark.rehearsal
 @pytest.mark.parametrize("layout", ["1 device", "2 devices", "8 devices", "1 x fsdp 8", "4 x fsdp 2", "none"])
 def test_state_comes_back_on_other_devices_bit_for_bit_and_in_its_place(on_devices, layout):
     assert on_devices[layout] == {"bits": True, "placed": True, "step": 2, "passed_over": {}}

@@ -57,6 +57,7 @@ def normal(rows):
     return np.asarray(jr.normal(jr.key(rows), (rows, 2)))
 
 
+@pytest.mark.rehearsal
 def test_a_sampler_runs_without_the_package(exported):
     assert exported[1] == []
 

@@ -317,6 +317,7 @@ write_shards(ArraySource(np.zeros((11, 2))), sys.argv[1], rows_per_shard=4, prog
 """
 
 
+@pytest.mark.rehearsal
 @pytest.mark.parametrize(("signal_", "left"), [(signal.SIGKILL, 1), (signal.SIGINT, 0)])
 def test_killed_conversion_leaves_no_folder_of_the_name(signal_, left, tmp_path):
     command = [sys.executable, "-c", SLOW, str(tmp_path / "s")]

@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import subprocess
 import sys
 
 import jax.numpy as jnp
@@ -295,11 +294,3 @@ def test_without_msgpack_it_is_named(tmp_path, monkeypatch):
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(MissingDependency, match="msgpack is not installed: pip install msgpack"):
         released.read_flax(path)
-
-
-def test_importing_released_loads_no_optional_package():
-    names = ("msgpack", "flax", "torch", "safetensors", "orbax")
-    code = f"import sys, mf_eqx.released; print([name for name in {names} if name in sys.modules])"
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True, env=environment)
-    assert ended.stdout == "[]\n"

@@ -315,6 +315,7 @@ def script_that(folder, does):
     return script
 
 
+@pytest.mark.rehearsal
 def test_a_script_of_its_own_refuses_without_traceback(tmp_path):
     script = script_that(tmp_path, "raise ValueError(f'share must lie in [0, 1], got {config.share}')")
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
@@ -325,6 +326,7 @@ def test_a_script_of_its_own_refuses_without_traceback(tmp_path):
     assert (ended.returncode, ended.stdout, ended.stderr) == (2, "", message)
 
 
+@pytest.mark.rehearsal
 @pytest.mark.parametrize("flush", [True, False])
 def test_a_pipe_that_nothing_reads_ends_in_one_line(flush, tmp_path):
     script = script_that(tmp_path, f"input(); print('a plan', flush={flush})")

@@ -48,6 +48,7 @@ def holder(parent, tmp_path):
         process.kill()
 
 
+@pytest.mark.rehearsal
 def test_a_held_lock_is_refused_with_its_owner_and_free_again_when_that_is_killed(holder, tmp_path):
     with pytest.raises(run.InUse) as error, locked(tmp_path):
         pass

@@ -134,6 +134,7 @@ _processes._join(wait=1)
 """
 
 
+@pytest.mark.rehearsal
 def test_a_process_that_jax_aborts_has_an_exit_code_of_its_own_and_a_last_line():
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     found = subprocess.run([sys.executable, "-c", ABORT], capture_output=True, text=True, env=environment)
