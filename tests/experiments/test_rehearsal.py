@@ -300,7 +300,7 @@ def test_pictures_of_improved_mean_flow_show_one_noise_over_the_scales(improved,
     assert along > 10 * apart  # after four steps scales differ by little, noises by much
 
 
-@pytest.mark.rehearsal
+@pytest.mark.slow
 def test_improved_mean_flow_goes_on_from_the_directory_of_its_run(improved, command, experiment):
     root, directory, _ = improved
     states, save = kept_states(experiment("imagenet_latents"))

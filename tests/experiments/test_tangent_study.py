@@ -162,14 +162,14 @@ def drawn(gm, exact):
     return truth, gm.draw_rows(objective, distribution, truth, 16 * gm.GROUPS, jr.key(4))
 
 
-@pytest.mark.rehearsal
+@pytest.mark.slow
 def test_references_have_less_variance_than_the_conditional_velocity(gm, drawn):
     _, rows = drawn
     error = np.mean(np.sum((rows.v - rows.v[:, gm.MARGINAL :]) ** 2, axis=-1), axis=0)
     assert error[gm.STABLE] < 0.2 * error[gm.CONDITIONAL] and error[gm.MARGINAL] == 0
 
 
-@pytest.mark.rehearsal
+@pytest.mark.slow
 def test_an_exact_velocity_has_no_bias_at_any_b(gm, drawn):
     truth, rows = drawn
     field = ExactOnTheDiagonal(truth.velocity, tiny_field(jr.key(0)))
