@@ -29,7 +29,7 @@ from jaxtyping import Array, Float, Key, PyTree
 from ._custom_types import as_times, Condition, Scalar, Time, TimeLike
 from ._engine_guards import refuse_custom_vjp, refuse_gradient, refuse_low_precision, trace_and_check
 from ._field import AbstractField, check_field, stopped, with_checked_shapes, WithVelocity
-from ._validate import check_positive
+from ._validate import as_float, check_positive
 from .nn import AbstractAttention, StoppedTangent
 
 _Field = TypeVar("_Field", bound=eqx.Module)
@@ -145,7 +145,7 @@ class CentralDifference(AbstractDerivative):
     **Raises:** `ValueError` unless step is > 0 and finite; when called, if the field computes in less than float32.
     """
 
-    step: float = eqx.field(default=5e-3, converter=float)
+    step: float = eqx.field(default=5e-3, converter=as_float("step"))
 
     def __check_init__(self):
         check_positive("step", self.step)

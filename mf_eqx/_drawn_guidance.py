@@ -29,7 +29,7 @@ from ._field import AbstractField, check_field
 from ._guidance import AbstractGuidance, as_interval, check_interval, guided_velocity
 from ._label_dropout import LabelDropout
 from ._model import GuidanceCondition
-from ._validate import check_finite, check_positive, with_checked_scalar
+from ._validate import as_float, check_finite, check_positive, with_checked_scalar
 
 
 class PowerLawScales(eqx.Module):
@@ -40,9 +40,9 @@ class PowerLawScales(eqx.Module):
     equal, the scale is constant.
     """
 
-    power: float = eqx.field(default=1.0, converter=float)
-    smallest: float = eqx.field(default=1.0, converter=float)
-    largest: float = eqx.field(default=8.0, converter=float)
+    power: float = eqx.field(default=1.0, converter=as_float("power"))
+    smallest: float = eqx.field(default=1.0, converter=as_float("smallest"))
+    largest: float = eqx.field(default=8.0, converter=as_float("largest"))
 
     def __check_init__(self):
         check_finite("power", self.power)

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from ._custom_types import Scalar
-from ._validate import check_counts, check_positive
+from ._validate import as_float, check_counts, check_positive
 
 _Network = TypeVar("_Network", bound=eqx.Module)
 
@@ -34,7 +34,7 @@ class HalfLife(eqx.Module):
     2206.00364, whose code has this rule with rampup 0.05.
     """
 
-    images: float = eqx.field(converter=float)
+    images: float = eqx.field(converter=as_float("images"))
     batch: int
     rampup: float | None = 0.05
 
@@ -69,7 +69,9 @@ class ExponentialAverage(eqx.Module):
     average in float32 does not follow shares 1 - d^k much below 1e-7: take a longer interval then.
     """
 
-    decay: float | HalfLife = eqx.field(converter=lambda decay: decay if isinstance(decay, HalfLife) else float(decay))
+    decay: float | HalfLife = eqx.field(
+        converter=lambda decay: decay if isinstance(decay, HalfLife) else as_float("decay")(decay)
+    )
     interval: int = 1
 
     def __check_init__(self):

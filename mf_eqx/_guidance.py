@@ -22,14 +22,15 @@ from ._custom_types import as_scalar, as_times, Condition, Scalar, Time, TimeLik
 from ._field import AbstractField, check_field
 from ._label_dropout import check_null, LabelDropout, null_shaped_as
 from ._model import check_labels_fit
-from ._validate import check_positive
+from ._validate import as_float, check_positive
 
 
 def as_interval(ends: Sequence[float | int]) -> tuple[float, float]:
-    """`ends` as a pair. **Raises:** `ValueError` if they are not two."""
+    """`ends` as a pair. **Raises:** `ValueError` if they are not two numbers."""
     if np.ndim(ends) != 1 or len(ends) != 2:
         raise ValueError(f"interval must have two ends, got {ends}")
-    return float(ends[0]), float(ends[1])
+    low, high = map(as_float("an end of interval"), ends)
+    return low, high
 
 
 def check_interval(interval: tuple[float, float]) -> None:
@@ -113,8 +114,8 @@ class Guidance(AbstractGuidance):
     (0, 0.75)); XL/2+ (1.0, 0.5, (0.3, 0.8)). No guidance at all is `guidance=None`, which costs nothing.
     """
 
-    scale: float = eqx.field(converter=float)
-    mix: float = eqx.field(default=0.0, converter=float)
+    scale: float = eqx.field(converter=as_float("scale"))
+    mix: float = eqx.field(default=0.0, converter=as_float("mix"))
     interval: tuple[float, float] = eqx.field(default=(0.0, 1.0), converter=as_interval)
 
     def __check_init__(self):
@@ -191,7 +192,7 @@ class GuidedField(AbstractField):
     """
 
     field: AbstractField
-    scale: float = eqx.field(converter=float)
+    scale: float = eqx.field(converter=as_float("scale"))
     null: Condition
 
     def __check_init__(self):

@@ -10,7 +10,7 @@ from jaxtyping import ArrayLike, PyTree
 
 from ._custom_types import Condition
 from ._leaves import by_name
-from ._validate import described
+from ._validate import as_float, described
 
 
 class LabelDropout(eqx.Module):
@@ -36,7 +36,7 @@ class LabelDropout(eqx.Module):
     dtype to which JAX converts it.
     """
 
-    rate: float = eqx.field(converter=float)
+    rate: float = eqx.field(converter=as_float("rate"))
     null: Condition
     boundary_only: bool = True
 

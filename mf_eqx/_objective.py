@@ -58,7 +58,7 @@ from ._row import Context, Drawing, Row
 from ._stable_target import StableTarget
 from ._times import AbstractTimes, as_share, check_batch_size, rows_per_group, split_rows, TimePairs
 from ._trained import Trained
-from ._validate import check_key, check_kind, with_checked_scalar
+from ._validate import as_float, check_key, check_kind, with_checked_scalar
 from ._weight import AbstractWeight, AdaptiveWeight, weight_of
 
 _KINDS = {
@@ -140,7 +140,7 @@ class Objective(AbstractObjective):
     velocity: Velocity | None = None
     stable_target: StableTarget | None = None
     exact_guidance: bool = False
-    smallest_time: float = eqx.field(default=0.0, converter=float)
+    smallest_time: float = eqx.field(default=0.0, converter=as_float("smallest_time"))
     perceptual: tuple[PerceptualTerm, ...] = eqx.field(default=(), converter=_as_terms)
 
     def __check_init__(self):

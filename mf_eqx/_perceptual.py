@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Key, PyTree
 
 from ._custom_types import Scalar
 from ._row import Row
-from ._validate import check_counts, check_positive
+from ._validate import as_float, check_counts, check_positive
 from ._weight import AbstractWeight, AdaptiveWeight, weight_of
 
 _CROP = 0x43524F50  # folded into a row's key
@@ -45,9 +45,9 @@ class PerceptualTerm(eqx.Module):
 
     features: Callable[[Float[Array, "channels height width"]], PyTree[Array]]
     size: tuple[int, int]
-    coefficient: float = eqx.field(default=0.4, converter=float)
-    before: float = eqx.field(default=0.8, converter=float)
-    smallest_crop: float = eqx.field(default=0.5, converter=float)
+    coefficient: float = eqx.field(default=0.4, converter=as_float("coefficient"))
+    before: float = eqx.field(default=0.8, converter=as_float("before"))
+    smallest_crop: float = eqx.field(default=0.5, converter=as_float("smallest_crop"))
     weight: AbstractWeight = AdaptiveWeight()
 
     def __check_init__(self):

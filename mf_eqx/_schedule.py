@@ -10,7 +10,7 @@ from jaxtyping import Array, Int
 
 from ._custom_types import Scalar, ScalarLike
 from ._row import Context
-from ._validate import check_positive, with_checked_scalar
+from ._validate import as_float, check_positive, with_checked_scalar
 
 Schedule: TypeAlias = float | Callable[[Int[Array, ""]], ScalarLike]
 """A number, or a function from the number of finished training steps to a number, such as those of `optax.schedules`.
@@ -27,7 +27,7 @@ class SigmoidSchedule(eqx.Module):
 
     start: int
     end: int
-    steepness: float = eqx.field(default=25.0, converter=float)
+    steepness: float = eqx.field(default=25.0, converter=as_float("steepness"))
 
     def __check_init__(self):
         if not self.start < self.end:
@@ -45,9 +45,10 @@ def as_schedule(name: str, minimum: float, maximum: float) -> Callable[[Any], An
     def convert(value: Any) -> Any:
         if callable(value):
             return value
-        if not minimum <= float(value) <= maximum:
+        number = as_float(f"{name}, unless it is a schedule,")(value)
+        if not minimum <= number <= maximum:
             raise ValueError(f"{name} must lie in [{minimum:g}, {maximum:g}] or be a schedule, got {value}")
-        return float(value)
+        return number
 
     return convert
 

@@ -25,7 +25,7 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Key
 
 from ._custom_types import Time
-from ._validate import check_finite, check_kind, check_positive, with_checked_scalar
+from ._validate import as_float, check_finite, check_kind, check_positive, with_checked_scalar
 
 _Rows = TypeVar("_Rows")
 
@@ -64,8 +64,8 @@ class LogitNormalTimes(AbstractLimitedTimes):
     in the later CIFAR-10 code (see `TimePairs`).
     """
 
-    mean: float = eqx.field(default=-0.4, converter=float)
-    std: float = eqx.field(default=1.0, converter=float)
+    mean: float = eqx.field(default=-0.4, converter=as_float("mean"))
+    std: float = eqx.field(default=1.0, converter=as_float("std"))
 
     def __check_init__(self):
         check_finite("mean", self.mean)
@@ -104,10 +104,10 @@ class TimePairs(eqx.Module):
 
     times: AbstractTimes = LogitNormalTimes()
     r_times: AbstractTimes | None = None
-    equal: float = eqx.field(default=0.0, converter=float)
-    at_data: float = eqx.field(default=0.0, converter=float)
-    uniform: float = eqx.field(default=0.0, converter=float)
-    at_noise: float = eqx.field(default=0.0, converter=float)
+    equal: float = eqx.field(default=0.0, converter=as_float("equal"))
+    at_data: float = eqx.field(default=0.0, converter=as_float("at_data"))
+    uniform: float = eqx.field(default=0.0, converter=as_float("uniform"))
+    at_noise: float = eqx.field(default=0.0, converter=as_float("at_noise"))
     gap_times: AbstractTimes | None = None
 
     def __check_init__(self):
@@ -176,7 +176,7 @@ def as_share(share: Fraction | float | int | str) -> Fraction:
     """
     try:
         exact = Fraction(share)
-    except (ValueError, OverflowError, ZeroDivisionError):
+    except (TypeError, ValueError, OverflowError, ZeroDivisionError):
         raise ValueError(f'identity_share must be a number or a fraction such as "1/4", got {share}') from None
     if not 0 <= exact <= 1:
         raise ValueError(f"identity_share must lie in [0, 1], got {share}")

@@ -1,6 +1,6 @@
 """Checks of arguments that several parts of the package share. Values that JAX traces are not known, and so pass."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, ArrayLike, Integer, Shaped
+from jaxtyping import Array, ArrayLike, Bool, Integer, Shaped
 
 Count: TypeAlias = int | np.integer
 """A number of things."""
@@ -44,8 +44,15 @@ def _described_leaf(leaf: Any) -> str:
 def check_finite(name: str, values: Any) -> None:
     """Raises a `ValueError` unless all `values` are finite."""
     on_host = on_host_if_known(values)
-    if on_host is not None and not (finite := np.isfinite(on_host)).all():
+    if on_host is not None and not (finite := _is_finite(name, on_host)).all():
         raise ValueError(f"{name} must be finite, got {np.sum(~finite)} values that are not")
+
+
+def _is_finite(name: str, values: Shaped[np.ndarray, "..."]) -> Bool[np.ndarray | np.bool_, "..."]:
+    try:
+        return np.isfinite(values)
+    except TypeError:
+        raise ValueError(f"{name} must be a number, or an array of numbers, got {values.tolist()!r:.100}") from None
 
 
 def is_pair(value: Any) -> bool:
@@ -66,8 +73,25 @@ def with_checked_scalar(value: Any, name: str, *, differentiable: bool = False) 
 def check_positive(name: str, values: Any, *, or_zero: bool = False) -> None:
     """Raises a `ValueError` unless all `values` are > 0, or >= 0 with `or_zero`, and finite."""
     on_host = on_host_if_known(values)
-    if on_host is not None and not np.all(np.isfinite(on_host) & ((on_host > 0) | (or_zero & (on_host == 0)))):
+    if on_host is not None and not np.all(_is_finite(name, on_host) & ((on_host > 0) | (or_zero & (on_host == 0)))):
         raise ValueError(f"{name} must be {'>= 0' if or_zero else '> 0'} and finite, got {on_host}")
+
+
+def as_float(name: str) -> Callable[[Any], float]:
+    """A function that makes a float of a number, to be the converter of a field of that name."""
+
+    def convert(value: Any) -> float:
+        """**Raises:** `ValueError` unless `value` is a number that is known while JAX traces."""
+        if on_host_if_known(value) is None:
+            raise ValueError(f"{name} must be known when the program is compiled, got {value}")
+        try:
+            if isinstance(value, str):
+                raise TypeError
+            return float(value)
+        except (TypeError, ValueError):
+            raise ValueError(f"{name} must be a number, got {value!r:.100}") from None
+
+    return convert
 
 
 def as_count(name: str, value: Count, minimum: int = 1) -> int:
@@ -93,7 +117,7 @@ def check_counts(**counts: Count | Sequence[Count]) -> None:
         if not isinstance(count, Sequence):
             as_count(name, count)
         elif not all(_is_count(element) for element in count):
-            raise ValueError(f"{name} must be of integers >= 1, got {count}")
+            raise ValueError(f"{name} must be of integers >= 1, got {count!r}")
 
 
 def as_tuple(name: str, values: Any, example: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -14,7 +14,7 @@ from jaxtyping import Array, ArrayLike, Float
 from ._custom_types import Scalar, ScalarLike
 from ._row import Row
 from ._schedule import as_schedule, at_step, Schedule
-from ._validate import check_kind, check_positive, with_checked_scalar
+from ._validate import as_float, check_kind, check_positive, with_checked_scalar
 
 
 class AbstractWeight(eqx.Module):
@@ -56,7 +56,7 @@ class ConstantWeight(AbstractWeight):
     the sum.
     """
 
-    value: float = eqx.field(default=1.0, converter=float)
+    value: float = eqx.field(default=1.0, converter=as_float("value"))
     mean: bool = False
 
     def __check_init__(self):
@@ -82,8 +82,8 @@ class AdaptiveWeight(AbstractWeight):
     `EulerianSelfDistillation` learnt nothing with p = 0.5, and learn with p = 0 (`ConstantWeight`).
     """
 
-    power: float = eqx.field(default=1.0, converter=float)
-    offset: float = eqx.field(default=0.01, converter=float)
+    power: float = eqx.field(default=1.0, converter=as_float("power"))
+    offset: float = eqx.field(default=0.01, converter=as_float("offset"))
     mean: bool = False
 
     def __check_init__(self):
@@ -116,7 +116,7 @@ class GapCurriculum(AbstractWeight):
 
     weight: AbstractWeight
     done: Schedule = eqx.field(converter=as_schedule("done", 0.0, 1.0))
-    power: float = eqx.field(default=4.0, converter=float)
+    power: float = eqx.field(default=4.0, converter=as_float("power"))
 
     def __check_init__(self):
         check_kind("weight", self.weight, AbstractWeight)

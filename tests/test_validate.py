@@ -345,5 +345,13 @@ def test_a_float_that_is_not_finite_is_refused_by_name(name, value):
         FLOATS[name](value)
 
 
+@pytest.mark.parametrize("value", [None, "one"])
+@pytest.mark.parametrize("name", FLOATS)
+def test_a_float_that_is_no_number_is_refused_by_name(name, value, unchecked):
+    rule = f"{name.partition('.')[2]} must be a number(, or an array of numbers)?, got .*{value!r}"
+    with pytest.raises(ValueError, match=rule):
+        FLOATS[name](value)
+
+
 def test_every_float_of_a_module_is_in_the_list():
     assert float_fields() == set(FLOATS)

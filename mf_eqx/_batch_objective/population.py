@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
-from .._validate import as_count, Count
+from .._validate import as_count, as_float, Count
 
 
 class PopulationMoments(NamedTuple):
@@ -59,7 +59,7 @@ class RunningPopulation(AbstractPopulation):
     **Raises:** `ValueError` for another d.
     """
 
-    decay: float = eqx.field(default=0.999, converter=float)
+    decay: float = eqx.field(default=0.999, converter=as_float("decay"))
 
     def __check_init__(self):
         if not 0 <= self.decay < 1:

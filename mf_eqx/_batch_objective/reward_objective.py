@@ -40,7 +40,7 @@ from .._row import Context, teacher_of
 from .._sample import as_grid, sample
 from .._times import TimePairs, UniformTimes
 from .._trained import Trained
-from .._validate import as_count, check_positive, with_checked_scalar
+from .._validate import as_count, as_float, check_positive, with_checked_scalar
 
 
 class RewardObjective(AbstractObjective):
@@ -85,14 +85,14 @@ class RewardObjective(AbstractObjective):
 
     reward: Callable[[Float[Array, "*data"], Condition], Scalar]
     group: int | None = None
-    strength: float = eqx.field(default=0.1, converter=float)
-    largest_advantage: float = eqx.field(default=5.0, converter=float)
+    strength: float = eqx.field(default=0.1, converter=as_float("strength"))
+    largest_advantage: float = eqx.field(default=5.0, converter=as_float("largest_advantage"))
     time_pairs: TimePairs = TimePairs(UniformTimes(), equal=0.25, at_data=1 / 3)
     times: tuple[float, ...] = eqx.field(converter=as_grid, default=(1.0, 0.0))
     unroll: bool = False
     derivative: AbstractDerivative = FusedJVP()
     reference: AbstractField | None = None
-    anchor: float = eqx.field(default=0.0, converter=float)
+    anchor: float = eqx.field(default=0.0, converter=as_float("anchor"))
     adaptive: bool = True
 
     def __check_init__(self):

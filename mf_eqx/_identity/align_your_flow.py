@@ -24,7 +24,7 @@ from .._field import AbstractField
 from .._row import Row
 from .._schedule import as_schedule, at_step, Schedule
 from .._times import LogitNormalTimes, TimePairs, UniformTimes
-from .._validate import check_positive
+from .._validate import as_float, check_positive
 from .base import AbstractIdentityWithLoss, AbstractScheduledIdentity
 from .facts import Facts
 from .unit_step import unit_step_loss
@@ -42,7 +42,7 @@ class AlignYourFlow(AbstractIdentityWithLoss, AbstractScheduledIdentity):
     """
 
     rho: Schedule = eqx.field(default=LARGEST_RHO, converter=as_schedule("rho", 0.0, 1.0))
-    offset: float = eqx.field(default=0.1, converter=float)
+    offset: float = eqx.field(default=0.1, converter=as_float("offset"))
     derivative: AbstractDerivative = FusedJVP()
 
     @classmethod

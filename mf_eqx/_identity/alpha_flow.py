@@ -25,6 +25,7 @@ from .._field import AbstractField, stopped
 from .._row import Row
 from .._schedule import as_schedule, at_step, Schedule, SigmoidSchedule
 from .._times import LogitNormalTimes
+from .._validate import as_float
 from .._weight import AdaptiveWeight
 from .base import AbstractScheduledIdentity
 from .facts import Facts
@@ -40,7 +41,7 @@ class AlphaFlow(AbstractScheduledIdentity):
     """
 
     alpha: Schedule = eqx.field(converter=as_schedule("alpha", 0.0, 1.0))
-    clip: float = 0.005
+    clip: float = eqx.field(default=0.005, converter=as_float("clip"))
     derivative: AbstractDerivative = FusedJVP()
 
     @classmethod
@@ -74,7 +75,6 @@ class AlphaFlow(AbstractScheduledIdentity):
 
 
 def difference_residual(field: AbstractField, row: Row, alpha: Scalar) -> Float[Array, "*data"]:
-    """The residual for alpha in (0, 1]."""
-    u, s = row.evaluate(field, row.z, row.r, row.t), row.t - alpha * (row.t - row.r)
+    u, s = row.evaluate(field, row.z, row.r, row.t), row.t - alpha * (row.t - row.r)  # alpha in (0, 1]
     earlier = row.evaluate(stopped(field), row.z - (row.t - s) * row.v, row.r, s)
     return u - jax.lax.stop_gradient(row.v - (1 - alpha) * (u - earlier) / alpha)

@@ -29,7 +29,7 @@ from .._field import AbstractField, stopped
 from .._row import Row
 from .._schedule import as_schedule, at_step, Schedule
 from .._times import LogitNormalTimes, TimePairs
-from .._validate import check_positive
+from .._validate import as_float, check_positive
 from .base import AbstractIdentityWithLoss, AbstractScheduledIdentity
 from .earlier_times import ect_earlier_time, ict_earlier_time, noise_level
 from .facts import Facts, PAIRS
@@ -47,7 +47,7 @@ class ConsistencyTraining(AbstractIdentityWithLoss, AbstractScheduledIdentity):
     """
 
     gap: Schedule = eqx.field(converter=as_schedule("gap", 0.0, 1.0))
-    offset: float = eqx.field(default=0.00054, converter=float)
+    offset: float = eqx.field(default=0.00054, converter=as_float("offset"))
     earlier_time: Callable[[Time, Scalar], Time] = ect_earlier_time
 
     @classmethod

@@ -33,7 +33,7 @@ from .._interpolant import LinearInterpolant
 from .._row import Row
 from .._schedule import as_schedule, at_step, Schedule
 from .._times import LogitNormalTimes, TimePairs
-from .._validate import check_positive
+from .._validate import as_float, check_positive
 from .base import AbstractIdentityWithLoss, AbstractScheduledIdentity
 from .facts import Facts
 from .unit_step import unit_step_loss
@@ -51,7 +51,7 @@ class ContinuousConsistency(AbstractIdentityWithLoss, AbstractScheduledIdentity)
     """
 
     warm_up: Schedule = eqx.field(default=1.0, converter=as_schedule("warm_up", 0.0, 1.0))
-    offset: float = eqx.field(default=0.1, converter=float)
+    offset: float = eqx.field(default=0.1, converter=as_float("offset"))
     derivative: AbstractDerivative = FusedJVP()
 
     @classmethod

@@ -26,7 +26,7 @@ from .._derivative import AbstractDerivative, FusedJVP
 from .._field import AbstractField
 from .._row import Row
 from .._times import LogitNormalTimes, TimePairs
-from .._validate import check_positive
+from .._validate import as_float, check_positive
 from .._weight import ConstantWeight
 from .base import AbstractIdentityWithLoss
 from .facts import Facts
@@ -44,7 +44,7 @@ class FlowAnchoredConsistency(AbstractIdentityWithLoss):
     **Arguments:** `power` p of $\alpha$, > 0: 0.5 in the authors' code; `derivative` the engine that computes du/dt.
     """
 
-    power: float = eqx.field(default=0.5, converter=float)
+    power: float = eqx.field(default=0.5, converter=as_float("power"))
     derivative: AbstractDerivative = FusedJVP()
 
     def __check_init__(self):

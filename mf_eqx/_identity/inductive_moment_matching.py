@@ -28,7 +28,7 @@ from .._field import AbstractField, stopped
 from .._interpolant import LinearInterpolant
 from .._row import Row
 from .._times import TimePairs, UniformTimes
-from .._validate import check_finite
+from .._validate import as_float, check_finite
 from .base import AbstractIdentityWithLoss
 from .earlier_times import imm_earlier_time
 from .facts import Facts, PAIRS
@@ -43,10 +43,10 @@ class InductiveMomentMatching(AbstractIdentityWithLoss):
     one step; `bias` b: 4 on ImageNet, 5 for CIFAR-10; `earlier_time` the function from t and the gap to s.
     """
 
-    gap: float = eqx.field(default=2**-12, converter=float)
+    gap: float = eqx.field(default=2**-12, converter=as_float("gap"))
     particles: int = 4
-    power: float = eqx.field(default=1.0, converter=float)
-    bias: float = eqx.field(default=4.0, converter=float)
+    power: float = eqx.field(default=1.0, converter=as_float("power"))
+    bias: float = eqx.field(default=4.0, converter=as_float("bias"))
     earlier_time: Callable[[Time, Scalar], Time] = imm_earlier_time
 
     def __check_init__(self):

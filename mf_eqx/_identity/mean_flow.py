@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 from .._derivative import AbstractDerivative, FusedJVP
 from .._field import AbstractField
 from .._row import Row
-from .._validate import check_finite
+from .._validate import as_float, check_finite
 from .base import AbstractIdentity
 from .facts import Facts
 
@@ -26,8 +26,8 @@ class MeanFlow(AbstractIdentity):
     1b shows this by runs with (0, 0), (1, 0) and (1, 1). `derivative` the engine that computes du/dt.
     """
 
-    tangent_r: float = eqx.field(default=0.0, converter=float)
-    tangent_t: float = eqx.field(default=1.0, converter=float)
+    tangent_r: float = eqx.field(default=0.0, converter=as_float("tangent_r"))
+    tangent_t: float = eqx.field(default=1.0, converter=as_float("tangent_t"))
     derivative: AbstractDerivative = FusedJVP()
 
     def __check_init__(self):

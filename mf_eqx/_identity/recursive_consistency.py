@@ -30,7 +30,7 @@ from .._field import AbstractField, stopped
 from .._row import Row, teacher_of
 from .._schedule import as_schedule, at_step, Schedule
 from .._times import TimePairs, UniformTimes
-from .._validate import as_count, check_positive
+from .._validate import as_count, as_float, check_positive
 from .._weight import AdaptiveWeight
 from .average_of_steps import average_of_steps
 from .base import AbstractIdentityWithLoss
@@ -51,7 +51,7 @@ class RecursiveConsistency(AbstractIdentityWithLoss):
     step: Schedule = eqx.field(default=0.01, converter=as_schedule("step", 0.0, 1.0))
     conditional: Schedule = eqx.field(default=1.0, converter=as_schedule("conditional", 0.0, 1.0))
     by_teacher: bool = True
-    clip: float = eqx.field(default=1.0, converter=float)
+    clip: float = eqx.field(default=1.0, converter=as_float("clip"))
 
     def __check_init__(self):
         check_positive("clip", self.clip)

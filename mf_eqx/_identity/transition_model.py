@@ -26,7 +26,7 @@ from .._derivative import AbstractDerivative, FusedJVP
 from .._field import AbstractField
 from .._row import Row
 from .._times import TimePairs
-from .._validate import check_positive
+from .._validate import as_float, check_positive
 from .._weight import AdaptiveWeight
 from .base import AbstractIdentityWithLoss
 from .facts import Facts
@@ -40,8 +40,8 @@ class TransitionModel(AbstractIdentityWithLoss):
     authors' code; `derivative` the engine that computes du/dt.
     """
 
-    sigma: float = eqx.field(default=1.0, converter=float)
-    offset: float = eqx.field(default=1e-5, converter=float)
+    sigma: float = eqx.field(default=1.0, converter=as_float("sigma"))
+    offset: float = eqx.field(default=1e-5, converter=as_float("offset"))
     derivative: AbstractDerivative = FusedJVP()
 
     def __check_init__(self):

@@ -25,7 +25,7 @@ from jaxtyping import Array, Float, Key
 
 from .._custom_types import as_times, at_least_float32, Condition, TimeLike
 from .._field import AbstractField
-from .._validate import check_counts, check_floating, check_positive, check_z
+from .._validate import as_count, check_counts, check_floating, check_positive, check_z
 from ..nn import (
     AbstractConditionEmbedding,
     cast,
@@ -119,8 +119,7 @@ class MLP(AbstractField):
     ):
         inner = width if condition_width is None else condition_width
         check_counts(size=size, width=width, depth=depth, condition_width=inner)
-        if fourier_features < 0:
-            raise ValueError(f"fourier_features must be >= 0, got {fourier_features}")
+        as_count("fourier_features", fourier_features, 0)
         check_positive("fourier_scale", fourier_scale)
         check_has_condition(guidance, labels, condition)
         if dtype is not None:

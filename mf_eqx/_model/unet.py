@@ -25,7 +25,7 @@ from jaxtyping import Array, Float, Key
 
 from .._custom_types import as_times, Condition, TimeLike
 from .._field import AbstractField
-from .._validate import check_floating, check_kind, check_z
+from .._validate import as_float, check_floating, check_kind, check_z
 from ..nn import (
     AbstractAttention,
     AbstractConditionEmbedding,
@@ -223,6 +223,6 @@ class UNet(AbstractField):
 def _check_arguments(augmentation: int, dropout: float, dtype: DTypeLike) -> None:
     if augmentation < 0:
         raise ValueError(f"augmentation must be >= 0, got {augmentation}")
-    if not 0 <= dropout < 1:
+    if not 0 <= as_float("dropout")(dropout) < 1:
         raise ValueError(f"dropout must lie in [0, 1), got {dropout}")
     check_floating("dtype", dtype)

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Key
 
 from .._custom_types import as_scalar, as_times, at_least_float32, Condition, Time, TimeLike
 from .._field import AbstractField, AbstractFieldWithVelocity, has_velocity_head
-from .._validate import check_positive
+from .._validate import as_float, check_positive
 
 
 class XPrediction(AbstractFieldWithVelocity):
@@ -31,7 +31,7 @@ class XPrediction(AbstractFieldWithVelocity):
     """
 
     field: AbstractField
-    smallest_time: float = eqx.field(default=0.05, converter=float, static=True)
+    smallest_time: float = eqx.field(default=0.05, converter=as_float("smallest_time"), static=True)
 
     def __check_init__(self):
         check_positive("smallest_time", self.smallest_time)

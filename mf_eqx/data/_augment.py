@@ -27,7 +27,7 @@ from jaxtyping import Array, Bool, Float, Key
 from .._batch import Batch
 from .._custom_types import Scalar
 from .._model import UNetCondition
-from .._validate import check_positive
+from .._validate import as_float, check_positive
 
 _SYM6 = np.array(
     [
@@ -83,11 +83,11 @@ class EDMAugmentation(eqx.Module):
     called, if images are not floating point or have another shape, or if rows have an eps.
     """
 
-    probability: float = 0.12
-    flip: float = 0.5
-    scale: float = 0.2
-    shift: float = 0.125
-    turned: float = 0.5
+    probability: float = eqx.field(default=0.12, converter=as_float("probability"))
+    flip: float = eqx.field(default=0.5, converter=as_float("flip"))
+    scale: float = eqx.field(default=0.2, converter=as_float("scale"))
+    shift: float = eqx.field(default=0.125, converter=as_float("shift"))
+    turned: float = eqx.field(default=0.5, converter=as_float("turned"))
 
     def __check_init__(self):
         for name in ("probability", "flip", "turned"):

@@ -20,7 +20,7 @@ from jaxtyping import Key
 
 from .._batch import Batch
 from .._custom_types import at_least_float32
-from .._validate import as_tuple, check_kind
+from .._validate import as_float, as_tuple, check_kind
 from ..vae import LatentStatistics, Moments
 
 
@@ -70,7 +70,7 @@ class RandomFlip(eqx.Module):
     **Arguments:** `probability` of mirroring, in [0, 1].
     """
 
-    probability: float = 0.5
+    probability: float = eqx.field(default=0.5, converter=as_float("probability"))
 
     def __check_init__(self):
         if not 0 <= self.probability <= 1:

@@ -18,7 +18,7 @@ from jaxtyping import Array, ArrayLike, Float, Key
 
 from .._custom_types import as_times, Condition, TimeLike
 from .._field import AbstractField, Velocity, velocity_at
-from .._validate import check_positive
+from .._validate import as_float, check_positive
 
 
 class AverageVelocity(AbstractField):
@@ -45,8 +45,8 @@ class AverageVelocity(AbstractField):
     """
 
     velocity: Velocity
-    rtol: float = eqx.field(default=1e-10, converter=float)
-    atol: float = eqx.field(default=1e-10, converter=float)
+    rtol: float = eqx.field(default=1e-10, converter=as_float("rtol"))
+    atol: float = eqx.field(default=1e-10, converter=as_float("atol"))
     solver: diffrax.AbstractAdaptiveSolver = diffrax.Dopri8()
     max_steps: int = 4096
 

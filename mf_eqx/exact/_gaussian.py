@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Key
 
 from .._custom_types import as_times, Condition, Time, TimeLike
 from .._field import AbstractField
-from .._validate import check_finite, check_positive
+from .._validate import as_float, check_finite, check_positive
 from ._base import check_point
 
 
@@ -32,7 +32,7 @@ class GaussianAverageVelocity(AbstractField):
     """
 
     mean: Float[Array, "*data"] = eqx.field(converter=jnp.asarray)
-    std: float = eqx.field(converter=float)
+    std: float = eqx.field(converter=as_float("std"))
 
     def __check_init__(self):
         check_finite("mean", self.mean)

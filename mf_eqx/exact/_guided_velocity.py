@@ -5,7 +5,7 @@ from jaxtyping import Array, Float
 
 from .._custom_types import as_scalar, Condition, TimeLike
 from .._field import Velocity, velocity_at
-from .._validate import check_finite
+from .._validate import as_float, check_finite
 
 
 class GuidedVelocity(eqx.Module):
@@ -20,7 +20,7 @@ class GuidedVelocity(eqx.Module):
     """
 
     velocity: Velocity
-    scale: float = eqx.field(converter=float)
+    scale: float = eqx.field(converter=as_float("scale"))
 
     def __check_init__(self):
         check_finite("scale", self.scale)

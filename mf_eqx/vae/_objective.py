@@ -26,7 +26,7 @@ from .._custom_types import at_least_float32, Scalar
 from .._mean import mean_of, Metrics
 from .._perceptual import PerceptualTerm
 from .._row import Context, Row
-from .._validate import check_kind, check_positive
+from .._validate import as_float, check_kind, check_positive
 from ._autoencoder import Autoencoder
 
 
@@ -55,7 +55,7 @@ class AutoencoderObjective(AbstractMeanObjective):
 
     learns: ClassVar[type[eqx.Module]] = Autoencoder
 
-    kl: float = eqx.field(default=1e-6, converter=float)
+    kl: float = eqx.field(default=1e-6, converter=as_float("kl"))
     perceptual: PerceptualTerm | None = None
 
     def __check_init__(self):

@@ -172,7 +172,7 @@ def test_without_features_nothing_is_added_and_the_condition_is_as_wide_as_the_f
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"fourier_features": -1}, "fourier_features must be >= 0, got -1"),
+        ({"fourier_features": -1}, "fourier_features must be an integer >= 0, got -1"),
         ({"fourier_scale": 0.0}, "fourier_scale must be > 0 and finite, got 0.0"),
         ({"condition_width": 0}, "condition_width must be an integer >= 1, got 0"),
     ],
