@@ -15,6 +15,7 @@ from typing import NamedTuple
 TESTS = pathlib.Path(__file__).parent
 LONGEST = 180  # seconds that anything may take here
 PROGRAMS = tempfile.TemporaryDirectory()  # that one process has compiled, for the next
+COMPILED_ONCE = {"JAX_COMPILATION_CACHE_DIR": PROGRAMS.name, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1"}
 
 
 class Killed(BaseException):
@@ -47,7 +48,7 @@ def start(root, *flags, devices=1, pause=0.0, **options):
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": xla, "PYTHONPATH": path}
     environment |= {"RUNS": str(root), "PAUSE": str(pause)}
     if "preexec_fn" not in options and "--coordinator" not in flags:  # a process of its own, with room on the disk
-        environment |= {"JAX_COMPILATION_CACHE_DIR": PROGRAMS.name, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1"}
+        environment |= COMPILED_ONCE
     command = [sys.executable, str(TESTS / "trainer.py"), *map(str, flags)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, env=environment, **pipes, **options)

@@ -11,7 +11,7 @@ import time
 
 import cell_trainer
 import pytest
-from processes import Ended, ended, LONGEST, signalled_until_it_ends, TESTS, tree
+from processes import COMPILED_ONCE, Ended, ended, LONGEST, signalled_until_it_ends, TESTS, tree
 
 from mf_eqx import run
 from mf_eqx.run import _cell_run
@@ -28,6 +28,7 @@ def start(root, *flags, pause=0.0):
     """The trainer, which pauses before each part for so many seconds."""
     path = os.pathsep.join([str(TESTS.parent), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": path, "RUNS": str(root), "PAUSE": str(pause)}
+    environment |= COMPILED_ONCE
     command = [sys.executable, str(TESTS / "cell_trainer.py"), *map(str, (*FLAGS, *flags))]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
