@@ -122,20 +122,10 @@ class AtFactor(AbstractField):
         return self.field(z, self.factor * r, t)
 
 
-class Shared(AbstractField):
-    """The same field, which is traced once for all methods."""
-
-    field: AbstractField
-
-    @eqx.filter_jit
-    def __call__(self, z, r, t, condition=None, *, key=None):
-        return self.field(z, r, t)
-
-
 @functools.cache
 def flagship(method, path, factor=1.0):
     velocity, field, points = marginal(path)
-    return residuals(METHODS[method], AtFactor(Shared(field), jnp.asarray(factor)), velocity, *points)
+    return residuals(METHODS[method], AtFactor(field, jnp.asarray(factor)), velocity, *points)
 
 
 # An identity is given z and v, never the path: on the second one, the field and v are tested.
