@@ -241,13 +241,14 @@ def guided(z, t, condition):
     return scale * velocity(z, t, condition.condition) + (1 - scale) * velocity(z, t, LABELS)
 
 
-class OffByALittle(mfx.AbstractField):
-    """A field at a scale 1% too large."""
+class AtScale(mfx.AbstractField):
+    """A field at `factor` times the scale."""
 
     field: mfx.AbstractField
+    factor: jax.Array
 
     def __call__(self, z, r, t, condition=None, *, key=None):
-        return self.field(z, r, t, condition._replace(scale=1.01 * condition.scale))
+        return self.field(z, r, t, condition._replace(scale=self.factor * condition.scale))
 
 
 @eqx.filter_jit
@@ -273,7 +274,8 @@ def test_exact_guided_field_is_the_fixed_point_at_every_scale(identity):
         time_pairs=mfx.TimePairs(mfx.UniformTimes()),
         **PAPER | {"identity_share": share, "guidance": mfx.DrawnGuidance(middle=None)},
     )
-    right, wrong = (np.array(errors(objective, f, labelled(128))) for f in (field, OffByALittle(field)))
+    rows = labelled(128)
+    right, wrong = (np.array(errors(objective, AtScale(field, jnp.asarray(by)), rows)) for by in (1.0, 1.01))
     assert (right < (1e-26, 1e-13)[: len(right)]).all()
     assert (np.sqrt(wrong) > 1000 * np.sqrt(right)).all() and (wrong > 1e-5).all()
 

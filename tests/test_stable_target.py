@@ -9,6 +9,7 @@ import jax.random as jr
 import numpy as np
 import optax
 import pytest
+from fields import Cubic, filled
 
 import mf_eqx as mfx
 from mf_eqx import exact
@@ -148,8 +149,7 @@ def drawn_references(accumulation):
         Difference(), time_pairs=mfx.TimePairs(Last()), identity_share=Fraction(1, 2), stable_target=target
     )
     step = mfx.TrainStep(objective, optax.sgd(0.0), accumulation=accumulation)
-    field = mfx.MLP(1, width=2, depth=1, key=jr.key(0))
-    state, found = mfx.init_state(field, step.optimizer, key=jr.key(1)), []
+    state, found = mfx.init_state(Cubic(jnp.ones(())), step.optimizer, key=jr.key(1)), []
     for _ in range(6):
         state, metrics = step(state, mfx.Batch(jnp.zeros((16, 1))))
         found.append(float(metrics["identity_error"].value))
@@ -275,7 +275,7 @@ def test_objective_learns_from_it_and_meets_less_error():
 
 def test_guidance_composes_with_it():
     """With the row's own x as the only reference nothing changes; with others the guided target does."""
-    field = jax.tree.map(lambda leaf: leaf + 0.1, mfx.MLP(2, width=8, depth=1, labels=2, key=jr.key(0)))
+    field = filled(lambda: mfx.MLP(2, width=8, depth=1, labels=2, key=jr.key(0)))
     batch = mfx.Batch(jnp.ones((32, 2)), jnp.arange(32) % 2)
     dropout = mfx.LabelDropout(0.1, field.null_label)
 

@@ -54,8 +54,13 @@ class Probe(mfx.AbstractMeanObjective):
         return loss, {name: mfx.Mean(value, jnp.ones_like(value)) for name, value in seen.items()}
 
 
+def drawn(*shape, seed=0):
+    """Standard normal numbers, for which nothing is compiled."""
+    return np.random.default_rng(seed).standard_normal(shape, np.float32)
+
+
 def field():
-    return Affine(jr.normal(jr.key(0), (DIM, DIM)), jnp.array([0.5, -1.0]))
+    return Affine(jnp.asarray(drawn(DIM, DIM)), jnp.array([0.5, -1.0]))
 
 
 def state(averages=AVERAGES, *, seed=1):
@@ -63,7 +68,7 @@ def state(averages=AVERAGES, *, seed=1):
 
 
 def batch(seed=2):
-    return mfx.Batch(jr.normal(jr.key(seed), (ROWS, DIM)))
+    return mfx.Batch(jnp.asarray(drawn(ROWS, DIM, seed=seed)))
 
 
 def leaves(tree):
@@ -81,10 +86,15 @@ def test_step_follows_the_optimizer_along_the_gradient():
     step = mfx.TrainStep(Probe(), OPTIMIZER)
     expected, opt_state = field(), OPTIMIZER.init(field())
     current = state(())
-    for seed in range(3):
-        gradient = jax.grad(lambda f, seed=seed: Probe()(f, batch(seed), key=jr.key(0), context=CONTEXT)[0])(expected)
+
+    @jax.jit
+    def follow(expected, opt_state, rows):
+        gradient = jax.grad(lambda field: Probe()(field, rows, key=jr.key(0), context=CONTEXT)[0])(expected)
         updates, opt_state = OPTIMIZER.update(gradient, opt_state, expected)
-        expected = optax.apply_updates(expected, updates)
+        return optax.apply_updates(expected, updates), opt_state, gradient
+
+    for seed in range(3):
+        expected, opt_state, gradient = follow(expected, opt_state, batch(seed))
         current, metrics = step(current, batch(seed))
         norm = np.sqrt(sum(np.sum(np.square(leaf)) for leaf in leaves(gradient)))
         np.testing.assert_allclose(metrics["gradient_norm"].value, norm, rtol=1e-5)
@@ -93,60 +103,69 @@ def test_step_follows_the_optimizer_along_the_gradient():
     assert current.step == 3
 
 
-def in_a_loop():
+class Loop(mfx.AbstractField):
     """A field of blocks in a loop."""
-    return refilled(mfx.MLP(DIM, width=8, depth=3, key=jr.key(0)))
+
+    blocks: mfx.nn.Stack
+
+    def __call__(self, z, r, t, condition=None, *, key=None):
+        return self.blocks(lambda block, x: x + jnp.tanh(block(x) + r - t), z)
+
+
+def in_a_loop(seed=0):
+    return filled(lambda: Loop(mfx.nn.Stack(lambda key: mfx.nn.Linear(DIM, DIM, key=key), 3, key=jr.key(0))), seed)
 
 
 CONTEXT = mfx.Context(jnp.zeros((), jnp.int32))
+KINDS = [pytest.param(0.25, field, marks=SLOW), (0.25, in_a_loop), pytest.param(0.75, field, marks=SLOW), (1, field)]
 
 
-@pytest.mark.parametrize(
-    ("share", "make"),
-    [pytest.param(0.25, field, marks=SLOW), (0.25, in_a_loop), pytest.param(0.75, field, marks=SLOW), (1, field)],
-)
+@functools.cache
+def one_step(share, make, accumulation):
+    """Start, objective and rows of a step of size 1 along the gradient, and the field and the metrics after it."""
+    objective, sgd = mfx.Objective(identity_share=share), optax.sgd(1.0)
+    start = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf, float)) if eqx.is_array(leaf) else leaf, make())
+    rows = mfx.Batch(jnp.asarray(drawn(2 * ROWS, DIM, seed=2).astype(float)))
+    step = mfx.TrainStep(objective, sgd, accumulation=accumulation)
+    after, metrics = step(mfx.init_state(start, sgd, key=jr.key(1)), rows)
+    return start, objective, rows, after.field, metrics
+
+
+def assert_same_metrics(found, expected):
+    for name, mean in expected.items():
+        np.testing.assert_allclose(found[name].total, mean.total, rtol=1e-12)
+        np.testing.assert_array_equal(found[name].count, mean.count)
+
+
+@pytest.mark.parametrize(("share", "make"), KINDS)
 def test_kinds_of_rows_one_after_the_other_give_the_gradient_and_metrics_of_all_together(x64, share, make):
-    objective, rate = mfx.Objective(identity_share=share), 0.1
-    start = mfx.nn.cast(make(), jnp.float64)
-    rows = mfx.Batch(jr.normal(jr.key(2), (ROWS, DIM), jnp.float64))
+    start, objective, rows, after, found = one_step(share, make, 1)
     key = jr.split(jr.fold_in(jr.key(1), 0))[1]
     value_and_grad = eqx.filter_jit(eqx.filter_value_and_grad(objective, has_aux=True))
     (_, metrics), gradient = value_and_grad(start, rows, key=key, context=CONTEXT)
-    sgd = optax.sgd(rate)
-    found, seen = mfx.TrainStep(objective, sgd)(mfx.init_state(start, sgd, key=jr.key(1)), rows)
-    for after, before, slope in zip(*map(leaves, (found.field, start, gradient)), strict=True):
-        np.testing.assert_allclose((before - after) / rate, slope, rtol=1e-12, atol=1e-12)
-    for name, mean in metrics.items():
-        np.testing.assert_allclose(seen[name].total, mean.total, rtol=1e-12)
-        np.testing.assert_array_equal(seen[name].count, mean.count)
+    for result, before, slope in zip(*map(leaves, (after, start, gradient)), strict=True):
+        np.testing.assert_allclose(before - result, slope, rtol=1e-12, atol=1e-12)
+    assert_same_metrics(found, metrics)
 
 
 @pytest.mark.parametrize(("share", "make"), [(0.25, in_a_loop), (1, field)])
 def test_rows_in_turn_have_the_gradient_and_metrics_of_all_together(x64, share, make):
-    sgd, start = optax.sgd(1.0), mfx.nn.cast(make(), jnp.float64)
-    rows = mfx.Batch(jr.normal(jr.key(2), (2 * ROWS, DIM), jnp.float64))
-
-    def run(accumulation):
-        step = mfx.TrainStep(mfx.Objective(identity_share=share), sgd, accumulation=accumulation)
-        return jax.jit(step)(mfx.init_state(start, sgd, key=jr.key(1)), rows)
-
-    (whole, together), (found, in_turn) = run(1), run(4)
-    for after, expected, before in zip(*map(leaves, (found.field, whole.field, start)), strict=True):
+    (start, *_, whole, together), (*_, found, in_turn) = (one_step(share, make, parts) for parts in (1, 4))
+    for after, expected, before in zip(*map(leaves, (found, whole, start)), strict=True):
         np.testing.assert_allclose(before - after, before - expected, rtol=1e-12, atol=1e-12)
     assert in_turn.keys() == together.keys()
-    for name, mean in together.items():
-        np.testing.assert_allclose(in_turn[name].total, mean.total, rtol=1e-12)
-        np.testing.assert_array_equal(in_turn[name].count, mean.count)
+    assert_same_metrics(in_turn, together)
 
 
 def test_steps_of_several_networks_are_one_step_under_vmap():
     step = mfx.TrainStep(mfx.Objective(), OPTIMIZER)
+    networks = [in_a_loop(seed) for seed in range(2)]
 
-    def loss(seed):
-        start = mfx.init_state(mfx.MLP(DIM, width=8, depth=3, key=jr.key(seed)), OPTIMIZER, key=jr.key(1))
-        return step(start, batch())[1]["loss"].total
+    def loss(network):
+        return step(mfx.init_state(network, OPTIMIZER, key=jr.key(1)), batch())[1]["loss"].total
 
-    np.testing.assert_allclose(jax.vmap(loss)(jnp.arange(2)), [loss(0), loss(1)], rtol=1e-5)
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves) if eqx.is_array(leaves[0]) else leaves[0], *networks)
+    np.testing.assert_allclose(eqx.filter_vmap(loss)(stacked), [loss(network) for network in networks], rtol=1e-5)
 
 
 def test_step_does_not_choose_between_kinds_of_rows_while_it_runs():
@@ -184,16 +203,17 @@ def test_four_times_64_rows_train_as_256_rows_do():
 
 
 def test_micro_batches_of_parameters_in_low_precision_are_summed_in_float32():
-    rows = mfx.Batch(jr.normal(jr.key(2), (512, DIM)))
+    """Of 512 equal gradients, whose sum in bfloat16 would stop growing at half of them."""
+    rows = mfx.Batch(jnp.ones((512, DIM)))
 
-    def norm(dtype, accumulation):
+    def norm(dtype):
         sgd, start = optax.sgd(0.1), mfx.nn.cast(field(), dtype)
-        step = mfx.TrainStep(mfx.Objective(weight=mfx.ConstantWeight()), sgd, accumulation=accumulation)
+        step = mfx.TrainStep(Probe(), sgd, accumulation=512)
         after, metrics = step(mfx.init_state(start, sgd, key=jr.key(1)), rows)
         assert after.field.weight.dtype == dtype
         return float(metrics["gradient_norm"].value)
 
-    np.testing.assert_allclose(norm(jnp.bfloat16, 128), norm(jnp.float32, 128), rtol=0.005)
+    np.testing.assert_allclose(norm(jnp.bfloat16), norm(jnp.float32), rtol=0.005)
 
 
 class Pair(mfx.AbstractField):
@@ -206,10 +226,16 @@ class Pair(mfx.AbstractField):
         return real * z - imaginary * jnp.tanh(z)
 
 
-@pytest.mark.parametrize("optimizer", [optax.sgd(0.1), optax.contrib.split_real_and_imaginary(optax.adam(0.1))])
-def test_complex_parameters_are_trained_as_their_two_parts_are(optimizer):
+@pytest.mark.parametrize(
+    ("objective", "optimizer"),
+    [
+        (mfx.Objective(), optax.sgd(0.1)),
+        (Probe(), optax.contrib.split_real_and_imaginary(optax.adam(0.1))),
+    ],
+)
+def test_complex_parameters_are_trained_as_their_two_parts_are(objective, optimizer):
     parts = jnp.array([0.3, -0.2, 1.0]), jnp.array([0.7, 0.5, 0.0])
-    step = mfx.TrainStep(mfx.Objective(), optimizer)
+    step = mfx.TrainStep(objective, optimizer)
     found, expected = (
         mfx.init_state(Pair(weight), optimizer, key=jr.key(1)) for weight in (jax.lax.complex(*parts), parts)
     )
@@ -701,26 +727,34 @@ def labelled(shape=(2,)):
     return mfx.Batch(jr.normal(jr.key(2), (ROWS, *shape)), jnp.arange(ROWS, dtype=jnp.int32) % 4)
 
 
-@functools.cache
 def small():
-    return filled(lambda: mfx.MLP(2, width=8, depth=2, labels=4, key=jr.key(0)))
+    return mfx.MLP(2, width=8, depth=2, labels=4, key=jr.key(0))
 
 
-def trace(objective, make_field, rows, **how):
+@functools.cache
+def smallest():
+    """The shapes of a state of two parameters: a network is in the tests of a step in parts and in low precision."""
+    return start_of(lambda: Affine(jnp.ones((2, 2)), jnp.ones(2)))
+
+
+def start_of(make_field):
+    """The shapes of a state."""
+    return eqx.filter_eval_shape(lambda: mfx.init_state(make_field(), OPTIMIZER, AVERAGES, key=jr.key(1)))
+
+
+def trace(objective, start, rows, **how):
     """A step as far as dtypes go, which are known without a number."""
-    step = mfx.TrainStep(objective, OPTIMIZER, AVERAGES, teacher=0, **how)
-    start = eqx.filter_eval_shape(lambda: mfx.init_state(make_field(), OPTIMIZER, AVERAGES, key=jr.key(1)))
-    eqx.filter_eval_shape(step, start, rows)
+    eqx.filter_eval_shape(mfx.TrainStep(objective, OPTIMIZER, AVERAGES, teacher=0, **how), start, rows)
 
 
 @pytest.mark.parametrize("name", STRICT)
 def test_step_of_every_identity_passes_strict_promotion(strict, name):
-    trace(STRICT[name], small, labelled())
+    trace(STRICT[name], smallest(), labelled())
 
 
 @pytest.mark.parametrize("how", [{"accumulation": 2}, {"parallelism": mfx.Parallelism()}])
 def test_step_in_parts_passes_strict_promotion(strict, how):
-    trace(STRICT["MeanFlow"], small, labelled(), **how)
+    trace(STRICT["MeanFlow"], start_of(small), labelled(), **how)
 
 
 def test_bad_step_passes_strict_promotion_and_is_counted(strict):
@@ -746,14 +780,14 @@ NETWORKS = {
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_step_of_networks_passes_strict_promotion_in_every_precision(strict, name, dtype):
-    trace(STRICT["MeanFlow"], lambda: NETWORKS[name](dtype), labelled((1, 4, 4)))
+    trace(STRICT["MeanFlow"], start_of(lambda: NETWORKS[name](dtype)), labelled((1, 4, 4)))
 
 
 def test_step_of_an_mlp_in_low_precision_passes_strict_promotion(strict):
     def make_field():
         return mfx.MLP(2, width=8, depth=2, labels=4, dtype=jnp.bfloat16, key=jr.key(0))
 
-    trace(STRICT["MeanFlow"], make_field, labelled())
+    trace(STRICT["MeanFlow"], start_of(make_field), labelled())
 
 
 def test_parameters_of_low_precision_pass_strict_promotion(strict):

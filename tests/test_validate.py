@@ -9,6 +9,7 @@ import jax.random as jr
 import numpy as np
 import optax
 import pytest
+from fields import filled
 from methods import guidance, METHODS, trainer
 
 import mf_eqx as mfx
@@ -244,8 +245,9 @@ def test_a_step_and_its_metrics_make_no_nan_on_the_way(method):
         step = mfx.TrainStep(mfx.Objective(None, time_pairs=times, identity_share=0), optimizer, average)
     else:
         step = trainer(METHODS[method], optimizer, average, time_pairs=times, **guidance(METHODS[method], 2))
+    field = filled(lambda: mfx.MLP(2, width=4, depth=1, labels=2, key=KEY))
     with jax.debug_nans(True):
-        state = mfx.init_state(mfx.MLP(2, width=4, depth=1, labels=2, key=KEY), optimizer, average, key=KEY)
+        state = mfx.init_state(field, optimizer, average, key=KEY)
         for _ in range(2):
             state, metrics = step(state, mfx.Batch(jnp.zeros((8, 2)), jnp.zeros(8, jnp.int32)))
         assert np.isfinite(metrics["loss"].value)

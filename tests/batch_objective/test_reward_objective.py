@@ -21,6 +21,10 @@ def first(x, condition):
     return x[0]
 
 
+def given(x, condition):
+    return condition
+
+
 @eqx.filter_jit
 def evaluated(objective, field, old, batch=BATCH):
     context = mfx.Context(jnp.zeros((), jnp.int32), old)
@@ -34,21 +38,24 @@ def test_loss_is_that_of_its_formula(x64):
     eps = jax.vmap(lambda i: jr.normal(jr.fold_in(jr.fold_in(jr.key(0), i), 0), (2,)))(BATCH.index)
     x = jax.vmap(lambda eps: mfx.sample(old, eps))(eps)
     share = 0.5 + 0.5 * np.clip((x[:, 0] - x[:, 0].mean()) / x[:, 0].std() / 2, -1, 1)
-    losses, changes = [], []
-    for i in range(64):
+
+    @jax.jit
+    @jax.vmap
+    def by_hand(x, share, i):
         time_key, noise_key, _ = jr.split(jr.fold_in(jr.fold_in(jr.key(0), i), 1), 3)
         r, t = objective.time_pairs(key=time_key)
         eps = jr.normal(noise_key, (2,))
-        z, v = (1 - t) * x[i] + t * eps, eps - x[i]
+        z, v = (1 - t) * x + t * eps, eps - x
         u_old, rate = mfx.total_derivative(old, z, v, r, t)
         average, past = (u + (t - r) * rate for u in (field(z, r, t), u_old))
-        good, bad = (z - t * (past + sign * 0.3 * (average - past)) - x[i] for sign in (1, -1))
+        good, bad = (z - t * (past + sign * 0.3 * (average - past)) - x for sign in (1, -1))
         terms = [
-            share[i] * np.mean(good**2) / np.mean(np.abs(good)),
-            (1 - share[i]) * np.mean(bad**2) / np.mean(np.abs(bad)),
+            share * jnp.mean(good**2) / jnp.mean(jnp.abs(good)),
+            (1 - share) * jnp.mean(bad**2) / jnp.mean(jnp.abs(bad)),
         ]
-        losses.append(2.0 / 0.3 * sum(terms))
-        changes.append(np.mean((average - past) ** 2))
+        return 2.0 / 0.3 * sum(terms), jnp.mean((average - past) ** 2)
+
+    losses, changes = by_hand(x, share, BATCH.index)
     np.testing.assert_allclose(loss, np.mean(losses), rtol=1e-10)
     np.testing.assert_allclose(metrics["change"].value, np.mean(changes), rtol=1e-10)
     np.testing.assert_allclose(metrics["reward"].value, x[:, 0].mean(), rtol=1e-10)
@@ -112,22 +119,20 @@ def test_a_reference_adds_the_square_of_the_difference_from_it():
 
 
 def test_old_velocity_has_no_gradient_if_all_rewards_are_equal():
-    def gradient(reward, **options):
-        objective = mfx.RewardObjective(reward, **options)
-        batch = mfx.Batch(BATCH.x, np.repeat(np.arange(16.0), 4))
-        field = affine()
-        return eqx.filter_grad(lambda field: evaluated(objective, field, affine(), batch)[0])(field).shift
+    @eqx.filter_jit
+    @eqx.filter_grad
+    def gradient(field, rewards, **options):
+        return evaluated(mfx.RewardObjective(given, **options), field, affine(), mfx.Batch(BATCH.x, rewards))[0]
 
-    np.testing.assert_allclose(gradient(lambda x, c: jnp.full((), 0.1)), 0, atol=1e-5)  # whose mean is not 0.1
-    np.testing.assert_allclose(gradient(lambda x, c: c / 10, group=4), 0, atol=1e-5)
-    assert np.abs(gradient(lambda x, c: c)).max() > 0.01
+    rewards = np.repeat(np.arange(16.0), 4)
+    np.testing.assert_allclose(gradient(affine(), np.full(64, 0.1)).shift, 0, atol=1e-5)  # their mean is not 0.1
+    np.testing.assert_allclose(gradient(affine(), rewards / 10, group=4).shift, 0, atol=1e-5)
+    assert np.abs(gradient(affine(), rewards).shift).max() > 0.01
 
 
 def test_rows_of_a_group_have_the_condition_of_the_first():
     condition = np.arange(64, dtype=np.float32)
-    _, (metrics, _) = evaluated(
-        mfx.RewardObjective(lambda x, c: c, group=4), affine(), affine(), mfx.Batch(BATCH.x, condition)
-    )
+    _, (metrics, _) = evaluated(mfx.RewardObjective(given, group=4), affine(), affine(), mfx.Batch(BATCH.x, condition))
     assert metrics["reward"].value == condition[::4].mean()
 
 
@@ -142,10 +147,13 @@ def test_weights_of_both_terms_have_no_gradient(x64):
     objective = mfx.RewardObjective(lambda x, c: jnp.sign(x[0]), largest_advantage=1, strength=0.5, time_pairs=BOUNDARY)
     old, batch = GaussianField(jnp.zeros(1), 1.0), mfx.Batch(np.zeros((2, 1)))
 
+    @jax.value_and_grad
     def loss(shift):
         moved = eqx.tree_at(lambda field: field.mean, old, jnp.full(1, shift))
         return evaluated(objective, moved, old, batch)[0]
 
+    @jax.jit
+    @jax.value_and_grad
     def by_hand(shift, frozen):
         total = 0.0
         for i in range(2):
@@ -169,8 +177,9 @@ def test_weights_of_both_terms_have_no_gradient(x64):
     above = np.array(rewards) - np.mean(rewards)
     rho = 0.5 + 0.5 * np.clip(above / max(np.std(rewards), 1e-300), -1, 1)
     shares = [(share, 1 - share) for share in rho]
-    np.testing.assert_allclose(loss(0.3), by_hand(0.3, 0.3), rtol=1e-9)
-    np.testing.assert_allclose(jax.grad(loss)(0.3), jax.grad(by_hand)(0.3, 0.3), rtol=1e-6)
+    (found, slope), (expected, slope_by_hand) = jax.jit(loss)(0.3), by_hand(0.3, 0.3)
+    np.testing.assert_allclose(found, expected, rtol=1e-9)
+    np.testing.assert_allclose(slope, slope_by_hand, rtol=1e-6)
 
 
 @pytest.mark.parametrize("times", [(1.0, 0.0), (1.0, 0.5, 0.0)])
