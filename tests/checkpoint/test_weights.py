@@ -294,6 +294,7 @@ def test_arrays_that_could_not_be_read_again_are_not_written(dtype, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.rehearsal
 def test_weights_load_onto_devices_as_the_rule_says(tmp_path):
     found = run_on_devices("export_on_devices.py", tmp_path / "weights")
     assert found == {"equal": True, "placed": True, "spread": True, "saved_alike": True}
