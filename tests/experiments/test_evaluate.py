@@ -56,7 +56,7 @@ def save_network(path, make, start="", notes=None):
 
     def fill(path, leaf):
         shape = getattr(leaf, "shape", None)
-        return leaf if shape is None else jnp.asarray(random_tensor(start + jax.tree_util.keystr(path), shape, 1.5))
+        return leaf if shape is None else jax.device_put(random_tensor(start + jax.tree_util.keystr(path), shape, 1.5))
 
     field = jax.tree_util.tree_map_with_path(fill, eqx.filter_eval_shape(make))
     checkpoint.save_weights(

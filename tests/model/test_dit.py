@@ -30,11 +30,11 @@ def small64(*arguments, **options):
 
 
 def in_float64(field):
-    return jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf, np.float64)), field)
+    return jax.tree.map(lambda leaf: jax.device_put(np.asarray(leaf, np.float64)), field)
 
 
 def normal(seed, *shape):
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape))
+    return jax.device_put(np.random.default_rng(seed).standard_normal(shape))
 
 
 def inputs(rows=(), shape=SHAPE):

@@ -47,7 +47,7 @@ def small(shape=SHAPE, size=SMALL, *, labels=NULL, augmentation=6, unroll=1, **o
             numbers /= np.sqrt(leaf.shape[-2])
         else:
             numbers = 0.1 * numbers + name.endswith("weight")
-        return jnp.asarray(numbers, jnp.float32)
+        return jax.device_put(numbers.astype(np.float32))
 
     made = shapes(shape, size, labels=labels, augmentation=augmentation, unroll=unroll, **options)
     return jax.tree_util.tree_map_with_path(draw, made)
@@ -63,7 +63,7 @@ def fresh():
 def small64(*arguments, **options):
     """To be built inside float64."""
     field = small(*arguments, dtype=jnp.float64, **options)
-    return jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf, np.float64)), field)
+    return jax.tree.map(lambda leaf: jax.device_put(np.asarray(leaf, np.float64)), field)
 
 
 def inputs(rows=(), shape=SHAPE):
@@ -75,7 +75,7 @@ def inputs(rows=(), shape=SHAPE):
 
 
 def normal(seed, *shape):
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape))
+    return jax.device_put(np.random.default_rng(seed).standard_normal(shape))
 
 
 @functools.cache

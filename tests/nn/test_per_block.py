@@ -47,7 +47,7 @@ def drawn(tree, seed, dtype=None):
 
     def draw(leaf):
         sizes = np.arange(1.0, leaf.shape[0] + 1).reshape(-1, *[1] * (leaf.ndim - 1))
-        return jnp.asarray(sizes * draws.standard_normal(leaf.shape), dtype or leaf.dtype)
+        return jax.device_put((sizes * draws.standard_normal(leaf.shape)).astype(dtype or leaf.dtype))
 
     return jax.tree.map(draw, tree)
 
@@ -270,6 +270,7 @@ def test_docstring_has_a_recipe_for_decay_muon_clipping_and_muon_within():
 
 
 @pytest.mark.parametrize("recipe", recipes())
+@pytest.mark.usefixtures("unchecked")  # types are checked by other tests, and take half of the time
 def test_recipes_fit_the_training_step_of_a_transformer(recipe):
     rule = recipes()[recipe]
     step = mfx.TrainStep(mfx.Objective(identity=None, identity_share=0), rule)
