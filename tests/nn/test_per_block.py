@@ -270,7 +270,6 @@ def test_docstring_has_a_recipe_for_decay_muon_clipping_and_muon_within():
 
 
 @pytest.mark.parametrize("recipe", recipes())
-@pytest.mark.usefixtures("unchecked")  # types are checked by other tests, and take half of the time
 def test_recipes_fit_the_training_step_of_a_transformer(recipe):
     rule = recipes()[recipe]
     step = mfx.TrainStep(mfx.Objective(identity=None, identity_share=0), rule)
