@@ -68,7 +68,7 @@ def refilled(field, seed=0):
     def refill(leaf):
         if not eqx.is_inexact_array(leaf) or np.any(leaf):
             return leaf
-        return jnp.asarray(0.1 * draws.standard_normal(leaf.shape), leaf.dtype)
+        return jax.device_put((0.1 * draws.standard_normal(leaf.shape)).astype(leaf.dtype))
 
     return jax.tree.map(refill, field)
 
@@ -79,8 +79,10 @@ def filled(make, seed=0):
     draws = np.random.default_rng(seed)
 
     def fill(leaf):
-        is_shape = isinstance(leaf, jax.ShapeDtypeStruct)
-        return jnp.asarray(0.1 * draws.standard_normal(leaf.shape), leaf.dtype) if is_shape else leaf
+        if not isinstance(leaf, jax.ShapeDtypeStruct):
+            return leaf
+        # `jnp.asarray` would compile a program for each shape.
+        return jax.device_put((0.1 * draws.standard_normal(leaf.shape)).astype(leaf.dtype))
 
     return jax.tree.map(fill, eqx.filter_eval_shape(make))
 

@@ -25,7 +25,7 @@ class State(mfx.AbstractField):
     def __init__(self, step=0, *, width=128, dtype=jnp.float32, name="first"):
         draws = np.random.default_rng(step)
         self.weight = jnp.asarray(np.frombuffer(draws.bytes(4 * width * 4), np.float32).reshape(width, 4), dtype)
-        self.half = jnp.asarray(np.frombuffer(draws.bytes(2 * 600), jnp.bfloat16))
+        self.half = jax.device_put(np.frombuffer(draws.bytes(2 * 600), jnp.bfloat16))
         self.flags = jnp.asarray(draws.random(7) < 0.5)
         self.key = jr.key(step)
         self.step = jnp.asarray(step, jnp.int32)

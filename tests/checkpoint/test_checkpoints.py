@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 from devices import run_on_devices
+from fields import filled
 from saved_states import bits, damage, saved, State
 
 import mf_eqx as mfx
@@ -246,7 +247,8 @@ def test_restored_training_continues_as_if_nothing_had_happened(tmp_path, name):
     step = mfx.TrainStep(mfx.Objective(None, identity_share=0.0), optimizer, averages)
 
     def make():
-        return mfx.init_state(mfx.MLP(2, width=8, depth=1, key=jr.key(0)), optimizer, averages, key=jr.key(1))
+        field = filled(lambda: mfx.MLP(2, width=8, depth=1, key=jr.key(0)))
+        return mfx.init_state(field, optimizer, averages, key=jr.key(1))
 
     def rows(number):
         return mfx.Batch(np.random.default_rng(number).standard_normal((4, 2), np.float32))

@@ -1,5 +1,6 @@
 """Networks as values that JSON can hold: the same network comes back, and what cannot come back is refused by name."""
 
+import functools
 import inspect
 import json
 
@@ -41,6 +42,7 @@ NETWORKS = {
 }
 
 
+@functools.cache
 def shapes(make):
     """A network without numbers: nothing is compiled."""
     return eqx.filter_eval_shape(lambda: make(key=jr.key(0)))
@@ -51,11 +53,14 @@ def same(a, b):
     return jax.tree.structure(a) == jax.tree.structure(b) and jax.tree.leaves(a) == jax.tree.leaves(b)
 
 
+# Types are checked by other tests: to check them here takes half of the time.
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("name", NETWORKS)
 def test_the_same_network_is_made_from_its_description_as_json(name):
     field = shapes(NETWORKS[name])
-    description = json.loads(json.dumps(mfx.describe(field)))
-    assert description == mfx.describe(field)
+    described = mfx.describe(field)
+    description = json.loads(json.dumps(described))
+    assert description == described
     assert same(shapes(lambda key: mfx.make_network(description, key=key)), field)
 
 

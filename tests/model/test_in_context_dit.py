@@ -53,7 +53,7 @@ def small(*, dtype=jnp.float32, how=None, **options):
     network = known_shapes(**{"dtype": dtype, **options, **(how or {})})
 
     def fill(path, leaf):
-        return jnp.asarray(values[jax.tree_util.keystr(path)], dtype) if hasattr(leaf, "dtype") else leaf
+        return jax.device_put(np.asarray(values[jax.tree_util.keystr(path)], dtype)) if hasattr(leaf, "dtype") else leaf
 
     return jax.tree_util.tree_map_with_path(fill, network)
 

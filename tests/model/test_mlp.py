@@ -21,7 +21,7 @@ def small(*, labels=3, **options):
 @functools.cache
 def small64(**options):
     """To be built inside float64."""
-    return jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf, np.float64)), small(**options))
+    return jax.tree.map(lambda leaf: jax.device_put(np.asarray(leaf, np.float64)), small(**options))
 
 
 def inputs():

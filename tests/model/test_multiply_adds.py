@@ -9,6 +9,9 @@ import pytest
 import mf_eqx as mfx
 from mf_eqx import measure
 
+# Types are checked by other tests: to check them here takes most of the time.
+pytestmark = pytest.mark.usefixtures("unchecked")
+
 # In units of 10^9; computed from the paper's description. The paper itself says 5.6, 23.1, 54.0 and 119.0.
 EXPECTED = {"B4": 5.56, "B2": 23.0, "M2": 53.8, "L2": 80.7, "XL2": 118.6}
 

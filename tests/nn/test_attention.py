@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from fields import FusedAttention, refilled
+from fields import filled, FusedAttention, refilled
 
 import mf_eqx as mfx
 from mf_eqx import nn
@@ -39,20 +39,22 @@ def reference_attention(layer, x):
 
 @pytest.mark.parametrize(("heads", "qk_norm"), [(1, False), (3, False), (3, True)])
 def test_attention_is_a_softmax_over_tokens_in_every_head(x64, heads, qk_norm):
-    layer = nn.cast(refilled(nn.SelfAttention(12, heads, qk_norm=qk_norm, key=jr.key(0))), jnp.float64)
+    layer = nn.cast(filled(lambda: nn.SelfAttention(12, heads, qk_norm=qk_norm, key=jr.key(0))), jnp.float64)
     if qk_norm:
         scales = lambda layer: (layer.query_norm.weight, layer.key_norm.weight)  # noqa: E731
         layer = eqx.tree_at(scales, layer, (jnp.arange(1.0, 5.0), jnp.arange(-2.0, 2.0)))
     x = jr.normal(jr.key(2), (5, 12))
-    np.testing.assert_allclose(layer(x), reference_attention(layer, x), rtol=1e-10, atol=1e-12)
+    np.testing.assert_allclose(eqx.filter_jit(layer)(x), reference_attention(layer, x), rtol=1e-10, atol=1e-12)
 
 
 def test_attention_passes_a_jvp_that_equals_finite_differences(x64):
-    layer = nn.cast(refilled(nn.SelfAttention(8, 2, key=jr.key(0))), jnp.float64)
-    x, dx = jr.normal(jr.key(2), (2, 5, 8))
-    # Jitted: some attention kernels refuse forward mode only when lowered.
-    _, derivative = jax.jit(lambda x, dx: jax.jvp(layer, (x,), (dx,)))(x, dx)
-    difference = (layer(x + 1e-5 * dx) - layer(x - 1e-5 * dx)) / 2e-5
+    layer = nn.cast(filled(lambda: nn.SelfAttention(8, 2, key=jr.key(0))), jnp.float64)
+
+    @jax.jit  # some attention kernels refuse forward mode only when lowered
+    def both(x, dx):
+        return jax.jvp(layer, (x,), (dx,))[1], (layer(x + 1e-5 * dx) - layer(x - 1e-5 * dx)) / 2e-5
+
+    derivative, difference = both(*jr.normal(jr.key(2), (2, 5, 8)))
     np.testing.assert_allclose(derivative, difference, rtol=1e-7, atol=1e-9)
 
 
@@ -192,7 +194,7 @@ def test_stopped_tangent_passes_reverse_mode_alone(x64):
     inputs = jr.normal(jr.key(5), (3, 4, 2, 3))
 
     def gradient(attention):
-        return jax.grad(lambda inputs: jnp.sum(jnp.sin(attention(*inputs))))(inputs)
+        return jax.jit(jax.grad(lambda inputs: jnp.sum(jnp.sin(attention(*inputs)))))(inputs)
 
     found = gradient(nn.StoppedTangent(FusedAttention()))
     np.testing.assert_allclose(found, gradient(nn.XLAAttention()), rtol=1e-10, atol=1e-12)
@@ -298,8 +300,12 @@ def test_weights_have_the_derivatives_of_softmax_and_keep_only_themselves(x64):
     def weights(query):
         return _weights(query, key)
 
-    for derivative in (jax.jacfwd, jax.jacrev, lambda f: jax.jacrev(jax.jacfwd(f))):
-        found, expected = (jax.jit(derivative(function))(query) for function in (weights, plain))
+    @jax.jit
+    def derivatives(query):
+        kinds = (jax.jacfwd, jax.jacrev, lambda f: jax.jacrev(jax.jacfwd(f)))
+        return [[derivative(function)(query) for function in (weights, plain)] for derivative in kinds]
+
+    for found, expected in derivatives(query):
         np.testing.assert_allclose(found, expected, rtol=1e-10, atol=1e-12)
     kept = jax.tree.leaves(jax.vjp(weights, query)[1])
     assert sum(leaf.size == 2 * 3 * 3 for leaf in kept) == 1

@@ -19,7 +19,7 @@ from attentions import (
     THROUGH,
     triples,
 )
-from fields import refilled
+from fields import filled
 
 import mf_eqx as mfx
 from mf_eqx import measure, nn
@@ -155,7 +155,7 @@ def test_gradient_through_the_derivative_of_a_field_equals_that_with_attention_i
     z, v = jr.normal(jr.key(0), (2, 5, 4))
 
     def gradient(attention):
-        field = nn.cast(refilled(Mixer(nn.SelfAttention(4, 2, attention=attention, key=jr.key(1)))), jnp.float64)
+        field = nn.cast(filled(lambda: Mixer(nn.SelfAttention(4, 2, attention=attention, key=jr.key(1)))), jnp.float64)
         return jax.jit(jax.grad(lambda field: sines(mfx.total_derivative(field, z, v, 0.3, 0.8))))(field)
 
     found, expected = (jax.tree.leaves(gradient(kind)) for kind in (nn.ChunkedAttention(2), nn.XLAAttention()))

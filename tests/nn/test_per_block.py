@@ -47,7 +47,7 @@ def drawn(tree, seed, dtype=None):
 
     def draw(leaf):
         sizes = np.arange(1.0, leaf.shape[0] + 1).reshape(-1, *[1] * (leaf.ndim - 1))
-        return jnp.asarray(sizes * draws.standard_normal(leaf.shape), dtype or leaf.dtype)
+        return jax.device_put((sizes * draws.standard_normal(leaf.shape)).astype(dtype or leaf.dtype))
 
     return jax.tree.map(draw, tree)
 

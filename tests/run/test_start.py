@@ -176,7 +176,7 @@ def tokenizer_state(step, groups, value=1.0):
         eqx.filter_eval_shape(lambda: vae.Autoencoder(size, key=jr.key(0))),
         lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct),
     )
-    filled = jax.tree.map(lambda leaf: jnp.asarray(np.full(leaf.shape, value, leaf.dtype)), shapes)
+    filled = jax.tree.map(lambda leaf: jax.device_put(np.full(leaf.shape, value, leaf.dtype)), shapes)
     tokenizer = eqx.combine(filled, others)
     return mfx.init_state(tokenizer, step.optimizer, step.averages, step.objective, key=jr.key(1))
 
