@@ -203,7 +203,6 @@ def test_pictures_read_u_where_it_was_trained(cifar10, share, monkeypatch):
         ("--preset v2", "--preset must be one of paper, v1, tiny"),
     ],
 )
-@pytest.mark.usefixtures("unchecked")
 def test_bad_input_ends_in_one_line_and_leaves_no_run(cifar10, arguments, message, refusal_of, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     os.makedirs("empty")

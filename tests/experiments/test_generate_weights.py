@@ -362,7 +362,7 @@ def test_several_scales_are_rows_of_one_picture_of_the_same_noise(command, files
         ("plain.safetensors --guidance-scale -1", "--guidance-scale must be >= 0 and finite, got -1.0"),
     ],
 )
-@pytest.mark.usefixtures("unchecked")
+@pytest.mark.usefixtures("unchecked")  # as generate.py runs, which checks no types
 def test_bad_input_ends_in_one_line_and_leaves_nothing(arguments, message, command, refusal_of):
     before = set(os.listdir())
     line = refusal_of(command, arguments)

@@ -327,7 +327,6 @@ def save_weights(path):
         ("--preset B/3", "--preset must be one of B/4, B/2, M/2, L/2, XL/2, XL/2"),
     ],
 )
-@pytest.mark.usefixtures("unchecked")
 def test_bad_input_ends_in_one_line_and_leaves_no_run(latents, arguments, message, refusal_of, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     save_latents(pathlib.Path("latents"))

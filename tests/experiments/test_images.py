@@ -488,7 +488,6 @@ def refused(images, tmp_path_factory):
         ("--no-labels --mix 0.5", "--scale must be 1 and mix 0 without labels, got 1.0 and 0.5"),
     ],
 )
-@pytest.mark.usefixtures("unchecked")
 def test_bad_input_ends_in_one_line_and_leaves_no_run(images, arguments, message, refusal_of, refused, monkeypatch):
     monkeypatch.chdir(refused)
     before = {*os.listdir(), "runs"}

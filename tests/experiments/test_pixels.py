@@ -313,7 +313,6 @@ def test_a_run_trains_and_saves_without_labels(pixels, here, monkeypatch):
         ("--learning-rate 1", r"--learning-rate must lie in \(0, 1\), got 1.0"),
     ],
 )
-@pytest.mark.usefixtures("unchecked")
 def test_bad_input_ends_in_one_line_and_leaves_no_run(pixels, arguments, message, refusal_of, here):
     save_folder("plain")
     before = set(os.listdir())

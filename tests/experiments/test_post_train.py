@@ -453,7 +453,6 @@ def refused(post_train, tmp_path_factory):
         ("--features inception", "--features"),
     ],
 )
-@pytest.mark.usefixtures("unchecked")
 def test_bad_input_ends_in_one_line_and_leaves_no_run(post_train, arguments, message, refusal_of, refused, monkeypatch):
     monkeypatch.chdir(refused)
     line = refusal_of(run.main, post_train.main, post_train.PRESETS, argv=arguments.split())

@@ -21,8 +21,6 @@ for package in ("tyro", "hypothesis", "matplotlib", "sklearn", "beartype"):
 
 from hypothesis import given, HealthCheck, settings, strategies as st  # noqa: E402
 
-pytestmark = pytest.mark.usefixtures("unchecked")  # as for users: what checks types makes the check twice as long
-
 EXPERIMENTS, BENCHMARKS = (pathlib.Path(__file__).parents[2] / name for name in ("experiments", "benchmarks"))
 SCRIPTS = ("toy_2d", "digits", "ablations", "weight_bias", "tangent_study", "prepare_data")
 ALL_SCRIPTS = (*SCRIPTS, "images", "cifar10", "imagenet_latents", "evaluate", "generate", "prepare_latents")
@@ -195,7 +193,7 @@ def test_sizes_of_all_magnitudes_make_a_configuration_or_one_line(script):
     magnitudes = st.integers(10, 31).flatmap(lambda bits: st.integers(2 ** (bits - 1), 2**bits - 1))
     multiples = magnitudes.map(lambda size: max(size // 64 * 64, 64))  # which the rules on divisors let through
 
-    @settings(max_examples=4, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=7, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
     @given(flags, magnitudes | multiples)
     def holds(flag, size):
         name, count = flag
