@@ -19,7 +19,6 @@ import equinox as eqx
 import jax
 from jaxtyping import Array, Float
 
-from .._custom_types import Scalar
 from .._derivative import AbstractDerivative, FusedJVP, Passes
 from .._field import AbstractField, stopped
 from .._row import Row
@@ -74,7 +73,8 @@ class AlphaFlow(AbstractScheduledIdentity):
         return jax.lax.switch((alpha >= self.clip).astype(int) + (alpha > 1 - self.clip).astype(int), branches)
 
 
-def difference_residual(field: AbstractField, row: Row, alpha: Scalar) -> Float[Array, "*data"]:
-    u, s = row.evaluate(field, row.z, row.r, row.t), row.t - alpha * (row.t - row.r)  # alpha in (0, 1]
+def difference_residual(field: AbstractField, row: Row, alpha: Float[Array, ""]) -> Float[Array, "*data"]:
+    """The residual for alpha in (0, 1]."""
+    u, s = row.evaluate(field, row.z, row.r, row.t), row.t - alpha * (row.t - row.r)
     earlier = row.evaluate(stopped(field), row.z - (row.t - s) * row.v, row.r, s)
     return u - jax.lax.stop_gradient(row.v - (1 - alpha) * (u - earlier) / alpha)

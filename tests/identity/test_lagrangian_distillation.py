@@ -1,4 +1,3 @@
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -89,8 +88,7 @@ def test_attention_whose_derivative_has_no_gradient_needs_the_stopped_one(stop_d
     step = trainer(mfx.LagrangianDistillation(stop_derivative), optax.sgd(0.1), [])
     state, batch = mfx.init_state(dit, step.optimizer, key=jr.key(1)), mfx.Batch(jnp.zeros((8, 1, 4, 4)))
     if stop_derivative:
-        eqx.filter_eval_shape(step, state, batch)
-        assert np.isfinite(eqx.filter_jit(step.objective)(dit, batch, key=jr.key(2))[0])
+        assert np.isfinite(step(state, batch)[1]["loss"].value)
     else:
         with pytest.raises(ValueError, match="du/dt must be behind stop_gradient here"):
             step(state, batch)

@@ -172,7 +172,7 @@ def test_sequence_in_bfloat16_keeps_a_float32_output():
 def test_sequence_trains_with_a_vector_for_its_condition():
     field = small(LINE, labels=None, condition=5)
     batch = mfx.Batch(normal(1, 8, *LINE), normal(2, 8, 5))
-    step = mfx.TrainStep(mfx.Objective(None, identity_share=0), optax.sgd(1e-3))
+    step = mfx.TrainStep(mfx.Objective(identity_share=1), optax.sgd(1e-3))
     state, metrics = step(mfx.init_state(field, step.optimizer, key=jr.key(3)), batch)
     assert np.isfinite(metrics["loss"].value) and int(state.faults.total) == 0
 

@@ -163,7 +163,7 @@ def test_a_dtype_of_integers_is_refused():
 
 
 def test_a_fresh_tokenizer_tells_images_apart():
-    size = vae.AutoencoderSize(widths=(2, 2), blocks=1, latent=2, groups=1)  # few shapes, of which each is compiled
+    size = vae.AutoencoderSize(widths=(2, 4), blocks=1, latent=2, groups=1)
     network = vae.Autoencoder(size, key=jr.key(0, impl="rbg"))  # compiled sooner than threefry
     found = all_outputs(network, image((3, 4, 6)), jnp.ones((2, 2, 3)))
     other = all_outputs(network, -image((3, 4, 6)), jnp.zeros((2, 2, 3)))
